@@ -1,0 +1,2 @@
+//! The evaluation.
+fn main() {}

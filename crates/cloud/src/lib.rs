@@ -1,0 +1,1 @@
+//! Registry, placement, migration controller, site agent and API.

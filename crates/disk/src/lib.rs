@@ -1,0 +1,1 @@
+//! Base and cow images, NBD, and the disk side of post-copy.

@@ -1,0 +1,1 @@
+//! Migration schemes and their relays.

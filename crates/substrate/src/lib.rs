@@ -1,0 +1,1 @@
+//! Dock, pool and activate.

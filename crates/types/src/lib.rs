@@ -1,0 +1,24 @@
+//! Ids, units, states and errors that every room shares.
+//!
+//! Nothing here does I/O. A type belongs here when two rooms must agree on it;
+//! everything else stays in the room that owns it.
+
+mod error;
+mod hash;
+mod ids;
+mod measure;
+mod name;
+mod state;
+mod units;
+
+pub use error::{Code, CodedError};
+pub use hash::{Hash, HashParseError};
+pub use ids::{MigrationId, OpId, SubstrateId, VmId};
+pub use measure::{
+    ActivateReport, BytesMoved, DockReport, LinkReport, MovePhase, MoveReport, PhaseSpan, Phases,
+};
+pub use name::{Name, NameError};
+pub use state::{
+    Arch, Generation, InvalidTransition, OpState, SiteKind, SiteState, SubstrateKind, VmState,
+};
+pub use units::{BLOCK_SIZE, Mib, PAGE_SIZE, human_bytes};

@@ -1,0 +1,185 @@
+//! Measurement as types: what ran through its phases carries how long each took, and the parts
+//! add up to the whole.
+
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+/// One phase that has ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PhaseSpan {
+    /// Name of the phase.
+    pub name: String,
+    /// Its length in milliseconds.
+    pub ms: f64,
+}
+
+/// Times consecutive phases: each ends where the next begins, so their sum is the total.
+#[derive(Debug)]
+pub struct Phases {
+    start: Instant,
+    last: Instant,
+    spans: Vec<PhaseSpan>,
+}
+
+impl Phases {
+    /// Starts the clock.
+    #[must_use]
+    pub fn start() -> Self {
+        let now = Instant::now();
+        Self { start: now, last: now, spans: Vec::new() }
+    }
+
+    /// Ends the phase that has been running since the last call and gives it its name.
+    pub fn end(&mut self, name: impl Into<String>) {
+        self.end_at(name, Instant::now());
+    }
+
+    /// As [`Phases::end`], for a phase that ended at `at`.
+    pub fn end_at(&mut self, name: impl Into<String>, at: Instant) {
+        let ms = at.saturating_duration_since(self.last).as_secs_f64() * 1e3;
+        self.last = self.last.max(at);
+        self.spans.push(PhaseSpan { name: name.into(), ms });
+    }
+
+    /// Time since the start.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// The finished phases and their sum in milliseconds.
+    #[must_use]
+    pub fn finish(self) -> (Vec<PhaseSpan>, f64) {
+        let total = self.spans.iter().map(|s| s.ms).sum();
+        (self.spans, total)
+    }
+}
+
+/// What docking took and made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DockReport {
+    /// From the request to the substrate being in the pool.
+    pub total_ms: f64,
+    /// How long the vCPUs stood still (for a conversion: from STOP to the end).
+    pub pause_ms: f64,
+    /// Bytes of QEMU's device state.
+    pub device_state_bytes: u64,
+    /// Bytes of guest memory.
+    pub raw_bytes: u64,
+    /// Bytes that the store grew by for memory and device state.
+    pub stored_bytes: u64,
+    /// The phases.
+    pub phases: Vec<PhaseSpan>,
+}
+
+/// What an activation took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ActivateReport {
+    /// From the request to running vCPUs.
+    pub running_ms: f64,
+    /// From the request to the guest agent's first answer, when there is an agent.
+    pub first_answer_ms: Option<f64>,
+    /// Whether a waiting QEMU was used.
+    pub warm: bool,
+    /// The phases up to running vCPUs.
+    pub phases: Vec<PhaseSpan>,
+}
+
+/// The phases of a migration, in order.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    utoipa::ToSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum MovePhase {
+    /// Destination prepared: QEMU in incoming mode, relays joined.
+    Prepare,
+    /// The one pre-copy round.
+    PreCopy,
+    /// What is on the wire is let through before the machine stops.
+    Drain,
+    /// STOP to RESUME: the freeze-and-copy stage.
+    Freeze,
+    /// Memory and disk are post-copied.
+    PostCopy,
+    /// The backing pivot, and the end of every tie to the source.
+    Release,
+}
+
+/// Payload bytes on the wire by kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct BytesMoved {
+    /// Memory pages, as encoded on the wire.
+    pub memory: u64,
+    /// Disk blocks, as encoded on the wire.
+    pub disk: u64,
+    /// Device state.
+    pub device_state: u64,
+}
+
+impl BytesMoved {
+    /// The sum.
+    #[must_use]
+    pub const fn total(&self) -> u64 {
+        self.memory + self.disk + self.device_state
+    }
+}
+
+/// The link a move went over, where it is known.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct LinkReport {
+    /// Rate in Mbit/s.
+    pub rate_mbit: f64,
+    /// Round trip in milliseconds.
+    pub rtt_ms: f64,
+}
+
+/// What a migration took, in the terms of the CloudAP paper, section V.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MoveReport {
+    /// Site it left.
+    pub from: String,
+    /// Site it came to.
+    pub to: String,
+    /// Scheme, e.g. `hybrid`.
+    pub scheme: String,
+    /// Request to RESUME at the destination.
+    pub switch_ms: f64,
+    /// True STOP-to-RESUME gap, both taken from QEMU's own event time stamps on hosts whose
+    /// clocks agree, else bounded by the relays.
+    pub downtime_ms: f64,
+    /// Request to independence of the source.
+    pub total_ms: f64,
+    /// Amount of migrated data.
+    pub bytes: BytesMoved,
+    /// The phases; they add up to `total_ms`.
+    pub phases: Vec<PhaseSpan>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_add_up_to_the_whole() {
+        let mut p = Phases::start();
+        let t0 = p.start;
+        p.end_at("a", t0 + Duration::from_millis(30));
+        p.end_at("b", t0 + Duration::from_millis(45));
+        // A time before the last one is an empty phase, never a negative one.
+        p.end_at("c", t0);
+        let (spans, total) = p.finish();
+        assert_eq!(spans.iter().map(|s| s.ms).collect::<Vec<_>>(), [30.0, 15.0, 0.0]);
+        assert!((total - 45.0).abs() < 1e-9);
+    }
+}
