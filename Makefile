@@ -1,0 +1,41 @@
+# Godwit. Two commands do everything on a fresh Debian 12 machine (as root, with a Rust toolchain):
+#   make demo    installs what it needs, builds, and plays the main job   (GUEST=tiny for the short one)
+#   make test    installs what it needs, builds, and runs every test
+GUEST ?= abiword
+RATE ?= 100
+DELAY ?= 17.5
+OUT ?= target/demo
+DEMO_FLAGS ?=
+
+.PHONY: setup build demo test test-unit lint bench fuzz clean-runtime
+
+setup:
+	@scripts/setup
+
+build: setup
+	cargo build --locked --release -p godwit -p godwit-bench
+
+demo: build
+	target/release/godwit image build $(GUEST)
+	target/release/godwit-bench demo --guest $(GUEST) --rate $(RATE) --delay $(DELAY) --out $(OUT) $(DEMO_FLAGS)
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+# The guests that system tests share are built once, by content, before the tests start.
+test: setup
+	cargo build --locked --workspace --all-targets
+	target/debug/godwit image build tiny
+	cargo nextest run --locked --workspace --no-fail-fast
+
+# Only what needs no machine: seconds, no root.
+test-unit:
+	cargo nextest run --locked --workspace --lib --bins
+
+bench: build
+	target/release/godwit image build $(GUEST)
+	target/release/godwit-bench mainjob --guest $(GUEST) --out target/bench
+
+fuzz:
+	scripts/fuzz
