@@ -1,0 +1,342 @@
+//! The index: which unit lies where, how much of each pack is committed, who holds what.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
+
+use godwit_types::Hash;
+use rayon::prelude::*;
+use redb::{
+    Database, ReadTransaction, ReadableDatabase, ReadableTable, ReadableTableMetadata,
+    TableDefinition, WriteTransaction,
+};
+
+use crate::Owner;
+use crate::encode::Encoding;
+use crate::error::{StoreError, is_full};
+
+/// Unit hash -> [`Loc`].
+const UNITS: TableDefinition<'_, &[u8; 32], &[u8; LOC_LEN]> = TableDefinition::new("units-1");
+/// Pack number -> committed bytes.
+const PACKS: TableDefinition<'_, u32, u64> = TableDefinition::new("packs-1");
+/// Owner and sequence number -> the hashes of one commit, 32 bytes each.
+const HELD: TableDefinition<'_, (&[u8; 16], u64), &[u8]> = TableDefinition::new("held-1");
+
+/// Bytes of redb's own page cache.
+const CACHE_BYTES: usize = 64 << 20;
+const LOC_LEN: usize = 17;
+
+/// Where a unit's record lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Loc {
+    pub(crate) pack: u32,
+    /// Of the record's head in the pack, in bytes.
+    pub(crate) offset: u64,
+    /// Length of the encoded body.
+    pub(crate) body: u16,
+    /// Length of the unit.
+    pub(crate) raw: u16,
+    pub(crate) encoding: Encoding,
+}
+
+impl Loc {
+    fn to_bytes(self) -> [u8; LOC_LEN] {
+        let mut b = [0; LOC_LEN];
+        b[..4].copy_from_slice(&self.pack.to_le_bytes());
+        b[4..12].copy_from_slice(&self.offset.to_le_bytes());
+        b[12..14].copy_from_slice(&self.body.to_le_bytes());
+        b[14..16].copy_from_slice(&self.raw.to_le_bytes());
+        b[16] = self.encoding as u8;
+        b
+    }
+
+    fn from_bytes(hash: Hash, b: &[u8; LOC_LEN]) -> Result<Self, StoreError> {
+        let &[p0, p1, p2, p3, o0, o1, o2, o3, o4, o5, o6, o7, b0, b1, r0, r1, e] = b;
+        let raw = u16::from_le_bytes([r0, r1]);
+        let (Some(encoding), true) =
+            (Encoding::from_u8(e), usize::from(raw) <= crate::UNIT && raw > 0)
+        else {
+            return Err(StoreError::BadEntry(hash));
+        };
+        Ok(Self {
+            pack: u32::from_le_bytes([p0, p1, p2, p3]),
+            offset: u64::from_le_bytes([o0, o1, o2, o3, o4, o5, o6, o7]),
+            body: u16::from_le_bytes([b0, b1]),
+            raw,
+            encoding,
+        })
+    }
+}
+
+/// The database. After an input or output error redb wants to be opened anew, which happens here.
+pub(crate) struct Index {
+    path: PathBuf,
+    db: RwLock<Option<Database>>,
+}
+
+type Done<T> = Result<T, Box<redb::Error>>;
+
+fn boxed<E: Into<redb::Error>>(e: E) -> Box<redb::Error> {
+    Box::new(e.into())
+}
+
+impl Index {
+    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        let db = Self::open_db(path)?;
+        let index = Self { path: path.to_owned(), db: RwLock::new(Some(db)) };
+        index.write("making", |t| {
+            t.open_table(UNITS).map_err(boxed)?;
+            t.open_table(PACKS).map_err(boxed)?;
+            t.open_table(HELD).map_err(boxed)?;
+            Ok(())
+        })?;
+        Ok(index)
+    }
+
+    fn open_db(path: &Path) -> Result<Database, StoreError> {
+        Database::builder().set_cache_size(CACHE_BYTES).create(path).map_err(|e| match e {
+            redb::DatabaseError::DatabaseAlreadyOpen => StoreError::Busy(path.to_owned()),
+            e => Self::error(path, "opening", e.into()),
+        })
+    }
+
+    fn error(path: &Path, doing: &'static str, e: redb::Error) -> StoreError {
+        match e {
+            redb::Error::Io(source) if is_full(&source) => StoreError::NoRoom {
+                dir: path.parent().unwrap_or(path).to_owned(),
+                doing: "committing the index",
+                source: Some(source),
+            },
+            e => StoreError::Index { doing, source: Box::new(e) },
+        }
+    }
+
+    fn run<T>(
+        &self,
+        doing: &'static str,
+        f: impl FnOnce(&Database) -> Done<T>,
+    ) -> Result<T, StoreError> {
+        let result = {
+            let guard = self.db.read().unwrap_or_else(PoisonError::into_inner);
+            match guard.as_ref() {
+                Some(db) => f(db),
+                None => Err(Box::new(redb::Error::PreviousIo)),
+            }
+        };
+        result.map_err(|e| {
+            if matches!(*e, redb::Error::Io(_) | redb::Error::PreviousIo) {
+                self.reopen();
+            }
+            Self::error(&self.path, doing, *e)
+        })
+    }
+
+    /// Opens the database anew; it comes up with the last commit that is whole. If that fails,
+    /// the next call tries again.
+    fn reopen(&self) {
+        let mut guard = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        drop(guard.take());
+        match Self::open_db(&self.path) {
+            Ok(db) => *guard = Some(db),
+            Err(e) => tracing::error!(index = %self.path.display(), error = %e, "index not usable"),
+        }
+    }
+
+    fn read<T>(
+        &self,
+        doing: &'static str,
+        f: impl FnOnce(&ReadTransaction) -> Done<T>,
+    ) -> Result<T, StoreError> {
+        self.run(doing, |db| f(&db.begin_read().map_err(boxed)?))
+    }
+
+    fn write<T>(
+        &self,
+        doing: &'static str,
+        f: impl FnOnce(&WriteTransaction) -> Done<T>,
+    ) -> Result<T, StoreError> {
+        self.run(doing, |db| {
+            let t = db.begin_write().map_err(boxed)?;
+            let value = f(&t)?;
+            t.commit().map_err(boxed)?;
+            Ok(value)
+        })
+    }
+
+    pub(crate) fn packs(&self) -> Result<Vec<(u32, u64)>, StoreError> {
+        self.read("reading", |t| {
+            let table = t.open_table(PACKS).map_err(boxed)?;
+            let mut out = Vec::new();
+            for row in table.iter().map_err(boxed)? {
+                let (k, v) = row.map_err(boxed)?;
+                out.push((k.value(), v.value()));
+            }
+            Ok(out)
+        })
+    }
+
+    pub(crate) fn unit_count(&self) -> Result<u64, StoreError> {
+        self.read("reading", |t| t.open_table(UNITS).map_err(boxed)?.len().map_err(boxed))
+    }
+
+    /// Where each of `hashes` lies.
+    pub(crate) fn lookup(&self, hashes: &[Hash]) -> Result<Vec<Option<Loc>>, StoreError> {
+        let rows: Vec<Option<[u8; LOC_LEN]>> = self.read("reading", |t| {
+            let table = t.open_table(UNITS).map_err(boxed)?;
+            let find = |h: &Hash| -> Done<Option<[u8; LOC_LEN]>> {
+                Ok(table.get(&h.0).map_err(boxed)?.map(|v| *v.value()))
+            };
+            if hashes.len() < 512 {
+                hashes.iter().map(find).collect()
+            } else {
+                hashes.par_iter().with_min_len(256).map(find).collect()
+            }
+        })?;
+        rows.into_iter()
+            .zip(hashes)
+            .map(|(row, h)| row.map(|b| Loc::from_bytes(*h, &b)).transpose())
+            .collect()
+    }
+
+    /// Calls `each` with every unit.
+    pub(crate) fn for_each(
+        &self,
+        mut each: impl FnMut(Hash, Result<Loc, StoreError>),
+    ) -> Result<(), StoreError> {
+        self.read("reading", |t| {
+            let table = t.open_table(UNITS).map_err(boxed)?;
+            for row in table.iter().map_err(boxed)? {
+                let (k, v) = row.map_err(boxed)?;
+                let hash = Hash(*k.value());
+                each(hash, Loc::from_bytes(hash, v.value()));
+            }
+            Ok(())
+        })
+    }
+
+    /// Makes the units of a finished write visible: one commit. A unit that has come to be known
+    /// meanwhile keeps its place, unless `replace` says that the old place is lost. `held` is what the owner holds from now on, sorted.
+    pub(crate) fn commit(
+        &self,
+        units: &[(Hash, Loc)],
+        replace: impl Fn(&Hash, &Loc) -> bool,
+        pack: Option<(u32, u64)>,
+        held: Option<(Owner, &[u8])>,
+    ) -> Result<(), StoreError> {
+        self.write("committing", |t| {
+            let mut table = t.open_table(UNITS).map_err(boxed)?;
+            for (h, loc) in units {
+                let old = table.get(&h.0).map_err(boxed)?.map(|v| *v.value());
+                let keep = old
+                    .and_then(|b| Loc::from_bytes(*h, &b).ok())
+                    .is_some_and(|old| !replace(h, &old));
+                if !keep {
+                    table.insert(&h.0, &loc.to_bytes()).map_err(boxed)?;
+                }
+            }
+            if let Some((pack, len)) = pack {
+                t.open_table(PACKS).map_err(boxed)?.insert(pack, len).map_err(boxed)?;
+            }
+            if let Some((owner, hashes)) = held {
+                let mut table = t.open_table(HELD).map_err(boxed)?;
+                let last = table
+                    .range((&owner.0, 0)..=(&owner.0, u64::MAX))
+                    .map_err(boxed)?
+                    .next_back()
+                    .transpose()
+                    .map_err(boxed)?
+                    .map(|(k, _)| k.value().1);
+                let seq = last.map_or(0, |n| n + 1);
+                table.insert((&owner.0, seq), hashes).map_err(boxed)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// What `owner` holds, or what all owners hold.
+    pub(crate) fn owned(&self, owner: Option<Owner>) -> Result<HashSet<Hash>, StoreError> {
+        self.read("reading", |t| held(t, owner))
+    }
+
+    pub(crate) fn owners(&self) -> Result<Vec<Owner>, StoreError> {
+        self.read("reading", |t| {
+            let table = t.open_table(HELD).map_err(boxed)?;
+            let mut owners: Vec<Owner> = Vec::new();
+            for row in table.iter().map_err(boxed)? {
+                owners.push(Owner(*row.map_err(boxed)?.0.value().0));
+            }
+            owners.dedup();
+            Ok(owners)
+        })
+    }
+
+    pub(crate) fn release(&self, owner: Owner) -> Result<bool, StoreError> {
+        self.write("releasing an owner in", |t| {
+            let mut table = t.open_table(HELD).map_err(boxed)?;
+            let mut any = false;
+            table
+                .retain_in((&owner.0, 0)..=(&owner.0, u64::MAX), |_, _| {
+                    any = true;
+                    false
+                })
+                .map_err(boxed)?;
+            Ok(any)
+        })
+    }
+
+    /// Removes every unit that no owner holds and `pinned` does not name; how many those were.
+    pub(crate) fn sweep(&self, pinned: &HashSet<Hash>) -> Result<u64, StoreError> {
+        let live = self.owned(None)?;
+        self.write("sweeping", |t| {
+            // An owner may have come since the read above; it holds only what was pinned.
+            let mut table = t.open_table(UNITS).map_err(boxed)?;
+            let mut gone = 0;
+            table
+                .retain(|k, _| {
+                    let hash = Hash(*k);
+                    let keep = live.contains(&hash) || pinned.contains(&hash);
+                    gone += u64::from(!keep);
+                    keep
+                })
+                .map_err(boxed)?;
+            Ok(gone)
+        })
+    }
+
+    /// Moves units to their new places and forgets the packs they came from.
+    pub(crate) fn relocate(
+        &self,
+        moved: &[(Hash, Loc)],
+        new_pack: Option<(u32, u64)>,
+        old_packs: &[u32],
+    ) -> Result<(), StoreError> {
+        self.write("compacting", |t| {
+            let mut units = t.open_table(UNITS).map_err(boxed)?;
+            for (h, loc) in moved {
+                units.insert(&h.0, &loc.to_bytes()).map_err(boxed)?;
+            }
+            let mut packs = t.open_table(PACKS).map_err(boxed)?;
+            if let Some((pack, len)) = new_pack {
+                packs.insert(pack, len).map_err(boxed)?;
+            }
+            for p in old_packs {
+                packs.remove(p).map_err(boxed)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+fn held(t: &ReadTransaction, owner: Option<Owner>) -> Done<HashSet<Hash>> {
+    let table = t.open_table(HELD).map_err(boxed)?;
+    let rows = match &owner {
+        Some(o) => table.range((&o.0, 0)..=(&o.0, u64::MAX)).map_err(boxed)?,
+        None => table.range::<(&[u8; 16], u64)>(..).map_err(boxed)?,
+    };
+    let mut out = HashSet::new();
+    for row in rows {
+        let (_, v) = row.map_err(boxed)?;
+        out.extend(v.value().as_chunks::<32>().0.iter().map(|h| Hash(*h)));
+    }
+    Ok(out)
+}
