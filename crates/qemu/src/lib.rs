@@ -1,1 +1,44 @@
 //! One QEMU process as one typed machine.
+//!
+//! This is the only room that speaks QMP, starts QEMU, or talks to a guest agent. A machine is
+//! described by a [`MachineSpec`]; its [`Manifest`] is what two ends have to agree on before a
+//! state goes from one to the other. [`Launch::spawn`] starts a QEMU and gives a [`Machine`]
+//! whose actions are refused with both states when its life cycle does not allow them.
+//!
+//! Architecture invariants: every text that can come from outside reaches QEMU as JSON or as one
+//! escaped option value, never through a shell; every answer read from QEMU, from a guest or from
+//! a file has a bound.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod accel;
+mod agent;
+mod args;
+mod disk;
+pub mod doctor;
+mod error;
+mod keys;
+mod launch;
+mod machine;
+mod manifest;
+mod memory;
+mod process;
+pub mod qmp;
+mod spec;
+pub mod stream;
+
+pub use accel::Accel;
+pub use agent::{Agent, AgentError, ExecOutput, Vcpus};
+pub use disk::{DiskChain, DiskLayer, Layer, Node};
+pub use error::QemuError;
+pub use keys::{Key, KeyStroke, UnknownCharacter, strokes};
+pub use launch::{Binaries, Launch, MemorySource, Start, VmGenId};
+pub use machine::{
+    Action, BlockStats, Capability, Life, Machine, MigrationInfo, MigrationStatus, Parameters,
+    Refused, RunPaths, Screenshot,
+};
+pub use manifest::{Manifest, ManifestMismatch};
+pub use memory::{MemoryFile, MemoryReader};
+pub use process::{Exit, Process};
+pub use qmp::{Event, EventCursor, Qmp, QmpError};
+pub use spec::{BootFile, MacAddress, MachineSpec, Nic, NicBackend, SpecError};

@@ -1,0 +1,283 @@
+//! Starting a QEMU.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use godwit_types::{Arch, Name};
+use serde::{Deserialize, Serialize};
+use tokio::process::{Child, Command};
+use uuid::Uuid;
+
+use crate::accel::Accel;
+use crate::disk::{DiskChain, Layer};
+use crate::error::QemuError;
+use crate::machine::{Machine, Record, RunPaths};
+use crate::memory::MemoryFile;
+use crate::process::Process;
+use crate::spec::{MachineSpec, Nic, NicBackend};
+
+/// Where a machine's memory comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemorySource {
+    /// The file at `path` is the memory (`share=on`). It is made when it is not there. It stays
+    /// when QEMU ends.
+    Shared {
+        /// A file on tmpfs, or `/proc/PID/fd/N` of a memfd.
+        path: PathBuf,
+    },
+    /// A private copy-on-write mapping of the sealed file at `path`; the file is never written.
+    PrivateOf {
+        /// A file on tmpfs.
+        path: PathBuf,
+    },
+}
+
+impl MemorySource {
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Shared { path } | Self::PrivateOf { path } => path,
+        }
+    }
+}
+
+/// What the machine does first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Start {
+    /// Boots its kernel.
+    Boot,
+    /// Waits for a state (`-incoming defer`).
+    Incoming,
+}
+
+/// The GUID by which a guest learns that it is a copy of what it was. An x86-64 guest that finds
+/// another one reseeds its random numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmGenId {
+    /// A new one: the guest boots, or it is one of several that go on from one state.
+    #[default]
+    Fresh,
+    /// That of the machine whose only continuation this one is ([`Machine::generation_id`]).
+    Keep(Uuid),
+}
+
+/// The QEMU programs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Binaries {
+    /// For x86-64 guests.
+    pub x86_64: PathBuf,
+    /// For arm64 guests.
+    pub aarch64: PathBuf,
+}
+
+impl Default for Binaries {
+    fn default() -> Self {
+        Self { x86_64: "qemu-system-x86_64".into(), aarch64: "qemu-system-aarch64".into() }
+    }
+}
+
+impl Binaries {
+    /// The program for guests of `arch`.
+    #[must_use]
+    pub fn of(&self, arch: Arch) -> &Path {
+        match arch {
+            Arch::X86_64 => &self.x86_64,
+            Arch::Aarch64 => &self.aarch64,
+        }
+    }
+}
+
+/// One start of one machine. [`Launch::new`] gives one that boots under TCG without disk or NIC;
+/// the fields say the rest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    /// The machine.
+    pub spec: MachineSpec,
+    /// Directory for sockets, logs and `machine.json`; made when it is not there. Kept short: a
+    /// socket path has at most 107 bytes.
+    pub run_dir: PathBuf,
+    /// The name shown in the process list.
+    pub name: Name,
+    /// Its memory.
+    pub memory: MemorySource,
+    /// Its disk; present exactly when the spec has one.
+    pub disk: Option<DiskChain>,
+    /// Boot or wait.
+    pub start: Start,
+    /// The accelerator.
+    pub accel: Accel,
+    /// NICs that are plugged from the first; an incoming machine lists those that the source had.
+    pub nics: Vec<Nic>,
+    /// The programs.
+    pub binaries: Binaries,
+    /// The generation GUID. A machine into which a running one migrates keeps its source's.
+    #[serde(default)]
+    pub vmgenid: VmGenId,
+}
+
+impl Launch {
+    /// A machine that boots under TCG without disk or NIC.
+    #[must_use]
+    pub fn new(spec: MachineSpec, run_dir: PathBuf, name: Name, memory: MemorySource) -> Self {
+        Self {
+            spec,
+            run_dir,
+            name,
+            memory,
+            disk: None,
+            start: Start::Boot,
+            accel: Accel::Tcg,
+            nics: Vec::new(),
+            binaries: Binaries::default(),
+            vmgenid: VmGenId::Fresh,
+        }
+    }
+
+    /// Starts QEMU in a session of its own and connects to it. A machine that boots is running
+    /// when this returns; one that waits is in [`crate::Life::Incoming`].
+    ///
+    /// QEMU outlives the caller: [`Machine::adopt`] finds it again.
+    ///
+    /// # Errors
+    /// A launch that does not fit its spec, a living machine in the same directory, or a QEMU that
+    /// ends at once (with its last words).
+    pub async fn spawn(self) -> Result<Machine, QemuError> {
+        self.check()?;
+        let paths = RunPaths::of(&self.run_dir);
+        paths.check(&self.name)?;
+        self.prepare(&paths)?;
+        let (child, process) = self.start_process(&paths)?;
+        let record = Record { process, launch: self };
+        if let Err(e) = record.write(&paths) {
+            record.process.kill();
+            return Err(e);
+        }
+        Machine::connect_new(record, paths, child).await
+    }
+
+    fn check(&self) -> Result<(), QemuError> {
+        self.spec.check()?;
+        let refuse = |why: String| Err(QemuError::Launch { name: self.name.to_string(), why });
+        if self.spec.disk != self.disk.is_some() {
+            return refuse("a disk chain is wanted exactly when the spec has a disk".into());
+        }
+        let mut seen = Vec::new();
+        for nic in &self.nics {
+            check_nic(nic, &self.spec).or_else(refuse)?;
+            if seen.contains(&nic.port) {
+                return refuse(format!("two NICs in port {}", nic.port));
+            }
+            seen.push(nic.port);
+        }
+        let mut files = vec![self.memory.path(), &self.run_dir, &self.spec.kernel.path];
+        files.extend(self.spec.initrd.as_ref().map(|f| f.path.as_path()));
+        if let Some(disk) = &self.disk {
+            files.push(&disk.top);
+            files.extend(disk.layers.iter().map(|l| match &l.layer {
+                Layer::Raw { path } | Layer::Qcow2 { path } => path.as_path(),
+                Layer::Nbd { socket } => socket.as_path(),
+            }));
+        }
+        match files.iter().find(|p| !p.is_absolute() || p.to_str().is_none()) {
+            Some(p) => refuse(format!("{} is not an absolute path in UTF-8", p.display())),
+            None => Ok(()),
+        }
+    }
+
+    fn prepare(&self, paths: &RunPaths) -> Result<(), QemuError> {
+        if let Ok(record) = Record::read(&self.run_dir)
+            && record.process.is_alive()
+        {
+            return Err(QemuError::Launch {
+                name: self.name.to_string(),
+                why: format!("QEMU {} already runs in its directory", record.process.pid),
+            });
+        }
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.run_dir)
+            .map_err(QemuError::file("making the run directory", &self.run_dir))?;
+        for stale in paths.sockets() {
+            match std::fs::remove_file(stale) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(QemuError::file("removing the stale socket", stale)(e));
+                }
+                _ => {}
+            }
+        }
+        match &self.memory {
+            MemorySource::Shared { path } => MemoryFile::create(path, self.spec.memory),
+            MemorySource::PrivateOf { path } => MemoryFile::check(path, self.spec.memory),
+        }
+    }
+
+    fn start_process(&self, paths: &RunPaths) -> Result<(Child, Process), QemuError> {
+        let program = self.binaries.of(self.spec.arch);
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&paths.log)
+            .map_err(QemuError::file("making the log", &paths.log))?;
+        let err_log = log.try_clone().map_err(QemuError::file("sharing the log", &paths.log))?;
+        // The control sockets listen before QEMU exists, so that nobody has to wait for them.
+        let mut listeners = Vec::new();
+        for path in &paths.qmp {
+            listeners.push(
+                UnixListener::bind(path)
+                    .map_err(QemuError::file("listening on the control socket", path))?,
+            );
+        }
+        let fds: Vec<i32> = listeners.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut command = Command::new(program);
+        command
+            .args(crate::args::command_line(self, paths, &fds))
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(err_log)
+            .kill_on_drop(false);
+        // SAFETY: between fork and exec only the async-signal-safe calls setsid and fcntl are
+        // made, on descriptors that `listeners` keeps open until after the spawn.
+        unsafe {
+            command.pre_exec(move || {
+                rustix::process::setsid()?;
+                for &fd in &fds {
+                    let fd = std::os::fd::BorrowedFd::borrow_raw(fd);
+                    rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
+                }
+                Ok(())
+            });
+        }
+        let start = |source| QemuError::Start { program: program.to_owned(), source };
+        let child = command.spawn().map_err(start)?;
+        drop(listeners);
+        let pid = child.id().and_then(|id| i32::try_from(id).ok()).unwrap_or(0);
+        let process = Process::of(pid).map_err(start)?;
+        Ok((child, process))
+    }
+}
+
+/// Whether `nic` fits the ports of `spec`.
+pub(crate) fn check_nic(nic: &Nic, spec: &MachineSpec) -> Result<(), String> {
+    if nic.port >= spec.nic_ports {
+        return Err(format!("NIC port {} of a machine with {}", nic.port, spec.nic_ports));
+    }
+    if let NicBackend::Tap(name) = &nic.backend {
+        let ok = (1..16).contains(&name.len())
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+        if !ok {
+            return Err(format!("'{}' is not an interface name", name.escape_debug()));
+        }
+    }
+    Ok(())
+}

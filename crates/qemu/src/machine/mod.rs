@@ -1,0 +1,357 @@
+//! A running QEMU, from its start or its adoption to its end.
+
+mod block;
+mod display;
+mod life;
+mod migrate;
+mod nic;
+mod run_dir;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use godwit_types::Arch;
+use serde_json::Value;
+use tokio::process::Child;
+use tokio::sync::watch;
+use tracing::{debug, info};
+use uuid::Uuid;
+
+pub use block::BlockStats;
+pub use display::Screenshot;
+pub use life::{Action, Life, Refused};
+pub use migrate::{Capability, MigrationInfo, MigrationStatus, Parameters};
+pub(crate) use run_dir::Record;
+pub use run_dir::RunPaths;
+
+use crate::agent::Agent;
+use crate::error::QemuError;
+use crate::launch::{Launch, MemorySource, Start};
+use crate::manifest::Manifest;
+use crate::memory::MemoryReader;
+use crate::process::{Exit, Process, log_tail};
+use crate::qmp::{EventCursor, Qmp, QmpError};
+
+/// How long QEMU may take from its start to its first answer.
+const START_WITHIN: Duration = Duration::from_secs(60);
+/// How long QEMU may take to end after `quit`.
+const QUIT_WITHIN: Duration = Duration::from_secs(20);
+
+/// One QEMU. Clones are handles to the same one; dropping them all leaves QEMU running.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    /// As launched, with the block chain and the NICs of now.
+    launch: Mutex<Launch>,
+    process: Process,
+    paths: RunPaths,
+    qmp: Qmp,
+    agent: Agent,
+    exit: watch::Receiver<Option<Exit>>,
+    /// One change of the block graph or of the devices at a time.
+    changing: tokio::sync::Mutex<()>,
+}
+
+impl Machine {
+    pub(crate) async fn connect_new(
+        record: Record,
+        paths: RunPaths,
+        child: Child,
+    ) -> Result<Self, QemuError> {
+        let exit = watch_child(child, paths.clone());
+        let start = record.launch.start;
+        let process = record.process.clone();
+        let name = record.launch.name.to_string();
+        let connected = async {
+            let machine = Self::connect(record, paths, exit.clone()).await?;
+            machine.enable_migration_events().await?;
+            if start == Start::Boot {
+                machine.qmp("cont", Value::Null).await?;
+            }
+            Ok::<_, QemuError>(machine)
+        };
+        match connected.await {
+            Ok(machine) => Ok(machine),
+            Err(e) => {
+                process.kill();
+                let mut exit = exit;
+                match wait_exit(&mut exit).await {
+                    // Killed by us: the first error says more.
+                    Exit { signal: Some(9), .. } => Err(e),
+                    exit => Err(QemuError::Exited { name, exit }),
+                }
+            }
+        }
+    }
+
+    async fn connect(
+        record: Record,
+        paths: RunPaths,
+        exit: watch::Receiver<Option<Exit>>,
+    ) -> Result<Self, QemuError> {
+        let [first, second] = &paths.qmp;
+        // The first socket is the daemon's. A daemon that was replaced while its predecessor
+        // still holds it takes the second.
+        let mut gone = exit.clone();
+        let qmp = tokio::select! {
+            qmp = Qmp::connect(first, START_WITHIN) => qmp,
+            _ = wait_exit(&mut gone) => Err(QmpError::Closed { command: "qmp_capabilities".into() }),
+        };
+        let qmp = match qmp {
+            Err(QmpError::TimedOut { .. }) => Qmp::connect(second, START_WITHIN).await?,
+            other => other?,
+        };
+        let agent = Agent::new(paths.agent.clone());
+        let inner = Inner {
+            launch: Mutex::new(record.launch),
+            process: record.process,
+            paths,
+            qmp,
+            agent,
+            exit,
+            changing: tokio::sync::Mutex::default(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Takes over the QEMU that runs in `run_dir`, started by this or an earlier daemon.
+    ///
+    /// # Errors
+    /// [`QemuError::NotRunning`] when there is none (its pid and start time are compared), or its
+    /// control socket does not answer.
+    pub async fn adopt(run_dir: &Path) -> Result<Self, QemuError> {
+        let not_running = || QemuError::NotRunning { run_dir: run_dir.to_owned() };
+        let record = Record::read(run_dir).map_err(|e| match e {
+            QemuError::File { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                not_running()
+            }
+            other => other,
+        })?;
+        if !record.process.is_alive() {
+            return Err(not_running());
+        }
+        let paths = RunPaths::of(run_dir);
+        let exit = watch_stranger(record.process.clone(), paths.clone());
+        info!(pid = record.process.pid, dir = %run_dir.display(), "a running machine is adopted");
+        Self::connect(record, paths, exit).await
+    }
+
+    /// What it was launched with; disk chain and NICs are those of now.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        self.launched().clone()
+    }
+
+    fn launched(&self) -> MutexGuard<'_, Launch> {
+        self.inner.launch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the record of what runs and writes it down for an adoption.
+    fn record(&self, change: impl FnOnce(&mut Launch)) -> Result<(), QemuError> {
+        let launch = {
+            let mut launch = self.launched();
+            change(&mut launch);
+            launch.clone()
+        };
+        Record { process: self.inner.process.clone(), launch }.write(&self.inner.paths)
+    }
+
+    /// Its sockets and logs.
+    #[must_use]
+    pub fn paths(&self) -> &RunPaths {
+        &self.inner.paths
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.inner.process
+    }
+
+    /// The client of its first control socket.
+    #[must_use]
+    pub fn qmp_client(&self) -> &Qmp {
+        &self.inner.qmp
+    }
+
+    /// Its guest agent.
+    #[must_use]
+    pub fn agent(&self) -> &Agent {
+        &self.inner.agent
+    }
+
+    /// QEMU's version.
+    #[must_use]
+    pub fn version(&self) -> &str {
+        self.inner.qmp.version()
+    }
+
+    /// Its manifest.
+    #[must_use]
+    pub fn manifest(&self) -> Manifest {
+        Manifest::of(&self.launched().spec, self.version())
+    }
+
+    /// The generation GUID that its guest sees; `None` for an architecture without one.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub async fn generation_id(&self) -> Result<Option<Uuid>, QemuError> {
+        if self.launched().spec.arch != Arch::X86_64 {
+            return Ok(None);
+        }
+        let answer = self.qmp("query-vm-generation-id", Value::Null).await?;
+        let guid = answer["guid"].as_str().unwrap_or_default();
+        let guid = Uuid::parse_str(guid).map_err(|e| QemuError::Unexpected {
+            what: "QEMU's generation GUID",
+            why: e.to_string(),
+        })?;
+        Ok(Some(guid))
+    }
+
+    /// Its memory, read from outside QEMU.
+    ///
+    /// # Errors
+    /// When the memory file or the process is gone.
+    pub fn memory(&self) -> Result<MemoryReader, QemuError> {
+        let launch = self.launch();
+        match &launch.memory {
+            MemorySource::Shared { path } => MemoryReader::shared(path, launch.spec.memory),
+            MemorySource::PrivateOf { path } => {
+                MemoryReader::private(path, launch.spec.memory, self.inner.process.pid)
+            }
+        }
+    }
+
+    /// A cursor over QEMU's events from now on. Take it before causing what is waited for.
+    #[must_use]
+    pub fn events(&self) -> EventCursor {
+        self.inner.qmp.events()
+    }
+
+    /// Its state, asked from QEMU.
+    ///
+    /// # Errors
+    /// When QEMU is there but does not answer.
+    pub async fn life(&self) -> Result<Life, QemuError> {
+        if self.inner.exit.borrow().is_some() {
+            return Ok(Life::Exited);
+        }
+        match self.inner.qmp.execute("query-status", Value::Null).await {
+            Ok(answer) => Ok(Life::of(answer["status"].as_str().unwrap_or_default())),
+            Err(QmpError::Closed { .. } | QmpError::Io { .. }) => Ok(Life::Exited),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    async fn allowed(&self, action: Action) -> Result<Life, QemuError> {
+        let life = self.life().await?;
+        life.check(action)?;
+        Ok(life)
+    }
+
+    async fn qmp(&self, command: &str, arguments: Value) -> Result<Value, QemuError> {
+        Ok(self.inner.qmp.execute(command, arguments).await?)
+    }
+
+    /// Lets the vCPUs run.
+    ///
+    /// # Errors
+    /// [`Refused`] unless the machine is paused, saved or running.
+    pub async fn run(&self) -> Result<(), QemuError> {
+        self.allowed(Action::Run).await?;
+        self.qmp("cont", Value::Null).await.map(drop)
+    }
+
+    /// Stops the vCPUs; disks are flushed when this returns.
+    ///
+    /// # Errors
+    /// [`Refused`] unless the machine is running or paused.
+    pub async fn stop(&self) -> Result<(), QemuError> {
+        self.allowed(Action::Stop).await?;
+        self.qmp("stop", Value::Null).await.map(drop)
+    }
+
+    /// Presses the power button; the guest decides what follows.
+    ///
+    /// # Errors
+    /// When QEMU does not take it.
+    pub async fn power_button(&self) -> Result<(), QemuError> {
+        self.qmp("system_powerdown", Value::Null).await.map(drop)
+    }
+
+    /// Ends QEMU in good order and waits until it is gone; after 20 s it is killed.
+    ///
+    /// # Errors
+    /// None in practice; a QEMU that is gone already counts as ended.
+    pub async fn quit(&self) -> Result<Exit, QemuError> {
+        match self.inner.qmp.execute("quit", Value::Null).await {
+            Ok(_) => {}
+            Err(e) => debug!(error = %e, "quit was not answered"),
+        }
+        if let Ok(exit) = tokio::time::timeout(QUIT_WITHIN, self.exited()).await {
+            return Ok(exit);
+        }
+        Ok(self.kill().await)
+    }
+
+    /// Kills QEMU and waits until it is gone.
+    pub async fn kill(&self) -> Exit {
+        self.inner.process.kill();
+        self.exited().await
+    }
+
+    /// Waits until QEMU has ended.
+    pub async fn exited(&self) -> Exit {
+        wait_exit(&mut self.inner.exit.clone()).await
+    }
+
+    /// The last bytes of the serial console, at most `max`.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn console_tail(&self, max: usize) -> Result<Vec<u8>, QemuError> {
+        run_dir::tail(&self.inner.paths.console_log, max)
+    }
+}
+
+async fn wait_exit(exit: &mut watch::Receiver<Option<Exit>>) -> Exit {
+    match exit.wait_for(Option::is_some).await {
+        Ok(exit) => exit.clone(),
+        Err(_) => None,
+    }
+    .unwrap_or(Exit { code: None, signal: None, log: String::new() })
+}
+
+/// Reaps `child` when it ends and keeps its console log bounded until then.
+fn watch_child(mut child: Child, paths: RunPaths) -> watch::Receiver<Option<Exit>> {
+    use std::os::unix::process::ExitStatusExt;
+    let (tell, exit) = watch::channel(None);
+    tokio::spawn(async move {
+        let status = tokio::select! {
+            status = child.wait() => status.ok(),
+            () = run_dir::bound_console(&paths) => None,
+        };
+        let (code, signal) = (status.and_then(|s| s.code()), status.and_then(|s| s.signal()));
+        tell.send_replace(Some(Exit { code, signal, log: log_tail(&paths.log) }));
+    });
+    exit
+}
+
+/// As [`watch_child`], for a process that is not our child.
+fn watch_stranger(process: Process, paths: RunPaths) -> watch::Receiver<Option<Exit>> {
+    let (tell, exit) = watch::channel(None);
+    tokio::spawn(async move {
+        tokio::select! {
+            () = process.ended() => {}
+            () = run_dir::bound_console(&paths) => {}
+        }
+        tell.send_replace(Some(Exit { code: None, signal: None, log: log_tail(&paths.log) }));
+    });
+    exit
+}

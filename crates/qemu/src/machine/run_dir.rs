@@ -1,0 +1,178 @@
+//! The run directory of a machine: its sockets, its logs, and the record that lets a later daemon
+//! adopt it.
+
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use godwit_types::Name;
+use serde::{Deserialize, Serialize};
+use tracing::debug;
+
+use crate::error::QemuError;
+use crate::launch::Launch;
+use crate::process::Process;
+
+/// Longest path of a unix socket, in bytes (`sun_path` less its end).
+const SOCKET_PATH_MAX: usize = 107;
+/// Largest record that is read.
+const RECORD_MAX: u64 = 1 << 20;
+/// Console output kept on disk, in bytes; older output is given back to the file system.
+const CONSOLE_KEPT: u64 = 4 << 20;
+/// How often the console log is looked at.
+const CONSOLE_LOOK: Duration = Duration::from_secs(10);
+
+/// Files in a machine's run directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunPaths {
+    /// Control sockets: the daemon's, and a second speaker's.
+    pub qmp: [PathBuf; 2],
+    /// Serial console, a socket.
+    pub console: PathBuf,
+    /// What the serial console printed.
+    pub console_log: PathBuf,
+    /// Guest agent, a socket.
+    pub agent: PathBuf,
+    /// VNC, a socket; there when the machine has a display.
+    pub vnc: PathBuf,
+    /// What QEMU itself printed.
+    pub log: PathBuf,
+    /// What runs here.
+    pub record: PathBuf,
+    /// The latest screenshot while it is being taken.
+    pub screen: PathBuf,
+}
+
+impl RunPaths {
+    /// The files in `run_dir`.
+    #[must_use]
+    pub fn of(run_dir: &Path) -> Self {
+        let at = |name: &str| run_dir.join(name);
+        Self {
+            qmp: [at("qmp0.sock"), at("qmp1.sock")],
+            console: at("console.sock"),
+            console_log: at("console.log"),
+            agent: at("agent.sock"),
+            vnc: at("vnc.sock"),
+            log: at("qemu.log"),
+            record: at("machine.json"),
+            screen: at("screen.png"),
+        }
+    }
+
+    pub(crate) fn sockets(&self) -> [&Path; 5] {
+        [&self.qmp[0], &self.qmp[1], &self.console, &self.agent, &self.vnc]
+    }
+
+    pub(crate) fn check(&self, name: &Name) -> Result<(), QemuError> {
+        match self.sockets().iter().find(|p| p.as_os_str().len() > SOCKET_PATH_MAX) {
+            None => Ok(()),
+            Some(p) => Err(QemuError::Launch {
+                name: name.to_string(),
+                why: format!("the socket path {} is over {SOCKET_PATH_MAX} bytes", p.display()),
+            }),
+        }
+    }
+}
+
+/// What runs in a run directory.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub(crate) process: Process,
+    pub(crate) launch: Launch,
+}
+
+impl Record {
+    pub(crate) fn read(run_dir: &Path) -> Result<Self, QemuError> {
+        let path = RunPaths::of(run_dir).record;
+        let mut text = Vec::new();
+        std::fs::File::open(&path)
+            .and_then(|f| f.take(RECORD_MAX).read_to_end(&mut text))
+            .map_err(QemuError::file("reading the record", &path))?;
+        serde_json::from_slice(&text).map_err(|e| QemuError::Unexpected {
+            what: "the record of a machine",
+            why: format!("{}: {e}", path.display()),
+        })
+    }
+
+    /// Replaces the record in one step.
+    pub(crate) fn write(&self, paths: &RunPaths) -> Result<(), QemuError> {
+        let path = &paths.record;
+        let new = path.with_extension("json.new");
+        let write = || -> std::io::Result<()> {
+            let text = serde_json::to_vec_pretty(self).map_err(std::io::Error::other)?;
+            let mut file = std::fs::OpenOptions::new()
+                .create(true)
+                .write(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&new)?;
+            file.write_all(&text)?;
+            std::fs::rename(&new, path)
+        };
+        write().map_err(QemuError::file("writing the record", path))
+    }
+}
+
+/// The last bytes of the file at `path`, at most `max`.
+pub(crate) fn tail(path: &Path, max: usize) -> Result<Vec<u8>, QemuError> {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = std::fs::File::open(path)?;
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(max as u64)))?;
+        let mut out = Vec::new();
+        file.take(max as u64).read_to_end(&mut out)?;
+        Ok(out)
+    };
+    read().map_err(QemuError::file("reading the console log", path))
+}
+
+/// Keeps the console log from filling the disk, for as long as it is polled: a guest can print
+/// without end. QEMU appends, so the file keeps its length and its older part becomes a hole.
+pub(crate) async fn bound_console(paths: &RunPaths) {
+    let mut look = tokio::time::interval(CONSOLE_LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        look.tick().await;
+        if let Err(e) = punch_older(&paths.console_log) {
+            debug!(error = %e, "the console log cannot be bounded");
+        }
+    }
+}
+
+fn punch_older(log: &Path) -> std::io::Result<()> {
+    let meta = std::fs::metadata(log)?;
+    if meta.blocks() * 512 <= 2 * CONSOLE_KEPT || meta.len() <= CONSOLE_KEPT {
+        return Ok(());
+    }
+    let file = std::fs::OpenOptions::new().write(true).open(log)?;
+    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    Ok(rustix::fs::fallocate(file, flags, 0, meta.len() - CONSOLE_KEPT)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_console_log_gives_its_older_part_back_and_keeps_its_tail() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("console.log");
+        let mut text = vec![b'x'; 10 << 20];
+        text.extend_from_slice(b"the end");
+        std::fs::write(&log, &text).unwrap();
+        punch_older(&log).unwrap();
+        let meta = std::fs::metadata(&log).unwrap();
+        assert_eq!(meta.len(), text.len() as u64);
+        assert!(meta.blocks() * 512 < 5 << 20, "{}", meta.blocks() * 512);
+        assert_eq!(tail(&log, 7).unwrap(), b"the end");
+    }
+
+    #[test]
+    fn a_socket_path_that_the_kernel_would_refuse_is_named() {
+        let long = PathBuf::from(format!("/{}", "d".repeat(100)));
+        let err = RunPaths::of(&long).check(&"vm".parse().unwrap()).expect_err("refused");
+        assert!(err.to_string().contains("over 107 bytes"), "{err}");
+    }
+}
