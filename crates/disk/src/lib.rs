@@ -1,1 +1,25 @@
 //! Base and cow images, NBD, and the disk side of post-copy.
+//!
+//! - [`BlockBitmap`], [`rle`], [`msg`]: blocks as sets, coded, and in messages.
+//! - [`postcopy`]: CloudAP figures 4 and 5 as state machines without I/O; [`live`] runs them on
+//!   real files.
+//! - [`nbd`]: what QEMU reads from while blocks are still on their way.
+//! - [`image`]: making, inspecting, reading, merging image files.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod bitmap;
+mod error;
+pub mod image;
+pub mod live;
+pub mod msg;
+pub mod nbd;
+pub mod postcopy;
+pub mod rle;
+
+pub use bitmap::{BitmapError, BlockBitmap, MAX_BLOCKS};
+pub use error::DiskError;
+pub use image::{FrozenChain, LayerMap, MidLayer};
+pub use live::{LiveError, RemoteDisk, SourceDisk};
+pub use msg::{BitmapPart, BitmapParts, BlockRange, BlockRun, DiskMsg, MAX_RUN, MsgError};
+pub use nbd::{BlockSource, NbdServer};
+pub use postcopy::{PostcopyDestination, PostcopySource, Read, Ticket, ToSend};
