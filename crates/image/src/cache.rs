@@ -1,0 +1,281 @@
+//! The image cache of a machine.
+//!
+//! ```text
+//! <cache>/by-hash/<hash>/image.json, kernel, initrd, disk, packages.txt   never changed
+//! <cache>/<name> -> by-hash/<hash>                                        moved by rename
+//! <cache>/debs/, apt/<arch>/    fetched packages and lists, shared by all builds
+//! <cache>/work/                 builds in progress; left-overs of a crash are removed
+//! ```
+
+use std::fs::{File, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use godwit_types::Name;
+use rustix::fs::{FlockOperation, flock};
+
+use crate::apt::Apt;
+use crate::image::{Contents, FORMAT, hash_file};
+use crate::progress::{Listener, Progress, Stage, tell};
+use crate::recipe::{Kind, Recipe};
+use crate::{FileRef, Image, ImageError, disk, initramfs, rootfs};
+
+/// Where images lie unless something else is asked for.
+pub const DEFAULT_CACHE: &str = "/var/cache/godwit/images";
+
+/// The images of this machine, and what is needed to build them.
+#[derive(Debug, Clone)]
+pub struct ImageCache {
+    dir: PathBuf,
+    downloads: PathBuf,
+}
+
+impl ImageCache {
+    /// Opens the cache in `dir` and creates it where it is missing.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`] when the directory cannot be made.
+    pub fn open(dir: impl Into<PathBuf>) -> Result<Self, ImageError> {
+        let dir = dir.into();
+        for part in ["by-hash", "work"] {
+            let path = dir.join(part);
+            std::fs::create_dir_all(&path).map_err(ImageError::io("creating", &path))?;
+        }
+        let dir = dir.canonicalize().map_err(ImageError::io("opening", &dir))?;
+        Ok(Self { downloads: dir.clone(), dir })
+    }
+
+    /// Keeps fetched packages and package lists in `downloads` instead of in the cache itself, so
+    /// that several caches share them.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`] when the directory cannot be made.
+    pub fn with_downloads(self, downloads: &Path) -> Result<Self, ImageError> {
+        std::fs::create_dir_all(downloads).map_err(ImageError::io("creating", downloads))?;
+        let downloads = downloads.canonicalize().map_err(ImageError::io("opening", downloads))?;
+        Ok(Self { downloads, ..self })
+    }
+
+    /// Where the cache lies.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The built image called `name`.
+    ///
+    /// # Errors
+    /// [`ImageError::NotBuilt`], or what [`Image::open`] says.
+    pub fn get(&self, name: &Name) -> Result<Image, ImageError> {
+        let link = self.dir.join(name.as_str());
+        // The link is read once, so that a build in between cannot mix two images.
+        let Ok(target) = std::fs::read_link(&link) else {
+            return Err(ImageError::NotBuilt { name: name.clone() });
+        };
+        let hash = target
+            .strip_prefix("by-hash")
+            .ok()
+            .and_then(|h| h.to_str()?.parse::<godwit_types::Hash>().ok());
+        let Some(hash) = hash else {
+            return Err(ImageError::Description {
+                path: link,
+                why: "it does not lead into by-hash".into(),
+            });
+        };
+        let image = Image::open(&self.dir.join("by-hash").join(hash.to_string()))?;
+        if image.hash != hash || image.name != *name {
+            return Err(ImageError::Description {
+                path: link,
+                why: "it leads to another image".into(),
+            });
+        }
+        Ok(image)
+    }
+
+    /// All built images, by name. One that cannot be opened is left out and logged.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`] when the cache cannot be read.
+    pub fn list(&self) -> Result<Vec<Image>, ImageError> {
+        let mut images = Vec::new();
+        for entry in std::fs::read_dir(&self.dir).map_err(ImageError::io("reading", &self.dir))? {
+            let entry = entry.map_err(ImageError::io("reading", &self.dir))?;
+            let is_link = entry.file_type().is_ok_and(|t| t.is_symlink());
+            let Some(name) =
+                entry.file_name().to_str().and_then(|n| Name::new(n).ok()).filter(|_| is_link)
+            else {
+                continue;
+            };
+            match self.get(&name) {
+                Ok(image) => images.push(image),
+                Err(error) => tracing::warn!(%name, %error, "image cannot be used"),
+            }
+        }
+        images.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(images)
+    }
+
+    /// The image called `name`, built if it is not there or its recipe has changed since.
+    ///
+    /// Dropping the future gives the build up: its tools are killed and nothing is published;
+    /// packages already fetched stay for the next try.
+    ///
+    /// # Errors
+    /// What is missing, or which tool failed; see [`ImageError`].
+    pub async fn build(
+        &self,
+        name: &Name,
+        progress: impl Fn(Progress) + Send + Sync,
+    ) -> Result<Image, ImageError> {
+        self.make(name, false, &progress).await
+    }
+
+    /// Builds the image called `name` from what the mirrors hold now, even if it is there.
+    ///
+    /// # Errors
+    /// As [`ImageCache::build`].
+    pub async fn rebuild(
+        &self,
+        name: &Name,
+        progress: impl Fn(Progress) + Send + Sync,
+    ) -> Result<Image, ImageError> {
+        self.make(name, true, &progress).await
+    }
+
+    async fn make(&self, name: &Name, again: bool, to: Listener<'_>) -> Result<Image, ImageError> {
+        let recipe = Recipe::get(name)?;
+        let current = || self.get(name).ok().filter(|i| !again && i.recipe == recipe.hash());
+        if let Some(image) = current() {
+            tell(to, Stage::Done, Some(1.0), "already built");
+            return Ok(image);
+        }
+        // One build at a time, and one that uses the downloads.
+        let _building = lock(&self.dir.join("work/lock"), to).await?;
+        let _fetching = lock(&self.downloads.join("downloads.lock"), to).await?;
+        if let Some(image) = current() {
+            tell(to, Stage::Done, Some(1.0), "already built");
+            return Ok(image);
+        }
+        self.clear_left_overs()?;
+        let work = tempfile::Builder::new()
+            .prefix("build-")
+            .tempdir_in(self.dir.join("work"))
+            .map_err(ImageError::io("creating a directory in", self.dir.join("work")))?;
+        let image = self.fill(&recipe, work.path(), to).await?;
+        tell(to, Stage::Done, Some(1.0), image.hash.short());
+        Ok(image)
+    }
+
+    async fn fill(
+        &self,
+        recipe: &Recipe,
+        work: &Path,
+        to: Listener<'_>,
+    ) -> Result<Image, ImageError> {
+        let apt = Apt::open(&self.downloads, recipe.debian_arch())?;
+        apt.update(to).await?;
+        let out = work.join("image");
+        std::fs::create_dir(&out).map_err(ImageError::io("creating", &out))?;
+        let disk_path = out.join("disk");
+        let boot = match recipe.kind {
+            Kind::Initramfs => {
+                let boot = initramfs::build(recipe, &apt, work, to).await?;
+                tell(to, Stage::Writing, None, "disk");
+                disk::write(&disk_path, recipe.disk, recipe.name.as_str(), recipe.hash(), None)
+                    .await?;
+                boot
+            }
+            Kind::Debian => rootfs::build(recipe, &apt, work, &disk_path, to).await?,
+        };
+        for (file, content) in [("kernel", &boot.kernel), ("initrd", &boot.initrd)] {
+            let path = out.join(file);
+            std::fs::write(&path, content).map_err(ImageError::io("writing", &path))?;
+        }
+        let packages = out.join("packages.txt");
+        let text = boot.packages.join("\n") + "\n";
+        std::fs::write(&packages, text).map_err(ImageError::io("writing", &packages))?;
+
+        tell(to, Stage::Publishing, None, "hashing");
+        let (recipe, cache) = (recipe.clone(), self.dir.clone());
+        tokio::task::spawn_blocking(move || publish(&recipe, &cache, &out)).await.map_err(|e| {
+            ImageError::Io { doing: "publishing", path: self.dir.clone(), source: e.into() }
+        })?
+    }
+
+    /// Removes what a build that was killed left behind. The lock is held, so none is running.
+    fn clear_left_overs(&self) -> Result<(), ImageError> {
+        let work = self.dir.join("work");
+        for entry in std::fs::read_dir(&work).map_err(ImageError::io("reading", &work))? {
+            let path = entry.map_err(ImageError::io("reading", &work))?.path();
+            if path.is_dir() {
+                std::fs::remove_dir_all(&path).map_err(ImageError::io("removing", &path))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Holds the lock file at `path` until the answer is dropped.
+async fn lock(path: &Path, to: Listener<'_>) -> Result<File, ImageError> {
+    let file = File::create(path).map_err(ImageError::io("creating", path))?;
+    let mut told = false;
+    // flock has no waiting that could be given up, hence the short looks.
+    while flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if !told {
+            tell(to, Stage::Waiting, None, "another build is running");
+            told = true;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    Ok(file)
+}
+
+/// Hashes the files in `out`, describes them, and moves them to where images lie.
+fn publish(recipe: &Recipe, cache: &Path, out: &Path) -> Result<Image, ImageError> {
+    let describe = |file: &str| {
+        let path = out.join(file);
+        std::fs::set_permissions(&path, Permissions::from_mode(0o444))
+            .map_err(ImageError::io("protecting", &path))?;
+        let (hash, bytes) = hash_file(&path)?;
+        Ok::<_, ImageError>(FileRef { file: file.into(), hash, bytes })
+    };
+    let contents = Contents {
+        format: FORMAT,
+        name: recipe.name.clone(),
+        arch: recipe.arch,
+        kernel: describe("kernel")?,
+        initrd: Some(describe("initrd")?),
+        disk: Some(describe("disk")?),
+        cmdline: recipe.cmdline.clone(),
+        memory: recipe.memory,
+        vcpus: recipe.vcpus,
+        display: recipe.display,
+        agent: true,
+        app: recipe.app.clone(),
+        recipe: recipe.hash(),
+    };
+    let description = out.join("image.json");
+    std::fs::write(&description, contents.description())
+        .map_err(ImageError::io("writing", &description))?;
+    for entry in std::fs::read_dir(out).map_err(ImageError::io("reading", out))? {
+        let path = entry.map_err(ImageError::io("reading", out))?.path();
+        File::open(&path).and_then(|f| f.sync_all()).map_err(ImageError::io("writing", &path))?;
+    }
+    let hash = contents.hash().to_string();
+    let home = cache.join("by-hash").join(&hash);
+    std::fs::set_permissions(out, Permissions::from_mode(0o755))
+        .map_err(ImageError::io("protecting", out))?;
+    if Image::open(&home).is_err() {
+        // Something damaged may lie there; an image of this hash has these bytes and no others.
+        let _ = std::fs::remove_dir_all(&home);
+        std::fs::rename(out, &home).map_err(ImageError::io("publishing", &home))?;
+    }
+    let link = cache.join("work").join(format!("link-{hash}"));
+    let _ = std::fs::remove_file(&link);
+    std::os::unix::fs::symlink(Path::new("by-hash").join(&hash), &link)
+        .map_err(ImageError::io("writing", &link))?;
+    let name = cache.join(recipe.name.as_str());
+    std::fs::rename(&link, &name).map_err(ImageError::io("publishing", &name))?;
+    Image::open(&home)
+}
