@@ -1,0 +1,160 @@
+//! A site's own key and certificate.
+
+use std::path::Path;
+
+use godwit_types::{Name, SiteKind};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+
+use super::{
+    KeyError, Peer, make_key_dir, public_key_of, read_bounded, read_key, site_uri, write_private,
+};
+
+const KEY_FILE: &str = "site.key";
+const CERT_FILE: &str = "site.der";
+const CA_FILE: &str = "ca.der";
+
+/// A key that waits for its certificate.
+#[derive(Debug)]
+pub struct PendingIdentity {
+    key: rcgen::KeyPair,
+    name: Name,
+    kind: SiteKind,
+    request: Vec<u8>,
+}
+
+impl PendingIdentity {
+    /// Makes a key and the request for its certificate.
+    ///
+    /// # Errors
+    /// [`KeyError::Make`].
+    pub fn make(name: &Name, kind: SiteKind) -> Result<Self, KeyError> {
+        let make = |doing| move |source| KeyError::Make { doing, source };
+        let key = rcgen::KeyPair::generate().map_err(make("make a key"))?;
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name.as_str());
+        let uri = site_uri(kind, name)
+            .try_into()
+            .map_err(|source| KeyError::Make { doing: "name a certificate request", source })?;
+        params.subject_alt_names = vec![rcgen::SanType::URI(uri)];
+        let request = params.serialize_request(&key).map_err(make("make a certificate request"))?;
+        Ok(Self { key, name: name.clone(), kind, request: request.der().to_vec() })
+    }
+
+    /// The certificate request (PKCS#10, DER).
+    #[must_use]
+    pub fn request(&self) -> &[u8] {
+        &self.request
+    }
+
+    /// Completes the identity with what the center sent back.
+    ///
+    /// # Errors
+    /// [`KeyError::ForeignCertificate`] when the certificate is for another key, name or kind;
+    /// [`KeyError::NotASite`].
+    pub fn complete(self, certificate: &[u8], authority: &[u8]) -> Result<Identity, KeyError> {
+        use rcgen::PublicKeyData;
+        let peer = Peer::of_certificate(certificate)?;
+        let same_key =
+            public_key_of(certificate).is_some_and(|key| key == self.key.subject_public_key_info());
+        if !same_key || peer.name != self.name || peer.kind != self.kind {
+            return Err(KeyError::ForeignCertificate);
+        }
+        Ok(Identity {
+            me: peer,
+            key_pem: self.key.serialize_pem(),
+            key_der: self.key.serialize_der(),
+            certificate: CertificateDer::from(certificate.to_vec()),
+            authority: CertificateDer::from(authority.to_vec()),
+        })
+    }
+}
+
+/// A site's key, its certificate and the certificate of the authority. `Debug` leaves the key
+/// out.
+#[derive(Clone)]
+pub struct Identity {
+    me: Peer,
+    key_pem: String,
+    key_der: Vec<u8>,
+    certificate: CertificateDer<'static>,
+    authority: CertificateDer<'static>,
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Identity").field("me", &self.me).finish_non_exhaustive()
+    }
+}
+
+impl Identity {
+    /// Loads the identity that [`Identity::save`] wrote into `dir`.
+    ///
+    /// # Errors
+    /// [`KeyError::File`] (code `not-found` when the site has none yet), [`KeyError::OpenKey`],
+    /// [`KeyError::Damaged`], [`KeyError::ForeignCertificate`] when key and certificate do not
+    /// belong together.
+    pub fn load(dir: &Path) -> Result<Self, KeyError> {
+        use rcgen::PublicKeyData;
+        let certificate = read_bounded(&dir.join(CERT_FILE))?;
+        let authority = read_bounded(&dir.join(CA_FILE))?;
+        let key = read_key(&dir.join(KEY_FILE))?;
+        let me = Peer::of_certificate(&certificate)
+            .map_err(|e| KeyError::Damaged { path: dir.join(CERT_FILE), why: e.to_string() })?;
+        if public_key_of(&certificate).is_none_or(|k| k != key.subject_public_key_info()) {
+            return Err(KeyError::ForeignCertificate);
+        }
+        Ok(Self {
+            me,
+            key_pem: key.serialize_pem(),
+            key_der: key.serialize_der(),
+            certificate: certificate.into(),
+            authority: authority.into(),
+        })
+    }
+
+    /// Writes the identity into `dir` (made when absent, mode 0700), the files with mode 0600.
+    /// The certificate is written last, so that a half-written identity does not load.
+    ///
+    /// # Errors
+    /// [`KeyError::File`].
+    pub fn save(&self, dir: &Path) -> Result<(), KeyError> {
+        make_key_dir(dir)?;
+        write_private(&dir.join(CA_FILE), &self.authority)?;
+        write_private(&dir.join(KEY_FILE), self.key_pem.as_bytes())?;
+        write_private(&dir.join(CERT_FILE), &self.certificate)
+    }
+
+    /// What the certificate says.
+    #[must_use]
+    pub fn me(&self) -> &Peer {
+        &self.me
+    }
+
+    /// The site's name.
+    #[must_use]
+    pub fn name(&self) -> &Name {
+        &self.me.name
+    }
+
+    /// The certificate of the authority (DER).
+    #[must_use]
+    pub fn authority(&self) -> &CertificateDer<'static> {
+        &self.authority
+    }
+
+    /// Whether less than `seconds` are left of the certificate.
+    #[must_use]
+    pub fn ends_within(&self, seconds: u64) -> bool {
+        super::unix_now().saturating_add(seconds) >= self.me.not_after
+    }
+
+    /// The chain that is shown to peers: the certificate and the authority's.
+    pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
+        vec![self.certificate.clone(), self.authority.clone()]
+    }
+
+    pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
+        PrivatePkcs8KeyDer::from(self.key_der.clone()).into()
+    }
+}

@@ -1,0 +1,289 @@
+//! Links over real UDP on the loopback interface.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use common::{Cloud, Forwarder, name, within};
+use godwit_transfer::rpc::{Fault, Router};
+use godwit_transfer::{
+    BulkReceiver, BulkSender, Endpoint, EndpointOptions, JoinError, JoinRefusal, LaneError,
+    LaneKind, LinkError, MAX_FRAME, Priority, RpcError, Versions, WindowConfig, join,
+};
+use godwit_types::{Code, CodedError, SiteKind};
+
+const ANY: &str = "127.0.0.1:0";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_site_joins_by_token_and_its_link_carries_frames_and_calls() {
+    let cloud = Cloud::new();
+    let (center, address) = cloud.center();
+    let token = cloud
+        .authority
+        .invite(&name("cafe"), SiteKind::Ap, &address.to_string(), 60)
+        .expect("invite");
+    let identity = within(join(&token)).await.expect("join");
+    assert_eq!(identity.name(), &name("cafe"));
+    assert_eq!(identity.me().kind, SiteKind::Ap);
+    let dir = cloud.dir.path().join("cafe");
+    identity.save(&dir).expect("save");
+    let identity = godwit_transfer::Identity::load(&dir).expect("load");
+
+    let (ap, _) = cloud.endpoint(identity);
+    let link = within(ap.connect(address, Some(&name("center")))).await.expect("connect");
+    let far = within(center.accept()).await.expect("accept");
+    assert_eq!(link.peer().kind, SiteKind::Center);
+    assert_eq!(far.peer().name, name("cafe"));
+
+    let mut lane = link
+        .open_about(LaneKind::DeviceState, Priority::State, Bytes::from_static(b"job 7"))
+        .await
+        .expect("open");
+    lane.send(&vec![7; MAX_FRAME]).await.expect("the largest frame");
+    let mut other = within(far.accept_lane()).await.expect("lane");
+    assert_eq!((other.kind(), &other.about()[..]), (LaneKind::DeviceState, &b"job 7"[..]));
+    assert_eq!(within(other.recv()).await.expect("recv").expect("frame").len(), MAX_FRAME);
+    other.send(b"thanks").await.expect("answer");
+    assert_eq!(within(lane.recv()).await.expect("recv").expect("frame"), &b"thanks"[..]);
+
+    let router = Router::new()
+        .on("double", |_, n: u32| async move { Ok::<_, Fault>(n * 2) })
+        .on("who", |peer, ()| async move { Ok::<_, Fault>(peer.name) })
+        .on(
+            "fail",
+            |_, ()| async move { Err::<(), _>(Fault::new(Code::NoRoom, "the pool is full")) },
+        )
+        .on("slow", |_, ()| std::future::pending::<Result<(), Fault>>());
+    let served = far.clone();
+    tokio::spawn(async move { served.serve(Arc::new(router)).await });
+    let patience = Duration::from_secs(20);
+    assert_eq!(link.call::<_, u32>("double", &21u32, patience).await.expect("call"), 42);
+    let who: godwit_types::Name = link.call("who", &(), patience).await.expect("call");
+    assert_eq!(who, name("cafe"));
+    let failed = link.call::<_, ()>("fail", &(), patience).await.expect_err("fails");
+    assert_eq!(failed.code(), Code::NoRoom);
+    assert!(failed.to_string().contains("the pool is full"), "{failed}");
+    let unknown = link.call::<_, ()>("nothing", &(), patience).await.expect_err("fails");
+    assert_eq!(unknown.code(), Code::NotFound);
+    let late = link.call::<_, ()>("slow", &(), Duration::from_millis(50)).await.expect_err("late");
+    assert!(matches!(late, RpcError::TimedOut { .. }), "{late}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_that_is_not_good_is_refused_with_its_reason() {
+    let cloud = Cloud::new();
+    let (_center, address) = cloud.center();
+    let invite = |seconds| {
+        cloud
+            .authority
+            .invite(&name("cafe"), SiteKind::Ap, &address.to_string(), seconds)
+            .expect("invite")
+    };
+    let refused = |e: JoinError| match e {
+        JoinError::Refused(why) => why,
+        other => panic!("not refused by the center: {other:?}"),
+    };
+    let token = invite(60);
+    within(join(&token)).await.expect("the first time");
+    let again = within(join(&token)).await.expect_err("the second time");
+    assert_eq!(refused(again), JoinRefusal::Used);
+
+    let expired = within(join(&invite(0))).await.expect_err("expired");
+    assert_eq!(refused(expired), JoinRefusal::Expired);
+
+    let withdrawn = invite(60);
+    cloud.authority.withdraw(&withdrawn.id).expect("withdraw");
+    assert_eq!(
+        refused(within(join(&withdrawn)).await.expect_err("withdrawn")),
+        JoinRefusal::Withdrawn
+    );
+
+    let mut forged = invite(60);
+    forged.secret = godwit_transfer::keys::Secret::draw();
+    let error = within(join(&forged)).await.expect_err("forged");
+    assert_eq!(refused(error), JoinRefusal::WrongSecret);
+
+    let mut unknown = invite(60);
+    unknown.id = "0000000000000000".into();
+    let error = within(join(&unknown)).await.expect_err("unknown");
+    assert_eq!(refused(error), JoinRefusal::UnknownToken);
+
+    let mut other = invite(60);
+    other.authority = godwit_types::Hash::of(b"another authority");
+    let error = within(join(&other)).await.expect_err("another center");
+    assert!(matches!(error, JoinError::OtherCenter { .. }), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_revoked_sites_and_wrong_names_are_told_apart() {
+    let cloud = Cloud::new();
+    let (center, address) = cloud.center();
+
+    // The stranger sees first that the center is not of its cloud.
+    let elsewhere = Cloud::new();
+    let (stranger, _) = elsewhere.endpoint(elsewhere.identity("cafe", SiteKind::Ap));
+    let error = within(stranger.connect(address, None)).await.expect_err("a stranger");
+    assert!(matches!(error, LinkError::Stranger), "{error:?}");
+    // One that trusts this cloud's center, but holds a certificate of another.
+    let strange = elsewhere.identity("cafe", SiteKind::Ap);
+    let stranger = Endpoint::bind(
+        ANY.parse().expect("address"),
+        strange,
+        cloud.authority.trust().clone(),
+        EndpointOptions::default(),
+    )
+    .expect("bind");
+    let error = within(stranger.connect(address, None)).await.expect_err("a stranger");
+    assert!(matches!(error, LinkError::WeAreStrange), "{error:?}");
+
+    let (ap, _) = cloud.endpoint(cloud.identity("cafe", SiteKind::Ap));
+    let error = within(ap.connect(address, Some(&name("library")))).await.expect_err("wrong name");
+    match &error {
+        LinkError::WrongName { expected, found } => {
+            assert_eq!((expected, found.as_ref()), (&name("library"), Some(&name("center"))));
+        }
+        other => panic!("{other:?}"),
+    }
+
+    // A revocation closes the link that is up, and refuses the next.
+    let link = within(ap.connect(address, None)).await.expect("connect");
+    let _far = within(center.accept()).await.expect("accept");
+    let list = cloud.authority.revoke_site(&name("cafe")).expect("revoke");
+    assert_eq!(list.number, 1);
+    let closed = within(link.closed()).await;
+    assert!(matches!(closed, LinkError::WeAreRevoked), "{closed:?}");
+    let error = within(ap.connect(address, None)).await.expect_err("revoked");
+    assert!(matches!(error, LinkError::WeAreRevoked), "{error:?}");
+    let kept = godwit_transfer::Authority::open(&cloud.dir.path().join("authority"))
+        .expect("open")
+        .trust()
+        .revocations();
+    assert_eq!(*kept, list, "a revocation outlives the center's process");
+
+    // A certificate that has ended.
+    let ended = cloud.identity_for("bar", SiteKind::Ap, 0);
+    let unix = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    while unix().expect("after 1970").as_secs() <= ended.me().not_after {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let (ended, _) = cloud.endpoint(ended);
+    let error = within(ended.connect(address, None)).await.expect_err("expired");
+    assert!(matches!(error, LinkError::WeAreExpired), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn versions_are_negotiated_or_refused_in_words() {
+    let cloud = Cloud::new();
+    let (_center, address) = cloud.center();
+    let bind = |versions| {
+        Endpoint::bind(
+            ANY.parse().expect("address"),
+            cloud.identity("cafe", SiteKind::Ap),
+            cloud.authority.trust().clone(),
+            EndpointOptions { versions, ..EndpointOptions::default() },
+        )
+        .expect("bind")
+    };
+    let newer = bind(Versions { min: 1, max: 2 });
+    assert_eq!(within(newer.connect(address, None)).await.expect("connect").version(), 1);
+    let far_ahead = bind(Versions { min: 8, max: 9 });
+    let error = within(far_ahead.connect(address, None)).await.expect_err("no common version");
+    assert!(error.to_string().contains("no common protocol version"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_oversized_frame_is_not_sent_and_the_lane_stays_good() {
+    let cloud = Cloud::new();
+    let (near, far) = cloud.pair().await;
+    let mut lane = near.open(LaneKind::Pipe, Priority::Bulk).await.expect("open");
+    let error = lane.send(&vec![0; MAX_FRAME + 1]).await.expect_err("too long");
+    assert!(matches!(error, LaneError::Wire(_)), "{error:?}");
+    lane.send(b"the lane is still good").await.expect("send");
+    let mut other = within(far.accept_lane()).await.expect("lane");
+    assert!(within(other.recv()).await.expect("recv").is_some());
+}
+
+/// 100 Mbit/s and 35 ms of round trip in the forwarder; bulk fills the link while small frames
+/// go to and fro on a demand lane.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_demand_does_not_wait_behind_bulk() {
+    let cloud = Cloud::new();
+    let (center, address) = cloud.center();
+    let forwarder = Forwarder::start(address, 100.0, Duration::from_micros(17_500)).await;
+    let (ap, _) = cloud.endpoint(cloud.identity("cafe", SiteKind::Ap));
+    let near = within(ap.connect(forwarder.address, None)).await.expect("connect");
+    let far = within(center.accept()).await.expect("accept");
+
+    let bulk = near.open(LaneKind::MemoryBulk, Priority::Bulk).await.expect("open");
+    let mut bulk = BulkSender::new(bulk, WindowConfig::default());
+    let pump = tokio::spawn(async move {
+        let frame = Bytes::from(vec![1; 16 << 10]);
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(4) {
+            bulk.send(frame.clone()).await.expect("send");
+        }
+        bulk.finish().await.expect("finish");
+    });
+    let lane = within(far.accept_lane()).await.expect("lane");
+    let took = tokio::spawn(async move {
+        let (mut lane, began, mut bytes) = (BulkReceiver::new(lane), Instant::now(), 0usize);
+        while let Some(frame) = lane.recv().await.expect("recv") {
+            bytes += frame.len();
+        }
+        bytes as f64 * 8e-6 / began.elapsed().as_secs_f64()
+    });
+    let mut demand = near.open(LaneKind::MemoryDemand, Priority::Demand).await.expect("open");
+    demand.send(b"first").await.expect("send");
+    let mut echo = within(far.accept_lane()).await.expect("lane");
+    tokio::spawn(async move {
+        while let Ok(Some(_)) = echo.recv().await {
+            if echo.send(&[9; 4096]).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut waits = Vec::new();
+    within(demand.recv()).await.expect("recv");
+    while !pump.is_finished() {
+        let asked = Instant::now();
+        demand.send(&[0; 64]).await.expect("send");
+        within(demand.recv()).await.expect("recv").expect("frame");
+        waits.push(asked.elapsed());
+    }
+    pump.await.expect("pump");
+    let rate = took.await.expect("receiver");
+    waits.sort();
+    let median = waits[waits.len() / 2];
+    #[allow(clippy::print_stderr)]
+    {
+        eprintln!("bulk {rate:.1} Mbit/s, demand median {median:?}, worst {:?}", waits.last());
+    }
+    assert!(rate > 20.0, "bulk got only {rate:.1} Mbit/s");
+    // 35 ms of path; without pacing and priorities the whole buffer (seconds) would lie before it.
+    assert!(median < Duration::from_millis(120), "{median:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_survives_five_seconds_without_a_single_packet() {
+    let cloud = Cloud::new();
+    let (center, address) = cloud.center();
+    let forwarder = Forwarder::start(address, 1000.0, Duration::from_millis(1)).await;
+    let (ap, _) = cloud.endpoint(cloud.identity("cafe", SiteKind::Ap));
+    let near = within(ap.connect(forwarder.address, None)).await.expect("connect");
+    let far = within(center.accept()).await.expect("accept");
+    let mut lane = near.open(LaneKind::Steering, Priority::Control).await.expect("open");
+    lane.send(b"before").await.expect("send");
+    let mut other = within(far.accept_lane()).await.expect("lane");
+    assert_eq!(within(other.recv()).await.expect("recv").expect("frame"), &b"before"[..]);
+    forwarder.cut(true);
+    lane.send(b"into the void").await.expect("buffered");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(near.close_reason().is_none() && far.close_reason().is_none());
+    forwarder.cut(false);
+    assert_eq!(within(other.recv()).await.expect("recv").expect("frame"), &b"into the void"[..]);
+    other.send(b"and back").await.expect("send");
+    assert_eq!(within(lane.recv()).await.expect("recv").expect("frame"), &b"and back"[..]);
+    assert!(forwarder.dropped() > 0);
+}
