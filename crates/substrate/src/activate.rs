@@ -1,0 +1,285 @@
+//! Activation: a substrate becomes a running machine.
+//!
+//! ```text
+//! prepare: sealed memory and disk layer there?        (made at the first activation)
+//! disk:    a fresh top image                           } done ahead
+//! spawn:   QEMU in -incoming defer, memory mapped      } by a waiting shell
+//! load:    device state                                privately
+//! run:     NIC plugged, cont          <- vCPUs run here
+//! renew:   identity, entropy, clock; then user programs go on
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use godwit_image::Image;
+use godwit_qemu::{
+    Accel, DiskChain, Launch, Layer, MacAddress, Machine, MemorySource, Nic, NicBackend, Start,
+};
+use godwit_types::{ActivateReport, Name, Phases, SubstrateId, SubstrateKind, VmId};
+use serde::{Deserialize, Serialize};
+
+use crate::agent::{AFTER_ACTIVATE, run_script};
+use crate::error::SubstrateError;
+use crate::identity::{Identity, environment};
+use crate::manifest::STATE;
+use crate::pool::{Pool, Ready};
+use crate::shells::Shells;
+
+/// How long a restored guest may take to answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+/// How long it may take to renew its identity.
+const RENEW_WITHIN: Duration = Duration::from_secs(120);
+
+/// Where a machine lives on its host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Which machine.
+    pub vm: VmId,
+    /// Directory for QEMU's sockets.
+    pub run_dir: PathBuf,
+    /// The image that the guest writes to; made by the activation.
+    pub top: PathBuf,
+}
+
+/// What is to be activated, and how.
+#[derive(Debug, Clone)]
+pub struct ActivateRequest {
+    /// The substrate.
+    pub substrate: SubstrateId,
+    /// The image under it.
+    pub image: Image,
+    /// Where the machine is to live; a waiting shell brings a place of its own.
+    pub place: Place,
+    /// Name of the machine.
+    pub name: Name,
+    /// The identity. A machine from a private substrate keeps its own when this is `None`; any
+    /// other gets a fresh one under `name`.
+    pub identity: Option<Identity>,
+    /// What its NIC is joined to.
+    pub nic: Option<NicBackend>,
+    /// The accelerator.
+    pub accel: Accel,
+}
+
+/// A machine that runs.
+#[derive(Debug)]
+pub struct Activated {
+    /// The machine.
+    pub machine: Machine,
+    /// Where it lives.
+    pub place: Place,
+    /// The identity it was given, unless it kept its own.
+    pub identity: Option<Identity>,
+    /// What it took.
+    pub report: ActivateReport,
+}
+
+/// A QEMU that waits for a substrate's device state.
+#[derive(Debug)]
+pub(crate) struct Shell {
+    pub(crate) machine: Machine,
+    pub(crate) place: Place,
+}
+
+impl Shell {
+    /// Starts one, with a fresh top image.
+    pub(crate) async fn start(
+        ready: &Ready,
+        image: &Image,
+        place: Place,
+        name: Name,
+        accel: Accel,
+    ) -> Result<Self, SubstrateError> {
+        let started = Self::spawn(ready, image, &place, name, accel).await;
+        if started.is_err() {
+            clean(&place);
+        }
+        Ok(Self { machine: started?, place })
+    }
+
+    async fn spawn(
+        ready: &Ready,
+        image: &Image,
+        place: &Place,
+        name: Name,
+        accel: Accel,
+    ) -> Result<Machine, SubstrateError> {
+        let substrate = &ready.docked.substrate;
+        let spec = substrate.spec(image)?;
+        let memory = MemorySource::PrivateOf { path: ready.memory.path().to_owned() };
+        let mut launch = Launch::new(spec, place.run_dir.clone(), name, memory);
+        launch.start = Start::Incoming;
+        launch.accel = accel;
+        if let Some(disk) = &ready.disk {
+            copy_new(&disk.top, &place.top)?;
+            let layers = vec![
+                Layer::Raw { path: disk.base.clone() },
+                Layer::Qcow2 { path: disk.layer.clone() },
+            ];
+            launch.disk = Some(DiskChain::over(layers, &place.top));
+        }
+        let machine = launch.spawn().await.map_err(SubstrateError::machine("starting QEMU"))?;
+        // Refused here, because QEMU loads a state of another shape without a word.
+        if let Err(e) = substrate.fits(&machine.manifest()) {
+            machine.kill().await;
+            return Err(e);
+        }
+        Ok(machine)
+    }
+
+    /// Ends one that is not needed.
+    pub(crate) async fn end(self) {
+        self.machine.kill().await;
+        clean(&self.place);
+    }
+}
+
+/// Activates a substrate, from a waiting QEMU when `shells` has one. Several may be activated at
+/// once. A machine that could not be given its identity is not left running.
+///
+/// # Errors
+/// [`SubstrateError::NotFound`], [`SubstrateError::Shape`], [`SubstrateError::WrongImage`], a
+/// damaged or missing page, [`SubstrateError::NoRoom`], and what the machine says. Nothing is
+/// left then.
+pub async fn activate(
+    pool: &Pool,
+    shells: Option<&Shells>,
+    request: ActivateRequest,
+) -> Result<Activated, SubstrateError> {
+    let (pool, shells) = (pool.clone(), shells.cloned());
+    // On a task of its own, so that a caller who goes away does not leave half a machine.
+    tokio::spawn(async move { activate_here(&pool, shells.as_ref(), request).await })
+        .await
+        .map_err(|_| SubstrateError::Worker("activating"))?
+}
+
+async fn activate_here(
+    pool: &Pool,
+    shells: Option<&Shells>,
+    request: ActivateRequest,
+) -> Result<Activated, SubstrateError> {
+    let mut phases = Phases::start();
+    let id = request.substrate;
+    let waiting = shells.and_then(|s| s.take(id));
+    let vm = waiting.as_ref().map_or(request.place.vm, |(shell, _)| shell.place.vm);
+    pool.note_clone(id, vm);
+    let done = async {
+        let warm = waiting.is_some();
+        let (shell, ready) = match waiting {
+            Some(waiting) => waiting,
+            None => {
+                let ready = prepare(pool, id, &request.image).await?;
+                phases.end("prepare");
+                let (place, name) = (request.place.clone(), request.name.clone());
+                let shell =
+                    Shell::start(&ready, &request.image, place, name, request.accel).await?;
+                phases.end("spawn");
+                (shell, ready)
+            }
+        };
+        match bring_up(&shell.machine, &ready, &request, &mut phases).await {
+            Ok((identity, running_ms, first_answer_ms)) => {
+                let (phases, _) = phases.finish();
+                let report = ActivateReport {
+                    running_ms,
+                    first_answer_ms: Some(first_answer_ms),
+                    warm,
+                    phases,
+                };
+                let Shell { machine, place } = shell;
+                Ok(Activated { machine, place, identity, report })
+            }
+            Err(e) => {
+                shell.end().await;
+                Err(e)
+            }
+        }
+    };
+    let result = done.await;
+    if result.is_err() {
+        pool.forget_clone(vm);
+    }
+    if let Some(shells) = shells {
+        shells.refill(id);
+    }
+    result
+}
+
+/// Loads the state, plugs the NIC, lets the vCPUs run, renews the identity. Gives the identity
+/// and the times to running vCPUs and to the first answer in milliseconds.
+async fn bring_up(
+    machine: &Machine,
+    ready: &Ready,
+    request: &ActivateRequest,
+    phases: &mut Phases,
+) -> Result<(Option<Identity>, f64, f64), SubstrateError> {
+    let substrate = &ready.docked.substrate;
+    let identity = match (&request.identity, substrate.kind) {
+        (Some(i), _) => Some(i.clone()),
+        (None, SubstrateKind::Private) => None,
+        (None, _) => Some(Identity::fresh(request.name.clone())?),
+    };
+    ready.docked.state()?;
+    machine
+        .load_state(&ready.docked.dir.join(STATE))
+        .await
+        .map_err(SubstrateError::machine("loading the device state"))?;
+    phases.end("load");
+    if let Some(backend) = &request.nic {
+        let (port, mac) = nic_of(identity.as_ref(), &substrate.macs);
+        machine
+            .plug_nic(Nic { port, mac, backend: backend.clone() })
+            .await
+            .map_err(SubstrateError::machine("plugging the NIC"))?;
+        phases.end("nic");
+    }
+    machine.run().await.map_err(SubstrateError::machine("starting the vCPUs"))?;
+    phases.end("run");
+    let running_ms = phases.elapsed().as_secs_f64() * 1e3;
+    machine
+        .agent()
+        .ping(ANSWER_WITHIN)
+        .await
+        .map_err(|e| SubstrateError::machine("waiting for the guest")(e.into()))?;
+    let first_answer_ms = phases.elapsed().as_secs_f64() * 1e3;
+    let env = environment(identity.as_ref())?;
+    run_script(machine.agent(), AFTER_ACTIVATE, &env, RENEW_WITHIN).await?;
+    Ok((identity, running_ms, first_answer_ms))
+}
+
+/// Port and address of the NIC: the new identity's, or those that the machine had.
+fn nic_of(identity: Option<&Identity>, had: &[(u8, MacAddress)]) -> (u8, MacAddress) {
+    let (port, old) = had.first().copied().unwrap_or((0, MacAddress([0x52, 0x54, 0, 0, 0, 1])));
+    (port, identity.map_or(old, |i| i.mac))
+}
+
+pub(crate) async fn prepare(
+    pool: &Pool,
+    id: SubstrateId,
+    image: &Image,
+) -> Result<Ready, SubstrateError> {
+    let (pool, image) = (pool.clone(), image.clone());
+    tokio::task::spawn_blocking(move || pool.prepare(id, &image))
+        .await
+        .map_err(|_| SubstrateError::Worker("preparing a substrate"))?
+}
+
+/// Copies a small file to a place where none may be yet.
+fn copy_new(from: &Path, to: &Path) -> Result<(), SubstrateError> {
+    if let Some(dir) = to.parent() {
+        std::fs::create_dir_all(dir).map_err(SubstrateError::io("making", dir))?;
+    }
+    let mut source = std::fs::File::open(from).map_err(SubstrateError::io("opening", from))?;
+    let mut new = std::fs::File::create_new(to).map_err(SubstrateError::io("making", to))?;
+    std::io::copy(&mut source, &mut new).map(drop).map_err(|e| {
+        let _ = std::fs::remove_file(to);
+        SubstrateError::io("writing", to)(e)
+    })
+}
+
+/// Removes what a machine that never ran left.
+fn clean(place: &Place) {
+    let _ = std::fs::remove_file(&place.top);
+    let _ = std::fs::remove_dir_all(&place.run_dir);
+}

@@ -1,0 +1,36 @@
+//! What the guest is asked to do.
+
+use std::time::Duration;
+
+use godwit_qemu::{Agent, QemuError};
+
+use crate::error::SubstrateError;
+
+/// Brings the guest to rest.
+pub(crate) const BEFORE_DOCK: &str = "/usr/lib/godwit/before-dock";
+/// Renews its identity and lets it go on.
+pub(crate) const AFTER_ACTIVATE: &str = "/usr/lib/godwit/after-activate";
+
+pub(crate) async fn run_script(
+    agent: &Agent,
+    script: &'static str,
+    env: &[String],
+    within: Duration,
+) -> Result<(), SubstrateError> {
+    let out = agent
+        .exec(script, &[], env, &[], within)
+        .await
+        .map_err(|e| SubstrateError::machine("talking to the guest")(QemuError::Agent(e)))?;
+    if out.ok() {
+        return Ok(());
+    }
+    let how = match (out.exit, out.signal) {
+        (Some(n), _) => format!("exit status {n}"),
+        (None, Some(n)) => format!("signal {n}"),
+        (None, None) => "unknown end".to_owned(),
+    };
+    let said = String::from_utf8_lossy(&out.stderr);
+    let said: Vec<char> = said.trim().chars().filter(|c| !c.is_control()).collect();
+    let said = said[said.len().saturating_sub(400)..].iter().collect();
+    Err(SubstrateError::Script { script, how, said })
+}

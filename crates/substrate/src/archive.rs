@@ -1,0 +1,325 @@
+//! One substrate on its way from one pool to another: as a file, or unit by unit over a link.
+//!
+//! File form (little-endian):
+//!
+//! ```text
+//! "GWSA" u16 version(1) | u32 length, substrate.json | state | pages | disk   (lengths as in it)
+//! | u64 units | units x { 32 bytes hash, u8 encoding, u16 unit length, u16 body length, body }
+//! | 32 bytes BLAKE3 of all before
+//! ```
+
+use std::collections::HashSet;
+use std::io::{Read, Write};
+use std::path::Path;
+
+use godwit_store::{Effort, Encoder, Encoding, PageMap, UNIT, Writer, decode, zero_hash};
+use godwit_types::{Hash, Name, SubstrateId};
+
+use crate::error::SubstrateError;
+use crate::manifest::{MAX_JSON, Part, Substrate, disk_map, memory_map};
+use crate::pool::{Parts, Pool};
+
+const MAGIC: &[u8; 4] = b"GWSA";
+const VERSION: u16 = 1;
+
+/// The parts of a substrate that are no units, as a peer sends them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bundle {
+    /// `substrate.json`.
+    pub json: Vec<u8>,
+    /// Device state.
+    pub state: Vec<u8>,
+    /// Page map of the memory.
+    pub pages: Vec<u8>,
+    /// Page map of the disk.
+    pub disk: Option<Vec<u8>>,
+}
+
+/// A substrate that is coming in. Dropped without [`Import::finish`], it leaves nothing behind.
+#[derive(Debug)]
+pub struct Import {
+    pool: Pool,
+    substrate: Substrate,
+    parts: Parts,
+    lacking: HashSet<Hash>,
+    writer: Writer,
+}
+
+impl Import {
+    /// Checks `bundle` in full. With `owner`, the substrate changes hands.
+    ///
+    /// # Errors
+    /// [`SubstrateError::Damaged`], [`SubstrateError::Pages`], [`SubstrateError::Exists`].
+    pub fn begin(pool: &Pool, bundle: Bundle, owner: Option<Name>) -> Result<Self, SubstrateError> {
+        let mut substrate = Substrate::parse(&bundle.json, "the substrate's manifest")?;
+        let Bundle { state, pages, disk, .. } = bundle;
+        let same = |part: Part, content: &[u8]| Part::of(content) == part;
+        let whole = same(substrate.state, &state)
+            && same(substrate.pages, &pages)
+            && match (&substrate.disk, &disk) {
+                (Some(part), Some(content)) => same(*part, content),
+                (None, None) => true,
+                _ => false,
+            };
+        if !whole {
+            return Err(SubstrateError::damaged(
+                "the substrate's bundle",
+                "a part does not have the hash in the manifest",
+            ));
+        }
+        let mut hashes = HashSet::new();
+        let memory = memory_map(&pages, substrate.shape.memory, "the memory")?;
+        let blocks = disk.as_deref().map(|d| disk_map(d, "the disk")).transpose()?;
+        for map in [Some(&memory), blocks.as_ref()].into_iter().flatten() {
+            hashes.extend(map.entries().iter().map(|(_, h)| *h));
+        }
+        hashes.remove(&zero_hash());
+        pool.is_free(substrate.id, &substrate.name)?;
+        if let Some(owner) = owner {
+            substrate.owner = owner;
+        }
+        let hashes: Vec<Hash> = hashes.into_iter().collect();
+        let mut writer = pool
+            .store()
+            .writer(substrate.id.into(), Effort::Small)
+            .map_err(SubstrateError::store("opening the store"))?;
+        let lacking = writer.hold(&hashes).map_err(SubstrateError::store("looking for units"))?;
+        Ok(Self {
+            pool: pool.clone(),
+            substrate,
+            parts: Parts { state, pages, disk },
+            lacking: lacking.into_iter().collect(),
+            writer,
+        })
+    }
+
+    /// The substrate.
+    #[must_use]
+    pub const fn substrate(&self) -> &Substrate {
+        &self.substrate
+    }
+
+    /// The units that this site still lacks.
+    #[must_use]
+    pub fn lacking(&self) -> Vec<Hash> {
+        self.lacking.iter().copied().collect()
+    }
+
+    /// Takes one unit in, after checking it. One that is not lacking is ignored.
+    ///
+    /// # Errors
+    /// A unit that is not what its hash says; [`SubstrateError::NoRoom`].
+    pub fn put(
+        &mut self,
+        hash: Hash,
+        encoding: Encoding,
+        raw_len: usize,
+        body: &[u8],
+    ) -> Result<(), SubstrateError> {
+        if !self.lacking.contains(&hash) {
+            return Ok(());
+        }
+        if raw_len != UNIT {
+            return Err(SubstrateError::damaged(format!("unit {hash}"), "it is not a whole page"));
+        }
+        self.pool.room_for(self.writer.stored().new_bytes + body.len() as u64)?;
+        self.writer
+            .put_encoded(hash, encoding, raw_len, body)
+            .map_err(SubstrateError::store("taking a unit in"))?;
+        self.lacking.remove(&hash);
+        Ok(())
+    }
+
+    /// Puts the substrate into the pool.
+    ///
+    /// # Errors
+    /// [`SubstrateError::Damaged`] while units are lacking; as [`Import::put`].
+    pub fn finish(self) -> Result<Substrate, SubstrateError> {
+        if let Some(hash) = self.lacking.iter().next() {
+            return Err(SubstrateError::damaged(
+                format!("the bundle of {}", self.substrate.name),
+                format!("{} units are missing, {hash} among them", self.lacking.len()),
+            ));
+        }
+        self.pool.publish(self.substrate, &self.parts, self.writer)
+    }
+}
+
+impl Pool {
+    /// The parts of a substrate that are no units, each checked.
+    ///
+    /// # Errors
+    /// [`SubstrateError::NotFound`], [`SubstrateError::Damaged`].
+    pub fn bundle(&self, id: SubstrateId) -> Result<Bundle, SubstrateError> {
+        let docked = self.docked(id)?;
+        Ok(Bundle {
+            json: docked.substrate.to_json(),
+            state: docked.state()?,
+            pages: docked.pages()?.encode(),
+            disk: docked.disk()?.map(|d| d.encode()),
+        })
+    }
+
+    /// The distinct units of a substrate: those of its memory, then those of its disk.
+    ///
+    /// # Errors
+    /// As [`Pool::bundle`].
+    pub fn units(&self, id: SubstrateId) -> Result<Vec<Hash>, SubstrateError> {
+        let docked = self.docked(id)?;
+        let maps = [Some(docked.pages()?), docked.disk()?];
+        let mut seen = HashSet::from([zero_hash()]);
+        let all = maps.iter().flatten().flat_map(PageMap::entries);
+        Ok(all.map(|(_, h)| *h).filter(|h| seen.insert(*h)).collect())
+    }
+
+    /// Writes a substrate as one file; the bytes written.
+    ///
+    /// # Errors
+    /// As [`Pool::bundle`]; a damaged unit; what `out` says.
+    pub fn export(&self, id: SubstrateId, out: impl Write) -> Result<u64, SubstrateError> {
+        let bundle = self.bundle(id)?;
+        let units = self.units(id)?;
+        let mut out = Hashing { inner: out, hasher: blake3::Hasher::new(), bytes: 0 };
+        let mut put = |bytes: &[u8]| {
+            out.write_all(bytes).map_err(SubstrateError::io("writing", Path::new("the archive")))
+        };
+        put(MAGIC)?;
+        put(&VERSION.to_le_bytes())?;
+        put(&(bundle.json.len() as u32).to_le_bytes())?;
+        for part in
+            [Some(&bundle.json), Some(&bundle.state), Some(&bundle.pages), bundle.disk.as_ref()]
+        {
+            put(part.map_or(&[], Vec::as_slice))?;
+        }
+        put(&(units.len() as u64).to_le_bytes())?;
+        let mut encoder = Encoder::new(Effort::Small);
+        let (mut raw, mut smaller) = ([0; UNIT], Vec::new());
+        for hash in units {
+            let unit = self.store().get_encoded(&hash)?;
+            let (mut encoding, mut body) = (unit.encoding, &unit.body[..]);
+            if encoding == Encoding::Lz4 && unit.raw_len <= UNIT {
+                let raw = &mut raw[..unit.raw_len];
+                decode(encoding, body, raw)
+                    .map_err(|e| SubstrateError::damaged(format!("unit {hash}"), e.to_string()))?;
+                smaller.clear();
+                let other = encoder.encode(raw, &mut smaller);
+                if smaller.len() < body.len() {
+                    (encoding, body) = (other, &smaller);
+                }
+            }
+            put(&hash.0)?;
+            put(&[encoding as u8])?;
+            put(&(unit.raw_len as u16).to_le_bytes())?;
+            put(&(body.len() as u16).to_le_bytes())?;
+            put(body)?;
+        }
+        let sum = *out.hasher.finalize().as_bytes();
+        out.write_all(&sum)
+            .and_then(|()| out.inner.flush())
+            .map_err(SubstrateError::io("writing", Path::new("the archive")))?;
+        Ok(out.bytes)
+    }
+
+    /// Reads a substrate from a file that [`Pool::export`] wrote. Memory use is bounded by the
+    /// substrate's small parts; nothing is left when the file turns out to be bad.
+    ///
+    /// # Errors
+    /// [`SubstrateError::Damaged`] for a foreign, truncated or changed file; as [`Import`].
+    pub fn import(
+        &self,
+        from: impl Read,
+        owner: Option<Name>,
+    ) -> Result<Substrate, SubstrateError> {
+        let mut from = Hashing { inner: from, hasher: blake3::Hasher::new(), bytes: 0 };
+        let bad = |why: &str| SubstrateError::damaged("the archive", why);
+        if take::<4>(&mut from)? != *MAGIC {
+            return Err(bad("it is not an archive of a substrate"));
+        }
+        let version = u16::from_le_bytes(take(&mut from)?);
+        if version != VERSION {
+            return Err(bad(&format!("version {version} is not known here ({VERSION} is)")));
+        }
+        let json_bytes = u64::from(u32::from_le_bytes(take(&mut from)?));
+        if json_bytes > MAX_JSON {
+            return Err(bad("its manifest is longer than allowed"));
+        }
+        let json = take_many(&mut from, json_bytes)?;
+        let substrate = Substrate::parse(&json, "the archive's manifest")?;
+        let state = take_many(&mut from, substrate.state.bytes)?;
+        let pages = take_many(&mut from, substrate.pages.bytes)?;
+        let disk = substrate.disk.map(|d| take_many(&mut from, d.bytes)).transpose()?;
+        let mut import = Import::begin(self, Bundle { json, state, pages, disk }, owner)?;
+        let units = u64::from_le_bytes(take(&mut from)?);
+        let mut body = [0; UNIT];
+        for _ in 0..units {
+            let hash = Hash(take(&mut from)?);
+            let [encoding] = take(&mut from)?;
+            let encoding =
+                Encoding::from_u8(encoding).ok_or_else(|| bad("an encoding is not known"))?;
+            let raw_len = usize::from(u16::from_le_bytes(take(&mut from)?));
+            let len = usize::from(u16::from_le_bytes(take(&mut from)?));
+            let body = body.get_mut(..len).ok_or_else(|| bad("a unit is longer than allowed"))?;
+            read(&mut from, body)?;
+            import.put(hash, encoding, raw_len, body)?;
+        }
+        let sum = *from.hasher.finalize().as_bytes();
+        if take::<32>(&mut from)? != sum {
+            return Err(bad("its checksum does not match"));
+        }
+        import.finish()
+    }
+}
+
+/// Hashes what passes through.
+struct Hashing<T> {
+    inner: T,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl<T: Write> Write for Hashing<T> {
+    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+        let n = self.inner.write(buf)?;
+        self.hasher.update(&buf[..n]);
+        self.bytes += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+fn read<T: Read>(from: &mut Hashing<T>, out: &mut [u8]) -> Result<(), SubstrateError> {
+    from.inner.read_exact(out).map_err(|e| {
+        if e.kind() == std::io::ErrorKind::UnexpectedEof {
+            SubstrateError::damaged("the archive", "it ends too early")
+        } else {
+            SubstrateError::io("reading", Path::new("the archive"))(e)
+        }
+    })?;
+    from.hasher.update(out);
+    from.bytes += out.len() as u64;
+    Ok(())
+}
+
+fn take<const N: usize>(from: &mut Hashing<impl Read>) -> Result<[u8; N], SubstrateError> {
+    let mut out = [0; N];
+    read(from, &mut out)?;
+    Ok(out)
+}
+
+/// Reads `len` bytes, growing with what is really there.
+fn take_many(from: &mut Hashing<impl Read>, len: u64) -> Result<Vec<u8>, SubstrateError> {
+    let mut out = Vec::new();
+    let mut left = usize::try_from(len)
+        .map_err(|_| SubstrateError::damaged("the archive", "a part is longer than allowed"))?;
+    while left > 0 {
+        let n = left.min(1 << 20);
+        let at = out.len();
+        out.resize(at + n, 0);
+        read(from, &mut out[at..])?;
+        left -= n;
+    }
+    Ok(out)
+}

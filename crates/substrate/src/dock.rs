@@ -1,0 +1,401 @@
+//! Docking by conversion: a running machine becomes a substrate.
+//!
+//! ```text
+//! quiesce --> STOP, device state --> memory --> disk --> commit --> release
+//!    |              |                   |        |         |           (QEMU ends, its memory
+//!    +--------------+-------------------+--------+---------+            file is sealed)
+//!                         any failure
+//!                              v
+//!            cont, NICs plugged again, user programs thawed: it runs on
+//! ```
+//!
+//! The commit is the rename of the substrate's directory. Before it the machine can go on and
+//! nothing of the substrate is left; after it the machine is ended.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use godwit_disk::FrozenChain;
+use godwit_image::Image;
+use godwit_qemu::{DiskChain, Launch, Layer, Life, Machine, Manifest, MemorySource, Nic};
+use godwit_store::{Effort, PageMap, UNIT, Writer, zero_hash};
+use godwit_types::{
+    BLOCK_SIZE, DockReport, Hash, Mib, Name, PAGE_SIZE, Phases, SubstrateId, SubstrateKind,
+};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use crate::agent::{AFTER_ACTIVATE, BEFORE_DOCK, run_script};
+use crate::error::SubstrateError;
+use crate::manifest::{FORMAT, MAX_STATE, Part, Shape, Sizes, Substrate, read_bounded};
+use crate::memory::{SealedMemory, room};
+use crate::pool::{Parts, Pool, held_bytes};
+use crate::stream::store_stream;
+
+/// How long the agent may take to answer at all before the machine counts as not dockable.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// How long the guest may take to come to rest, and to wake again.
+const SCRIPT_WITHIN: Duration = Duration::from_secs(120);
+/// Bytes of disk that the small files of a substrate may take.
+const SMALL_FILES: u64 = 16 << 20;
+/// Blocks put into the store in one go.
+const BATCH: usize = 1024;
+
+/// What a machine is to become.
+#[derive(Debug, Clone)]
+pub struct DockRequest {
+    /// Id of the substrate.
+    pub id: SubstrateId,
+    /// Its name.
+    pub name: Name,
+    /// Who may use it.
+    pub kind: SubstrateKind,
+    /// Whose it is.
+    pub owner: Name,
+    /// The image that the machine stands on.
+    pub image: Image,
+}
+
+/// Converts `machine` into a substrate in `pool`. When this succeeds the machine has ended, its
+/// memory file has become the substrate's sealed one, and its cow image may be removed. When it
+/// fails the machine runs on and nothing is left in the pool. The work goes on to its end even
+/// when the future is dropped.
+///
+/// # Errors
+/// [`SubstrateError::AgentSilent`], [`SubstrateError::NoRoom`], [`SubstrateError::Exists`], and
+/// what the machine, the disk and the store say.
+pub async fn dock_convert(
+    machine: &Machine,
+    pool: &Pool,
+    request: DockRequest,
+) -> Result<(Substrate, DockReport), SubstrateError> {
+    let (machine, pool) = (machine.clone(), pool.clone());
+    tokio::spawn(async move { convert(&machine, &pool, request).await })
+        .await
+        .map_err(|_| SubstrateError::Worker("docking"))?
+}
+
+async fn convert(
+    machine: &Machine,
+    pool: &Pool,
+    request: DockRequest,
+) -> Result<(Substrate, DockReport), SubstrateError> {
+    let mut phases = Phases::start();
+    let launch = machine.launch();
+    let plan = Plan::of(machine, &launch, pool, &request)?;
+    if let Err(e) = machine.agent().ping(ANSWER_WITHIN).await {
+        pool.undo(request.id);
+        return Err(SubstrateError::AgentSilent(Box::new(e)));
+    }
+    let nics = launch.nics.clone();
+    let done = async {
+        quiesce(machine, &nics).await?;
+        phases.end("quiesce");
+        let stopped = phases.elapsed();
+        machine.save_state(&plan.stream).await.map_err(SubstrateError::machine("stopping"))?;
+        phases.end("device state");
+        let (plan, pool) = (plan.clone(), pool.clone());
+        let docked = tokio::task::spawn_blocking(move || plan.store(&pool, phases))
+            .await
+            .map_err(|_| SubstrateError::Worker("docking"))??;
+        Ok::<_, SubstrateError>((docked, stopped))
+    };
+    let result = done.await;
+    if plan.stream_apart {
+        let _ = std::fs::remove_file(&plan.stream);
+    }
+    let ((substrate, pages, mut phases), stopped) = match result {
+        Ok(done) => done,
+        Err(e) => {
+            pool.undo(plan.substrate.id);
+            wake(machine, &nics).await;
+            return Err(e);
+        }
+    };
+    // Killed, not asked to quit: after its STOP it must not touch its memory any more.
+    machine.kill().await;
+    if let MemorySource::Shared { path } = &launch.memory {
+        let sealed = pool.memory_path(substrate.id);
+        if let Err(error) = SealedMemory::hand_over(path, &pages, &sealed) {
+            tracing::info!(%error, "memory file not taken over; it is laid out at the first activation");
+        }
+    }
+    phases.end("release");
+    let pause_ms = phases.elapsed().saturating_sub(stopped).as_secs_f64() * 1e3;
+    let (phases, total_ms) = phases.finish();
+    let report = DockReport {
+        total_ms,
+        pause_ms,
+        device_state_bytes: substrate.state.bytes,
+        raw_bytes: substrate.sizes.raw_bytes,
+        stored_bytes: substrate.sizes.stored_bytes,
+        phases,
+    };
+    Ok((substrate, report))
+}
+
+/// All that can be said before the machine is touched.
+#[derive(Debug, Clone)]
+struct Plan {
+    /// As it will be, less the hashes and sizes of its parts.
+    substrate: Substrate,
+    memory: MemorySource,
+    disk: Option<(PathBuf, Vec<PathBuf>)>,
+    /// Where QEMU saves the machine.
+    stream: PathBuf,
+    /// Whether that is a file of its own, with the memory in it, and not yet the device state.
+    stream_apart: bool,
+}
+
+impl Plan {
+    fn of(
+        machine: &Machine,
+        launch: &Launch,
+        pool: &Pool,
+        request: &DockRequest,
+    ) -> Result<Self, SubstrateError> {
+        let spec = &launch.spec;
+        let unknown = Part { hash: zero_hash(), bytes: 0 };
+        let substrate = Substrate {
+            format: FORMAT,
+            id: request.id,
+            name: request.name.clone(),
+            kind: request.kind,
+            owner: request.owner.clone(),
+            image: request.image.name.clone(),
+            image_hash: request.image.hash,
+            shape: Shape {
+                arch: spec.arch,
+                memory: spec.memory,
+                vcpus: spec.vcpus,
+                display: spec.display,
+                disk: spec.disk,
+                nic_ports: spec.nic_ports,
+            },
+            cmdline: spec.cmdline.clone(),
+            machine: machine.manifest(),
+            macs: launch.nics.iter().map(|n| (n.port, n.mac)).collect(),
+            agent: true,
+            state: unknown,
+            pages: unknown,
+            disk: spec.disk.then_some(unknown),
+            docked_unix_ms: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |d| d.as_millis() as u64),
+            sizes: Sizes { raw_bytes: spec.memory.bytes(), ..Sizes::default() },
+        };
+        // The machine must be the one that this description and this image give again.
+        let again = Manifest::of(&substrate.spec(&request.image)?, machine.version());
+        substrate.fits(&again)?;
+        pool.is_free(request.id, &request.name)?;
+        pool.room_for(0)?;
+        room(&pool.inner.dirs.substrates, SMALL_FILES)?;
+        let disk = launch.disk.as_ref().map(|d| layers(d, &request.image)).transpose()?;
+        let stream_apart = matches!(launch.memory, MemorySource::PrivateOf { .. });
+        let stream = if stream_apart {
+            room(&pool.inner.dirs.memory, spec.memory.bytes())?;
+            pool.inner.dirs.memory.join(format!(".new-{}.stream", request.id))
+        } else {
+            let dir = pool.new_dir(request.id);
+            std::fs::create_dir_all(&dir).map_err(SubstrateError::io("making", &dir))?;
+            dir.join(crate::manifest::STATE)
+        };
+        Ok(Self { substrate, memory: launch.memory.clone(), disk, stream, stream_apart })
+    }
+
+    /// Hashes and stores everything and commits.
+    fn store(
+        mut self,
+        pool: &Pool,
+        mut phases: Phases,
+    ) -> Result<(Substrate, PageMap, Phases), SubstrateError> {
+        let mut writer = pool
+            .store()
+            .writer(self.substrate.id.into(), Effort::Fast)
+            .map_err(SubstrateError::store("opening the store"))?;
+        let memory = self.substrate.shape.memory;
+        let (pages, state) = match &self.memory {
+            MemorySource::Shared { path } => {
+                let pages = store_file(&mut writer, path, memory)?;
+                (pages, read_bounded(&self.stream, MAX_STATE)?)
+            }
+            MemorySource::PrivateOf { .. } => store_stream(&mut writer, &self.stream, memory)?,
+        };
+        pool.room_for(writer.stored().new_bytes)?;
+        phases.end("memory");
+        let disk = match &self.disk {
+            Some((base, layers)) => Some(store_disk(&mut writer, base, layers)?),
+            None => None,
+        };
+        self.substrate.sizes.memory_bytes = held_bytes(&pages);
+        self.substrate.sizes.disk_bytes = disk.as_ref().map_or(0, held_bytes);
+        phases.end("disk");
+        let parts =
+            Parts { state, pages: pages.encode(), disk: disk.as_ref().map(PageMap::encode) };
+        let substrate = pool.publish(self.substrate, &parts, writer)?;
+        phases.end("commit");
+        Ok((substrate, pages, phases))
+    }
+}
+
+/// The base and the layers on it, the top image last. Refuses a machine whose disk is still
+/// coming from elsewhere, or that stands on another base.
+fn layers(chain: &DiskChain, image: &Image) -> Result<(PathBuf, Vec<PathBuf>), SubstrateError> {
+    let refuse = |why: &str| SubstrateError::damaged("the machine's disk chain", why);
+    let mut paths = Vec::new();
+    let mut base = None;
+    for l in &chain.layers {
+        match &l.layer {
+            Layer::Raw { path } if base.is_none() => base = Some(path.clone()),
+            Layer::Qcow2 { path } if base.is_some() => paths.push(path.clone()),
+            Layer::Nbd { .. } => return Err(refuse("it still reads from another site")),
+            _ => return Err(refuse("it is not one base and layers on it")),
+        }
+    }
+    paths.push(chain.top.clone());
+    let base = base.ok_or_else(|| refuse("it has no base"))?;
+    let id = |p: &Path| std::fs::metadata(p).map(|m| (m.dev(), m.ino())).ok();
+    match image.disk_path() {
+        Some(p) if id(&p).is_some() && id(&p) == id(&base) => Ok((base, paths)),
+        _ => Err(refuse("its base is not the image's")),
+    }
+}
+
+async fn quiesce(machine: &Machine, nics: &[Nic]) -> Result<(), SubstrateError> {
+    let unplug = async {
+        for nic in nics {
+            machine
+                .unplug_nic(nic.port)
+                .await
+                .map_err(SubstrateError::machine("unplugging the NIC"))?;
+        }
+        Ok(())
+    };
+    let rest = run_script(machine.agent(), BEFORE_DOCK, &[], SCRIPT_WITHIN);
+    let (unplugged, rested) = tokio::join!(unplug, rest);
+    unplugged.and(rested)
+}
+
+/// Lets a machine that was not docked run on. It does what it can; what it cannot is logged.
+async fn wake(machine: &Machine, nics: &[Nic]) {
+    let woken = async {
+        // A save that failed half-way may still be ending.
+        if machine.life().await.map_err(SubstrateError::machine("asking"))? != Life::Running {
+            machine.run().await.map_err(SubstrateError::machine("running on"))?;
+        }
+        let left = machine.launch().nics;
+        for nic in nics.iter().filter(|n| !left.contains(n)) {
+            machine
+                .plug_nic(nic.clone())
+                .await
+                .map_err(SubstrateError::machine("plugging the NIC again"))?;
+        }
+        run_script(machine.agent(), AFTER_ACTIVATE, &[], SCRIPT_WITHIN).await
+    };
+    if let Err(error) = woken.await {
+        tracing::error!(%error, "the machine was not docked, and does not run as before");
+    }
+}
+
+/// Puts the memory file of a stopped machine into the store, holes left out.
+fn store_file(writer: &mut Writer, path: &Path, memory: Mib) -> Result<PageMap, SubstrateError> {
+    let file = File::open(path).map_err(SubstrateError::io("opening the memory file", path))?;
+    let len = file.metadata().map_err(SubstrateError::io("reading", path))?.len();
+    if len != memory.bytes() {
+        return Err(SubstrateError::damaged(
+            path.display().to_string(),
+            format!("it has {len} bytes, the machine {}", memory.bytes()),
+        ));
+    }
+    // SAFETY: the machine that has the file open is stopped, nobody else may write to it or cut
+    // it (it is in a directory of ours, mode 0600), and its size was just checked.
+    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(SubstrateError::io("mapping", path))?;
+    let mut pages = PageMap::new(len / PAGE_SIZE as u64);
+    let mut at = 0;
+    while let Some((from, to)) =
+        next_data(&file, at, len).map_err(SubstrateError::io("seeking in", path))?
+    {
+        let hashes = writer
+            .put_units(&map[from as usize..to as usize])
+            .map_err(SubstrateError::store("storing the memory"))?;
+        push(&mut pages, from / PAGE_SIZE as u64, &hashes, Zero::Left)?;
+        at = to;
+    }
+    Ok(pages)
+}
+
+/// The next stretch of data at or behind `at`, widened to whole pages.
+fn next_data(file: &File, at: u64, len: u64) -> std::io::Result<Option<(u64, u64)>> {
+    const PAGE: u64 = PAGE_SIZE as u64;
+    if at >= len {
+        return Ok(None);
+    }
+    let from = match rustix::fs::seek(file.as_fd(), SeekFrom::Data(at)) {
+        Ok(n) => n / PAGE * PAGE,
+        Err(Errno::NXIO) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    let to = rustix::fs::seek(file.as_fd(), SeekFrom::Hole(from))?;
+    Ok(Some((from, to.next_multiple_of(PAGE).min(len))))
+}
+
+/// Puts every block above the base into the store.
+fn store_disk(
+    writer: &mut Writer,
+    base: &Path,
+    layers: &[PathBuf],
+) -> Result<PageMap, SubstrateError> {
+    let disk = SubstrateError::disk;
+    let chain = FrozenChain::open(base, layers).map_err(disk("opening the machine's disk"))?;
+    let allocated = chain.allocation().map_err(disk("reading the machine's disk"))?;
+    let mut map = PageMap::new(chain.blocks());
+    let (mut numbers, mut bytes) = (Vec::new(), Vec::new());
+    let mut flush = |numbers: &mut Vec<u64>, bytes: &mut Vec<u8>| {
+        let hashes = writer.put_units(bytes).map_err(SubstrateError::store("storing the disk"))?;
+        for (n, h) in numbers.drain(..).zip(hashes) {
+            push(&mut map, n, &[h], Zero::Kept)?;
+        }
+        bytes.clear();
+        Ok::<(), SubstrateError>(())
+    };
+    for block in chain.export(&allocated) {
+        let (number, data) = block.map_err(disk("reading the machine's disk"))?;
+        numbers.push(number);
+        bytes.extend_from_slice(&data[..BLOCK_SIZE]);
+        if numbers.len() == BATCH {
+            flush(&mut numbers, &mut bytes)?;
+        }
+    }
+    flush(&mut numbers, &mut bytes)?;
+    Ok(map)
+}
+
+/// Whether zero units get an entry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Zero {
+    /// No: a page without an entry is zero.
+    Left,
+    /// Yes: a block without an entry shows the base.
+    Kept,
+}
+
+pub(crate) fn push(
+    map: &mut PageMap,
+    first: u64,
+    hashes: &[Hash],
+    zero: Zero,
+) -> Result<(), SubstrateError> {
+    const { assert!(UNIT == PAGE_SIZE && UNIT == BLOCK_SIZE) };
+    for (n, h) in (first..).zip(hashes) {
+        if zero == Zero::Kept || *h != zero_hash() {
+            map.push(n, *h).map_err(|source| SubstrateError::Pages {
+                what: "the machine".to_owned(),
+                source,
+            })?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,183 @@
+//! What can go wrong between a machine and its substrate.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use godwit_disk::DiskError;
+use godwit_qemu::{AgentError, ManifestMismatch, QemuError};
+use godwit_store::{PageMapError, StoreError};
+use godwit_types::{Code, CodedError, Hash, Name, SubstrateId};
+
+/// A failure to dock, keep or activate.
+#[derive(Debug, thiserror::Error)]
+pub enum SubstrateError {
+    /// The pool has no such substrate.
+    #[error("the pool has no substrate {0}")]
+    NotFound(String),
+    /// A substrate of this name or id is in the pool already.
+    #[error("the pool has a substrate {0} already")]
+    Exists(String),
+    /// Clones need the substrate.
+    #[error("substrate {id} is in use by {clones} machine(s); delete or dock them first")]
+    InUse {
+        /// The substrate.
+        id: SubstrateId,
+        /// Machines that run from it.
+        clones: usize,
+    },
+    /// The image that the substrate stands on is another one.
+    #[error("substrate {name} stands on image {wanted}, but {found} was given")]
+    WrongImage {
+        /// The substrate.
+        name: Name,
+        /// The image it was made with.
+        wanted: Hash,
+        /// The image at hand.
+        found: Hash,
+    },
+    /// The machine here would have another shape than the one that was docked.
+    #[error("substrate {name} does not fit here")]
+    Shape {
+        /// The substrate.
+        name: Name,
+        /// The first difference.
+        #[source]
+        source: Box<ManifestMismatch>,
+    },
+    /// A file of a substrate or an archive is not what it should be.
+    #[error("{what} is damaged: {why}")]
+    Damaged {
+        /// The file, or the part of an archive.
+        what: String,
+        /// How it differs.
+        why: String,
+    },
+    /// A page map is not what it should be.
+    #[error("the page map of {what} cannot be used")]
+    Pages {
+        /// Of what.
+        what: String,
+        /// Why.
+        #[source]
+        source: PageMapError,
+    },
+    /// The pool's own limit, or the memory file system's.
+    #[error("no room {place}: {needed_bytes} bytes needed, {free_bytes} free")]
+    NoRoom {
+        /// Where.
+        place: &'static str,
+        /// Bytes needed.
+        needed_bytes: u64,
+        /// Bytes there are.
+        free_bytes: u64,
+    },
+    /// The guest agent does not answer, so that the machine cannot be brought to rest.
+    #[error("the guest agent of the machine does not answer; it runs on undocked")]
+    AgentSilent(#[source] Box<AgentError>),
+    /// A script in the guest failed.
+    #[error("{script} in the guest failed ({how}): {said}")]
+    Script {
+        /// Its path.
+        script: &'static str,
+        /// Its end.
+        how: String,
+        /// The end of what it wrote, at most 400 characters.
+        said: String,
+    },
+    /// The machine.
+    #[error("{doing}")]
+    Machine {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Box<QemuError>,
+    },
+    /// The saved stream of the machine could not be taken apart.
+    #[error("taking the memory out of the saved state")]
+    Stream(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The store.
+    #[error("{doing}")]
+    Store {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Box<StoreError>,
+    },
+    /// The disk.
+    #[error("{doing}")]
+    Disk {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Box<DiskError>,
+    },
+    /// A file.
+    #[error("{doing} {}", path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A worker thread ended by a panic.
+    #[error("a worker ended early while {0}")]
+    Worker(&'static str),
+}
+
+impl SubstrateError {
+    pub(crate) fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |source| Self::Io { doing, path, source }
+    }
+
+    pub(crate) fn store(doing: &'static str) -> impl FnOnce(StoreError) -> Self {
+        move |source| Self::Store { doing, source: Box::new(source) }
+    }
+
+    pub(crate) fn disk(doing: &'static str) -> impl FnOnce(DiskError) -> Self {
+        move |source| Self::Disk { doing, source: Box::new(source) }
+    }
+
+    pub(crate) fn machine(doing: &'static str) -> impl FnOnce(QemuError) -> Self {
+        move |source| Self::Machine { doing, source: Box::new(source) }
+    }
+
+    pub(crate) fn damaged(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::Damaged { what: what.into(), why: why.into() }
+    }
+}
+
+impl From<StoreError> for SubstrateError {
+    fn from(source: StoreError) -> Self {
+        Self::Store { doing: "reading units from the store", source: Box::new(source) }
+    }
+}
+
+impl CodedError for SubstrateError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NotFound(_) => Code::NotFound,
+            Self::Exists(_) => Code::Exists,
+            Self::InUse { .. } | Self::WrongImage { .. } | Self::Shape { .. } => Code::Conflict,
+            Self::Damaged { .. } | Self::Stream(_) => Code::Damaged,
+            Self::Pages { source, .. } => source.code(),
+            Self::NoRoom { .. } => Code::NoRoom,
+            Self::AgentSilent(_) => Code::Unavailable,
+            Self::Script { .. } | Self::Worker(_) => Code::Internal,
+            Self::Machine { source, .. } => source.code(),
+            Self::Store { source, .. } => source.code(),
+            Self::Disk { source, .. } => source.code(),
+            Self::Io { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::NoRoom,
+                io::ErrorKind::NotFound => Code::NotFound,
+                _ => Code::Internal,
+            },
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Sealed memory files: a substrate's memory, laid out once, mapped privately by every clone.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use godwit_store::{PageMap, Store};
+use godwit_types::{Hash, PAGE_SIZE};
+use rustix::fs::FallocateFlags;
+
+use crate::error::SubstrateError;
+
+/// A memory file that nobody writes any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SealedMemory {
+    path: PathBuf,
+}
+
+impl SealedMemory {
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The sealed file at `path` if it is there and has `bytes` bytes.
+    pub(crate) fn find(path: &Path, bytes: u64) -> Option<Self> {
+        let meta = std::fs::metadata(path).ok()?;
+        let sealed = meta.permissions().mode() & 0o222 == 0;
+        (meta.len() == bytes && sealed).then(|| Self { path: path.to_owned() })
+    }
+
+    /// Lays `map` out from `store` on all cores, each page checked. It appears at `path` only
+    /// when it is whole; zero pages are holes.
+    ///
+    /// # Errors
+    /// [`SubstrateError::NoRoom`] before a byte is written, when the file system lacks room;
+    /// [`SubstrateError::Store`] for a page that is damaged or missing. Nothing is left then.
+    pub fn lay_out(store: &Store, map: &PageMap, path: &Path) -> Result<Self, SubstrateError> {
+        let temp = temp_beside(path);
+        let _ = std::fs::remove_file(&temp);
+        let done = Self::fill(store, map, &temp, path);
+        if done.is_err() {
+            let _ = std::fs::remove_file(&temp);
+        }
+        done
+    }
+
+    fn fill(
+        store: &Store,
+        map: &PageMap,
+        temp: &Path,
+        path: &Path,
+    ) -> Result<Self, SubstrateError> {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir).map_err(SubstrateError::io("making", dir))?;
+            room(dir, map.entries().len() as u64 * PAGE_SIZE as u64)?;
+        }
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(temp)
+            .map_err(SubstrateError::io("making the memory file", temp))?;
+        file.set_len(map.units() * PAGE_SIZE as u64).map_err(SubstrateError::io("sizing", temp))?;
+        let hashes: Vec<Hash> = map.entries().iter().map(|(_, h)| *h).collect();
+        store.get_many(&hashes, |i, page| {
+            let (number, hash) = map.entries()[i];
+            if page.len() != PAGE_SIZE {
+                return Err(SubstrateError::damaged(
+                    format!("page {number} ({hash})"),
+                    "it is shorter than a page",
+                ));
+            }
+            file.write_all_at(page, number * PAGE_SIZE as u64)
+                .map_err(SubstrateError::io("writing", temp))
+        })?;
+        Self::seal(&file, temp, path)
+    }
+
+    /// Makes the memory file of a machine that has ended, whose pages are those of `map`, the
+    /// sealed file at `path`. Both must be on the same file system.
+    pub(crate) fn hand_over(
+        ram: &Path,
+        map: &PageMap,
+        path: &Path,
+    ) -> Result<Self, SubstrateError> {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir).map_err(SubstrateError::io("making", dir))?;
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(ram)
+            .map_err(SubstrateError::io("opening", ram))?;
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let mut next = 0;
+        let ends = map.entries().iter().map(|(n, _)| *n).chain([map.units()]);
+        for number in ends {
+            if number > next {
+                let (at, len) = (next * PAGE_SIZE as u64, (number - next) * PAGE_SIZE as u64);
+                rustix::fs::fallocate(&file, punch, at, len)
+                    .map_err(|e| SubstrateError::io("freeing zero pages of", ram)(e.into()))?;
+            }
+            next = number + 1;
+        }
+        Self::seal(&file, ram, path)
+    }
+
+    fn seal(file: &File, from: &Path, path: &Path) -> Result<Self, SubstrateError> {
+        file.set_permissions(Permissions::from_mode(0o400))
+            .map_err(SubstrateError::io("sealing", from))?;
+        std::fs::rename(from, path).map_err(SubstrateError::io("renaming to", path))?;
+        Ok(Self { path: path.to_owned() })
+    }
+}
+
+/// Refuses when the file system of `dir` has less than `bytes` free.
+pub(crate) fn room(dir: &Path, bytes: u64) -> Result<(), SubstrateError> {
+    let vfs = rustix::fs::statvfs(dir)
+        .map_err(|e| SubstrateError::io("asking for room at", dir)(e.into()))?;
+    let free_bytes = vfs.f_bavail.saturating_mul(vfs.f_frsize);
+    if free_bytes < bytes {
+        return Err(SubstrateError::NoRoom {
+            place: "for a memory file",
+            needed_bytes: bytes,
+            free_bytes,
+        });
+    }
+    Ok(())
+}
+
+fn temp_beside(path: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".new-");
+    name.push(path.file_name().unwrap_or_default());
+    path.with_file_name(name)
+}

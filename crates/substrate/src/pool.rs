@@ -1,0 +1,504 @@
+//! The pool: substrates on disk, each a directory of small files, its pages and blocks in the
+//! store.
+//!
+//! ```text
+//! substrates/<id>/substrate.json state pages disk   the substrate, never changed
+//! substrates/<id>/ready/         layer.qcow2 top.qcow2   made again from the store when missing
+//! substrates/.new-<id>/          one that is being docked or imported; swept when the pool opens
+//! <memory>/<id>.mem              its sealed memory file, made again likewise
+//! ```
+//!
+//! A substrate is there once its directory has its name: that rename is the commit point. The
+//! store holds its units on behalf of its id before that.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use godwit_disk::image::{Backing, create_overlay, inspect, materialise};
+use godwit_image::Image;
+use godwit_store::{CheckReport, PageMap, Store, StoreError, Writer, zero_hash};
+use godwit_types::{BLOCK_SIZE, Hash, Name, SubstrateId, VmId};
+
+use crate::error::SubstrateError;
+use crate::manifest::{DISK, Docked, JSON, PAGES, Part, STATE, Substrate};
+use crate::memory::SealedMemory;
+
+/// Units fetched from the store in one go when a disk layer is made.
+const BATCH: usize = 256;
+
+/// Where a pool keeps things.
+#[derive(Debug, Clone)]
+pub struct PoolDirs {
+    /// Substrates.
+    pub substrates: PathBuf,
+    /// Sealed memory files; on tmpfs, and on the same file system as the memory files of
+    /// machines, so that docking can hand one over.
+    pub memory: PathBuf,
+}
+
+/// The substrates of a site. Cheap to clone; all clones are one pool.
+#[derive(Clone)]
+pub struct Pool {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) dirs: PoolDirs,
+    pub(crate) store: Store,
+    limit_bytes: u64,
+    clones: Mutex<HashMap<SubstrateId, HashSet<VmId>>>,
+    /// One making of ready files at a time for each substrate.
+    making: Mutex<HashMap<SubstrateId, Arc<Mutex<()>>>>,
+    publishing: Mutex<()>,
+}
+
+/// What an activation needs, made and checked.
+#[derive(Debug, Clone)]
+pub struct Ready {
+    /// The substrate.
+    pub docked: Docked,
+    /// Its memory.
+    pub memory: SealedMemory,
+    /// Its disk layer and the empty image that is copied for each clone.
+    pub(crate) disk: Option<ReadyDisk>,
+}
+
+impl Ready {
+    /// The disk layer on the base image, when the machine has a disk.
+    #[must_use]
+    pub fn layer(&self) -> Option<&Path> {
+        self.disk.as_ref().map(|d| d.layer.as_path())
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct ReadyDisk {
+    pub(crate) base: PathBuf,
+    pub(crate) layer: PathBuf,
+    pub(crate) top: PathBuf,
+}
+
+/// What a walk through a pool found.
+#[derive(Debug, Clone, Default)]
+pub struct PoolCheck {
+    /// What the store found.
+    pub store: CheckReport,
+    /// Substrates looked at.
+    pub substrates: usize,
+    /// Substrates that cannot be activated, and why.
+    pub broken: Vec<(SubstrateId, String)>,
+}
+
+impl PoolCheck {
+    /// Whether nothing was found wrong.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.store.is_clean() && self.broken.is_empty()
+    }
+}
+
+/// The small files of a substrate.
+#[derive(Debug, Clone)]
+pub(crate) struct Parts {
+    pub(crate) state: Vec<u8>,
+    pub(crate) pages: Vec<u8>,
+    pub(crate) disk: Option<Vec<u8>>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool").field("dirs", &self.inner.dirs).finish_non_exhaustive()
+    }
+}
+
+impl Pool {
+    /// Opens the pool, and removes what a crash left half done. `limit_bytes` bounds what the
+    /// store may hold.
+    ///
+    /// # Errors
+    /// [`SubstrateError::Io`], [`SubstrateError::Store`].
+    pub fn open(dirs: PoolDirs, store: Store, limit_bytes: u64) -> Result<Self, SubstrateError> {
+        for dir in [&dirs.substrates, &dirs.memory] {
+            std::fs::create_dir_all(dir).map_err(SubstrateError::io("making", dir))?;
+        }
+        for name in names(&dirs.substrates)? {
+            let half = name.strip_prefix(".new-").or_else(|| name.strip_prefix(".gone-"));
+            if let Some(half) = half {
+                tracing::info!(substrate = half, "left-over of an unfinished change removed");
+                if let Ok(id) = half.parse::<SubstrateId>() {
+                    store.release(id.into())?;
+                }
+                remove_tree(&dirs.substrates.join(&name))?;
+            }
+        }
+        for name in names(&dirs.memory)? {
+            if name.starts_with(".new-") {
+                let path = dirs.memory.join(&name);
+                std::fs::remove_file(&path).map_err(SubstrateError::io("removing", &path))?;
+            }
+        }
+        Ok(Self {
+            inner: Arc::new(Inner {
+                dirs,
+                store,
+                limit_bytes,
+                clones: Mutex::default(),
+                making: Mutex::default(),
+                publishing: Mutex::new(()),
+            }),
+        })
+    }
+
+    /// The store under the pool.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.inner.store
+    }
+
+    /// Bytes that the store may hold.
+    #[must_use]
+    pub fn limit_bytes(&self) -> u64 {
+        self.inner.limit_bytes
+    }
+
+    /// All substrates, by age. One that cannot be read is left out and logged.
+    ///
+    /// # Errors
+    /// [`SubstrateError::Io`].
+    pub fn list(&self) -> Result<Vec<Substrate>, SubstrateError> {
+        let mut all = Vec::new();
+        for id in self.ids()? {
+            match self.docked(id) {
+                Ok(d) => all.push(d.substrate),
+                Err(error) => tracing::warn!(%id, %error, "substrate cannot be read"),
+            }
+        }
+        Ok(all)
+    }
+
+    fn ids(&self) -> Result<Vec<SubstrateId>, SubstrateError> {
+        let names = names(&self.inner.dirs.substrates)?;
+        let mut ids: Vec<SubstrateId> = names.iter().filter_map(|n| n.parse().ok()).collect();
+        ids.sort_unstable();
+        Ok(ids)
+    }
+
+    /// The substrate with this id.
+    ///
+    /// # Errors
+    /// [`SubstrateError::NotFound`], [`SubstrateError::Damaged`].
+    pub fn get(&self, id: SubstrateId) -> Result<Substrate, SubstrateError> {
+        self.docked(id).map(|d| d.substrate)
+    }
+
+    /// The substrate of this name.
+    ///
+    /// # Errors
+    /// [`SubstrateError::NotFound`].
+    pub fn find(&self, name: &Name) -> Result<Substrate, SubstrateError> {
+        let found = self.list()?.into_iter().find(|s| s.name == *name);
+        found.ok_or_else(|| SubstrateError::NotFound(name.to_string()))
+    }
+
+    pub(crate) fn docked(&self, id: SubstrateId) -> Result<Docked, SubstrateError> {
+        let dir = self.dir(id);
+        if !dir.is_dir() {
+            return Err(SubstrateError::NotFound(id.to_string()));
+        }
+        let docked = Docked::open(&dir)?;
+        if docked.substrate.id != id {
+            return Err(SubstrateError::damaged(
+                dir.display().to_string(),
+                "it holds a substrate of another id",
+            ));
+        }
+        Ok(docked)
+    }
+
+    fn dir(&self, id: SubstrateId) -> PathBuf {
+        self.inner.dirs.substrates.join(id.to_string())
+    }
+
+    pub(crate) fn new_dir(&self, id: SubstrateId) -> PathBuf {
+        self.inner.dirs.substrates.join(format!(".new-{id}"))
+    }
+
+    pub(crate) fn memory_path(&self, id: SubstrateId) -> PathBuf {
+        self.inner.dirs.memory.join(format!("{id}.mem"))
+    }
+
+    /// Notes that `vm` runs from substrate `id`. Activation does this itself; whoever adopts
+    /// machines after a restart has to.
+    pub fn note_clone(&self, id: SubstrateId, vm: VmId) {
+        lock(&self.inner.clones).entry(id).or_default().insert(vm);
+    }
+
+    /// Notes that `vm` is gone.
+    pub fn forget_clone(&self, vm: VmId) {
+        let mut clones = lock(&self.inner.clones);
+        for vms in clones.values_mut() {
+            vms.remove(&vm);
+        }
+        clones.retain(|_, vms| !vms.is_empty());
+    }
+
+    /// Machines that run from substrate `id`.
+    #[must_use]
+    pub fn clones(&self, id: SubstrateId) -> usize {
+        lock(&self.inner.clones).get(&id).map_or(0, HashSet::len)
+    }
+
+    /// Removes a substrate and gives its space back.
+    ///
+    /// # Errors
+    /// [`SubstrateError::InUse`] while machines run from it; [`SubstrateError::NotFound`].
+    pub fn delete(&self, id: SubstrateId) -> Result<(), SubstrateError> {
+        let dir = self.dir(id);
+        let gone = self.inner.dirs.substrates.join(format!(".gone-{id}"));
+        {
+            let clones = lock(&self.inner.clones);
+            let n = clones.get(&id).map_or(0, HashSet::len);
+            if n > 0 {
+                return Err(SubstrateError::InUse { id, clones: n });
+            }
+            match std::fs::rename(&dir, &gone) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                    return Err(SubstrateError::NotFound(id.to_string()));
+                }
+                done => done.map_err(SubstrateError::io("removing", &dir))?,
+            }
+        }
+        sync_dir(&self.inner.dirs.substrates)?;
+        self.inner.store.release(id.into())?;
+        remove_tree(&gone)?;
+        let _ = std::fs::remove_file(self.memory_path(id));
+        lock(&self.inner.making).remove(&id);
+        self.inner.store.gc().map_err(SubstrateError::store("giving space back"))?;
+        Ok(())
+    }
+
+    /// Checks every unit of the store, every manifest, and that each substrate is whole.
+    ///
+    /// # Errors
+    /// [`SubstrateError::Io`], [`SubstrateError::Store`]; damage is part of the report.
+    pub fn check(&self) -> Result<PoolCheck, SubstrateError> {
+        let store = self.inner.store.check().map_err(SubstrateError::store("checking"))?;
+        let bad: HashSet<Hash> =
+            store.damaged.iter().map(|d| d.hash).chain(store.bad_entries.iter().copied()).collect();
+        let mut report = PoolCheck { store, ..PoolCheck::default() };
+        for id in self.ids()? {
+            report.substrates += 1;
+            if let Err(e) = self.check_one(id, &bad) {
+                report.broken.push((id, e.to_string()));
+            }
+        }
+        Ok(report)
+    }
+
+    fn check_one(&self, id: SubstrateId, bad: &HashSet<Hash>) -> Result<(), SubstrateError> {
+        let docked = self.docked(id)?;
+        docked.state()?;
+        for map in [Some(docked.pages()?), docked.disk()?].into_iter().flatten() {
+            let hashes: Vec<Hash> = map.entries().iter().map(|(_, h)| *h).collect();
+            let found = self.inner.store.contains_many(&hashes)?;
+            for (h, found) in hashes.iter().zip(found) {
+                if !found || bad.contains(h) {
+                    let why = if found { "damaged" } else { "missing" };
+                    return Err(SubstrateError::damaged(format!("unit {h}"), why));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses when the store would hold more than the pool's limit with `more` bytes.
+    pub(crate) fn room_for(&self, more: u64) -> Result<(), SubstrateError> {
+        let used = self.inner.store.stats()?.pack_bytes;
+        if used.saturating_add(more) > self.inner.limit_bytes {
+            return Err(SubstrateError::NoRoom {
+                place: "in the pool",
+                needed_bytes: more,
+                free_bytes: self.inner.limit_bytes.saturating_sub(used),
+            });
+        }
+        Ok(())
+    }
+
+    /// Refuses a name or an id that is taken.
+    pub(crate) fn is_free(&self, id: SubstrateId, name: &Name) -> Result<(), SubstrateError> {
+        if self.dir(id).exists() {
+            return Err(SubstrateError::Exists(id.to_string()));
+        }
+        match self.find(name) {
+            Ok(_) => Err(SubstrateError::Exists(name.to_string())),
+            Err(SubstrateError::NotFound(_)) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Makes a substrate part of the pool. Nothing is left when it fails.
+    pub(crate) fn publish(
+        &self,
+        mut substrate: Substrate,
+        parts: &Parts,
+        writer: Writer,
+    ) -> Result<Substrate, SubstrateError> {
+        let id = substrate.id;
+        let new = self.new_dir(id);
+        let publish = || {
+            let grown = writer.stored().new_bytes;
+            self.room_for(grown)?;
+            let small =
+                parts.state.len() + parts.pages.len() + parts.disk.as_ref().map_or(0, Vec::len);
+            substrate.sizes.stored_bytes = grown + small as u64;
+            substrate.state = Part::of(&parts.state);
+            substrate.pages = Part::of(&parts.pages);
+            substrate.disk = parts.disk.as_deref().map(Part::of);
+            std::fs::create_dir_all(&new).map_err(SubstrateError::io("making", &new))?;
+            write_synced(&new.join(STATE), &parts.state)?;
+            write_synced(&new.join(PAGES), &parts.pages)?;
+            if let Some(disk) = &parts.disk {
+                write_synced(&new.join(DISK), disk)?;
+            }
+            write_synced(&new.join(JSON), &substrate.to_json())?;
+            sync_dir(&new)?;
+            writer.commit().map_err(SubstrateError::store("committing the pages"))?;
+            let _one = lock(&self.inner.publishing);
+            self.is_free(id, &substrate.name)?;
+            let dir = self.dir(id);
+            std::fs::rename(&new, &dir).map_err(SubstrateError::io("publishing", &dir))?;
+            sync_dir(&self.inner.dirs.substrates)
+        };
+        let done = publish();
+        if let Err(e) = done {
+            self.undo(id);
+            return Err(e);
+        }
+        Ok(substrate)
+    }
+
+    /// Removes every trace of a substrate that was not published.
+    pub(crate) fn undo(&self, id: SubstrateId) {
+        if self.dir(id).exists() {
+            return;
+        }
+        let removed = remove_tree(&self.new_dir(id))
+            .and_then(|()| Ok(self.inner.store.release(id.into()).map(drop)?));
+        if let Err(error) = removed {
+            tracing::error!(%id, %error, "a half-made substrate was not removed; it goes when the pool opens next");
+        }
+    }
+
+    /// Makes what is missing of a substrate's sealed memory and disk layer. Blocks; concurrent
+    /// calls for one substrate do the work once.
+    ///
+    /// # Errors
+    /// [`SubstrateError::NotFound`], a damaged or missing unit, no room, another image.
+    pub fn prepare(&self, id: SubstrateId, image: &Image) -> Result<Ready, SubstrateError> {
+        let docked = self.docked(id)?;
+        docked.substrate.spec(image)?;
+        let one = Arc::clone(lock(&self.inner.making).entry(id).or_default());
+        let _one = lock(&one);
+        let bytes = docked.substrate.shape.memory.bytes();
+        let path = self.memory_path(id);
+        let memory = match SealedMemory::find(&path, bytes) {
+            Some(m) => m,
+            None => SealedMemory::lay_out(&self.inner.store, &docked.pages()?, &path)?,
+        };
+        let disk = match docked.substrate.disk {
+            Some(_) => Some(self.ready_disk(&docked, image)?),
+            None => None,
+        };
+        Ok(Ready { docked, memory, disk })
+    }
+
+    fn ready_disk(&self, docked: &Docked, image: &Image) -> Result<ReadyDisk, SubstrateError> {
+        let base = image.disk_path().ok_or_else(|| {
+            SubstrateError::damaged(format!("image {}", image.name), "it has no disk")
+        })?;
+        let dir = docked.dir.join("ready");
+        let ready = ReadyDisk { layer: dir.join("layer.qcow2"), top: dir.join("top.qcow2"), base };
+        let whole = inspect(&ready.layer, Backing::Raw(&ready.base)).is_ok()
+            && inspect(&ready.top, Backing::Qcow2(&ready.layer)).is_ok();
+        if whole {
+            return Ok(ready);
+        }
+        remove_tree(&dir)?;
+        std::fs::create_dir(&dir).map_err(SubstrateError::io("making", &dir))?;
+        let map = docked.disk()?.unwrap_or_default();
+        let bytes = map.units() * BLOCK_SIZE as u64;
+        let blocks = Blocks { store: &self.inner.store, left: map.entries(), now: Vec::new() };
+        materialise(&ready.layer, &ready.base, bytes, blocks)
+            .map_err(SubstrateError::disk("making the disk layer"))?;
+        create_overlay(&ready.top, Backing::Qcow2(&ready.layer), bytes)
+            .map_err(SubstrateError::disk("making the empty top image"))?;
+        Ok(ready)
+    }
+}
+
+/// The blocks of a disk map, fetched batch by batch.
+struct Blocks<'a> {
+    store: &'a Store,
+    left: &'a [(u64, Hash)],
+    now: Vec<(u64, Vec<u8>)>,
+}
+
+impl Iterator for Blocks<'_> {
+    type Item = Result<(u64, Vec<u8>), StoreError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.now.is_empty() {
+            let (batch, left) = self.left.split_at(self.left.len().min(BATCH));
+            self.left = left;
+            let hashes: Vec<Hash> = batch.iter().map(|(_, h)| *h).collect();
+            let slots: Vec<Mutex<Vec<u8>>> = batch.iter().map(|_| Mutex::default()).collect();
+            let done = self.store.get_many(&hashes, |i, bytes| {
+                *lock(&slots[i]) = bytes.to_vec();
+                Ok::<(), StoreError>(())
+            });
+            if let Err(e) = done {
+                self.left = &[];
+                return Some(Err(e));
+            }
+            let bytes = slots.into_iter().map(|m| m.into_inner().unwrap_or_default());
+            self.now = batch.iter().map(|(n, _)| *n).zip(bytes).rev().collect();
+        }
+        self.now.pop().map(Ok)
+    }
+}
+
+/// The sizes that a map says: (units that are not zero) in bytes.
+pub(crate) fn held_bytes(map: &PageMap) -> u64 {
+    let zero = zero_hash();
+    map.entries().iter().filter(|(_, h)| *h != zero).count() as u64 * BLOCK_SIZE as u64
+}
+
+pub(crate) fn write_synced(path: &Path, content: &[u8]) -> Result<(), SubstrateError> {
+    use std::io::Write;
+    let mut file = std::fs::File::create(path).map_err(SubstrateError::io("making", path))?;
+    file.write_all(content).map_err(SubstrateError::io("writing", path))?;
+    file.sync_all().map_err(SubstrateError::io("syncing", path))
+}
+
+fn sync_dir(dir: &Path) -> Result<(), SubstrateError> {
+    std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(SubstrateError::io("syncing", dir))
+}
+
+pub(crate) fn remove_tree(dir: &Path) -> Result<(), SubstrateError> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(SubstrateError::io("removing", dir)(e))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn names(dir: &Path) -> Result<Vec<String>, SubstrateError> {
+    let entries = std::fs::read_dir(dir).map_err(SubstrateError::io("listing", dir))?;
+    Ok(entries.flatten().filter_map(|e| e.file_name().into_string().ok()).collect())
+}
+
+pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}

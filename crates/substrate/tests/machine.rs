@@ -1,0 +1,277 @@
+//! Docking and activation on real machines (the tiny guest under TCG).
+
+#![allow(clippy::print_stderr, reason = "figures, and a skipped test says so")]
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use godwit_disk::image::{Backing, create_overlay};
+use godwit_image::{DEFAULT_CACHE, Image, ImageCache};
+use godwit_qemu::{
+    Accel, BootFile, DiskChain, Launch, Layer, Life, MacAddress, Machine, MachineSpec,
+    MemorySource, Nic, NicBackend,
+};
+use godwit_store::{Store, StoreOptions};
+use godwit_substrate::{
+    ActivateRequest, Activated, DockRequest, Place, Pool, PoolDirs, Shells, activate, dock_convert,
+};
+use godwit_types::{Code, CodedError, Name, SubstrateId, SubstrateKind, VmId};
+use serde_json::Value;
+
+const LONG: Duration = Duration::from_secs(180);
+
+fn name(s: &str) -> Name {
+    Name::new(s).expect("name")
+}
+
+/// A site in a directory of its own; memory files on tmpfs.
+struct Site {
+    pool: Pool,
+    image: Image,
+    dir: tempfile::TempDir,
+    memory: tempfile::TempDir,
+}
+
+fn site(limit_bytes: u64) -> Option<Site> {
+    let cache = std::env::var_os("GODWIT_IMAGES").map_or(PathBuf::from(DEFAULT_CACHE), Into::into);
+    let image = match ImageCache::open(cache).and_then(|c| c.get(&name("tiny"))) {
+        Ok(image) => image,
+        Err(e) => {
+            eprintln!("SKIPPED: the tiny image is not built here: {e}");
+            return None;
+        }
+    };
+    let dir = tempfile::tempdir().expect("tempdir");
+    let memory = tempfile::tempdir_in("/dev/shm").expect("tempdir");
+    let store = Store::open(&dir.path().join("store"), StoreOptions::default()).expect("store");
+    let dirs = PoolDirs {
+        substrates: dir.path().join("substrates"),
+        memory: memory.path().join("sealed"),
+    };
+    let pool = Pool::open(dirs, store, limit_bytes).expect("pool");
+    Some(Site { pool, image, dir, memory })
+}
+
+fn place(dir: &Path) -> Place {
+    let vm = VmId::new();
+    let short = vm.0.simple().to_string();
+    let short = &short[short.len() - 8..];
+    Place {
+        vm,
+        run_dir: dir.join(format!("r-{short}")),
+        top: dir.join(format!("vm-{short}/top.qcow2")),
+    }
+}
+
+impl Site {
+    async fn boot(&self) -> Machine {
+        let i = &self.image;
+        let spec = MachineSpec {
+            arch: i.arch,
+            memory: i.memory,
+            vcpus: i.vcpus,
+            kernel: BootFile { path: i.kernel_path(), hash: i.kernel.hash },
+            initrd: i
+                .initrd_path()
+                .zip(i.initrd.as_ref())
+                .map(|(path, f)| BootFile { path, hash: f.hash }),
+            cmdline: i.cmdline.clone(),
+            display: i.display,
+            disk: true,
+            nic_ports: MachineSpec::DEFAULT_NIC_PORTS,
+        };
+        let p = place(self.dir.path());
+        let base = i.disk_path().expect("disk");
+        std::fs::create_dir_all(p.top.parent().expect("dir")).expect("mkdir");
+        let bytes = i.disk.as_ref().expect("disk").bytes;
+        create_overlay(&p.top, Backing::Raw(&base), bytes).expect("top");
+        let ram = self.memory.path().join("first.ram");
+        let mut launch =
+            Launch::new(spec, p.run_dir, name("first"), MemorySource::Shared { path: ram });
+        launch.disk = Some(DiskChain::over(vec![Layer::Raw { path: base }], p.top));
+        launch.nics = vec![Nic {
+            port: 0,
+            mac: MacAddress([0x52, 0, 0, 0, 0, 9]),
+            backend: NicBackend::Isolated,
+        }];
+        let machine = launch.spawn().await.expect("started");
+        machine.agent().ping(LONG).await.expect("booted");
+        machine
+    }
+
+    fn dock(&self, as_name: &str) -> DockRequest {
+        DockRequest {
+            id: SubstrateId::new(),
+            name: name(as_name),
+            kind: SubstrateKind::Restricted,
+            owner: name("operator"),
+            image: self.image.clone(),
+        }
+    }
+
+    fn request(&self, substrate: SubstrateId, as_name: &str) -> ActivateRequest {
+        ActivateRequest {
+            substrate,
+            image: self.image.clone(),
+            place: place(self.dir.path()),
+            name: name(as_name),
+            identity: None,
+            nic: Some(NicBackend::Isolated),
+            accel: Accel::Tcg,
+        }
+    }
+}
+
+async fn sh(machine: &Machine, script: &str) -> String {
+    let out = machine
+        .agent()
+        .exec("/bin/sh", &["-c", script], &[], &[], LONG)
+        .await
+        .unwrap_or_else(|e| panic!("{script}: {e}"));
+    assert!(out.ok(), "{script}: {out:?}");
+    out.text()
+}
+
+async fn json(machine: &Machine, script: &str) -> Value {
+    let text = sh(machine, script).await;
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{script}: {e}: {text}"))
+}
+
+const WITNESS: &str = "PATH=$PATH:/usr/lib/godwit:/usr/bin:/usr/sbin; ";
+
+async fn start_witness(machine: &Machine) {
+    sh(machine, &format!("{WITNESS} user-run godwit-witness run --memory-mib 16 --file /data/w"))
+        .await;
+    steps_beyond(machine, 0).await;
+}
+
+/// Waits until the witness has taken more than `steps` steps; its status.
+async fn steps_beyond(machine: &Machine, steps: u64) -> Value {
+    let deadline = std::time::Instant::now() + LONG;
+    loop {
+        let script = format!("{WITNESS} godwit-witness status || echo null");
+        let status = json(machine, &script).await;
+        if status["steps"].as_u64().is_some_and(|n| n > steps)
+            && status["lines"].as_u64().is_some_and(|n| n > 0)
+        {
+            return status;
+        }
+        assert!(std::time::Instant::now() < deadline, "the witness stands still: {status}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// The witness goes on, and nothing of its memory and file is lost.
+async fn assert_intact(machine: &Machine) {
+    let now = steps_beyond(machine, 0).await["steps"].as_u64().expect("steps");
+    let status = steps_beyond(machine, now).await;
+    assert_eq!(status["memory_ok"], true, "{status}");
+    sh(machine, &format!("{WITNESS} godwit-witness check --file /data/w")).await;
+}
+
+fn show(what: &str, report: &impl serde::Serialize) {
+    eprintln!("{what}: {}", serde_json::to_string(report).expect("json"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity_of_its_own() {
+    let Some(site) = site(1 << 30) else { return };
+    let machine = site.boot().await;
+    start_witness(&machine).await;
+    let request = site.dock("worker");
+    let id = request.id;
+    let (substrate, report) = dock_convert(&machine, &site.pool, request).await.expect("docked");
+    show("dock", &report);
+    let sum: f64 = report.phases.iter().map(|p| p.ms).sum();
+    assert!((sum - report.total_ms).abs() < 1e-6);
+    assert!(report.device_state_bytes < 1 << 20);
+    assert_eq!(machine.life().await.expect("life"), Life::Exited);
+    assert_eq!(site.pool.get(id).expect("in the pool"), substrate);
+    assert!(site.pool.check().expect("check").is_clean());
+
+    let requests: Vec<_> = (0..4).map(|n| site.request(id, &format!("w{n}"))).collect();
+    let mut clones: Vec<Activated> = Vec::new();
+    for task in requests
+        .into_iter()
+        .map(|r| {
+            let pool = site.pool.clone();
+            tokio::spawn(async move { activate(&pool, None, r).await })
+        })
+        .collect::<Vec<_>>()
+    {
+        clones.push(task.await.expect("task").expect("activated"));
+    }
+    let mut seen = std::collections::HashMap::<String, std::collections::HashSet<String>>::new();
+    for (n, clone) in clones.iter().enumerate() {
+        show("activate", &clone.report);
+        assert_intact(&clone.machine).await;
+        let who = json(&clone.machine, "/usr/lib/godwit/identity").await;
+        assert_eq!(who["hostname"], format!("w{n}"));
+        let given = clone.identity.as_ref().expect("given");
+        assert_eq!(who["machine_id"], given.machine_id.as_str());
+        for key in ["hostname", "machine_id", "random"] {
+            let new = seen.entry(key.into()).or_default().insert(who[key].to_string());
+            assert!(new, "{key} twice: {who}");
+        }
+    }
+    let refused = site.pool.delete(id).expect_err("in use");
+    assert_eq!(refused.code(), Code::Conflict);
+
+    // One from a waiting QEMU.
+    let dir = site.dir.path().to_owned();
+    let shells = Shells::new(site.pool.clone(), Accel::Tcg, Box::new(move || place(&dir)));
+    shells.keep(id, site.image.clone(), 1).await.expect("waiting");
+    let warm = activate(&site.pool, Some(&shells), site.request(id, "warm")).await.expect("warm");
+    show("activate, warm", &warm.report);
+    assert!(warm.report.warm);
+    assert_intact(&warm.machine).await;
+
+    // A clone is docked: its memory comes out of the stream.
+    let clone = clones.pop().expect("one");
+    let request = site.dock("again");
+    let second = request.id;
+    let (_, report) = dock_convert(&clone.machine, &site.pool, request).await.expect("docked");
+    show("dock of a clone", &report);
+    site.pool.forget_clone(clone.place.vm);
+    let third = activate(&site.pool, None, site.request(second, "third")).await.expect("activated");
+    show("activate of a docked clone", &third.report);
+    assert_intact(&third.machine).await;
+
+    shells.close().await;
+    for a in clones.into_iter().chain([warm, third]) {
+        a.machine.kill().await;
+        site.pool.forget_clone(a.place.vm);
+    }
+    for id in [id, second] {
+        site.pool.delete(id).expect("free now");
+    }
+    assert_eq!(site.pool.store().stats().expect("stats").units, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_cannot_be_docked_runs_on_and_nothing_is_left() {
+    let Some(site) = site(1 << 20) else { return };
+    let machine = site.boot().await;
+    start_witness(&machine).await;
+    let nothing_left = || {
+        let left = std::fs::read_dir(site.dir.path().join("substrates")).expect("dir").count();
+        assert_eq!(left, 0);
+        site.pool.store().gc().expect("gc");
+        assert_eq!(site.pool.store().stats().expect("stats").units, 0);
+    };
+    // The pool is full.
+    let err = dock_convert(&machine, &site.pool, site.dock("a")).await.expect_err("full");
+    assert_eq!(err.code(), Code::NoRoom, "{err}");
+    assert_eq!(machine.life().await.expect("life"), Life::Running);
+    assert_eq!(machine.launch().nics.len(), 1, "its NIC is back");
+    assert_intact(&machine).await;
+    nothing_left();
+    // The guest does not answer.
+    machine.stop().await.expect("stopped");
+    let err = dock_convert(&machine, &site.pool, site.dock("b")).await.expect_err("silent");
+    assert_eq!(err.code(), Code::Unavailable, "{err}");
+    nothing_left();
+    machine.run().await.expect("runs on");
+    assert_intact(&machine).await;
+    machine.kill().await;
+}
