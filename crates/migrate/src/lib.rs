@@ -1,1 +1,9 @@
-//! Migration schemes and their relays.
+//! Migration of execution environments between sites: the relays at both ends, the schemes that
+//! drive them, and what they measure.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod hybrid;
+pub mod relay;
+
+pub use relay::{RelayClient, RelayConfig, RelayError, run_relay};

@@ -1,0 +1,33 @@
+//! Scheme `hybrid`, the CloudAP paper's (section IV): memory in one pre-copy round and then
+//! post-copy, the disk post-copied as a cow image on a base that both sites hold.
+//!
+//! ```text
+//!            round over     drained        PONG 3       memory there      disk there
+//! Prepare -> PreCopy -----> Drain ------> Freeze ----> PostCopy ----> Release ----> (moved)
+//!    |          |             |             |  lost       | lost
+//!    +----------+-------------+             v             v
+//!               | cancel, lost            Uncertain     (interrupted: the relays are started anew)
+//!               v                           | the destination is dead
+//!           Cancelling -> (runs at source)  v
+//!                                       Reclaiming -> (runs at source, from the hand-over instant)
+//! ```
+//!
+//! [`SourceDriver`] and [`DestinationDriver`] are tables without I/O; [`send`] and [`receive`]
+//! carry out what they ask for. A cancel before the switch leaves the machine running at the
+//! source and nothing at the destination; after it, it is refused.
+
+mod destination;
+mod measure;
+mod run;
+mod source;
+
+pub use destination::{DestinationDriver, DestinationEffect, DestinationEvent, DestinationState};
+pub use measure::{Received, Sent, Timeline, report};
+pub use run::{
+    Asking, DestinationFate, MoveError, prepare_incoming, receive, recover_incoming,
+    recover_outgoing, send,
+};
+pub use source::{SourceDriver, SourceEffect, SourceEnd, SourceEvent, SourceState};
+
+/// Name of the scheme.
+pub const SCHEME: &str = "hybrid";

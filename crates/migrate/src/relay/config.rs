@@ -1,0 +1,118 @@
+//! What a relay process is told at its start.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use godwit_transfer::Revocations;
+use godwit_types::{Generation, MigrationId, Name};
+use serde::{Deserialize, Serialize};
+
+use super::RelayError;
+
+/// The largest configuration file in bytes.
+const MAX_CONFIG: u64 = 1 << 20;
+
+/// Which end of the migration a relay serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "role")]
+pub enum RelayRole {
+    /// QEMU migrates into this relay.
+    Source {
+        /// Where the other relay listens.
+        destination: SocketAddr,
+    },
+    /// This relay feeds a waiting QEMU.
+    Destination {
+        /// Where to listen; port 0 lets the system choose (see [`super::RelayStatus::listening`]).
+        listen: SocketAddr,
+    },
+}
+
+/// Configuration of one relay process (JSON).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RelayConfig {
+    /// Which end.
+    pub role: RelayRole,
+    /// Which migration; both relays must have the same.
+    pub migration: MigrationId,
+    /// The generation that the machine has at the destination; both relays must have the same.
+    pub generation: Generation,
+    /// Site at the other end, as its certificate must name it.
+    pub peer: Name,
+    /// Directory of this site's identity.
+    pub keys: PathBuf,
+    /// Certificates that are no longer good.
+    #[serde(default)]
+    pub revoked: Revocations,
+    /// Unix socket on which the daemon steers the relay; made by the relay, mode 0600.
+    pub control: PathBuf,
+    /// Unix socket of QEMU: made by the relay at the source, by QEMU at the destination.
+    pub qemu: PathBuf,
+    /// Whether the migration goes on after a break.
+    #[serde(default)]
+    pub resume: bool,
+    /// The disk, when the machine has one.
+    #[serde(default)]
+    pub disk: Option<RelayDisk>,
+}
+
+/// The disk of the machine as a relay needs it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "end")]
+pub enum RelayDisk {
+    /// The frozen chain; opened when the machine stands still.
+    Source {
+        /// The base image, which both sites hold.
+        base: PathBuf,
+        /// The layers above it, lowest first: everything that is post-copied.
+        layers: Vec<PathBuf>,
+    },
+    /// Where blocks arrive.
+    Destination {
+        /// The base image, which both sites hold.
+        base: PathBuf,
+        /// The layer that the relay fills.
+        mid: PathBuf,
+        /// Bytes of the disk.
+        bytes: u64,
+        /// Unix socket of the block device that QEMU has as node `remote`.
+        nbd: PathBuf,
+    },
+}
+
+impl RelayConfig {
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    /// [`RelayError::ReadConfig`], [`RelayError::Config`].
+    pub fn load(path: &Path) -> Result<Self, RelayError> {
+        let read = |source| RelayError::ReadConfig { path: path.to_owned(), source };
+        if std::fs::metadata(path).map_err(read)?.len() > MAX_CONFIG {
+            return Err(read(std::io::Error::other("it is larger than 1 MiB")));
+        }
+        let text = std::fs::read(path).map_err(read)?;
+        let config: Self = serde_json::from_slice(&text)
+            .map_err(|source| RelayError::Config { path: path.to_owned(), source })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks what the types cannot.
+    ///
+    /// # Errors
+    /// [`RelayError::Contradiction`].
+    pub fn check(&self) -> Result<(), RelayError> {
+        let fits = matches!(
+            (&self.role, &self.disk),
+            (_, None)
+                | (RelayRole::Source { .. }, Some(RelayDisk::Source { .. }))
+                | (RelayRole::Destination { .. }, Some(RelayDisk::Destination { .. }))
+        );
+        if fits {
+            Ok(())
+        } else {
+            Err(RelayError::Contradiction("the disk belongs to the other end"))
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! The source relay's core: QEMU's bytes in, frames out. No I/O, no clock of its own.
+//!
+//! ```text
+//! Waiting -> PreCopy -> RoundOver -> Drained -> Switching -> Stopped -> Committed -> MemoryDone
+//!                         |            |           |            |           |
+//!                         |   QEMU is not read     |            |           +- PONG 3 on the return path
+//!                         +- all pages sent once   |            +- SWITCHOVER_START, discards, PACKAGED
+//!                            or one came twice     +- the driver said `proceed`
+//! ```
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use bytes::Bytes;
+use godwit_qemu::stream::{
+    Command, Content, Limits, PONG_COMMIT, Record, ReturnMessage, ReturnPathParser, StreamError,
+    StreamParser,
+};
+
+use super::frame::{Kind, MAX_RAW};
+use super::pacer::Pacer;
+use super::round::Round;
+use super::status::{Counts, RelayPhase};
+
+/// Raw bytes collected into one bulk frame.
+const BATCH: usize = 64 << 10;
+/// Largest received-pages bitmap: 1 TiB of memory.
+pub(super) const MAX_BITMAP: u64 = 32 << 20;
+
+/// On which lane a frame goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Channel {
+    Main,
+    Preempt,
+}
+
+/// A frame to be sent, not packed yet.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Outgoing {
+    pub(crate) channel: Channel,
+    pub(crate) kind: Kind,
+    pub(crate) raw: Bytes,
+}
+
+#[derive(Debug)]
+pub(crate) struct SourceCore {
+    main: StreamParser,
+    preempt: StreamParser,
+    back: ReturnPathParser,
+    round: Round,
+    pacer: Pacer,
+    phase: RelayPhase,
+    batch: Vec<u8>,
+    out: VecDeque<Outgoing>,
+    counts: Counts,
+    shut: Option<u32>,
+    ended: bool,
+}
+
+impl SourceCore {
+    /// A core for a new migration, or one that goes on after a break.
+    pub(crate) fn new(resumed: bool) -> Self {
+        let limits = Limits::default();
+        Self {
+            main: if resumed { StreamParser::resumed(limits) } else { StreamParser::main(limits) },
+            preempt: StreamParser::preempt(limits),
+            back: ReturnPathParser::new(MAX_BITMAP),
+            round: Round::default(),
+            pacer: Pacer::new(),
+            phase: if resumed { RelayPhase::Committed } else { RelayPhase::Waiting },
+            batch: Vec::with_capacity(BATCH + 8192),
+            out: VecDeque::new(),
+            counts: Counts::default(),
+            shut: None,
+            ended: false,
+        }
+    }
+
+    pub(crate) fn phase(&self) -> RelayPhase {
+        self.phase
+    }
+
+    pub(crate) fn counts(&self) -> Counts {
+        let (round_pages, round_left) = self.round.progress();
+        Counts { round_pages, round_left, ..self.counts }
+    }
+
+    /// The value of SHUT once the destination has said that it is done; 0 is success.
+    pub(crate) fn shut(&self) -> Option<u32> {
+        self.shut
+    }
+
+    /// Whether QEMU's stream has come to its end.
+    pub(crate) fn stream_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Whether the main channel may be read: the window has room, and nothing is being drained.
+    pub(crate) fn may_read(&self) -> bool {
+        let held = matches!(self.phase, RelayPhase::RoundOver | RelayPhase::Drained);
+        !held && self.pacer.has_room()
+    }
+
+    fn advance(&mut self, to: RelayPhase) {
+        self.phase = self.phase.max(to);
+    }
+
+    /// Bytes of the main channel.
+    pub(crate) fn on_main(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+        self.advance(RelayPhase::PreCopy);
+        self.main.push(bytes);
+        while let Some(record) = self.main.next()? {
+            match &record {
+                Record::MemSize(list) => self.round.begin(list),
+                Record::Page(page) => {
+                    self.count_page(&page.content);
+                    if self.phase == RelayPhase::PreCopy
+                        && self.round.sent(&page.block, page.offset)
+                    {
+                        self.advance(RelayPhase::RoundOver);
+                    }
+                }
+                Record::Command(Command::SwitchoverStart) => self.advance(RelayPhase::Stopped),
+                Record::Command(Command::RamDiscard { ranges, .. }) => {
+                    self.counts.discarded_bytes += ranges.iter().map(|r| r.len).sum::<u64>();
+                }
+                Record::Command(Command::Packaged(_)) => {
+                    self.advance(RelayPhase::Stopped);
+                    self.flush(Kind::Memory);
+                    record.encode(&mut self.batch);
+                    self.flush(Kind::Device);
+                    continue;
+                }
+                Record::Opaque(piece) => {
+                    // Pre-copy finished by itself: this is device state.
+                    self.advance(RelayPhase::Stopped);
+                    self.flush(Kind::Memory);
+                    self.batch.extend_from_slice(piece);
+                    self.flush(Kind::Device);
+                    continue;
+                }
+                Record::Eof => self.ended = true,
+                _ => {}
+            }
+            record.encode(&mut self.batch);
+            if self.batch.len() >= BATCH {
+                self.flush(Kind::Memory);
+            }
+        }
+        self.flush(Kind::Memory);
+        Ok(())
+    }
+
+    /// The preempt channel has been opened by QEMU.
+    pub(crate) fn on_preempt_open(&mut self) {
+        self.out.push_back(Outgoing {
+            channel: Channel::Preempt,
+            kind: Kind::Open,
+            raw: Bytes::new(),
+        });
+    }
+
+    /// Bytes of the preempt channel.
+    pub(crate) fn on_preempt(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+        self.preempt.push(bytes);
+        let mut raw = Vec::new();
+        while let Some(record) = self.preempt.next()? {
+            if let Record::Page(page) = &record {
+                self.count_page(&page.content);
+                self.counts.demanded_pages += 1;
+            }
+            record.encode(&mut raw);
+            if raw.len() >= BATCH {
+                self.demand(std::mem::take(&mut raw));
+            }
+        }
+        if !raw.is_empty() {
+            self.demand(raw);
+        }
+        Ok(())
+    }
+
+    fn demand(&mut self, raw: Vec<u8>) {
+        self.out.push_back(Outgoing {
+            channel: Channel::Preempt,
+            kind: Kind::Memory,
+            raw: raw.into(),
+        });
+    }
+
+    fn count_page(&mut self, content: &Content) {
+        match content {
+            Content::Fill(_) => self.counts.zero_pages += 1,
+            Content::Data(_) => self.counts.data_pages += 1,
+        }
+    }
+
+    fn flush(&mut self, kind: Kind) {
+        if self.batch.is_empty() {
+            return;
+        }
+        let mut raw = Bytes::from(std::mem::take(&mut self.batch));
+        self.batch.reserve(BATCH + 8192);
+        while !raw.is_empty() {
+            let piece = raw.split_to(raw.len().min(MAX_RAW));
+            self.out.push_back(Outgoing { channel: Channel::Main, kind, raw: piece });
+        }
+    }
+
+    /// The next frame to be sent; demanded pages first.
+    pub(crate) fn next_frame(&mut self) -> Option<Outgoing> {
+        let demand = self.out.iter().position(|o| o.channel == Channel::Preempt);
+        self.out.remove(demand.unwrap_or(0))
+    }
+
+    /// A frame was handed to the link as `wire` bytes.
+    pub(crate) fn on_sent(&mut self, channel: Channel, kind: Kind, wire: u64, now: Instant) {
+        if channel == Channel::Main {
+            self.pacer.on_sent(wire, now);
+        }
+        match kind {
+            Kind::Device => self.counts.bytes.device_state += wire,
+            Kind::Memory | Kind::Open => self.counts.bytes.memory += wire,
+        }
+    }
+
+    /// The far relay has given `frames` more frames of the main channel to QEMU.
+    pub(crate) fn on_ack(&mut self, frames: u64, now: Instant) {
+        self.pacer.on_ack(frames, now);
+        self.look_drained();
+    }
+
+    /// Looks whether a drain has come to its end; to be called after sending.
+    pub(crate) fn look_drained(&mut self) {
+        if self.phase == RelayPhase::RoundOver && self.out.is_empty() && self.pacer.in_flight() == 0
+        {
+            self.advance(RelayPhase::Drained);
+        }
+    }
+
+    /// The driver wants to switch before the round is over, or at once.
+    pub(crate) fn drain(&mut self) {
+        if matches!(self.phase, RelayPhase::Waiting | RelayPhase::PreCopy) {
+            self.advance(RelayPhase::RoundOver);
+            self.look_drained();
+        }
+    }
+
+    /// QEMU has been told to switch: read on.
+    pub(crate) fn proceed(&mut self) -> bool {
+        let held = matches!(self.phase, RelayPhase::RoundOver | RelayPhase::Drained);
+        if held {
+            self.advance(RelayPhase::Switching);
+        }
+        held
+    }
+
+    /// Bytes of the return path on their way to the source QEMU.
+    pub(crate) fn on_back(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+        self.back.push(bytes);
+        while let Some(message) = self.back.next()? {
+            match message {
+                ReturnMessage::Pong(PONG_COMMIT) => self.advance(RelayPhase::Committed),
+                ReturnMessage::Shut(value) => {
+                    self.shut = Some(value);
+                    if value == 0 {
+                        self.advance(RelayPhase::MemoryDone);
+                    }
+                }
+                ReturnMessage::ReqPages { .. } => self.counts.requests += 1,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,330 @@
+//! The relay at the destination.
+
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use godwit_qemu::stream::{PONG_COMMIT, ReturnMessage, ReturnPathParser};
+use godwit_transfer::{Endpoint, Lane, LaneKind, LaneReceiver, LaneSender, Link};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{mpsc, watch};
+
+use super::control::Asked;
+use super::core::MAX_BITMAP;
+use super::disk::{self, Arrival};
+use super::frame::{Kind, open};
+use super::wire::{About, Note, VERSION, hear, tell};
+use super::{
+    BlockDevice, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase,
+    RelayStatus, unless_aborted,
+};
+
+const READ: usize = 64 << 10;
+/// How long the other relay may take to hear that the migration ends.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// The lanes of one migration, as the source opened them.
+struct Lanes {
+    link: Link,
+    steering: (LaneSender, LaneReceiver),
+    bulk: LaneReceiver,
+    demand: (LaneSender, LaneReceiver),
+    disk: Option<((LaneSender, LaneReceiver), LaneReceiver)>,
+}
+
+pub(super) async fn run(
+    config: &RelayConfig,
+    endpoint: &Endpoint,
+    device: Option<&BlockDevice>,
+    status: &watch::Sender<RelayStatus>,
+    commands: &mut mpsc::Receiver<Asked>,
+) -> Result<Outcome, RelayError> {
+    let address = endpoint
+        .local_address()
+        .map_err(|source| RelayError::Link { peer: config.peer.to_string(), source })?;
+    status.send_modify(|s| s.listening = Some(address));
+    let mut lanes = unless_aborted(commands, accept(config, endpoint)).await?;
+    let worked = work(config, &mut lanes, device, status, commands).await;
+    let note = match &worked {
+        Ok(()) => Note::Done,
+        Err(RelayError::PeerAborted(_)) => return worked.map(|()| Outcome::Moved),
+        Err(e) => Note::Abort { why: e.in_full(), committed: status.borrow().committed },
+    };
+    let farewell = async {
+        tell(&mut lanes.steering.0, note).await?;
+        lanes.steering.0.end();
+        // The source ends its side when it has understood.
+        while hear(&mut lanes.steering.1).await?.is_some() {}
+        Ok::<_, RelayError>(())
+    };
+    let within = if worked.is_ok() { Duration::from_secs(30) } else { GOODBYE };
+    let _ = tokio::time::timeout(within, farewell).await;
+    worked?;
+    status.send_modify(|s| s.phase = RelayPhase::Done);
+    Ok(Outcome::Moved)
+}
+
+/// Waits for the source relay of this migration and for its lanes.
+async fn accept(config: &RelayConfig, endpoint: &Endpoint) -> Result<Lanes, RelayError> {
+    let fail = |source| RelayError::Link { peer: config.peer.to_string(), source };
+    let about =
+        About { version: VERSION, migration: config.migration, generation: config.generation }
+            .bytes()?;
+    loop {
+        let link = endpoint.accept().await.ok_or(RelayError::Protocol("the endpoint is closed"))?;
+        if link.peer().name != config.peer {
+            let e = RelayError::WrongPeer {
+                found: link.peer().name.to_string(),
+                expected: config.peer.to_string(),
+            };
+            tracing::warn!(error = %e, "refusing a relay");
+            link.close(&e.to_string());
+            continue;
+        }
+        let (mut steering, mut bulk, mut demand) = (None, None, None);
+        let (mut disk_demand, mut disk_bulk) = (None, None);
+        let wanted = if config.disk.is_some() { 5 } else { 3 };
+        for _ in 0..wanted {
+            let lane: Lane = link.accept_lane().await.map_err(fail)?;
+            if *lane.about() != about {
+                link.close("this relay serves another migration or generation");
+                return Err(RelayError::Protocol("it speaks of another migration or generation"));
+            }
+            match lane.kind() {
+                LaneKind::Steering => steering = Some(lane),
+                LaneKind::MemoryBulk => bulk = Some(lane),
+                LaneKind::MemoryDemand => demand = Some(lane),
+                LaneKind::DiskDemand if config.disk.is_some() => disk_demand = Some(lane),
+                LaneKind::DiskBulk if config.disk.is_some() => disk_bulk = Some(lane),
+                _ => return Err(RelayError::Protocol("a lane that has no use here")),
+            }
+        }
+        if let (Some(steering), Some(bulk), Some(demand)) = (steering, bulk, demand) {
+            let (_, bulk) = bulk.split();
+            let disk = disk_demand.zip(disk_bulk).map(|(d, b)| (d.split(), b.split().1));
+            if disk.is_some() == config.disk.is_some() {
+                return Ok(Lanes {
+                    link,
+                    steering: steering.split(),
+                    bulk,
+                    demand: demand.split(),
+                    disk,
+                });
+            }
+        }
+        return Err(RelayError::Protocol("a lane is missing"));
+    }
+}
+
+async fn work(
+    config: &RelayConfig,
+    lanes: &mut Lanes,
+    device: Option<&BlockDevice>,
+    status: &watch::Sender<RelayStatus>,
+    commands: &mut mpsc::Receiver<Asked>,
+) -> Result<(), RelayError> {
+    let main = UnixStream::connect(&config.qemu).await.map_err(|source| RelayError::Socket {
+        what: "connecting to the waiting QEMU at",
+        path: config.qemu.clone(),
+        source,
+    })?;
+    let (main_read, main_write) = main.into_split();
+    status.send_modify(|s| {
+        s.phase = if config.resume { RelayPhase::Committed } else { RelayPhase::Waiting };
+        s.committed = config.resume;
+    });
+    let Lanes { link, steering, bulk, demand, disk } = lanes;
+    tell(&mut steering.0, Note::Ready).await?;
+
+    let (ack_tx, mut acks) = mpsc::channel(1024);
+    let back = back_path(main_read, &mut demand.0, status);
+    let demanded = demand_channel(&mut demand.1, &config.qemu, status);
+    let bulk = bulk_channel(bulk, main_write, ack_tx, status);
+    let (disk_ack_tx, mut disk_acks) = mpsc::channel(1024);
+    let disk = async {
+        let (Some(RelayDisk::Destination { base, mid, bytes, .. }), Some(device), Some(lanes)) =
+            (&config.disk, device, disk)
+        else {
+            return Ok(());
+        };
+        let arrival = Arrival { base, mid, bytes: *bytes, resume: config.resume };
+        disk::destination(arrival, &device.there, &mut lanes.0, &mut lanes.1, disk_ack_tx, status)
+            .await
+    };
+    tokio::pin!(back, demanded, bulk, disk);
+    let (mut demand_over, mut bulk_over) = (false, false);
+    let (mut memory_over, mut disk_over) = (false, false);
+    loop {
+        tokio::select! {
+            biased;
+            Some((command, answer)) = commands.recv() => {
+                let abort = matches!(command, RelayCommand::Abort { .. });
+                let _ = answer.send(abort);
+                if let RelayCommand::Abort { why } = command {
+                    return Err(RelayError::Aborted(why));
+                }
+            }
+            note = hear(&mut steering.1) => match note? {
+                Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
+                Some(_) => {}
+                None => return Err(RelayError::Protocol("it has left")),
+            },
+            Some(frames) = acks.recv() => {
+                let mut frames: u32 = frames;
+                while let Ok(more) = acks.try_recv() {
+                    frames = frames.saturating_add(more);
+                }
+                tell(&mut steering.0, Note::Ack(frames)).await?;
+                let rtt = u64::try_from(link.rtt().as_micros()).unwrap_or(u64::MAX);
+                status.send_if_modified(|s| { s.rtt_us = rtt; false });
+            }
+            Some(frames) = disk_acks.recv() => {
+                tell(&mut steering.0, Note::DiskAck(frames)).await?;
+            }
+            over = &mut back, if !memory_over => {
+                over?;
+                memory_over = true;
+            }
+            over = &mut disk, if !disk_over => {
+                over?;
+                disk_over = true;
+            }
+            over = &mut demanded, if !demand_over => {
+                over?;
+                demand_over = true;
+            }
+            over = &mut bulk, if !bulk_over => {
+                over?;
+                bulk_over = true;
+            }
+        }
+        if memory_over && disk_over {
+            return Ok(());
+        }
+    }
+}
+
+/// From QEMU's return path to the source, until QEMU says that it has all of memory.
+async fn back_path(
+    mut read: OwnedReadHalf,
+    lane: &mut LaneSender,
+    status: &watch::Sender<RelayStatus>,
+) -> Result<(), RelayError> {
+    let mut parser = ReturnPathParser::new(MAX_BITMAP);
+    let mut buf = BytesMut::new();
+    let mut shut = None;
+    loop {
+        buf.reserve(READ);
+        let n = read.read_buf(&mut buf).await.map_err(|source| RelayError::Qemu {
+            what: "reading the destination QEMU's return path",
+            source,
+        })?;
+        if n == 0 {
+            return match shut {
+                Some(0) => Ok(()),
+                _ => Err(RelayError::QemuClosed("the destination QEMU")),
+            };
+        }
+        parser.push(&buf);
+        while let Some(message) = parser.next()? {
+            match message {
+                ReturnMessage::Pong(PONG_COMMIT) => status.send_modify(|s| {
+                    s.committed = true;
+                    s.phase = s.phase.max(RelayPhase::Committed);
+                }),
+                ReturnMessage::Shut(value) => {
+                    shut = Some(value);
+                    if value == 0 {
+                        status.send_modify(|s| {
+                            s.committed = true;
+                            s.phase = s.phase.max(RelayPhase::MemoryDone);
+                        });
+                    }
+                }
+                ReturnMessage::ReqPages { .. } => status.send_modify(|s| s.counts.requests += 1),
+                _ => {}
+            }
+        }
+        lane.send_bytes(buf.split().freeze())
+            .await
+            .map_err(|source| RelayError::Lane { what: "sending the return path", source })?;
+    }
+}
+
+fn account(status: &watch::Sender<RelayStatus>, kind: Kind, wire: usize) {
+    status.send_modify(|s| {
+        let phase = match kind {
+            Kind::Device => {
+                s.counts.bytes.device_state += wire as u64;
+                RelayPhase::Stopped
+            }
+            Kind::Memory | Kind::Open => {
+                s.counts.bytes.memory += wire as u64;
+                RelayPhase::PreCopy
+            }
+        };
+        s.phase = s.phase.max(phase);
+    });
+}
+
+/// From the bulk lane to QEMU's main channel; each frame is acknowledged when QEMU has taken it.
+async fn bulk_channel(
+    lane: &mut LaneReceiver,
+    mut write: OwnedWriteHalf,
+    acks: mpsc::Sender<u32>,
+    status: &watch::Sender<RelayStatus>,
+) -> Result<(), RelayError> {
+    while let Some(frame) =
+        lane.recv().await.map_err(|source| RelayError::Lane { what: "receiving memory", source })?
+    {
+        let (kind, raw) = open(&frame)?;
+        account(status, kind, frame.len());
+        write.write_all(&raw).await.map_err(|source| RelayError::Qemu {
+            what: "writing the destination QEMU's main channel",
+            source,
+        })?;
+        if acks.send(1).await.is_err() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// From the demand lane to QEMU's preempt channel, which is opened when the source's is. QEMU
+/// tells its channels apart by order, and the main one is open by then.
+async fn demand_channel(
+    lane: &mut LaneReceiver,
+    qemu: &Path,
+    status: &watch::Sender<RelayStatus>,
+) -> Result<(), RelayError> {
+    let mut channel: Option<UnixStream> = None;
+    while let Some(frame) = lane
+        .recv()
+        .await
+        .map_err(|source| RelayError::Lane { what: "receiving demanded memory", source })?
+    {
+        let (kind, raw) = open(&frame)?;
+        account(status, kind, frame.len());
+        let write = match &mut channel {
+            Some(write) => write,
+            None => channel.insert(UnixStream::connect(qemu).await.map_err(|source| {
+                RelayError::Socket {
+                    what: "opening the preempt channel of the waiting QEMU at",
+                    path: qemu.to_owned(),
+                    source,
+                }
+            })?),
+        };
+        write.write_all(&raw).await.map_err(|source| RelayError::Qemu {
+            what: "writing the destination QEMU's preempt channel",
+            source,
+        })?;
+    }
+    // The channel stays open until QEMU itself closes it at its end.
+    if channel.is_some() {
+        std::future::pending::<()>().await;
+    }
+    Ok(())
+}

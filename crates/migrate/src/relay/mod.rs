@@ -1,0 +1,195 @@
+//! The relays of a migration: one process at each end, between QEMU's unix socket and the link.
+//!
+//! ```text
+//!  source QEMU                source relay              destination relay         destination QEMU
+//!  main channel ---unix---> parse, pack, pace ==bulk lane==> unpack ---unix---> main channel
+//!  preempt      ---unix---> parse, pack       ==demand lane=> unpack ---unix---> preempt
+//!  main channel <--unix---- parse             <=demand lane== parse  <--unix---- return path
+//!                           acknowledged      <=steering====  taken by QEMU
+//! ```
+//!
+//! A relay is a process of its own, so that a daemon's end does not end a migration. QEMU is read
+//! no faster than the link carries; what is under way is bounded by a window, and before the
+//! machine stops everything under way is let through (`drain`), so that its device state waits
+//! for nothing.
+
+mod config;
+mod control;
+mod core;
+mod destination;
+mod disk;
+mod error;
+mod frame;
+mod pacer;
+mod round;
+mod source;
+mod status;
+mod wire;
+
+pub use config::{RelayConfig, RelayDisk, RelayRole};
+pub use control::{RelayClient, RelayCommand};
+pub use error::RelayError;
+pub use status::{Counts, RelayEnd, RelayPhase, RelayStatus};
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_disk::{NbdServer, RemoteDisk};
+use godwit_transfer::{Endpoint, EndpointOptions, Identity, Trust};
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// How long a relay that has ended waits for its daemon to read the final status.
+const LINGER: Duration = Duration::from_secs(600);
+
+/// Runs one relay from its start to [`RelayCommand::Finish`] (or ten minutes after its end).
+/// The final status tells how the migration ended; it is also returned.
+///
+/// # Errors
+/// [`RelayError`] when the relay could not even begin.
+pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
+    config.check()?;
+    let identity = Identity::load(&config.keys).map_err(RelayError::Keys)?;
+    let trust =
+        Trust::new(identity.authority(), config.revoked.clone()).map_err(RelayError::Keys)?;
+    let address = match &config.role {
+        RelayRole::Destination { listen } => *listen,
+        RelayRole::Source { destination } if destination.is_ipv6() => {
+            (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
+        }
+        RelayRole::Source { .. } => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
+    };
+    let endpoint = Endpoint::bind(address, identity, trust, EndpointOptions::default())
+        .map_err(|source| RelayError::Link { peer: config.peer.to_string(), source })?;
+
+    let control = listen(&config.control, "listening for the daemon on")?;
+    let (status_tx, status) = watch::channel(RelayStatus::new(config.migration));
+    if config.resume {
+        status_tx.send_modify(|s| s.phase = RelayPhase::Committed);
+    }
+    let (command_tx, mut commands) = mpsc::channel(16);
+    let server = tokio::spawn(control::serve(control, status.clone(), command_tx));
+
+    // QEMU has the disk as a node from its start, so it is served before anything else, and until
+    // the driver has pivoted away from it.
+    let served = BlockDevice::serve(&config, &status_tx)?;
+    let worked = match &config.role {
+        RelayRole::Source { .. } => {
+            source::run(&config, &endpoint, &status_tx, &mut commands).await
+        }
+        RelayRole::Destination { .. } => {
+            destination::run(&config, &endpoint, served.as_ref(), &status_tx, &mut commands).await
+        }
+    };
+    let end = match worked {
+        Ok(Outcome::Moved) => RelayEnd::Done,
+        Ok(Outcome::Reclaimed) => RelayEnd::Reclaimed,
+        Err(e @ (RelayError::Aborted(_) | RelayError::PeerAborted(_))) => {
+            RelayEnd::Aborted { why: e.in_full() }
+        }
+        Err(e) => RelayEnd::Broken { why: e.in_full() },
+    };
+    tracing::info!(migration = %config.migration, ?end, "a relay has ended");
+    status_tx.send_modify(|s| s.end = Some(end));
+    endpoint.close("the relay has ended").await;
+
+    // The daemon may be away just now; it reads the status when it is back.
+    let _ = tokio::time::timeout(LINGER, async {
+        while let Some((command, answer)) = commands.recv().await {
+            let finish = command == RelayCommand::Finish;
+            let _ = answer.send(finish);
+            if finish {
+                // The answer must leave before the process does.
+                tokio::task::yield_now().await;
+                return;
+            }
+        }
+    })
+    .await;
+    server.abort();
+    if let Some(served) = served {
+        served.end().await;
+    }
+    let _ = std::fs::remove_file(&config.control);
+    let last = status.borrow().clone();
+    Ok(last)
+}
+
+/// The destination's block device.
+struct BlockDevice {
+    there: watch::Sender<Option<Arc<RemoteDisk>>>,
+    stop: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl BlockDevice {
+    fn serve(
+        config: &RelayConfig,
+        status: &watch::Sender<RelayStatus>,
+    ) -> Result<Option<Self>, RelayError> {
+        let Some(RelayDisk::Destination { base, bytes, nbd, .. }) = &config.disk else {
+            return Ok(None);
+        };
+        let fail =
+            |source| RelayError::Socket { what: "offering the disk on", path: nbd.clone(), source };
+        let server = NbdServer::bind(nbd, "").map_err(fail)?;
+        let (late, there) = disk::LateDisk::new(base, *bytes, status.subscribe())?;
+        let stop = CancellationToken::new();
+        let token = stop.clone();
+        let task = tokio::spawn(async move {
+            if let Err(e) = server.serve(Arc::new(late), token).await {
+                tracing::warn!(error = %e, "the block device of a migration has ended");
+            }
+        });
+        Ok(Some(Self { there, stop, task }))
+    }
+
+    async fn end(self) {
+        self.stop.cancel();
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.task).await;
+    }
+}
+
+/// How a relay's work came to a good end.
+enum Outcome {
+    Moved,
+    Reclaimed,
+}
+
+/// Does `work` unless the daemon aborts first; other commands are refused meanwhile.
+async fn unless_aborted<T>(
+    commands: &mut mpsc::Receiver<control::Asked>,
+    work: impl Future<Output = Result<T, RelayError>>,
+) -> Result<T, RelayError> {
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            Some((command, answer)) = commands.recv() => match command {
+                RelayCommand::Abort { why } => {
+                    let _ = answer.send(true);
+                    return Err(RelayError::Aborted(why));
+                }
+                _ => {
+                    let _ = answer.send(false);
+                }
+            },
+        }
+    }
+}
+
+/// A unix socket of our own at `path`; what a dead predecessor left there is taken away.
+fn listen(path: &Path, what: &'static str) -> Result<UnixListener, RelayError> {
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+    let fail = |source| RelayError::Socket { what, path: path.to_owned(), source };
+    if let Ok(meta) = std::fs::symlink_metadata(path)
+        && meta.file_type().is_socket()
+    {
+        std::fs::remove_file(path).map_err(fail)?;
+    }
+    let listener = UnixListener::bind(path).map_err(fail)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
+    Ok(listener)
+}

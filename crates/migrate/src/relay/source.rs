@@ -1,0 +1,422 @@
+//! The relay at the source.
+
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use godwit_qemu::stream::ReturnMessage;
+use godwit_transfer::codec::Packer;
+use godwit_transfer::{Endpoint, LaneKind, LaneReceiver, LaneSender, Link};
+use godwit_types::BytesMoved;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::control::Asked;
+use super::core::{Channel as Lane, SourceCore};
+use super::disk::{self, SharedPacer};
+use super::frame::seal;
+use super::wire::{About, Note, VERSION, hear, tell};
+use super::{
+    Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayRole,
+    RelayStatus, unless_aborted,
+};
+
+/// How much is read from QEMU at once, in bytes.
+const READ: usize = 256 << 10;
+/// How long the other relay may take to hear that the migration ends.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+pub(super) async fn run(
+    config: &RelayConfig,
+    endpoint: &Endpoint,
+    status: &watch::Sender<RelayStatus>,
+    commands: &mut mpsc::Receiver<Asked>,
+) -> Result<Outcome, RelayError> {
+    let listener = super::listen(&config.qemu, "listening for QEMU on")?;
+    let mut source = unless_aborted(commands, Source::join(config, endpoint, status)).await?;
+    source.publish();
+    let worked = source.work(&listener, commands).await;
+    let _ = std::fs::remove_file(&config.qemu);
+    if let Err(e) = &worked
+        && !matches!(e, RelayError::PeerAborted(_))
+    {
+        let note = Note::Abort {
+            why: e.in_full(),
+            committed: source.core.phase() >= RelayPhase::Committed,
+        };
+        let _ = tokio::time::timeout(GOODBYE, async {
+            if tell(&mut source.steering.0, note).await.is_ok() {
+                let _ = source.steering.0.finish().await;
+            }
+        })
+        .await;
+    }
+    worked
+}
+
+struct Source<'a> {
+    status: &'a watch::Sender<RelayStatus>,
+    link: Link,
+    core: SourceCore,
+    packer: Packer,
+    steering: (LaneSender, LaneReceiver),
+    bulk: LaneSender,
+    demand: (LaneSender, LaneReceiver),
+    main: Option<Channel>,
+    preempt: Option<Channel>,
+    /// The destination has said that it has everything.
+    done: bool,
+    /// The main channel has come to its end in good order.
+    main_over: bool,
+    disk: Option<JoinHandle<Result<(), RelayError>>>,
+    disk_pacer: SharedPacer,
+}
+
+impl Drop for Source<'_> {
+    fn drop(&mut self) {
+        if let Some(disk) = &self.disk {
+            disk.abort();
+        }
+    }
+}
+
+/// What happened next.
+enum Event {
+    Connected(UnixStream),
+    Main(BytesMut),
+    Preempt(BytesMut),
+    Back(Option<bytes::Bytes>),
+    Note(Option<Note>),
+    Command(Asked),
+}
+
+/// One of QEMU's connections, with what was read from it last.
+struct Channel {
+    read: OwnedReadHalf,
+    write: OwnedWriteHalf,
+    buf: BytesMut,
+}
+
+impl Channel {
+    fn new(stream: UnixStream) -> Self {
+        let (read, write) = stream.into_split();
+        Self { read, write, buf: BytesMut::new() }
+    }
+
+    async fn write(&mut self, bytes: &[u8], what: &'static str) -> Result<(), RelayError> {
+        self.write.write_all(bytes).await.map_err(|source| RelayError::Qemu { what, source })
+    }
+}
+
+/// Reads what is there; waits for ever without a channel. Safe to cancel.
+async fn read_some(
+    channel: &mut Option<Channel>,
+    what: &'static str,
+) -> Result<BytesMut, RelayError> {
+    match channel {
+        Some(channel) => {
+            channel.buf.reserve(READ);
+            let read = channel.read.read_buf(&mut channel.buf).await;
+            read.map_err(|source| RelayError::Qemu { what, source })?;
+            Ok(channel.buf.split())
+        }
+        None => std::future::pending().await,
+    }
+}
+
+async fn disk_over(
+    disk: &mut Option<JoinHandle<Result<(), RelayError>>>,
+) -> Result<(), RelayError> {
+    match disk {
+        Some(task) => {
+            task.await.unwrap_or(Err(RelayError::Protocol("the disk's task has ended early")))
+        }
+        None => std::future::pending().await,
+    }
+}
+
+impl<'a> Source<'a> {
+    async fn join(
+        config: &RelayConfig,
+        endpoint: &Endpoint,
+        status: &'a watch::Sender<RelayStatus>,
+    ) -> Result<Self, RelayError> {
+        let RelayRole::Source { destination } = config.role else {
+            return Err(RelayError::Contradiction("not a source"));
+        };
+        let link = endpoint
+            .connect(destination, Some(&config.peer))
+            .await
+            .map_err(|source| RelayError::Link { peer: config.peer.to_string(), source })?;
+        let about =
+            About { version: VERSION, migration: config.migration, generation: config.generation }
+                .bytes()?;
+        let open = async |kind: LaneKind| {
+            link.open_about(kind, kind.usual_priority(), about.clone())
+                .await
+                .map_err(|source| RelayError::Lane { what: "opening a lane for memory", source })
+        };
+        let mut steering = open(LaneKind::Steering).await?.split();
+        let (bulk, _) = open(LaneKind::MemoryBulk).await?.split();
+        let demand = open(LaneKind::MemoryDemand).await?.split();
+        let disk_pacer = SharedPacer::new();
+        let mut disk = None;
+        if let Some(RelayDisk::Source { base, layers }) = config.disk.clone() {
+            let demand = open(LaneKind::DiskDemand).await?.split();
+            let (bulk, _) = open(LaneKind::DiskBulk).await?.split();
+            let (pacer, status) = (disk_pacer.clone(), status.clone());
+            disk = Some(tokio::spawn(async move {
+                disk::source(&base, &layers, demand, bulk, pacer, status).await
+            }));
+        }
+        match hear(&mut steering.1).await? {
+            Some(Note::Ready) => {}
+            Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
+            _ => return Err(RelayError::Protocol("it is not ready")),
+        }
+        Ok(Self {
+            status,
+            link,
+            core: SourceCore::new(config.resume),
+            packer: Packer::new(),
+            steering,
+            bulk,
+            demand,
+            main: None,
+            preempt: None,
+            done: false,
+            main_over: false,
+            disk,
+            disk_pacer,
+        })
+    }
+
+    fn publish(&self) {
+        let (phase, counts) = (self.core.phase(), self.core.counts());
+        let phase = if self.done && self.main_over { RelayPhase::Done } else { phase };
+        let rtt_us = u64::try_from(self.link.rtt().as_micros()).unwrap_or(u64::MAX);
+        self.status.send_if_modified(|s| {
+            // The disk's own task counts these.
+            let bytes = BytesMoved { disk: s.counts.bytes.disk, ..counts.bytes };
+            let (disk_blocks, disk_left) = (s.counts.disk_blocks, s.counts.disk_left);
+            let counts = Counts { bytes, disk_blocks, disk_left, ..counts };
+            let changed = s.phase != phase || s.counts != counts;
+            s.phase = phase;
+            s.committed = phase >= RelayPhase::Committed;
+            s.counts = counts;
+            s.rtt_us = rtt_us;
+            changed
+        });
+    }
+
+    async fn work(
+        &mut self,
+        listener: &UnixListener,
+        commands: &mut mpsc::Receiver<Asked>,
+    ) -> Result<Outcome, RelayError> {
+        loop {
+            let step = self.step(listener, commands).await;
+            self.publish();
+            match step {
+                Ok(false) => {}
+                Ok(true) => return Ok(Outcome::Moved),
+                Err(e) if self.uncertain(&e) => {
+                    return self.hold(e, listener, commands).await;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Whether the other side was lost while the machine stands still, so that it is the driver
+    /// who has to find out where it may run.
+    fn uncertain(&self, e: &RelayError) -> bool {
+        let lost = matches!(
+            e,
+            RelayError::Lane { .. } | RelayError::PeerAborted(_) | RelayError::Protocol(_)
+        );
+        lost && self.core.phase() == RelayPhase::Stopped
+    }
+
+    /// Handles one event; tells whether everything is over.
+    async fn step(
+        &mut self,
+        listener: &UnixListener,
+        commands: &mut mpsc::Receiver<Asked>,
+    ) -> Result<bool, RelayError> {
+        let may_read = self.core.may_read();
+        let event = tokio::select! {
+            biased;
+            Some(asked) = commands.recv() => Event::Command(asked),
+            ended = disk_over(&mut self.disk) => {
+                self.disk = None;
+                ended?;
+                return Ok(false);
+            }
+            // After `Done` the destination ends its side, perhaps before QEMU does.
+            note = hear(&mut self.steering.1), if !self.done => Event::Note(note?),
+            frame = self.demand.1.recv() => Event::Back(frame.map_err(|source| {
+                RelayError::Lane { what: "reading the return path", source }
+            })?),
+            bytes = read_some(&mut self.preempt, "reading QEMU's preempt channel") => {
+                Event::Preempt(bytes?)
+            }
+            accepted = listener.accept(), if self.preempt.is_none() && !self.main_over => {
+                Event::Connected(accepted.map_err(|source| RelayError::Qemu {
+                    what: "accepting QEMU's connection", source,
+                })?.0)
+            }
+            bytes = read_some(&mut self.main, "reading QEMU's main channel"), if may_read => {
+                Event::Main(bytes?)
+            }
+        };
+        match event {
+            Event::Command((command, answer)) => {
+                let accepted = match command {
+                    RelayCommand::Drain => {
+                        self.core.drain();
+                        true
+                    }
+                    RelayCommand::Proceed => self.core.proceed(),
+                    RelayCommand::Abort { why } => {
+                        let _ = answer.send(true);
+                        return Err(RelayError::Aborted(why));
+                    }
+                    RelayCommand::Reclaim | RelayCommand::Finish => false,
+                };
+                let _ = answer.send(accepted);
+            }
+            Event::Connected(stream) => {
+                if self.main.is_none() {
+                    self.main = Some(Channel::new(stream));
+                } else {
+                    self.preempt = Some(Channel::new(stream));
+                    self.core.on_preempt_open();
+                }
+            }
+            Event::Main(bytes) if bytes.is_empty() => {
+                if self.core.shut() != Some(0) {
+                    return Err(RelayError::QemuClosed("the source QEMU"));
+                }
+                self.main = None;
+                self.main_over = true;
+            }
+            Event::Main(bytes) => self.core.on_main(&bytes)?,
+            Event::Preempt(bytes) if bytes.is_empty() => {
+                // QEMU closes it at its end; the main channel tells whether that was in order.
+                self.preempt = None;
+                self.demand.0.end();
+            }
+            Event::Preempt(bytes) => self.core.on_preempt(&bytes)?,
+            Event::Back(Some(frame)) => {
+                self.core.on_back(&frame)?;
+                if let Some(main) = &mut self.main {
+                    main.write(&frame, "writing QEMU's return path").await?;
+                }
+            }
+            Event::Back(None) => return Err(RelayError::Protocol("the return path has ended")),
+            Event::Note(Some(Note::Ack(frames))) => {
+                self.core.on_ack(frames.into(), Instant::now());
+            }
+            Event::Note(Some(Note::DiskAck(frames))) => self.disk_pacer.on_ack(frames.into()),
+            Event::Note(Some(Note::Done)) => self.done = true,
+            Event::Note(Some(Note::Abort { why, .. })) => return Err(RelayError::PeerAborted(why)),
+            Event::Note(Some(Note::Ready)) => {}
+            Event::Note(None) => return Err(RelayError::Protocol("it has left")),
+        }
+        self.send_all().await?;
+        if self.done && self.main_over {
+            self.steering.0.end();
+            self.bulk.end();
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    async fn send_all(&mut self) -> Result<(), RelayError> {
+        while let Some(out) = self.core.next_frame() {
+            let frame = seal(&mut self.packer, out.kind, &out.raw);
+            let wire = frame.len() as u64;
+            let lane = match out.channel {
+                Lane::Main => &mut self.bulk,
+                Lane::Preempt => &mut self.demand.0,
+            };
+            // Counted before: an acknowledgement cannot come earlier.
+            self.core.on_sent(out.channel, out.kind, wire, Instant::now());
+            lane.send_bytes(frame)
+                .await
+                .map_err(|source| RelayError::Lane { what: "sending memory", source })?;
+        }
+        self.core.look_drained();
+        Ok(())
+    }
+
+    /// The destination is lost and the machine stands still. QEMU is held until the driver says
+    /// where it may run: an abort leaves QEMU's post-copy paused, a reclaim takes its stream to
+    /// the end, after which the machine can go on at the source with all it had at STOP.
+    async fn hold(
+        &mut self,
+        lost: RelayError,
+        listener: &UnixListener,
+        commands: &mut mpsc::Receiver<Asked>,
+    ) -> Result<Outcome, RelayError> {
+        tracing::warn!(error = %lost.in_full(), "the destination was lost before the commit point was seen");
+        self.status.send_modify(|s| s.lost = Some(lost.in_full()));
+        while let Some((command, answer)) = commands.recv().await {
+            match command {
+                RelayCommand::Reclaim => {
+                    let _ = answer.send(true);
+                    return self.reclaim(listener).await;
+                }
+                RelayCommand::Abort { why } => {
+                    let _ = answer.send(true);
+                    return Err(RelayError::Aborted(why));
+                }
+                _ => {
+                    let _ = answer.send(false);
+                }
+            }
+        }
+        Err(lost)
+    }
+
+    async fn reclaim(&mut self, listener: &UnixListener) -> Result<Outcome, RelayError> {
+        let mut said = false;
+        loop {
+            tokio::select! {
+                bytes = read_some(&mut self.preempt, "draining QEMU's preempt channel") => {
+                    if bytes?.is_empty() {
+                        self.preempt = None;
+                    }
+                }
+                accepted = listener.accept(), if self.preempt.is_none() => {
+                    if let Ok((stream, _)) = accepted {
+                        self.preempt = Some(Channel::new(stream));
+                    }
+                }
+                bytes = read_some(&mut self.main, "draining QEMU's main channel") => {
+                    let bytes = bytes?;
+                    if bytes.is_empty() {
+                        return if said {
+                            Ok(Outcome::Reclaimed)
+                        } else {
+                            Err(RelayError::QemuClosed("the source QEMU"))
+                        };
+                    }
+                    self.core.on_main(&bytes)?;
+                }
+            }
+            while self.core.next_frame().is_some() {}
+            if self.core.stream_ended() && !said {
+                let mut shut = Vec::new();
+                ReturnMessage::Shut(0).encode(&mut shut);
+                if let Some(main) = &mut self.main {
+                    main.write(&shut, "ending QEMU's migration").await?;
+                }
+                said = true;
+            }
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! What a relay tells its daemon.
+
+use std::net::SocketAddr;
+
+use godwit_types::{BytesMoved, MigrationId};
+use serde::{Deserialize, Serialize};
+
+/// How far a relay has come. Later ones are greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RelayPhase {
+    /// The other relay is not there yet.
+    Joining,
+    /// Both relays are joined; QEMU may begin.
+    Waiting,
+    /// Memory comes in its one round.
+    PreCopy,
+    /// The round is over (source only): QEMU is not read until all that was sent has arrived.
+    RoundOver,
+    /// All that was sent has arrived; QEMU may be told to switch.
+    Drained,
+    /// QEMU is read on; it is about to stop the machine.
+    Switching,
+    /// The machine stands still; its device state is under way.
+    Stopped,
+    /// PONG 3 was seen: the destination runs the machine. The commit point.
+    Committed,
+    /// The destination has all of memory.
+    MemoryDone,
+    /// Both memory and disk are at the destination.
+    Done,
+}
+
+/// What was counted so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Bytes on the wire by kind (as packed, before QUIC's own overhead).
+    pub bytes: BytesMoved,
+    /// Pages sent with contents.
+    pub data_pages: u64,
+    /// Pages sent as zero.
+    pub zero_pages: u64,
+    /// Of both, those sent on the preempt channel because a vCPU waited.
+    pub demanded_pages: u64,
+    /// Requests for pages by the destination.
+    pub requests: u64,
+    /// Bytes of memory that the guest had dirtied again at STOP.
+    pub discarded_bytes: u64,
+    /// Pages of the pre-copy round in all.
+    pub round_pages: u64,
+    /// Of those, pages not sent yet.
+    pub round_left: u64,
+    /// Blocks of the disk to be moved in all.
+    pub disk_blocks: u64,
+    /// Of those, blocks still missing at the destination.
+    pub disk_left: u64,
+}
+
+/// How a relay ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "as")]
+pub enum RelayEnd {
+    /// Everything is at the destination.
+    Done,
+    /// The destination was lost; QEMU's stream was taken to its end, and the machine can run on
+    /// at the source.
+    Reclaimed,
+    /// On request, or because the other side asked for it.
+    Aborted {
+        /// Why.
+        why: String,
+    },
+    /// A link or a QEMU was lost.
+    Broken {
+        /// What was lost.
+        why: String,
+    },
+}
+
+/// The whole state of a relay at one moment. Each change gives a new one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelayStatus {
+    /// Which migration.
+    pub migration: MigrationId,
+    /// How far it has come.
+    pub phase: RelayPhase,
+    /// Where it waits for the other relay (destination only).
+    pub listening: Option<SocketAddr>,
+    /// Whether PONG 3 has been seen.
+    pub committed: bool,
+    /// The counts.
+    pub counts: Counts,
+    /// Smoothed round trip of the link in microseconds.
+    pub rtt_us: u64,
+    /// Source only: the destination was lost while the machine stood still and before the commit
+    /// point was seen. QEMU is held; [`super::RelayCommand::Reclaim`] brings the machine back.
+    #[serde(default)]
+    pub lost: Option<String>,
+    /// Set when nothing more will happen.
+    pub end: Option<RelayEnd>,
+}
+
+impl RelayStatus {
+    /// The status of a relay that has just started.
+    #[must_use]
+    pub fn new(migration: MigrationId) -> Self {
+        Self {
+            migration,
+            phase: RelayPhase::Joining,
+            listening: None,
+            committed: false,
+            counts: Counts::default(),
+            rtt_us: 0,
+            lost: None,
+            end: None,
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Scheme `hybrid` from QEMU to QEMU, through two relays and a QUIC link on this machine.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
+
+mod support;
+
+use godwit_migrate::hybrid::{Asking, DestinationFate, prepare_incoming, receive, report, send};
+use godwit_qemu::Life;
+use support::{LONG, Place, Relay, sh, start, up};
+use tokio_util::sync::CancellationToken;
+
+fn dead() -> Asking {
+    Box::pin(async { DestinationFate::Dead })
+}
+
+/// Starts the checkable workload: a pattern in memory that changes all the time, and numbered
+/// lines on the disk.
+async fn witness(machine: &godwit_qemu::Machine) {
+    sh(machine, "dd if=/dev/urandom of=/data/ballast bs=1M count=6 2>/dev/null; sync").await;
+    sh(
+        machine,
+        "setsid /usr/lib/godwit/godwit-witness run --memory-mib 24 --file /data/lines >/tmp/witness.log 2>&1 </dev/null &",
+    )
+    .await;
+    let deadline = tokio::time::Instant::now() + LONG;
+    loop {
+        let status = sh(machine, "/usr/lib/godwit/godwit-witness status || true").await;
+        if status.contains("\"memory_ok\"") {
+            return;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "the witness does not start: {status}");
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_moves_with_memory_and_disk_while_it_works() {
+    let place = Place::new();
+    let source = start(place.source()).await;
+    up(&source).await;
+    witness(&source).await;
+    let sum = sh(&source, "md5sum < /data/ballast").await;
+
+    let there = Relay::start(place.destination_config(false)).await;
+    let address = there.listening().await;
+    let target = start(place.target()).await;
+    prepare_incoming(&target, &place.destination_config(false).qemu).await.unwrap();
+    let here_config = place.source_config(address, false);
+    let here = Relay::start(here_config.clone()).await;
+
+    let cancel = CancellationToken::new();
+    let sending = send(&source, &here.client, &here_config.qemu, &cancel, dead);
+    let receiving = receive(&target, &there.client, Some(place.pivot()), false);
+    let both = async { tokio::join!(sending, receiving) };
+    let (sent, received) = tokio::time::timeout(LONG, both).await.unwrap_or_else(|_| {
+        panic!("stuck: {:?} {:?}", here.client.status(), there.client.status())
+    });
+    let (sent, received) = (sent.unwrap(), received.unwrap());
+    assert_eq!(source.life().await.unwrap(), Life::PostMigrate);
+    here.finish().await;
+    there.finish().await;
+    source.kill().await;
+    // Nothing of the source is left.
+    std::fs::remove_file(place.path("source.qcow2")).unwrap();
+    assert!(!target.block_nodes().await.unwrap().contains(&"remote".to_owned()));
+
+    let report = report("center", "cafe", &sent, &received).unwrap();
+    eprintln!("{}", serde_json::to_string_pretty(&report).unwrap());
+    eprintln!("pivot {:?}, {:?} {:?}", received.pivot, sent.counts, received.counts);
+    assert!(sent.counts.disk_blocks >= 1500, "6 MiB were written");
+
+    assert_eq!(sh(&target, "echo 3 > /proc/sys/vm/drop_caches; md5sum < /data/ballast").await, sum);
+    let status = sh(&target, "/usr/lib/godwit/godwit-witness status").await;
+    eprintln!("{status}");
+    assert!(status.replace(' ', "").contains("\"memory_ok\":true"), "{status}");
+    eprintln!("{}", sh(&target, "/usr/lib/godwit/godwit-witness check --file /data/lines").await);
+    target.kill().await;
+}
