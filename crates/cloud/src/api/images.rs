@@ -1,0 +1,74 @@
+//! Guest images.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::response::Response;
+use godwit_types::Name;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::{Answer, Api, Params, accepted, name};
+use crate::controller::Mode;
+use crate::error::Fault;
+use crate::site::ImageInfo;
+
+/// An image and the site that has it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(super) struct SiteImage {
+    /// The site.
+    site: Name,
+    /// The image.
+    #[serde(flatten)]
+    image: ImageInfo,
+}
+
+#[derive(Debug, Default, Deserialize, IntoParams)]
+pub(super) struct At {
+    /// Only this site.
+    site: Option<Name>,
+    /// Check and tell, change nothing.
+    #[serde(default)]
+    dry_run: bool,
+}
+
+/// All images at all sites.
+#[utoipa::path(get, path = "/v1/images", params(At), responses((status = 200, body = Vec<SiteImage>)))]
+pub(super) async fn list(
+    State(api): State<Api>,
+    Params(at): Params<At>,
+) -> Answer<Json<Vec<SiteImage>>> {
+    let hosts = match &at.site {
+        Some(s) => vec![api.controller.host(s)?],
+        None => api.controller.hosts(),
+    };
+    let mut out = Vec::new();
+    for host in hosts {
+        let site = host.name().clone();
+        out.extend(
+            host.images().await?.into_iter().map(|image| SiteImage { site: site.clone(), image }),
+        );
+    }
+    Ok(Json(out))
+}
+
+/// One image, as the first site that has it tells.
+#[utoipa::path(get, path = "/v1/images/{name}", params(("name" = String, Path)),
+    responses((status = 200, body = ImageInfo), (status = 404, body = Fault)))]
+pub(super) async fn one(
+    State(api): State<Api>,
+    Path(image): Path<String>,
+) -> Answer<Json<ImageInfo>> {
+    Ok(Json(api.controller.image(&name(&image)?).await?))
+}
+
+/// Builds an image from its recipe, at the center unless a site is named.
+#[utoipa::path(post, path = "/v1/images/{name}/build", params(("name" = String, Path), At),
+    responses((status = 202, body = crate::controller::Accepted)))]
+pub(super) async fn build(
+    State(api): State<Api>,
+    Path(image): Path<String>,
+    Params(at): Params<At>,
+) -> Answer<Response> {
+    let mode = if at.dry_run { Mode::DryRun } else { Mode::Act };
+    Ok(accepted(api.controller.image_build(name(&image)?, at.site, mode)?))
+}

@@ -1,0 +1,294 @@
+//! The HTTPS API: JSON over axum, described by OpenAPI ([`openapi`]).
+//!
+//! Every request but `/healthz` carries `Authorization: Bearer <operator token>`. Bodies are at
+//! most [`MAX_BODY`] bytes; only an import of a substrate is streamed, to its own limit. Every
+//! error is a [`Fault`] in JSON with the status of its class. What takes long answers 202 with
+//! the operation that does it.
+
+mod images;
+mod meta;
+mod operations;
+mod sites;
+mod substrates;
+#[cfg(test)]
+mod tests;
+mod vms;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{FromRequest, FromRequestParts, Request, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
+use axum::http::request::Parts;
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use godwit_types::{Code, Name, SiteKind};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, OpenApi, ToSchema};
+
+use crate::controller::{Accepted, Controller, Mode};
+use crate::error::Fault;
+
+pub use meta::Health;
+pub use sites::{NewToken, TokenText};
+pub use vms::{TypeText, VmFilter};
+
+/// The longest body of a request, in bytes.
+pub const MAX_BODY: usize = 1 << 20;
+
+/// The longest substrate that may be imported, in bytes.
+pub const MAX_IMPORT: u64 = 64 << 30;
+
+/// Lets sites join and throws them out; the center's daemon has one.
+pub trait Gatekeeper: Send + Sync {
+    /// A join token for one site, good for `lifetime_s` seconds.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    fn invite(&self, site: &Name, kind: SiteKind, lifetime_s: u64) -> Result<String, Fault>;
+
+    /// No certificate of the site is accepted any more.
+    ///
+    /// # Errors
+    /// When that cannot be written down.
+    fn revoke(&self, site: &Name) -> Result<(), Fault>;
+}
+
+/// What the handlers share.
+#[derive(Clone)]
+pub struct Api {
+    pub(crate) controller: Arc<Controller>,
+    pub(crate) gate: Arc<dyn Gatekeeper>,
+    /// Hash of the operator token: comparing hashes takes the same time for every wrong token.
+    token: blake3::Hash,
+}
+
+impl std::fmt::Debug for Api {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Api").finish_non_exhaustive()
+    }
+}
+
+impl Api {
+    /// The API of `controller`, for whoever has `token`.
+    #[must_use]
+    pub fn new(controller: Arc<Controller>, gate: Arc<dyn Gatekeeper>, token: &str) -> Self {
+        Self { controller, gate, token: blake3::hash(token.as_bytes()) }
+    }
+
+    /// The routes.
+    #[must_use]
+    pub fn router(self) -> Router {
+        let guarded = Router::new()
+            .route("/metrics", get(meta::metrics))
+            .route("/v1/openapi.json", get(meta::spec))
+            .route("/v1/sites", get(sites::list))
+            .route("/v1/sites/{name}", get(sites::one).delete(sites::revoke))
+            .route("/v1/tokens", post(sites::token))
+            .route("/v1/images", get(images::list))
+            .route("/v1/images/{name}", get(images::one))
+            .route("/v1/images/{name}/build", post(images::build))
+            .route("/v1/vms", get(vms::list).post(vms::create))
+            .route("/v1/vms/{vm}", get(vms::one).delete(vms::delete))
+            .route("/v1/vms/{vm}/start", post(vms::start))
+            .route("/v1/vms/{vm}/stop", post(vms::stop))
+            .route("/v1/vms/{vm}/dock", post(vms::dock))
+            .route("/v1/vms/{vm}/migrate", post(vms::migrate))
+            .route("/v1/vms/{vm}/console", get(vms::console))
+            .route("/v1/vms/{vm}/screenshot", get(vms::screenshot))
+            .route("/v1/vms/{vm}/type", post(vms::type_text))
+            .route("/v1/vms/{vm}/exec", post(vms::exec))
+            .route("/v1/vms/{vm}/view", get(vms::view))
+            .route("/v1/vms/{vm}/attach", get(vms::attach))
+            .route("/v1/substrates", get(substrates::list).post(substrates::import))
+            .route("/v1/substrates/{substrate}", get(substrates::one))
+            .route("/v1/substrates/{substrate}", delete(substrates::remove))
+            .route("/v1/substrates/{substrate}/export", get(substrates::export))
+            .route("/v1/ops", get(operations::list))
+            .route("/v1/ops/{id}", get(operations::one))
+            .route("/v1/ops/{id}/events", get(operations::events))
+            .route("/v1/ops/{id}/cancel", post(operations::cancel))
+            .route("/v1/pool", get(substrates::pool))
+            .route("/v1/pool/{site}/check", post(substrates::pool_check))
+            .fallback(|| async {
+                HttpFault(Fault::not_found("no such path").hint("see /v1/openapi.json"))
+            })
+            .layer(middleware::from_fn_with_state(self.clone(), authenticate));
+        Router::new().route("/healthz", get(meta::healthz)).merge(guarded).with_state(self)
+    }
+}
+
+async fn authenticate(State(api): State<Api>, request: Request, next: Next) -> Response {
+    let given = request
+        .headers()
+        .get(AUTHORIZATION)
+        .and_then(|v| v.to_str().ok())
+        .and_then(|v| v.strip_prefix("Bearer "));
+    match given {
+        // `blake3::Hash` compares in constant time.
+        Some(t) if blake3::hash(t.as_bytes()) == api.token => next.run(request).await,
+        given => HttpFault(
+            Fault::new(
+                Code::Unauthenticated,
+                if given.is_some() {
+                    "the operator token is not the one of this center"
+                } else {
+                    "an operator token is needed"
+                },
+            )
+            .hint(
+                "it is in ~/.config/godwit/token of whoever started the center; set GODWIT_TOKEN",
+            ),
+        )
+        .into_response(),
+    }
+}
+
+/// A [`Fault`] as a response.
+#[derive(Debug)]
+pub struct HttpFault(pub Fault);
+
+impl From<Fault> for HttpFault {
+    fn from(f: Fault) -> Self {
+        Self(f)
+    }
+}
+
+impl From<crate::registry::RegistryError> for HttpFault {
+    fn from(e: crate::registry::RegistryError) -> Self {
+        Self(crate::controller::registry_fault(e))
+    }
+}
+
+impl IntoResponse for HttpFault {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.0.code.http_status())
+            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        if self.0.code == Code::Internal {
+            tracing::error!(error = %self.0, "a request failed");
+        }
+        (status, axum::Json(self.0)).into_response()
+    }
+}
+
+pub(crate) type Answer<T> = Result<T, HttpFault>;
+
+/// A JSON body of at most [`MAX_BODY`] bytes; an empty one is `{}`.
+pub(crate) struct Payload<T>(pub(crate) T);
+
+impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Payload<T> {
+    type Rejection = HttpFault;
+    async fn from_request(request: Request<Body>, _: &S) -> Result<Self, HttpFault> {
+        let typed = request.headers().get(CONTENT_TYPE).cloned();
+        let body = axum::body::to_bytes(request.into_body(), MAX_BODY)
+            .await
+            .map_err(|_| Fault::invalid(format!("the body is cut off or over {MAX_BODY} bytes")))?;
+        let json = HeaderValue::from_static("application/json");
+        if body.is_empty() {
+            return parse(b"{}");
+        }
+        if typed != Some(json) {
+            return Err(Fault::invalid("the body must be application/json").into());
+        }
+        parse(&body)
+    }
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Payload<T>, HttpFault> {
+    serde_json::from_slice(bytes)
+        .map(Payload)
+        .map_err(|e| Fault::invalid(format!("the body: {e}")).into())
+}
+
+/// The query string.
+pub(crate) struct Params<T>(pub(crate) T);
+
+impl<T: DeserializeOwned, S: Sync> FromRequestParts<S> for Params<T> {
+    type Rejection = HttpFault;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, HttpFault> {
+        axum::extract::Query::try_from_uri(&parts.uri)
+            .map(|q: axum::extract::Query<T>| Self(q.0))
+            .map_err(|e| Fault::invalid(format!("the query: {}", e.body_text())).into())
+    }
+}
+
+/// Asks only for the plan.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, IntoParams, ToSchema)]
+pub struct DryRun {
+    /// Check and tell, change nothing.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+impl DryRun {
+    pub(crate) const fn mode(self) -> Mode {
+        if self.dry_run { Mode::DryRun } else { Mode::Act }
+    }
+}
+
+/// 202 with the operation, or 200 with the plan.
+pub(crate) fn accepted(a: Accepted) -> Response {
+    let status = if a.op.is_some() { StatusCode::ACCEPTED } else { StatusCode::OK };
+    (status, axum::Json(a)).into_response()
+}
+
+pub(crate) fn name(text: &str) -> Result<Name, Fault> {
+    Name::new(text).map_err(|e| Fault::invalid(e.to_string()))
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Godwit",
+        description = "Execution environments that start in an instant and move while they work.",
+        license(name = "MIT OR Apache-2.0")
+    ),
+    paths(
+        meta::healthz,
+        meta::metrics,
+        sites::list,
+        sites::one,
+        sites::revoke,
+        sites::token,
+        images::list,
+        images::one,
+        images::build,
+        vms::list,
+        vms::create,
+        vms::one,
+        vms::delete,
+        vms::start,
+        vms::stop,
+        vms::dock,
+        vms::migrate,
+        vms::console,
+        vms::screenshot,
+        vms::type_text,
+        vms::exec,
+        vms::view,
+        vms::attach,
+        substrates::list,
+        substrates::one,
+        substrates::remove,
+        substrates::export,
+        substrates::import,
+        substrates::pool,
+        substrates::pool_check,
+        operations::list,
+        operations::one,
+        operations::events,
+        operations::cancel,
+    ),
+    components(schemas(Fault))
+)]
+struct Spec;
+
+/// The OpenAPI description.
+#[must_use]
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    Spec::openapi()
+}

@@ -1,0 +1,152 @@
+//! Substrates and pools.
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use futures::StreamExt;
+use godwit_types::{Code, Name};
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncWriteExt;
+use tokio_util::io::ReaderStream;
+use utoipa::{IntoParams, ToSchema};
+
+use super::{Answer, Api, MAX_IMPORT, Params, accepted, name};
+use crate::controller::lifecycle::finish_import;
+use crate::controller::{Accepted, Mode};
+use crate::error::Fault;
+use crate::registry::SubstrateRecord;
+use crate::site::{Call, PoolReport, SiteReply, SiteRequest, StreamRequest};
+
+#[derive(Debug, Deserialize, IntoParams)]
+pub(super) struct ImportTo {
+    /// The site; the center when left out.
+    site: Option<Name>,
+    /// Its name here, if not the one it brings.
+    name: Option<Name>,
+}
+
+/// A pool and its site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(super) struct SitePool {
+    /// The site.
+    site: Name,
+    /// What it holds.
+    #[serde(flatten)]
+    pool: PoolReport,
+}
+
+/// All substrates.
+#[utoipa::path(get, path = "/v1/substrates", responses((status = 200, body = Vec<SubstrateRecord>)))]
+pub(super) async fn list(State(api): State<Api>) -> Answer<Json<Vec<SubstrateRecord>>> {
+    let mut all = api.controller.registry().substrates()?;
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(Json(all))
+}
+
+/// One substrate, by name or id.
+#[utoipa::path(get, path = "/v1/substrates/{substrate}", params(("substrate" = String, Path)),
+    responses((status = 200, body = SubstrateRecord), (status = 404, body = Fault)))]
+pub(super) async fn one(
+    State(api): State<Api>,
+    Path(s): Path<String>,
+) -> Answer<Json<SubstrateRecord>> {
+    Ok(Json(api.controller.registry().substrate(&s)?))
+}
+
+/// Removes a substrate from every site that holds it.
+#[utoipa::path(delete, path = "/v1/substrates/{substrate}", params(("substrate" = String, Path), super::DryRun),
+    responses((status = 200, body = Accepted), (status = 404, body = Fault), (status = 409, body = Fault)))]
+pub(super) async fn remove(
+    State(api): State<Api>,
+    Path(s): Path<String>,
+    Params(dry): Params<super::DryRun>,
+) -> Answer<Response> {
+    Ok(accepted(api.controller.substrate_delete(&s, dry.mode()).await?))
+}
+
+/// A substrate as one file.
+#[utoipa::path(get, path = "/v1/substrates/{substrate}/export", params(("substrate" = String, Path)),
+    responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>)))]
+pub(super) async fn export(State(api): State<Api>, Path(s): Path<String>) -> Answer<Response> {
+    let s = api.controller.registry().substrate(&s)?;
+    let host = s.holders.iter().find_map(|n| api.controller.host(n).ok()).ok_or_else(|| {
+        Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
+    })?;
+    let stream = host.open(StreamRequest::SubstrateExport { id: s.id }).await?;
+    let body = Body::from_stream(ReaderStream::with_capacity(stream, 256 << 10));
+    Ok(([(CONTENT_TYPE, "application/octet-stream")], body).into_response())
+}
+
+/// Takes a substrate that was exported; streamed, at most 64 GiB.
+#[utoipa::path(post, path = "/v1/substrates", params(ImportTo),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    responses((status = 201, body = SubstrateRecord), (status = 409, body = Fault), (status = 422, body = Fault)))]
+pub(super) async fn import(
+    State(api): State<Api>,
+    Params(to): Params<ImportTo>,
+    body: Body,
+) -> Answer<(StatusCode, Json<SubstrateRecord>)> {
+    if let Some(n) = &to.name {
+        if api.controller.registry().substrate(n.as_str()).is_ok() {
+            let f = Fault::new(Code::Exists, format!("substrate '{n}' exists already"));
+            return Err(f.into());
+        }
+    }
+    let site = match to.site {
+        Some(s) => s,
+        None => api.controller.center()?,
+    };
+    let host = api.controller.host(&site)?;
+    let label = to.name.clone().unwrap_or_else(|| site.clone());
+    let mut into = host.open(StreamRequest::SubstrateImport { name: to.name }).await?;
+    let mut body = body.into_data_stream();
+    let mut taken = 0u64;
+    let mut refused = false;
+    while let Some(chunk) = body.next().await {
+        let chunk = chunk.map_err(|e| Fault::invalid(format!("the body was cut off: {e}")))?;
+        taken += chunk.len() as u64;
+        if taken > MAX_IMPORT {
+            return Err(Fault::invalid("the substrate is over 64 GiB").into());
+        }
+        // A site that refuses closes its end; its verdict follows.
+        if into.write_all(&chunk).await.is_err() {
+            refused = true;
+            break;
+        }
+    }
+    let info = match finish_import(into, &label).await {
+        Ok(i) if !refused => i,
+        Ok(_) => return Err(Fault::internal("the site took less than was sent").into()),
+        Err(f) => return Err(f.into()),
+    };
+    let record = api.controller.adopt_substrate(&site, info)?;
+    Ok((StatusCode::CREATED, Json(record)))
+}
+
+/// The pools of all sites.
+#[utoipa::path(get, path = "/v1/pool", responses((status = 200, body = Vec<SitePool>)))]
+pub(super) async fn pool(State(api): State<Api>) -> Answer<Json<Vec<SitePool>>> {
+    let mut out = Vec::new();
+    for host in api.controller.hosts() {
+        match host.ask(SiteRequest::Pool, Call::quiet()).await? {
+            SiteReply::Pool(pool) => out.push(SitePool { site: host.name().clone(), pool }),
+            other => {
+                return Err(Fault::internal(format!("the site answered {}", other.label())).into());
+            }
+        }
+    }
+    Ok(Json(out))
+}
+
+/// Reads every page and block of a pool and compares it with its hash.
+#[utoipa::path(post, path = "/v1/pool/{site}/check", params(("site" = String, Path)),
+    responses((status = 202, body = Accepted)))]
+pub(super) async fn pool_check(
+    State(api): State<Api>,
+    Path(site): Path<String>,
+) -> Answer<Response> {
+    Ok(accepted(api.controller.pool_check(name(&site)?, Mode::Act)?))
+}

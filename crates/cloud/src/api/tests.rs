@@ -1,0 +1,106 @@
+use axum::http::Method;
+use tower::ServiceExt;
+
+use super::*;
+use crate::registry::Registry;
+
+struct NoGate;
+impl Gatekeeper for NoGate {
+    fn invite(&self, site: &Name, _: SiteKind, _: u64) -> Result<String, Fault> {
+        Ok(format!("token-for-{site}"))
+    }
+    fn revoke(&self, _: &Name) -> Result<(), Fault> {
+        Ok(())
+    }
+}
+
+fn api() -> (tempfile::TempDir, Router) {
+    let dir = tempfile::tempdir().expect("dir");
+    let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
+    let c = Controller::new(reg, Name::new("operator").expect("name"));
+    (dir, Api::new(c, Arc::new(NoGate), "secret").router())
+}
+
+async fn send(
+    router: &Router,
+    method: Method,
+    path: &str,
+    token: Option<&str>,
+    body: Vec<u8>,
+) -> (StatusCode, String) {
+    let mut r = axum::http::Request::builder().method(method).uri(path);
+    if let Some(t) = token {
+        r = r.header(AUTHORIZATION, format!("Bearer {t}"));
+    }
+    let r = r.header(CONTENT_TYPE, "application/json").body(Body::from(body)).expect("request");
+    let answer = router.clone().oneshot(r).await.expect("answer");
+    let status = answer.status();
+    let bytes = axum::body::to_bytes(answer.into_body(), 1 << 22).await.expect("body");
+    (status, String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn fault(text: &str) -> Fault {
+    serde_json::from_str(text).expect("a fault")
+}
+
+#[tokio::test]
+async fn nothing_but_health_is_told_to_a_stranger() {
+    let (_d, r) = api();
+    assert_eq!(send(&r, Method::GET, "/healthz", None, vec![]).await.0, StatusCode::OK);
+    for path in ["/v1/vms", "/metrics", "/v1/openapi.json", "/nowhere"] {
+        for token in [None, Some("wrong"), Some("")] {
+            let (status, body) = send(&r, Method::GET, path, token, vec![]).await;
+            assert_eq!(status, StatusCode::UNAUTHORIZED, "{path}");
+            assert!(fault(&body).hint.is_some());
+        }
+        let (status, _) = send(&r, Method::GET, path, Some("secret"), vec![]).await;
+        let want = if path == "/nowhere" { StatusCode::NOT_FOUND } else { StatusCode::OK };
+        assert_eq!(status, want, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn bad_input_is_refused_with_a_reason() {
+    let (_d, r) = api();
+    let post =
+        |path: &'static str, body: Vec<u8>| send(&r, Method::POST, path, Some("secret"), body);
+    let (status, body) = post("/v1/vms", vec![b' '; MAX_BODY + 1]).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert!(fault(&body).message.contains("over 1048576 bytes"), "{body}");
+    let (status, body) = post("/v1/vms", br#"{"name":"../etc","image":"tiny"}"#.to_vec()).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert!(fault(&body).message.contains("'../etc' is not a valid name"), "{body}");
+    let (status, body) = post("/v1/vms", br#"{"nmae":"a"}"#.to_vec()).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert!(fault(&body).message.contains("unknown field `nmae`"), "{body}");
+    let (status, body) = post("/v1/vms", vec![]).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert_eq!(fault(&body).message, "name either an image or a substrate");
+    let (status, body) = post("/v1/vms/%2e%2e%2fetc/start", vec![]).await;
+    assert_eq!(status, StatusCode::NOT_FOUND);
+    assert_eq!(fault(&body).message, "no machine '../etc'");
+    let (status, body) =
+        post("/v1/tokens", br#"{"site":"cafe","lifetime_s":99999999}"#.to_vec()).await;
+    assert_eq!((status, fault(&body).code), (StatusCode::BAD_REQUEST, Code::Invalid));
+    let (status, body) = post("/v1/tokens", br#"{"site":"cafe"}"#.to_vec()).await;
+    assert_eq!(
+        (status, body.as_str()),
+        (StatusCode::CREATED, r#"{"site":"cafe","token":"token-for-cafe"}"#)
+    );
+    let (status, body) = send(&r, Method::GET, "/v1/ops/7", Some("secret"), vec![]).await;
+    assert_eq!((status, fault(&body).code), (StatusCode::BAD_REQUEST, Code::Invalid));
+}
+
+#[test]
+fn the_description_that_is_checked_in_is_the_one_of_this_code() {
+    let now = openapi().to_pretty_json().expect("json") + "\n";
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/openapi.json");
+    if std::env::var_os("GODWIT_UPDATE_OPENAPI").is_some() {
+        std::fs::write(path, &now).expect("write");
+    }
+    let kept = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(
+        kept == now,
+        "openapi.json is not up to date; run the test once with GODWIT_UPDATE_OPENAPI=1"
+    );
+}

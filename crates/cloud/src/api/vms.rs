@@ -1,0 +1,259 @@
+//! Execution environments.
+
+use axum::Json;
+use axum::extract::{Path, Request, State};
+use axum::http::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use godwit_types::Name;
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::{Answer, Api, DryRun, Params, Payload, accepted};
+use crate::controller::{Accepted, CreateVm, DockVm, MigrateVm};
+use crate::error::Fault;
+use crate::registry::VmRecord;
+use crate::site::{
+    Call, ConsoleTail, GuestOutput, GuestProgram, SiteReply, SiteRequest, StreamRequest,
+};
+
+/// Which environments to list.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
+pub struct VmFilter {
+    /// Only at this site.
+    pub site: Option<Name>,
+}
+
+/// What to type.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TypeText {
+    /// The text; `\n` is the Enter key. At most 4096 characters.
+    pub text: String,
+}
+
+#[derive(Debug, Default, Deserialize, IntoParams)]
+pub(super) struct StopHow {
+    /// Cut the power instead of asking the guest.
+    #[serde(default)]
+    force: bool,
+    /// Check and tell, change nothing.
+    #[serde(default)]
+    dry_run: bool,
+}
+
+#[derive(Debug, Default, Deserialize, IntoParams)]
+pub(super) struct Tail {
+    /// At most so many bytes from the end; 16 KiB when left out.
+    max_bytes: Option<u32>,
+}
+
+/// The longest console tail in bytes.
+const MAX_TAIL: u32 = 512 << 10;
+
+/// All environments.
+#[utoipa::path(get, path = "/v1/vms", params(VmFilter), responses((status = 200, body = Vec<VmRecord>)))]
+pub(super) async fn list(
+    State(api): State<Api>,
+    Params(f): Params<VmFilter>,
+) -> Answer<Json<Vec<VmRecord>>> {
+    let mut vms = api.controller.registry().vms()?;
+    vms.retain(|v| f.site.as_ref().is_none_or(|s| s == &v.site));
+    vms.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(Json(vms))
+}
+
+/// Makes an environment: a cold boot of an image, or an activation of a substrate.
+#[utoipa::path(post, path = "/v1/vms", request_body = CreateVm, params(DryRun),
+    responses((status = 202, body = Accepted), (status = 409, body = Fault), (status = 507, body = Fault)))]
+pub(super) async fn create(
+    State(api): State<Api>,
+    Params(dry): Params<DryRun>,
+    Payload(want): Payload<CreateVm>,
+) -> Answer<Response> {
+    Ok(accepted(api.controller.create(want, dry.mode()).await?.0))
+}
+
+/// One environment, by name or id.
+#[utoipa::path(get, path = "/v1/vms/{vm}", params(("vm" = String, Path)),
+    responses((status = 200, body = VmRecord), (status = 404, body = Fault)))]
+pub(super) async fn one(State(api): State<Api>, Path(vm): Path<String>) -> Answer<Json<VmRecord>> {
+    Ok(Json(api.controller.registry().vm(&vm)?))
+}
+
+/// Ends an environment and removes its disk.
+#[utoipa::path(delete, path = "/v1/vms/{vm}", params(("vm" = String, Path), DryRun),
+    responses((status = 202, body = Accepted), (status = 404, body = Fault)))]
+pub(super) async fn delete(
+    State(api): State<Api>,
+    Path(vm): Path<String>,
+    Params(dry): Params<DryRun>,
+) -> Answer<Response> {
+    Ok(accepted(api.controller.delete(&vm, dry.mode())?))
+}
+
+/// Starts a stopped environment.
+#[utoipa::path(post, path = "/v1/vms/{vm}/start", params(("vm" = String, Path), DryRun),
+    responses((status = 202, body = Accepted), (status = 409, body = Fault)))]
+pub(super) async fn start(
+    State(api): State<Api>,
+    Path(vm): Path<String>,
+    Params(dry): Params<DryRun>,
+) -> Answer<Response> {
+    Ok(accepted(api.controller.start(&vm, dry.mode())?))
+}
+
+/// Powers an environment off.
+#[utoipa::path(post, path = "/v1/vms/{vm}/stop", params(("vm" = String, Path), StopHow),
+    responses((status = 202, body = Accepted), (status = 409, body = Fault)))]
+pub(super) async fn stop(
+    State(api): State<Api>,
+    Path(vm): Path<String>,
+    Params(how): Params<StopHow>,
+) -> Answer<Response> {
+    let dry = DryRun { dry_run: how.dry_run };
+    Ok(accepted(api.controller.stop(&vm, how.force, dry.mode())?))
+}
+
+/// Turns an environment into a substrate.
+#[utoipa::path(post, path = "/v1/vms/{vm}/dock", request_body = DockVm,
+    params(("vm" = String, Path), DryRun),
+    responses((status = 202, body = Accepted), (status = 409, body = Fault)))]
+pub(super) async fn dock(
+    State(api): State<Api>,
+    Path(vm): Path<String>,
+    Params(dry): Params<DryRun>,
+    Payload(how): Payload<DockVm>,
+) -> Answer<Response> {
+    Ok(accepted(api.controller.dock(&vm, how, dry.mode())?))
+}
+
+/// Moves a running environment to another site.
+#[utoipa::path(post, path = "/v1/vms/{vm}/migrate", request_body = MigrateVm,
+    params(("vm" = String, Path), DryRun),
+    responses((status = 202, body = Accepted), (status = 404, body = Fault), (status = 409, body = Fault)))]
+pub(super) async fn migrate(
+    State(api): State<Api>,
+    Path(vm): Path<String>,
+    Params(dry): Params<DryRun>,
+    Payload(want): Payload<MigrateVm>,
+) -> Answer<Response> {
+    Ok(accepted(api.controller.migrate(&vm, want, dry.mode())?))
+}
+
+/// The end of the serial console's log.
+#[utoipa::path(get, path = "/v1/vms/{vm}/console", params(("vm" = String, Path), Tail),
+    responses((status = 200, body = ConsoleTail)))]
+pub(super) async fn console(
+    State(api): State<Api>,
+    Path(vm): Path<String>,
+    Params(t): Params<Tail>,
+) -> Answer<Json<ConsoleTail>> {
+    let vm = api.controller.registry().vm(&vm)?;
+    let max_bytes = t.max_bytes.unwrap_or(16 << 10).min(MAX_TAIL);
+    let host = api.controller.host(&vm.site)?;
+    match host.ask(SiteRequest::VmConsole { vm: vm.id, max_bytes }, Call::quiet()).await? {
+        SiteReply::Console(c) => Ok(Json(c)),
+        other => Err(Fault::internal(format!("the site answered {}", other.label())).into()),
+    }
+}
+
+/// The screen as PNG.
+#[utoipa::path(get, path = "/v1/vms/{vm}/screenshot", params(("vm" = String, Path)),
+    responses((status = 200, content_type = "image/png", body = Vec<u8>), (status = 409, body = Fault)))]
+pub(super) async fn screenshot(State(api): State<Api>, Path(vm): Path<String>) -> Answer<Response> {
+    let vm = api.controller.registry().vm(&vm)?;
+    let host = api.controller.host(&vm.site)?;
+    match host.ask(SiteRequest::VmScreenshot { vm: vm.id }, Call::quiet()).await? {
+        SiteReply::Screenshot(png) => Ok(([(CONTENT_TYPE, "image/png")], png).into_response()),
+        other => Err(Fault::internal(format!("the site answered {}", other.label())).into()),
+    }
+}
+
+/// Types into the keyboard.
+#[utoipa::path(post, path = "/v1/vms/{vm}/type", request_body = TypeText, params(("vm" = String, Path)),
+    responses((status = 204), (status = 400, body = Fault), (status = 409, body = Fault)))]
+pub(super) async fn type_text(
+    State(api): State<Api>,
+    Path(vm): Path<String>,
+    Payload(t): Payload<TypeText>,
+) -> Answer<StatusCode> {
+    if t.text.chars().count() > 4096 {
+        return Err(Fault::invalid("at most 4096 characters are typed at once").into());
+    }
+    let vm = api.controller.registry().vm(&vm)?;
+    let host = api.controller.host(&vm.site)?;
+    host.tell(SiteRequest::VmType { vm: vm.id, text: t.text }, Call::quiet()).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Runs a program in the guest, by its agent, and answers when it has ended.
+#[utoipa::path(post, path = "/v1/vms/{vm}/exec", request_body = GuestProgram, params(("vm" = String, Path)),
+    responses((status = 200, body = GuestOutput), (status = 400, body = Fault), (status = 409, body = Fault)))]
+pub(super) async fn exec(
+    State(api): State<Api>,
+    Path(vm): Path<String>,
+    Payload(program): Payload<GuestProgram>,
+) -> Answer<Json<GuestOutput>> {
+    let vm = api.controller.registry().vm(&vm)?;
+    let host = api.controller.host(&vm.site)?;
+    match host.ask(SiteRequest::VmExec { vm: vm.id, program }, Call::quiet()).await? {
+        SiteReply::Executed(out) => Ok(Json(out)),
+        other => Err(Fault::internal(format!("the site answered {}", other.label())).into()),
+    }
+}
+
+/// The display as a raw RFB stream, after an HTTP/1.1 upgrade to `rfb`.
+#[utoipa::path(get, path = "/v1/vms/{vm}/view", params(("vm" = String, Path)),
+    responses((status = 101), (status = 400, body = Fault), (status = 409, body = Fault)))]
+pub(super) async fn view(
+    State(api): State<Api>,
+    Path(vm): Path<String>,
+    request: Request,
+) -> Answer<Response> {
+    let vm = api.controller.registry().vm(&vm)?;
+    upgrade(&api, &vm, StreamRequest::Display { vm: vm.id }, "rfb", request).await
+}
+
+/// The serial console as a raw byte stream, after an HTTP/1.1 upgrade to `console`.
+#[utoipa::path(get, path = "/v1/vms/{vm}/attach", params(("vm" = String, Path)),
+    responses((status = 101), (status = 400, body = Fault), (status = 409, body = Fault)))]
+pub(super) async fn attach(
+    State(api): State<Api>,
+    Path(vm): Path<String>,
+    request: Request,
+) -> Answer<Response> {
+    let vm = api.controller.registry().vm(&vm)?;
+    upgrade(&api, &vm, StreamRequest::Console { vm: vm.id }, "console", request).await
+}
+
+async fn upgrade(
+    api: &Api,
+    vm: &VmRecord,
+    what: StreamRequest,
+    protocol: &'static str,
+    mut request: Request,
+) -> Answer<Response> {
+    if request.headers().get(UPGRADE).is_none_or(|v| v.as_bytes() != protocol.as_bytes()) {
+        return Err(Fault::invalid(format!("send 'Upgrade: {protocol}' over HTTP/1.1")).into());
+    }
+    let mut site = api.controller.host(&vm.site)?.open(what).await?;
+    let upgraded = hyper::upgrade::on(&mut request);
+    let name = vm.name.clone();
+    tokio::spawn(async move {
+        match upgraded.await {
+            Ok(up) => {
+                let mut user = TokioIo::new(up);
+                let end = tokio::io::copy_bidirectional(&mut user, &mut site).await;
+                tracing::debug!(vm = %name, protocol, ?end, "stream ended");
+            }
+            Err(e) => tracing::debug!(vm = %name, protocol, error = %e, "no upgrade"),
+        }
+    });
+    let headers = [
+        (CONNECTION, HeaderValue::from_static("upgrade")),
+        (UPGRADE, HeaderValue::from_static(protocol)),
+    ];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}

@@ -1,0 +1,537 @@
+//! Making, starting, stopping, deleting and docking of environments.
+
+use std::sync::Arc;
+
+use godwit_types::{Arch, Code, Generation, Mib, Name, SubstrateId, SubstrateKind, VmId, VmState};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
+use crate::clock::UnixMs;
+use crate::error::Fault;
+use crate::ops::{OpHandle, OpKind, Progress};
+use crate::placement::{Demand, Source, place};
+use crate::registry::{SubstrateRecord, VmRecord};
+use crate::site::{
+    Call, ImageInfo, NewMachine, Origin, SiteHost, SiteRequest, StreamRequest, SubstrateInfo,
+};
+
+/// A call of a site whose progress is shown by the operation.
+pub(super) fn call_of(op: &OpHandle) -> Call {
+    let shown = op.clone();
+    Call::new(move |p| shown.progress(p), op.cancel().clone())
+}
+
+struct Shape {
+    image: Name,
+    arch: Arch,
+    memory: Mib,
+    vcpus: u8,
+    origin: Origin,
+    substrate: Option<SubstrateRecord>,
+}
+
+impl Controller {
+    /// Finds an image at any attached site.
+    ///
+    /// # Errors
+    /// Not found; conflict when only its recipe is known.
+    pub async fn image(&self, name: &Name) -> Result<ImageInfo, Fault> {
+        let mut recipe = None;
+        for host in self.hosts() {
+            match host.images().await {
+                Ok(all) => {
+                    for i in all.into_iter().filter(|i| &i.name == name) {
+                        if i.built {
+                            return Ok(i);
+                        }
+                        recipe = Some(i);
+                    }
+                }
+                Err(f) => tracing::debug!(site = %host.name(), error = %f, "images not listed"),
+            }
+        }
+        if recipe.is_some() {
+            Err(Fault::conflict(format!("image '{name}' has not been built"))
+                .hint(format!("build it with: godwit image build {name}")))
+        } else {
+            Err(Fault::not_found(format!("no image '{name}'"))
+                .hint("see the images with: godwit image list"))
+        }
+    }
+
+    async fn shape(&self, want: &CreateVm) -> Result<Shape, Fault> {
+        match (&want.image, &want.substrate) {
+            (Some(image), None) => {
+                let i = self.image(image).await?;
+                Ok(Shape {
+                    image: image.clone(),
+                    arch: i.arch,
+                    memory: want.memory_mib.unwrap_or(i.memory),
+                    vcpus: want.vcpus.unwrap_or(i.vcpus),
+                    origin: Origin::Image(image.clone()),
+                    substrate: None,
+                })
+            }
+            (None, Some(key)) => {
+                if want.memory_mib.is_some() || want.vcpus.is_some() {
+                    return Err(Fault::invalid(
+                        "memory and vCPUs of an activated machine are those of its substrate",
+                    ));
+                }
+                let s = self.registry.substrate(key).map_err(registry_fault)?;
+                Ok(Shape {
+                    image: s.image.clone(),
+                    arch: s.arch,
+                    memory: s.memory,
+                    vcpus: s.vcpus,
+                    origin: Origin::Substrate(s.id),
+                    substrate: Some(s),
+                })
+            }
+            _ => Err(Fault::invalid("name either an image or a substrate")),
+        }
+    }
+
+    fn fresh_name(&self, base: &Name) -> Result<Name, Fault> {
+        let short: String = base.as_str().chars().take(Name::MAX_LEN - 6).collect();
+        (1..10_000)
+            .map(|i| format!("{short}-{i}"))
+            .find(|n| self.registry.vm(n).is_err())
+            .and_then(|n| Name::new(&n).ok())
+            .ok_or_else(|| Fault::invalid("give the machine a name"))
+    }
+
+    /// Makes an environment: cold boot or activation.
+    ///
+    /// # Errors
+    /// What was wrong with the request, or why there is no room.
+    pub async fn create(
+        self: &Arc<Self>,
+        want: CreateVm,
+        mode: Mode,
+    ) -> Result<(Accepted, Option<VmRecord>), Fault> {
+        let shape = self.shape(&want).await?;
+        if !(16..=1 << 20).contains(&shape.memory.0) {
+            return Err(Fault::invalid("guest memory must be 16 MiB to 1 TiB"));
+        }
+        if !(1..=64).contains(&shape.vcpus) {
+            return Err(Fault::invalid("a machine has 1 to 64 vCPUs"));
+        }
+        let base = shape.substrate.as_ref().map_or(&shape.image, |s| &s.name);
+        let name = want.name.map_or_else(|| self.fresh_name(base), Ok)?;
+        if self.registry.vm(name.as_str()).is_ok() {
+            return Err(Fault::new(Code::Exists, format!("machine '{name}' exists already")));
+        }
+        let demand = Demand {
+            memory: shape.memory,
+            vcpus: shape.vcpus,
+            source: match &shape.origin {
+                Origin::Image(i) => Source::Image(i.clone()),
+                Origin::Substrate(s) => Source::Substrate(*s),
+            },
+            only: want.site,
+            not: None,
+        };
+        let now = UnixMs::now();
+        let mut sites = self.registry.sites().map_err(registry_fault)?;
+        // What was docked or brought a moment ago is in no report yet.
+        if let Some(s) = &shape.substrate {
+            for site in sites.iter_mut().filter(|site| s.holders.contains(&site.name)) {
+                site.report.substrates.insert(s.id);
+            }
+        }
+        let placed = place(&demand, &sites, now).map_err(|r| {
+            let f = Fault::of(&r);
+            match r.hint() {
+                Some(h) => f.hint(h),
+                None => f,
+            }
+        })?;
+        let plan = match &shape.substrate {
+            Some(s) if placed.holds => {
+                format!("activate '{name}' from substrate '{}' at {}", s.name, placed.site)
+            }
+            Some(s) => format!(
+                "bring substrate '{}' to {} and activate '{name}' from it",
+                s.name, placed.site
+            ),
+            None => format!("boot '{name}' from image '{}' at {}", shape.image, placed.site),
+        };
+        if mode == Mode::DryRun {
+            return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
+        }
+        let host = self.host(&placed.site)?;
+        let vm = VmRecord {
+            id: VmId::new(),
+            name: name.clone(),
+            state: VmState::Starting,
+            site: placed.site,
+            generation: Generation::FIRST,
+            image: shape.image,
+            substrate: shape.substrate.as_ref().map(|s| s.id),
+            arch: shape.arch,
+            memory: shape.memory,
+            vcpus: shape.vcpus,
+            created: now,
+            changed: now,
+            moving_to: None,
+            reason: None,
+        };
+        self.registry.vm_add(&vm).map_err(registry_fault)?;
+        let kind = match &shape.substrate {
+            Some(s) => OpKind::VmActivate { vm: vm.id, name: name.clone(), substrate: s.id },
+            None => OpKind::VmCreate { vm: vm.id, name: name.clone() },
+        };
+        let new = NewMachine {
+            vm: vm.id,
+            name: name.clone(),
+            generation: vm.generation,
+            origin: shape.origin,
+            memory: want.memory_mib,
+            vcpus: want.vcpus,
+        };
+        let (me, record) = (self.clone(), vm.clone());
+        let bring = shape.substrate.filter(|_| !placed.holds);
+        let started = self.ops.start(kind, |op| async move {
+            let outcome = me.run_create(&op, host, new, bring).await;
+            me.end_create(&op, &record, outcome).await
+        });
+        match started {
+            Ok(op) => {
+                Ok((Accepted { op: Some(op), plan, target: Some(name.to_string()) }, Some(vm)))
+            }
+            Err(e) => {
+                self.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
+                Err(registry_fault(e))
+            }
+        }
+    }
+
+    async fn run_create(
+        &self,
+        op: &OpHandle,
+        host: Arc<dyn SiteHost>,
+        new: NewMachine,
+        bring: Option<SubstrateRecord>,
+    ) -> Result<serde_json::Value, Fault> {
+        if let Some(s) = bring {
+            self.bring_substrate(op, &s, &host).await?;
+        }
+        op.check()?;
+        op.begin("start", json!({ "site": host.name() }))?;
+        let status = host.vm_new(new, call_of(op)).await?;
+        op.done("start")?;
+        Ok(json!({ "site": host.name(), "activate": status.activate }))
+    }
+
+    async fn end_create(
+        &self,
+        op: &OpHandle,
+        vm: &VmRecord,
+        outcome: Result<serde_json::Value, Fault>,
+    ) -> Result<serde_json::Value, Fault> {
+        match outcome {
+            Ok(v) => {
+                self.change_vm(vm, vm.generation, |v| {
+                    Ok(v.become_state(VmState::Running, UnixMs::now())?)
+                })?;
+                Ok(v)
+            }
+            Err(f) => {
+                self.undo_create(vm, &f).await?;
+                op.undone("start")?;
+                Err(f)
+            }
+        }
+    }
+
+    /// Removes a machine that did not come to run; if the site cannot be asked, the record stays
+    /// as failed.
+    pub(super) async fn undo_create(&self, vm: &VmRecord, why: &Fault) -> Result<(), Fault> {
+        let removed = match self.host(&vm.site) {
+            Ok(h) => {
+                let request = SiteRequest::VmDelete { vm: vm.id, generation: vm.generation };
+                h.tell(request, Call::quiet()).await
+            }
+            Err(f) => Err(f),
+        };
+        match removed {
+            Ok(()) => self.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault),
+            Err(f) if f.code == Code::NotFound => {
+                self.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)
+            }
+            Err(_) => self
+                .change_vm(vm, vm.generation, |v| {
+                    v.become_state(VmState::Failed, UnixMs::now())?;
+                    v.reason = Some(why.message.clone());
+                    Ok(())
+                })
+                .map(|_| ()),
+        }
+    }
+
+    /// Brings a substrate from a site that holds it to `to`, through the center.
+    pub(super) async fn bring_substrate(
+        &self,
+        op: &OpHandle,
+        s: &SubstrateRecord,
+        to: &Arc<dyn SiteHost>,
+    ) -> Result<(), Fault> {
+        // Just docked there: the site's next report says so too.
+        if s.holders.contains(to.name()) {
+            return Ok(());
+        }
+        let from = s
+            .holders
+            .iter()
+            .filter(|n| *n != to.name())
+            .find_map(|n| self.host(n).ok())
+            .ok_or_else(|| {
+                Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
+            })?;
+        op.begin("bring", json!({ "from": from.name(), "to": to.name(), "substrate": s.id }))?;
+        let mut out = from.open(StreamRequest::SubstrateExport { id: s.id }).await?;
+        let mut into = to.open(StreamRequest::SubstrateImport { name: None }).await?;
+        let mut buffer = vec![0u8; 256 << 10];
+        let mut done = 0u64;
+        loop {
+            op.check()?;
+            let n = out.read(&mut buffer).await.map_err(|e| cut("reading", &s.name, &e))?;
+            if n == 0 {
+                break;
+            }
+            into.write_all(&buffer[..n]).await.map_err(|e| cut("writing", &s.name, &e))?;
+            done += n as u64;
+            op.progress(Progress {
+                stage: "substrate".into(),
+                done,
+                total: s.stored_bytes.max(done),
+                unit: "bytes".into(),
+                note: format!("{} to {}", from.name(), to.name()),
+            });
+        }
+        let info = finish_import(into, &s.name).await?;
+        self.adopt_substrate(to.name(), info)?;
+        op.done("bring")
+    }
+
+    /// Starts a stopped or failed environment from its disk.
+    ///
+    /// # Errors
+    /// What refuses it.
+    pub fn start(self: &Arc<Self>, key: &str, mode: Mode) -> Result<Accepted, Fault> {
+        let vm = self.registry.vm(key).map_err(registry_fault)?;
+        vm.state.to(VmState::Starting).map_err(|e| state_fault(&vm, &e))?;
+        let host = self.host(&vm.site)?;
+        let plan = format!("start '{}' at {}", vm.name, vm.site);
+        if mode == Mode::DryRun {
+            return Ok(dry(plan, &vm));
+        }
+        let vm = self.change_vm(&vm, vm.generation, |v| {
+            v.become_state(VmState::Starting, UnixMs::now())?;
+            v.generation = v.generation.next();
+            Ok(())
+        })?;
+        let kind = OpKind::VmStart { vm: vm.id, name: vm.name.clone() };
+        self.launch(kind, plan, vm, VmState::Running, |vm, op| async move {
+            let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation };
+            host.ask(request, call_of(&op)).await?;
+            Ok(json!({}))
+        })
+    }
+
+    /// Powers an environment off.
+    ///
+    /// # Errors
+    /// What refuses it.
+    pub fn stop(self: &Arc<Self>, key: &str, force: bool, mode: Mode) -> Result<Accepted, Fault> {
+        let vm = self.registry.vm(key).map_err(registry_fault)?;
+        if vm.state != VmState::Running {
+            vm.state.to(VmState::Stopped).map_err(|e| state_fault(&vm, &e))?;
+            return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state)));
+        }
+        let host = self.host(&vm.site)?;
+        let plan = format!("stop '{}' at {}", vm.name, vm.site);
+        if mode == Mode::DryRun {
+            return Ok(dry(plan, &vm));
+        }
+        let kind = OpKind::VmStop { vm: vm.id, name: vm.name.clone() };
+        self.launch(kind, plan, vm, VmState::Stopped, move |vm, op| async move {
+            let request = SiteRequest::VmStop { vm: vm.id, generation: vm.generation, force };
+            host.ask(request, call_of(&op)).await?;
+            Ok(json!({}))
+        })
+    }
+
+    /// Ends an environment and removes all it has.
+    ///
+    /// # Errors
+    /// What refuses it.
+    pub fn delete(self: &Arc<Self>, key: &str, mode: Mode) -> Result<Accepted, Fault> {
+        let vm = self.registry.vm(key).map_err(registry_fault)?;
+        if matches!(vm.state, VmState::Moving | VmState::Docking | VmState::Starting) {
+            return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state))
+                .hint("wait for it or cancel it: godwit op list"));
+        }
+        let host = self.host(&vm.site)?;
+        let plan = format!("delete '{}' at {} with its disk", vm.name, vm.site);
+        if mode == Mode::DryRun {
+            return Ok(dry(plan, &vm));
+        }
+        let kind = OpKind::VmDelete { vm: vm.id, name: vm.name.clone() };
+        let (me, id) = (self.clone(), vm.name.to_string());
+        let op = self
+            .ops
+            .start(kind, |op| async move {
+                op.begin("delete", json!({ "site": vm.site }))?;
+                let request = SiteRequest::VmDelete { vm: vm.id, generation: vm.generation };
+                match host.tell(request, call_of(&op)).await {
+                    Err(f) if f.code != Code::NotFound => return Err(f),
+                    _ => {}
+                }
+                me.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
+                op.done("delete")?;
+                Ok(json!({}))
+            })
+            .map_err(registry_fault)?;
+        Ok(Accepted { op: Some(op), plan, target: Some(id) })
+    }
+
+    /// Turns an environment into a substrate.
+    ///
+    /// # Errors
+    /// What refuses it.
+    pub fn dock(self: &Arc<Self>, key: &str, how: DockVm, mode: Mode) -> Result<Accepted, Fault> {
+        let vm = self.registry.vm(key).map_err(registry_fault)?;
+        vm.state.to(VmState::Docking).map_err(|e| state_fault(&vm, &e))?;
+        let name = how.name.unwrap_or_else(|| vm.name.clone());
+        if self.registry.substrate(name.as_str()).is_ok() {
+            return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
+                .hint("name another with --substrate"));
+        }
+        let host = self.host(&vm.site)?;
+        let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);
+        if mode == Mode::DryRun {
+            return Ok(dry(plan, &vm));
+        }
+        let vm = self.change_vm(&vm, vm.generation, |v| {
+            Ok(v.become_state(VmState::Docking, UnixMs::now())?)
+        })?;
+        let substrate = SubstrateId::new();
+        let request = SiteRequest::VmDock {
+            vm: vm.id,
+            generation: vm.generation,
+            substrate,
+            name,
+            kind: how.kind.unwrap_or(SubstrateKind::Restricted),
+            owner: self.operator.clone(),
+        };
+        let kind = OpKind::VmDock { vm: vm.id, name: vm.name.clone(), substrate };
+        let (me, record) = (self.clone(), vm.clone());
+        let started = self.ops.start(kind, |op| async move {
+            op.begin("dock", json!({ "site": record.site, "substrate": substrate }))?;
+            let outcome = host.vm_dock(request, call_of(&op)).await;
+            match outcome {
+                Ok(info) => {
+                    let report = info.dock.clone();
+                    me.adopt_substrate(&record.site, info)?;
+                    me.registry.vm_remove(record.id, record.generation).map_err(registry_fault)?;
+                    op.done("dock")?;
+                    Ok(json!({ "substrate": substrate, "dock": report }))
+                }
+                Err(f) => {
+                    me.settle_vm(&record, &f).await?;
+                    op.undone("dock")?;
+                    Err(f)
+                }
+            }
+        });
+        match started {
+            Ok(op) => Ok(Accepted { op: Some(op), plan, target: Some(vm.name.to_string()) }),
+            Err(e) => {
+                self.change_vm(&vm, vm.generation, |v| {
+                    Ok(v.become_state(VmState::Running, UnixMs::now())?)
+                })?;
+                Err(registry_fault(e))
+            }
+        }
+    }
+
+    /// Runs a job that takes a machine to `goal`; after a failure its state is asked of its site.
+    fn launch<F, Fut>(
+        self: &Arc<Self>,
+        kind: OpKind,
+        plan: String,
+        vm: VmRecord,
+        goal: VmState,
+        job: F,
+    ) -> Result<Accepted, Fault>
+    where
+        F: FnOnce(VmRecord, OpHandle) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<serde_json::Value, Fault>> + Send + 'static,
+    {
+        let (me, name) = (self.clone(), vm.name.to_string());
+        let verb = kind.verb();
+        let op = self
+            .ops
+            .start(kind, |op| async move {
+                op.begin(verb, json!({ "site": vm.site, "generation": vm.generation }))?;
+                match job(vm.clone(), op.clone()).await {
+                    Ok(v) => {
+                        me.change_vm(&vm, vm.generation, |v| {
+                            if v.state != goal {
+                                v.become_state(goal, UnixMs::now())?;
+                            }
+                            Ok(())
+                        })?;
+                        op.done(verb)?;
+                        Ok(v)
+                    }
+                    Err(f) => {
+                        me.settle_vm(&vm, &f).await?;
+                        op.undone(verb)?;
+                        Err(f)
+                    }
+                }
+            })
+            .map_err(registry_fault)?;
+        Ok(Accepted { op: Some(op), plan, target: Some(name) })
+    }
+}
+
+pub(super) fn dry(plan: String, vm: &VmRecord) -> Accepted {
+    Accepted { op: None, plan, target: Some(vm.name.to_string()) }
+}
+
+pub(super) fn state_fault(vm: &VmRecord, e: &godwit_types::InvalidTransition) -> Fault {
+    let f = Fault::conflict(format!("machine '{}': {e}", vm.name));
+    match vm.state {
+        VmState::Stopped | VmState::Failed => {
+            f.hint(format!("start it first: godwit vm start {}", vm.name))
+        }
+        VmState::Starting | VmState::Docking | VmState::Moving => {
+            f.hint("wait for it or cancel it: godwit op list")
+        }
+        VmState::Running => f,
+    }
+}
+
+fn cut(doing: &str, name: &Name, e: &std::io::Error) -> Fault {
+    Fault::unavailable(format!("{doing} substrate '{name}': {e}"))
+}
+
+/// Ends an import: no more bytes, then the site's verdict as JSON.
+///
+/// # Errors
+/// The site's refusal, or a broken stream.
+pub(crate) async fn finish_import(
+    mut into: crate::site::ByteStream,
+    name: &Name,
+) -> Result<SubstrateInfo, Fault> {
+    into.shutdown().await.map_err(|e| cut("writing", name, &e))?;
+    let mut verdict = Vec::new();
+    into.take(64 << 10).read_to_end(&mut verdict).await.map_err(|e| cut("writing", name, &e))?;
+    serde_json::from_slice::<Result<SubstrateInfo, Fault>>(&verdict)
+        .map_err(|e| Fault::new(Code::Damaged, format!("the verdict on '{name}': {e}")))?
+}

@@ -1,0 +1,336 @@
+//! The controller: what the center does with environments, substrates and sites.
+//!
+//! Each method checks what can be checked at once, enters the change into the registry, and
+//! leaves the long part to an operation. A migration:
+//!
+//! ```text
+//! Running at A, generation g
+//!   | state Moving (a second migration, a dock, a stop are refused from here on)
+//!   | manifest from A -> prepare at B (g+1) -> send from A
+//!   |        |                 |                  |
+//!   |        +------ any failure before the switch: abort at both, Running at A, g
+//!   v
+//! switched: site B, generation g+1   (the commit point; a cancel is refused from here on)
+//!   | B whole -> A releases what it keeps
+//!   v
+//! Running at B
+//! ```
+
+pub(crate) mod lifecycle;
+mod moves;
+mod pool;
+mod recover;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use godwit_types::{Generation, Mib, Name, OpId, SiteKind, SubstrateKind};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use utoipa::ToSchema;
+
+use crate::clock::UnixMs;
+use crate::error::Fault;
+use crate::ops::Ops;
+use crate::registry::{Registry, SiteRecord, SiteReport, SubstrateRecord, VmRecord};
+use crate::site::{SiteHost, SubstrateInfo};
+
+/// How long a site stays usable without a report.
+pub const LEASE: Duration = Duration::from_secs(15);
+
+/// How often a site is asked for a report.
+pub const REPORT_EVERY: Duration = Duration::from_secs(4);
+
+/// What a new environment is made from; exactly one of the two.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateVm {
+    /// Its name; drawn from the source's when left out.
+    pub name: Option<Name>,
+    /// Cold boot of this image.
+    pub image: Option<Name>,
+    /// Activation of this substrate (name or id).
+    pub substrate: Option<String>,
+    /// Where; placed by the schedule manager when left out.
+    pub site: Option<Name>,
+    /// Guest memory in MiB, for a cold boot.
+    pub memory_mib: Option<Mib>,
+    /// vCPUs, for a cold boot.
+    pub vcpus: Option<u8>,
+}
+
+/// How a machine becomes a substrate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DockVm {
+    /// Name of the substrate; the machine's own when left out.
+    pub name: Option<Name>,
+    /// Who may use it; restricted when left out.
+    pub kind: Option<SubstrateKind>,
+}
+
+/// Where a machine is to go.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateVm {
+    /// The site; placed by the schedule manager when left out.
+    pub to: Option<Name>,
+    /// The scheme; `hybrid` when left out.
+    pub scheme: Option<String>,
+}
+
+/// The answer to a request that changes something.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Accepted {
+    /// The operation that does it; none for a dry run.
+    pub op: Option<OpId>,
+    /// What is done, or would be.
+    pub plan: String,
+    /// The object it concerns.
+    pub target: Option<String>,
+}
+
+/// Whether to do it or only to say what would be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Do it.
+    Act,
+    /// Check and tell.
+    DryRun,
+}
+
+/// The hosts that are attached, and a number that grows with each change of them.
+struct Sites {
+    hosts: RwLock<BTreeMap<Name, Arc<dyn SiteHost>>>,
+    changes: watch::Sender<u64>,
+}
+
+/// The controller of one center.
+pub struct Controller {
+    registry: Arc<Registry>,
+    ops: Arc<Ops>,
+    sites: Sites,
+    operator: Name,
+}
+
+impl std::fmt::Debug for Controller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Controller").field("ops", &self.ops).finish_non_exhaustive()
+    }
+}
+
+pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
+    let fault = Fault::of(&e);
+    match e {
+        crate::registry::RegistryError::NotFound { what: "machine", .. } => {
+            fault.hint("see the machines with: godwit vm list")
+        }
+        crate::registry::RegistryError::NotFound { what: "substrate", .. } => {
+            fault.hint("see the substrates with: godwit substrate list")
+        }
+        crate::registry::RegistryError::NotFound { what: "site", .. } => {
+            fault.hint("see the sites with: godwit site list")
+        }
+        _ => fault,
+    }
+}
+
+impl Controller {
+    /// A controller on `registry`; `operator` owns what is made.
+    #[must_use]
+    pub fn new(registry: Arc<Registry>, operator: Name) -> Arc<Self> {
+        Arc::new(Self {
+            ops: Ops::new(registry.clone()),
+            registry,
+            sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
+            operator,
+        })
+    }
+
+    /// The registry.
+    #[must_use]
+    pub const fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    /// The operations.
+    #[must_use]
+    pub const fn ops(&self) -> &Arc<Ops> {
+        &self.ops
+    }
+
+    /// Makes a site reachable: its record is entered or renewed, and what it runs and holds is
+    /// taken over. An earlier host of that name is replaced.
+    ///
+    /// # Errors
+    /// When the site does not answer, is revoked, or the registry fails.
+    pub async fn attach(&self, host: Arc<dyn SiteHost>, kind: SiteKind) -> Result<(), Fault> {
+        let now = UnixMs::now();
+        let name = host.name().clone();
+        let report = host.report().await?;
+        let old = self.registry.site(&name).ok();
+        if old.as_ref().is_some_and(|s| s.revoked) {
+            return Err(Fault::new(
+                godwit_types::Code::Unauthenticated,
+                format!("site '{name}' was revoked"),
+            ));
+        }
+        let record = SiteRecord {
+            name: name.clone(),
+            kind,
+            joined: old.map_or(now, |s| s.joined),
+            lease_until: now.plus(LEASE),
+            revoked: false,
+            report: report.clone(),
+        };
+        self.registry.site_put(&record).map_err(registry_fault)?;
+        self.sites
+            .hosts
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(name.clone(), host.clone());
+        self.refresh(&host).await?;
+        self.sites.changes.send_modify(|n| *n += 1);
+        tracing::info!(site = %name, "attached");
+        Ok(())
+    }
+
+    /// Takes a host away, if it is still the attached one.
+    pub fn detach(&self, host: &Arc<dyn SiteHost>) {
+        let mut hosts = self.sites.hosts.write().unwrap_or_else(PoisonError::into_inner);
+        let name = host.name();
+        if hosts.get(name).is_some_and(|h| Arc::ptr_eq(h, host)) {
+            hosts.remove(name);
+            tracing::warn!(site = %name, "not reachable any more");
+        }
+    }
+
+    /// Takes a site's report and what it says of its machines and substrates.
+    ///
+    /// # Errors
+    /// When it does not answer, or the registry fails.
+    pub async fn refresh(&self, host: &Arc<dyn SiteHost>) -> Result<SiteReport, Fault> {
+        let report = host.report().await?;
+        for s in host.substrates().await? {
+            self.adopt_substrate(host.name(), s)?;
+        }
+        self.registry
+            .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
+            .map_err(registry_fault)?;
+        self.settle_machines(host).await?;
+        Ok(report)
+    }
+
+    /// Keeps a site's lease fresh until it stops answering; then it is detached.
+    pub async fn keep(self: Arc<Self>, host: Arc<dyn SiteHost>) {
+        let mut tick = tokio::time::interval(REPORT_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut missed = 0;
+        loop {
+            tick.tick().await;
+            match tokio::time::timeout(LEASE, self.refresh(&host)).await {
+                Ok(Ok(_)) => missed = 0,
+                Ok(Err(f)) => {
+                    missed += 1;
+                    tracing::debug!(site = %host.name(), error = %f, "no report");
+                }
+                Err(_) => missed += 1,
+            }
+            if missed >= 3 {
+                self.detach(&host);
+                return;
+            }
+        }
+    }
+
+    /// The attached host of that name.
+    ///
+    /// # Errors
+    /// Not found for a site that never joined, unavailable for one that is away.
+    pub fn host(&self, name: &Name) -> Result<Arc<dyn SiteHost>, Fault> {
+        let hosts = self.sites.hosts.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(h) = hosts.get(name) {
+            return Ok(h.clone());
+        }
+        drop(hosts);
+        let site = self.registry.site(name).map_err(registry_fault)?;
+        Err(Fault::unavailable(format!(
+            "site '{}' is not connected (last heard of {})",
+            site.name,
+            UnixMs(site.lease_until.0.saturating_sub(LEASE.as_millis() as u64)).rfc3339()
+        ))
+        .hint("its daemon reconnects by itself; see: godwit site list"))
+    }
+
+    /// All attached hosts, by name.
+    #[must_use]
+    pub fn hosts(&self) -> Vec<Arc<dyn SiteHost>> {
+        let hosts = self.sites.hosts.read().unwrap_or_else(PoisonError::into_inner);
+        hosts.values().cloned().collect()
+    }
+
+    /// Waits until a site is attached.
+    async fn await_host(&self, name: &Name, limit: Duration) -> Result<Arc<dyn SiteHost>, Fault> {
+        let mut changes = self.sites.changes.subscribe();
+        let wait = async {
+            loop {
+                changes.borrow_and_update();
+                if let Ok(h) = self.host(name) {
+                    return h;
+                }
+                if changes.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        match tokio::time::timeout(limit, wait).await {
+            Ok(h) => Ok(h),
+            Err(_) => self.host(name),
+        }
+    }
+
+    pub(crate) fn adopt_substrate(
+        &self,
+        site: &Name,
+        info: SubstrateInfo,
+    ) -> Result<SubstrateRecord, Fault> {
+        match self.registry.substrate(&info.id.to_string()) {
+            Ok(s) => {
+                self.registry.substrate_holder(s.id, site, true).map_err(registry_fault)?;
+                Ok(s)
+            }
+            Err(crate::registry::RegistryError::NotFound { .. }) => {
+                let record = SubstrateRecord {
+                    id: info.id,
+                    name: info.name,
+                    kind: info.kind,
+                    owner: info.owner,
+                    image: info.image,
+                    arch: info.arch,
+                    memory: info.memory,
+                    vcpus: info.vcpus,
+                    raw_bytes: info.raw_bytes,
+                    stored_bytes: info.stored_bytes,
+                    created: info.created,
+                    holders: [site.clone()].into(),
+                };
+                self.registry.substrate_add(&record).map_err(registry_fault)?;
+                Ok(record)
+            }
+            Err(e) => Err(registry_fault(e)),
+        }
+    }
+
+    /// Changes a machine's record under its generation.
+    fn change_vm(
+        &self,
+        vm: &VmRecord,
+        generation: Generation,
+        change: impl FnOnce(&mut VmRecord) -> Result<(), crate::registry::RegistryError>,
+    ) -> Result<VmRecord, Fault> {
+        self.registry.vm_update(vm.id, generation, change).map_err(registry_fault)
+    }
+}

@@ -1,0 +1,123 @@
+//! Images, substrates and pools of the sites.
+
+use std::sync::Arc;
+
+use godwit_types::{Code, Name, SiteKind};
+use serde_json::json;
+
+use super::lifecycle::call_of;
+use super::{Accepted, Controller, Mode, registry_fault};
+use crate::error::Fault;
+use crate::ops::OpKind;
+use crate::site::{Call, SiteReply, SiteRequest};
+
+impl Controller {
+    /// The center's own site.
+    ///
+    /// # Errors
+    /// Unavailable when it is not attached.
+    pub fn center(&self) -> Result<Name, Fault> {
+        let sites = self.registry.sites().map_err(registry_fault)?;
+        sites
+            .into_iter()
+            .find(|s| s.kind == SiteKind::Center)
+            .map(|s| s.name)
+            .ok_or_else(|| Fault::unavailable("the center's own site is not up"))
+    }
+
+    /// Builds an image at a site, the center when none is named.
+    ///
+    /// # Errors
+    /// When the site is unknown or away.
+    pub fn image_build(
+        self: &Arc<Self>,
+        image: Name,
+        site: Option<Name>,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        let site = site.map_or_else(|| self.center(), Ok)?;
+        let host = self.host(&site)?;
+        let plan = format!("build image '{image}' at {site}");
+        let target = Some(image.to_string());
+        if mode == Mode::DryRun {
+            return Ok(Accepted { op: None, plan, target });
+        }
+        let kind = OpKind::ImageBuild { site, image: image.clone() };
+        let op = self
+            .ops
+            .start(kind, |op| async move {
+                let info = host.image_build(image, call_of(&op)).await?;
+                Ok(json!({ "image": info }))
+            })
+            .map_err(registry_fault)?;
+        Ok(Accepted { op: Some(op), plan, target })
+    }
+
+    /// Removes a substrate from every site that holds it.
+    ///
+    /// # Errors
+    /// Conflict while an environment was activated from it; unavailable while a holder is away.
+    pub async fn substrate_delete(&self, key: &str, mode: Mode) -> Result<Accepted, Fault> {
+        let s = self.registry.substrate(key).map_err(registry_fault)?;
+        let users = self.registry.vms().map_err(registry_fault)?;
+        if let Some(vm) = users.iter().find(|v| v.substrate == Some(s.id)) {
+            return Err(Fault::conflict(format!(
+                "substrate '{}' is in use by machine '{}'",
+                s.name, vm.name
+            ))
+            .hint(format!("delete that first: godwit vm delete {}", vm.name)));
+        }
+        let hosts = s.holders.iter().map(|n| self.host(n)).collect::<Result<Vec<_>, Fault>>()?;
+        let at: Vec<_> = s.holders.iter().map(Name::as_str).collect();
+        let plan = format!("delete substrate '{}' at {}", s.name, at.join(", "));
+        let target = Some(s.name.to_string());
+        if mode == Mode::DryRun {
+            return Ok(Accepted { op: None, plan, target });
+        }
+        for host in hosts {
+            match host.tell(SiteRequest::SubstrateDelete { id: s.id }, Call::quiet()).await {
+                Err(f) if f.code != Code::NotFound => return Err(f),
+                _ => self
+                    .registry
+                    .substrate_holder(s.id, host.name(), false)
+                    .map_err(registry_fault)?,
+            }
+        }
+        self.registry.substrate_remove(s.id).map_err(registry_fault)?;
+        Ok(Accepted { op: None, plan, target })
+    }
+
+    /// Checks a site's pool.
+    ///
+    /// # Errors
+    /// When the site is unknown or away.
+    pub fn pool_check(self: &Arc<Self>, site: Name, mode: Mode) -> Result<Accepted, Fault> {
+        let host = self.host(&site)?;
+        let plan = format!("check the pool of {site}");
+        let target = Some(site.to_string());
+        if mode == Mode::DryRun {
+            return Ok(Accepted { op: None, plan, target });
+        }
+        let kind = OpKind::PoolCheck { site };
+        let op = self
+            .ops
+            .start(kind, |op| async move {
+                match host.ask(SiteRequest::PoolCheck, call_of(&op)).await? {
+                    SiteReply::Checked(r) if r.damaged.is_empty() => Ok(json!({ "check": r })),
+                    SiteReply::Checked(r) => Err(Fault::new(
+                        Code::Damaged,
+                        format!(
+                            "{} of {} units are damaged: {}",
+                            r.damaged.len(),
+                            r.units,
+                            r.damaged.join(", ")
+                        ),
+                    )
+                    .hint("delete the substrates that use them, or import them again")),
+                    other => Err(Fault::internal(format!("the site answered {}", other.label()))),
+                }
+            })
+            .map_err(registry_fault)?;
+        Ok(Accepted { op: Some(op), plan, target })
+    }
+}

@@ -1,0 +1,247 @@
+//! Finding the truth again: after a failure, a restart of the center, or a site's return.
+//!
+//! The sites know what runs; the registry knows what was meant. Of two sites that both have a
+//! machine, the one with the higher generation that runs it is right.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_types::{Code, Name, VmState};
+
+use super::{Controller, registry_fault};
+use crate::clock::UnixMs;
+use crate::error::Fault;
+use crate::ops::OpKind;
+use crate::registry::{OpRecord, VmRecord};
+use crate::site::{Call, MachineStatus, SiteHost, SiteRequest};
+
+/// How long a restarted center waits for a site to come back before it decides without it.
+const RETURN_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long it waits for a migration that goes on between two sites without it.
+const MOVE_LIMIT: Duration = Duration::from_secs(600);
+
+/// How often it looks.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+impl Controller {
+    /// Takes up what an earlier daemon left: unfinished operations are finished or undone.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub fn recover(self: &Arc<Self>) -> Result<usize, Fault> {
+        let left = self.ops.abandoned().map_err(registry_fault)?;
+        let n = left.len();
+        for op in left {
+            let (me, record) = (self.clone(), op.clone());
+            tracing::info!(op = %op.id, what = op.kind.verb(), target = %op.kind.target(), "taking up");
+            self.ops.resume(op, |_| async move { me.take_up(record).await });
+        }
+        Ok(n)
+    }
+
+    async fn take_up(self: &Arc<Self>, op: OpRecord) -> Result<serde_json::Value, Fault> {
+        let again = || {
+            Fault::unavailable("the center was restarted while this ran")
+                .hint("nothing is half done; ask again")
+        };
+        match &op.kind {
+            OpKind::ImageBuild { .. } | OpKind::SubstrateCopy { .. } | OpKind::PoolCheck { .. } => {
+                Err(again())
+            }
+            OpKind::VmCreate { vm, .. } | OpKind::VmActivate { vm, .. } => {
+                let Ok(record) = self.registry.vm(&vm.to_string()) else { return Err(again()) };
+                self.await_host(&record.site, RETURN_LIMIT).await?;
+                let now = self.settle_vm(&record, &again()).await?;
+                if now.is_some_and(|v| v.state == VmState::Running) {
+                    return Ok(serde_json::json!({ "site": record.site }));
+                }
+                if let Ok(record) = self.registry.vm(&vm.to_string()) {
+                    self.undo_create(&record, &again()).await?;
+                }
+                Err(again())
+            }
+            OpKind::VmStart { vm, .. } => self.expect(vm, VmState::Running, again()).await,
+            OpKind::VmStop { vm, .. } => self.expect(vm, VmState::Stopped, again()).await,
+            OpKind::VmDelete { vm, .. } => {
+                let Ok(record) = self.registry.vm(&vm.to_string()) else {
+                    return Ok(serde_json::json!({}));
+                };
+                let host = self.await_host(&record.site, RETURN_LIMIT).await?;
+                let request =
+                    SiteRequest::VmDelete { vm: record.id, generation: record.generation };
+                match host.tell(request, Call::quiet()).await {
+                    Err(f) if f.code != Code::NotFound => return Err(f),
+                    _ => {}
+                }
+                self.registry.vm_remove(record.id, record.generation).map_err(registry_fault)?;
+                Ok(serde_json::json!({}))
+            }
+            OpKind::VmDock { vm, substrate, .. } => {
+                let Ok(record) = self.registry.vm(&vm.to_string()) else {
+                    return Ok(serde_json::json!({ "substrate": substrate }));
+                };
+                let host = self.await_host(&record.site, RETURN_LIMIT).await?;
+                let there = host.substrates().await?.into_iter().find(|s| &s.id == substrate);
+                match there {
+                    Some(info) => {
+                        self.adopt_substrate(&record.site, info)?;
+                        self.registry
+                            .vm_remove(record.id, record.generation)
+                            .map_err(registry_fault)?;
+                        Ok(serde_json::json!({ "substrate": substrate }))
+                    }
+                    None => {
+                        self.settle_vm(&record, &again()).await?;
+                        Err(again())
+                    }
+                }
+            }
+            OpKind::VmMigrate { vm, from, to, generation, .. } => {
+                for site in [from, to] {
+                    self.await_host(site, RETURN_LIMIT).await?;
+                }
+                let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
+                let now = self.settle_vm(&record, &again()).await?;
+                match now {
+                    Some(v) if &v.site == to && v.generation >= *generation => {
+                        let release =
+                            SiteRequest::MigrateRelease { vm: v.id, generation: v.generation };
+                        match self.host(from)?.tell(release, Call::quiet()).await {
+                            Err(f) if f.code != Code::NotFound => return Err(f),
+                            _ => {}
+                        }
+                        Ok(serde_json::json!({ "site": to }))
+                    }
+                    _ => Err(again().hint("the machine is where it was; ask again")),
+                }
+            }
+        }
+    }
+
+    async fn expect(
+        &self,
+        vm: &godwit_types::VmId,
+        goal: VmState,
+        otherwise: Fault,
+    ) -> Result<serde_json::Value, Fault> {
+        let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
+        self.await_host(&record.site, RETURN_LIMIT).await?;
+        match self.settle_vm(&record, &otherwise).await? {
+            Some(v) if v.state == goal => Ok(serde_json::json!({})),
+            _ => Err(otherwise),
+        }
+    }
+
+    /// Asks the sites that may have a machine what it does, and writes that down. While a site
+    /// says that it is still moving, starting or docking, asks again. Answers with the record,
+    /// or `None` when no site has it and it never ran.
+    pub(super) async fn settle_vm(
+        &self,
+        vm: &VmRecord,
+        why: &Fault,
+    ) -> Result<Option<VmRecord>, Fault> {
+        let deadline = tokio::time::Instant::now() + MOVE_LIMIT;
+        let record = self.registry.vm(&vm.id.to_string()).map_err(registry_fault)?;
+        let mut places = vec![record.site.clone()];
+        places.extend(record.moving_to.clone());
+        let (seen, asked_all) = loop {
+            let (seen, asked_all) = self.look(&record, &places).await;
+            let unsettled = seen.iter().any(|(_, m)| {
+                matches!(m.state, VmState::Moving | VmState::Starting | VmState::Docking)
+            });
+            if !unsettled || tokio::time::Instant::now() >= deadline {
+                break (seen, asked_all);
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        };
+        let best = seen
+            .into_iter()
+            .filter(|(_, m)| m.generation >= record.generation)
+            .max_by_key(|(_, m)| (m.state == VmState::Running, m.generation));
+        if best.is_none() && record.state == VmState::Starting && asked_all {
+            return Ok(None);
+        }
+        let now = UnixMs::now();
+        self.change_vm(&record, record.generation, |v| {
+            match best {
+                Some((site, m)) => {
+                    v.generation = m.generation;
+                    v.site = site;
+                    if v.state != m.state {
+                        v.become_state(m.state, now)?;
+                        v.reason = m.reason;
+                    }
+                }
+                None if asked_all => {
+                    v.become_state(VmState::Failed, now)?;
+                    v.reason = Some(format!("no site has it any more: {}", why.message));
+                }
+                // Left as it is: a site that may run it is away, and will tell when it is back.
+                None => {}
+            }
+            Ok(())
+        })
+        .map(Some)
+    }
+
+    /// What the sites in `places` know of a machine, and whether all of them answered.
+    async fn look(&self, vm: &VmRecord, places: &[Name]) -> (Vec<(Name, MachineStatus)>, bool) {
+        let mut seen = Vec::new();
+        let mut all = true;
+        for name in places {
+            let machines = match self.host(name) {
+                Ok(host) => host.machines().await,
+                Err(f) => Err(f),
+            };
+            match machines {
+                Ok(ms) => {
+                    seen.extend(
+                        ms.into_iter().filter(|m| m.vm == vm.id).map(|m| (name.clone(), m)),
+                    );
+                }
+                Err(f) => {
+                    tracing::debug!(site = %name, error = %f, "could not be asked");
+                    all = false;
+                }
+            }
+        }
+        (seen, all)
+    }
+
+    /// Takes over what a site says of its machines: one that ended by itself is marked, and one
+    /// of an older generation that still runs there is ended.
+    pub(super) async fn settle_machines(&self, host: &Arc<dyn SiteHost>) -> Result<(), Fault> {
+        let machines = host.machines().await?;
+        for vm in self.registry.vms().map_err(registry_fault)? {
+            let at_site = machines.iter().find(|m| m.vm == vm.id);
+            let steady = matches!(vm.state, VmState::Running | VmState::Stopped | VmState::Failed);
+            match at_site {
+                Some(m) if &vm.site != host.name() && m.generation < vm.generation && steady => {
+                    let release =
+                        SiteRequest::MigrateRelease { vm: vm.id, generation: vm.generation };
+                    tracing::warn!(vm = %vm.name, site = %host.name(), old = %m.generation, "ending an older generation");
+                    host.tell(release, Call::quiet()).await?;
+                }
+                Some(m) if &vm.site == host.name() && steady && m.state != vm.state => {
+                    if vm.state.may_become(m.state) && m.generation == vm.generation {
+                        self.change_vm(&vm, vm.generation, |v| {
+                            v.become_state(m.state, UnixMs::now())?;
+                            v.reason.clone_from(&m.reason);
+                            Ok(())
+                        })?;
+                    }
+                }
+                None if &vm.site == host.name() && vm.state == VmState::Running => {
+                    self.change_vm(&vm, vm.generation, |v| {
+                        v.become_state(VmState::Failed, UnixMs::now())?;
+                        v.reason = Some(format!("site '{}' does not know it", host.name()));
+                        Ok(())
+                    })?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,342 @@
+use std::sync::Mutex;
+
+use godwit_types::{Arch, Code, MoveReport, OpState, SubstrateId, VmId, VmState};
+
+use super::*;
+use crate::error::Fault;
+use crate::ops::Progress;
+use crate::site::{
+    ByteStream, Call, ImageInfo, Incoming, MachineStatus, Origin, SiteReply, SiteRequest,
+    StreamRequest,
+};
+
+/// A site that keeps machines in a list, for the order of steps and the registry's truth.
+struct Paper {
+    name: Name,
+    machines: Mutex<Vec<MachineStatus>>,
+    /// What `MigrateSend` does.
+    send: Send,
+    peer: Mutex<Option<Arc<Paper>>>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Send {
+    Works,
+    FailsBefore,
+    FailsAfter,
+    WaitsForCancel,
+}
+
+fn name(s: &str) -> Name {
+    Name::new(s).expect("name")
+}
+
+impl Paper {
+    fn new(n: &str, send: Send) -> Arc<Self> {
+        Arc::new(Self { name: name(n), machines: Mutex::default(), send, peer: Mutex::default() })
+    }
+    fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
+        MachineStatus {
+            vm,
+            name: n.clone(),
+            generation,
+            state: VmState::Running,
+            image: name("tiny"),
+            arch: Arch::X86_64,
+            memory: Mib(128),
+            vcpus: 1,
+            reason: None,
+            activate: None,
+        }
+    }
+    fn all(&self) -> Vec<MachineStatus> {
+        self.machines.lock().expect("lock").clone()
+    }
+    fn drop_vm(&self, vm: VmId) {
+        self.machines.lock().expect("lock").retain(|m| m.vm != vm);
+    }
+}
+
+#[async_trait::async_trait]
+impl SiteHost for Paper {
+    fn name(&self) -> &Name {
+        &self.name
+    }
+    async fn open(&self, _: StreamRequest) -> Result<ByteStream, Fault> {
+        Err(Fault::invalid("no streams on paper"))
+    }
+    async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+        match request {
+            SiteRequest::Report => Ok(SiteReply::Report(SiteReport {
+                cpus: 2,
+                memory_free_mib: 8000,
+                ram_files_free_mib: 8000,
+                disk_free_mib: 8000,
+                images: [name("tiny")].into(),
+                ..SiteReport::default()
+            })),
+            SiteRequest::Images => Ok(SiteReply::Images(vec![ImageInfo {
+                name: name("tiny"),
+                hash: godwit_types::Hash::of(b"tiny"),
+                arch: Arch::X86_64,
+                memory: Mib(128),
+                vcpus: 1,
+                bytes: 1,
+                display: false,
+                app: None,
+                built: true,
+            }])),
+            SiteRequest::Machines => Ok(SiteReply::Machines(self.all())),
+            SiteRequest::Substrates => Ok(SiteReply::Substrates(vec![])),
+            SiteRequest::VmNew(n) => {
+                if n.origin == Origin::Image(name("broken")) || n.name == name("unlucky") {
+                    return Err(Fault::new(Code::NoRoom, "tmpfs is full"));
+                }
+                let s = self.status(n.vm, &n.name, n.generation);
+                self.machines.lock().expect("lock").push(s.clone());
+                Ok(SiteReply::Machine(s))
+            }
+            SiteRequest::VmStop { vm, .. } => {
+                for m in self.machines.lock().expect("lock").iter_mut().filter(|m| m.vm == vm) {
+                    m.state = VmState::Stopped;
+                }
+                Ok(SiteReply::Done)
+            }
+            SiteRequest::VmDelete { vm, .. } | SiteRequest::MigrateRelease { vm, .. } => {
+                self.drop_vm(vm);
+                Ok(SiteReply::Done)
+            }
+            SiteRequest::MigrateManifest { .. } => Ok(SiteReply::Manifest(vec![1])),
+            SiteRequest::MigratePrepare { migration, machine, generation, .. } => {
+                let mut s = self.status(machine.vm, &machine.name, generation);
+                s.state = VmState::Moving;
+                self.machines.lock().expect("lock").push(s);
+                let address = "127.0.0.1:1".parse().expect("address");
+                Ok(SiteReply::Incoming(Incoming { migration, address, peer: self.name.clone() }))
+            }
+            SiteRequest::MigrateAbort { vm, .. } => {
+                self.machines
+                    .lock()
+                    .expect("lock")
+                    .retain(|m| m.vm != vm || m.state != VmState::Moving);
+                Ok(SiteReply::Done)
+            }
+            SiteRequest::MigrateReceived { .. } => Ok(SiteReply::Done),
+            SiteRequest::MigrateSend { vm, .. } => {
+                let peer = self.peer.lock().expect("lock").clone().expect("peer");
+                match self.send {
+                    Send::FailsBefore => return Err(Fault::unavailable("link cut")),
+                    Send::WaitsForCancel => {
+                        call.cancel.cancelled().await;
+                        return Err(Fault::cancelled());
+                    }
+                    Send::Works | Send::FailsAfter => {}
+                }
+                for m in peer.machines.lock().expect("lock").iter_mut().filter(|m| m.vm == vm) {
+                    m.state = VmState::Running;
+                }
+                for m in self.machines.lock().expect("lock").iter_mut().filter(|m| m.vm == vm) {
+                    m.state = VmState::Stopped;
+                }
+                if self.send == Send::FailsAfter {
+                    // It switched, but the news of it never came.
+                    return Err(Fault::unavailable("link cut"));
+                }
+                call.progress(Progress {
+                    stage: crate::site::SWITCHED.into(),
+                    ..Progress::default()
+                });
+                Ok(SiteReply::Moved(MoveReport {
+                    from: self.name.to_string(),
+                    to: peer.name.to_string(),
+                    scheme: "hybrid".into(),
+                    switch_ms: 1.0,
+                    downtime_ms: 1.0,
+                    total_ms: 1.0,
+                    bytes: godwit_types::BytesMoved::default(),
+                    phases: vec![],
+                }))
+            }
+            other => Err(Fault::invalid(format!("{other:?} on paper"))),
+        }
+    }
+}
+
+struct World {
+    _dir: tempfile::TempDir,
+    c: Arc<Controller>,
+    center: Arc<Paper>,
+    cafe: Arc<Paper>,
+}
+
+async fn world(send: Send) -> World {
+    let dir = tempfile::tempdir().expect("dir");
+    let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
+    let c = Controller::new(reg, name("operator"));
+    let (center, cafe) = (Paper::new("center", send), Paper::new("cafe", send));
+    *center.peer.lock().expect("lock") = Some(cafe.clone());
+    *cafe.peer.lock().expect("lock") = Some(center.clone());
+    c.attach(center.clone(), SiteKind::Center).await.expect("center");
+    c.attach(cafe.clone(), SiteKind::Ap).await.expect("cafe");
+    World { _dir: dir, c, center, cafe }
+}
+
+async fn running(w: &World, n: &str) -> VmRecord {
+    let want = CreateVm {
+        name: Some(name(n)),
+        image: Some(name("tiny")),
+        site: Some(name("center")),
+        ..CreateVm::default()
+    };
+    let (a, _) = w.c.create(want, Mode::Act).await.expect("accepted");
+    let end = w.c.ops().wait(a.op.expect("op")).await.expect("ends");
+    assert_eq!(end.state, OpState::Done, "{end:?}");
+    w.c.registry().vm(n).expect("there")
+}
+
+fn to(n: &str) -> MigrateVm {
+    MigrateVm { to: Some(name(n)), scheme: None }
+}
+
+#[tokio::test]
+async fn a_machine_is_made_moved_stopped_and_deleted() {
+    let w = world(Send::Works).await;
+    let vm = running(&w, "report").await;
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "center"));
+    let a = w.c.migrate("report", to("cafe"), Mode::Act).expect("accepted");
+    let end = w.c.ops().wait(a.op.expect("op")).await.expect("ends");
+    assert_eq!(end.state, OpState::Done, "{end:?}");
+    let steps: Vec<_> = end.journal.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(steps, ["prepare", "send", "release"]);
+    let vm = w.c.registry().vm("report").expect("there");
+    assert_eq!(
+        (vm.state, vm.site.as_str(), vm.generation),
+        (VmState::Running, "cafe", Generation(2))
+    );
+    assert!(w.center.all().is_empty(), "the source keeps nothing");
+
+    let a = w.c.stop("report", false, Mode::Act).expect("accepted");
+    w.c.ops().wait(a.op.expect("op")).await.expect("ends");
+    let e = w.c.migrate("report", to("center"), Mode::Act).expect_err("stopped");
+    assert_eq!(
+        (e.code, e.hint.as_deref()),
+        (Code::Conflict, Some("start it first: godwit vm start report"))
+    );
+    let a = w.c.delete("report", Mode::Act).expect("accepted");
+    w.c.ops().wait(a.op.expect("op")).await.expect("ends");
+    assert_eq!(w.c.registry().vm("report").expect_err("gone").to_string(), "no machine 'report'");
+    assert!(w.cafe.all().is_empty());
+}
+
+#[tokio::test]
+async fn a_second_migration_is_refused_and_a_cancel_leaves_it_at_the_source() {
+    let w = world(Send::WaitsForCancel).await;
+    running(&w, "a").await;
+    let first = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let e = w.c.migrate("a", to("cafe"), Mode::Act).expect_err("moving");
+    assert_eq!(e.code, Code::Conflict);
+    assert!(e.message.contains("cannot go from moving to moving"), "{e}");
+    assert!(w.c.stop("a", true, Mode::Act).is_err());
+    w.c.ops().cancel(first).expect("in time");
+    assert_eq!(w.c.ops().wait(first).await.expect("ends").state, OpState::Cancelled);
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!(
+        (vm.state, vm.site.as_str(), vm.generation),
+        (VmState::Running, "center", Generation(1))
+    );
+    assert!(w.cafe.all().is_empty(), "the destination keeps nothing");
+}
+
+#[tokio::test]
+async fn a_failure_before_the_switch_leaves_the_machine_running_at_the_source() {
+    let w = world(Send::FailsBefore).await;
+    running(&w, "a").await;
+    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "center"));
+    assert!(w.cafe.all().is_empty());
+}
+
+#[tokio::test]
+async fn a_switch_whose_news_was_lost_is_found_at_the_destination() {
+    let w = world(Send::FailsAfter).await;
+    running(&w, "a").await;
+    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    w.c.ops().wait(op).await.expect("ends");
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!(
+        (vm.state, vm.site.as_str(), vm.generation),
+        (VmState::Running, "cafe", Generation(2))
+    );
+    // The older one at the source is ended with the next report.
+    let host = w.c.host(&name("center")).expect("host");
+    w.c.refresh(&host).await.expect("report");
+    assert!(w.center.all().is_empty());
+}
+
+#[tokio::test]
+async fn a_center_that_was_killed_during_a_move_finds_the_machine() {
+    let w = world(Send::WaitsForCancel).await;
+    let vm = running(&w, "a").await;
+    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let mut seen = w.c.ops().watch(op).expect("watch");
+    seen.wait_for(|o| o.journal.iter().any(|s| s.name == "send")).await.expect("sending");
+    // The daemon dies here; the sites finish the move without it.
+    let second = Controller::new(w.c.registry().clone(), name("operator"));
+    w.cafe.machines.lock().expect("lock").clear();
+    w.cafe.machines.lock().expect("lock").push(w.cafe.status(vm.id, &vm.name, Generation(2)));
+    for m in w.center.machines.lock().expect("lock").iter_mut() {
+        m.state = VmState::Stopped;
+    }
+    let left = second.ops().abandoned().expect("list");
+    assert_eq!(second.recover().expect("recovers"), 1);
+    second.attach(w.center.clone(), SiteKind::Center).await.expect("center");
+    second.attach(w.cafe.clone(), SiteKind::Ap).await.expect("cafe");
+    let end = second.ops().wait(left[0].id).await.expect("ends");
+    assert_eq!(end.state, OpState::Done, "{end:?}");
+    let now = second.registry().vm("a").expect("there");
+    assert_eq!(
+        (now.state, now.site.as_str(), now.generation),
+        (VmState::Running, "cafe", Generation(2))
+    );
+    assert!(w.center.all().is_empty(), "the source was released");
+}
+
+#[tokio::test]
+async fn a_machine_that_cannot_start_leaves_nothing_behind() {
+    let w = world(Send::Works).await;
+    let want =
+        CreateVm { name: Some(name("unlucky")), image: Some(name("tiny")), ..CreateVm::default() };
+    let (a, _) = w.c.create(want, Mode::Act).await.expect("accepted");
+    let end = w.c.ops().wait(a.op.expect("op")).await.expect("ends");
+    assert_eq!((end.state, end.failure()), (OpState::Failed, Some(Code::NoRoom)));
+    assert!(w.c.registry().vms().expect("list").is_empty());
+}
+
+#[tokio::test]
+async fn a_dry_run_tells_the_plan_and_changes_nothing() {
+    let w = world(Send::Works).await;
+    let want = CreateVm { image: Some(name("tiny")), ..CreateVm::default() };
+    let (a, vm) = w.c.create(want, Mode::DryRun).await.expect("plan");
+    assert_eq!((a.op, vm), (None, None));
+    assert_eq!(a.plan, "boot 'tiny-1' from image 'tiny' at cafe");
+    assert!(w.c.registry().vms().expect("list").is_empty());
+}
+
+#[tokio::test]
+async fn unknown_things_are_named_with_advice() {
+    let w = world(Send::Works).await;
+    let e = w.c.migrate("nobody", to("cafe"), Mode::Act).expect_err("unknown");
+    assert_eq!((e.code, e.message.as_str()), (Code::NotFound, "no machine 'nobody'"));
+    running(&w, "a").await;
+    let e = w.c.migrate("a", to("mars"), Mode::Act).expect_err("unknown");
+    assert_eq!((e.code, e.message.as_str()), (Code::NotFound, "no site 'mars'"));
+    let want = CreateVm { substrate: Some(SubstrateId::new().to_string()), ..CreateVm::default() };
+    assert_eq!(w.c.create(want, Mode::Act).await.expect_err("unknown").code, Code::NotFound);
+    let host: Arc<dyn SiteHost> = w.cafe.clone();
+    w.c.detach(&host);
+    let e = w.c.migrate("a", to("cafe"), Mode::Act).expect_err("away");
+    assert_eq!(e.code, Code::Unavailable);
+    assert!(e.message.contains("site 'cafe' is not connected"), "{e}");
+}

@@ -1,0 +1,199 @@
+//! The center: registry, controller, API, its own site, and the door for other sites.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum_server::Handle;
+use godwit_transfer::{Authority, Endpoint, EndpointOptions};
+use godwit_types::{Name, SiteKind};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::{ClientFiles, Ready, secrets, tls};
+use crate::api::{Api, Gatekeeper};
+use crate::controller::Controller;
+use crate::error::Fault;
+use crate::registry::Registry;
+use crate::site::{LocalSite, RemoteSite, SiteDirs, SiteHost, SiteOptions};
+
+/// How long open requests may take to end when the daemon ends.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// What a center needs to know.
+#[derive(Debug, Clone)]
+pub struct CenterConfig {
+    /// Name of its own site.
+    pub site: Name,
+    /// Where it keeps its things.
+    pub dirs: SiteDirs,
+    /// Where the API listens; port 0 picks one.
+    pub api: SocketAddr,
+    /// Where other sites connect (UDP); port 0 picks one.
+    pub link: SocketAddr,
+    /// `host:port` under which other sites reach it, when that differs from `link`.
+    pub advertise: Option<String>,
+    /// Where the files for clients go.
+    pub client: ClientFiles,
+}
+
+/// A running center.
+#[derive(Debug)]
+pub struct Center {
+    ready: Ready,
+    controller: Arc<Controller>,
+    endpoint: Endpoint,
+    api: Handle<SocketAddr>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+struct Door {
+    authority: Arc<Authority>,
+    center: String,
+}
+
+impl Gatekeeper for Door {
+    fn invite(&self, site: &Name, kind: SiteKind, lifetime_s: u64) -> Result<String, Fault> {
+        self.authority
+            .invite(site, kind, &self.center, lifetime_s)
+            .map(|t| t.to_string())
+            .map_err(|e| Fault::of(&e))
+    }
+
+    fn revoke(&self, site: &Name) -> Result<(), Fault> {
+        self.authority.revoke_site(site).map(|_| ()).map_err(|e| Fault::of(&e))
+    }
+}
+
+impl Center {
+    /// Starts a center; when this returns, its API answers.
+    ///
+    /// # Errors
+    /// What could not be opened, bound or read.
+    pub async fn start(config: CenterConfig) -> Result<Self, Fault> {
+        config.dirs.make()?;
+        let registry = Registry::open(&config.dirs.data.join("registry.redb"))
+            .map_err(|e| Fault::of(&e).hint("one center at a time uses a registry"))?;
+        let operator = Name::new("operator").map_err(|e| Fault::internal(e.to_string()))?;
+        let controller = Controller::new(Arc::new(registry), operator);
+
+        let keys = config.dirs.keys();
+        let authority = Authority::open_or_create(&keys.join("authority"))
+            .map(Arc::new)
+            .map_err(|e| Fault::of(&e))?;
+        let identity = authority
+            .own_identity(&keys.join("identity"), &config.site)
+            .map_err(|e| Fault::of(&e))?;
+        let options =
+            EndpointOptions { authority: Some(authority.clone()), ..EndpointOptions::default() };
+        let endpoint = Endpoint::bind(config.link, identity, authority.trust().clone(), options)
+            .map_err(|e| Fault::of(&e))?;
+        let link = endpoint.local_address().map_err(|e| Fault::of(&e))?;
+
+        let own = {
+            let options = SiteOptions::new(link.ip())?;
+            LocalSite::open(config.site.clone(), config.dirs.clone(), options).await?
+        };
+        controller.attach(own.clone(), SiteKind::Center).await?;
+        controller.recover()?;
+
+        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let own: Arc<dyn SiteHost> = own;
+        tasks.spawn(stop.clone().run_until_cancelled_owned(controller.clone().keep(own)));
+        tasks.spawn(
+            stop.clone().run_until_cancelled_owned(welcome(endpoint.clone(), controller.clone())),
+        );
+
+        let token = secrets::token_or_new(&keys.join("operator-token"))?;
+        let door = Door {
+            authority,
+            center: config.advertise.clone().unwrap_or_else(|| link.to_string()),
+        };
+        let (api, address) =
+            serve_api(&config, &controller, Arc::new(door), &token, &keys, &tasks).await?;
+        tracing::info!(site = %config.site, api = %address, link = %link, "center ready");
+        let ready = Ready { site: config.site, api: Some(address), link: Some(link) };
+        Ok(Self { ready, controller, endpoint, api, stop, tasks })
+    }
+
+    /// Where it serves.
+    #[must_use]
+    pub const fn ready(&self) -> &Ready {
+        &self.ready
+    }
+
+    /// The controller.
+    #[must_use]
+    pub const fn controller(&self) -> &Arc<Controller> {
+        &self.controller
+    }
+
+    /// Ends the center in good order; its machines run on.
+    pub async fn stop(self) {
+        self.api.graceful_shutdown(Some(GRACE));
+        self.stop.cancel();
+        self.endpoint.close("the center is stopped").await;
+        self.tasks.close();
+        if tokio::time::timeout(GRACE * 2, self.tasks.wait()).await.is_err() {
+            tracing::warn!("some requests did not end in time");
+        }
+    }
+}
+
+async fn serve_api(
+    config: &CenterConfig,
+    controller: &Arc<Controller>,
+    door: Arc<Door>,
+    token: &str,
+    keys: &Path,
+    tasks: &TaskTracker,
+) -> Result<(Handle<SocketAddr>, SocketAddr), Fault> {
+    let listener = std::net::TcpListener::bind(config.api).map_err(|e| {
+        Fault::unavailable(format!("listening on {}: {e}", config.api))
+            .hint("another center may be running; name another address with --api")
+    })?;
+    let failed = |e: std::io::Error| Fault::internal(format!("the API's socket: {e}"));
+    listener.set_nonblocking(true).map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    let (pem, tls) = tls::server(&keys.join("api"), address)?;
+    let router = Api::new(controller.clone(), door, token).router();
+    let handle = Handle::new();
+    let server =
+        axum_server::from_tcp_rustls(listener, tls).map_err(failed)?.handle(handle.clone());
+    tasks.spawn(async move {
+        if let Err(error) = server.serve(router.into_make_service()).await {
+            tracing::error!(%error, "the API ended");
+        }
+    });
+    handle.listening().await.ok_or_else(|| Fault::internal("the API did not come up"))?;
+    config.client.write(&format!("https://{address}"), &pem, token)?;
+    Ok((handle, address))
+}
+
+/// Takes in the sites that connect.
+async fn welcome(endpoint: Endpoint, controller: Arc<Controller>) {
+    while let Some(link) = endpoint.accept().await {
+        let controller = controller.clone();
+        tokio::spawn(async move {
+            let kind = link.peer().kind;
+            let site: Arc<dyn SiteHost> = Arc::new(RemoteSite::new(link.clone()));
+            match controller.attach(site.clone(), kind).await {
+                Ok(()) => {
+                    tokio::select! {
+                        () = controller.clone().keep(site.clone()) => {}
+                        why = link.closed() => {
+                            tracing::info!(site = %site.name(), %why, "link closed");
+                            controller.detach(&site);
+                        }
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(site = %site.name(), %error, "not taken in");
+                    link.close("not taken in");
+                }
+            }
+        });
+    }
+}

@@ -1,0 +1,28 @@
+//! The daemons: the center, and the agent of a site that joined.
+//!
+//! Neither prints; they log by `tracing` and tell through [`Ready`] when they serve. Ending a
+//! daemon ends no machine: the next one adopts them.
+
+mod agent;
+mod center;
+mod secrets;
+mod tls;
+
+use std::net::SocketAddr;
+
+use godwit_types::Name;
+
+pub use agent::{Agent, AgentConfig, join_site};
+pub use center::{Center, CenterConfig};
+pub use secrets::{ClientFiles, read_token};
+
+/// A daemon that serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ready {
+    /// Its site.
+    pub site: Name,
+    /// Where its API listens, if it has one.
+    pub api: Option<SocketAddr>,
+    /// Where other sites reach it, if they do.
+    pub link: Option<SocketAddr>,
+}

@@ -1,0 +1,145 @@
+//! What a client needs to reach the API: its address, the certificate, the operator token.
+
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use godwit_types::Code;
+
+use crate::error::Fault;
+
+/// The files of a client, in `~/.config/godwit`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientFiles {
+    /// The directory.
+    pub dir: PathBuf,
+}
+
+impl ClientFiles {
+    /// The usual directory: `$XDG_CONFIG_HOME/godwit` or `~/.config/godwit`.
+    #[must_use]
+    pub fn usual() -> Self {
+        let base = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).unwrap_or_else(|| {
+            std::env::var_os("HOME")
+                .map_or_else(|| PathBuf::from("/root"), PathBuf::from)
+                .join(".config")
+        });
+        Self { dir: base.join("godwit") }
+    }
+
+    /// The operator token.
+    #[must_use]
+    pub fn token(&self) -> PathBuf {
+        self.dir.join("token")
+    }
+
+    /// The API's certificate, PEM.
+    #[must_use]
+    pub fn ca(&self) -> PathBuf {
+        self.dir.join("ca.pem")
+    }
+
+    /// The API's address.
+    #[must_use]
+    pub fn api(&self) -> PathBuf {
+        self.dir.join("api")
+    }
+
+    /// Writes them, readable by the owner only.
+    ///
+    /// # Errors
+    /// When one cannot be written.
+    pub fn write(&self, api: &str, ca_pem: &str, token: &str) -> Result<(), Fault> {
+        make_dir(&self.dir)?;
+        write_private(&self.token(), token.as_bytes())?;
+        write_private(&self.ca(), ca_pem.as_bytes())?;
+        write_private(&self.api(), api.as_bytes())
+    }
+}
+
+fn fail(doing: &str, path: &Path, e: &std::io::Error) -> Fault {
+    let code =
+        if e.kind() == std::io::ErrorKind::NotFound { Code::NotFound } else { Code::Internal };
+    Fault::new(code, format!("{doing} {}: {e}", path.display()))
+}
+
+pub(super) fn make_dir(dir: &Path) -> Result<(), Fault> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|e| fail("making", dir, &e))
+}
+
+/// Writes a secret under mode 0600, whole or not at all.
+pub(super) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
+    let temp = path.with_extension("new");
+    // A leftover of a crash may have another mode.
+    let _ = std::fs::remove_file(&temp);
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temp)
+        .map_err(|e| fail("making", &temp, &e))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| fail("writing", &temp, &e))?;
+    std::fs::rename(&temp, path).map_err(|e| fail("making", path, &e))
+}
+
+/// Reads an operator token; a file that others may read is refused.
+///
+/// # Errors
+/// When it is not there, readable by others, or no token.
+pub fn read_token(path: &Path) -> Result<String, Fault> {
+    let meta = std::fs::metadata(path).map_err(|e| fail("reading", path, &e))?;
+    if meta.permissions().mode() & 0o077 != 0 {
+        return Err(Fault::new(
+            Code::Unauthenticated,
+            format!("the token file {} may be read by others", path.display()),
+        )
+        .hint(format!("chmod 600 {}", path.display())));
+    }
+    if meta.len() > 4096 {
+        return Err(Fault::new(Code::Damaged, format!("{} is no token", path.display())));
+    }
+    let text = std::fs::read_to_string(path).map_err(|e| fail("reading", path, &e))?;
+    let token = text.trim();
+    if token.len() < 16 || !token.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(Fault::new(Code::Damaged, format!("{} is no token", path.display())));
+    }
+    Ok(token.to_owned())
+}
+
+/// The token in `path`, drawn anew when there is none.
+pub(super) fn token_or_new(path: &Path) -> Result<String, Fault> {
+    match read_token(path) {
+        Err(f) if f.code == Code::NotFound => {
+            let token = hex::encode(rand::random::<[u8; 32]>());
+            write_private(path, token.as_bytes())?;
+            Ok(token)
+        }
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_drawn_once_kept_private_and_refused_when_it_is_not() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("token");
+        let first = token_or_new(&path).expect("drawn");
+        assert_eq!(first.len(), 64);
+        assert_eq!(token_or_new(&path).expect("kept"), first);
+        let mode = std::fs::metadata(&path).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).expect("chmod");
+        let f = read_token(&path).expect_err("open to others");
+        assert!(f.hint.expect("advice").starts_with("chmod 600"));
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("chmod");
+        std::fs::write(&path, "short").expect("write");
+        assert_eq!(read_token(&path).expect_err("no token").code, Code::Damaged);
+    }
+}

@@ -1,0 +1,598 @@
+//! Operations: long jobs with progress, cancel, and a journal that survives the daemon.
+//!
+//! ```text
+//!            +--> done
+//! running ---+--> failed
+//!    |       ^
+//!    v       | (an error that came before the cancel took hold)
+//! cancelling-+--> cancelled
+//! ```
+//!
+//! A step is written to the registry before it is taken and again when it is done. When a daemon
+//! starts and finds operations that have not ended, the controller reads their journals and
+//! finishes or undoes them. Progress lives in memory only: it is worth nothing after a restart.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures::FutureExt;
+use godwit_types::{Code, Generation, Name, OpId, OpState, SubstrateId, VmId};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use utoipa::ToSchema;
+
+use crate::clock::UnixMs;
+use crate::error::Fault;
+use crate::registry::{OpRecord, Registry, RegistryError, Step, StepState};
+
+/// What an operation does, with what is needed to take it up again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum OpKind {
+    /// Builds a guest image at a site.
+    ImageBuild {
+        /// Where.
+        site: Name,
+        /// Which.
+        image: Name,
+    },
+    /// Cold-boots an environment from an image.
+    VmCreate {
+        /// The environment.
+        vm: VmId,
+        /// Its name.
+        name: Name,
+    },
+    /// Activates an environment from a substrate.
+    VmActivate {
+        /// The environment.
+        vm: VmId,
+        /// Its name.
+        name: Name,
+        /// From what.
+        substrate: SubstrateId,
+    },
+    /// Starts a stopped environment.
+    VmStart {
+        /// The environment.
+        vm: VmId,
+        /// Its name.
+        name: Name,
+    },
+    /// Stops an environment.
+    VmStop {
+        /// The environment.
+        vm: VmId,
+        /// Its name.
+        name: Name,
+    },
+    /// Deletes an environment with its disk.
+    VmDelete {
+        /// The environment.
+        vm: VmId,
+        /// Its name.
+        name: Name,
+    },
+    /// Turns an environment into a substrate.
+    VmDock {
+        /// The environment.
+        vm: VmId,
+        /// Its name.
+        name: Name,
+        /// The substrate it becomes.
+        substrate: SubstrateId,
+    },
+    /// Moves a running environment.
+    VmMigrate {
+        /// The environment.
+        vm: VmId,
+        /// Its name.
+        name: Name,
+        /// The site it leaves.
+        from: Name,
+        /// The site it goes to.
+        to: Name,
+        /// Its generation there.
+        generation: Generation,
+    },
+    /// Brings a substrate to a site that lacks it.
+    SubstrateCopy {
+        /// Which.
+        substrate: SubstrateId,
+        /// Its name.
+        name: Name,
+        /// The site it is read from.
+        from: Name,
+        /// The site that gets it.
+        to: Name,
+    },
+    /// Reads every stored page and block of a pool and compares it with its hash.
+    PoolCheck {
+        /// Whose pool.
+        site: Name,
+    },
+}
+
+impl OpKind {
+    /// Short name, as `op list` shows it.
+    #[must_use]
+    pub const fn verb(&self) -> &'static str {
+        match self {
+            Self::ImageBuild { .. } => "image build",
+            Self::VmCreate { .. } => "vm create",
+            Self::VmActivate { .. } => "vm activate",
+            Self::VmStart { .. } => "vm start",
+            Self::VmStop { .. } => "vm stop",
+            Self::VmDelete { .. } => "vm delete",
+            Self::VmDock { .. } => "vm dock",
+            Self::VmMigrate { .. } => "vm migrate",
+            Self::SubstrateCopy { .. } => "substrate copy",
+            Self::PoolCheck { .. } => "pool check",
+        }
+    }
+
+    /// What it acts on.
+    #[must_use]
+    pub const fn target(&self) -> &Name {
+        match self {
+            Self::ImageBuild { image, .. } => image,
+            Self::VmCreate { name, .. }
+            | Self::VmActivate { name, .. }
+            | Self::VmStart { name, .. }
+            | Self::VmStop { name, .. }
+            | Self::VmDelete { name, .. }
+            | Self::VmDock { name, .. }
+            | Self::VmMigrate { name, .. }
+            | Self::SubstrateCopy { name, .. } => name,
+            Self::PoolCheck { site } => site,
+        }
+    }
+}
+
+/// How far one stage of a job is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Progress {
+    /// Name of the stage, e.g. `memory`.
+    pub stage: String,
+    /// Done so far, in `unit`.
+    pub done: u64,
+    /// All there is, in `unit`; zero while it is not known.
+    pub total: u64,
+    /// `bytes`, `pages`, `steps`, ...
+    pub unit: String,
+    /// More for people, e.g. `known 497 MiB, sent 6.1 MiB`.
+    pub note: String,
+}
+
+/// Stages an operation may show; more are dropped, so that a peer cannot fill the memory.
+const MAX_STAGES: usize = 16;
+
+struct Live {
+    view: watch::Sender<OpRecord>,
+    cancel: CancellationToken,
+    committed: Arc<AtomicBool>,
+}
+
+/// All operations of one center.
+pub struct Ops {
+    registry: Arc<Registry>,
+    live: Mutex<HashMap<OpId, Live>>,
+}
+
+impl std::fmt::Debug for Ops {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ops").field("running", &self.running()).finish_non_exhaustive()
+    }
+}
+
+/// What a running operation uses to tell of itself.
+#[derive(Clone)]
+pub struct OpHandle {
+    ops: Arc<Ops>,
+    id: OpId,
+    cancel: CancellationToken,
+    committed: Arc<AtomicBool>,
+}
+
+impl Ops {
+    /// The operations that `registry` holds; none of them runs yet.
+    #[must_use]
+    pub fn new(registry: Arc<Registry>) -> Arc<Self> {
+        Arc::new(Self { registry, live: Mutex::default() })
+    }
+
+    fn live(&self) -> MutexGuard<'_, HashMap<OpId, Live>> {
+        // The map is whole between any two statements that could panic.
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many are running.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.live().len()
+    }
+
+    /// Writes a new operation down and runs `job` in the background. What the job returns
+    /// becomes the result; [`Fault`] of class cancelled after a request to stop means that
+    /// nothing was left behind.
+    ///
+    /// # Errors
+    /// When the operation cannot be written down; then the job is not run.
+    pub fn start<F, Fut>(self: &Arc<Self>, kind: OpKind, job: F) -> Result<OpId, RegistryError>
+    where
+        F: FnOnce(OpHandle) -> Fut,
+        Fut: Future<Output = Result<Value, Fault>> + Send + 'static,
+    {
+        let record = OpRecord {
+            id: OpId::new(),
+            kind,
+            state: OpState::Running,
+            started: UnixMs::now(),
+            ended: None,
+            progress: Vec::new(),
+            journal: Vec::new(),
+            error: None,
+            result: None,
+        };
+        self.registry.op_put(&record)?;
+        let id = record.id;
+        self.run(record, job);
+        Ok(id)
+    }
+
+    /// Runs `job` for an operation that an earlier daemon left unfinished.
+    pub fn resume<F, Fut>(self: &Arc<Self>, record: OpRecord, job: F)
+    where
+        F: FnOnce(OpHandle) -> Fut,
+        Fut: Future<Output = Result<Value, Fault>> + Send + 'static,
+    {
+        self.run(record, job);
+    }
+
+    fn run<F, Fut>(self: &Arc<Self>, record: OpRecord, job: F)
+    where
+        F: FnOnce(OpHandle) -> Fut,
+        Fut: Future<Output = Result<Value, Fault>> + Send + 'static,
+    {
+        let handle = OpHandle {
+            ops: self.clone(),
+            id: record.id,
+            cancel: CancellationToken::new(),
+            committed: Arc::default(),
+        };
+        let live = Live {
+            view: watch::Sender::new(record),
+            cancel: handle.cancel.clone(),
+            committed: handle.committed.clone(),
+        };
+        self.live().insert(handle.id, live);
+        let job = job(handle.clone());
+        tokio::spawn(async move {
+            let outcome = AssertUnwindSafe(job)
+                .catch_unwind()
+                .await
+                .unwrap_or_else(|_| Err(Fault::internal("the job ended by a panic; see the log")));
+            handle.end(outcome);
+        });
+    }
+
+    /// Unfinished operations that nobody runs: what a daemon that was killed left behind.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub fn abandoned(&self) -> Result<Vec<OpRecord>, RegistryError> {
+        let mut ops = self.registry.ops()?;
+        let live = self.live();
+        ops.retain(|o| !o.state.is_final() && !live.contains_key(&o.id));
+        Ok(ops)
+    }
+
+    /// All operations, oldest first, running ones with their present progress.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub fn list(&self) -> Result<Vec<OpRecord>, RegistryError> {
+        let mut ops = self.registry.ops()?;
+        let live = self.live();
+        for op in &mut ops {
+            if let Some(l) = live.get(&op.id) {
+                *op = l.view.borrow().clone();
+            }
+        }
+        Ok(ops)
+    }
+
+    /// Follows one operation. The receiver's value is the present state; it changes no more
+    /// once that is final.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`], or when the registry fails.
+    pub fn watch(&self, id: OpId) -> Result<watch::Receiver<OpRecord>, RegistryError> {
+        if let Some(l) = self.live().get(&id) {
+            return Ok(l.view.subscribe());
+        }
+        Ok(watch::Sender::new(self.registry.op(id)?).subscribe())
+    }
+
+    /// Waits until the operation has ended.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`], or when the registry fails.
+    pub async fn wait(&self, id: OpId) -> Result<OpRecord, RegistryError> {
+        let mut rx = self.watch(id)?;
+        let ended = rx.wait_for(|o| o.state.is_final()).await.map(|o| o.clone());
+        match ended {
+            Ok(o) => Ok(o),
+            // The sender is gone: what it last wrote is in the registry.
+            Err(_) => self.registry.op(id),
+        }
+    }
+
+    /// Asks an operation to stop.
+    ///
+    /// # Errors
+    /// [`Fault`] of class not-found; of class conflict when it has ended or passed its commit
+    /// point.
+    pub fn cancel(&self, id: OpId) -> Result<(), Fault> {
+        if let Some(l) = self.live().get(&id) {
+            if l.committed.load(Ordering::SeqCst) {
+                return Err(Fault::conflict(format!(
+                    "operation {id} is past its commit point and will end by itself"
+                ))
+                .hint(format!("follow it with: godwit op wait {id}")));
+            }
+            l.cancel.cancel();
+            l.view.send_if_modified(|o| {
+                let change = o.state == OpState::Running;
+                if change {
+                    o.state = OpState::Cancelling;
+                }
+                change
+            });
+            return Ok(());
+        }
+        let op = self.registry.op(id).map_err(|e| Fault::of(&e))?;
+        Err(Fault::conflict(format!("operation {id} is {} already", op.state)))
+    }
+}
+
+impl OpHandle {
+    /// Its id.
+    #[must_use]
+    pub const fn id(&self) -> OpId {
+        self.id
+    }
+
+    /// Fires when it is asked to stop.
+    #[must_use]
+    pub const fn cancel(&self) -> &CancellationToken {
+        &self.cancel
+    }
+
+    /// An error if it was asked to stop.
+    ///
+    /// # Errors
+    /// [`Fault::cancelled`].
+    pub fn check(&self) -> Result<(), Fault> {
+        if self.cancel.is_cancelled() { Err(Fault::cancelled()) } else { Ok(()) }
+    }
+
+    /// From here on a request to stop is refused.
+    ///
+    /// # Errors
+    /// [`Fault::cancelled`] when the request came before.
+    pub fn commit(&self) -> Result<(), Fault> {
+        // `cancel` looks at the flag while it holds this lock, so one of the two comes first.
+        let _guard = self.ops.live();
+        self.check()?;
+        self.committed.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Shows how far a stage is.
+    pub fn progress(&self, p: Progress) {
+        if let Some(l) = self.ops.live().get(&self.id) {
+            l.view.send_modify(|o| {
+                if let Some(q) = o.progress.iter_mut().find(|q| q.stage == p.stage) {
+                    *q = p;
+                } else if o.progress.len() < MAX_STAGES {
+                    o.progress.push(p);
+                }
+            });
+        }
+    }
+
+    /// Writes down that a step begins, with what its undoing needs.
+    ///
+    /// # Errors
+    /// When the registry fails; then the step must not be taken.
+    pub fn begin(&self, step: &str, data: Value) -> Result<(), Fault> {
+        self.journal(|j| {
+            j.push(Step { name: step.to_owned(), state: StepState::Begun, data });
+        })
+    }
+
+    /// Writes down that the latest step of that name is done.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub fn done(&self, step: &str) -> Result<(), Fault> {
+        self.mark(step, StepState::Done)
+    }
+
+    /// Writes down that the latest step of that name was taken back.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub fn undone(&self, step: &str) -> Result<(), Fault> {
+        self.mark(step, StepState::Undone)
+    }
+
+    fn mark(&self, step: &str, state: StepState) -> Result<(), Fault> {
+        self.journal(|j| {
+            if let Some(s) = j.iter_mut().rev().find(|s| s.name == step) {
+                s.state = state;
+            }
+        })
+    }
+
+    fn journal(&self, change: impl FnOnce(&mut Vec<Step>)) -> Result<(), Fault> {
+        let record = {
+            let live = self.ops.live();
+            let Some(l) = live.get(&self.id) else {
+                return Err(Fault::internal(format!("operation {} has ended", self.id)));
+            };
+            l.view.send_modify(|o| change(&mut o.journal));
+            l.view.borrow().clone()
+        };
+        self.ops.registry.op_put(&record).map_err(|e| Fault::of(&e))
+    }
+
+    fn end(&self, outcome: Result<Value, Fault>) {
+        let mut record = {
+            let live = self.ops.live();
+            let Some(l) = live.get(&self.id) else { return };
+            l.view.borrow().clone()
+        };
+        record.ended = Some(UnixMs::now());
+        match outcome {
+            Ok(v) => {
+                record.state = OpState::Done;
+                record.result = Some(v);
+            }
+            Err(f) if f.code == Code::Cancelled && self.cancel.is_cancelled() => {
+                record.state = OpState::Cancelled;
+                record.error = Some(f);
+            }
+            Err(f) => {
+                record.state = OpState::Failed;
+                record.error = Some(f);
+            }
+        }
+        if let Err(e) = self.ops.registry.op_put(&record) {
+            tracing::error!(op = %self.id, error = %crate::error::chain(&e), "the end of an operation could not be written");
+        }
+        // Out of the map and the last value sent in one go, so that whoever asks finds it in
+        // one of the two places.
+        let mut live = self.ops.live();
+        if let Some(l) = live.remove(&self.id) {
+            l.view.send_replace(record);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn ops() -> (tempfile::TempDir, Arc<Registry>, Arc<Ops>) {
+        let dir = tempfile::tempdir().expect("dir");
+        let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
+        let ops = Ops::new(reg.clone());
+        (dir, reg, ops)
+    }
+
+    fn kind() -> OpKind {
+        OpKind::PoolCheck { site: Name::new("center").expect("name") }
+    }
+
+    #[tokio::test]
+    async fn an_operation_shows_its_progress_and_ends_with_its_result() {
+        let (_d, reg, ops) = ops();
+        let (go, gone) = tokio::sync::oneshot::channel::<()>();
+        let id = ops
+            .start(kind(), |h| async move {
+                h.progress(Progress {
+                    stage: "memory".into(),
+                    done: 1,
+                    total: 2,
+                    ..Progress::default()
+                });
+                gone.await.ok();
+                Ok(json!({"pages": 2}))
+            })
+            .expect("start");
+        let mut rx = ops.watch(id).expect("watch");
+        rx.wait_for(|o| o.progress.first().is_some_and(|p| p.done == 1)).await.expect("progress");
+        go.send(()).expect("waits");
+        let end = ops.wait(id).await.expect("ends");
+        assert_eq!((end.state, end.result), (OpState::Done, Some(json!({"pages": 2}))));
+        assert_eq!(reg.op(id).expect("kept").state, OpState::Done);
+        assert_eq!(ops.running(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_cancel_is_heeded_before_the_commit_point_and_refused_after_it() {
+        let (_d, _reg, ops) = ops();
+        let id = ops
+            .start(kind(), |h| async move {
+                h.cancel().cancelled().await;
+                h.commit()?;
+                Ok(Value::Null)
+            })
+            .expect("start");
+        ops.cancel(id).expect("accepted");
+        assert_eq!(ops.wait(id).await.expect("ends").state, OpState::Cancelled);
+        assert_eq!(ops.cancel(id).expect_err("ended").code, Code::Conflict);
+
+        let (go, gone) = tokio::sync::oneshot::channel::<()>();
+        let (at, reached) = tokio::sync::oneshot::channel::<()>();
+        let id = ops
+            .start(kind(), |h| async move {
+                h.commit()?;
+                at.send(()).ok();
+                gone.await.ok();
+                h.check()?;
+                Ok(Value::Null)
+            })
+            .expect("start");
+        reached.await.expect("committed");
+        assert!(ops.cancel(id).expect_err("too late").message.contains("commit point"));
+        go.send(()).expect("waits");
+        assert_eq!(ops.wait(id).await.expect("ends").state, OpState::Done);
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_failure_of_the_operation_only() {
+        let (_d, _reg, ops) = ops();
+        let id = ops.start(kind(), |_| async { panic!("boom") }).expect("start");
+        let end = ops.wait(id).await.expect("ends");
+        assert_eq!((end.state, end.failure()), (OpState::Failed, Some(Code::Internal)));
+    }
+
+    #[tokio::test]
+    async fn what_a_killed_daemon_left_is_found_with_its_journal() {
+        let (_d, reg, first) = ops();
+        let (at, reached) = tokio::sync::oneshot::channel::<()>();
+        let id = first
+            .start(kind(), |h| async move {
+                h.begin("lay", json!({"file": "a"}))?;
+                h.done("lay")?;
+                h.begin("tie", json!(7))?;
+                at.send(()).ok();
+                std::future::pending::<()>().await;
+                Ok(Value::Null)
+            })
+            .expect("start");
+        reached.await.expect("journal written");
+        assert!(first.abandoned().expect("list").is_empty(), "it is being run");
+
+        let second = Ops::new(reg);
+        let left = second.abandoned().expect("list");
+        assert_eq!(left.len(), 1);
+        let states: Vec<_> = left[0].journal.iter().map(|s| (s.name.as_str(), s.state)).collect();
+        assert_eq!(states, [("lay", StepState::Done), ("tie", StepState::Begun)]);
+        second.resume(left[0].clone(), |h| async move {
+            h.undone("tie")?;
+            Err(Fault::unavailable("the daemon was restarted"))
+        });
+        let end = second.wait(id).await.expect("ends");
+        assert_eq!((end.state, end.journal[1].state), (OpState::Failed, StepState::Undone));
+    }
+}

@@ -1,0 +1,211 @@
+//! What the registry keeps.
+
+use std::collections::BTreeSet;
+
+use godwit_types::{
+    Arch, Code, Generation, InvalidTransition, Mib, Name, OpId, OpState, SiteKind, SiteState,
+    SubstrateId, SubstrateKind, VmId, VmState,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::clock::UnixMs;
+use crate::error::Fault;
+use crate::ops::{OpKind, Progress};
+
+/// A site that belongs to this cloud.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct SiteRecord {
+    /// Its name, which is also in its certificate.
+    pub name: Name,
+    /// What it is.
+    pub kind: SiteKind,
+    /// When it joined.
+    pub joined: UnixMs,
+    /// It is reachable until then; each report moves this on.
+    pub lease_until: UnixMs,
+    /// Its certificate is no longer accepted.
+    pub revoked: bool,
+    /// What it last reported.
+    pub report: SiteReport,
+}
+
+impl SiteRecord {
+    /// Whether it can be used at `now`.
+    #[must_use]
+    pub fn state(&self, now: UnixMs) -> SiteState {
+        if !self.revoked && now <= self.lease_until {
+            SiteState::Ready
+        } else {
+            SiteState::Unreachable
+        }
+    }
+}
+
+/// What a site has, as it reports it itself.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct SiteReport {
+    /// Version of its daemon.
+    pub version: String,
+    /// How guests are run there: `tcg` or `kvm`.
+    pub accel: String,
+    /// Version of its QEMU.
+    pub qemu: String,
+    /// Processors.
+    pub cpus: u32,
+    /// Memory of the host in MiB.
+    pub memory_mib: u64,
+    /// Memory not in use in MiB.
+    pub memory_free_mib: u64,
+    /// Room for RAM files (tmpfs) in MiB.
+    pub ram_files_free_mib: u64,
+    /// Room for images, substrates and cow files in MiB.
+    pub disk_free_mib: u64,
+    /// One-minute load average.
+    pub load: f64,
+    /// Execution environments that run there.
+    pub vms: u32,
+    /// Substrates whose every page and block is there.
+    pub substrates: BTreeSet<SubstrateId>,
+    /// Images that are there.
+    pub images: BTreeSet<Name>,
+    /// Round trip from the center in milliseconds, once measured.
+    pub rtt_ms: Option<f64>,
+}
+
+/// A substrate and the sites that hold it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct SubstrateRecord {
+    /// Its id.
+    pub id: SubstrateId,
+    /// Its name; unique.
+    pub name: Name,
+    /// Who may use it.
+    pub kind: SubstrateKind,
+    /// Whose it is.
+    pub owner: Name,
+    /// The image below it.
+    pub image: Name,
+    /// Guest architecture.
+    pub arch: Arch,
+    /// Guest memory.
+    pub memory: Mib,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Bytes of memory and disk in the clear.
+    pub raw_bytes: u64,
+    /// Bytes as stored.
+    pub stored_bytes: u64,
+    /// When it was docked.
+    pub created: UnixMs,
+    /// Sites that hold all of it.
+    pub holders: BTreeSet<Name>,
+}
+
+/// An execution environment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct VmRecord {
+    /// Its id.
+    pub id: VmId,
+    /// Its name; unique.
+    pub name: Name,
+    /// Where it is in its life.
+    pub state: VmState,
+    /// Where it runs.
+    pub site: Name,
+    /// The hand-over counter.
+    pub generation: Generation,
+    /// The image it came from.
+    pub image: Name,
+    /// The substrate it was activated from.
+    pub substrate: Option<SubstrateId>,
+    /// Guest architecture.
+    pub arch: Arch,
+    /// Guest memory.
+    pub memory: Mib,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// When it was made.
+    pub created: UnixMs,
+    /// When its state last changed.
+    pub changed: UnixMs,
+    /// Where it is going, while it moves.
+    pub moving_to: Option<Name>,
+    /// Why it is in this state, when that needs words.
+    pub reason: Option<String>,
+}
+
+impl VmRecord {
+    /// Changes the state by the table of [`VmState`].
+    ///
+    /// # Errors
+    /// [`InvalidTransition`] with both states.
+    pub fn become_state(&mut self, to: VmState, now: UnixMs) -> Result<(), InvalidTransition> {
+        self.state = self.state.to(to)?;
+        self.changed = now;
+        if to != VmState::Moving {
+            self.moving_to = None;
+        }
+        if !matches!(to, VmState::Failed | VmState::Stopped) {
+            self.reason = None;
+        }
+        Ok(())
+    }
+}
+
+/// One step of an operation, written down before it is taken and again when it is done, so that
+/// a daemon that comes back knows what to finish or to undo.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Step {
+    /// What was to be done.
+    pub name: String,
+    /// How far it came.
+    pub state: StepState,
+    /// What is needed to finish or to undo it.
+    #[schema(value_type = Object)]
+    pub data: serde_json::Value,
+}
+
+/// How far a step came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum StepState {
+    /// Begun; may have happened or not.
+    Begun,
+    /// Done.
+    Done,
+    /// Taken back.
+    Undone,
+}
+
+/// A long job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct OpRecord {
+    /// Its id.
+    pub id: OpId,
+    /// What it does, with its parameters.
+    pub kind: OpKind,
+    /// Where it is.
+    pub state: OpState,
+    /// When it was asked for.
+    pub started: UnixMs,
+    /// When it ended.
+    pub ended: Option<UnixMs>,
+    /// What it does right now, by stage, latest figures of each.
+    pub progress: Vec<Progress>,
+    /// Its steps.
+    pub journal: Vec<Step>,
+    /// Why it failed.
+    pub error: Option<Fault>,
+    /// What it gave.
+    #[schema(value_type = Option<Object>)]
+    pub result: Option<serde_json::Value>,
+}
+
+impl OpRecord {
+    /// Class of the failure, if it failed.
+    #[must_use]
+    pub fn failure(&self) -> Option<Code> {
+        self.error.as_ref().map(|e| e.code)
+    }
+}

@@ -1,0 +1,528 @@
+//! The machines of this host: made, started, stopped, removed, adopted.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_disk::image::{Backing, check_base, create_overlay};
+use godwit_image::Image;
+use godwit_qemu::{
+    BootFile, DiskChain, Launch, Layer, Life, MacAddress, Machine, MachineSpec, MemorySource, Nic,
+    NicBackend, Start,
+};
+use godwit_types::{Code, Generation, VmId, VmState};
+use tokio::sync::Mutex;
+
+use super::moves::MID;
+use super::pool::mac_seed;
+use super::record::{Below, End, MachineRecord, Meant};
+use super::{Entry, LocalSite, report};
+use crate::error::Fault;
+use crate::ops::Progress;
+use crate::site::{Call, GuestOutput, GuestProgram, MachineStatus, NewMachine, Origin};
+
+/// How long a guest may take to its agent's first answer.
+const BOOT_WITHIN: Duration = Duration::from_secs(300);
+
+/// How long a guest may take to power itself off before the power is cut.
+const OFF_WITHIN: Duration = Duration::from_secs(40);
+
+/// How often a boot is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// The file that a machine writes its disk to.
+pub(super) const TOP: &str = "top.qcow2";
+
+pub(super) fn coded<E: godwit_types::CodedError>(e: E) -> Fault {
+    Fault::of(&e)
+}
+
+pub(super) fn joined(e: tokio::task::JoinError) -> Fault {
+    Fault::internal(format!("a job ended by a panic: {e}"))
+}
+
+impl LocalSite {
+    pub(super) async fn adopt_all(self: &Arc<Self>) -> Result<(), Fault> {
+        let dir = self.dirs.data.join("vms");
+        let list = std::fs::read_dir(&dir)
+            .map_err(|e| Fault::internal(format!("reading {}: {e}", dir.display())))?;
+        for item in list.flatten() {
+            let record = match MachineRecord::load(&item.path()) {
+                Ok(Some(r)) => r,
+                Ok(None) => {
+                    // A machine that was being made when the daemon died: nothing knows it yet.
+                    tracing::warn!(path = %item.path().display(), "removing an unfinished machine");
+                    let _ = std::fs::remove_dir_all(item.path());
+                    continue;
+                }
+                Err(f) => {
+                    tracing::error!(error = %f, "a machine's record is left alone");
+                    continue;
+                }
+            };
+            let machine = match Machine::adopt(&self.dirs.vm_run(record.vm)).await {
+                Ok(m) => Some(m),
+                Err(e) => {
+                    tracing::debug!(vm = %record.name, error = %e, "not running");
+                    None
+                }
+            };
+            if let Some(m) = &machine {
+                tracing::info!(vm = %record.name, pid = m.process().pid, "adopted");
+                if record.meant == Meant::Gone {
+                    m.kill().await;
+                }
+            }
+            if let Below::Substrate(id) = record.below
+                && record.meant != Meant::Gone
+            {
+                self.pool.note_clone(id, record.vm);
+            }
+            let travels = machine.clone().filter(|_| record.migration.is_some());
+            let kept = record.clone();
+            self.machines
+                .write()
+                .await
+                .insert(record.vm, Arc::new(Mutex::new(Entry { record, machine })));
+            if let Some(m) = travels {
+                self.find_again(kept, m).await;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn list_machines(&self) -> Vec<MachineStatus> {
+        let entries: Vec<_> =
+            self.machines.read().await.iter().map(|(vm, e)| (*vm, e.clone())).collect();
+        let mut out = Vec::new();
+        for (vm, entry) in entries {
+            // One that is being changed answers with what is known of it without waiting.
+            match tokio::time::timeout(LOOK_EVERY, entry.lock()).await {
+                Ok(mut e) => {
+                    if e.record.meant != Meant::Gone {
+                        out.push(status(&mut e).await);
+                    }
+                }
+                Err(_) => out.extend(self.busy_status(vm)),
+            }
+        }
+        out
+    }
+
+    /// A machine that a job has at this moment, as its record has it: present, and not settled.
+    fn busy_status(&self, vm: VmId) -> Option<MachineStatus> {
+        let r = MachineRecord::load(&self.dirs.vm(vm)).ok().flatten()?;
+        (r.meant != Meant::Gone).then(|| status_as(&r, VmState::Starting))
+    }
+
+    pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
+        let image = match &new.origin {
+            Origin::Image(image) => image,
+            Origin::Substrate(id) => {
+                let id = *id;
+                return self.activate(new, id, call).await;
+            }
+        };
+        let (cache, name) = (self.images.clone(), image.clone());
+        let image = tokio::task::spawn_blocking(move || cache.get(&name))
+            .await
+            .map_err(joined)?
+            .map_err(coded)?;
+        let record = MachineRecord {
+            vm: new.vm,
+            name: new.name,
+            generation: new.generation,
+            meant: Meant::Running,
+            image: image.name.clone(),
+            image_hash: image.hash,
+            substrate: None,
+            arch: image.arch,
+            memory: new.memory.unwrap_or(image.memory),
+            vcpus: new.vcpus.unwrap_or(image.vcpus),
+            mac: MacAddress::from_seed(mac_seed(new.vm)),
+            below: Below::Image,
+            migration: None,
+            reason: None,
+        };
+        self.check_room(record.memory)?;
+        let entry = self.enter(record.clone()).await?;
+        let mut locked = entry.lock().await;
+        match self.boot_new(&record, &image, &call).await {
+            Ok(machine) => {
+                locked.machine = Some(machine);
+                Ok(status(&mut locked).await)
+            }
+            Err(f) => {
+                drop(locked);
+                self.leave(record.vm).await;
+                Err(f)
+            }
+        }
+    }
+
+    async fn boot_new(
+        &self,
+        record: &MachineRecord,
+        image: &Image,
+        call: &Call,
+    ) -> Result<Machine, Fault> {
+        let dir = self.dirs.vm(record.vm);
+        std::fs::create_dir_all(&dir)
+            .map_err(|e| Fault::internal(format!("making {}: {e}", dir.display())))?;
+        record.save(&dir)?;
+        if let Some(base) = image.disk_path() {
+            let top = dir.join(TOP);
+            tokio::task::spawn_blocking(move || {
+                let bytes = check_base(&base)?;
+                create_overlay(&top, Backing::None, bytes)
+            })
+            .await
+            .map_err(joined)?
+            .map_err(coded)?;
+        }
+        self.boot(record, image, call).await
+    }
+
+    /// Starts QEMU and waits for the guest's first answer. On failure no QEMU is left.
+    async fn boot(
+        &self,
+        record: &MachineRecord,
+        image: &Image,
+        call: &Call,
+    ) -> Result<Machine, Fault> {
+        // Memory of an earlier run is of no use to a boot.
+        remove_file(&self.dirs.vm_memory(record.vm))?;
+        let machine = self.launch(record, image)?.spawn().await.map_err(coded)?;
+        let began = std::time::Instant::now();
+        if !image.agent {
+            return Ok(machine);
+        }
+        let outcome = loop {
+            call.progress(Progress {
+                stage: "boot".into(),
+                done: began.elapsed().as_secs(),
+                total: 0,
+                unit: "seconds".into(),
+                note: "waiting for the guest's first answer".into(),
+            });
+            tokio::select! {
+                () = call.cancel.cancelled() => break Err(Fault::cancelled()),
+                exit = machine.exited() => {
+                    break Err(Fault::internal(format!("QEMU ended during the boot: {}", exit.log)));
+                }
+                answer = machine.agent().ping(LOOK_EVERY * 8) => match answer {
+                    Ok(()) => break Ok(()),
+                    Err(_) if began.elapsed() < BOOT_WITHIN => {
+                        tokio::time::sleep(LOOK_EVERY).await;
+                    }
+                    Err(e) => break Err(Fault::new(
+                        Code::TimedOut,
+                        format!("the guest did not answer within {} s: {e}", BOOT_WITHIN.as_secs()),
+                    )),
+                },
+            }
+        };
+        match outcome {
+            Ok(()) => Ok(machine),
+            Err(f) => {
+                machine.kill().await;
+                Err(f)
+            }
+        }
+    }
+
+    /// The machine that a record describes.
+    pub(super) fn spec_of(&self, record: &MachineRecord, image: &Image) -> MachineSpec {
+        let initrd = match (image.initrd_path(), &image.initrd) {
+            (Some(path), Some(f)) => Some(BootFile { path, hash: f.hash }),
+            _ => None,
+        };
+        MachineSpec {
+            arch: image.arch,
+            memory: record.memory,
+            vcpus: record.vcpus,
+            kernel: BootFile { path: image.kernel_path(), hash: image.kernel.hash },
+            initrd,
+            cmdline: image.cmdline.clone(),
+            display: image.display,
+            disk: image.disk.is_some(),
+            nic_ports: MachineSpec::DEFAULT_NIC_PORTS,
+        }
+    }
+
+    pub(super) fn launch(&self, record: &MachineRecord, image: &Image) -> Result<Launch, Fault> {
+        let memory = MemorySource::Shared { path: self.dirs.vm_memory(record.vm) };
+        let spec = self.spec_of(record, image);
+        let mut launch =
+            Launch::new(spec, self.dirs.vm_run(record.vm), record.name.clone(), memory);
+        if let Some(base) = image.disk_path() {
+            let dir = self.dirs.vm(record.vm);
+            let mut layers = vec![Layer::Raw { path: base }];
+            match record.below {
+                Below::Image => {}
+                Below::Substrate(id) => {
+                    let ready = self.pool.prepare(id, image).map_err(coded)?;
+                    layers.extend(ready.layer().map(|path| Layer::Qcow2 { path: path.to_owned() }));
+                }
+                Below::Mid => layers.push(Layer::Qcow2 { path: dir.join(MID) }),
+            }
+            launch.disk = Some(DiskChain::over(layers, dir.join(TOP)));
+        }
+        launch.start = Start::Boot;
+        launch.accel = self.accel(image.arch)?;
+        launch.nics = vec![Nic { port: 0, mac: record.mac, backend: NicBackend::Isolated }];
+        Ok(launch)
+    }
+
+    pub(super) async fn restart(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        call: Call,
+    ) -> Result<MachineStatus, Fault> {
+        let entry = self.entry(vm).await?;
+        let mut e = entry.lock().await;
+        Self::fence(&e.record, generation)?;
+        Self::steady(&e.record)?;
+        if e.record.meant == Meant::Gone {
+            return Err(Fault::not_found(format!("machine '{}' is not here", e.record.name)));
+        }
+        if let Some(m) = &e.machine {
+            if m.life().await.map_err(coded)? == Life::Running {
+                return Err(Fault::conflict(format!("machine '{}' runs already", e.record.name)));
+            }
+            m.quit().await.map_err(coded)?;
+            e.machine = None;
+        }
+        e.record.generation = generation;
+        e.record.meant = Meant::Running;
+        e.record.reason = None;
+        e.record.save(&self.dirs.vm(vm))?;
+        let image = self.image_by_hash(&e.record)?;
+        match self.boot(&e.record, &image, &call).await {
+            Ok(machine) => {
+                e.machine = Some(machine);
+                Ok(status(&mut e).await)
+            }
+            Err(f) => {
+                e.record.reason = Some(f.message.clone());
+                e.record.save(&self.dirs.vm(vm))?;
+                Err(f)
+            }
+        }
+    }
+
+    pub(super) async fn power_off(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        force: bool,
+        call: Call,
+    ) -> Result<(), Fault> {
+        let entry = self.entry(vm).await?;
+        let mut e = entry.lock().await;
+        Self::fence(&e.record, generation)?;
+        Self::steady(&e.record)?;
+        e.record.generation = generation;
+        e.record.meant = Meant::Stopped;
+        e.record.save(&self.dirs.vm(vm))?;
+        if let Some(machine) = e.machine.clone() {
+            if !force {
+                call.progress(Progress {
+                    stage: "power off".into(),
+                    note: "waiting for the guest to power itself off".into(),
+                    ..Progress::default()
+                });
+                if let Err(error) = machine.power_button().await {
+                    tracing::debug!(%error, "the power button was not pressed");
+                }
+                let off = machine.wait_life("powering the guest off", Life::PoweredOff, OFF_WITHIN);
+                tokio::select! {
+                    () = call.cancel.cancelled() => {}
+                    outcome = off => if let Err(error) = outcome {
+                        tracing::info!(vm = %e.record.name, %error, "the guest did not power itself off");
+                    },
+                }
+            }
+            machine.quit().await.map_err(coded)?;
+            e.machine = None;
+        }
+        remove_file(&self.dirs.vm_memory(vm))
+    }
+
+    /// Ends a machine and removes what it has; a tombstone with its generation stays.
+    pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        let entry = self.entry(vm).await?;
+        let mut e = entry.lock().await;
+        Self::fence(&e.record, generation)?;
+        Self::steady(&e.record)?;
+        if let Some(m) = e.machine.take() {
+            m.kill().await;
+        }
+        e.record.generation = generation;
+        self.bury(&mut e)?;
+        self.pool.forget_clone(vm);
+        Ok(())
+    }
+
+    /// Removes all files of a machine whose QEMU has ended, and leaves a tombstone.
+    pub(super) fn bury(&self, e: &mut Entry) -> Result<(), Fault> {
+        e.record.meant = Meant::Gone;
+        e.record.migration = None;
+        self.clear(e.record.vm);
+        let dir = self.dirs.vm(e.record.vm);
+        std::fs::create_dir_all(&dir)
+            .map_err(|err| Fault::internal(format!("making {}: {err}", dir.display())))?;
+        e.record.save(&dir)
+    }
+
+    /// Refuses to change a machine that is on its way.
+    pub(super) fn steady(record: &MachineRecord) -> Result<(), Fault> {
+        match &record.migration {
+            None => Ok(()),
+            Some(m) => Err(Fault::conflict(format!(
+                "machine '{}' is moving {} '{}'",
+                record.name,
+                if m.end == End::Source { "to" } else { "from" },
+                m.peer
+            ))
+            .hint("wait for the move to end: godwit op list")),
+        }
+    }
+
+    /// Refuses when a machine's RAM does not fit into what the host has left.
+    pub(super) fn check_room(&self, memory: godwit_types::Mib) -> Result<(), Fault> {
+        let free = report::ram_room_mib(&self.dirs.memory)?;
+        if u64::from(memory.0) <= free {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Code::NoRoom,
+            format!(
+                "site '{}' has room for {free} MiB of guest memory; {memory} are needed",
+                self.name
+            ),
+        )
+        .hint("stop a machine there, or choose another site with --site"))
+    }
+
+    /// Removes every file of a machine. What cannot be removed is told in the log: nothing else
+    /// depends on it.
+    pub(super) fn clear(&self, vm: VmId) {
+        for dir in [self.dirs.vm(vm), self.dirs.vm_run(vm)] {
+            if let Err(e) = std::fs::remove_dir_all(&dir)
+                && e.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!(path = %dir.display(), error = %e, "not removed");
+            }
+        }
+        if let Err(f) = remove_file(&self.dirs.vm_memory(vm)) {
+            tracing::warn!(error = %f, "not removed");
+        }
+    }
+
+    /// Runs a program in the guest, by its agent.
+    pub(super) async fn exec(&self, vm: VmId, p: GuestProgram) -> Result<GuestOutput, Fault> {
+        let entry = self.entry(vm).await?;
+        let machine = super::running(&*entry.lock().await)?.clone();
+        let within = Duration::from_secs(u64::from(p.within_s.unwrap_or(60).clamp(1, 600)));
+        let args: Vec<&str> = p.args.iter().map(String::as_str).collect();
+        let out = machine
+            .agent()
+            .exec(&p.path, &args, &[], p.input.as_bytes(), within)
+            .await
+            .map_err(coded)?;
+        Ok(GuestOutput {
+            exit: out.exit,
+            stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
+        })
+    }
+
+    /// The end of a machine's console log, also of one that has ended.
+    pub(super) fn console_log(&self, e: &Entry, max: usize) -> Result<Vec<u8>, Fault> {
+        if let Some(m) = &e.machine {
+            return m.console_tail(max).map_err(coded);
+        }
+        let path = godwit_qemu::RunPaths::of(&self.dirs.vm_run(e.record.vm)).console_log;
+        tail(&path, max)
+    }
+}
+
+fn tail(path: &Path, max: usize) -> Result<Vec<u8>, Fault> {
+    use std::io::{Read, Seek, SeekFrom};
+    let fail = |e: std::io::Error| Fault::not_found(format!("reading {}: {e}", path.display()));
+    let mut file = std::fs::File::open(path).map_err(fail)?;
+    let len = file.metadata().map_err(fail)?.len();
+    file.seek(SeekFrom::Start(len.saturating_sub(max as u64))).map_err(fail)?;
+    let mut out = Vec::new();
+    file.take(max as u64).read_to_end(&mut out).map_err(fail)?;
+    Ok(out)
+}
+
+fn remove_file(path: &Path) -> Result<(), Fault> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Fault::internal(format!("removing {}: {e}", path.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What a machine is, by QEMU's word.
+pub(super) async fn status(e: &mut Entry) -> MachineStatus {
+    let life = match &e.machine {
+        Some(m) => Some(m.life().await.unwrap_or(Life::Exited)),
+        None => None,
+    };
+    if life == Some(Life::Exited) {
+        if let Some(m) = e.machine.take()
+            && e.record.meant == Meant::Running
+        {
+            let exit = m.exited().await;
+            let last = exit.log.trim().lines().last().unwrap_or("").to_owned();
+            e.record.reason = Some(match (exit.signal, last.is_empty()) {
+                (Some(s), _) => format!("QEMU was ended by signal {s}"),
+                (None, true) => "QEMU ended".into(),
+                (None, false) => format!("QEMU ended: {last}"),
+            });
+        }
+    }
+    let state = match (life, e.record.meant) {
+        // A machine that still needs its source is not settled here.
+        (Some(Life::Running | Life::Paused), _)
+            if e.record.migration.as_ref().is_some_and(|m| m.end == End::Destination) =>
+        {
+            VmState::Moving
+        }
+        (Some(Life::PostMigrate), _)
+            if e.record.migration.as_ref().is_some_and(|m| m.end == End::Source) =>
+        {
+            VmState::Moving
+        }
+        (Some(Life::Running | Life::Paused), _) => VmState::Running,
+        (Some(Life::Incoming | Life::Leaving), _) => VmState::Moving,
+        (Some(Life::PoweredOff | Life::PostMigrate), _) | (_, Meant::Stopped) => VmState::Stopped,
+        (Some(Life::Broken | Life::Exited) | None, _) => VmState::Failed,
+    };
+    status_as(&e.record, state)
+}
+
+fn status_as(r: &MachineRecord, state: VmState) -> MachineStatus {
+    MachineStatus {
+        vm: r.vm,
+        name: r.name.clone(),
+        generation: r.generation,
+        state,
+        image: r.image.clone(),
+        arch: r.arch,
+        memory: r.memory,
+        vcpus: r.vcpus,
+        reason: match (state, &r.reason) {
+            (VmState::Failed, None) => Some("QEMU is gone".into()),
+            (VmState::Failed, reason) => reason.clone(),
+            _ => None,
+        },
+        activate: None,
+    }
+}

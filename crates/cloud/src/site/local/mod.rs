@@ -1,0 +1,372 @@
+//! This host as a site: its machines, images and pool.
+//!
+//! A machine is a QEMU process of its own session. The daemon that started it may end; the next
+//! one finds the machine by its record and adopts it. A record outlives its machine as a
+//! tombstone with the highest generation seen, so that an older one is refused for good.
+
+mod dirs;
+mod machines;
+mod moves;
+mod pool;
+mod record;
+mod report;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use godwit_image::{Image, ImageCache, Recipe};
+use godwit_qemu::{Accel, Machine};
+use godwit_types::{Arch, Code, Generation, Name, VmId};
+use tokio::net::UnixStream;
+use tokio::sync::{Mutex, RwLock};
+
+use super::{
+    ByteStream, Call, ConsoleTail, ImageInfo, SiteHost, SiteReply, SiteRequest, StreamRequest,
+};
+use crate::error::Fault;
+use crate::ops::Progress;
+
+pub use dirs::SiteDirs;
+use record::MachineRecord;
+
+/// One machine of this site. Its lock is held while something changes it, so that two requests
+/// for one machine take turns.
+struct Entry {
+    record: MachineRecord,
+    machine: Option<Machine>,
+}
+
+/// How a site is run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SiteOptions {
+    /// The address under which other sites' relays reach this site's.
+    pub relay_address: std::net::IpAddr,
+    /// The program whose role `relay CONFIG` is a relay: usually this one.
+    pub relay_program: PathBuf,
+    /// Bytes that the pool's store may hold on disk.
+    pub pool_bytes: u64,
+    /// Bytes of encoded pages that the store keeps in memory.
+    pub store_memory_bytes: u64,
+}
+
+impl SiteOptions {
+    /// A site that is reached at `relay_address`, with this program as its relay, a pool of at
+    /// most 64 GiB and 256 MiB of it in memory.
+    ///
+    /// # Errors
+    /// When this program does not know where it is.
+    pub fn new(relay_address: std::net::IpAddr) -> Result<Self, Fault> {
+        let relay_program = std::env::current_exe()
+            .map_err(|e| Fault::internal(format!("finding this program: {e}")))?;
+        Ok(Self {
+            relay_address,
+            relay_program,
+            pool_bytes: 64 << 30,
+            store_memory_bytes: 256 << 20,
+        })
+    }
+}
+
+/// This host.
+pub struct LocalSite {
+    name: Name,
+    dirs: SiteDirs,
+    images: ImageCache,
+    accel: BTreeMap<&'static str, Accel>,
+    qemu: String,
+    machines: RwLock<BTreeMap<VmId, Arc<Mutex<Entry>>>>,
+    pool: godwit_substrate::Pool,
+    moves: moves::Moves,
+    options: SiteOptions,
+    me: std::sync::Weak<Self>,
+}
+
+impl std::fmt::Debug for LocalSite {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LocalSite").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+const fn arch_key(arch: Arch) -> &'static str {
+    match arch {
+        Arch::X86_64 => "x86-64",
+        Arch::Aarch64 => "aarch64",
+    }
+}
+
+impl LocalSite {
+    /// Opens the site: makes its directories, finds out how guests are run here, and adopts the
+    /// machines that run.
+    ///
+    /// # Errors
+    /// When a directory cannot be made or no QEMU is there.
+    pub async fn open(
+        name: Name,
+        dirs: SiteDirs,
+        options: SiteOptions,
+    ) -> Result<Arc<Self>, Fault> {
+        dirs.make()?;
+        report::check_tmpfs(&dirs.memory)?;
+        let images = ImageCache::open(&dirs.images).map_err(|e| Fault::of(&e))?;
+        let binaries = godwit_qemu::Binaries::default();
+        let qemu = godwit_qemu::doctor::qemu_version(binaries.of(Arch::X86_64))
+            .await
+            .map_err(|e| Fault::of(&e).hint("see what is missing with: godwit doctor"))?;
+        let mut accel = BTreeMap::new();
+        for arch in [Arch::X86_64, Arch::Aarch64] {
+            let cache = dirs.data.join(format!("accel-{}.json", arch_key(arch)));
+            match godwit_qemu::accel::probe(binaries.of(arch), arch, &cache).await {
+                Ok(p) => {
+                    accel.insert(arch_key(arch), p.accel);
+                }
+                Err(e) => tracing::info!(%arch, error = %e, "guests of this kind cannot run here"),
+            }
+        }
+        let pool = Self::open_pool(&dirs, &options)?;
+        let site = Arc::new_cyclic(|me| Self {
+            name,
+            dirs,
+            images,
+            accel,
+            qemu,
+            machines: RwLock::default(),
+            pool,
+            moves: moves::Moves::default(),
+            options,
+            me: me.clone(),
+        });
+        site.adopt_all().await?;
+        Ok(site)
+    }
+
+    fn whole(&self) -> Result<Arc<Self>, Fault> {
+        self.me.upgrade().ok_or_else(|| Fault::unavailable("the site is being closed"))
+    }
+
+    /// The directories.
+    #[must_use]
+    pub const fn dirs(&self) -> &SiteDirs {
+        &self.dirs
+    }
+
+    fn accel(&self, arch: Arch) -> Result<Accel, Fault> {
+        self.accel.get(arch_key(arch)).copied().ok_or_else(|| {
+            Fault::unavailable(format!("site '{}' cannot run {arch} guests", self.name))
+                .hint("see what is missing with: godwit doctor")
+        })
+    }
+
+    async fn entry(&self, vm: VmId) -> Result<Arc<Mutex<Entry>>, Fault> {
+        self.machines.read().await.get(&vm).cloned().ok_or_else(|| {
+            Fault::not_found(format!("site '{}' does not have machine {vm}", self.name))
+        })
+    }
+
+    /// The image of exactly that content, even when the name has moved on to a newer build.
+    fn image_by_hash(&self, record: &MachineRecord) -> Result<Image, Fault> {
+        let dir: PathBuf = self.images.dir().join("by-hash").join(record.image_hash.to_string());
+        Image::open(&dir).map_err(|e| Fault::of(&e))
+    }
+
+    async fn list_images(&self) -> Result<Vec<ImageInfo>, Fault> {
+        let cache = self.images.clone();
+        let built = tokio::task::spawn_blocking(move || cache.list())
+            .await
+            .map_err(|e| Fault::internal(e.to_string()))?
+            .map_err(|e| Fault::of(&e))?;
+        let mut out: Vec<_> = built.iter().map(image_info).collect();
+        for name in Recipe::names() {
+            if !out.iter().any(|i| i.name == name)
+                && let Ok(r) = Recipe::get(&name)
+            {
+                out.push(ImageInfo {
+                    hash: r.hash(),
+                    name,
+                    arch: r.arch,
+                    memory: r.memory,
+                    vcpus: r.vcpus,
+                    bytes: 0,
+                    display: r.display,
+                    app: r.app.clone(),
+                    built: false,
+                });
+            }
+        }
+        Ok(out)
+    }
+
+    async fn build_image(&self, name: Name, call: Call) -> Result<ImageInfo, Fault> {
+        let cancel = call.cancel.clone();
+        let told = move |p: godwit_image::Progress| {
+            call.progress(Progress {
+                stage: p.stage.as_str().into(),
+                done: p.fraction.map_or(0, |f| (f64::from(f) * 1000.0) as u64),
+                total: if p.fraction.is_some() { 1000 } else { 0 },
+                unit: "permille".into(),
+                note: p.note,
+            });
+        };
+        tokio::select! {
+            // Dropping the build kills its tools and publishes nothing.
+            () = cancel.cancelled() => Err(Fault::cancelled()),
+            built = self.images.build(&name, told) => {
+                built.map(|i| image_info(&i)).map_err(|e| Fault::of(&e))
+            }
+        }
+    }
+
+    /// Refuses a request with an older generation than the site has seen.
+    fn fence(record: &MachineRecord, given: Generation) -> Result<(), Fault> {
+        if given < record.generation {
+            return Err(Fault::new(
+                Code::Fenced,
+                format!(
+                    "machine '{}' is at generation {}; generation {given} may no longer act",
+                    record.name, record.generation
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn image_info(i: &Image) -> ImageInfo {
+    ImageInfo {
+        name: i.name.clone(),
+        hash: i.hash,
+        arch: i.arch,
+        memory: i.memory,
+        vcpus: i.vcpus,
+        bytes: i.files().map(|f| f.bytes).sum(),
+        display: i.display,
+        app: i.app.clone(),
+        built: true,
+    }
+}
+
+#[async_trait]
+impl SiteHost for LocalSite {
+    fn name(&self) -> &Name {
+        &self.name
+    }
+
+    async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+        Ok(match request {
+            SiteRequest::Report => SiteReply::Report(self.report().await?),
+            SiteRequest::Images => SiteReply::Images(self.list_images().await?),
+            SiteRequest::ImageBuild { name } => {
+                SiteReply::Image(self.build_image(name, call).await?)
+            }
+            SiteRequest::Machines => SiteReply::Machines(self.list_machines().await),
+            SiteRequest::VmNew(new) => SiteReply::Machine(self.create(new, call).await?),
+            SiteRequest::VmStart { vm, generation } => {
+                SiteReply::Machine(self.restart(vm, generation, call).await?)
+            }
+            SiteRequest::VmStop { vm, generation, force } => {
+                self.power_off(vm, generation, force, call).await?;
+                SiteReply::Done
+            }
+            SiteRequest::VmDelete { vm, generation } => {
+                self.remove(vm, generation).await?;
+                SiteReply::Done
+            }
+            SiteRequest::MigrateRelease { vm, generation } => {
+                // What the destination may still need stays until it needs it no more.
+                self.await_move(vm).await;
+                self.remove(vm, generation).await?;
+                SiteReply::Done
+            }
+            SiteRequest::VmConsole { vm, max_bytes } => {
+                let entry = self.entry(vm).await?;
+                let bytes = self.console_log(&*entry.lock().await, max_bytes as usize)?;
+                SiteReply::Console(ConsoleTail {
+                    bytes: bytes.len() as u64,
+                    text: String::from_utf8_lossy(&bytes).into_owned(),
+                })
+            }
+            SiteRequest::VmScreenshot { vm } => {
+                let entry = self.entry(vm).await?;
+                let machine = running(&*entry.lock().await)?.clone();
+                let shot = machine.screenshot().await.map_err(|e| Fault::of(&e))?;
+                SiteReply::Screenshot(shot.png)
+            }
+            SiteRequest::VmType { vm, text } => {
+                let entry = self.entry(vm).await?;
+                let machine = running(&*entry.lock().await)?.clone();
+                machine.send_text(&text).await.map_err(|e| Fault::of(&e))?;
+                SiteReply::Done
+            }
+            SiteRequest::VmExec { vm, program } => {
+                SiteReply::Executed(self.exec(vm, program).await?)
+            }
+            SiteRequest::VmDock { vm, generation, substrate, name, kind, owner } => {
+                let want = pool::Dock { vm, generation, substrate, name, kind, owner };
+                SiteReply::Substrate(self.dock(want, call).await?)
+            }
+            SiteRequest::Substrates => SiteReply::Substrates(self.substrates()?),
+            SiteRequest::SubstrateDelete { id } => {
+                self.substrate_delete(id).await?;
+                SiteReply::Done
+            }
+            SiteRequest::Pool => SiteReply::Pool(self.pool_report().await?),
+            SiteRequest::PoolCheck => SiteReply::Checked(self.pool_check().await?),
+            SiteRequest::MigrateManifest { vm, generation } => {
+                SiteReply::Manifest(self.manifest(vm, generation).await?)
+            }
+            SiteRequest::MigratePrepare { migration, machine, generation, from, manifest } => {
+                let me = self.whole()?;
+                SiteReply::Incoming(
+                    me.prepare(migration, machine, generation, from, &manifest).await?,
+                )
+            }
+            SiteRequest::MigrateSend { vm, generation, to, scheme } => {
+                if scheme != godwit_migrate::hybrid::SCHEME {
+                    return Err(Fault::invalid(format!("no scheme '{}'", scheme.escape_debug())));
+                }
+                SiteReply::Sent(self.whole()?.send(vm, generation, to, call).await?)
+            }
+            SiteRequest::MigrateReceived { migration } => {
+                SiteReply::Received(self.received(migration).await?)
+            }
+            SiteRequest::MigrateFate { migration, dead } => {
+                self.tell_fate(migration, dead)?;
+                SiteReply::Done
+            }
+            SiteRequest::MigrateAbort { migration, vm } => {
+                self.abort(migration, vm).await?;
+                SiteReply::Done
+            }
+        })
+    }
+
+    async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
+        let (vm, display) = match request {
+            StreamRequest::Console { vm } => (vm, false),
+            StreamRequest::Display { vm } => (vm, true),
+            StreamRequest::SubstrateExport { id } => return self.export(id),
+            StreamRequest::SubstrateImport { name } => return self.import(name),
+        };
+        let entry = self.entry(vm).await?;
+        let entry = entry.lock().await;
+        let machine = running(&entry)?;
+        let paths = machine.paths();
+        let path = if display { &paths.vnc } else { &paths.console };
+        if display && !machine.launch().spec.display {
+            return Err(Fault::conflict(format!("machine '{}' has no display", entry.record.name))
+                .hint(format!("its console: godwit vm console {}", entry.record.name)));
+        }
+        let stream = UnixStream::connect(path).await.map_err(|e| {
+            Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
+        })?;
+        Ok(Box::pin(stream))
+    }
+}
+
+fn running(entry: &Entry) -> Result<&Machine, Fault> {
+    entry.machine.as_ref().ok_or_else(|| {
+        Fault::conflict(format!("machine '{}' does not run", entry.record.name))
+            .hint(format!("start it: godwit vm start {}", entry.record.name))
+    })
+}

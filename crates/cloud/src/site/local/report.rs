@@ -1,0 +1,95 @@
+//! What this host has.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use godwit_qemu::Accel;
+
+use super::LocalSite;
+use crate::error::Fault;
+use crate::registry::SiteReport;
+
+impl LocalSite {
+    /// Resources and holdings at this moment.
+    pub(super) async fn report(&self) -> Result<SiteReport, Fault> {
+        let (memory_mib, memory_free_mib) = memory()?;
+        let images: BTreeSet<_> =
+            self.list_images().await?.into_iter().filter(|i| i.built).map(|i| i.name).collect();
+        let vms = self
+            .list_machines()
+            .await
+            .iter()
+            .filter(|m| m.state == godwit_types::VmState::Running)
+            .count();
+        let kvm = self.accel.values().any(|a| *a == Accel::Kvm);
+        Ok(SiteReport {
+            version: env!("CARGO_PKG_VERSION").into(),
+            accel: if kvm { "kvm" } else { "tcg" }.into(),
+            qemu: self.qemu.clone(),
+            cpus: std::thread::available_parallelism()
+                .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
+            memory_mib,
+            memory_free_mib,
+            ram_files_free_mib: free_mib(&self.dirs.memory)?,
+            disk_free_mib: free_mib(&self.dirs.data)?,
+            load: load()?,
+            vms: u32::try_from(vms).unwrap_or(u32::MAX),
+            substrates: self.pool.list().map_err(|e| Fault::of(&e))?.iter().map(|s| s.id).collect(),
+            images,
+            rtt_ms: None,
+        })
+    }
+}
+
+fn read(path: &str) -> Result<String, Fault> {
+    std::fs::read_to_string(path).map_err(|e| Fault::internal(format!("reading {path}: {e}")))
+}
+
+/// Memory of the host, all and available, in MiB.
+fn memory() -> Result<(u64, u64), Fault> {
+    let text = read("/proc/meminfo")?;
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|l| {
+                l.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+            })
+            .map(|kib| kib >> 10)
+            .ok_or_else(|| Fault::internal(format!("/proc/meminfo has no {name}")))
+    };
+    Ok((field("MemTotal:")?, field("MemAvailable:")?))
+}
+
+fn load() -> Result<f64, Fault> {
+    let text = read("/proc/loadavg")?;
+    Ok(text.split_whitespace().next().and_then(|w| w.parse().ok()).unwrap_or(0.0))
+}
+
+pub(super) fn free_mib(path: &Path) -> Result<u64, Fault> {
+    let s = rustix::fs::statvfs(path)
+        .map_err(|e| Fault::internal(format!("asking for the room at {}: {e}", path.display())))?;
+    Ok((s.f_bavail.saturating_mul(s.f_frsize)) >> 20)
+}
+
+/// Memory that is left to the host beside guests, in MiB.
+const HOST_RESERVE_MIB: u64 = 512;
+
+/// MiB that guest memory may still take: what tmpfs has left, and no more than the host's free
+/// memory less a reserve, for tmpfs promises more than there is.
+pub(super) fn ram_room_mib(ram: &Path) -> Result<u64, Fault> {
+    Ok(free_mib(ram)?.min(memory()?.1.saturating_sub(HOST_RESERVE_MIB)))
+}
+
+/// Refuses a place for guest memory that is not on tmpfs: post-copy needs it there.
+pub(super) fn check_tmpfs(dir: &Path) -> Result<(), Fault> {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let s = rustix::fs::statfs(dir)
+        .map_err(|e| Fault::internal(format!("asking what {} is on: {e}", dir.display())))?;
+    if s.f_type as i64 == TMPFS_MAGIC {
+        return Ok(());
+    }
+    Err(Fault::invalid(format!(
+        "guest memory cannot be kept in {}: it is not tmpfs",
+        dir.display()
+    ))
+    .hint("name a place on tmpfs, such as one in /dev/shm: --ram DIR"))
+}

@@ -1,0 +1,302 @@
+//! A site at the other end of a link: the center's side ([`RemoteSite`]) and the site's
+//! ([`serve`]).
+//!
+//! ```text
+//! steering lane: request | center -> SiteRequest, later perhaps the one byte CANCEL
+//!                answer  | site   -> SiteEvent::Progress ..., SiteEvent::Done
+//! pipe lane:     request | center -> StreamRequest
+//!                verdict | site   -> Result<(), Fault>; after Ok bytes flow both ways
+//! ```
+//!
+//! A message longer than one frame is cut into pieces, each led by a byte that tells whether
+//! more follow. A request goes on at the site when the link breaks: half a change helps nobody.
+//! Only CANCEL stops it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use godwit_transfer::{Lane, LaneError, LaneKind, LaneReceiver, LaneSender, Link};
+use godwit_types::{Code, Name};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::sync::{Semaphore, mpsc};
+
+use super::{ByteStream, Call, SiteEvent, SiteHost, SiteReply, SiteRequest, StreamRequest};
+use crate::error::Fault;
+
+/// The longest message in bytes: a screenshot in PNG.
+const MAX_MESSAGE: usize = 32 << 20;
+
+/// Bytes of a message in one frame.
+const PIECE: usize = 512 << 10;
+
+/// Bytes of a stream in one frame.
+const STREAM_PIECE: usize = 64 << 10;
+
+/// Requests and streams of one link that are worked on at once.
+const AT_ONCE: usize = 64;
+
+/// How long a request may take to arrive after its lane was opened.
+const ARRIVAL: Duration = Duration::from_secs(30);
+
+const CANCEL: &[u8] = b"c";
+const MORE: u8 = 1;
+const LAST: u8 = 0;
+
+fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, Fault> {
+    postcard::to_stdvec(value).map_err(|e| Fault::internal(format!("encoding a message: {e}")))
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Fault> {
+    postcard::from_bytes(bytes)
+        .map_err(|e| Fault::new(Code::Damaged, format!("a message does not parse: {e}")))
+}
+
+async fn send_message<T: Serialize + Sync>(to: &mut LaneSender, value: &T) -> Result<(), Fault> {
+    let bytes = encode(value)?;
+    if bytes.len() > MAX_MESSAGE {
+        return Err(Fault::internal(format!("a message of {} bytes is too long", bytes.len())));
+    }
+    let mut pieces = bytes.chunks(PIECE).peekable();
+    loop {
+        let piece = pieces.next().unwrap_or_default();
+        let mut frame = Vec::with_capacity(piece.len() + 1);
+        frame.push(if pieces.peek().is_some() { MORE } else { LAST });
+        frame.extend_from_slice(piece);
+        let more = frame[0] == MORE;
+        to.send_bytes(Bytes::from(frame)).await.map_err(|e| Fault::of(&e))?;
+        if !more {
+            return Ok(());
+        }
+    }
+}
+
+async fn recv_message<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T, Fault> {
+    let mut all = Vec::new();
+    loop {
+        let frame = from
+            .recv()
+            .await
+            .map_err(|e| Fault::of(&e))?
+            .ok_or_else(|| Fault::of(&LaneError::Ended))?;
+        let (mark, piece) = frame
+            .split_first()
+            .ok_or_else(|| Fault::new(Code::Damaged, "an empty frame in a message"))?;
+        if all.len() + piece.len() > MAX_MESSAGE {
+            return Err(Fault::new(Code::Damaged, "a message over 32 MiB"));
+        }
+        all.extend_from_slice(piece);
+        match *mark {
+            LAST => return decode(&all),
+            MORE => {}
+            _ => return Err(Fault::new(Code::Damaged, "a frame with an unknown mark")),
+        }
+    }
+}
+
+/// A site that joined over a link.
+#[derive(Debug)]
+pub struct RemoteSite {
+    name: Name,
+    link: Link,
+}
+
+impl RemoteSite {
+    /// The site at the other end of `link`; its name is that of its certificate.
+    #[must_use]
+    pub fn new(link: Link) -> Self {
+        Self { name: link.peer().name.clone(), link }
+    }
+
+    /// The link.
+    #[must_use]
+    pub const fn link(&self) -> &Link {
+        &self.link
+    }
+
+    fn away(&self, f: Fault) -> Fault {
+        let message = format!("site '{}': {}", self.name, f.message);
+        Fault { message, ..f }
+    }
+
+    async fn lane(&self, kind: LaneKind) -> Result<Lane, Fault> {
+        self.link.open(kind, kind.usual_priority()).await.map_err(|e| self.away(Fault::of(&e)))
+    }
+}
+
+#[async_trait]
+impl SiteHost for RemoteSite {
+    fn name(&self) -> &Name {
+        &self.name
+    }
+
+    async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+        let (mut to, mut from) = self.lane(LaneKind::Steering).await?.split();
+        send_message(&mut to, &request).await.map_err(|f| self.away(f))?;
+        let measured = matches!(request, SiteRequest::Report);
+        let mut told = false;
+        loop {
+            let event = tokio::select! {
+                event = recv_message::<SiteEvent>(&mut from) => event.map_err(|f| self.away(f))?,
+                () = call.cancel.cancelled(), if !told => {
+                    told = true;
+                    to.send(CANCEL).await.map_err(|e| self.away(Fault::of(&e)))?;
+                    continue;
+                }
+            };
+            match event {
+                SiteEvent::Progress(p) => call.progress(p),
+                SiteEvent::Done(outcome) => {
+                    let mut reply = outcome.map_err(|f| self.away(f))?;
+                    if measured && let SiteReply::Report(r) = &mut reply {
+                        r.rtt_ms = Some(self.link.rtt().as_secs_f64() * 1000.0);
+                    }
+                    return Ok(reply);
+                }
+            }
+        }
+    }
+
+    async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
+        let (mut to, mut from) = self.lane(LaneKind::Pipe).await?.split();
+        send_message(&mut to, &request).await.map_err(|f| self.away(f))?;
+        recv_message::<Result<(), Fault>>(&mut from).await?.map_err(|f| self.away(f))?;
+        let (near, far) = tokio::io::duplex(4 * STREAM_PIECE);
+        tokio::spawn(pump(far, to, from));
+        Ok(Box::pin(near))
+    }
+}
+
+/// Carries bytes between a stream and a lane until both directions have ended.
+async fn pump(stream: DuplexStream, to: LaneSender, from: LaneReceiver) {
+    let (read, write) = tokio::io::split(stream);
+    tokio::join!(outward(read, to), inward(from, write));
+}
+
+async fn outward<R: tokio::io::AsyncRead + Unpin>(mut read: R, mut to: LaneSender) {
+    let mut buffer = vec![0u8; STREAM_PIECE];
+    while let Ok(n) = read.read(&mut buffer).await {
+        if n == 0 {
+            break;
+        }
+        if let Err(error) = to.send(&buffer[..n]).await {
+            tracing::debug!(%error, "a stream ended at the other side");
+            return;
+        }
+    }
+    to.end();
+}
+
+async fn inward<W: tokio::io::AsyncWrite + Unpin>(mut from: LaneReceiver, mut write: W) {
+    while let Ok(Some(frame)) = from.recv().await {
+        if write.write_all(&frame).await.is_err() {
+            from.stop();
+            return;
+        }
+    }
+    // Fails only when the reader is gone, and then nobody waits for the end.
+    let _ = write.shutdown().await;
+}
+
+/// Answers the center's requests until the link is closed.
+pub async fn serve(link: Link, host: Arc<dyn SiteHost>) {
+    let room = Arc::new(Semaphore::new(AT_ONCE));
+    loop {
+        let Ok(permit) = room.clone().acquire_owned().await else { return };
+        let lane = match link.accept_lane().await {
+            Ok(lane) => lane,
+            Err(error) => {
+                tracing::info!(%error, "the link to the center ended");
+                return;
+            }
+        };
+        let host = host.clone();
+        tokio::spawn(async move {
+            let outcome = match lane.kind() {
+                LaneKind::Steering => answer(lane, host).await,
+                LaneKind::Pipe => answer_stream(lane, host).await,
+                other => {
+                    lane.abort();
+                    Err(Fault::invalid(format!("a lane for {other:?} is not served here")))
+                }
+            };
+            if let Err(error) = outcome {
+                tracing::debug!(%error, "a request could not be answered");
+            }
+            drop(permit);
+        });
+    }
+}
+
+async fn arrival<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T, Fault> {
+    tokio::time::timeout(ARRIVAL, recv_message(from))
+        .await
+        .map_err(|_| Fault::new(Code::TimedOut, "a lane with no request"))?
+}
+
+async fn answer(lane: Lane, host: Arc<dyn SiteHost>) -> Result<(), Fault> {
+    let (mut to, mut from) = lane.split();
+    let request: SiteRequest = arrival(&mut from).await?;
+    // Progress that comes faster than the link takes it is dropped but for the latest.
+    let (tx, mut news) = mpsc::channel(32);
+    let call = Call::new(
+        move |p| {
+            // Full: the next report says more anyway. But the switch must not be lost.
+            if p.stage == super::SWITCHED {
+                let tx = tx.clone();
+                tokio::spawn(async move { tx.send(p).await });
+            } else {
+                let _ = tx.try_send(p);
+            }
+        },
+        tokio_util::sync::CancellationToken::new(),
+    );
+    let cancel = call.cancel.clone();
+    let mut work = tokio::spawn(async move { host.ask(request, call).await });
+    let mut listening = true;
+    let mut linked = true;
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut work => {
+                break outcome.unwrap_or_else(|_| Err(Fault::internal("the site failed; see its log")));
+            }
+            Some(p) = news.recv() => {
+                if linked && send_message(&mut to, &SiteEvent::Progress(p)).await.is_err() {
+                    linked = false;
+                }
+            }
+            frame = from.recv(), if listening => match frame {
+                Ok(Some(f)) if f == CANCEL => cancel.cancel(),
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => listening = false,
+            },
+        }
+    };
+    while let Ok(p) = news.try_recv() {
+        if linked && send_message(&mut to, &SiteEvent::Progress(p)).await.is_err() {
+            linked = false;
+        }
+    }
+    send_message(&mut to, &SiteEvent::Done(Box::new(outcome))).await?;
+    to.finish().await.map_err(|e| Fault::of(&e))
+}
+
+async fn answer_stream(lane: Lane, host: Arc<dyn SiteHost>) -> Result<(), Fault> {
+    let (mut to, mut from) = lane.split();
+    let request: StreamRequest = arrival(&mut from).await?;
+    match host.open(request).await {
+        Ok(stream) => {
+            send_message(&mut to, &Ok::<(), Fault>(())).await?;
+            let (read, write) = tokio::io::split(stream);
+            tokio::join!(outward(read, to), inward(from, write));
+            Ok(())
+        }
+        Err(f) => {
+            send_message(&mut to, &Err::<(), Fault>(f)).await?;
+            to.finish().await.map_err(|e| Fault::of(&e))
+        }
+    }
+}

@@ -1,0 +1,450 @@
+//! What the center asks of a site, and the answers.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use godwit_types::{
+    ActivateReport, Arch, DockReport, Generation, Hash, Mib, MigrationId, Name, SubstrateId,
+    SubstrateKind, VmId, VmState,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::clock::UnixMs;
+use crate::error::Fault;
+use crate::ops::Progress;
+use crate::registry::SiteReport;
+
+/// A guest image at a site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ImageInfo {
+    /// Its name.
+    pub name: Name,
+    /// Content hash of all of it.
+    pub hash: Hash,
+    /// Guest architecture.
+    pub arch: Arch,
+    /// Memory that a machine of it gets.
+    pub memory: Mib,
+    /// vCPUs that a machine of it gets.
+    pub vcpus: u8,
+    /// Bytes of kernel, initrd and disk.
+    pub bytes: u64,
+    /// It shows a screen.
+    pub display: bool,
+    /// The program that it starts, if any.
+    pub app: Option<String>,
+    /// It is built; otherwise only its recipe is known.
+    pub built: bool,
+}
+
+/// What a machine is made from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Origin {
+    /// Cold boot.
+    Image(Name),
+    /// Activation.
+    Substrate(SubstrateId),
+}
+
+/// A machine to be made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NewMachine {
+    /// Its id.
+    pub vm: VmId,
+    /// Its name, which becomes its host name.
+    pub name: Name,
+    /// Its generation.
+    pub generation: Generation,
+    /// What from.
+    pub origin: Origin,
+    /// Memory, if not the image's own (cold boot only).
+    pub memory: Option<Mib>,
+    /// vCPUs, if not the image's own (cold boot only).
+    pub vcpus: Option<u8>,
+}
+
+/// A machine at a site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineStatus {
+    /// Its id.
+    pub vm: VmId,
+    /// Its name.
+    pub name: Name,
+    /// Its generation, as this site knows it.
+    pub generation: Generation,
+    /// Running, stopped, failed, ...; `Moving` for one that is on its way in or out.
+    pub state: VmState,
+    /// The image below it.
+    pub image: Name,
+    /// Guest architecture.
+    pub arch: Arch,
+    /// Guest memory.
+    pub memory: Mib,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Why it is in this state, when that needs words.
+    pub reason: Option<String>,
+    /// What its activation took, in the answer to the request that activated it.
+    pub activate: Option<ActivateReport>,
+}
+
+/// A substrate at a site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SubstrateInfo {
+    /// Its id.
+    pub id: SubstrateId,
+    /// Its name.
+    pub name: Name,
+    /// Who may use it.
+    pub kind: SubstrateKind,
+    /// Whose it is.
+    pub owner: Name,
+    /// The image below it.
+    pub image: Name,
+    /// Guest architecture.
+    pub arch: Arch,
+    /// Guest memory.
+    pub memory: Mib,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Bytes of memory and disk in the clear.
+    pub raw_bytes: u64,
+    /// Bytes as stored.
+    pub stored_bytes: u64,
+    /// When it was docked.
+    pub created: UnixMs,
+    /// What docking took, in the answer to the request that docked it.
+    pub dock: Option<DockReport>,
+}
+
+/// A destination that waits for a machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Incoming {
+    /// The migration.
+    pub migration: MigrationId,
+    /// Where its relay listens.
+    pub address: SocketAddr,
+    /// The site's name, as in the relay's certificate.
+    pub peer: Name,
+}
+
+/// The last part of a console's log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ConsoleTail {
+    /// The text; bytes that are no UTF-8 are replaced.
+    pub text: String,
+    /// Bytes that the whole log has.
+    pub bytes: u64,
+}
+
+/// A program for a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GuestProgram {
+    /// Its path in the guest.
+    pub path: String,
+    /// Its arguments.
+    #[serde(default)]
+    pub args: Vec<String>,
+    /// Its standard input, as text.
+    #[serde(default)]
+    pub input: String,
+    /// Seconds that it may take; 60 when left out.
+    pub within_s: Option<u32>,
+}
+
+/// What a program in a guest did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestOutput {
+    /// Its exit code; none when a signal ended it.
+    pub exit: Option<i64>,
+    /// What it printed; bytes that are no UTF-8 are replaced.
+    pub stdout: String,
+    /// What it printed as errors.
+    pub stderr: String,
+}
+
+/// A site's pool.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PoolReport {
+    /// Substrates.
+    pub substrates: u64,
+    /// Pages and blocks held.
+    pub units: u64,
+    /// Bytes in the clear, every reference counted.
+    pub raw_bytes: u64,
+    /// Bytes on disk.
+    pub stored_bytes: u64,
+    /// Bytes that the memory tier holds.
+    pub memory_bytes: u64,
+    /// Room left on disk in bytes.
+    pub free_bytes: u64,
+}
+
+/// What a check of a pool found.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct CheckReport {
+    /// Pages and blocks that were read and compared with their hashes.
+    pub units: u64,
+    /// What is damaged, each named by hash or substrate.
+    pub damaged: Vec<String>,
+}
+
+/// What the center asks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum SiteRequest {
+    /// Resources and holdings.
+    Report,
+    /// Images.
+    Images,
+    /// Builds an image from its recipe.
+    ImageBuild {
+        /// Which.
+        name: Name,
+    },
+    /// Machines.
+    Machines,
+    /// Makes and starts a machine.
+    VmNew(NewMachine),
+    /// Starts a stopped machine from its disk.
+    VmStart {
+        /// Which.
+        vm: VmId,
+        /// Its new generation.
+        generation: Generation,
+    },
+    /// Powers a machine off; its disk is kept.
+    VmStop {
+        /// Which.
+        vm: VmId,
+        /// Its generation.
+        generation: Generation,
+        /// Without asking the guest.
+        force: bool,
+    },
+    /// Ends a machine and removes all it has.
+    VmDelete {
+        /// Which.
+        vm: VmId,
+        /// Its generation.
+        generation: Generation,
+    },
+    /// Turns a machine into a substrate.
+    VmDock {
+        /// Which.
+        vm: VmId,
+        /// Its generation.
+        generation: Generation,
+        /// Id of the substrate.
+        substrate: SubstrateId,
+        /// Name of the substrate.
+        name: Name,
+        /// Who may use it.
+        kind: SubstrateKind,
+        /// Whose it is.
+        owner: Name,
+    },
+    /// The end of its serial console's log.
+    VmConsole {
+        /// Which.
+        vm: VmId,
+        /// At most so many bytes.
+        max_bytes: u32,
+    },
+    /// Its screen as PNG.
+    VmScreenshot {
+        /// Which.
+        vm: VmId,
+    },
+    /// Types into its keyboard.
+    VmType {
+        /// Which.
+        vm: VmId,
+        /// What.
+        text: String,
+    },
+    /// Runs a program in the guest, by its agent.
+    VmExec {
+        /// Which.
+        vm: VmId,
+        /// What.
+        program: GuestProgram,
+    },
+    /// Makes ready for a machine that is to come.
+    MigratePrepare {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine, as the source has it.
+        machine: MachineStatus,
+        /// Its generation here.
+        generation: Generation,
+        /// The site it comes from, as in its certificate.
+        from: Name,
+        /// What the migrate rooms of both sites must agree on, opaque to the center.
+        manifest: Vec<u8>,
+    },
+    /// What a destination must know of a machine to make ready for it.
+    MigrateManifest {
+        /// The machine.
+        vm: VmId,
+        /// Its generation.
+        generation: Generation,
+    },
+    /// Sends a machine; ends when the destination depends on the source no more.
+    MigrateSend {
+        /// The machine.
+        vm: VmId,
+        /// Its generation here.
+        generation: Generation,
+        /// Where to.
+        to: Incoming,
+        /// The scheme, e.g. `hybrid`.
+        scheme: String,
+    },
+    /// To a source that asked: what became of a destination that was lost during the switch.
+    MigrateFate {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine never ran there and its QEMU is gone for good; otherwise it runs there.
+        dead: bool,
+    },
+    /// Waits at the destination until the machine there is whole.
+    MigrateReceived {
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// After the commit point: the source removes what it has of the machine.
+    MigrateRelease {
+        /// The machine.
+        vm: VmId,
+        /// The generation that runs elsewhere.
+        generation: Generation,
+    },
+    /// Before the commit point: both ends take back what they did.
+    MigrateAbort {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+    },
+    /// Substrates.
+    Substrates,
+    /// Removes a substrate.
+    SubstrateDelete {
+        /// Which.
+        id: SubstrateId,
+    },
+    /// The pool.
+    Pool,
+    /// Checks the pool.
+    PoolCheck,
+}
+
+/// What the site answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum SiteReply {
+    /// It was done.
+    Done,
+    /// To `Report`.
+    Report(SiteReport),
+    /// To `Images`.
+    Images(Vec<ImageInfo>),
+    /// To `ImageBuild`.
+    Image(ImageInfo),
+    /// To `Machines`.
+    Machines(Vec<MachineStatus>),
+    /// To requests that change one machine.
+    Machine(MachineStatus),
+    /// To `VmDock`.
+    Substrate(SubstrateInfo),
+    /// To `Substrates`.
+    Substrates(Vec<SubstrateInfo>),
+    /// To `VmConsole`.
+    Console(ConsoleTail),
+    /// To `VmScreenshot`: PNG.
+    Screenshot(Vec<u8>),
+    /// To `VmExec`.
+    Executed(GuestOutput),
+    /// To `MigrateManifest`.
+    Manifest(Vec<u8>),
+    /// To `MigratePrepare`.
+    Incoming(Incoming),
+    /// To `MigrateSend`: what the source measured, for the migrate room.
+    Sent(Vec<u8>),
+    /// To `MigrateReceived`: what the destination measured, for the migrate room.
+    Received(Vec<u8>),
+    /// To `Pool`.
+    Pool(PoolReport),
+    /// To `PoolCheck`.
+    Checked(CheckReport),
+}
+
+impl SiteReply {
+    /// The variant's name, for messages.
+    #[must_use]
+    pub const fn label(&self) -> &'static str {
+        match self {
+            Self::Done => "Done",
+            Self::Report(_) => "Report",
+            Self::Images(_) => "Images",
+            Self::Image(_) => "Image",
+            Self::Machines(_) => "Machines",
+            Self::Machine(_) => "Machine",
+            Self::Substrate(_) => "Substrate",
+            Self::Substrates(_) => "Substrates",
+            Self::Console(_) => "Console",
+            Self::Screenshot(_) => "Screenshot",
+            Self::Executed(_) => "Executed",
+            Self::Manifest(_) => "Manifest",
+            Self::Incoming(_) => "Incoming",
+            Self::Sent(_) => "Sent",
+            Self::Received(_) => "Received",
+            Self::Pool(_) => "Pool",
+            Self::Checked(_) => "Checked",
+        }
+    }
+}
+
+/// A byte stream that the center opens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StreamRequest {
+    /// The serial console, both ways, from now on.
+    Console {
+        /// The machine.
+        vm: VmId,
+    },
+    /// The display (RFB), both ways.
+    Display {
+        /// The machine.
+        vm: VmId,
+    },
+    /// A substrate to read.
+    SubstrateExport {
+        /// Which.
+        id: SubstrateId,
+    },
+    /// A substrate to write; ends with one [`SiteEvent`] from the site after the last byte.
+    SubstrateImport {
+        /// Its name here, if not its own.
+        name: Option<Name>,
+    },
+}
+
+/// What a site sends in answer to a request over a link.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum SiteEvent {
+    /// How far it is.
+    Progress(Progress),
+    /// The end.
+    Done(Box<Result<SiteReply, Fault>>),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Image(n) => write!(f, "image {n}"),
+            Self::Substrate(s) => write!(f, "substrate {s}"),
+        }
+    }
+}
