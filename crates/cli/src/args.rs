@@ -1,0 +1,253 @@
+//! What is common to many commands.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use godwit_cloud::daemon::ClientFiles;
+use godwit_cloud::site::SiteDirs;
+use godwit_types::Name;
+
+use crate::cmd;
+use crate::out::Format;
+
+/// A mobile cloud: machines that start in an instant and move while they work.
+#[derive(Debug, Parser)]
+#[command(
+    name = "godwit",
+    version,
+    propagate_version = true,
+    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 unchanged, 4 not found, \
+                  5 refused by state, 124 timed out."
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The nouns and verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start a center and an AP on this machine, in the background
+    Up(cmd::up::Up),
+    /// Stop what `up` started; machines run on
+    Down(cmd::up::Down),
+    /// Execution environments
+    Vm(Box<cmd::vm::Noun>),
+    /// Docked machines in the pool
+    Substrate(cmd::substrate::Noun),
+    /// Guest images
+    Image(cmd::image::Noun),
+    /// Center, APs and devices
+    Site(cmd::site::Noun),
+    /// Long jobs
+    Op(cmd::op::Noun),
+    /// What the sites' stores hold
+    Pool(cmd::pool::Noun),
+    /// Look at what this machine has and lacks
+    Doctor(cmd::doctor::Doctor),
+    /// Run a cloud center in the foreground
+    Center(cmd::role::CenterRole),
+    /// Run a CloudAP in the foreground
+    Ap(cmd::role::ApRole),
+    /// Run one end of a migration (started by a site's daemon)
+    Relay(cmd::role::RelayRole),
+    /// Print shell completion
+    Completion(cmd::shell::Completion),
+    /// Print or write manual pages
+    Man(cmd::shell::Man),
+}
+
+/// Where the center is, and how answers are printed.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct Talk {
+    /// Form of the answer
+    #[arg(short, long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
+    pub(crate) output: Format,
+    #[command(flatten)]
+    pub(crate) connect: Connect,
+}
+
+/// Where the center is.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct Connect {
+    /// Address of the center's API, e.g. <https://127.0.0.1:7700>
+    #[arg(long, global = true, env = "GODWIT_API", hide_env_values = true, value_name = "URL")]
+    pub(crate) api: Option<String>,
+    /// File with the operator token (or the token itself in GODWIT_TOKEN)
+    #[arg(long, global = true, env = "GODWIT_TOKEN_FILE", hide_env_values = true)]
+    #[arg(value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// Certificate of the API, PEM
+    #[arg(long, global = true, env = "GODWIT_CA", hide_env_values = true, value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+    /// Directory of the three above, as a center writes them
+    #[arg(long, global = true, env = "GODWIT_CONFIG", hide_env_values = true)]
+    #[arg(value_name = "DIR")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+impl Connect {
+    /// The client's files.
+    pub(crate) fn files(&self) -> ClientFiles {
+        client_files(self.config.as_ref())
+    }
+}
+
+/// The client's files in `dir`, or in the usual directory.
+pub(crate) fn client_files(dir: Option<&PathBuf>) -> ClientFiles {
+    dir.map_or_else(ClientFiles::usual, |d| ClientFiles { dir: d.clone() })
+}
+
+/// How a change is made.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct Change {
+    /// Check and tell, change nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Print the operation's id at once instead of waiting for its end
+    #[arg(long, conflicts_with_all = ["timeout", "dry_run"])]
+    pub(crate) no_wait: bool,
+    /// Wait no longer, e.g. 90, 500ms, 5m (exit code 124; the operation goes on)
+    #[arg(long, value_parser = duration, value_name = "TIME")]
+    pub(crate) timeout: Option<Duration>,
+}
+
+/// Where a site keeps its things.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct Places {
+    /// Put all directories of a site below DIR/<site> (images excepted)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) root: Option<PathBuf>,
+    /// Store, substrates, cow files, keys [default: /var/lib/godwit/<site>]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    /// Sockets; a short path [default: /run/godwit/<site>]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run: Option<PathBuf>,
+    /// Memory of machines, on tmpfs [default: /dev/shm/godwit/<site>]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) ram: Option<PathBuf>,
+    /// Guest images [default: /var/cache/godwit/images]
+    #[arg(long, env = "GODWIT_IMAGES", hide_env_values = true, value_name = "DIR")]
+    pub(crate) images: Option<PathBuf>,
+}
+
+impl Places {
+    /// The directories of `site`.
+    pub(crate) fn dirs(&self, site: &Name) -> SiteDirs {
+        let usual = SiteDirs::usual(site);
+        let base = self.root.as_ref().map_or_else(
+            || usual.clone(),
+            |r| SiteDirs {
+                images: usual.images.clone(),
+                memory: ram_for(r).join(site.as_str()),
+                ..SiteDirs::below(&r.join(site.as_str()))
+            },
+        );
+        SiteDirs {
+            data: self.data.clone().unwrap_or(base.data),
+            run: self.run.clone().unwrap_or(base.run),
+            memory: self.ram.clone().unwrap_or(base.memory),
+            images: self.images.clone().unwrap_or(base.images),
+        }
+    }
+}
+
+/// Guest memory has to be on tmpfs, wherever the rest is: a place there of its own for each root.
+fn ram_for(root: &std::path::Path) -> PathBuf {
+    let of = godwit_types::Hash::of(root.as_os_str().as_encoded_bytes());
+    PathBuf::from(format!("/dev/shm/godwit-{}", of.short()))
+}
+
+/// Reads `90`, `90s`, `500ms`, `5m` or `2h`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(at);
+    let bad = || format!("'{text}' is not a time; write 90, 90s, 500ms, 5m or 2h");
+    let number: u64 = digits.parse().map_err(|_| bad())?;
+    let ms = match unit {
+        "ms" => Some(number),
+        "" | "s" => number.checked_mul(1_000),
+        "m" => number.checked_mul(60_000),
+        "h" => number.checked_mul(3_600_000),
+        "d" => number.checked_mul(86_400_000),
+        _ => None,
+    };
+    ms.map(Duration::from_millis).ok_or_else(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_says_what_it_does() {
+        fn look(c: &clap::Command, path: &str) {
+            for s in c.get_subcommands() {
+                let path = format!("{path} {}", s.get_name());
+                assert!(s.get_about().is_some(), "{path} has no words");
+                look(s, &path);
+            }
+        }
+        look(&Cli::command(), "godwit");
+    }
+
+    #[test]
+    fn times_are_read_with_their_unit() {
+        let ok = |t| duration(t).expect("a time").as_millis();
+        assert_eq!([ok("90"), ok("90s"), ok("500ms"), ok("5m")], [90_000, 90_000, 500, 300_000]);
+        for bad in ["", "x", "5 m", "-1", "99999999999999999999", "18446744073709551615h"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn flags_may_stand_at_the_end() {
+        for line in [
+            "vm create --image tiny --name a -o json",
+            "vm dock a --name s -o json",
+            "vm activate s --name b -o json",
+            "vm migrate b --to cafe --timeout 5m --api https://127.0.0.1:1 -o json",
+            "vm delete b -o json",
+            "image build tiny",
+            "center --name center --api 127.0.0.1:0 --link 127.0.0.1:0 --data /d --run /r --ram /m",
+            "ap --name cafe --join x --link 127.0.0.1:0",
+        ] {
+            let words = std::iter::once("godwit").chain(line.split(' '));
+            Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}"));
+        }
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused() {
+        for line in [
+            "vm create",
+            "vm create --image tiny --name ../x",
+            "vm migrate a --no-wait --timeout 5",
+            "vm create --image tiny --no-wait --dry-run",
+            "vm list -o xml",
+        ] {
+            let words = std::iter::once("godwit").chain(line.split(' '));
+            let e = Cli::try_parse_from(words).expect_err(line);
+            assert_eq!(e.exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn directories_follow_the_flags() {
+        let cafe = Name::new("cafe").expect("name");
+        let p = Places { root: Some("/r".into()), ram: Some("/m".into()), ..Places::default() };
+        let d = p.dirs(&cafe);
+        assert_eq!(d.data, PathBuf::from("/r/cafe/data"));
+        assert_eq!(d.memory, PathBuf::from("/m"));
+        assert_eq!(d.images, SiteDirs::usual(&cafe).images);
+    }
+}

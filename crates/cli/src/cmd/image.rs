@@ -1,0 +1,288 @@
+//! `godwit image`: guest images, at the sites or in this machine's own cache.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use godwit_cloud::Fault;
+use godwit_cloud::site::ImageInfo;
+use godwit_image::{Image, ImageCache, Recipe};
+use godwit_types::Name;
+use indicatif::ProgressBar;
+use reqwest::Method;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::args::{Change, Talk};
+use crate::client::Client;
+use crate::failure::{Failure, Outcome, Result};
+use crate::out::{self, Format, Row, size};
+use crate::wait::{change_and_tell, style};
+
+#[derive(Debug, Args)]
+pub(crate) struct Noun {
+    #[command(flatten)]
+    talk: Talk,
+    /// Work on this machine's own cache, without a center
+    #[arg(long, global = true, conflicts_with = "api")]
+    local: bool,
+    /// The cache of this machine [default: /var/cache/godwit/images]
+    #[arg(long, global = true, env = "GODWIT_IMAGES", hide_env_values = true)]
+    #[arg(value_name = "DIR")]
+    images: Option<PathBuf>,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Build an image from its recipe; without a center, on this machine
+    Build {
+        /// The recipes' names; see them with: godwit image list
+        #[arg(required = true)]
+        names: Vec<Name>,
+        /// The site that builds; the center when left out
+        #[arg(long, conflicts_with = "local")]
+        site: Option<Name>,
+        /// Build anew from what the mirrors hold now (on this machine only)
+        #[arg(long)]
+        again: bool,
+        #[command(flatten)]
+        how: Change,
+    },
+    /// List images and recipes
+    #[command(visible_alias = "ls")]
+    List {
+        /// Only at this site
+        #[arg(long, conflicts_with = "local")]
+        site: Option<Name>,
+    },
+    /// Show one image and check its files
+    Inspect {
+        /// Its name
+        name: Name,
+    },
+}
+
+/// An image and where it is.
+#[derive(Debug, Serialize, Deserialize)]
+struct Held {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    site: Option<Name>,
+    #[serde(flatten)]
+    image: ImageInfo,
+}
+
+impl Row for Held {
+    const COLUMNS: &'static [&'static str] =
+        &["NAME", "SITE", "BUILT", "ARCH", "MEMORY", "SIZE", "APP", "VCPUS", "DISPLAY", "HASH"];
+    const WIDE: usize = 7;
+    fn cells(&self) -> Vec<String> {
+        let i = &self.image;
+        let yes = |b| if b { "yes" } else { "no" }.to_owned();
+        vec![
+            i.name.to_string(),
+            self.site.as_ref().map_or_else(|| "this machine".into(), Name::to_string),
+            yes(i.built),
+            i.arch.to_string(),
+            i.memory.to_string(),
+            if i.built { size(i.bytes) } else { String::new() },
+            i.app.clone().unwrap_or_default(),
+            i.vcpus.to_string(),
+            yes(i.display),
+            i.hash.to_string(),
+        ]
+    }
+    fn name(&self) -> String {
+        self.image.name.to_string()
+    }
+}
+
+fn held(i: &Image) -> Held {
+    let image = ImageInfo {
+        name: i.name.clone(),
+        hash: i.hash,
+        arch: i.arch,
+        memory: i.memory,
+        vcpus: i.vcpus,
+        bytes: i.files().map(|f| f.bytes).sum(),
+        display: i.display,
+        app: i.app.clone(),
+        built: true,
+    };
+    Held { site: None, image }
+}
+
+impl Noun {
+    pub(crate) async fn run(self) -> Result {
+        let format = self.talk.output;
+        // A center that was named must answer; one that was not may be missing.
+        let center = if self.local {
+            None
+        } else {
+            match Client::open(&self.talk.connect) {
+                Ok(c) if self.talk.connect.api.is_some() || c.alive().await => Some(c),
+                Err(e) if self.talk.connect.api.is_some() => return Err(e),
+                _ => None,
+            }
+        };
+        let wants_site = match &self.verb {
+            Verb::Build { site, .. } | Verb::List { site } => site.is_some(),
+            Verb::Inspect { .. } => false,
+        };
+        if center.is_none() && wants_site {
+            return Err(Failure::unavailable("no center is reachable to ask a site")
+                .hint("start one with: godwit up, or leave --site out to work on this machine"));
+        }
+        match (self.verb, center) {
+            (Verb::Build { names, site, again: false, how }, Some(client)) => {
+                for name in names {
+                    let at = site.as_ref().map(|s| format!("?site={s}")).unwrap_or_default();
+                    let path = format!("/v1/images/{name}/build{at}");
+                    let words = format!("{name}   built");
+                    let request = (Method::POST, path.as_str());
+                    let tell = (name.as_str(), words.as_str());
+                    change_and_tell(&client, &self.talk, &how, request, &json!({}), tell).await?;
+                }
+                Ok(Outcome::Done)
+            }
+            (Verb::Build { site: Some(_), again: true, .. }, Some(_)) => {
+                Err(Failure::usage("--again builds on this machine only").hint("leave --site out"))
+            }
+            (Verb::Build { names, again, how, .. }, _) => {
+                let cache = open(self.images)?;
+                build(&cache, &names, again, &how, format).await
+            }
+            (Verb::List { site }, Some(client)) => {
+                let at = site.map(|s| format!("?site={s}")).unwrap_or_default();
+                let mut all: Vec<Held> = client.get(&format!("/v1/images{at}")).await?;
+                all.sort_by(|a, b| (&a.image.name, &a.site).cmp(&(&b.image.name, &b.site)));
+                out::list(format, &all)?;
+                Ok(Outcome::Done)
+            }
+            (Verb::List { .. }, None) => {
+                out::list(format, &local(&open(self.images)?)?)?;
+                Ok(Outcome::Done)
+            }
+            (Verb::Inspect { name }, Some(client)) => {
+                let image: ImageInfo = client.get(&format!("/v1/images/{name}")).await?;
+                out::one(format, &Held { site: None, image })?;
+                Ok(Outcome::Done)
+            }
+            (Verb::Inspect { name }, None) => inspect(&open(self.images)?, &name, format).await,
+        }
+    }
+}
+
+fn open(dir: Option<PathBuf>) -> Result<ImageCache> {
+    ImageCache::open(dir.unwrap_or_else(|| godwit_image::DEFAULT_CACHE.into()))
+        .map_err(|e| Fault::of(&e).into())
+}
+
+fn local(cache: &ImageCache) -> Result<Vec<Held>> {
+    let mut all: Vec<Held> = cache.list().map_err(|e| Fault::of(&e))?.iter().map(held).collect();
+    for name in Recipe::names() {
+        if all.iter().any(|h| h.image.name == name) {
+            continue;
+        }
+        let r = Recipe::get(&name).map_err(|e| Fault::of(&e))?;
+        let image = ImageInfo {
+            hash: r.hash(),
+            name,
+            arch: r.arch,
+            memory: r.memory,
+            vcpus: r.vcpus,
+            bytes: 0,
+            display: r.display,
+            app: r.app,
+            built: false,
+        };
+        all.push(Held { site: None, image });
+    }
+    all.sort_by(|a, b| a.image.name.cmp(&b.image.name));
+    Ok(all)
+}
+
+async fn build(
+    cache: &ImageCache,
+    names: &[Name],
+    again: bool,
+    how: &Change,
+    format: Format,
+) -> Result {
+    if how.no_wait || how.timeout.is_some() {
+        return Err(Failure::usage("a build on this machine is not an operation of a center")
+            .hint("leave --no-wait and --timeout out, or start a center with: godwit up"));
+    }
+    let mut built = Vec::new();
+    for name in names {
+        // Known before anything is fetched.
+        Recipe::get(name).map_err(|e| Fault::of(&e))?;
+        if how.dry_run {
+            out::talk(&format!("would: build {name} in {}", cache.dir().display()));
+            continue;
+        }
+        let bar = if out::shows_progress() {
+            ProgressBar::new(1000).with_style(style("{prefix:12} {bar:24} {msg}"))
+        } else {
+            ProgressBar::hidden()
+        };
+        let shown = bar.clone();
+        let last = std::sync::Mutex::new(None);
+        let progress = move |p: godwit_image::Progress| {
+            shown.set_prefix(p.stage.as_str());
+            shown.set_position(p.fraction.map_or(0, |f| (f64::from(f) * 1000.0) as u64));
+            shown.set_message(out::plain(&p.note));
+            // Without a terminal, each stage is told once.
+            if shown.is_hidden()
+                && let Ok(mut l) = last.lock()
+                && l.replace(p.stage) != Some(p.stage)
+            {
+                out::talk(&format!("{}: {}", p.stage.as_str(), out::plain(&p.note)));
+            }
+        };
+        let image = tokio::select! {
+            done = async {
+                if again { cache.rebuild(name, progress).await } else { cache.build(name, progress).await }
+            } => done.map_err(|e| Fault::of(&e))?,
+            _ = tokio::signal::ctrl_c() => {
+                return Err(Fault::cancelled().into());
+            }
+        };
+        bar.finish_and_clear();
+        built.push(held(&image));
+    }
+    if !how.dry_run {
+        out::list(format, &built)?;
+    }
+    Ok(Outcome::Done)
+}
+
+async fn inspect(cache: &ImageCache, name: &Name, format: Format) -> Result {
+    let image = cache.get(name).map_err(|e| Fault::of(&e))?;
+    let checked = image.clone();
+    tokio::task::spawn_blocking(move || checked.verify())
+        .await
+        .map_err(|e| Failure::internal(e.to_string()))?
+        .map_err(|e| Fault::of(&e))?;
+    match format {
+        Format::Json | Format::Yaml => {
+            let mut all =
+                serde_json::to_value(held(&image)).map_err(|e| Failure::internal(e.to_string()))?;
+            all["directory"] = json!(image.dir());
+            all["kernel"] = json!(image.kernel);
+            all["initrd"] = json!(image.initrd);
+            all["disk"] = json!(image.disk);
+            all["cmdline"] = json!(image.cmdline);
+            all["agent"] = json!(image.agent);
+            out::value(format, &all)?;
+        }
+        Format::Name => out::line(name.as_str())?,
+        Format::Table | Format::Wide => {
+            out::one(format, &held(&image))?;
+            out::line(&format!("dir       {}", image.dir().display()))?;
+            out::line(&format!("cmdline   {}", out::plain(&image.cmdline)))?;
+            out::talk("every file matches its hash");
+        }
+    }
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,94 @@
+//! `godwit op`: long jobs.
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use godwit_cloud::registry::OpRecord;
+use godwit_types::OpId;
+use reqwest::Method;
+use serde_json::json;
+
+use crate::args::{Talk, duration};
+use crate::client::{Client, EMPTY};
+use crate::failure::{Outcome, Result};
+use crate::out::{self, Row, millis};
+use crate::wait::follow;
+
+#[derive(Debug, Args)]
+pub(crate) struct Noun {
+    #[command(flatten)]
+    talk: Talk,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// List operations, oldest first
+    #[command(visible_alias = "ls")]
+    List {
+        /// Only those that have not ended
+        #[arg(long)]
+        running: bool,
+    },
+    /// Wait for an operation's end; fails as the operation did
+    Wait {
+        /// Its id
+        op: OpId,
+        /// Wait no longer, e.g. 90, 500ms, 5m (exit code 124)
+        #[arg(long, value_parser = duration, value_name = "TIME")]
+        timeout: Option<Duration>,
+    },
+    /// Ask an operation to stop and to undo what it did
+    Cancel {
+        /// Its id
+        op: OpId,
+    },
+}
+
+impl Row for OpRecord {
+    const COLUMNS: &'static [&'static str] =
+        &["ID", "DOES", "TARGET", "STATE", "AGE", "TOOK", "ERROR"];
+    const WIDE: usize = 5;
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.id.to_string(),
+            self.kind.verb().into(),
+            self.kind.target().to_string(),
+            self.state.to_string(),
+            out::age(self.started),
+            self.ended
+                .map(|e| millis(e.since(self.started).as_secs_f64() * 1e3))
+                .unwrap_or_default(),
+            self.error.as_ref().map(|e| e.message.clone()).unwrap_or_default(),
+        ]
+    }
+    fn name(&self) -> String {
+        self.id.to_string()
+    }
+}
+
+impl Noun {
+    pub(crate) async fn run(self) -> Result {
+        let client = Client::open(&self.talk.connect)?;
+        let format = self.talk.output;
+        match self.verb {
+            Verb::List { running } => {
+                let mut all: Vec<OpRecord> = client.get("/v1/ops").await?;
+                all.retain(|o| !running || !o.state.is_final());
+                out::list(format, &all)?;
+            }
+            Verb::Wait { op, timeout } => {
+                out::one(format, &follow(&client, op, timeout).await?)?;
+            }
+            Verb::Cancel { op } => {
+                let path = format!("/v1/ops/{op}/cancel");
+                let (): () = client.ask(Method::POST, &path, EMPTY).await?;
+                let data = json!({ "op": op, "asked": "cancel" });
+                let words = format!("{op}   asked to stop");
+                out::action(format, &words, &op.to_string(), &data)?;
+            }
+        }
+        Ok(Outcome::Done)
+    }
+}

@@ -1,0 +1,118 @@
+//! `godwit pool`: what the sites' stores hold.
+
+use clap::{Args, Subcommand};
+use godwit_cloud::site::PoolReport;
+use godwit_types::Name;
+use reqwest::Method;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::args::{Change, Talk};
+use crate::client::Client;
+use crate::failure::{Outcome, Result};
+use crate::out::{self, Row, size};
+use crate::wait::{Changed, change, parts};
+
+#[derive(Debug, Args)]
+pub(crate) struct Noun {
+    #[command(flatten)]
+    talk: Talk,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Show what each site's pool holds
+    Status,
+    /// Read every page and block and compare it with its hash
+    Check {
+        /// Only this site; all that are ready when left out
+        #[arg(long)]
+        site: Option<Name>,
+        #[command(flatten)]
+        how: CheckHow,
+    },
+}
+
+#[derive(Debug, Args)]
+struct CheckHow {
+    /// Print the operation's id at once instead of waiting for its end
+    #[arg(long)]
+    no_wait: bool,
+    /// Wait no longer for each site (exit code 124; the check goes on)
+    #[arg(long, value_parser = crate::args::duration, value_name = "TIME")]
+    timeout: Option<std::time::Duration>,
+}
+
+/// A site's pool.
+#[derive(Debug, Serialize, Deserialize)]
+struct SitePool {
+    site: Name,
+    #[serde(flatten)]
+    pool: PoolReport,
+}
+
+impl Row for SitePool {
+    const COLUMNS: &'static [&'static str] =
+        &["SITE", "SUBSTRATES", "UNITS", "RAW", "STORED", "SAVED", "FREE", "IN-MEMORY"];
+    const WIDE: usize = 7;
+    fn cells(&self) -> Vec<String> {
+        let p = &self.pool;
+        let saved = if p.raw_bytes == 0 {
+            String::new()
+        } else {
+            let part = 100.0 * (1.0 - p.stored_bytes as f64 / p.raw_bytes as f64);
+            format!("{:.0} %", part.max(0.0))
+        };
+        vec![
+            self.site.to_string(),
+            p.substrates.to_string(),
+            p.units.to_string(),
+            size(p.raw_bytes),
+            size(p.stored_bytes),
+            saved,
+            size(p.free_bytes),
+            size(p.memory_bytes),
+        ]
+    }
+    fn name(&self) -> String {
+        self.site.to_string()
+    }
+}
+
+impl Noun {
+    pub(crate) async fn run(self) -> Result {
+        let client = Client::open(&self.talk.connect)?;
+        let all: Vec<SitePool> = client.get("/v1/pool").await?;
+        match self.verb {
+            Verb::Status => out::list(self.talk.output, &all)?,
+            Verb::Check { site, how } => {
+                let sites = match site {
+                    Some(s) => vec![s],
+                    None => all.into_iter().map(|p| p.site).collect(),
+                };
+                let how = Change { dry_run: false, no_wait: how.no_wait, timeout: how.timeout };
+                let mut found = Vec::new();
+                for site in sites {
+                    let path = format!("/v1/pool/{site}/check");
+                    let done =
+                        change(&client, &self.talk, &how, Method::POST, &path, &json!({})).await?;
+                    if let Changed::Done { op, .. } = done {
+                        let (op, result) = parts(op);
+                        let check = result.map(|r| r["check"].clone()).unwrap_or_default();
+                        found.push((site, json!({ "op": op, "check": check })));
+                    }
+                }
+                for (site, data) in found {
+                    let units = data["check"]["units"].as_u64().unwrap_or(0);
+                    let words = format!("{site}   {units} units read, all as their hashes say");
+                    let mut data = data;
+                    data["site"] = json!(site);
+                    out::action(self.talk.output, &words, site.as_str(), &data)?;
+                }
+            }
+        }
+        Ok(Outcome::Done)
+    }
+}

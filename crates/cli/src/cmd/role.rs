@@ -1,0 +1,361 @@
+//! The roles that run in the foreground: center, AP, relay.
+//!
+//! A role holds a lock on `<run>/daemon.pid`, so that a site has one daemon, and tells a service
+//! manager that it serves (`Type=notify`). SIGTERM and SIGINT end it in good order; its machines
+//! run on.
+
+use std::io::{IsTerminal, Read, Write};
+use std::net::SocketAddr;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use godwit_cloud::Fault;
+use godwit_cloud::daemon::{Agent, AgentConfig, Center, CenterConfig, ClientFiles, join_site};
+use godwit_cloud::site::SiteDirs;
+use godwit_migrate::relay::{RelayConfig, run_relay};
+use godwit_transfer::JoinToken;
+use godwit_types::{Code, Name};
+use rustix::fs::{FlockOperation, flock};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::args::{Places, client_files};
+use crate::failure::{Failure, Outcome, Result};
+
+/// Name of the file with a daemon's process id, in its run directory.
+pub(super) const PID_FILE: &str = "daemon.pid";
+
+/// How a role logs and lives.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct Living {
+    /// Log lines as JSON
+    #[arg(long)]
+    log_json: bool,
+    /// Leave the caller's session
+    #[arg(long, hide = true)]
+    own_session: bool,
+}
+
+/// `godwit center`.
+#[derive(Debug, Args)]
+pub(crate) struct CenterRole {
+    /// Name of the center's own site
+    #[arg(long, default_value = "center")]
+    name: Name,
+    #[command(flatten)]
+    places: Places,
+    /// Where the API listens; port 0 picks one
+    #[arg(long, default_value = "127.0.0.1:7700", value_name = "ADDR:PORT")]
+    api: SocketAddr,
+    /// Where other sites connect (UDP); port 0 picks one
+    #[arg(long, default_value = "127.0.0.1:7701", value_name = "ADDR:PORT")]
+    link: SocketAddr,
+    /// Under which address other sites reach it, when that is not `--link`
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
+    /// Where token, certificate and address for clients are written [default: ~/.config/godwit]
+    #[arg(long, env = "GODWIT_CONFIG", hide_env_values = true, value_name = "DIR")]
+    config: Option<PathBuf>,
+    /// Also write the operator token here
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Also write the API's certificate here
+    #[arg(long, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
+    #[command(flatten)]
+    living: Living,
+}
+
+/// `godwit ap`.
+#[derive(Debug, Args)]
+pub(crate) struct ApRole {
+    /// Name of the site, as in its join token
+    #[arg(long)]
+    name: Option<Name>,
+    #[command(flatten)]
+    places: Places,
+    /// At the first start: the join token, `@FILE`, or `-` for stdin
+    #[arg(long, env = "GODWIT_JOIN_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    join: Option<String>,
+    /// Where it listens for other sites (UDP); port 0 picks one
+    #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDR:PORT")]
+    link: SocketAddr,
+    #[command(flatten)]
+    living: Living,
+}
+
+/// `godwit relay`.
+#[derive(Debug, Args)]
+pub(crate) struct RelayRole {
+    /// The configuration, JSON
+    config: PathBuf,
+}
+
+impl CenterRole {
+    pub(crate) async fn run(self) -> Result {
+        self.living.begin()?;
+        let dirs = self.places.dirs(&self.name);
+        let _lock = Lock::take(&dirs, &self.name)?;
+        let client = client_files(self.config.as_ref());
+        let mut ends = Ends::new()?;
+        let config = CenterConfig {
+            site: self.name,
+            dirs,
+            api: self.api,
+            link: self.link,
+            advertise: self.advertise,
+            client: client.clone(),
+        };
+        let center = tokio::select! {
+            c = Box::pin(Center::start(config)) => c?,
+            () = ends.wait() => return Ok(Outcome::Done),
+        };
+        copy_secret(&client.token(), self.token_file.as_deref())?;
+        copy_secret(&client.ca(), self.ca_file.as_deref())?;
+        notify("READY=1");
+        ends.wait().await;
+        notify("STOPPING=1");
+        center.stop().await;
+        Ok(Outcome::Done)
+    }
+}
+
+impl ApRole {
+    pub(crate) async fn run(self) -> Result {
+        self.living.begin()?;
+        let token = self.join.as_deref().map(read_join_token).transpose()?;
+        let named = token
+            .as_deref()
+            .map(str::parse::<JoinToken>)
+            .transpose()
+            .map_err(|e| Failure::usage(e.to_string()))?
+            .map(|t| t.site);
+        let name = match (self.name, named) {
+            (Some(n), Some(t)) if n != t => {
+                return Err(Failure::usage(format!("the join token is for site '{t}', not '{n}'"))
+                    .hint(format!("make one for it: godwit site token {n}")));
+            }
+            (Some(n), _) | (None, Some(n)) => n,
+            (None, None) => {
+                return Err(Failure::usage("which site is this?").hint("name it with --name"));
+            }
+        };
+        let dirs = self.places.dirs(&name);
+        let _lock = Lock::take(&dirs, &name)?;
+        let mut ends = Ends::new()?;
+        if !identity_of(&dirs).exists() {
+            let Some(token) = token else {
+                return Err(Failure::new(Code::Conflict, format!("site '{name}' has not joined"))
+                    .hint(format!(
+                        "at the center: godwit site token {name}; then give it here with --join"
+                    )));
+            };
+            join_site(&token, &dirs).await?;
+        }
+        let config = AgentConfig { dirs, link: self.link };
+        let mut agent = tokio::select! {
+            a = Box::pin(Agent::start(config)) => a?,
+            () = ends.wait() => return Ok(Outcome::Done),
+        };
+        let stopped = tokio::select! {
+            () = agent.connected() => false,
+            () = ends.wait() => true,
+        };
+        if !stopped {
+            notify("READY=1");
+            ends.wait().await;
+        }
+        notify("STOPPING=1");
+        agent.stop().await;
+        Ok(Outcome::Done)
+    }
+}
+
+impl RelayRole {
+    pub(crate) async fn run(self) -> Result {
+        Living::default().begin()?;
+        let config = RelayConfig::load(&self.config).map_err(|e| Fault::of(&e))?;
+        let status = Box::pin(run_relay(config)).await.map_err(|e| Fault::of(&e))?;
+        tracing::info!(?status, "relay ended");
+        Ok(Outcome::Done)
+    }
+}
+
+impl Living {
+    /// Starts the log, and a session of its own when that is asked for.
+    fn begin(&self) -> Result<()> {
+        if self.own_session {
+            rustix::process::setsid()
+                .map_err(|e| Failure::internal(format!("leaving the caller's session: {e}")))?;
+        }
+        let filter = tracing_subscriber::EnvFilter::try_from_env("GODWIT_LOG")
+            .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        let colours = std::io::stderr().is_terminal()
+            && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+        let log = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_ansi(colours)
+            .with_writer(std::io::stderr);
+        let begun = if self.log_json { log.json().try_init() } else { log.try_init() };
+        begun.map_err(|e| Failure::internal(format!("starting the log: {e}")))
+    }
+}
+
+/// The signals that end a role in good order.
+struct Ends {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+}
+
+impl Ends {
+    fn new() -> Result<Self> {
+        let on = |kind| {
+            signal(kind).map_err(|e| Failure::internal(format!("listening for signals: {e}")))
+        };
+        Ok(Self { term: on(SignalKind::terminate())?, int: on(SignalKind::interrupt())? })
+    }
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
+}
+
+/// Tells a service manager (`sd_notify(3)`), if there is one.
+fn notify(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => std::os::unix::net::SocketAddr::from_abstract_name(name),
+        None => std::os::unix::net::SocketAddr::from_pathname(&path),
+    };
+    let sent = address.and_then(|a| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &a));
+    if let Err(error) = sent {
+        tracing::debug!(%error, state, "the service manager is not told");
+    }
+}
+
+/// Where a site's certificate and key are once it has joined.
+pub(super) fn identity_of(dirs: &SiteDirs) -> PathBuf {
+    dirs.keys().join("identity")
+}
+
+/// A join token as given: itself, `@FILE`, or `-` for stdin.
+pub(super) fn read_join_token(text: &str) -> Result<String> {
+    let mut out = String::new();
+    let read = |mut from: Box<dyn Read>, out: &mut String| from.read_to_string(out);
+    let done = match (text, text.strip_prefix('@')) {
+        ("-", _) => read(Box::new(std::io::stdin().take(64 << 10)), &mut out),
+        (_, Some(file)) => match std::fs::File::open(file) {
+            Ok(f) => read(Box::new(f.take(64 << 10)), &mut out),
+            Err(e) => Err(e),
+        },
+        _ => {
+            out.push_str(text);
+            Ok(0)
+        }
+    };
+    done.map_err(|e| Failure::usage(format!("reading the join token from {text}: {e}")))?;
+    Ok(out.trim().to_owned())
+}
+
+fn copy_secret(from: &Path, to: Option<&Path>) -> Result<()> {
+    let Some(to) = to else { return Ok(()) };
+    let failed = |e: std::io::Error| Failure::internal(format!("writing {}: {e}", to.display()));
+    let text = std::fs::read(from).map_err(failed)?;
+    // Made anew, so that an older file's mode does not count.
+    match std::fs::remove_file(to) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
+        _ => {}
+    }
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(to)
+        .map_err(failed)?;
+    file.write_all(&text).map_err(failed)
+}
+
+/// The one daemon of a site, for as long as this is held.
+#[derive(Debug)]
+struct Lock {
+    _file: std::fs::File,
+}
+
+impl Lock {
+    fn take(dirs: &SiteDirs, site: &Name) -> Result<Self> {
+        dirs.make()?;
+        let path = dirs.run.join(PID_FILE);
+        let failed =
+            |e: std::io::Error| Failure::internal(format!("making {}: {e}", path.display()));
+        let mut file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed)?;
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(Failure::new(
+                Code::Conflict,
+                format!("site '{site}' has a daemon already"),
+            )
+            .hint("stop it with: godwit down, or name another site's directories"));
+        }
+        file.set_len(0).map_err(failed)?;
+        write!(file, "{}", std::process::id()).map_err(failed)?;
+        Ok(Self { _file: file })
+    }
+}
+
+/// The process of the daemon that has `run` as its run directory, if one lives.
+pub(super) fn daemon_of(run: &Path) -> Option<rustix::process::Pid> {
+    let path = run.join(PID_FILE);
+    let file = std::fs::File::open(&path).ok()?;
+    // A lock that can be had is one that no daemon holds.
+    if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
+        return None;
+    }
+    let pid = std::fs::read_to_string(&path).ok()?.trim().parse().ok()?;
+    rustix::process::Pid::from_raw(pid)
+}
+
+/// The client's files that a center wrote to `dir`.
+pub(super) fn written(dir: &Path) -> ClientFiles {
+    ClientFiles { dir: dir.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_site_has_one_daemon() {
+        let dir = tempfile::tempdir().expect("dir");
+        let dirs = SiteDirs::below(dir.path());
+        let cafe = Name::new("cafe").expect("name");
+        assert_eq!(daemon_of(&dirs.run), None);
+        let lock = Lock::take(&dirs, &cafe).expect("free");
+        assert_eq!(Lock::take(&dirs, &cafe).expect_err("taken").exit, 5);
+        let me = i32::try_from(std::process::id()).expect("pid");
+        assert_eq!(daemon_of(&dirs.run), rustix::process::Pid::from_raw(me));
+        drop(lock);
+        assert_eq!(daemon_of(&dirs.run), None);
+    }
+
+    #[test]
+    fn join_tokens_come_from_files_too() {
+        let dir = tempfile::tempdir().expect("dir");
+        let file = dir.path().join("t");
+        std::fs::write(&file, "gwj1/abc\n").expect("write");
+        assert_eq!(read_join_token(&format!("@{}", file.display())).expect("read"), "gwj1/abc");
+        assert_eq!(read_join_token(" gwj1/x ").expect("itself"), "gwj1/x");
+        assert_eq!(read_join_token("@/nowhere").expect_err("no file").exit, 2);
+    }
+}

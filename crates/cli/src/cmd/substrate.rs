@@ -1,0 +1,233 @@
+//! `godwit substrate`: docked machines in the pool.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use futures::StreamExt;
+use godwit_cloud::registry::SubstrateRecord;
+use godwit_types::Name;
+use indicatif::ProgressBar;
+use reqwest::Method;
+use reqwest::header::CONTENT_TYPE;
+use tokio::io::{AsyncRead, AsyncWriteExt};
+use tokio_util::io::ReaderStream;
+
+use crate::args::{Change, Talk};
+use crate::client::Client;
+use crate::failure::{Failure, Outcome, Result};
+use crate::out::{self, Row, size};
+use crate::wait::{change_and_tell, style};
+
+#[derive(Debug, Args)]
+pub(crate) struct Noun {
+    #[command(flatten)]
+    talk: Talk,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// List substrates
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show one substrate
+    Get {
+        /// Name or id
+        substrate: Name,
+    },
+    /// Remove a substrate from every site
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// Name or id
+        substrate: Name,
+        #[command(flatten)]
+        how: Change,
+    },
+    /// Write a substrate to one file
+    Export {
+        /// Name or id
+        substrate: Name,
+        /// The file; `-` for stdout
+        file: PathBuf,
+    },
+    /// Take a substrate from a file
+    Import {
+        /// The file; `-` for stdin
+        file: PathBuf,
+        /// Its name here, if not the one it brings
+        #[arg(long)]
+        name: Option<Name>,
+        /// The site that gets it; the center when left out
+        #[arg(long)]
+        site: Option<Name>,
+    },
+}
+
+impl Row for SubstrateRecord {
+    const COLUMNS: &'static [&'static str] = &[
+        "NAME", "KIND", "IMAGE", "MEMORY", "STORED", "AGE", "HOLDERS", "VCPUS", "ARCH", "RAW",
+        "OWNER", "ID",
+    ];
+    const WIDE: usize = 7;
+    fn cells(&self) -> Vec<String> {
+        let holders: Vec<_> = self.holders.iter().map(Name::as_str).collect();
+        vec![
+            self.name.to_string(),
+            self.kind.to_string(),
+            self.image.to_string(),
+            self.memory.to_string(),
+            size(self.stored_bytes),
+            out::age(self.created),
+            holders.join(","),
+            self.vcpus.to_string(),
+            self.arch.to_string(),
+            size(self.raw_bytes),
+            self.owner.to_string(),
+            self.id.to_string(),
+        ]
+    }
+    fn name(&self) -> String {
+        self.name.to_string()
+    }
+}
+
+impl Noun {
+    pub(crate) async fn run(self) -> Result {
+        let client = Client::open(&self.talk.connect)?;
+        let format = self.talk.output;
+        match self.verb {
+            Verb::List => {
+                let all: Vec<SubstrateRecord> = client.get("/v1/substrates").await?;
+                out::list(format, &all)?;
+            }
+            Verb::Get { substrate } => {
+                let one: SubstrateRecord =
+                    client.get(&format!("/v1/substrates/{substrate}")).await?;
+                out::one(format, &one)?;
+            }
+            Verb::Delete { substrate, how } => {
+                let path = format!("/v1/substrates/{substrate}");
+                let words = format!("{substrate}   deleted");
+                let tell = (substrate.as_str(), words.as_str());
+                let request = (Method::DELETE, path.as_str());
+                return change_and_tell(
+                    &client,
+                    &self.talk,
+                    &how,
+                    request,
+                    &serde_json::json!({}),
+                    tell,
+                )
+                .await;
+            }
+            Verb::Export { substrate, file } => export(&client, &substrate, &file).await?,
+            Verb::Import { file, name, site } => {
+                let taken = import(&client, &file, name.as_ref(), site.as_ref()).await?;
+                let words = format!("{}   imported, {}", taken.name, size(taken.stored_bytes));
+                let data = serde_json::json!({ "substrate": taken });
+                out::action(format, &words, taken.name.as_str(), &data)?;
+            }
+        }
+        Ok(Outcome::Done)
+    }
+}
+
+fn meter(total: Option<u64>) -> ProgressBar {
+    if !out::shows_progress() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::no_length();
+    bar.set_style(style("{spinner} {bytes} {bytes_per_sec}"));
+    if let Some(t) = total {
+        bar.set_length(t);
+        bar.set_style(style("{bar:24} {bytes} of {total_bytes}, {bytes_per_sec}"));
+    }
+    bar
+}
+
+async fn export(client: &Client, substrate: &Name, file: &Path) -> Result<()> {
+    let request = client.request(Method::GET, &format!("/v1/substrates/{substrate}/export"));
+    if file.as_os_str() == "-" {
+        if std::io::stdout().is_terminal() {
+            return Err(Failure::usage("a substrate is not for a terminal").hint("name a file"));
+        }
+        let answer = client.send(request).await?;
+        return copy(client, answer, &mut tokio::io::stdout(), "stdout").await;
+    }
+    let answer = client.send(request).await?;
+    // Under its own name only when it is whole.
+    let mut part = file.as_os_str().to_owned();
+    part.push(".part");
+    let part = PathBuf::from(part);
+    let failed = |e: std::io::Error| Failure::internal(format!("writing {}: {e}", part.display()));
+    let mut to = tokio::fs::File::create(&part).await.map_err(failed)?;
+    let copied = copy(client, answer, &mut to, &part.display().to_string()).await;
+    let kept = match copied {
+        Ok(()) => to.sync_all().await.and_then(|()| std::fs::rename(&part, file)).map_err(failed),
+        Err(e) => Err(e),
+    };
+    if kept.is_err() {
+        // The failure itself is told; a leftover is no other one.
+        let _ = std::fs::remove_file(&part);
+    } else {
+        out::line(&file.display().to_string())?;
+    }
+    kept
+}
+
+async fn copy<W: tokio::io::AsyncWrite + Unpin>(
+    client: &Client,
+    answer: reqwest::Response,
+    to: &mut W,
+    name: &str,
+) -> Result<()> {
+    let bar = meter(answer.content_length());
+    let failed = |e: std::io::Error| Failure::internal(format!("writing {name}: {e}"));
+    let mut stream = answer.bytes_stream();
+    while let Some(part) = stream.next().await {
+        let part = part.map_err(|e| client.broken(&e))?;
+        to.write_all(&part).await.map_err(failed)?;
+        bar.inc(part.len() as u64);
+    }
+    to.flush().await.map_err(failed)?;
+    bar.finish_and_clear();
+    Ok(())
+}
+
+async fn import(
+    client: &Client,
+    file: &Path,
+    name: Option<&Name>,
+    site: Option<&Name>,
+) -> Result<SubstrateRecord> {
+    let failed = |e: std::io::Error| Failure::usage(format!("reading {}: {e}", file.display()));
+    let (from, total): (Box<dyn AsyncRead + Send + Unpin>, _) = if file.as_os_str() == "-" {
+        (Box::new(tokio::io::stdin()), None)
+    } else {
+        let f = tokio::fs::File::open(file).await.map_err(failed)?;
+        let total = f.metadata().await.map_err(failed)?.len();
+        (Box::new(f), Some(total))
+    };
+    let bar = meter(total);
+    let shown = bar.clone();
+    let stream = ReaderStream::with_capacity(from, 256 << 10).inspect(move |part| {
+        if let Ok(p) = part {
+            shown.inc(p.len() as u64);
+        }
+    });
+    let query: Vec<String> = [("name", name), ("site", site)]
+        .into_iter()
+        .filter_map(|(k, v)| v.map(|v| format!("{k}={v}")))
+        .collect();
+    let request = client
+        .request(Method::POST, &format!("/v1/substrates?{}", query.join("&")))
+        .header(CONTENT_TYPE, "application/octet-stream")
+        .body(reqwest::Body::wrap_stream(stream));
+    let answer = client.send(request).await?;
+    let body = client.body(answer).await?;
+    bar.finish_and_clear();
+    serde_json::from_slice(&body)
+        .map_err(|e| Failure::internal(format!("the center's answer is not understood: {e}")))
+}

@@ -1,0 +1,169 @@
+//! The command against a center of its own, in directories of its own.
+#![allow(clippy::unwrap_used)]
+
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long a center may take to be ready on a busy machine: it probes accelerators.
+const READY_WITHIN: Duration = Duration::from_secs(240);
+
+struct Center {
+    dir: tempfile::TempDir,
+    child: Child,
+}
+
+impl Center {
+    fn start() -> Self {
+        let dir = tempfile::Builder::new().prefix("gwc").tempdir_in("/dev/shm").expect("dir");
+        let socket = dir.path().join("n");
+        let told = UnixDatagram::bind(&socket).expect("bind");
+        told.set_read_timeout(Some(Duration::from_millis(500))).expect("time-out");
+        let log = std::fs::File::create(dir.path().join("log")).expect("log");
+        let mut child = Command::new(env!("CARGO_BIN_EXE_godwit"))
+            .args(["center", "--api", "127.0.0.1:0", "--link", "127.0.0.1:0", "--root"])
+            .arg(dir.path().join("r"))
+            .arg("--config")
+            .arg(dir.path().join("config"))
+            .env("NOTIFY_SOCKET", &socket)
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("spawn");
+        let begun = Instant::now();
+        let mut word = [0u8; 64];
+        loop {
+            if let Ok(n) = told.recv(&mut word) {
+                assert_eq!(&word[..n], b"READY=1");
+                return Self { dir, child };
+            }
+            let ended = child.try_wait().expect("wait");
+            if ended.is_some() || begun.elapsed() > READY_WITHIN {
+                let said = std::fs::read_to_string(dir.path().join("log")).expect("log");
+                let _ = child.kill();
+                panic!("the center is not ready ({ended:?}):\n{said}");
+            }
+        }
+    }
+
+    fn command(&self, line: &str) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_godwit"));
+        c.args(line.split(' ')).stdin(Stdio::null());
+        c.env("GODWIT_CONFIG", self.dir.path().join("config"));
+        for unset in ["GODWIT_API", "GODWIT_TOKEN", "GODWIT_TOKEN_FILE", "GODWIT_CA"] {
+            c.env_remove(unset);
+        }
+        c
+    }
+
+    fn run(&self, line: &str) -> Output {
+        self.command(line).output().expect("run")
+    }
+
+    fn json(&self, line: &str) -> Value {
+        let out = self.run(&format!("{line} -o json"));
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success(), "godwit {line}: {said}");
+        serde_json::from_slice(&out.stdout).expect("json")
+    }
+
+    fn refused(&self, line: &str) -> (i32, String) {
+        let out = self.run(line);
+        assert!(out.stdout.is_empty(), "{line}");
+        (out.status.code().expect("code"), String::from_utf8_lossy(&out.stderr).into_owned())
+    }
+}
+
+impl Drop for Center {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_center_is_asked_and_refuses_in_clear_words() {
+    let center = Center::start();
+
+    let sites = center.json("site list");
+    assert_eq!(sites[0]["name"], "center");
+    assert_eq!(sites[0]["state"], "ready");
+    assert_eq!(String::from_utf8_lossy(&center.run("site list -o name").stdout), "center\n");
+    let table = String::from_utf8(center.run("site list").stdout).expect("text");
+    assert!(table.starts_with("NAME     KIND     STATE   VMS"), "{table}");
+
+    let images = center.json("image list");
+    let mut known = images.as_array().expect("list").iter().map(|i| &i["name"]);
+    assert!(known.any(|n| *n == "tiny"), "{images}");
+
+    let token = center.json("site token cafe");
+    assert!(token["token"].as_str().expect("text").starts_with("gwj1/"));
+
+    let (exit, words) = center.refused("vm get nobody");
+    assert_eq!(exit, 4, "{words}");
+    assert!(words.contains("nobody") && words.contains("hint: "), "{words}");
+    let (exit, words) = center.refused("vm create --image tiny --site nowhere");
+    assert!([4, 5].contains(&exit), "{exit}: {words}");
+    assert_eq!(center.refused("vm create --image ../etc").0, 2);
+    assert_eq!(center.refused("op wait 00000000-0000-7000-8000-000000000000").0, 4);
+
+    let token = "0123456789abcdef0123456789abcdef";
+    let wrong = center.command("vm list").env("GODWIT_TOKEN", token).output().expect("run");
+    assert_eq!(wrong.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("operator token"));
+    let (exit, words) = center.refused("vm list --token-file /nowhere");
+    assert_eq!(exit, 1);
+    assert!(words.contains("no operator token") && words.contains("GODWIT_TOKEN"), "{words}");
+
+    let (exit, words) = {
+        let root = center.dir.path().join("r");
+        let line = format!("center --api 127.0.0.1:0 --link 127.0.0.1:0 --root {}", root.display());
+        center.refused(&line)
+    };
+    assert_eq!(exit, 5, "a second daemon of a site is refused: {words}");
+}
+
+#[test]
+fn a_machine_is_made_shown_and_deleted() {
+    if !Path::new("/var/cache/godwit/images/tiny").exists() {
+        return;
+    }
+    let center = Center::start();
+    let made = center.json("vm create --image tiny --name one");
+    assert_eq!(made["vm"]["name"], "one");
+    assert_eq!(center.json("vm get one")["state"], "running");
+    assert_eq!(center.run("vm start one").status.code(), Some(3), "it runs already");
+    assert_eq!(center.json("vm list")[0]["name"], "one");
+    center.json("vm delete one");
+    assert_eq!(center.refused("vm get one").0, 4);
+    assert_eq!(center.json("op list").as_array().expect("list").len(), 2);
+}
+
+#[test]
+fn without_a_center_the_way_out_is_told() {
+    let dir = tempfile::tempdir().expect("dir");
+    let images: PathBuf = dir.path().join("images");
+    let run = |line: &str| {
+        Command::new(env!("CARGO_BIN_EXE_godwit"))
+            .args(line.split(' '))
+            .env("GODWIT_CONFIG", dir.path())
+            .env("GODWIT_IMAGES", &images)
+            .env_remove("GODWIT_API")
+            .env_remove("GODWIT_TOKEN")
+            .output()
+            .expect("run")
+    };
+    let out = run("vm list");
+    assert_eq!(out.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("godwit up"));
+    let out = run("image list -o name");
+    assert!(out.status.success());
+    assert!(String::from_utf8_lossy(&out.stdout).lines().any(|l| l == "tiny"));
+    let out = run("image build no-such-recipe");
+    assert_eq!(out.status.code(), Some(4), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(run("vm").status.code(), Some(2));
+}
