@@ -1,2 +1,7 @@
-//! The evaluation.
-fn main() {}
+//! `godwit-bench SUITE [--quick] --out DIR` measures; `godwit-bench link` runs the link emulator.
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

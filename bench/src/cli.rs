@@ -1,0 +1,219 @@
+//! The command line.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use godwit_bench::harness;
+use godwit_bench::link::{Link, LinkSpec, Reply, Request, Side, control_path, request, serve};
+use godwit_bench::suites::{self, Plan, SUITES};
+use godwit_types::Name;
+
+/// Godwit's evaluation.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Emulate a WAN link between two network namespaces, or talk to a running emulator.
+    Link(LinkArgs),
+    /// Cold boot, dock, activate and move an environment, beside stock QEMU.
+    Mainjob(SuiteArgs),
+}
+
+#[derive(Debug, Args)]
+struct SuiteArgs {
+    /// Few rounds.
+    #[arg(long)]
+    quick: bool,
+    /// Directory for results.json, the plots and the report; made if need be.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Number of rounds.
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Guest image.
+    #[arg(long, default_value = "tiny")]
+    guest: Name,
+    /// Directory of the image cache.
+    #[arg(long, env = "GODWIT_IMAGES", default_value = "/var/cache/godwit/images")]
+    images: PathBuf,
+    /// Memory that a program in the guest keeps changing, in MiB.
+    #[arg(long, default_value_t = 32)]
+    witness_mib: u32,
+    /// Rate of the link each way in Mbit/s.
+    #[arg(long, default_value_t = 100.0)]
+    rate: f64,
+    /// One-way delay of the link in ms.
+    #[arg(long, default_value_t = 17.5)]
+    delay: f64,
+}
+
+#[derive(Debug, Args)]
+struct LinkArgs {
+    #[command(flatten)]
+    action: LinkAction,
+    /// Name of the link; its namespaces are gw-NAME-a and gw-NAME-b.
+    #[arg(long, default_value = "demo")]
+    name: Name,
+    /// Rate each way in Mbit/s [default: 100].
+    #[arg(long)]
+    rate: Option<f64>,
+    /// One-way delay in ms [default: 17.5].
+    #[arg(long)]
+    delay: Option<f64>,
+    /// Up to this many ms are added to the delay [default: 0].
+    #[arg(long)]
+    jitter: Option<f64>,
+    /// Share of packets lost by chance, 0 to 1 [default: 0].
+    #[arg(long)]
+    loss: Option<f64>,
+    /// Room in the queue, in ms at the full rate [default: 50].
+    #[arg(long)]
+    queue: Option<f64>,
+    /// What loss and jitter are drawn from.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct LinkAction {
+    /// Bring the link up; it stays until SIGTERM or SIGINT.
+    #[arg(long)]
+    up: bool,
+    /// Show the running link and its counters.
+    #[arg(long)]
+    status: bool,
+    /// Cut the running link for this many seconds; 0: until --restore.
+    #[arg(long, value_name = "SECONDS")]
+    cut: Option<f64>,
+    /// End a cut.
+    #[arg(long)]
+    restore: bool,
+    /// Change the running link in both directions to the figures given; others stay.
+    #[arg(long)]
+    set: bool,
+}
+
+pub(crate) fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
+        )
+        .init();
+    let cli = Cli::parse();
+    let done = match cli.what {
+        What::Link(args) => link(&args),
+        What::Mainjob(args) => suite("mainjob", args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            tracing::error!("{e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn suite(name: &str, args: SuiteArgs) -> anyhow::Result<()> {
+    let suite = SUITES.iter().find(|s| s.name == name).context("no such suite")?;
+    let plan = Plan {
+        quick: args.quick,
+        rounds: args.rounds,
+        images: args.images,
+        guest: args.guest,
+        witness_mib: args.witness_mib,
+        rate_mbit: args.rate,
+        delay_ms: args.delay,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let results = runtime.block_on(suites::run(suite, &plan))?;
+    harness::write(&results, &args.out)?;
+    writeln!(std::io::stdout(), "{}", args.out.join("report.md").display())
+        .context("write to stdout")
+}
+
+fn show(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(value).context("write the answer as JSON")?;
+    writeln!(std::io::stdout(), "{text}").context("write to stdout")
+}
+
+impl LinkArgs {
+    fn apply(&self, lane: &mut godwit_bench::link::LaneSpec) {
+        let set = |to: &mut f64, from: Option<f64>| *to = from.unwrap_or(*to);
+        set(&mut lane.rate_mbit, self.rate);
+        set(&mut lane.delay_ms, self.delay);
+        set(&mut lane.jitter_ms, self.jitter);
+        set(&mut lane.loss, self.loss);
+        set(&mut lane.queue_ms, self.queue);
+    }
+}
+
+fn link(args: &LinkArgs) -> anyhow::Result<()> {
+    let path = control_path(&args.name);
+    let ask = |r: &Request| -> anyhow::Result<Reply> {
+        match request(&path, r)? {
+            Reply::Refused { why } => anyhow::bail!("the emulator refused: {why}"),
+            state => Ok(state),
+        }
+    };
+    let action = &args.action;
+    if action.up {
+        let mut spec = LinkSpec::new(args.name.clone(), 100.0, 17.5).both(|l| args.apply(l));
+        spec.seed = args.seed;
+        return up(spec, path);
+    }
+    let reply = if let Some(seconds) = action.cut {
+        let for_ms = (seconds > 0.0).then_some((seconds * 1e3) as u64);
+        ask(&Request::Cut { for_ms })?
+    } else if action.restore {
+        ask(&Request::Restore)?
+    } else if action.set {
+        let Reply::State { a_to_b, b_to_a, .. } = ask(&Request::Status)? else {
+            anyhow::bail!("the emulator gave no state");
+        };
+        let change = |mut lane| {
+            args.apply(&mut lane);
+            lane
+        };
+        ask(&Request::Set { from: Side::A, lane: change(a_to_b) })?;
+        ask(&Request::Set { from: Side::B, lane: change(b_to_a) })?
+    } else {
+        ask(&Request::Status)?
+    };
+    show(&reply)
+}
+
+fn up(spec: LinkSpec, socket: PathBuf) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut term = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let mut int = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+        let link = Arc::new(Link::create(spec)?);
+        tracing::info!(
+            "link up: {} ({}) and {} ({})",
+            link.ns_a(),
+            link.addr_a(),
+            link.ns_b(),
+            link.addr_b()
+        );
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+            failed = serve(Arc::clone(&link), &socket) => failed?,
+        }
+        // The socket may have been replaced by nobody else: the name is locked while we are up.
+        let _ = std::fs::remove_file(&socket);
+        show(&link.counters())
+    })
+}

@@ -1,0 +1,181 @@
+//! Godwit's side, through its command line and nothing else.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use godwit_types::{ActivateReport, DockReport, MoveReport};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// The `godwit` program, speaking to a center.
+#[derive(Debug, Clone)]
+pub struct GodwitCli {
+    /// The program.
+    pub program: PathBuf,
+    /// Namespace to run it in; none: the present one.
+    pub namespace: Option<String>,
+    /// Environment, such as the center's address and the operator token.
+    pub env: Vec<(String, String)>,
+}
+
+impl GodwitCli {
+    /// Runs `godwit ARGS... -o json` and reads its answer.
+    ///
+    /// # Errors
+    /// When it cannot be run, takes longer than `within`, fails (with its words) or answers
+    /// something else than `T`.
+    pub async fn ask<T: DeserializeOwned>(
+        &self,
+        args: &[&str],
+        within: Duration,
+    ) -> anyhow::Result<T> {
+        let shown = args.join(" ");
+        let mut command = match &self.namespace {
+            Some(ns) => {
+                let mut c = tokio::process::Command::new("ip");
+                c.args(["netns", "exec", ns]).arg(&self.program);
+                c
+            }
+            None => tokio::process::Command::new(&self.program),
+        };
+        command.args(args).args(["-o", "json"]).envs(self.env.iter().cloned()).kill_on_drop(true);
+        let out = tokio::time::timeout(within, command.output())
+            .await
+            .with_context(|| format!("`godwit {shown}` took longer than {within:?}"))?
+            .with_context(|| format!("run {}", self.program.display()))?;
+        let said = String::from_utf8_lossy(&out.stderr);
+        ensure!(out.status.success(), "`godwit {shown}` failed: {}", said.trim());
+        let value: Value = serde_json::from_slice(&out.stdout)
+            .with_context(|| format!("read the answer of `godwit {shown}`"))?;
+        pick(value).with_context(|| format!("find the report in the answer of `godwit {shown}`"))
+    }
+
+    /// `godwit vm create --image IMAGE --name NAME`.
+    ///
+    /// # Errors
+    /// As [`GodwitCli::ask`].
+    pub async fn create(&self, image: &str, name: &str, within: Duration) -> anyhow::Result<Value> {
+        self.ask(&["vm", "create", "--image", image, "--name", name], within).await
+    }
+
+    /// `godwit vm dock VM --name SUBSTRATE`.
+    ///
+    /// # Errors
+    /// As [`GodwitCli::ask`].
+    pub async fn dock(
+        &self,
+        vm: &str,
+        substrate: &str,
+        within: Duration,
+    ) -> anyhow::Result<DockReport> {
+        self.ask(&["vm", "dock", vm, "--name", substrate], within).await
+    }
+
+    /// `godwit vm activate SUBSTRATE --name VM`.
+    ///
+    /// # Errors
+    /// As [`GodwitCli::ask`].
+    pub async fn activate(
+        &self,
+        substrate: &str,
+        vm: &str,
+        within: Duration,
+    ) -> anyhow::Result<ActivateReport> {
+        self.ask(&["vm", "activate", substrate, "--name", vm], within).await
+    }
+
+    /// `godwit vm migrate VM --to SITE`.
+    ///
+    /// # Errors
+    /// As [`GodwitCli::ask`].
+    pub async fn migrate(
+        &self,
+        vm: &str,
+        site: &str,
+        within: Duration,
+    ) -> anyhow::Result<MoveReport> {
+        self.ask(&["vm", "migrate", vm, "--to", site], within).await
+    }
+
+    /// `godwit vm delete VM`.
+    ///
+    /// # Errors
+    /// As [`GodwitCli::ask`].
+    pub async fn delete(&self, vm: &str, within: Duration) -> anyhow::Result<Value> {
+        self.ask(&["vm", "delete", vm], within).await
+    }
+}
+
+/// The report itself, or the `report` field of an operation around it.
+fn pick<T: DeserializeOwned>(mut value: Value) -> Result<T, serde_json::Error> {
+    match value.get_mut("report").map(Value::take) {
+        Some(inner) => serde_json::from_value(inner),
+        None => serde_json::from_value(value),
+    }
+}
+
+/// What one round with Godwit found.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct GodwitRound {
+    /// `vm create`, from the request until the guest answers.
+    pub cold_boot_ms: f64,
+    /// `vm dock`.
+    pub dock: DockReport,
+    /// `vm activate`.
+    pub activate: ActivateReport,
+    /// Center to AP, then back.
+    pub moves: [MoveReport; 2],
+}
+
+/// One round: boots `image` cold at the center, docks it, activates it, and moves it to the site
+/// `ap` and back to `center`. Names carry `round`, so that rounds do not meet; the environment is
+/// deleted at the end, the substrate stays.
+///
+/// # Errors
+/// The first command that fails.
+pub async fn round(
+    cli: &GodwitCli,
+    image: &str,
+    center: &str,
+    ap: &str,
+    round: usize,
+    within: Duration,
+) -> anyhow::Result<GodwitRound> {
+    let (first, substrate, moved) =
+        (format!("cold-{round}"), format!("bench-{round}"), format!("moved-{round}"));
+    let asked = std::time::Instant::now();
+    cli.create(image, &first, within).await?;
+    let cold_boot_ms = asked.elapsed().as_secs_f64() * 1e3;
+    let dock = cli.dock(&first, &substrate, within).await?;
+    let activate = cli.activate(&substrate, &moved, within).await?;
+    let there = cli.migrate(&moved, ap, within).await?;
+    let back = cli.migrate(&moved, center, within).await?;
+    cli.delete(&moved, within).await?;
+    Ok(GodwitRound { cold_boot_ms, dock, activate, moves: [there, back] })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_found_alone_or_inside_an_operation() {
+        let report = serde_json::json!({
+            "running_ms": 38.0, "first_answer_ms": null, "warm": true, "phases": [] });
+        let alone: ActivateReport = pick(report.clone()).expect("alone");
+        let inside: ActivateReport =
+            pick(serde_json::json!({ "id": "x", "report": report })).expect("inside");
+        assert_eq!(alone, inside);
+        assert!(pick::<ActivateReport>(serde_json::json!({ "id": "x" })).is_err());
+    }
+
+    #[tokio::test]
+    async fn what_the_program_says_when_it_fails_is_passed_on() {
+        let cli = GodwitCli { program: "ls".into(), namespace: None, env: Vec::new() };
+        let failed: anyhow::Result<Value> =
+            cli.ask(&["/no/such/place"], Duration::from_secs(10)).await;
+        let words = failed.expect_err("ls fails").to_string();
+        assert!(words.contains("/no/such/place") && words.contains("failed"), "{words}");
+    }
+}

@@ -1,0 +1,286 @@
+//! The main job: an environment that starts in an instant and moves while it works, beside cold
+//! boot and stock QEMU on the same emulated link in the same run.
+
+pub mod godwit;
+pub mod stock;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use godwit_qemu::{Accel, Binaries, Start, accel};
+use godwit_types::Name;
+
+use super::{Guest, Plan, Witness, first_answer};
+use crate::harness::{Better, Experiment, LinkInfo, Results};
+use crate::link::{Link, LinkHandle, LinkSpec, Side};
+use godwit::{GodwitCli, GodwitRound};
+use stock::StockReport;
+
+/// Longest time for one move or one boot.
+const WITHIN: Duration = Duration::from_secs(300);
+const GODWIT: &str = "godwit";
+const STOCK: &str = "stock";
+
+/// What one round with stock QEMU found.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct StockRound {
+    /// From the request to the guest agent's first answer.
+    pub cold_boot_ms: f64,
+    /// The move from A to B.
+    #[serde(rename = "move")]
+    pub moved: StockReport,
+    /// Largest gap in the guest's own heartbeat during the move, by its own clock, which stands
+    /// still while the vCPUs do.
+    pub guest_gap_ms: f64,
+    /// Whether memory and file were found whole at the destination.
+    pub intact: bool,
+}
+
+/// Where Godwit's sites are, for [`run_with`].
+#[derive(Debug, Clone)]
+pub struct Sites {
+    /// How to give commands.
+    pub cli: GodwitCli,
+    /// Name of the site in the link's namespace A.
+    pub center: String,
+    /// Name of the site in the link's namespace B.
+    pub ap: String,
+}
+
+/// The suite.
+///
+/// # Errors
+/// When the guest image is missing or the link cannot be made.
+pub async fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
+    let link = make_link(plan)?;
+    results.notes.push("Godwit's side was left out: no sites were given.".into());
+    run_with(plan, &link, None, results).await
+}
+
+/// The link that `plan` asks for.
+///
+/// # Errors
+/// As [`Link::create`].
+pub fn make_link(plan: &Plan) -> anyhow::Result<LinkHandle> {
+    let name = Name::new(&format!("mainjob-{}", std::process::id()))?;
+    Ok(Link::create(LinkSpec::new(name, plan.rate_mbit, plan.delay_ms))?)
+}
+
+/// As [`run`], with Godwit's sites up at both ends of `link`. Each round measures every subject
+/// once, so that a slow minute of the machine hits all of them.
+///
+/// # Errors
+/// When the guest image is missing, or no round of any subject succeeds.
+pub async fn run_with(
+    plan: &Plan,
+    link: &LinkHandle,
+    sites: Option<&Sites>,
+    results: &mut Results,
+) -> anyhow::Result<()> {
+    let guest = Guest::load(&plan.images, &plan.guest)?;
+    results.guest = Some(guest.image.name.to_string());
+    results.link = Some(LinkInfo::from(link.spec()));
+    results.notes.push(format!(
+        "The link is emulated between two network namespaces of one machine; in stock's guest a \
+         program keeps {} MiB of memory changing and appends to a file.",
+        plan.witness_mib
+    ));
+    let rounds = plan.rounds.unwrap_or(if plan.quick { 1 } else { 5 });
+    let mut sheet = Sheet::new();
+    let mut done = 0;
+    for round in 0..rounds {
+        if let Some(s) = sites {
+            let image = guest.image.name.as_str();
+            match godwit::round(&s.cli, image, &s.center, &s.ap, round, WITHIN).await {
+                Ok(r) => {
+                    sheet.godwit(&r);
+                    keep(results, GODWIT, &r)?;
+                    done += 1;
+                }
+                Err(e) => results.notes.push(format!("Round {round} with Godwit failed: {e:#}")),
+            }
+        }
+        match stock_round(plan, &guest, link, results).await {
+            Ok(r) => {
+                if !r.intact {
+                    results.notes.push(format!("Round {round} with stock QEMU LOST DATA."));
+                }
+                sheet.stock(&r);
+                keep(results, STOCK, &r)?;
+                done += 1;
+            }
+            Err(e) => results.notes.push(format!("Round {round} with stock QEMU failed: {e:#}")),
+        }
+    }
+    anyhow::ensure!(done > 0, "no round succeeded: {}", results.notes.join(" "));
+    results.experiments = sheet.finish();
+    Ok(())
+}
+
+fn keep(results: &mut Results, subject: &str, round: &impl serde::Serialize) -> anyhow::Result<()> {
+    let value = serde_json::to_value(round).context("write a round's report as JSON")?;
+    results.reports.entry(subject.to_owned()).or_default().push(value);
+    Ok(())
+}
+
+/// One round with stock QEMU: cold boot in namespace A, the witness at work, the move to B, and
+/// the proof that nothing was lost.
+///
+/// # Errors
+/// The first step that fails; both machines are ended all the same.
+pub async fn stock_round(
+    plan: &Plan,
+    guest: &Guest,
+    link: &LinkHandle,
+    results: &mut Results,
+) -> anyhow::Result<StockRound> {
+    // Memory files want tmpfs, and sockets short paths.
+    let dir = tempfile::Builder::new()
+        .prefix("gwb")
+        .tempdir_in("/dev/shm")
+        .context("make a directory")?;
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    for d in [&a, &b] {
+        std::fs::create_dir(d).with_context(|| format!("make {}", d.display()))?;
+    }
+    let accel = accelerator(guest).await?;
+    results.accel = Some(accel.name().to_owned());
+    let start = async |dir: &Path, name: &str, start| -> anyhow::Result<_> {
+        let mut launch = guest.launch(dir, Name::new(name)?).await?;
+        launch.start = start;
+        launch.accel = accel;
+        Ok(launch)
+    };
+    let asked = Instant::now();
+    let source = link.within(Side::A, start(&a, "stock-a", Start::Boot).await?.spawn())?.await??;
+    let outcome = async {
+        first_answer(&source, WITHIN).await?;
+        let cold_boot_ms = asked.elapsed().as_secs_f64() * 1e3;
+        Witness::start(&source, plan.witness_mib).await?;
+        let waiting = start(&b, "stock-b", Start::Incoming).await?;
+        let there = link.within(Side::B, waiting.spawn())?.await??;
+        let moved = async {
+            Witness::status(&source, true).await?;
+            let moved = stock::migrate(link, &source, &there, WITHIN).await?;
+            source.quit().await?;
+            let witness = Witness::status(&there, false).await?;
+            let lines = Witness::check_file(&there).await?;
+            anyhow::Ok(StockRound {
+                cold_boot_ms,
+                moved,
+                guest_gap_ms: witness.max_gap_ms,
+                intact: witness.memory_ok && lines >= witness.lines,
+            })
+        }
+        .await;
+        there.kill().await;
+        moved
+    }
+    .await;
+    source.kill().await;
+    outcome
+}
+
+/// The accelerator that boots this guest here.
+async fn accelerator(guest: &Guest) -> anyhow::Result<Accel> {
+    let arch = guest.image.arch;
+    let cache = Path::new("/var/cache/godwit").join(format!("accel-{arch}.json"));
+    let probe = accel::probe(Binaries::default().of(arch), arch, &cache).await?;
+    Ok(probe.accel)
+}
+
+/// The experiments of this suite, filled round by round.
+#[derive(Debug)]
+struct Sheet {
+    cold_boot: Experiment,
+    dock: Experiment,
+    dock_pause: Experiment,
+    running: Experiment,
+    first_answer: Experiment,
+    switch: Experiment,
+    downtime: Experiment,
+    gap: Experiment,
+    total: Experiment,
+    payload: Experiment,
+}
+
+impl Sheet {
+    fn new() -> Self {
+        let ms = |name, about| Experiment::new(name, about, "ms", Better::Lower);
+        Self {
+            cold_boot: ms(
+                "cold-boot",
+                "From the request to the guest's first answer, from power-on.",
+            ),
+            dock: ms("dock", "From the request to the substrate's being in the pool."),
+            dock_pause: ms("dock-pause", "How long the vCPUs stood still while docking."),
+            running: ms("activate", "From the request to running vCPUs."),
+            first_answer: ms(
+                "first-answer",
+                "From the request to the guest's first answer: activation beside cold boot.",
+            ),
+            switch: ms("switch", "Switch time: from the request to RESUME at the destination."),
+            downtime: ms(
+                "downtime",
+                "STOP at the source to RESUME at the destination, by QEMU's own event time stamps.",
+            ),
+            gap: ms(
+                "guest-gap",
+                "Largest gap in the heartbeat of a program in the guest during the move, by the guest's own clock, which stands still with the vCPUs: what it stalls beside the downtime.",
+            ),
+            total: ms("total", "From the request to independence of the source."),
+            payload: Experiment::new(
+                "payload",
+                "Amount of migrated data: memory, disk and device state.",
+                "MB",
+                Better::Lower,
+            ),
+        }
+    }
+
+    fn godwit(&mut self, r: &GodwitRound) {
+        self.cold_boot.push(GODWIT, r.cold_boot_ms);
+        self.dock.push(GODWIT, r.dock.total_ms);
+        self.dock_pause.push(GODWIT, r.dock.pause_ms);
+        self.running.push(GODWIT, r.activate.running_ms);
+        if let Some(ms) = r.activate.first_answer_ms {
+            self.first_answer.push(GODWIT, ms);
+            self.first_answer.push("cold boot", r.cold_boot_ms);
+        }
+        // The move from A to B is the one that stock makes too; the way back is in the reports.
+        let there = &r.moves[0];
+        self.switch.push(GODWIT, there.switch_ms);
+        self.downtime.push(GODWIT, there.downtime_ms);
+        self.total.push(GODWIT, there.total_ms);
+        self.payload.push(GODWIT, there.bytes.total() as f64 / 1e6);
+    }
+
+    fn stock(&mut self, r: &StockRound) {
+        let m = &r.moved.report;
+        self.cold_boot.push(STOCK, r.cold_boot_ms);
+        self.switch.push(STOCK, m.switch_ms);
+        self.downtime.push(STOCK, m.downtime_ms);
+        self.gap.push(STOCK, r.guest_gap_ms);
+        self.total.push(STOCK, m.total_ms);
+        self.payload.push(STOCK, m.bytes.total() as f64 / 1e6);
+    }
+
+    fn finish(mut self) -> Vec<Experiment> {
+        self.downtime.target(GODWIT, 150.0);
+        self.dock.target(GODWIT, 500.0);
+        self.running.target(GODWIT, 150.0);
+        vec![
+            self.cold_boot,
+            self.dock,
+            self.dock_pause,
+            self.running,
+            self.first_answer,
+            self.switch,
+            self.downtime,
+            self.gap,
+            self.total,
+            self.payload,
+        ]
+    }
+}
