@@ -215,7 +215,8 @@ impl Controller {
         let machines = host.machines().await?;
         for vm in self.registry.vms().map_err(registry_fault)? {
             let at_site = machines.iter().find(|m| m.vm == vm.id);
-            let steady = matches!(vm.state, VmState::Running | VmState::Stopped | VmState::Failed);
+            let settled = |s| matches!(s, VmState::Running | VmState::Stopped | VmState::Failed);
+            let steady = settled(vm.state);
             match at_site {
                 Some(m) if &vm.site != host.name() && m.generation < vm.generation && steady => {
                     let release =
@@ -223,7 +224,12 @@ impl Controller {
                     tracing::warn!(vm = %vm.name, site = %host.name(), old = %m.generation, "ending an older generation");
                     host.tell(release, Call::quiet()).await?;
                 }
-                Some(m) if &vm.site == host.name() && steady && m.state != vm.state => {
+                Some(m)
+                    if &vm.site == host.name()
+                        && steady
+                        && settled(m.state)
+                        && m.state != vm.state =>
+                {
                     if vm.state.may_become(m.state) && m.generation == vm.generation {
                         self.change_vm(&vm, vm.generation, |v| {
                             v.become_state(m.state, UnixMs::now())?;
