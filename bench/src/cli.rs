@@ -24,6 +24,8 @@ struct Cli {
 enum What {
     /// Emulate a WAN link between two network namespaces, or talk to a running emulator.
     Link(LinkArgs),
+    /// Play the main job once, on a center and an AP that it starts, and show it.
+    Demo(DemoArgs),
     /// Cold boot, dock, activate and move an environment, beside stock QEMU.
     Mainjob(SuiteArgs),
 }
@@ -54,6 +56,47 @@ struct SuiteArgs {
     /// One-way delay of the link in ms.
     #[arg(long, default_value_t = 17.5)]
     delay: f64,
+}
+
+#[derive(Debug, Args)]
+struct DemoArgs {
+    /// Guest image; built already.
+    #[arg(long, default_value = "abiword")]
+    guest: Name,
+    /// Rate of the link each way in Mbit/s.
+    #[arg(long, default_value_t = 100.0)]
+    rate: f64,
+    /// One-way delay of the link in ms.
+    #[arg(long, default_value_t = 17.5)]
+    delay: f64,
+    /// Memory that a program in the guest keeps changing, in MiB.
+    #[arg(long, default_value_t = 32)]
+    witness_mib: u32,
+    /// Directory for report.json and the pictures.
+    #[arg(long, default_value = "target/demo", value_name = "DIR")]
+    out: PathBuf,
+    /// The godwit program [default: beside this one].
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+}
+
+impl DemoArgs {
+    fn play(self) -> anyhow::Result<()> {
+        let program = match self.program {
+            Some(p) => p,
+            None => std::env::current_exe().context("find this program")?.with_file_name("godwit"),
+        };
+        let demo = godwit_bench::demo::Demo {
+            guest: self.guest,
+            rate_mbit: self.rate,
+            delay_ms: self.delay,
+            witness_mib: self.witness_mib,
+            out: self.out,
+            program,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(godwit_bench::demo::play(&demo))
+    }
 }
 
 #[derive(Debug, Args)]
@@ -113,6 +156,7 @@ pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.what {
         What::Link(args) => link(&args),
+        What::Demo(args) => args.play(),
         What::Mainjob(args) => suite("mainjob", args),
     };
     match done {

@@ -31,6 +31,22 @@ impl GodwitCli {
         within: Duration,
     ) -> anyhow::Result<T> {
         let shown = args.join(" ");
+        let mut all = args.to_vec();
+        // Before a `--`, behind which everything belongs to somebody else.
+        let at = all.iter().position(|a| *a == "--").unwrap_or(all.len());
+        all.splice(at..at, ["-o", "json"]);
+        let out = self.run(&all, within).await?;
+        let value: Value = serde_json::from_slice(&out)
+            .with_context(|| format!("read the answer of `godwit {shown}`"))?;
+        pick(value).with_context(|| format!("find the report in the answer of `godwit {shown}`"))
+    }
+
+    /// Runs `godwit ARGS...` and gives what it prints.
+    ///
+    /// # Errors
+    /// As [`GodwitCli::ask`].
+    pub async fn run(&self, args: &[&str], within: Duration) -> anyhow::Result<Vec<u8>> {
+        let shown = args.join(" ");
         let mut command = match &self.namespace {
             Some(ns) => {
                 let mut c = tokio::process::Command::new("ip");
@@ -39,16 +55,14 @@ impl GodwitCli {
             }
             None => tokio::process::Command::new(&self.program),
         };
-        command.args(args).args(["-o", "json"]).envs(self.env.iter().cloned()).kill_on_drop(true);
+        command.args(args).envs(self.env.iter().cloned()).kill_on_drop(true);
         let out = tokio::time::timeout(within, command.output())
             .await
             .with_context(|| format!("`godwit {shown}` took longer than {within:?}"))?
             .with_context(|| format!("run {}", self.program.display()))?;
         let said = String::from_utf8_lossy(&out.stderr);
         ensure!(out.status.success(), "`godwit {shown}` failed: {}", said.trim());
-        let value: Value = serde_json::from_slice(&out.stdout)
-            .with_context(|| format!("read the answer of `godwit {shown}`"))?;
-        pick(value).with_context(|| format!("find the report in the answer of `godwit {shown}`"))
+        Ok(out.stdout)
     }
 
     /// `godwit vm create --image IMAGE --name NAME`.

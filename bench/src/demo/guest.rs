@@ -1,0 +1,309 @@
+//! What the demo looks at in a guest: its screen, its witness, its heartbeat, its identity.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::world::{AP, CENTER, World};
+
+const LIB: &str = "/usr/lib/godwit";
+/// Pixels that may differ on a screen at rest: a blinking caret.
+const CARET_PIXELS: usize = 200;
+/// A screen that stays the same for this long is at rest.
+const REST: Duration = Duration::from_secs(4);
+/// Time between two looks at a screen.
+const LOOK: Duration = Duration::from_millis(20);
+/// Colours that a drawn desktop has at least; a text console has fewer.
+const DESKTOP_COLOURS: usize = 24;
+
+/// A picture of a screen.
+pub(super) struct Screen {
+    png: Vec<u8>,
+    width: usize,
+    pixels: Vec<[u8; 3]>,
+}
+
+impl Screen {
+    pub(super) async fn take(world: &World, vm: &str) -> anyhow::Result<Self> {
+        let png = world
+            .cli()
+            .run(&["vm", "screenshot", vm, "-"], Duration::from_secs(60))
+            .await
+            .with_context(|| format!("take a picture of {vm}"))?;
+        Self::decode(png)
+    }
+
+    fn decode(png: Vec<u8>) -> anyhow::Result<Self> {
+        let mut decoder = png::Decoder::new(std::io::Cursor::new(&png));
+        decoder.set_transformations(png::Transformations::normalize_to_color8());
+        let mut reader = decoder.read_info().context("read a picture")?;
+        let size = reader.output_buffer_size().context("a picture too large")?;
+        let mut raw = vec![0; size];
+        let info = reader.next_frame(&mut raw).context("decode a picture")?;
+        let samples = info.color_type.samples();
+        ensure!(samples >= 3, "a picture without colours");
+        let pixels =
+            raw[..info.buffer_size()].chunks_exact(samples).map(|p| [p[0], p[1], p[2]]).collect();
+        Ok(Self { width: info.width as usize, pixels, png })
+    }
+
+    /// Pixels in which two screens differ.
+    fn differ(&self, other: &Self) -> usize {
+        if self.width != other.width || self.pixels.len() != other.pixels.len() {
+            return self.pixels.len().max(other.pixels.len());
+        }
+        self.pixels.iter().zip(&other.pixels).filter(|(a, b)| a != b).count()
+    }
+
+    fn drawn(&self) -> bool {
+        let mut colours = std::collections::HashSet::new();
+        self.pixels.iter().any(|p| colours.insert(*p) && colours.len() >= DESKTOP_COLOURS)
+    }
+
+    /// Waits until a drawn screen has come to rest; the picture is of the moment it did.
+    pub(super) async fn settled(world: &World, vm: &str, within: Duration) -> anyhow::Result<Self> {
+        let deadline = Instant::now() + within;
+        let mut kept = Self::take(world, vm).await?;
+        let mut since = Instant::now();
+        loop {
+            let now = Self::take(world, vm).await?;
+            if !now.drawn() || now.differ(&kept) > CARET_PIXELS {
+                (kept, since) = (now, Instant::now());
+            } else if since.elapsed() >= REST {
+                return Ok(kept);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the screen of {vm} did not come to rest within {within:?}"
+            );
+            tokio::time::sleep(LOOK * 10).await;
+        }
+    }
+
+    /// Waits until the screen is another than this one.
+    pub(super) async fn changed(
+        &self,
+        world: &World,
+        vm: &str,
+        within: Duration,
+    ) -> anyhow::Result<()> {
+        let deadline = Instant::now() + within;
+        while Self::take(world, vm).await?.differ(self) == 0 {
+            ensure!(
+                Instant::now() < deadline,
+                "the screen of {vm} did not change within {within:?}"
+            );
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Whether both show the same, a caret left aside.
+    pub(super) fn same_text(&self, other: &Self) -> bool {
+        self.differ(other) <= CARET_PIXELS
+    }
+
+    pub(super) fn save(&self, path: &Path) -> anyhow::Result<()> {
+        std::fs::write(path, &self.png).with_context(|| format!("write {}", path.display()))
+    }
+}
+
+/// The program in the guest that keeps a pattern in memory and lines in a file.
+pub(super) struct Witness {
+    file: String,
+    memory_mib: u32,
+}
+
+#[derive(Debug, Deserialize)]
+struct Status {
+    steps: u64,
+    lines: u64,
+    memory_ok: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct Check {
+    lines: u64,
+    ok: bool,
+}
+
+impl Witness {
+    pub(super) async fn start(world: &World, vm: &str, memory_mib: u32) -> anyhow::Result<Self> {
+        let dir = world
+            .exec(
+                vm,
+                &["/bin/sh", "-c", "if [ -d /data ]; then echo /data; else echo /var/tmp; fi"],
+            )
+            .await?;
+        let me = Self { file: format!("{}/witness.lines", dir.trim()), memory_mib };
+        me.run(world, vm).await?;
+        Ok(me)
+    }
+
+    async fn run(&self, world: &World, vm: &str) -> anyhow::Result<()> {
+        let script = format!(
+            "{LIB}/user-run {LIB}/godwit-witness run --memory-mib {} --file {} >/dev/null 2>&1; \
+             n=0; until {LIB}/godwit-witness status 2>/dev/null | grep -q '\"lines\":[1-9]'; do \
+             n=$((n+1)); [ $n -lt 300 ] || exit 9; sleep 0.2; done",
+            self.memory_mib, self.file
+        );
+        world.exec(vm, &["/bin/sh", "-c", &script]).await.context("start the witness").map(drop)
+    }
+
+    async fn status(&self, world: &World, vm: &str) -> anyhow::Result<Status> {
+        let text = world.exec(vm, &[&format!("{LIB}/godwit-witness"), "status"]).await?;
+        serde_json::from_str(&text).with_context(|| format!("read the witness's {text:?}"))
+    }
+
+    pub(super) async fn healthy(&self, world: &World, vm: &str) -> anyhow::Result<()> {
+        let s = self.status(world, vm).await?;
+        ensure!(s.memory_ok, "the memory pattern is damaged after {} steps", s.steps);
+        Ok(())
+    }
+
+    /// Whether memory is whole, and how many lines of the file are, each compared.
+    pub(super) async fn check(&self, world: &World, vm: &str) -> anyhow::Result<(bool, u64)> {
+        // The page cache is dropped first, so that the lines come from the disk.
+        let script = format!(
+            "sync; echo 3 > /proc/sys/vm/drop_caches; {LIB}/godwit-witness check --file {}",
+            self.file
+        );
+        let text = world.exec(vm, &["/bin/sh", "-c", &script]).await?;
+        let c: Check = serde_json::from_str(&text).with_context(|| format!("read {text:?}"))?;
+        ensure!(c.ok, "the file is damaged after line {}", c.lines);
+        let s = self.status(world, vm).await?;
+        ensure!(
+            s.lines >= c.lines.saturating_sub(1),
+            "lines are missing: {} of {}",
+            c.lines,
+            s.lines
+        );
+        Ok((s.memory_ok, c.lines))
+    }
+
+    /// Whether it goes on working.
+    pub(super) async fn grows(&self, world: &World, vm: &str) -> anyhow::Result<bool> {
+        let first = self.status(world, vm).await?;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let now = self.status(world, vm).await?;
+            if now.lines > first.lines && now.steps > first.steps {
+                return Ok(now.memory_ok);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+        }
+    }
+}
+
+/// A line on the serial console every 20 ms, seen from outside: a guest's own clocks stand still
+/// while its vCPUs do.
+pub(super) struct Heartbeat {
+    stop: Arc<AtomicBool>,
+    watcher: std::thread::JoinHandle<f64>,
+}
+
+const BEAT: &str = "/tmp/godwit-heartbeat";
+
+impl Heartbeat {
+    pub(super) async fn start(world: &World, vm: &str) -> anyhow::Result<Self> {
+        let script = format!(
+            "tty=/dev/ttyS0; [ -e $tty ] || tty=/dev/ttyAMA0; : > {BEAT}; \
+             ( while [ -e {BEAT} ]; do echo . > $tty; sleep 0.02; done ) </dev/null >/dev/null 2>&1 &"
+        );
+        world.exec(vm, &["/bin/sh", "-c", &script]).await.context("start the heartbeat")?;
+        let list: Value = world.ask(&["vm", "get", vm], Duration::from_secs(30)).await?;
+        let id = list["id"]
+            .as_str()
+            .or_else(|| list["vm"]["id"].as_str())
+            .context("the machine's id")?;
+        let dir = id.replace('-', "");
+        let logs: Vec<PathBuf> =
+            [CENTER, AP].iter().map(|s| world.run_dir(s).join(&dir).join("console.log")).collect();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let watcher = std::thread::spawn(move || watch(&logs, &stopped));
+        Ok(Self { stop, watcher })
+    }
+
+    /// Ends it; the longest silence in ms.
+    pub(super) async fn stop(self, world: &World, vm: &str) -> anyhow::Result<f64> {
+        self.stop.store(true, Ordering::Relaxed);
+        let gap = self.watcher.join().map_err(|_| anyhow::anyhow!("the watcher failed"))?;
+        world.exec(vm, &["/bin/rm", "-f", BEAT]).await?;
+        Ok(gap)
+    }
+}
+
+fn watch(logs: &[PathBuf], stop: &AtomicBool) -> f64 {
+    let mut sizes = vec![0u64; logs.len()];
+    let (mut last, mut worst) = (None::<Instant>, Duration::ZERO);
+    while !stop.load(Ordering::Relaxed) {
+        for (log, size) in logs.iter().zip(&mut sizes) {
+            let now = std::fs::metadata(log).map_or(*size, |m| m.len());
+            if now != *size {
+                *size = now;
+                let at = Instant::now();
+                if let Some(before) = last {
+                    worst = worst.max(at - before);
+                }
+                last = Some(at);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    worst.as_secs_f64() * 1e3
+}
+
+/// Who a guest is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct GuestIdentity {
+    pub(super) hostname: String,
+    pub(super) machine_id: String,
+    pub(super) mac: String,
+    pub(super) random: String,
+}
+
+pub(super) async fn identity(world: &World, vm: &str) -> anyhow::Result<GuestIdentity> {
+    let text = world.exec(vm, &[&format!("{LIB}/identity")]).await?;
+    serde_json::from_str(&text).with_context(|| format!("read the identity of {vm}: {text:?}"))
+}
+
+/// Whether no two share a host name, machine id, MAC address or random number.
+pub(super) fn all_distinct(all: &[GuestIdentity]) -> bool {
+    let fields: [fn(&GuestIdentity) -> &str; 4] =
+        [|i| &i.hostname, |i| &i.machine_id, |i| &i.mac, |i| &i.random];
+    fields.iter().all(|f| {
+        let set: std::collections::HashSet<&str> = all.iter().map(f).collect();
+        set.len() == all.len() && !set.contains("")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_shared_field_is_enough_to_be_told() {
+        let one = GuestIdentity {
+            hostname: "a".into(),
+            machine_id: "1".into(),
+            mac: "m".into(),
+            random: "r".into(),
+        };
+        let two = GuestIdentity {
+            hostname: "b".into(),
+            machine_id: "2".into(),
+            mac: "n".into(),
+            random: "s".into(),
+        };
+        assert!(all_distinct(&[one.clone(), two.clone()]));
+        assert!(!all_distinct(&[one.clone(), GuestIdentity { mac: "m".into(), ..two }]));
+    }
+}

@@ -1,0 +1,239 @@
+//! `make demo`: the main job, played on real machines over an emulated link, and measured.
+//!
+//! ```text
+//! cold boot -> dock -> activate -> type, witness -> move to the AP -> and back -> AP removed
+//!                         \-> four more at once, each with an identity of its own
+//! ```
+//!
+//! Everything goes through the `godwit` command, as a user would do it.
+
+mod guest;
+mod report;
+mod world;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use godwit_types::{ActivateReport, DockReport, MoveReport, Name};
+use serde_json::Value;
+
+use guest::{Heartbeat, Screen, Witness};
+use report::{Activation, Clones, Intact, Link, Move, Report};
+use world::{AP, CENTER, World};
+
+/// How long one command may take; a desktop boots slowly under emulation.
+const PATIENCE: Duration = Duration::from_secs(570);
+
+/// Environments that are activated at once.
+const CLONES: usize = 4;
+
+/// What the demo is to do.
+#[derive(Debug, Clone)]
+pub struct Demo {
+    /// Guest image; built already.
+    pub guest: Name,
+    /// Rate of the link each way in Mbit/s.
+    pub rate_mbit: f64,
+    /// One-way delay in ms.
+    pub delay_ms: f64,
+    /// Memory that the witness keeps changing, in MiB.
+    pub witness_mib: u32,
+    /// Where the report and the pictures go.
+    pub out: PathBuf,
+    /// The `godwit` program.
+    pub program: PathBuf,
+}
+
+/// Plays the main job and writes `report.json` and the pictures.
+///
+/// # Errors
+/// The first thing that does not work, in words. What was started is ended either way.
+pub async fn play(demo: &Demo) -> anyhow::Result<()> {
+    std::fs::create_dir_all(&demo.out).with_context(|| format!("make {}", demo.out.display()))?;
+    let world = World::start(demo).await?;
+    let played = scenes(demo, &world).await;
+    if let Err(e) = &played {
+        world.keep_logs(&demo.out);
+        report::say(&format!("the demo stopped: {e:#}"))?;
+    }
+    let report = played?;
+    report.write(&demo.out)?;
+    report.show(&demo.out)
+}
+
+async fn scenes(demo: &Demo, world: &World) -> anyhow::Result<Report> {
+    let image = world.image(&demo.guest).await?;
+    let display = image["display"] == true;
+
+    report::say(&format!("cold boot of {} at the center", demo.guest))?;
+    let began = Instant::now();
+    world
+        .ask::<Value>(
+            &["vm", "create", "--image", demo.guest.as_str(), "--name", "first", "--site", CENTER],
+            PATIENCE,
+        )
+        .await?;
+    if display {
+        Screen::settled(world, "first", PATIENCE).await?;
+    }
+    let cold_boot_ms = ms(began);
+
+    report::say("dock: the machine becomes a substrate")?;
+    let witness = Witness::start(world, "first", demo.witness_mib).await?;
+    let dock: DockReport = world.ask(&["vm", "dock", "first", "--name", "demo"], PATIENCE).await?;
+    let substrate: Value = world.ask(&["substrate", "get", "demo"], PATIENCE).await?;
+    report::say(&format!(
+        "substrate demo: raw {}, stored {}",
+        godwit_types::human_bytes(substrate["raw_bytes"].as_u64().unwrap_or_default()),
+        godwit_types::human_bytes(substrate["stored_bytes"].as_u64().unwrap_or_default()),
+    ))?;
+
+    report::say("activate it")?;
+    let began = Instant::now();
+    let activate: ActivateReport = world
+        .ask(&["vm", "activate", "demo", "--name", "report", "--site", CENTER], PATIENCE)
+        .await?;
+    let screen_ms = match display {
+        true => {
+            let before = Screen::take(world, "report").await?;
+            world.tell(&["vm", "type", "report", "G"], PATIENCE).await?;
+            before.changed(world, "report", Duration::from_secs(60)).await?;
+            Some(ms(began))
+        }
+        false => None,
+    };
+    let activation = Activation {
+        running_ms: activate.running_ms,
+        warm_running_ms: None,
+        first_answer_ms: activate.first_answer_ms,
+        screen_ms,
+    };
+
+    let typed = match display {
+        true => Some(Typed::type_in(world).await?),
+        false => None,
+    };
+    if let Some(t) = &typed {
+        t.before.save(&demo.out.join("before.png"))?;
+    }
+
+    let mut moves = Vec::new();
+    for (from, to) in [(CENTER, AP), (AP, CENTER)] {
+        report::say(&format!("move it live from {from} to {to}"))?;
+        moves.push(move_once(world, from, to).await?);
+        witness.healthy(world, "report").await?;
+    }
+
+    report::say("the AP is stopped and what it kept is removed")?;
+    world.remove_ap().await?;
+    let (memory, lines) = witness.check(world, "report").await?;
+    let text = match &typed {
+        Some(t) => {
+            let after = Screen::take(world, "report").await?;
+            after.save(&demo.out.join("after.png"))?;
+            Some(t.before.same_text(&after))
+        }
+        None => None,
+    };
+    let still = witness.grows(world, "report").await?;
+    let intact = Intact { memory, disk: lines > 0, lines, text, freed_from_source: still };
+
+    report::say(&format!("{CLONES} more from the substrate at once"))?;
+    let clones = clone_many(world).await?;
+
+    let report = Report {
+        guest: demo.guest.to_string(),
+        accel: world.accel().await?,
+        emulated:
+            "guest CPU by QEMU's translator unless accel says kvm; link by a user-space emulator"
+                .into(),
+        link: Link { rate_mbit: demo.rate_mbit, rtt_ms: 2.0 * demo.delay_ms },
+        cold_boot_ms,
+        dock,
+        activate: activation,
+        moves,
+        intact,
+        clones,
+    };
+    ensure!(report.intact.memory, "the memory pattern is damaged");
+    ensure!(
+        report.intact.text != Some(false),
+        "the typed text is not what it was: compare before.png and after.png"
+    );
+    ensure!(report.clones.distinct_identity, "two clones share an identity");
+    ensure!(report.intact.freed_from_source, "the machine stopped when its source was removed");
+    Ok(report)
+}
+
+/// Text on the screen before the moves.
+struct Typed {
+    before: Screen,
+}
+
+impl Typed {
+    async fn type_in(world: &World) -> anyhow::Result<Self> {
+        report::say("type into the editor")?;
+        let blank = Screen::take(world, "report").await?;
+        let text = "odwit carries this text from site to site while you read it.\nEvery word is where it was.";
+        world.tell(&["vm", "type", "report", text], PATIENCE).await?;
+        blank.changed(world, "report", Duration::from_secs(60)).await?;
+        Ok(Self { before: Screen::settled(world, "report", Duration::from_secs(120)).await? })
+    }
+}
+
+async fn move_once(world: &World, from: &str, to: &str) -> anyhow::Result<Move> {
+    let heartbeat = Heartbeat::start(world, "report").await?;
+    let report: MoveReport = world.ask(&["vm", "migrate", "report", "--to", to], PATIENCE).await?;
+    let guest_gap_ms = heartbeat.stop(world, "report").await?;
+    report::say(&format!(
+        "switched after {:.2} s, down {:.0} ms, independent after {:.2} s",
+        report.switch_ms / 1e3,
+        report.downtime_ms,
+        report.total_ms / 1e3
+    ))?;
+    Ok(Move {
+        from: from.into(),
+        to: to.into(),
+        scheme: report.scheme,
+        switch_ms: report.switch_ms,
+        downtime_ms: report.downtime_ms,
+        guest_gap_ms,
+        total_ms: report.total_ms,
+        bytes: report.bytes,
+        phases: report.phases,
+    })
+}
+
+async fn clone_many(world: &World) -> anyhow::Result<Clones> {
+    let began = Instant::now();
+    let names: Vec<String> = (1..=CLONES).map(|n| format!("clone-{n}")).collect();
+    let mut jobs = tokio::task::JoinSet::new();
+    for name in names.clone() {
+        let cli = world.cli();
+        jobs.spawn(async move {
+            let args = ["vm", "activate", "demo", "--name", &name, "--site", CENTER];
+            let asked = ms(began);
+            let report: ActivateReport = cli.ask(&args, PATIENCE).await?;
+            Ok::<f64, anyhow::Error>(asked + report.running_ms)
+        });
+    }
+    let mut all_running_ms = 0f64;
+    while let Some(done) = jobs.join_next().await {
+        all_running_ms = all_running_ms.max(done.context("activate a clone")??);
+    }
+    let mut identities = Vec::new();
+    for name in names.iter().map(String::as_str).chain(["report"]) {
+        identities.push(guest::identity(world, name).await?);
+    }
+    Ok(Clones {
+        count: CLONES,
+        all_running_ms,
+        distinct_identity: guest::all_distinct(&identities),
+        identities,
+    })
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}

@@ -1,0 +1,219 @@
+//! The two sites of the demo: a center and an AP in network namespaces, joined by a link.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use godwit_types::Name;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::Demo;
+use crate::link::{Link, LinkHandle, LinkSpec, Side};
+use crate::suites::mainjob::godwit::GodwitCli;
+
+pub(super) const CENTER: &str = "center";
+pub(super) const AP: &str = "cafe";
+
+const START_WITHIN: Duration = Duration::from_secs(60);
+
+/// Both sites, from start to removal.
+pub(super) struct World {
+    cli: GodwitCli,
+    root: tempfile::TempDir,
+    ram: tempfile::TempDir,
+    center: Mutex<Option<Child>>,
+    ap: Mutex<Option<Child>>,
+    // Last: the namespaces go when nobody is in them any more.
+    _link: LinkHandle,
+}
+
+impl World {
+    pub(super) async fn start(demo: &Demo) -> anyhow::Result<Self> {
+        let name: Name = "demo".parse().context("name the link")?;
+        let link = Link::create(LinkSpec::new(name, demo.rate_mbit, demo.delay_ms))?;
+        let root = tempfile::Builder::new().prefix("gwd").tempdir().context("make a place")?;
+        let ram = tempfile::Builder::new()
+            .prefix("godwit-demo-")
+            .tempdir_in("/dev/shm")
+            .context("make a place for guest memory")?;
+        let config = root.path().join("config");
+        let cli = GodwitCli {
+            program: demo.program.clone(),
+            namespace: Some(link.ns_a()),
+            env: vec![("GODWIT_CONFIG".into(), config.display().to_string())],
+        };
+        let (a, b) = (link.addr_a(), link.addr_b());
+        let mut command = link.command(Side::A, &demo.program);
+        command.args(["center", "--name", CENTER, "--api", "127.0.0.1:7700"]);
+        command.args(["--link", &format!("{a}:7701"), "--config"]).arg(&config);
+        let center = daemon(command, CENTER, root.path(), ram.path())?;
+        let world = Self {
+            cli,
+            root,
+            ram,
+            center: Mutex::new(Some(center)),
+            ap: Mutex::new(None),
+            _link: link,
+        };
+        world.ready(CENTER).await?;
+        let token = world.text(&["site", "token", AP], START_WITHIN).await?;
+        let mut command = world._link.command(Side::B, &demo.program);
+        command.args(["ap", "--name", AP, "--link", &format!("{b}:7701")]);
+        command.args(["--join", token.trim()]);
+        let ap = daemon(command, AP, world.root.path(), world.ram.path())?;
+        *world.ap.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(ap);
+        world.ready(AP).await?;
+        super::report::say(&format!(
+            "center and AP are up; link {} Mbit/s, {} ms there and back",
+            demo.rate_mbit,
+            2.0 * demo.delay_ms
+        ))?;
+        Ok(world)
+    }
+
+    pub(super) fn cli(&self) -> GodwitCli {
+        self.cli.clone()
+    }
+
+    pub(super) async fn ask<T: DeserializeOwned>(
+        &self,
+        args: &[&str],
+        within: Duration,
+    ) -> anyhow::Result<T> {
+        self.cli.ask(args, within).await
+    }
+
+    /// Runs a command that answers nothing.
+    pub(super) async fn tell(&self, args: &[&str], within: Duration) -> anyhow::Result<()> {
+        self.text(args, within).await.map(drop)
+    }
+
+    /// Runs a command and gives what it prints.
+    pub(super) async fn text(&self, args: &[&str], within: Duration) -> anyhow::Result<String> {
+        let out = self.cli.run(args, within).await?;
+        Ok(String::from_utf8_lossy(&out).into_owned())
+    }
+
+    /// Runs a program in a guest; its standard output.
+    pub(super) async fn exec(&self, vm: &str, program: &[&str]) -> anyhow::Result<String> {
+        let mut args = vec!["vm", "exec", "--within", "120", vm, "--"];
+        args.extend(program);
+        self.text(&args, Duration::from_secs(150)).await
+    }
+
+    async fn ready(&self, site: &str) -> anyhow::Result<()> {
+        let deadline = Instant::now() + START_WITHIN;
+        loop {
+            let sites: anyhow::Result<Vec<Value>> =
+                self.cli.ask(&["site", "list"], START_WITHIN).await;
+            let up = |v: &Value| v["name"] == site && v["state"] != "unreachable";
+            match sites {
+                Ok(all) if all.iter().any(up) => return Ok(()),
+                Ok(_) | Err(_) if Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                Ok(_) => anyhow::bail!(
+                    "site {site} did not join within {START_WITHIN:?}: {}",
+                    self.log(site)
+                ),
+                Err(e) => {
+                    return Err(e.context(format!("wait for site {site}: {}", self.log(site))));
+                }
+            }
+        }
+    }
+
+    fn log(&self, site: &str) -> String {
+        let text = std::fs::read_to_string(self.root.path().join(format!("{site}.log")));
+        let text = text.unwrap_or_default();
+        text.lines().rev().take(3).collect::<Vec<_>>().join(" | ")
+    }
+
+    pub(super) async fn image(&self, name: &Name) -> anyhow::Result<Value> {
+        self.cli.ask(&["image", "inspect", name.as_str()], START_WITHIN).await
+    }
+
+    pub(super) async fn accel(&self) -> anyhow::Result<String> {
+        let sites: Vec<Value> = self.cli.ask(&["site", "list"], START_WITHIN).await?;
+        let center = sites.iter().find(|s| s["name"] == CENTER).context("find the center")?;
+        let accel = center["report"]["accel"].as_str().or_else(|| center["accel"].as_str());
+        Ok(accel.unwrap_or("unknown").to_owned())
+    }
+
+    /// Where a site has the sockets and logs of its machines.
+    pub(super) fn run_dir(&self, site: &str) -> PathBuf {
+        self.root.path().join(site).join("run")
+    }
+
+    /// Stops the AP's daemon and removes all that it kept.
+    pub(super) async fn remove_ap(&self) -> anyhow::Result<()> {
+        end(&self.ap);
+        for dir in [self.root.path().join(AP), self.ram.path().join(AP)] {
+            std::fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
+        }
+        ensure!(!self.root.path().join(AP).exists(), "the AP's files are still there");
+        Ok(())
+    }
+
+    /// Copies the daemons' logs to where somebody will look.
+    pub(super) fn keep_logs(&self, out: &Path) {
+        for site in [CENTER, AP] {
+            let name = format!("{site}.log");
+            let _ = std::fs::copy(self.root.path().join(&name), out.join(&name));
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // The machines outlive their daemon, so they are ended by their records first.
+        for site in [CENTER, AP] {
+            end_machines(&self.run_dir(site));
+        }
+        end(&self.ap);
+        end(&self.center);
+    }
+}
+
+fn end(child: &Mutex<Option<Child>>) {
+    let child = child.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+    if let Some(mut c) = child {
+        let _ = c.kill();
+        let _ = c.wait();
+    }
+}
+
+fn end_machines(run: &Path) {
+    let Ok(entries) = std::fs::read_dir(run) else { return };
+    for entry in entries.flatten() {
+        let record = std::fs::read(entry.path().join("machine.json")).unwrap_or_default();
+        let record: Value = serde_json::from_slice(&record).unwrap_or_default();
+        let pid = record["process"]["pid"].as_i64().and_then(|p| i32::try_from(p).ok());
+        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+fn daemon(
+    mut command: std::process::Command,
+    site: &str,
+    root: &Path,
+    ram: &Path,
+) -> anyhow::Result<Child> {
+    let log = std::fs::File::create(root.join(format!("{site}.log"))).context("make a log")?;
+    let err = log.try_clone().context("share a log")?;
+    command
+        .args(["--root"])
+        .arg(root)
+        .arg("--ram")
+        .arg(ram.join(site))
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(err)
+        .spawn()
+        .with_context(|| format!("start site {site}"))
+}
