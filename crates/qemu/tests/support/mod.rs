@@ -1,12 +1,15 @@
 //! Guests for the system tests: the `tiny` images of the image cache.
 #![allow(dead_code, unreachable_pub, reason = "each test program uses its own part")]
 
+mod leftover;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use godwit_qemu::{BootFile, DiskChain, Launch, Layer, Machine, MachineSpec, MemorySource, Start};
 use godwit_types::{Arch, Mib};
+use leftover::EndsGuests;
 use serde_json::Value;
 
 /// Long enough for anything on two busy cores.
@@ -56,14 +59,17 @@ pub fn tiny() -> Guest {
 
 /// A place for one test, gone afterwards. Memory files lie on tmpfs.
 pub struct Place {
+    _guests: EndsGuests,
     pub dir: tempfile::TempDir,
     pub shm: tempfile::TempDir,
 }
 
 impl Place {
     pub fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
         Self {
-            dir: tempfile::tempdir().expect("a directory"),
+            _guests: EndsGuests::of(dir.path()),
+            dir,
             shm: tempfile::tempdir_in("/dev/shm").expect("a directory on tmpfs"),
         }
     }
