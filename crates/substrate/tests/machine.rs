@@ -2,6 +2,9 @@
 
 #![allow(clippy::print_stderr, reason = "figures, and a skipped test says so")]
 
+#[path = "../../qemu/tests/support/leftover.rs"]
+mod leftover;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,6 +19,7 @@ use godwit_substrate::{
     ActivateRequest, Activated, DockRequest, Place, Pool, PoolDirs, Shells, activate, dock_convert,
 };
 use godwit_types::{Code, CodedError, Name, SubstrateId, SubstrateKind, VmId};
+use leftover::EndsGuests;
 use serde_json::Value;
 
 const LONG: Duration = Duration::from_secs(180);
@@ -26,6 +30,7 @@ fn name(s: &str) -> Name {
 
 /// A site in a directory of its own; memory files on tmpfs.
 struct Site {
+    _guests: EndsGuests,
     pool: Pool,
     image: Image,
     dir: tempfile::TempDir,
@@ -49,7 +54,7 @@ fn site(limit_bytes: u64) -> Option<Site> {
         memory: memory.path().join("sealed"),
     };
     let pool = Pool::open(dirs, store, limit_bytes).expect("pool");
-    Some(Site { pool, image, dir, memory })
+    Some(Site { _guests: EndsGuests::of(dir.path()), pool, image, dir, memory })
 }
 
 fn place(dir: &Path) -> Place {

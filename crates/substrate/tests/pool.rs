@@ -37,7 +37,7 @@ fn memory() -> Vec<(u64, Vec<u8>)> {
         .map(|n| {
             let mut page = vec![n as u8; UNIT];
             for (i, b) in page.iter_mut().enumerate().step_by(3) {
-                *b = (i as u64 * (n + 7) >> 3) as u8;
+                *b = ((i as u64 * (n + 7)) >> 3) as u8;
             }
             (n * 27, page)
         })
