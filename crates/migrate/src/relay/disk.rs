@@ -156,12 +156,15 @@ pub(super) struct LateDisk {
     status: watch::Receiver<RelayStatus>,
 }
 
+/// Where the remote disk is put once its bitmap has come.
+pub(super) type RemoteSlot = watch::Sender<Option<Arc<RemoteDisk>>>;
+
 impl LateDisk {
     pub(super) fn new(
         base: &Path,
         bytes: u64,
         status: watch::Receiver<RelayStatus>,
-    ) -> Result<(Self, watch::Sender<Option<Arc<RemoteDisk>>>), RelayError> {
+    ) -> Result<(Self, RemoteSlot), RelayError> {
         let base =
             FrozenChain::open(base, &[]).map_err(|e| disk("opening the base image")(e.into()))?;
         let (tx, there) = watch::channel(None);
