@@ -206,10 +206,10 @@ fn fits(demand: &Demand, site: &SiteRecord, now: UnixMs) -> Result<(), Unfit> {
     if (u64::from(r.vms) + 1) * u64::from(demand.vcpus) > u64::from(r.cpus) * VCPUS_PER_CPU {
         return Err(Unfit::Cpus);
     }
-    if let Source::Live(image) = &demand.source {
-        if !r.images.contains(image) {
-            return Err(Unfit::NoImage(image.clone()));
-        }
+    if let Source::Live(image) = &demand.source
+        && !r.images.contains(image)
+    {
+        return Err(Unfit::NoImage(image.clone()));
     }
     Ok(())
 }

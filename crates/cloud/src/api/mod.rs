@@ -81,7 +81,6 @@ impl Api {
     }
 
     /// The routes.
-    #[must_use]
     pub fn router(self) -> Router {
         let guarded = Router::new()
             .route("/metrics", get(meta::metrics))

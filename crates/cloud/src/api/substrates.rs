@@ -89,11 +89,11 @@ pub(super) async fn import(
     Params(to): Params<ImportTo>,
     body: Body,
 ) -> Answer<(StatusCode, Json<SubstrateRecord>)> {
-    if let Some(n) = &to.name {
-        if api.controller.registry().substrate(n.as_str()).is_ok() {
-            let f = Fault::new(Code::Exists, format!("substrate '{n}' exists already"));
-            return Err(f.into());
-        }
+    if let Some(n) = &to.name
+        && api.controller.registry().substrate(n.as_str()).is_ok()
+    {
+        let f = Fault::new(Code::Exists, format!("substrate '{n}' exists already"));
+        return Err(f.into());
     }
     let site = match to.site {
         Some(s) => s,

@@ -212,12 +212,19 @@ impl Controller {
     /// Takes over what a site says of its machines: one that ended by itself is marked, and one
     /// of an older generation that still runs there is ended.
     pub(super) async fn settle_machines(&self, host: &Arc<dyn SiteHost>) -> Result<(), Fault> {
+        let known = self.registry.vms().map_err(registry_fault)?;
         let machines = host.machines().await?;
-        for vm in self.registry.vms().map_err(registry_fault)? {
+        for vm in known {
+            // What has changed meanwhile may be newer than the answer.
+            if self.registry.vm(&vm.id.to_string()).ok().as_ref() != Some(&vm) {
+                continue;
+            }
             let at_site = machines.iter().find(|m| m.vm == vm.id);
             let settled = |s| matches!(s, VmState::Running | VmState::Stopped | VmState::Failed);
             let steady = settled(vm.state);
             match at_site {
+                // One that is on its way is the migration's to end.
+                Some(m) if m.state == VmState::Moving => {}
                 Some(m) if &vm.site != host.name() && m.generation < vm.generation && steady => {
                     let release =
                         SiteRequest::MigrateRelease { vm: vm.id, generation: vm.generation };
@@ -228,15 +235,15 @@ impl Controller {
                     if &vm.site == host.name()
                         && steady
                         && settled(m.state)
-                        && m.state != vm.state =>
+                        && m.state != vm.state
+                        && vm.state.may_become(m.state)
+                        && m.generation == vm.generation =>
                 {
-                    if vm.state.may_become(m.state) && m.generation == vm.generation {
-                        self.change_vm(&vm, vm.generation, |v| {
-                            v.become_state(m.state, UnixMs::now())?;
-                            v.reason.clone_from(&m.reason);
-                            Ok(())
-                        })?;
-                    }
+                    self.change_vm(&vm, vm.generation, |v| {
+                        v.become_state(m.state, UnixMs::now())?;
+                        v.reason.clone_from(&m.reason);
+                        Ok(())
+                    })?;
                 }
                 None if &vm.site == host.name() && vm.state == VmState::Running => {
                     self.change_vm(&vm, vm.generation, |v| {

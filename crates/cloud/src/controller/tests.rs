@@ -1,6 +1,7 @@
 use std::sync::Mutex;
 
-use godwit_types::{Arch, Code, MoveReport, OpState, SubstrateId, VmId, VmState};
+use godwit_migrate::hybrid::{Received, Sent};
+use godwit_types::{Arch, Code, OpState, SubstrateId, VmId, VmState};
 
 use super::*;
 use crate::error::Fault;
@@ -29,6 +30,10 @@ enum Send {
 
 fn name(s: &str) -> Name {
     Name::new(s).expect("name")
+}
+
+fn measured(what: &impl serde::Serialize) -> Vec<u8> {
+    serde_json::to_vec(what).expect("json")
 }
 
 impl Paper {
@@ -121,7 +126,16 @@ impl SiteHost for Paper {
                     .retain(|m| m.vm != vm || m.state != VmState::Moving);
                 Ok(SiteReply::Done)
             }
-            SiteRequest::MigrateReceived { .. } => Ok(SiteReply::Done),
+            SiteRequest::MigrateReceived { .. } => {
+                let at = |ms| Some(std::time::Duration::from_millis(ms));
+                Ok(SiteReply::Received(measured(&Received {
+                    resumed: at(5),
+                    complete: at(6),
+                    independent: at(7),
+                    pivot: at(1),
+                    ..Received::default()
+                })))
+            }
             SiteRequest::MigrateSend { vm, .. } => {
                 let peer = self.peer.lock().expect("lock").clone().expect("peer");
                 match self.send {
@@ -146,16 +160,15 @@ impl SiteHost for Paper {
                     stage: crate::site::SWITCHED.into(),
                     ..Progress::default()
                 });
-                Ok(SiteReply::Moved(MoveReport {
-                    from: self.name.to_string(),
-                    to: peer.name.to_string(),
-                    scheme: "hybrid".into(),
-                    switch_ms: 1.0,
-                    downtime_ms: 1.0,
-                    total_ms: 1.0,
-                    bytes: godwit_types::BytesMoved::default(),
-                    phases: vec![],
-                }))
+                let at = |ms| Some(std::time::Duration::from_millis(ms));
+                Ok(SiteReply::Sent(measured(&Sent {
+                    began: at(1),
+                    round_over: at(2),
+                    switched: at(3),
+                    stopped: at(4),
+                    released: at(8),
+                    ..Sent::default()
+                })))
             }
             other => Err(Fault::invalid(format!("{other:?} on paper"))),
         }

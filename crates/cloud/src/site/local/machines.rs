@@ -475,18 +475,17 @@ pub(super) async fn status(e: &mut Entry) -> MachineStatus {
         Some(m) => Some(m.life().await.unwrap_or(Life::Exited)),
         None => None,
     };
-    if life == Some(Life::Exited) {
-        if let Some(m) = e.machine.take()
-            && e.record.meant == Meant::Running
-        {
-            let exit = m.exited().await;
-            let last = exit.log.trim().lines().last().unwrap_or("").to_owned();
-            e.record.reason = Some(match (exit.signal, last.is_empty()) {
-                (Some(s), _) => format!("QEMU was ended by signal {s}"),
-                (None, true) => "QEMU ended".into(),
-                (None, false) => format!("QEMU ended: {last}"),
-            });
-        }
+    if life == Some(Life::Exited)
+        && let Some(m) = e.machine.take()
+        && e.record.meant == Meant::Running
+    {
+        let exit = m.exited().await;
+        let last = exit.log.trim().lines().last().unwrap_or("").to_owned();
+        e.record.reason = Some(match (exit.signal, last.is_empty()) {
+            (Some(s), _) => format!("QEMU was ended by signal {s}"),
+            (None, true) => "QEMU ended".into(),
+            (None, false) => format!("QEMU ended: {last}"),
+        });
     }
     let state = match (life, e.record.meant) {
         // A machine that still needs its source is not settled here.

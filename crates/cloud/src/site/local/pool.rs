@@ -193,6 +193,9 @@ impl LocalSite {
         let found = blocking(move || pool.check()).await?;
         let mut damaged: Vec<String> =
             found.store.damaged.iter().map(ToString::to_string).collect();
+        let named = |what: &'static str| move |h: &godwit_types::Hash| format!("unit {h}: {what}");
+        damaged.extend(found.store.bad_entries.iter().map(named("its index entry is malformed")));
+        damaged.extend(found.store.missing.iter().map(named("it is not there")));
         damaged.extend(found.broken.iter().map(|(id, why)| format!("substrate {id}: {why}")));
         Ok(CheckReport { units: found.store.units, damaged })
     }
