@@ -1,19 +1,25 @@
 //! The command against a center of its own, in directories of its own.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../qemu/tests/support/leftover.rs"]
+mod leftover;
+
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use leftover::EndsGuests;
 use serde_json::Value;
 
 /// How long a center may take to be ready on a busy machine: it probes accelerators.
 const READY_WITHIN: Duration = Duration::from_secs(240);
 
 struct Center {
-    dir: tempfile::TempDir,
     child: Child,
+    /// Machines outlive their daemon.
+    _guests: EndsGuests,
+    dir: tempfile::TempDir,
 }
 
 impl Center {
@@ -38,7 +44,7 @@ impl Center {
         loop {
             if let Ok(n) = told.recv(&mut word) {
                 assert_eq!(&word[..n], b"READY=1");
-                return Self { dir, child };
+                return Self { child, _guests: EndsGuests::of(dir.path()), dir };
             }
             let ended = child.try_wait().expect("wait");
             if ended.is_some() || begun.elapsed() > READY_WITHIN {
