@@ -9,7 +9,7 @@
 
 mod guest;
 mod report;
-mod world;
+pub(crate) mod world;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -14,25 +14,25 @@ use super::Demo;
 use crate::link::{Link, LinkHandle, LinkSpec, Side};
 use crate::suites::mainjob::godwit::GodwitCli;
 
-pub(super) const CENTER: &str = "center";
-pub(super) const AP: &str = "cafe";
+pub(crate) const CENTER: &str = "center";
+pub(crate) const AP: &str = "cafe";
 
 const START_WITHIN: Duration = Duration::from_secs(60);
 
 /// Both sites, from start to removal.
-pub(super) struct World {
+pub(crate) struct World {
     cli: GodwitCli,
     root: tempfile::TempDir,
     ram: tempfile::TempDir,
     center: Mutex<Option<Child>>,
     ap: Mutex<Option<Child>>,
     // Last: the namespaces go when nobody is in them any more.
-    _link: LinkHandle,
+    link: LinkHandle,
 }
 
 impl World {
-    pub(super) async fn start(demo: &Demo) -> anyhow::Result<Self> {
-        let name: Name = "demo".parse().context("name the link")?;
+    pub(crate) async fn start(demo: &Demo) -> anyhow::Result<Self> {
+        let name = Name::new(&format!("demo-{}", std::process::id())).context("name the link")?;
         let link = Link::create(LinkSpec::new(name, demo.rate_mbit, demo.delay_ms))?;
         let root = tempfile::Builder::new().prefix("gwd").tempdir().context("make a place")?;
         let ram = tempfile::Builder::new()
@@ -50,17 +50,11 @@ impl World {
         command.args(["center", "--name", CENTER, "--api", "127.0.0.1:7700"]);
         command.args(["--link", &format!("{a}:7701"), "--config"]).arg(&config);
         let center = daemon(command, CENTER, root.path(), ram.path())?;
-        let world = Self {
-            cli,
-            root,
-            ram,
-            center: Mutex::new(Some(center)),
-            ap: Mutex::new(None),
-            _link: link,
-        };
+        let world =
+            Self { cli, root, ram, center: Mutex::new(Some(center)), ap: Mutex::new(None), link };
         world.ready(CENTER).await?;
         let token = world.text(&["site", "token", AP], START_WITHIN).await?;
-        let mut command = world._link.command(Side::B, &demo.program);
+        let mut command = world.link.command(Side::B, &demo.program);
         command.args(["ap", "--name", AP, "--link", &format!("{b}:7701")]);
         command.args(["--join", token.trim()]);
         let ap = daemon(command, AP, world.root.path(), world.ram.path())?;
@@ -74,7 +68,11 @@ impl World {
         Ok(world)
     }
 
-    pub(super) fn cli(&self) -> GodwitCli {
+    pub(crate) fn link(&self) -> &LinkHandle {
+        &self.link
+    }
+
+    pub(crate) fn cli(&self) -> GodwitCli {
         self.cli.clone()
     }
 

@@ -65,14 +65,6 @@ impl GodwitCli {
         Ok(out.stdout)
     }
 
-    /// `godwit vm create --image IMAGE --name NAME`.
-    ///
-    /// # Errors
-    /// As [`GodwitCli::ask`].
-    pub async fn create(&self, image: &str, name: &str, within: Duration) -> anyhow::Result<Value> {
-        self.ask(&["vm", "create", "--image", image, "--name", name], within).await
-    }
-
     /// `godwit vm dock VM --name SUBSTRATE`.
     ///
     /// # Errors
@@ -84,19 +76,6 @@ impl GodwitCli {
         within: Duration,
     ) -> anyhow::Result<DockReport> {
         self.ask(&["vm", "dock", vm, "--name", substrate], within).await
-    }
-
-    /// `godwit vm activate SUBSTRATE --name VM`.
-    ///
-    /// # Errors
-    /// As [`GodwitCli::ask`].
-    pub async fn activate(
-        &self,
-        substrate: &str,
-        vm: &str,
-        within: Duration,
-    ) -> anyhow::Result<ActivateReport> {
-        self.ask(&["vm", "activate", substrate, "--name", vm], within).await
     }
 
     /// `godwit vm migrate VM --to SITE`.
@@ -129,6 +108,8 @@ fn pick<T: DeserializeOwned>(mut value: Value) -> Result<T, serde_json::Error> {
     }
 }
 
+const LIB: &str = "/usr/lib/godwit";
+
 /// What one round with Godwit found.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct GodwitRound {
@@ -149,20 +130,30 @@ pub struct GodwitRound {
 /// # Errors
 /// The first command that fails.
 pub async fn round(
-    cli: &GodwitCli,
+    sites: &super::Sites,
     image: &str,
-    center: &str,
-    ap: &str,
+    witness_mib: u32,
     round: usize,
     within: Duration,
 ) -> anyhow::Result<GodwitRound> {
+    let super::Sites { cli, center, ap } = sites;
     let (first, substrate, moved) =
         (format!("cold-{round}"), format!("bench-{round}"), format!("moved-{round}"));
     let asked = std::time::Instant::now();
-    cli.create(image, &first, within).await?;
+    let create = ["vm", "create", "--image", image, "--name", &first, "--site", center];
+    cli.ask::<Value>(&create, within).await?;
     let cold_boot_ms = asked.elapsed().as_secs_f64() * 1e3;
+    let script = format!(
+        "f=/var/tmp/witness; [ -d /data ] && f=/data/witness; \
+         {LIB}/user-run {LIB}/godwit-witness run --memory-mib {witness_mib} --file $f \
+         >/dev/null 2>&1; until {LIB}/godwit-witness status | grep -q '\"lines\":[1-9]'; do \
+         sleep 0.2; done"
+    );
+    let start = ["vm", "exec", &first, "--", "/bin/sh", "-c", &script];
+    cli.run(&start, within).await.context("start the witness")?;
     let dock = cli.dock(&first, &substrate, within).await?;
-    let activate = cli.activate(&substrate, &moved, within).await?;
+    let activate = ["vm", "activate", &substrate, "--name", &moved, "--site", center];
+    let activate: ActivateReport = cli.ask(&activate, within).await?;
     let there = cli.migrate(&moved, ap, within).await?;
     let back = cli.migrate(&moved, center, within).await?;
     cli.delete(&moved, within).await?;

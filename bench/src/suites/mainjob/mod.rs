@@ -4,7 +4,7 @@
 pub mod godwit;
 pub mod stock;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -12,8 +12,10 @@ use godwit_qemu::{Accel, Binaries, Start, accel};
 use godwit_types::Name;
 
 use super::{Guest, Plan, Witness, first_answer};
+use crate::demo::Demo;
+use crate::demo::world::{AP, CENTER, World};
 use crate::harness::{Better, Experiment, LinkInfo, Results};
-use crate::link::{Link, LinkHandle, LinkSpec, Side};
+use crate::link::{LinkHandle, Side};
 use godwit::{GodwitCli, GodwitRound};
 use stock::StockReport;
 
@@ -53,18 +55,18 @@ pub struct Sites {
 /// # Errors
 /// When the guest image is missing or the link cannot be made.
 pub async fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
-    let link = make_link(plan)?;
-    results.notes.push("Godwit's side was left out: no sites were given.".into());
-    run_with(plan, &link, None, results).await
-}
-
-/// The link that `plan` asks for.
-///
-/// # Errors
-/// As [`Link::create`].
-pub fn make_link(plan: &Plan) -> anyhow::Result<LinkHandle> {
-    let name = Name::new(&format!("mainjob-{}", std::process::id()))?;
-    Ok(Link::create(LinkSpec::new(name, plan.rate_mbit, plan.delay_ms))?)
+    let program = std::env::current_exe().context("find this program")?.with_file_name("godwit");
+    let demo = Demo {
+        guest: plan.guest.clone(),
+        rate_mbit: plan.rate_mbit,
+        delay_ms: plan.delay_ms,
+        witness_mib: plan.witness_mib,
+        out: PathBuf::new(),
+        program,
+    };
+    let world = World::start(&demo).await?;
+    let sites = Sites { cli: world.cli(), center: CENTER.into(), ap: AP.into() };
+    run_with(plan, world.link(), Some(&sites), results).await
 }
 
 /// As [`run`], with Godwit's sites up at both ends of `link`. Each round measures every subject
@@ -82,7 +84,7 @@ pub async fn run_with(
     results.guest = Some(guest.image.name.to_string());
     results.link = Some(LinkInfo::from(link.spec()));
     results.notes.push(format!(
-        "The link is emulated between two network namespaces of one machine; in stock's guest a \
+        "The link is emulated between two network namespaces of one machine; in both guests a \
          program keeps {} MiB of memory changing and appends to a file.",
         plan.witness_mib
     ));
@@ -92,7 +94,7 @@ pub async fn run_with(
     for round in 0..rounds {
         if let Some(s) = sites {
             let image = guest.image.name.as_str();
-            match godwit::round(&s.cli, image, &s.center, &s.ap, round, WITHIN).await {
+            match godwit::round(s, image, plan.witness_mib, round, WITHIN).await {
                 Ok(r) => {
                     sheet.godwit(&r);
                     keep(results, GODWIT, &r)?;
