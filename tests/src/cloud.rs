@@ -1,0 +1,394 @@
+//! A center and an AP of their own.
+
+use std::fs::File;
+use std::net::UdpSocket;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::guest::Guest;
+use crate::run::{Answer, run, within};
+use crate::{archive, process};
+
+/// How long a daemon may take to be ready on a busy machine: it probes accelerators.
+const READY_WITHIN: Duration = Duration::from_secs(120);
+
+/// How long an AP may take to be back at its center: it pauses up to ten seconds between tries,
+/// and the center has to find out that the old link is gone.
+const BACK_WITHIN: Duration = Duration::from_secs(90);
+
+/// Which daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Daemon {
+    /// `godwit center`, site `center`.
+    Center,
+    /// `godwit ap`, site `cafe`.
+    Ap,
+}
+
+impl Daemon {
+    /// The name of its site.
+    #[must_use]
+    pub const fn site(self) -> &'static str {
+        match self {
+            Self::Center => "center",
+            Self::Ap => "cafe",
+        }
+    }
+}
+
+/// A center and an AP, each a process, and all that they start.
+#[derive(Debug)]
+pub struct Cloud {
+    program: PathBuf,
+    root: tempfile::TempDir,
+    link: u16,
+    center: Option<Child>,
+    ap: Option<Child>,
+    _turn: File,
+}
+
+impl Cloud {
+    /// Starts a center and an AP that has joined it.
+    #[must_use]
+    pub fn start() -> Self {
+        let mut cloud = Self::center_only();
+        let token = cloud.token("cafe");
+        cloud.spawn(Daemon::Ap, &["--join", &token]);
+        cloud.wait_ap();
+        cloud
+    }
+
+    /// Starts a center.
+    #[must_use]
+    pub fn center_only() -> Self {
+        let program = program();
+        image();
+        let turn = archive::lock("turn");
+        // Sockets below it must have short paths.
+        let root = tempfile::Builder::new().prefix("gwt").tempdir().expect("a directory");
+        // The AP keeps the center's address, so it must be the same after a restart.
+        let free = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+        let link = free.local_addr().expect("its number").port();
+        drop(free);
+        let mut cloud = Self { program, root, link, center: None, ap: None, _turn: turn };
+        cloud.spawn(Daemon::Center, &[]);
+        cloud
+    }
+
+    /// A join token for `site`.
+    #[must_use]
+    pub fn token(&self, site: &str) -> String {
+        let made = self.ok(&["site", "token", site]);
+        made["token"].as_str().expect("a token").to_owned()
+    }
+
+    /// Starts a daemon again that was killed.
+    pub fn restart(&mut self, which: Daemon) {
+        self.spawn(which, &[]);
+        self.wait_ap();
+    }
+
+    /// Kills a daemon as `kill -9` does.
+    pub fn kill(&mut self, which: Daemon) {
+        let child = self.child(which).take();
+        let mut child = child.unwrap_or_else(|| panic!("{which:?} does not run"));
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+    }
+
+    fn child(&mut self, which: Daemon) -> &mut Option<Child> {
+        match which {
+            Daemon::Center => &mut self.center,
+            Daemon::Ap => &mut self.ap,
+        }
+    }
+
+    /// Starts `godwit ap` with these arguments to its end, which must come.
+    #[must_use]
+    pub fn ap_ends(&self, site: &str, args: &[&str]) -> Answer {
+        let mut command = self.command();
+        command.args(["ap", "--name", site, "--root"]).arg(self.root.path()).args(args);
+        run(command, format!("godwit ap --name {site}"))
+    }
+
+    fn spawn(&mut self, which: Daemon, args: &[&str]) {
+        let site = which.site();
+        let socket = self.root.path().join("ready");
+        // A leftover of an earlier start.
+        let _ = std::fs::remove_file(&socket);
+        let told = UnixDatagram::bind(&socket).expect("bind");
+        told.set_read_timeout(Some(Duration::from_millis(200))).expect("time-out");
+        let log = self.log(which);
+        let file = File::options().create(true).append(true).open(&log).expect("log");
+        let mut command = self.command();
+        match which {
+            Daemon::Center => {
+                let link = format!("127.0.0.1:{}", self.link);
+                command.args(["center", "--api", "127.0.0.1:0", "--link", &link]);
+            }
+            Daemon::Ap => {
+                command.args(["ap", "--link", "127.0.0.1:0"]);
+            }
+        }
+        command.args(["--name", site, "--root"]).arg(self.root.path()).args(args);
+        let mut child = command
+            .env("NOTIFY_SOCKET", &socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(file)
+            .spawn()
+            .expect("starting a daemon");
+        let begun = Instant::now();
+        let mut word = [0u8; 64];
+        while told.recv(&mut word).is_err() {
+            let ended = child.try_wait().expect("wait");
+            if ended.is_some() || begun.elapsed() > READY_WITHIN {
+                let _ = child.kill();
+                panic!("{which:?} is not ready ({ended:?}):\n{}", tail(&log));
+            }
+        }
+        *self.child(which) = Some(child);
+    }
+
+    /// Waits until the AP can be asked by its center.
+    fn wait_ap(&self) {
+        within(BACK_WITHIN, "the AP to be at its center", || {
+            let sites = self.json(&["site", "list"])?;
+            let cafe = sites.as_array()?.iter().find(|s| s["name"] == "cafe")?.clone();
+            let pools = self.json(&["pool", "status"])?;
+            let asked = pools.as_array()?.iter().any(|p| p["site"] == "cafe");
+            (cafe["state"] == "ready" && asked).then_some(())
+        });
+    }
+
+    /// Directory of a site.
+    #[must_use]
+    pub fn site_dir(&self, which: Daemon) -> PathBuf {
+        self.root.path().join(which.site())
+    }
+
+    /// A path for a file of a test.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    fn log(&self, which: Daemon) -> PathBuf {
+        self.root.path().join(format!("{}.log", which.site()))
+    }
+
+    fn command(&self) -> Command {
+        let mut c = Command::new(&self.program);
+        c.env("GODWIT_CONFIG", self.root.path().join("config"));
+        for unset in
+            ["GODWIT_API", "GODWIT_TOKEN", "GODWIT_TOKEN_FILE", "GODWIT_CA", "GODWIT_JOIN_TOKEN"]
+        {
+            c.env_remove(unset);
+        }
+        c
+    }
+
+    /// Runs `godwit` with these arguments.
+    #[must_use]
+    pub fn run(&self, args: &[&str]) -> Answer {
+        let mut command = self.command();
+        command.args(args);
+        run(command, format!("godwit {}", args.join(" ")))
+    }
+
+    /// The answer of `godwit ... -o json`, or `None` when it failed.
+    #[must_use]
+    pub fn json(&self, args: &[&str]) -> Option<Value> {
+        let a = self.run(&[args, &["-o", "json"]].concat());
+        (a.exit == 0).then(|| a.json())
+    }
+
+    /// The answer of `godwit ... -o json`, which must work.
+    #[must_use]
+    pub fn ok(&self, args: &[&str]) -> Value {
+        let a = self.run(&[args, &["-o", "json"]].concat());
+        assert_eq!(a.exit, 0, "{}: {}", a.line, a.stderr);
+        a.json()
+    }
+
+    /// The words of `godwit ...`, which must fail with `exit` and print nothing else.
+    pub fn refused(&self, args: &[&str], exit: i32) -> String {
+        let a = self.run(args);
+        assert_eq!(a.exit, exit, "{}: {}{}", a.line, a.stdout, a.stderr);
+        assert!(a.stdout.is_empty(), "{}: {}", a.line, a.stdout);
+        assert!(!a.stderr.contains("panicked"), "{}: {}", a.line, a.stderr);
+        a.stderr
+    }
+
+    /// An environment as the center has it.
+    #[must_use]
+    pub fn vm(&self, vm: &str) -> Value {
+        self.ok(&["vm", "get", vm])
+    }
+
+    /// Its guest.
+    #[must_use]
+    pub fn guest<'a>(&'a self, vm: &'a str) -> Guest<'a> {
+        Guest::new(self, vm)
+    }
+
+    /// Waits until an environment runs at `site` as far as the center knows.
+    pub fn runs_at(&self, vm: &str, site: &str) {
+        let here =
+            |v: &Value| v["state"] == "running" && v["site"] == site && v["moving_to"].is_null();
+        let begun = Instant::now();
+        while !here(&self.vm(vm)) {
+            let late = begun.elapsed() > Duration::from_secs(60);
+            assert!(!late, "'{vm}' does not run at {site}: {}", self.vm(vm));
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// A center that has the substrate `base`: a docked `tiny` machine in which a witness runs.
+    /// It is docked once for all tests, and imported here.
+    pub fn bring_substrate(&self) {
+        let archive = self.substrate_archive();
+        let _ = self.ok(&["substrate", "import", archive.to_str().expect("a path")]);
+    }
+
+    /// The archive that [`Cloud::bring_substrate`] imports.
+    #[must_use]
+    pub fn substrate_archive(&self) -> PathBuf {
+        let path = archive::path(&self.program, &image());
+        if !path.exists() {
+            archive::forget_others(&path);
+            let _ = self.ok(&["vm", "create", "--image", "tiny", "--name", "seed"]);
+            self.guest("seed").answers();
+            self.guest("seed").start_witness();
+            let _ = self.ok(&["vm", "dock", "seed", "--name", "base"]);
+            let part = path.with_extension("part");
+            let _ = self.run_export("base", &part);
+            std::fs::rename(&part, &path).expect("keeping the substrate");
+            let _ = self.ok(&["substrate", "delete", "base"]);
+        }
+        path
+    }
+
+    /// Writes a substrate to a file.
+    pub fn run_export(&self, substrate: &str, file: &Path) -> Answer {
+        let a = self.run(&["substrate", "export", substrate, file.to_str().expect("a path")]);
+        assert_eq!(a.exit, 0, "{}: {}", a.line, a.stderr);
+        a
+    }
+
+    /// The QEMU of an environment at a site, if it lives.
+    #[must_use]
+    pub fn qemu(&self, vm: &Value, at: Daemon) -> Option<i32> {
+        let id = vm["id"].as_str().expect("an id").replace('-', "");
+        process::recorded(&self.site_dir(at).join("run").join(id))
+    }
+
+    /// The relays of a site.
+    #[must_use]
+    pub fn relays(&self, at: Daemon) -> Vec<i32> {
+        let run = self.site_dir(at).join("run/mig-");
+        let run = run.to_str().expect("a path");
+        process::with_word(|w| w.starts_with(run) && w.ends_with("relay.json"))
+    }
+
+    /// What a site keeps of an environment on disk.
+    #[must_use]
+    pub fn vm_dir(&self, vm: &Value, at: Daemon) -> PathBuf {
+        let id = vm["id"].as_str().expect("an id").replace('-', "");
+        self.site_dir(at).join("data/vms").join(id)
+    }
+
+    /// Its memory file at a site.
+    #[must_use]
+    pub fn vm_memory(&self, vm: &Value, at: Daemon) -> PathBuf {
+        let id = vm["id"].as_str().expect("an id").replace('-', "");
+        self.memory_root().join(at.site()).join(id)
+    }
+
+    fn memory_root(&self) -> PathBuf {
+        let of = godwit_types::Hash::of(self.root.path().as_os_str().as_encoded_bytes());
+        PathBuf::from(format!("/dev/shm/godwit-{}", of.short()))
+    }
+
+    /// The one operation on `vm` that goes on.
+    #[must_use]
+    pub fn op(&self, id: &str) -> Value {
+        let all = self.ok(&["op", "list"]);
+        let ops = all.as_array().expect("a list");
+        ops.iter().find(|o| o["id"] == id).unwrap_or_else(|| panic!("no operation {id}")).clone()
+    }
+}
+
+impl Drop for Cloud {
+    fn drop(&mut self) {
+        for child in [&mut self.ap, &mut self.center].into_iter().flatten() {
+            // What is gone already needs no end.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let root = self.root.path().to_str().expect("a path").to_owned();
+        let memory = self.memory_root();
+        let mine = || {
+            let shm = memory.to_str().expect("a path");
+            process::with_word(|w| w.contains(&root) || w.contains(shm))
+        };
+        for site in [Daemon::Center, Daemon::Ap] {
+            let runs = std::fs::read_dir(self.site_dir(site).join("run")).into_iter().flatten();
+            runs.flatten().filter_map(|e| process::recorded(&e.path())).for_each(process::kill);
+        }
+        for pid in mine() {
+            process::kill(pid);
+        }
+        let begun = Instant::now();
+        while !mine().is_empty() && begun.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = std::fs::remove_dir_all(&memory);
+        if std::thread::panicking() {
+            for which in [Daemon::Center, Daemon::Ap] {
+                let text = tail(&self.log(which));
+                // Where a test's own words go.
+                let _ = std::io::Write::write_all(
+                    &mut std::io::stderr(),
+                    format!("--- log of {}\n{text}\n", which.site()).as_bytes(),
+                );
+            }
+        }
+    }
+}
+
+fn tail(log: &Path) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    String::from_utf8_lossy(&text[text.len().saturating_sub(6000)..]).into_owned()
+}
+
+/// The program under test: beside the tests, or what `CARGO_BIN` names.
+fn program() -> PathBuf {
+    let path = std::env::var_os("CARGO_BIN").map_or_else(
+        || {
+            let me = std::env::current_exe().expect("the path of this program");
+            let dir = me.parent().and_then(Path::parent).expect("a build directory");
+            dir.join("godwit")
+        },
+        PathBuf::from,
+    );
+    assert!(
+        path.is_file(),
+        "there is no {}: build it first (cargo build -p godwit), or name it in CARGO_BIN",
+        path.display()
+    );
+    path
+}
+
+/// The directory of the image `tiny`.
+fn image() -> PathBuf {
+    let cache = std::env::var_os("GODWIT_IMAGES")
+        .map_or_else(|| PathBuf::from("/var/cache/godwit/images"), PathBuf::from);
+    let path = cache.join("tiny");
+    assert!(path.exists(), "there is no {}: godwit image build tiny", path.display());
+    path
+}

@@ -1,0 +1,20 @@
+//! System tests of Godwit from outside: a center and an AP as processes of their own, driven by
+//! the command line as an operator does it.
+//!
+//! A [`Cloud`] keeps everything below one temporary directory and takes everything with it when it
+//! is dropped: daemons, machines, relays, files. One cloud lives at a time on a host, so that the
+//! machines of one test do not stretch the time-outs of another.
+//!
+//! Panics are how a harness of tests says that something is not as it must be.
+#![allow(clippy::missing_panics_doc)]
+
+mod archive;
+mod cloud;
+mod guest;
+mod process;
+mod run;
+
+pub use cloud::{Cloud, Daemon};
+pub use guest::{Guest, Identity};
+pub use process::{exists, kill, pause, resume};
+pub use run::{Answer, within};

@@ -1,0 +1,92 @@
+//! Running commands, and waiting for states.
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// The pause between two looks at a state that sends no event.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// How long one command may take.
+const COMMAND_WITHIN: Duration = Duration::from_secs(240);
+
+/// Looks at a state until it is there.
+///
+/// # Panics
+/// When it is not there `within` the time; `what` says what was waited for.
+pub fn within<T>(within: Duration, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(t) = look() {
+            return t;
+        }
+        assert!(begun.elapsed() < within, "waited {within:?} for {what}");
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// How a command ended and what it said.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// The command line.
+    pub line: String,
+    /// Exit code; -1 for a signal.
+    pub exit: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl Answer {
+    /// Standard output as JSON.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout)
+            .unwrap_or_else(|e| panic!("{}: {e} in {:?}", self.line, self.stdout))
+    }
+}
+
+/// Runs a command to its end.
+pub(crate) fn run(mut command: Command, line: String) -> Answer {
+    let begun = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|e| panic!("starting {line}: {e}"));
+    let read = |from: Option<Box<dyn Read + Send>>| {
+        std::thread::spawn(move || {
+            let mut text = Vec::new();
+            if let Some(mut f) = from {
+                // What came before an error is what there is to show.
+                let _ = f.read_to_end(&mut text);
+            }
+            String::from_utf8_lossy(&text).into_owned()
+        })
+    };
+    let out = read(child.stdout.take().map(|s| Box::new(s) as Box<dyn Read + Send>));
+    let err = read(child.stderr.take().map(|s| Box::new(s) as Box<dyn Read + Send>));
+    let status = loop {
+        match child.try_wait().unwrap_or_else(|e| panic!("waiting for {line}: {e}")) {
+            Some(status) => break status,
+            None if begun.elapsed() > COMMAND_WITHIN => {
+                let _ = child.kill();
+                panic!("{line} took longer than {COMMAND_WITHIN:?}");
+            }
+            None => std::thread::sleep(Duration::from_millis(10)),
+        }
+    };
+    Answer {
+        line,
+        exit: status.code().unwrap_or(-1),
+        stdout: out.join().unwrap_or_default(),
+        stderr: err.join().unwrap_or_default(),
+        took: begun.elapsed(),
+    }
+}
