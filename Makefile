@@ -16,7 +16,7 @@ build: setup
 	cargo build --locked --release -p godwit -p godwit-bench
 
 demo: build
-	target/release/godwit image build $(GUEST)
+	target/release/godwit image build $(GUEST) --local
 	target/release/godwit-bench demo --guest $(GUEST) --rate $(RATE) --delay $(DELAY) --out $(OUT) $(DEMO_FLAGS)
 
 lint: setup
@@ -26,7 +26,7 @@ lint: setup
 # The guests that system tests share are built once, by content, before the tests start.
 test: setup
 	cargo build --locked --workspace --all-targets
-	target/debug/godwit image build tiny
+	target/debug/godwit image build tiny --local
 	cargo nextest run --locked --workspace --no-fail-fast
 
 # Only what needs no machine: seconds, no root.
@@ -34,7 +34,7 @@ test-unit:
 	cargo nextest run --locked --workspace --lib --bins
 
 bench: build
-	target/release/godwit image build $(GUEST)
+	target/release/godwit image build $(GUEST) --local
 	target/release/godwit-bench mainjob --guest $(GUEST) --out target/bench
 
 fuzz:
