@@ -71,8 +71,16 @@ impl LocalSite {
             owner: want.owner,
             image,
         };
+        let image = request.image.clone();
         let (substrate, report) =
             dock_convert(&machine, &self.pool, request).await.map_err(coded)?;
+        // What every activation needs is made now, so that the first one does not wait for it.
+        let (pool, id) = (self.pool.clone(), substrate.id);
+        tokio::task::spawn_blocking(move || {
+            if let Err(e) = pool.prepare(id, &image) {
+                tracing::warn!(%id, error = %crate::error::chain(&e), "not made ready");
+            }
+        });
         // The machine has ended; what is left of it is its substrate.
         e.machine = None;
         e.record.generation = want.generation;
