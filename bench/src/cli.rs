@@ -84,7 +84,7 @@ impl DemoArgs {
     fn play(self) -> anyhow::Result<()> {
         let program = match self.program {
             Some(p) => p,
-            None => std::env::current_exe().context("find this program")?.with_file_name("godwit"),
+            None => suites::mainjob::godwit::program()?,
         };
         let demo = godwit_bench::demo::Demo {
             guest: self.guest,

@@ -18,8 +18,8 @@ const CARET_PIXELS: usize = 200;
 const REST: Duration = Duration::from_secs(4);
 /// Time between two looks at a screen.
 const LOOK: Duration = Duration::from_millis(20);
-/// Colours that a drawn desktop has at least; a text console has fewer.
-const DESKTOP_COLOURS: usize = 24;
+/// Colours that a drawn desktop has at least; a text console and an empty desktop have fewer.
+const DESKTOP_COLOURS: usize = 150;
 
 /// A picture of a screen.
 pub(super) struct Screen {

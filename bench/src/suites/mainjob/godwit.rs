@@ -108,6 +108,18 @@ fn pick<T: DeserializeOwned>(mut value: Value) -> Result<T, serde_json::Error> {
     }
 }
 
+/// The `godwit` program that was built with this one: beside it or, for a test, one folder up.
+///
+/// # Errors
+/// When it is not there; says how to build it.
+pub fn program() -> anyhow::Result<PathBuf> {
+    let me = std::env::current_exe().context("find this program")?;
+    let places = [me.with_file_name("godwit"), me.parent().unwrap_or(&me).with_file_name("godwit")];
+    places.into_iter().find(|p| p.is_file()).with_context(|| {
+        format!("no godwit beside {}; build it first: cargo build -p godwit", me.display())
+    })
+}
+
 const LIB: &str = "/usr/lib/godwit";
 
 /// What one round with Godwit found.

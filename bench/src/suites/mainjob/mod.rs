@@ -15,7 +15,7 @@ use super::{Guest, Plan, Witness, first_answer};
 use crate::demo::Demo;
 use crate::demo::world::{AP, CENTER, World};
 use crate::harness::{Better, Experiment, LinkInfo, Results};
-use crate::link::{LinkHandle, Side};
+use crate::link::{Link, LinkHandle, LinkSpec, Side};
 use godwit::{GodwitCli, GodwitRound};
 use stock::StockReport;
 
@@ -55,7 +55,7 @@ pub struct Sites {
 /// # Errors
 /// When the guest image is missing or the link cannot be made.
 pub async fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
-    let program = std::env::current_exe().context("find this program")?.with_file_name("godwit");
+    let program = godwit::program()?;
     let demo = Demo {
         guest: plan.guest.clone(),
         rate_mbit: plan.rate_mbit,
@@ -67,6 +67,16 @@ pub async fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     let world = World::start(&demo).await?;
     let sites = Sites { cli: world.cli(), center: CENTER.into(), ap: AP.into() };
     run_with(plan, world.link(), Some(&sites), results).await
+}
+
+/// The suite without Godwit's side.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_stock(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
+    let name = Name::new(&format!("mainjob-{}", std::process::id()))?;
+    let link = Link::create(LinkSpec::new(name, plan.rate_mbit, plan.delay_ms))?;
+    run_with(plan, &link, None, results).await
 }
 
 /// As [`run`], with Godwit's sites up at both ends of `link`. Each round measures every subject
