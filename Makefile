@@ -7,7 +7,7 @@ DELAY ?= 17.5
 OUT ?= target/demo
 DEMO_FLAGS ?=
 
-.PHONY: setup build demo test test-unit lint bench fuzz clean-runtime
+.PHONY: setup build demo test test-unit lint bench
 
 setup:
 	@scripts/setup
@@ -36,6 +36,3 @@ test-unit:
 bench: build
 	target/release/godwit image build $(GUEST) --local
 	target/release/godwit-bench mainjob --guest $(GUEST) --out target/bench
-
-fuzz:
-	scripts/fuzz
