@@ -1,6 +1,6 @@
 //! Encodings of one unit.
 //!
-//! The rule, measured on guest memory (see the crate's benches): a unit of few runs becomes RLE,
+//! The rule (its thresholds are not tuned by measurement): a unit of few runs becomes RLE,
 //! which is the fastest to undo; the rest goes through lz4 while somebody waits ([`Effort::Fast`])
 //! and through zstd when nobody does ([`Effort::Small`]); what does not shrink by a sixteenth
 //! stays raw.
