@@ -57,6 +57,25 @@ fn allocation_tells_zeros_from_holes_and_layers_merge() {
 }
 
 #[test]
+fn zeros_over_a_hole_of_the_base_are_the_bases() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = |n: &str| dir.path().join(n);
+    let file = std::fs::File::create(at("base.raw")).expect("a base");
+    file.set_len(8 * MIB).expect("a sparse one");
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 64 << 10], 0).expect("some data");
+    image::create_overlay(&at("l0.qcow2"), Backing::Raw(&at("base.raw")), 8 * MIB).expect("l0");
+    qemu_io(&at("l0.qcow2"), "qcow2", &["write -z 0 8k", "write -z 4M 2M", "write -P 5 7M 12k"]);
+    let l0 = at("l0.qcow2");
+    image::create_overlay(&at("l1.qcow2"), Backing::Qcow2(&l0), 8 * MIB).expect("l1");
+    qemu_io(&at("l1.qcow2"), "qcow2", &["write -P 9 5M 4k", "write -z 7172k 4k"]);
+    let chain = FrozenChain::open(&at("base.raw"), &[l0, at("l1.qcow2")]).expect("opens");
+    let runs: Vec<_> = chain.allocation().expect("maps").runs().collect();
+    assert_eq!(runs, [0..2, 1280..1281, 1792..1793, 1794..1795]);
+    image::flatten(&chain, &at("flat.qcow2")).expect("merges");
+    same((&at("flat.qcow2"), "qcow2"), (&at("l1.qcow2"), "qcow2"));
+}
+
+#[test]
 fn hostile_images_are_refused() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let at = |n: &str| dir.path().join(n);

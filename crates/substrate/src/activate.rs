@@ -49,7 +49,7 @@ pub struct ActivateRequest {
     pub substrate: SubstrateId,
     /// The image under it.
     pub image: Image,
-    /// Where the machine is to live; a waiting shell brings a place of its own.
+    /// Where the machine is to live; a waiting shell is moved there.
     pub place: Place,
     /// Name of the machine.
     pub name: Name,
@@ -128,6 +128,27 @@ impl Shell {
         Ok(machine)
     }
 
+    /// Takes the name and the place of the machine that it is to be.
+    async fn become_machine(self, request: &ActivateRequest) -> Result<Self, SubstrateError> {
+        let place = request.place.clone();
+        if let Some(dir) = place.top.parent() {
+            std::fs::create_dir_all(dir).map_err(SubstrateError::io("making", dir))?;
+        }
+        let top = self.machine.launch().disk.is_some().then_some(place.top.as_path());
+        match self.machine.rehouse(&place.run_dir, request.name.clone(), top) {
+            Ok(machine) => {
+                // Its old directory holds nothing any more.
+                let _ = self.place.top.parent().map(std::fs::remove_dir);
+                Ok(Self { machine, place })
+            }
+            Err((machine, e)) => {
+                Self { machine, place: self.place }.end().await;
+                clean(&place);
+                Err(SubstrateError::machine("naming a waiting QEMU")(e))
+            }
+        }
+    }
+
     /// Ends one that is not needed.
     pub(crate) async fn end(self) {
         self.machine.kill().await;
@@ -162,12 +183,16 @@ async fn activate_here(
     let mut phases = Phases::start();
     let id = request.substrate;
     let waiting = shells.and_then(|s| s.take(id));
-    let vm = waiting.as_ref().map_or(request.place.vm, |(shell, _)| shell.place.vm);
+    let vm = request.place.vm;
     pool.note_clone(id, vm);
     let done = async {
         let warm = waiting.is_some();
         let (shell, ready) = match waiting {
-            Some(waiting) => waiting,
+            Some((shell, ready)) => {
+                let shell = shell.become_machine(&request).await?;
+                phases.end("rename");
+                (shell, ready)
+            }
             None => {
                 let ready = prepare(pool, id, &request.image).await?;
                 phases.end("prepare");

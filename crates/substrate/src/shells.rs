@@ -23,7 +23,6 @@ pub struct Shells {
 
 struct Inner {
     pool: Pool,
-    accel: Accel,
     places: Places,
     lines: Mutex<HashMap<SubstrateId, Line>>,
 }
@@ -31,6 +30,7 @@ struct Inner {
 /// The shells of one substrate.
 struct Line {
     image: Image,
+    accel: Accel,
     wanted: usize,
     starting: usize,
     waiting: Vec<(Shell, Ready)>,
@@ -38,15 +38,21 @@ struct Line {
 
 impl std::fmt::Debug for Shells {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shells").field("accel", &self.inner.accel).finish_non_exhaustive()
+        f.debug_struct("Shells").field("kept", &self.kept()).finish_non_exhaustive()
     }
 }
 
 impl Shells {
     /// None yet; `places` says where each lives.
     #[must_use]
-    pub fn new(pool: Pool, accel: Accel, places: Places) -> Self {
-        Self { inner: Arc::new(Inner { pool, accel, places, lines: Mutex::default() }) }
+    pub fn new(pool: Pool, places: Places) -> Self {
+        Self { inner: Arc::new(Inner { pool, places, lines: Mutex::default() }) }
+    }
+
+    /// The substrates that some are kept for.
+    #[must_use]
+    pub fn kept(&self) -> Vec<SubstrateId> {
+        lock(&self.inner.lines).keys().copied().collect()
     }
 
     /// Keeps `wanted` shells for `id` from now on; returns once they wait.
@@ -57,12 +63,14 @@ impl Shells {
         &self,
         id: SubstrateId,
         image: Image,
+        accel: Accel,
         wanted: usize,
     ) -> Result<(), SubstrateError> {
         let too_many = {
             let mut lines = lock(&self.inner.lines);
             let line = lines.entry(id).or_insert_with(|| Line {
                 image,
+                accel,
                 wanted,
                 starting: 0,
                 waiting: Vec::new(),
@@ -111,17 +119,17 @@ impl Shells {
 
     async fn fill(&self, id: SubstrateId) -> Result<(), SubstrateError> {
         loop {
-            let image = {
+            let (image, accel) = {
                 let mut lines = lock(&self.inner.lines);
                 match lines.get_mut(&id) {
                     Some(l) if l.waiting.len() + l.starting < l.wanted => {
                         l.starting += 1;
-                        l.image.clone()
+                        (l.image.clone(), l.accel)
                     }
                     _ => return Ok(()),
                 }
             };
-            let started = self.start(id, &image).await;
+            let started = self.start(id, &image, accel).await;
             let left_over = {
                 let mut lines = lock(&self.inner.lines);
                 match lines.get_mut(&id) {
@@ -148,11 +156,12 @@ impl Shells {
         &self,
         id: SubstrateId,
         image: &Image,
+        accel: Accel,
     ) -> Result<(Shell, Ready), SubstrateError> {
         let ready = prepare(&self.inner.pool, id, image).await?;
         let place = (self.inner.places)();
         let name = shell_name(&place);
-        let shell = Shell::start(&ready, image, place, name, self.inner.accel).await?;
+        let shell = Shell::start(&ready, image, place, name, accel).await?;
         Ok((shell, ready))
     }
 

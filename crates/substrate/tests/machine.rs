@@ -224,11 +224,13 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
 
     // One from a waiting QEMU.
     let dir = site.dir.path().to_owned();
-    let shells = Shells::new(site.pool.clone(), Accel::Tcg, Box::new(move || place(&dir)));
-    shells.keep(id, site.image.clone(), 1).await.expect("waiting");
+    let shells = Shells::new(site.pool.clone(), Box::new(move || place(&dir)));
+    shells.keep(id, site.image.clone(), Accel::Tcg, 1).await.expect("waiting");
     let warm = activate(&site.pool, Some(&shells), site.request(id, "warm")).await.expect("warm");
     show("activate, warm", &warm.report);
     assert!(warm.report.warm);
+    assert_eq!(warm.machine.launch().run_dir, warm.place.run_dir, "it lives at its own place");
+    assert!(warm.place.top.exists());
     assert_intact(&warm.machine).await;
 
     // A clone is docked: its memory comes out of the stream.

@@ -55,8 +55,8 @@ struct SitePool {
 
 impl Row for SitePool {
     const COLUMNS: &'static [&'static str] =
-        &["SITE", "SUBSTRATES", "UNITS", "RAW", "STORED", "SAVED", "FREE", "IN-MEMORY"];
-    const WIDE: usize = 7;
+        &["SITE", "SUBSTRATES", "UNITS", "RAW", "STORED", "SAVED", "FREE", "WAITING", "IN-MEMORY"];
+    const WIDE: usize = 8;
     fn cells(&self) -> Vec<String> {
         let p = &self.pool;
         let saved = if p.raw_bytes == 0 {
@@ -73,6 +73,7 @@ impl Row for SitePool {
             size(p.stored_bytes),
             saved,
             size(p.free_bytes),
+            p.waiting.to_string(),
             size(p.memory_bytes),
         ]
     }

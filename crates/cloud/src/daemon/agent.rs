@@ -57,6 +57,7 @@ pub async fn join_site(token: &str, dirs: &SiteDirs) -> Result<Name, Fault> {
 pub struct Agent {
     ready: Ready,
     endpoint: Endpoint,
+    site: Arc<LocalSite>,
     connected: watch::Receiver<bool>,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -84,10 +85,10 @@ impl Agent {
         let site = LocalSite::open(name.clone(), config.dirs, options).await?;
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let (told, connected) = watch::channel(false);
-        let work = stay_connected(endpoint.clone(), center, site, told);
+        let work = stay_connected(endpoint.clone(), center, site.clone(), told);
         tasks.spawn(stop.clone().run_until_cancelled_owned(work));
         let ready = Ready { site: name, api: None, link: Some(link) };
-        Ok(Self { ready, endpoint, connected, stop, tasks })
+        Ok(Self { ready, endpoint, site, connected, stop, tasks })
     }
 
     /// Where it serves.
@@ -108,6 +109,7 @@ impl Agent {
         self.endpoint.close("the site is stopped").await;
         self.tasks.close();
         self.tasks.wait().await;
+        self.site.close().await;
     }
 }
 

@@ -44,6 +44,7 @@ pub struct Center {
     ready: Ready,
     controller: Arc<Controller>,
     endpoint: Endpoint,
+    own: Arc<LocalSite>,
     api: Handle<SocketAddr>,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -100,8 +101,8 @@ impl Center {
         controller.recover()?;
 
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let own: Arc<dyn SiteHost> = own;
-        tasks.spawn(stop.clone().run_until_cancelled_owned(controller.clone().keep(own)));
+        let kept: Arc<dyn SiteHost> = own.clone();
+        tasks.spawn(stop.clone().run_until_cancelled_owned(controller.clone().keep(kept)));
         tasks.spawn(
             stop.clone().run_until_cancelled_owned(welcome(endpoint.clone(), controller.clone())),
         );
@@ -115,7 +116,7 @@ impl Center {
             serve_api(&config, &controller, Arc::new(door), &token, &keys, &tasks).await?;
         tracing::info!(site = %config.site, api = %address, link = %link, "center ready");
         let ready = Ready { site: config.site, api: Some(address), link: Some(link) };
-        Ok(Self { ready, controller, endpoint, api, stop, tasks })
+        Ok(Self { ready, controller, endpoint, own, api, stop, tasks })
     }
 
     /// Where it serves.
@@ -139,6 +140,7 @@ impl Center {
         if tokio::time::timeout(GRACE * 2, self.tasks.wait()).await.is_err() {
             tracing::warn!("some requests did not end in time");
         }
+        self.own.close().await;
     }
 }
 

@@ -180,6 +180,8 @@ pub struct PoolReport {
     pub memory_bytes: u64,
     /// Room left on disk in bytes.
     pub free_bytes: u64,
+    /// QEMUs that wait for a substrate.
+    pub waiting: u64,
 }
 
 /// What a check of a pool found.

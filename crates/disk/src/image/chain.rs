@@ -13,6 +13,7 @@ use imago::{
     StorageOpenOptions,
 };
 
+use super::layer::add_data_of;
 use super::tool::{self, Backing};
 use crate::bitmap::BlockBitmap;
 use crate::error::{DiskError, io_error};
@@ -101,13 +102,19 @@ impl FrozenChain {
     }
 
     /// The blocks whose contents don't come from the base: written in some layer, or explicitly
-    /// zero there (which hides the base's contents, unlike a hole).
+    /// zero there (which hides the base's contents, unlike a hole). A block that is explicitly
+    /// zero over a hole of the base reads as the base does and is left out: a guest that gives
+    /// its free blocks back (TRIM) makes many of those.
     ///
     /// # Errors
     /// If a layer's tables can't be read.
     pub fn allocation(&self) -> Result<BlockBitmap, DiskError> {
-        let mut map = BlockBitmap::for_bytes(self.bytes)
-            .map_err(|source| DiskError::Bitmap { path: self.top().to_path_buf(), source })?;
+        let empty = || {
+            BlockBitmap::for_bytes(self.bytes)
+                .map_err(|source| DiskError::Bitmap { path: self.top().to_path_buf(), source })
+        };
+        let (mut map, mut base) = (empty()?, empty()?);
+        add_data_of(&self.base, &mut base)?;
         for (path, level) in self.paths.iter().zip(&self.levels[1..]) {
             let end = level.size().min(self.bytes);
             let mut at = 0;
@@ -117,14 +124,22 @@ impl FrozenChain {
                 if len == 0 {
                     break;
                 }
-                let hides = match mapping {
-                    ShallowMapping::Raw { .. } | ShallowMapping::Special { .. } => true,
-                    ShallowMapping::Zero { explicit, .. } => explicit,
-                    _ => false,
+                let (zero, hides) = match mapping {
+                    ShallowMapping::Raw { .. } | ShallowMapping::Special { .. } => (false, true),
+                    ShallowMapping::Zero { explicit, .. } => (true, explicit),
+                    _ => (false, false),
                 };
+                let block = BLOCK_SIZE as u64;
+                let outer = at / block..(at + len).div_ceil(block);
+                let inner = at.div_ceil(block)..(at + len) / block;
                 if hides {
-                    let block = BLOCK_SIZE as u64;
-                    map.set_range(at / block..(at + len).div_ceil(block));
+                    map.set_range(outer);
+                }
+                if hides && zero && inner.start < inner.end {
+                    map.clear_range(inner.clone());
+                    for run in base.runs_in(inner) {
+                        map.set_range(run);
+                    }
                 }
                 at += len;
             }

@@ -202,7 +202,7 @@ fn copy_whole(chain: &FrozenChain, temp: &Path) -> Result<u64, DiskError> {
 }
 
 /// Sets the blocks of a raw file that are not holes.
-fn add_data_of(path: &Path, which: &mut BlockBitmap) -> Result<(), DiskError> {
+pub(super) fn add_data_of(path: &Path, which: &mut BlockBitmap) -> Result<(), DiskError> {
     use rustix::fs::{SeekFrom, seek};
     let file = fs::File::open(path).map_err(io_error("opening", path))?;
     let end = file.metadata().map_err(io_error("inspecting", path))?.len();

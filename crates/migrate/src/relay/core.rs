@@ -17,6 +17,7 @@ use godwit_qemu::stream::{
     StreamParser,
 };
 
+use super::around::Around;
 use super::frame::{Kind, MAX_RAW};
 use super::pacer::Pacer;
 use super::round::Round;
@@ -48,6 +49,7 @@ pub(crate) struct SourceCore {
     preempt: StreamParser,
     back: ReturnPathParser,
     round: Round,
+    around: Around,
     pacer: Pacer,
     phase: RelayPhase,
     batch: Vec<u8>,
@@ -66,6 +68,7 @@ impl SourceCore {
             preempt: StreamParser::preempt(limits),
             back: ReturnPathParser::new(MAX_BITMAP),
             round: Round::default(),
+            around: Around::default(),
             pacer: Pacer::new(),
             phase: if resumed { RelayPhase::Committed } else { RelayPhase::Waiting },
             batch: Vec::with_capacity(BATCH + 8192),
@@ -111,9 +114,13 @@ impl SourceCore {
         self.main.push(bytes);
         while let Some(record) = self.main.next()? {
             match &record {
-                Record::MemSize(list) => self.round.begin(list),
+                Record::MemSize(list) => {
+                    self.round.begin(list);
+                    self.around.begin(list);
+                }
                 Record::Page(page) => {
                     self.count_page(&page.content);
+                    self.around.sent(&page.block, page.offset);
                     if self.phase == RelayPhase::PreCopy
                         && self.round.sent(&page.block, page.offset)
                     {
@@ -121,7 +128,8 @@ impl SourceCore {
                     }
                 }
                 Record::Command(Command::SwitchoverStart) => self.advance(RelayPhase::Stopped),
-                Record::Command(Command::RamDiscard { ranges, .. }) => {
+                Record::Command(Command::RamDiscard { block, ranges, .. }) => {
+                    self.around.discarded(block, ranges);
                     self.counts.discarded_bytes += ranges.iter().map(|r| r.len).sum::<u64>();
                 }
                 Record::Command(Command::Packaged(_)) => {
@@ -168,6 +176,7 @@ impl SourceCore {
             if let Record::Page(page) = &record {
                 self.count_page(&page.content);
                 self.counts.demanded_pages += 1;
+                self.around.sent(&page.block, page.offset);
             }
             record.encode(&mut raw);
             if raw.len() >= BATCH {
@@ -255,10 +264,13 @@ impl SourceCore {
         held
     }
 
-    /// Bytes of the return path on their way to the source QEMU.
-    pub(crate) fn on_back(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+    /// Bytes of the return path; gives what the source QEMU is to read: the same messages, and
+    /// behind a request for pages those that are asked for around it.
+    pub(crate) fn on_back(&mut self, bytes: &[u8]) -> Result<Vec<u8>, StreamError> {
         self.back.push(bytes);
+        let mut out = Vec::with_capacity(bytes.len());
         while let Some(message) = self.back.next()? {
+            message.encode(&mut out);
             match message {
                 ReturnMessage::Pong(PONG_COMMIT) => self.advance(RelayPhase::Committed),
                 ReturnMessage::Shut(value) => {
@@ -267,11 +279,16 @@ impl SourceCore {
                         self.advance(RelayPhase::MemoryDone);
                     }
                 }
-                ReturnMessage::ReqPages { .. } => self.counts.requests += 1,
+                ReturnMessage::ReqPages { block, start, .. } => {
+                    self.counts.requests += 1;
+                    for more in self.around.asked(block.as_ref(), start) {
+                        more.encode(&mut out);
+                    }
+                }
                 _ => {}
             }
         }
-        Ok(())
+        Ok(out)
     }
 }
 

@@ -6,7 +6,7 @@
 //!   at STOP: block bitmap  =========================>  makes the middle layer
 //!   pull service           <==== pull, syn, done =====  reads of QEMU's node `remote` (NBD)
 //!                          ===== pulled blocks =====>   answered at once
-//!   active push            ==== disk bulk lane =====>   after the commit point, paced
+//!   active push            ==== disk bulk lane =====>   after memory, paced
 //! ```
 
 use std::path::Path;
@@ -125,8 +125,9 @@ pub(super) async fn source(
         }
     };
     let active_push = async {
-        // Nothing may delay the device state.
-        phases.wait_for(|s| s.committed).await.map_err(lost)?;
+        // Nothing may delay the device state, nor the pages behind it: a vCPU waits for each of
+        // those, while most of what a guest reads from its disk is in its memory.
+        phases.wait_for(|s| s.phase >= RelayPhase::MemoryDone).await.map_err(lost)?;
         loop {
             pacer.room().await;
             let message = serving.next_push().await.map_err(disk("reading blocks"))?;

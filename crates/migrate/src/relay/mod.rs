@@ -13,6 +13,7 @@
 //! machine stops everything under way is let through (`drain`), so that its device state waits
 //! for nothing.
 
+mod around;
 mod config;
 mod control;
 mod core;

@@ -311,9 +311,9 @@ impl<'a> Source<'a> {
             }
             Event::Preempt(bytes) => self.core.on_preempt(&bytes)?,
             Event::Back(Some(frame)) => {
-                self.core.on_back(&frame)?;
+                let back = self.core.on_back(&frame)?;
                 if let Some(main) = &mut self.main {
-                    main.write(&frame, "writing QEMU's return path").await?;
+                    main.write(&back, "writing QEMU's return path").await?;
                 }
             }
             Event::Back(None) => return Err(RelayError::Protocol("the return path has ended")),

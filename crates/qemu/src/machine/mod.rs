@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use godwit_types::Arch;
+use godwit_types::{Arch, Name};
 use serde_json::Value;
 use tokio::process::Child;
 use tokio::sync::watch;
@@ -50,6 +50,8 @@ struct Inner {
     launch: Mutex<Launch>,
     process: Process,
     paths: RunPaths,
+    /// The same, for the task that watches the process.
+    home: Home,
     qmp: Qmp,
     agent: Agent,
     exit: watch::Receiver<Option<Exit>>,
@@ -63,12 +65,13 @@ impl Machine {
         paths: RunPaths,
         child: Child,
     ) -> Result<Self, QemuError> {
-        let exit = watch_child(child, paths.clone());
+        let home = Home::new(Mutex::new(paths.clone()));
+        let exit = watch_child(child, Arc::clone(&home));
         let start = record.launch.start;
         let process = record.process.clone();
         let name = record.launch.name.to_string();
         let connected = async {
-            let machine = Self::connect(record, paths, exit.clone()).await?;
+            let machine = Self::connect(record, home, exit.clone()).await?;
             machine.enable_migration_events().await?;
             if start == Start::Boot {
                 machine.qmp("cont", Value::Null).await?;
@@ -91,9 +94,10 @@ impl Machine {
 
     async fn connect(
         record: Record,
-        paths: RunPaths,
+        home: Home,
         exit: watch::Receiver<Option<Exit>>,
     ) -> Result<Self, QemuError> {
+        let paths = now_of(&home);
         let [first, second] = &paths.qmp;
         // The first socket is the daemon's. A daemon that was replaced while its predecessor
         // still holds it takes the second.
@@ -111,6 +115,7 @@ impl Machine {
             launch: Mutex::new(record.launch),
             process: record.process,
             paths,
+            home,
             qmp,
             agent,
             exit,
@@ -135,10 +140,72 @@ impl Machine {
         if !record.process.is_alive() {
             return Err(not_running());
         }
-        let paths = RunPaths::of(run_dir);
-        let exit = watch_stranger(record.process.clone(), paths.clone());
+        let home = Home::new(Mutex::new(RunPaths::of(run_dir)));
+        let exit = watch_stranger(record.process.clone(), Arc::clone(&home));
         info!(pid = record.process.pid, dir = %run_dir.display(), "a running machine is adopted");
-        Self::connect(record, paths, exit).await
+        Self::connect(record, home, exit).await
+    }
+
+    /// Gives the machine another run directory, name and top image: all of them are renamed under
+    /// the running QEMU, which holds them open. A waiting QEMU becomes a machine of a name so.
+    /// Both directories must be on one file system, `run_dir` must not exist.
+    ///
+    /// # Errors
+    /// [`QemuError::File`] when something can't be renamed: the machine is then where it was.
+    /// [`QemuError::Unexpected`] when other handles to the machine are there.
+    pub fn rehouse(
+        self,
+        run_dir: &Path,
+        name: Name,
+        top: Option<&Path>,
+    ) -> Result<Self, (Self, QemuError)> {
+        let paths = RunPaths::of(run_dir);
+        if let Err(e) = paths.check(&name) {
+            return Err((self, e));
+        }
+        let before = self.launch();
+        let moved = || {
+            if let (Some(disk), Some(top)) = (&before.disk, top) {
+                std::fs::rename(&disk.top, top).map_err(QemuError::file("renaming to", top))?;
+            }
+            std::fs::rename(&before.run_dir, run_dir)
+                .map_err(QemuError::file("renaming to", run_dir))
+        };
+        let back = || {
+            if let (Some(disk), Some(top)) = (&before.disk, top) {
+                let _ = std::fs::rename(top, &disk.top);
+            }
+        };
+        if let Err(e) = moved() {
+            back();
+            return Err((self, e));
+        }
+        match Arc::try_unwrap(self.inner) {
+            Ok(mut inner) => {
+                *inner.home.lock().unwrap_or_else(PoisonError::into_inner) = paths.clone();
+                inner.agent = Agent::new(paths.agent.clone());
+                inner.paths = paths;
+                let machine = Self { inner: Arc::new(inner) };
+                let recorded = machine.record(|l| {
+                    l.run_dir = run_dir.to_owned();
+                    l.name = name;
+                    if let (Some(disk), Some(top)) = (&mut l.disk, top) {
+                        disk.top = top.to_owned();
+                    }
+                });
+                match recorded {
+                    Ok(()) => Ok(machine),
+                    Err(e) => Err((machine, e)),
+                }
+            }
+            Err(inner) => {
+                let _ = std::fs::rename(run_dir, &before.run_dir);
+                back();
+                let why = "other handles to it are there".to_owned();
+                let e = QemuError::Unexpected { what: "a machine that is to be renamed", why };
+                Err((Self { inner }, e))
+            }
+        }
     }
 
     /// What it was launched with; disk chain and NICs are those of now.
@@ -328,30 +395,41 @@ async fn wait_exit(exit: &mut watch::Receiver<Option<Exit>>) -> Exit {
     .unwrap_or(Exit { code: None, signal: None, log: String::new() })
 }
 
+/// Where the machine's files are, as it may be renamed while it runs.
+type Home = Arc<Mutex<RunPaths>>;
+
+fn now_of(home: &Home) -> RunPaths {
+    home.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
 /// Reaps `child` when it ends and keeps its console log bounded until then.
-fn watch_child(mut child: Child, paths: RunPaths) -> watch::Receiver<Option<Exit>> {
+fn watch_child(mut child: Child, home: Home) -> watch::Receiver<Option<Exit>> {
     use std::os::unix::process::ExitStatusExt;
     let (tell, exit) = watch::channel(None);
     tokio::spawn(async move {
         let status = tokio::select! {
             status = child.wait() => status.ok(),
-            () = run_dir::bound_console(&paths) => None,
+            () = run_dir::bound_console(|| now_of(&home)) => None,
         };
         let (code, signal) = (status.and_then(|s| s.code()), status.and_then(|s| s.signal()));
-        tell.send_replace(Some(Exit { code, signal, log: log_tail(&paths.log) }));
+        tell.send_replace(Some(Exit { code, signal, log: log_tail(&now_of(&home).log) }));
     });
     exit
 }
 
 /// As [`watch_child`], for a process that is not our child.
-fn watch_stranger(process: Process, paths: RunPaths) -> watch::Receiver<Option<Exit>> {
+fn watch_stranger(process: Process, home: Home) -> watch::Receiver<Option<Exit>> {
     let (tell, exit) = watch::channel(None);
     tokio::spawn(async move {
         tokio::select! {
             () = process.ended() => {}
-            () = run_dir::bound_console(&paths) => {}
+            () = run_dir::bound_console(|| now_of(&home)) => {}
         }
-        tell.send_replace(Some(Exit { code: None, signal: None, log: log_tail(&paths.log) }));
+        tell.send_replace(Some(Exit {
+            code: None,
+            signal: None,
+            log: log_tail(&now_of(&home).log),
+        }));
     });
     exit
 }

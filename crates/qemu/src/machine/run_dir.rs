@@ -130,12 +130,12 @@ pub(crate) fn tail(path: &Path, max: usize) -> Result<Vec<u8>, QemuError> {
 
 /// Keeps the console log from filling the disk, for as long as it is polled: a guest can print
 /// without end. QEMU appends, so the file keeps its length and its older part becomes a hole.
-pub(crate) async fn bound_console(paths: &RunPaths) {
+pub(crate) async fn bound_console(paths: impl Fn() -> RunPaths) {
     let mut look = tokio::time::interval(CONSOLE_LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         look.tick().await;
-        if let Err(e) = punch_older(&paths.console_log) {
+        if let Err(e) = punch_older(&paths().console_log) {
             debug!(error = %e, "the console log cannot be bounded");
         }
     }

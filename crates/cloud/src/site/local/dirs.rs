@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Fault;
 
+/// How the run directory of a waiting QEMU begins; what follows is an id.
+pub(super) const WAITING: &str = "wait-";
+
 /// The directories of one site.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SiteDirs {
@@ -52,7 +55,14 @@ impl SiteDirs {
     /// # Errors
     /// When one cannot be made.
     pub fn make(&self) -> Result<(), Fault> {
-        for dir in [&self.data, &self.run, &self.memory, &self.data.join("vms"), &self.keys()] {
+        for dir in [
+            &self.data,
+            &self.run,
+            &self.memory,
+            &self.data.join("vms"),
+            &self.waiting(),
+            &self.keys(),
+        ] {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| {
                 Fault::internal(format!("making {}: {e}", dir.display()))
                     .hint("run as root, or name another place with --data, --run and --memory")
@@ -77,6 +87,18 @@ impl SiteDirs {
     #[must_use]
     pub fn vm_run(&self, vm: VmId) -> PathBuf {
         self.run.join(vm.0.simple().to_string())
+    }
+
+    /// Sockets of the QEMU that waits under `vm`.
+    #[must_use]
+    pub fn waiting_run(&self, vm: VmId) -> PathBuf {
+        self.run.join(format!("{WAITING}{}", vm.0.simple()))
+    }
+
+    /// Top images of the QEMUs that wait; on the same file system as those of the machines.
+    #[must_use]
+    pub fn waiting(&self) -> PathBuf {
+        self.data.join("waiting")
     }
 
     /// RAM file of one machine.

@@ -10,6 +10,7 @@ mod moves;
 mod pool;
 mod record;
 mod report;
+mod waiting;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -49,6 +50,8 @@ pub struct SiteOptions {
     pub pool_bytes: u64,
     /// Bytes of encoded pages that the store keeps in memory.
     pub store_memory_bytes: u64,
+    /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
+    pub waiting: usize,
 }
 
 impl SiteOptions {
@@ -65,6 +68,7 @@ impl SiteOptions {
             relay_program,
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
+            waiting: 1,
         })
     }
 }
@@ -78,6 +82,7 @@ pub struct LocalSite {
     qemu: String,
     machines: RwLock<BTreeMap<VmId, Arc<Mutex<Entry>>>>,
     pool: godwit_substrate::Pool,
+    shells: godwit_substrate::Shells,
     moves: moves::Moves,
     options: SiteOptions,
     me: std::sync::Weak<Self>,
@@ -125,6 +130,8 @@ impl LocalSite {
             }
         }
         let pool = Self::open_pool(&dirs, &options)?;
+        waiting::sweep(&dirs).await;
+        let shells = waiting::shells(&pool, &dirs);
         let site = Arc::new_cyclic(|me| Self {
             name,
             dirs,
@@ -133,6 +140,7 @@ impl LocalSite {
             qemu,
             machines: RwLock::default(),
             pool,
+            shells,
             moves: moves::Moves::default(),
             options,
             me: me.clone(),

@@ -123,9 +123,10 @@ impl LocalSite {
             note: format!("from substrate {}", substrate.name),
             ..Progress::default()
         });
-        let made = self.activate_entered(&record, &substrate, image).await;
+        let made = self.activate_entered(&record, &substrate, image.clone()).await;
         match made {
             Ok(activated) => {
+                self.keep_waiting(id, image, activated.machine.launch().accel);
                 locked.machine = Some(activated.machine);
                 let mut status = status(&mut locked).await;
                 status.activate = Some(activated.report);
@@ -169,7 +170,7 @@ impl LocalSite {
             nic: Some(NicBackend::Isolated),
             accel: self.accel(record.arch)?,
         };
-        activate(&self.pool, None, request).await.map_err(coded)
+        activate(&self.pool, Some(&self.shells), request).await.map_err(coded)
     }
 
     /// The substrates that are here.
@@ -179,6 +180,7 @@ impl LocalSite {
     }
 
     pub(super) async fn substrate_delete(&self, id: SubstrateId) -> Result<(), Fault> {
+        self.shells.drop_line(id).await;
         let pool = self.pool.clone();
         blocking(move || pool.delete(id)).await
     }
@@ -193,6 +195,7 @@ impl LocalSite {
             stored_bytes: stats.pack_bytes,
             memory_bytes: stats.memory_bytes,
             free_bytes: super::report::free_mib(&self.dirs.data)? << 20,
+            waiting: self.waiting(),
         })
     }
 

@@ -1,0 +1,80 @@
+//! QEMUs that wait for the substrates that are activated often.
+//!
+//! ```text
+//! activation of a substrate --> one waits for it from now on --> the next activation takes it
+//!        (the oldest substrate's is ended when too many wait)       and another one is started
+//! ```
+
+use godwit_image::Image;
+use godwit_qemu::{Accel, Machine};
+use godwit_substrate::{Place, Pool, Shells};
+use godwit_types::{SubstrateId, VmId};
+
+use super::dirs::WAITING;
+use super::{LocalSite, SiteDirs};
+
+/// The most substrates that QEMUs wait for; each of them holds some 40 MiB.
+const MOST_LINES: usize = 4;
+
+/// The waiting QEMUs of a site: none yet.
+pub(super) fn shells(pool: &Pool, dirs: &SiteDirs) -> Shells {
+    let dirs = dirs.clone();
+    let place = move || {
+        let vm = VmId::new();
+        let top = dirs.waiting().join(vm.0.simple().to_string()).join(super::machines::TOP);
+        Place { vm, run_dir: dirs.waiting_run(vm), top }
+    };
+    Shells::new(pool.clone(), Box::new(place))
+}
+
+/// Ends the QEMUs that waited for a daemon that is gone.
+pub(super) async fn sweep(dirs: &SiteDirs) {
+    for item in std::fs::read_dir(&dirs.run).into_iter().flatten().flatten() {
+        if !item.file_name().to_string_lossy().starts_with(WAITING) {
+            continue;
+        }
+        if let Ok(machine) = Machine::adopt(&item.path()).await {
+            machine.kill().await;
+        }
+        if let Err(e) = std::fs::remove_dir_all(item.path()) {
+            tracing::warn!(path = %item.path().display(), error = %e, "not removed");
+        }
+    }
+    for item in std::fs::read_dir(dirs.waiting()).into_iter().flatten().flatten() {
+        if let Err(e) = std::fs::remove_dir_all(item.path()) {
+            tracing::warn!(path = %item.path().display(), error = %e, "not removed");
+        }
+    }
+}
+
+impl LocalSite {
+    /// Lets QEMUs wait for a substrate that was just activated, in the background.
+    pub(super) fn keep_waiting(&self, id: SubstrateId, image: Image, accel: Accel) {
+        let (shells, wanted) = (self.shells.clone(), self.options.waiting);
+        if wanted == 0 {
+            return;
+        }
+        tokio::spawn(async move {
+            // Ids grow with time: the smallest is the oldest substrate.
+            let mut others = shells.kept();
+            others.retain(|kept| *kept != id);
+            others.sort_unstable();
+            for old in others.iter().take((others.len() + 1).saturating_sub(MOST_LINES)) {
+                shells.drop_line(*old).await;
+            }
+            if let Err(error) = shells.keep(id, image, accel, wanted).await {
+                tracing::warn!(%id, %error, "no QEMU waits for a substrate");
+            }
+        });
+    }
+
+    /// QEMUs that wait.
+    pub(super) fn waiting(&self) -> u64 {
+        self.shells.kept().into_iter().map(|id| self.shells.waiting(id) as u64).sum()
+    }
+
+    /// Ends what must not outlive the daemon: the QEMUs that wait. Machines run on.
+    pub async fn close(&self) {
+        self.shells.close().await;
+    }
+}
