@@ -123,6 +123,16 @@ fn an_archive_carries_a_substrate_to_another_pool() {
     assert_eq!(there.pool.units(id).expect("units"), here.pool.units(id).expect("units"));
     let again = there.pool.import(&file[..], Becomes::default()).expect_err("there already");
     assert_eq!(again.code(), Code::Exists);
+
+    // Under a name of its own it is another substrate, made of the same units.
+    let copied = Becomes { name: Some(name("copy")), ..Becomes::default() };
+    let copy = there.pool.import(&file[..], copied.clone()).expect("imported");
+    assert_eq!(copy.name.as_str(), "copy");
+    assert_ne!(copy.id, id);
+    let units = there.pool.store().stats().expect("stats").units;
+    assert_eq!(units, here.pool.store().stats().expect("stats").units);
+    let taken = there.pool.import(&file[..], copied).expect_err("the name is taken");
+    assert_eq!(taken.code(), Code::Exists);
 }
 
 #[test]
