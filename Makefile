@@ -6,8 +6,9 @@ RATE ?= 100
 DELAY ?= 17.5
 OUT ?= target/demo
 DEMO_FLAGS ?=
+FUZZ_SECONDS ?= 60
 
-.PHONY: setup build demo test test-unit lint bench
+.PHONY: setup build demo test test-unit lint bench fuzz
 
 setup:
 	@scripts/setup
@@ -36,3 +37,7 @@ test-unit:
 bench: build
 	target/release/godwit image build $(GUEST) --local
 	target/release/godwit-bench mainjob --guest $(GUEST) --out target/bench
+
+# The parsers of what comes from outside, under libFuzzer; needs cargo-fuzz.
+fuzz:
+	@scripts/fuzz $(FUZZ_SECONDS)

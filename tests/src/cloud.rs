@@ -65,18 +65,22 @@ impl Cloud {
     /// Starts a center.
     #[must_use]
     pub fn center_only() -> Self {
+        let mut cloud = Self::nothing();
+        cloud.spawn(Daemon::Center, &[]);
+        cloud
+    }
+
+    /// Starts nothing: only the command, and directories that are cleared at the end.
+    #[must_use]
+    pub fn nothing() -> Self {
         let program = program();
         image();
         let turn = archive::lock("turn");
         // Sockets below it must have short paths.
         let root = tempfile::Builder::new().prefix("gwt").tempdir().expect("a directory");
         // The AP keeps the center's address, so it must be the same after a restart.
-        let free = UdpSocket::bind("127.0.0.1:0").expect("a free port");
-        let link = free.local_addr().expect("its number").port();
-        drop(free);
-        let mut cloud = Self { program, root, link, center: None, ap: None, _turn: turn };
-        cloud.spawn(Daemon::Center, &[]);
-        cloud
+        let link = free_port();
+        Self { program, root, link, center: None, ap: None, _turn: turn }
     }
 
     /// A join token for `site`.
@@ -113,6 +117,24 @@ impl Cloud {
         let mut command = self.command();
         command.args(["ap", "--name", site, "--root"]).arg(self.root.path()).args(args);
         run(command, format!("godwit ap --name {site}"))
+    }
+
+    /// A command that runs on beside the test, its standard output piped.
+    #[must_use]
+    pub fn begin(&self, args: &[&str]) -> Running {
+        let mut command = self.command();
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped());
+        Running(command.spawn().unwrap_or_else(|e| panic!("starting {args:?}: {e}")))
+    }
+
+    /// Runs `godwit` with the words of `line` on a terminal of its own and gives all that it
+    /// drew. Whenever it has drawn the text of the next of `keys`, those are pressed.
+    #[must_use]
+    pub fn on_terminal(&self, line: &str, keys: &[(&str, &[u8])]) -> String {
+        let mut command = self.command_of("script");
+        let line = format!("{} {line}", self.program.display());
+        command.args(["-qefc", &line, "/dev/null"]).env("TERM", "xterm");
+        crate::run::converse(command, &line, keys)
     }
 
     fn spawn(&mut self, which: Daemon, args: &[&str]) {
@@ -165,6 +187,12 @@ impl Cloud {
         });
     }
 
+    /// The directory below which everything is.
+    #[must_use]
+    pub fn root(&self) -> &str {
+        self.root.path().to_str().expect("a path")
+    }
+
     /// Directory of a site.
     #[must_use]
     pub fn site_dir(&self, which: Daemon) -> PathBuf {
@@ -182,7 +210,11 @@ impl Cloud {
     }
 
     fn command(&self) -> Command {
-        let mut c = Command::new(&self.program);
+        self.command_of(&self.program)
+    }
+
+    fn command_of(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut c = Command::new(program);
         c.env("GODWIT_CONFIG", self.root.path().join("config"));
         for unset in
             ["GODWIT_API", "GODWIT_TOKEN", "GODWIT_TOKEN_FILE", "GODWIT_CA", "GODWIT_JOIN_TOKEN"]
@@ -361,6 +393,25 @@ impl Drop for Cloud {
     }
 }
 
+/// A process that ends with the test.
+#[derive(Debug)]
+pub struct Running(pub Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // What is gone already needs no end.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A port of this host that nobody uses.
+#[must_use]
+pub fn free_port() -> u16 {
+    let free = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+    free.local_addr().expect("its number").port()
+}
+
 fn tail(log: &Path) -> String {
     let text = std::fs::read(log).unwrap_or_default();
     String::from_utf8_lossy(&text[text.len().saturating_sub(6000)..]).into_owned()
@@ -384,11 +435,20 @@ fn program() -> PathBuf {
     path
 }
 
+fn images() -> PathBuf {
+    std::env::var_os("GODWIT_IMAGES")
+        .map_or_else(|| PathBuf::from("/var/cache/godwit/images"), PathBuf::from)
+}
+
+/// Whether an image has been built; only `tiny` always is.
+#[must_use]
+pub fn has_image(name: &str) -> bool {
+    images().join(name).exists()
+}
+
 /// The directory of the image `tiny`.
 fn image() -> PathBuf {
-    let cache = std::env::var_os("GODWIT_IMAGES")
-        .map_or_else(|| PathBuf::from("/var/cache/godwit/images"), PathBuf::from);
-    let path = cache.join("tiny");
+    let path = images().join("tiny");
     assert!(path.exists(), "there is no {}: godwit image build tiny", path.display());
     path
 }

@@ -14,7 +14,7 @@ mod guest;
 mod process;
 mod run;
 
-pub use cloud::{Cloud, Daemon};
+pub use cloud::{Cloud, Daemon, Running, free_port, has_image};
 pub use guest::{Guest, Identity};
 pub use process::{exists, kill, pause, resume};
 pub use run::{Answer, within};

@@ -1,6 +1,6 @@
 //! Running commands, and waiting for states.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,51 @@ impl Answer {
         serde_json::from_str(&self.stdout)
             .unwrap_or_else(|e| panic!("{}: {e} in {:?}", self.line, self.stdout))
     }
+}
+
+/// Runs a command that is talked to: whenever it has written the text of the next of `keys`,
+/// those are sent. Gives all that it wrote.
+pub(crate) fn converse(mut command: Command, line: &str, keys: &[(&str, &[u8])]) -> String {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|e| panic!("starting {line}: {e}"));
+    let mut to = child.stdin.take().expect("its input");
+    let mut from = child.stdout.take().expect("its output");
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut part = [0; 4096];
+        while let Ok(n @ 1..) = from.read(&mut part) {
+            if tell.send(part[..n].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    let deadline = Instant::now() + COMMAND_WITHIN;
+    let (mut all, mut seen, mut keys) = (String::new(), 0, keys.iter());
+    let mut next = keys.next();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match told.recv_timeout(left) {
+            Ok(part) => all.push_str(&String::from_utf8_lossy(&part)),
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(_) => {
+                let _ = child.kill();
+                panic!("{line} took longer than {COMMAND_WITHIN:?}: {all:?}");
+            }
+        }
+        while let Some((text, press)) = next
+            && let Some(at) = all[seen..].find(text)
+        {
+            seen += at + text.len();
+            to.write_all(press).unwrap_or_else(|e| panic!("typing to {line}: {e}"));
+            next = keys.next();
+        }
+    }
+    let status = child.wait().unwrap_or_else(|e| panic!("waiting for {line}: {e}"));
+    assert!(status.success(), "{line}: {status}: {all:?}");
+    all
 }
 
 /// Runs a command to its end.

@@ -139,7 +139,7 @@ fn a_flipped_bit_in_the_store_is_named_and_refused() {
     let cloud = Cloud::center_only();
     cloud.bring_substrate();
     let clean = cloud.ok(&["pool", "check"]);
-    assert!(clean["check"]["units"].as_u64().unwrap() > 0, "{clean}");
+    assert!(clean[0]["check"]["units"].as_u64().unwrap() > 0, "{clean}");
 
     // The first record of the longest pack: a head of 44 bytes, the hash at its end, then the body.
     let dir = cloud.site_dir(Daemon::Center).join("data/store");

@@ -134,6 +134,16 @@ pub(crate) struct Places {
 }
 
 impl Places {
+    /// The flags that name the same places again, each after a space.
+    pub(crate) fn flags(&self) -> String {
+        let given =
+            [("root", &self.root), ("data", &self.data), ("run", &self.run), ("ram", &self.ram)];
+        given
+            .into_iter()
+            .filter_map(|(flag, dir)| Some(format!(" --{flag} {}", dir.as_ref()?.display())))
+            .collect()
+    }
+
     /// The directories of `site`.
     pub(crate) fn dirs(&self, site: &Name) -> SiteDirs {
         let usual = SiteDirs::usual(site);
@@ -249,5 +259,7 @@ mod tests {
         assert_eq!(d.data, PathBuf::from("/r/cafe/data"));
         assert_eq!(d.memory, PathBuf::from("/m"));
         assert_eq!(d.images, SiteDirs::usual(&cafe).images);
+        assert_eq!(p.flags(), " --root /r --ram /m");
+        assert_eq!(Places::default().flags(), "");
     }
 }

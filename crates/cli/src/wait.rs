@@ -22,6 +22,9 @@ use crate::out;
 /// The longest event that is read, in bytes.
 const MAX_EVENT: usize = 8 << 20;
 
+/// What a stage without a known end looks like.
+const SPINNER: &str = "{prefix:10} {spinner} {msg}";
+
 /// How often a broken stream of events is opened again before that is a failure.
 const REOPENS: u32 = 20;
 
@@ -149,8 +152,11 @@ async fn until_final(client: &Client, op: OpId, bars: &mut Bars) -> Result<OpRec
             Err(e) => e,
         };
         broken += 1;
-        if broken > REOPENS || why.exit != Code::Unavailable.exit_code() {
-            return Err(why.hint(format!("the operation may go on; see: godwit op list, {op}")));
+        if why.exit != Code::Unavailable.exit_code() {
+            return Err(why);
+        }
+        if broken > REOPENS {
+            return Err(why.hint(format!("it may go on; wait on with: godwit op wait {op}")));
         }
         // The center may be coming back; its journal says how the operation ended.
         tokio::time::sleep(Duration::from_millis(250)).await;
@@ -220,16 +226,18 @@ impl Bars {
     fn show(&mut self, record: &OpRecord) {
         for p in &record.progress {
             let bar = self.stages.entry(p.stage.clone()).or_insert_with(|| {
-                let bar = self.all.add(ProgressBar::new(0));
-                bar.set_prefix(out::plain(&p.stage));
-                bar
+                // Dressed before it is shown.
+                let bar = ProgressBar::new(0)
+                    .with_style(style(SPINNER))
+                    .with_prefix(out::plain(&p.stage));
+                self.all.add(bar)
             });
             if p.total > 0 {
                 bar.set_style(style("{prefix:10} {bar:24} {msg}"));
                 bar.set_length(p.total);
                 bar.set_position(p.done.min(p.total));
             } else {
-                bar.set_style(style("{prefix:10} {spinner} {msg}"));
+                bar.set_style(style(SPINNER));
                 bar.tick();
             }
             let figure = match p.unit.as_str() {

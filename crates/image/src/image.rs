@@ -149,17 +149,7 @@ impl Image {
         file.take(MAX_DESCRIPTION_BYTES + 1)
             .read_to_end(&mut text)
             .map_err(ImageError::io("reading", &path))?;
-        if text.len() as u64 > MAX_DESCRIPTION_BYTES {
-            return Err(bad(format!("it is longer than {MAX_DESCRIPTION_BYTES} bytes")));
-        }
-        let whole: Description = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
-        if let Some(why) = whole.contents.fault() {
-            return Err(bad(why));
-        }
-        if whole.contents.hash() != whole.hash {
-            return Err(bad("its contents do not match its hash".into()));
-        }
-        let image = Self::from_contents(whole.contents, dir.to_owned());
+        let image = Self::parse(&text, dir)?;
         for file in image.files() {
             let path = dir.join(&file.file);
             let meta = path.symlink_metadata().map_err(ImageError::io("reading", &path))?;
@@ -168,6 +158,25 @@ impl Image {
             }
         }
         Ok(image)
+    }
+
+    /// Checks `text`, the description of an image that lies in `dir`. No file is looked at.
+    ///
+    /// # Errors
+    /// [`ImageError::Description`] when it is not that of a sound image.
+    pub fn parse(text: &[u8], dir: &Path) -> Result<Self, ImageError> {
+        let bad = |why: String| ImageError::Description { path: dir.join("image.json"), why };
+        if text.len() as u64 > MAX_DESCRIPTION_BYTES {
+            return Err(bad(format!("it is longer than {MAX_DESCRIPTION_BYTES} bytes")));
+        }
+        let whole: Description = serde_json::from_slice(text).map_err(|e| bad(e.to_string()))?;
+        if let Some(why) = whole.contents.fault() {
+            return Err(bad(why));
+        }
+        if whole.contents.hash() != whole.hash {
+            return Err(bad("its contents do not match its hash".into()));
+        }
+        Ok(Self::from_contents(whole.contents, dir.to_owned()))
     }
 
     /// Reads every file and compares it with its hash. Takes as long as reading the disk does:

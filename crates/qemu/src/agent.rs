@@ -34,6 +34,8 @@ const EXEC_LOOK: Duration = Duration::from_millis(100);
 const FLUSH_AGAIN: Duration = Duration::from_millis(500);
 /// The same once an earlier flush was answered: the guest is there, only slow.
 const FLUSH_SLOW: Duration = Duration::from_secs(10);
+/// How soon a command that is not answered when it is obeyed would be refused.
+const REFUSED_WITHIN: Duration = Duration::from_secs(2);
 /// Room for one read, in bytes.
 const READ: usize = 16 << 10;
 /// The agent's frame mark: never part of UTF-8.
@@ -201,6 +203,26 @@ impl Agent {
     pub async fn thaw(&self, within: Duration) -> Result<u64, AgentError> {
         let n = self.ask("guest-fsfreeze-thaw", Value::Null, within).await?;
         Ok(n.as_u64().unwrap_or(0))
+    }
+
+    /// Asks the guest to power itself off. It does that in its own time; see
+    /// [`Machine::wait_life`](crate::Machine::wait_life).
+    ///
+    /// # Errors
+    /// As [`Agent::ask`].
+    pub async fn power_off(&self, within: Duration) -> Result<(), AgentError> {
+        const COMMAND: &str = "guest-shutdown";
+        let late = |_| AgentError::TimedOut { command: COMMAND.to_owned(), within };
+        let asked = async {
+            let mut session = self.session(COMMAND).await?;
+            let how = json!({ "mode": "powerdown" });
+            // A refusal is answered, obedience is not.
+            match tokio::time::timeout(REFUSED_WITHIN, session.ask(COMMAND, &how)).await {
+                Ok(Err(e @ AgentError::Refused { .. })) => Err(e),
+                _ => Ok(()),
+            }
+        };
+        tokio::time::timeout(within, asked).await.map_err(late)?
     }
 
     /// Takes vCPUs `1..total` of the guest online, or offline.

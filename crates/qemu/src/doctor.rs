@@ -176,7 +176,8 @@ fn check_room(name: &str, dir: &Path, wanted: u64) -> Check {
         Ok(fs) => {
             let free = fs.f_bavail.saturating_mul(fs.f_frsize);
             let verdict = if free >= wanted { Verdict::Good } else { Verdict::Limited };
-            let found = format!("{} free in {}", human_bytes(free), dir.display());
+            let made = if dir.exists() { "" } else { ", which is yet to be made" };
+            let found = format!("{} free in {}{made}", human_bytes(free), dir.display());
             Check::new(name, verdict, found, &advice)
         }
         Err(e) => Check::new(name, Verdict::Missing, e.to_string(), &advice),

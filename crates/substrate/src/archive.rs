@@ -35,6 +35,15 @@ pub struct Bundle {
     pub disk: Option<Vec<u8>>,
 }
 
+/// What a substrate becomes where it comes in, as far as that is not what it brings.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Becomes {
+    /// Whose it is.
+    pub owner: Option<Name>,
+    /// Its name. Under a name of its own it is another substrate, with an id of its own.
+    pub name: Option<Name>,
+}
+
 /// A substrate that is coming in. Dropped without [`Import::finish`], it leaves nothing behind.
 #[derive(Debug)]
 pub struct Import {
@@ -46,11 +55,11 @@ pub struct Import {
 }
 
 impl Import {
-    /// Checks `bundle` in full. With `owner`, the substrate changes hands.
+    /// Checks `bundle` in full.
     ///
     /// # Errors
     /// [`SubstrateError::Damaged`], [`SubstrateError::Pages`], [`SubstrateError::Exists`].
-    pub fn begin(pool: &Pool, bundle: Bundle, owner: Option<Name>) -> Result<Self, SubstrateError> {
+    pub fn begin(pool: &Pool, bundle: Bundle, becomes: Becomes) -> Result<Self, SubstrateError> {
         let mut substrate = Substrate::parse(&bundle.json, "the substrate's manifest")?;
         let Bundle { state, pages, disk, .. } = bundle;
         let same = |part: Part, content: &[u8]| Part::of(content) == part;
@@ -74,10 +83,14 @@ impl Import {
             hashes.extend(map.entries().iter().map(|(_, h)| *h));
         }
         hashes.remove(&zero_hash());
-        pool.is_free(substrate.id, &substrate.name)?;
-        if let Some(owner) = owner {
+        if let Some(owner) = becomes.owner {
             substrate.owner = owner;
         }
+        if let Some(name) = becomes.name.filter(|n| *n != substrate.name) {
+            substrate.name = name;
+            substrate.id = SubstrateId::new();
+        }
+        pool.is_free(substrate.id, &substrate.name)?;
         let hashes: Vec<Hash> = hashes.into_iter().collect();
         let mut writer = pool
             .store()
@@ -225,11 +238,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`SubstrateError::Damaged`] for a foreign, truncated or changed file; as [`Import`].
-    pub fn import(
-        &self,
-        from: impl Read,
-        owner: Option<Name>,
-    ) -> Result<Substrate, SubstrateError> {
+    pub fn import(&self, from: impl Read, becomes: Becomes) -> Result<Substrate, SubstrateError> {
         let mut from = Hashing { inner: from, hasher: blake3::Hasher::new(), bytes: 0 };
         let bad = |why: &str| SubstrateError::damaged("the archive", why);
         if take::<4>(&mut from)? != *MAGIC {
@@ -248,7 +257,7 @@ impl Pool {
         let state = take_many(&mut from, substrate.state.bytes)?;
         let pages = take_many(&mut from, substrate.pages.bytes)?;
         let disk = substrate.disk.map(|d| take_many(&mut from, d.bytes)).transpose()?;
-        let mut import = Import::begin(self, Bundle { json, state, pages, disk }, owner)?;
+        let mut import = Import::begin(self, Bundle { json, state, pages, disk }, becomes)?;
         let units = u64::from_le_bytes(take(&mut from)?);
         let mut body = [0; UNIT];
         for _ in 0..units {

@@ -27,7 +27,7 @@ mod shells;
 mod stream;
 
 pub use activate::{ActivateRequest, Activated, Place, activate};
-pub use archive::{Bundle, Import};
+pub use archive::{Becomes, Bundle, Import};
 pub use dock::{DockRequest, dock_convert};
 pub use error::SubstrateError;
 pub use identity::Identity;

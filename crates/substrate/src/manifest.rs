@@ -126,8 +126,12 @@ impl Substrate {
         serde_json::to_vec_pretty(self).unwrap_or_default()
     }
 
-    /// Reads a manifest from a file or an archive and checks every bound.
-    pub(crate) fn parse(text: &[u8], what: &str) -> Result<Self, SubstrateError> {
+    /// Reads a manifest from a file or an archive and checks every bound; `what` names it in
+    /// errors.
+    ///
+    /// # Errors
+    /// [`SubstrateError::Damaged`].
+    pub fn parse(text: &[u8], what: &str) -> Result<Self, SubstrateError> {
         #[derive(Deserialize)]
         struct Form {
             format: u32,
@@ -163,10 +167,22 @@ impl Substrate {
         {
             return bad("its shape and its machine manifest disagree");
         }
-        if self.cmdline != self.machine.cmdline || self.macs.len() > 8 {
+        if self.cmdline != self.machine.cmdline {
             return bad("its shape and its machine manifest disagree");
         }
-        Ok(())
+        if self.macs.iter().any(|(port, _)| *port >= self.shape.nic_ports) || self.macs.len() > 8 {
+            return bad("it has a NIC in a port that its shape lacks");
+        }
+        let file = |hash| BootFile { path: PathBuf::new(), hash };
+        self.spec_of(file(self.machine.kernel), self.machine.initrd.map(file))
+            .check()
+            .map_err(|e| SubstrateError::damaged(what, e.to_string()))
+    }
+
+    fn spec_of(&self, kernel: BootFile, initrd: Option<BootFile>) -> MachineSpec {
+        let Shape { arch, memory, vcpus, display, disk, nic_ports } = self.shape;
+        let cmdline = self.cmdline.clone();
+        MachineSpec { arch, memory, vcpus, kernel, initrd, cmdline, display, disk, nic_ports }
     }
 
     /// The machine's description on this host, with the files of `image`.
@@ -181,21 +197,12 @@ impl Substrate {
                 found: image.hash,
             });
         }
-        let Shape { arch, memory, vcpus, display, disk, nic_ports } = self.shape;
-        Ok(MachineSpec {
-            arch,
-            memory,
-            vcpus,
-            kernel: BootFile { path: image.kernel_path(), hash: image.kernel.hash },
-            initrd: image
-                .initrd_path()
-                .zip(image.initrd.as_ref())
-                .map(|(path, f)| BootFile { path, hash: f.hash }),
-            cmdline: self.cmdline.clone(),
-            display,
-            disk,
-            nic_ports,
-        })
+        let kernel = BootFile { path: image.kernel_path(), hash: image.kernel.hash };
+        let initrd = image
+            .initrd_path()
+            .zip(image.initrd.as_ref())
+            .map(|(path, f)| BootFile { path, hash: f.hash });
+        Ok(self.spec_of(kernel, initrd))
     }
 
     /// Refuses a machine of another shape than the one that was docked.

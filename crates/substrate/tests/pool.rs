@@ -8,7 +8,8 @@ use std::path::Path;
 use godwit_qemu::{BootFile, MachineSpec, Manifest};
 use godwit_store::{Effort, Owner, PageMap, Store, StoreOptions, UNIT};
 use godwit_substrate::{
-    Bundle, Import, Part, Pool, PoolDirs, SealedMemory, Shape, Sizes, Substrate, SubstrateError,
+    Becomes, Bundle, Import, Part, Pool, PoolDirs, SealedMemory, Shape, Sizes, Substrate,
+    SubstrateError,
 };
 use godwit_types::{Arch, Code, CodedError, Hash, Mib, Name, SubstrateId, SubstrateKind};
 
@@ -94,7 +95,7 @@ fn bundle(id: SubstrateId) -> Bundle {
 }
 
 fn fill(pool: &Pool, id: SubstrateId) -> Result<Substrate, SubstrateError> {
-    let mut import = Import::begin(pool, bundle(id), None)?;
+    let mut import = Import::begin(pool, bundle(id), Becomes::default())?;
     let mut encoder = godwit_store::Encoder::new(Effort::Fast);
     for (_, page) in memory() {
         let mut body = Vec::new();
@@ -112,13 +113,26 @@ fn an_archive_carries_a_substrate_to_another_pool() {
     let mut file = Vec::new();
     let bytes = here.pool.export(id, &mut file).expect("exported");
     assert_eq!(bytes, file.len() as u64);
-    let came = there.pool.import(&file[..], Some(name("ann"))).expect("imported");
+    let came = there
+        .pool
+        .import(&file[..], Becomes { owner: Some(name("ann")), ..Becomes::default() })
+        .expect("imported");
     assert_eq!((came.id, came.name.as_str(), came.owner.as_str()), (id, "clean", "ann"));
     assert_eq!(there.pool.list().expect("list").len(), 1);
     assert!(there.pool.check().expect("check").is_clean());
     assert_eq!(there.pool.units(id).expect("units"), here.pool.units(id).expect("units"));
-    let again = there.pool.import(&file[..], None).expect_err("there already");
+    let again = there.pool.import(&file[..], Becomes::default()).expect_err("there already");
     assert_eq!(again.code(), Code::Exists);
+
+    // Under a name of its own it is another substrate, made of the same units.
+    let copied = Becomes { name: Some(name("copy")), ..Becomes::default() };
+    let copy = there.pool.import(&file[..], copied.clone()).expect("imported");
+    assert_eq!(copy.name.as_str(), "copy");
+    assert_ne!(copy.id, id);
+    let units = there.pool.store().stats().expect("stats").units;
+    assert_eq!(units, here.pool.store().stats().expect("stats").units);
+    let taken = there.pool.import(&file[..], copied).expect_err("the name is taken");
+    assert_eq!(taken.code(), Code::Exists);
 }
 
 #[test]
@@ -139,7 +153,7 @@ fn a_truncated_a_changed_and_a_foreign_archive_are_refused_and_leave_nothing() {
     }
     bad.push(vec![7; 1 << 16]);
     for (n, file) in bad.iter().enumerate() {
-        let err = there.pool.import(&file[..], None).expect_err("refused");
+        let err = there.pool.import(&file[..], Becomes::default()).expect_err("refused");
         assert!(
             matches!(err.code(), Code::Damaged | Code::Invalid | Code::NotFound),
             "{n}: {err}: {:?}",
@@ -149,7 +163,7 @@ fn a_truncated_a_changed_and_a_foreign_archive_are_refused_and_leave_nothing() {
     assert!(there.pool.list().expect("list").is_empty());
     assert_eq!(there.pool.store().stats().expect("stats").units, 0);
     assert!(there.pool.store().owners().expect("owners").is_empty());
-    there.pool.import(&file[..], None).expect("the whole one is taken");
+    there.pool.import(&file[..], Becomes::default()).expect("the whole one is taken");
 }
 
 #[test]
@@ -167,14 +181,17 @@ fn a_manifest_that_contradicts_itself_is_refused() {
         let text = String::from_utf8(b.json.clone()).expect("text");
         assert!(text.contains(from), "{from}");
         b.json = text.replace(from, to).into_bytes();
-        let err = Import::begin(&there.pool, b, None).expect_err("refused");
+        let err = Import::begin(&there.pool, b, Becomes::default()).expect_err("refused");
         assert_eq!(err.code(), Code::Damaged, "{to}: {err}");
     }
     let mut b = bundle(id);
     b.state.push(0);
-    assert_eq!(Import::begin(&there.pool, b, None).expect_err("refused").code(), Code::Damaged);
+    assert_eq!(
+        Import::begin(&there.pool, b, Becomes::default()).expect_err("refused").code(),
+        Code::Damaged
+    );
     // A unit short of the bundle.
-    let import = Import::begin(&there.pool, bundle(id), None).expect("sound");
+    let import = Import::begin(&there.pool, bundle(id), Becomes::default()).expect("sound");
     assert_eq!(import.lacking().len(), 300);
     assert!(import.finish().expect_err("refused").to_string().contains("missing"));
     assert!(there.pool.list().expect("list").is_empty());

@@ -1,5 +1,6 @@
 //! Programs in a guest.
 
+use std::borrow::Cow;
 use std::io::{IsTerminal, Read};
 
 use clap::Args;
@@ -51,8 +52,11 @@ impl Exec {
         if matches!(format, Format::Json | Format::Yaml) {
             out::value(format, &done)?;
         } else {
-            out::bytes(done.stdout.as_bytes())?;
-            out::talk(done.stderr.trim_end());
+            out::bytes(shown(&done.stdout, std::io::stdout().is_terminal()).as_bytes())?;
+            if !done.stderr.is_empty() {
+                let words = shown(&done.stderr, std::io::stderr().is_terminal());
+                out::talk(words.strip_suffix('\n').unwrap_or(&words));
+            }
         }
         match done.exit {
             Some(0) => Ok(Outcome::Done),
@@ -61,5 +65,22 @@ impl Exec {
                 None => "the program was ended by a signal".to_owned(),
             })),
         }
+    }
+}
+
+/// What a guest's program wrote: as it is for a file or a program, without control over a
+/// terminal.
+pub(super) fn shown(text: &str, on_terminal: bool) -> Cow<'_, str> {
+    if on_terminal { out::plain(&text.replace('\r', "")).into() } else { text.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_does_not_steer_the_terminal() {
+        assert_eq!(shown("a\x1b[2J\r\n", true), "a\\u{1b}[2J\n");
+        assert_eq!(shown("a\x1b[2J\r\n", false), "a\x1b[2J\r\n");
     }
 }

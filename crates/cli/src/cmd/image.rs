@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use godwit_cloud::Fault;
 use godwit_cloud::site::ImageInfo;
 use godwit_image::{Image, ImageCache, Recipe};
-use godwit_types::Name;
+use godwit_types::{Name, SiteKind};
 use indicatif::ProgressBar;
 use reqwest::Method;
 use serde::{Deserialize, Serialize};
@@ -56,7 +56,7 @@ enum Verb {
         #[arg(long, conflicts_with = "local")]
         site: Option<Name>,
     },
-    /// Show one image and check its files
+    /// Show one image; with --local, check its files too
     Inspect {
         /// Its name
         name: Name,
@@ -165,7 +165,9 @@ impl Noun {
             }
             (Verb::Inspect { name }, Some(client)) => {
                 let image: ImageInfo = client.get(&format!("/v1/images/{name}")).await?;
-                out::one(format, &Held { site: None, image })?;
+                let all = super::site::sites(&client).await?;
+                let center = all.into_iter().find(|s| s.record.kind == SiteKind::Center);
+                out::one(format, &Held { site: center.map(|s| s.record.name), image })?;
                 Ok(Outcome::Done)
             }
             (Verb::Inspect { name }, None) => inspect(&open(self.images)?, &name, format).await,

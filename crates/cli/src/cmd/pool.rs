@@ -5,12 +5,12 @@ use godwit_cloud::site::PoolReport;
 use godwit_types::Name;
 use reqwest::Method;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::{Change, Talk};
 use crate::client::Client;
 use crate::failure::{Outcome, Result};
-use crate::out::{self, Row, size};
+use crate::out::{self, Format, Row, size};
 use crate::wait::{Changed, change, parts};
 
 #[derive(Debug, Args)]
@@ -89,31 +89,45 @@ impl Noun {
         match self.verb {
             Verb::Status => out::list(self.talk.output, &all)?,
             Verb::Check { site, how } => {
+                let one = site.is_some();
                 let sites = match site {
                     Some(s) => vec![s],
                     None => all.into_iter().map(|p| p.site).collect(),
                 };
                 let how = Change { dry_run: false, no_wait: how.no_wait, timeout: how.timeout };
-                let mut found = Vec::new();
+                let (mut found, mut bad) = (Vec::new(), None);
                 for site in sites {
                     let path = format!("/v1/pool/{site}/check");
-                    let done =
-                        change(&client, &self.talk, &how, Method::POST, &path, &json!({})).await?;
-                    if let Changed::Done { op, .. } = done {
-                        let (op, result) = parts(op);
-                        let check = result.map(|r| r["check"].clone()).unwrap_or_default();
-                        found.push((site, json!({ "op": op, "check": check })));
+                    match change(&client, &self.talk, &how, Method::POST, &path, &json!({})).await {
+                        Ok(Changed::Done { op, .. }) => {
+                            let (op, result) = parts(op);
+                            let check = result.map(|r| r["check"].clone()).unwrap_or_default();
+                            found.push(json!({ "op": op, "check": check, "site": site }));
+                        }
+                        Ok(Changed::Told) => {}
+                        // The other sites are looked at all the same.
+                        Err(e) => bad = bad.or(Some(e)),
                     }
                 }
-                for (site, data) in found {
-                    let units = data["check"]["units"].as_u64().unwrap_or(0);
-                    let words = format!("{site}   {units} units read, all as their hashes say");
-                    let mut data = data;
-                    data["site"] = json!(site);
-                    out::action(self.talk.output, &words, site.as_str(), &data)?;
-                }
+                checked(self.talk.output, &found, one)?;
+                return bad.map_or(Ok(Outcome::Done), Err);
             }
         }
         Ok(Outcome::Done)
+    }
+}
+
+/// Prints what was checked: a line for each site, or all as one text; `one` was asked for by name.
+fn checked(format: Format, found: &[Value], one: bool) -> Result<()> {
+    match (format, found) {
+        (_, []) => Ok(()),
+        (Format::Json | Format::Yaml, [site]) if one => out::value(format, site),
+        (Format::Json | Format::Yaml, all) => out::value(format, all),
+        (_, all) => all.iter().try_for_each(|site| {
+            let name = site["site"].as_str().unwrap_or_default();
+            let units = site["check"]["units"].as_u64().unwrap_or(0);
+            let words = format!("{name}   {units} units read, all as their hashes say");
+            out::action(format, &words, name, site)
+        }),
     }
 }

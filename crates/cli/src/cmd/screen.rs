@@ -14,6 +14,7 @@ use reqwest::header::{CONNECTION, UPGRADE};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::exec::shown;
 use super::vm::OPEN_WITHIN;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
@@ -42,16 +43,23 @@ impl Console {
             let tail: ConsoleTail = client.get(&path).await?;
             match format {
                 Format::Json | Format::Yaml => out::value(format, &tail)?,
-                // A guest's escape sequences are not for the terminal of who looks at its log.
-                _ if std::io::stdout().is_terminal() => {
-                    out::bytes(out::plain(&tail.text.replace('\r', "")).as_bytes())?;
+                _ => {
+                    let text = shown(&tail.text, std::io::stdout().is_terminal());
+                    out::bytes(text.as_bytes())?;
                 }
-                _ => out::bytes(tail.text.as_bytes())?,
             }
             return Ok(Outcome::Done);
         }
         let mut guest = open(client, &self.vm, "attach", "console").await?;
         out::talk(&format!("console of {}; Ctrl-] leaves", self.vm));
+        let left = self.attached(&mut guest).await;
+        // The guest's line has no end where it is left.
+        out::talk("");
+        left
+    }
+
+    /// Carries keys and characters until the user leaves or the guest hangs up.
+    async fn attached(&self, guest: &mut reqwest::Upgraded) -> Result {
         let _raw = Raw::enter()?;
         let (mut user, mut screen) = (tokio::io::stdin(), tokio::io::stdout());
         let (mut typed, mut shown) = ([0u8; 256], vec![0u8; 16 << 10]);

@@ -131,11 +131,8 @@ pub(super) async fn token(
     kind: SiteKind,
     lifetime: Duration,
 ) -> Result<TokenText> {
-    let want = NewToken {
-        site: site.clone(),
-        kind: Some(kind),
-        lifetime_s: Some(lifetime.as_secs().max(1)),
-    };
+    let want =
+        NewToken { site: site.clone(), kind: Some(kind), lifetime_s: Some(lifetime.as_secs()) };
     client.ask(Method::POST, "/v1/tokens", Some(&want)).await
 }
 
@@ -167,7 +164,8 @@ impl Noun {
                 let words = format!("{site}   joined the center at {}", named.center);
                 let data = json!({ "site": site, "center": named.center });
                 out::action(format, &words, site.as_str(), &data)?;
-                out::talk(&format!("run it with: godwit ap --name {site}"));
+                let flags = places.flags();
+                out::talk(&format!("run it with: godwit ap --name {site}{flags}"));
             }
         }
         Ok(Outcome::Done)

@@ -56,7 +56,7 @@ enum Verb {
     Import {
         /// The file; `-` for stdin
         file: PathBuf,
-        /// Its name here, if not the one it brings
+        /// Its name here, if not the one it brings; it is a substrate of its own then
         #[arg(long)]
         name: Option<Name>,
         /// The site that gets it; the center when left out
@@ -156,14 +156,16 @@ async fn export(client: &Client, substrate: &Name, file: &Path) -> Result<()> {
         let answer = client.send(request).await?;
         return copy(client, answer, &mut tokio::io::stdout(), "stdout").await;
     }
-    let answer = client.send(request).await?;
     // Under its own name only when it is whole.
     let mut part = file.as_os_str().to_owned();
     part.push(".part");
     let part = PathBuf::from(part);
     let failed = |e: std::io::Error| Failure::internal(format!("writing {}: {e}", part.display()));
     let mut to = tokio::fs::File::create(&part).await.map_err(failed)?;
-    let copied = copy(client, answer, &mut to, &part.display().to_string()).await;
+    let copied = match client.send(request).await {
+        Ok(answer) => copy(client, answer, &mut to, &part.display().to_string()).await,
+        Err(e) => Err(e),
+    };
     let kept = match copied {
         Ok(()) => to.sync_all().await.and_then(|()| std::fs::rename(&part, file)).map_err(failed),
         Err(e) => Err(e),
@@ -204,11 +206,18 @@ async fn import(
 ) -> Result<SubstrateRecord> {
     let failed = |e: std::io::Error| Failure::usage(format!("reading {}: {e}", file.display()));
     let (from, total): (Box<dyn AsyncRead + Send + Unpin>, _) = if file.as_os_str() == "-" {
+        if std::io::stdin().is_terminal() {
+            return Err(Failure::usage("a substrate does not come from a terminal")
+                .hint("name a file, or send one to standard input"));
+        }
         (Box::new(tokio::io::stdin()), None)
     } else {
         let f = tokio::fs::File::open(file).await.map_err(failed)?;
-        let total = f.metadata().await.map_err(failed)?.len();
-        (Box::new(f), Some(total))
+        let meta = f.metadata().await.map_err(failed)?;
+        if meta.is_dir() {
+            return Err(failed(std::io::ErrorKind::IsADirectory.into()));
+        }
+        (Box::new(f), meta.is_file().then_some(meta.len()))
     };
     let bar = meter(total);
     let shown = bar.clone();

@@ -113,10 +113,18 @@ impl Up {
         let center_site = Name::new("center").map_err(|e| Failure::internal(e.to_string()))?;
         let center = self.scope.dirs(&center_site);
         let ap = self.scope.dirs(&self.ap);
+        if self.ap == center_site && !self.no_ap {
+            return Err(Failure::usage("the AP needs a name of its own")
+                .hint("'center' is the center's own site"));
+        }
         let center_runs = daemon_of(&center.run).is_some();
         let ap_runs = self.no_ap || daemon_of(&ap.run).is_some();
         if self.dry_run {
-            for (name, runs) in [(center_site.as_str(), center_runs), (self.ap.as_str(), ap_runs)] {
+            let mut sites = vec![(&center_site, center_runs)];
+            if !self.no_ap {
+                sites.push((&self.ap, ap_runs));
+            }
+            for (name, runs) in sites {
                 let what = if runs { "leave as it is" } else { "start" };
                 out::line(&format!("would: {what} {name}"))?;
             }

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use godwit_types::{Name, SiteKind};
+use godwit_types::{Code, Name, SiteKind};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -70,7 +70,7 @@ pub(super) async fn revoke(State(api): State<Api>, Path(site): Path<String>) -> 
 
 /// Makes a join token.
 #[utoipa::path(post, path = "/v1/tokens", request_body = NewToken,
-    responses((status = 201, body = TokenText), (status = 400, body = Fault)))]
+    responses((status = 201, body = TokenText), (status = 400, body = Fault), (status = 409, body = Fault)))]
 pub(super) async fn token(
     State(api): State<Api>,
     Payload(want): Payload<NewToken>,
@@ -82,6 +82,11 @@ pub(super) async fn token(
     let kind = want.kind.unwrap_or(SiteKind::Ap);
     if kind == SiteKind::Center {
         return Err(Fault::invalid("there is one center; let an ap or a device join").into());
+    }
+    let known = api.controller.registry().sites()?;
+    if known.iter().any(|s| s.kind == SiteKind::Center && s.name == want.site) {
+        let words = format!("'{}' is the center's own site", want.site);
+        return Err(Fault::new(Code::Exists, words).hint("choose another name").into());
     }
     let token = api.gate.invite(&want.site, kind, lifetime)?;
     Ok((StatusCode::CREATED, Json(TokenText { site: want.site, token })))

@@ -1,7 +1,9 @@
 //! Substrates and pools.
 
+use std::time::Duration;
+
 use axum::Json;
-use axum::body::Body;
+use axum::body::{Body, BodyDataStream};
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
@@ -20,11 +22,14 @@ use crate::error::Fault;
 use crate::registry::SubstrateRecord;
 use crate::site::{Call, PoolReport, SiteReply, SiteRequest, StreamRequest};
 
+/// How long the rest of a refused import is read and thrown away.
+const DISCARD_WITHIN: Duration = Duration::from_secs(60);
+
 #[derive(Debug, Deserialize, IntoParams)]
 pub(super) struct ImportTo {
     /// The site; the center when left out.
     site: Option<Name>,
-    /// Its name here, if not the one it brings.
+    /// Its name here, if not the one it brings; it is a substrate of its own then.
     name: Option<Name>,
 }
 
@@ -89,11 +94,28 @@ pub(super) async fn import(
     Params(to): Params<ImportTo>,
     body: Body,
 ) -> Answer<(StatusCode, Json<SubstrateRecord>)> {
+    let mut body = body.into_data_stream();
+    match take_in(&api, to, &mut body).await {
+        Ok(record) => Ok((StatusCode::CREATED, Json(record))),
+        Err(f) => {
+            // A sender that is cut off while it sends never reads why.
+            tokio::spawn(tokio::time::timeout(DISCARD_WITHIN, async move {
+                while let Some(Ok(_)) = body.next().await {}
+            }));
+            Err(f.into())
+        }
+    }
+}
+
+async fn take_in(
+    api: &Api,
+    to: ImportTo,
+    body: &mut BodyDataStream,
+) -> Result<SubstrateRecord, Fault> {
     if let Some(n) = &to.name
         && api.controller.registry().substrate(n.as_str()).is_ok()
     {
-        let f = Fault::new(Code::Exists, format!("substrate '{n}' exists already"));
-        return Err(f.into());
+        return Err(Fault::new(Code::Exists, format!("substrate '{n}' exists already")));
     }
     let site = match to.site {
         Some(s) => s,
@@ -102,14 +124,13 @@ pub(super) async fn import(
     let host = api.controller.host(&site)?;
     let label = to.name.clone().unwrap_or_else(|| site.clone());
     let mut into = host.open(StreamRequest::SubstrateImport { name: to.name }).await?;
-    let mut body = body.into_data_stream();
     let mut taken = 0u64;
     let mut refused = false;
     while let Some(chunk) = body.next().await {
         let chunk = chunk.map_err(|e| Fault::invalid(format!("the body was cut off: {e}")))?;
         taken += chunk.len() as u64;
         if taken > MAX_IMPORT {
-            return Err(Fault::invalid("the substrate is over 64 GiB").into());
+            return Err(Fault::invalid("the substrate is over 64 GiB"));
         }
         // A site that refuses closes its end; its verdict follows.
         if into.write_all(&chunk).await.is_err() {
@@ -117,13 +138,22 @@ pub(super) async fn import(
             break;
         }
     }
-    let info = match finish_import(into, &label).await {
-        Ok(i) if !refused => i,
-        Ok(_) => return Err(Fault::internal("the site took less than was sent").into()),
-        Err(f) => return Err(f.into()),
+    let info = match finish_import(into, &label).await? {
+        info if !refused => info,
+        _ => return Err(Fault::internal("the site took less than was sent")),
     };
-    let record = api.controller.adopt_substrate(&site, info)?;
-    Ok((StatusCode::CREATED, Json(record)))
+    let id = info.id;
+    match api.controller.adopt_substrate(&site, info) {
+        Ok(record) => Ok(record),
+        Err(f) => {
+            // What the center does not know nobody could use or delete.
+            if let Err(error) = host.tell(SiteRequest::SubstrateDelete { id }, Call::quiet()).await
+            {
+                tracing::warn!(%id, %site, %error, "a refused substrate is still there");
+            }
+            Err(f)
+        }
+    }
 }
 
 /// The pools of all sites.

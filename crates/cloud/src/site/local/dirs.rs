@@ -65,7 +65,7 @@ impl SiteDirs {
         ] {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| {
                 Fault::internal(format!("making {}: {e}", dir.display()))
-                    .hint("run as root, or name another place with --data, --run and --memory")
+                    .hint("run as root, or name another place with --root")
             })?;
         }
         Ok(())

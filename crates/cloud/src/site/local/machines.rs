@@ -336,9 +336,17 @@ impl LocalSite {
                 if let Err(error) = machine.power_button().await {
                     tracing::debug!(%error, "the power button was not pressed");
                 }
+                // A guest without a daemon for the button has its agent.
+                let asked = async {
+                    if let Err(error) = machine.agent().power_off(OFF_WITHIN).await {
+                        tracing::debug!(%error, "the guest agent was not asked to power off");
+                    }
+                    std::future::pending::<()>().await;
+                };
                 let off = machine.wait_life("powering the guest off", Life::PoweredOff, OFF_WITHIN);
                 tokio::select! {
                     () = call.cancel.cancelled() => {}
+                    () = asked => {}
                     outcome = off => if let Err(error) = outcome {
                         tracing::info!(vm = %e.record.name, %error, "the guest did not power itself off");
                     },

@@ -296,13 +296,13 @@ impl SiteHost for LocalSite {
             }
             SiteRequest::VmScreenshot { vm } => {
                 let entry = self.entry(vm).await?;
-                let machine = running(&*entry.lock().await)?.clone();
+                let machine = displayed(&*entry.lock().await)?.clone();
                 let shot = machine.screenshot().await.map_err(|e| Fault::of(&e))?;
                 SiteReply::Screenshot(shot.png)
             }
             SiteRequest::VmType { vm, text } => {
                 let entry = self.entry(vm).await?;
-                let machine = running(&*entry.lock().await)?.clone();
+                let machine = displayed(&*entry.lock().await)?.clone();
                 machine.send_text(&text).await.map_err(|e| Fault::of(&e))?;
                 SiteReply::Done
             }
@@ -354,22 +354,31 @@ impl SiteHost for LocalSite {
             StreamRequest::Console { vm } => (vm, false),
             StreamRequest::Display { vm } => (vm, true),
             StreamRequest::SubstrateExport { id } => return self.export(id),
-            StreamRequest::SubstrateImport { name } => return self.import(name),
+            StreamRequest::SubstrateImport { name } => return Ok(self.import(name)),
         };
         let entry = self.entry(vm).await?;
         let entry = entry.lock().await;
-        let machine = running(&entry)?;
-        let paths = machine.paths();
-        let path = if display { &paths.vnc } else { &paths.console };
-        if display && !machine.launch().spec.display {
-            return Err(Fault::conflict(format!("machine '{}' has no display", entry.record.name))
-                .hint(format!("its console: godwit vm console {}", entry.record.name)));
-        }
+        let path = if display {
+            &displayed(&entry)?.paths().vnc
+        } else {
+            &running(&entry)?.paths().console
+        };
         let stream = UnixStream::connect(path).await.map_err(|e| {
             Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
         })?;
         Ok(Box::pin(stream))
     }
+}
+
+/// A running machine that has a display.
+fn displayed(entry: &Entry) -> Result<&Machine, Fault> {
+    let machine = running(entry)?;
+    if machine.launch().spec.display {
+        return Ok(machine);
+    }
+    let name = &entry.record.name;
+    Err(Fault::conflict(format!("machine '{name}' has no display"))
+        .hint(format!("its console: godwit vm console {name}")))
 }
 
 fn running(entry: &Entry) -> Result<&Machine, Fault> {

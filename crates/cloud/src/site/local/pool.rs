@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use godwit_qemu::NicBackend;
 use godwit_substrate::{
-    ActivateRequest, DockRequest, Identity, Place, Pool, PoolDirs, Substrate, SubstrateError,
-    activate, dock_convert,
+    ActivateRequest, Becomes, DockRequest, Identity, Place, Pool, PoolDirs, Substrate,
+    SubstrateError, activate, dock_convert,
 };
 use godwit_types::{DockReport, Generation, Name, SubstrateId, SubstrateKind, VmId};
 use tokio::io::{AsyncWriteExt, DuplexStream};
@@ -226,18 +226,16 @@ impl LocalSite {
     }
 
     /// A stream to write a substrate to; after its end the site answers with one event.
-    pub(super) fn import(&self, name: Option<Name>) -> Result<ByteStream, Fault> {
-        if name.is_some() {
-            return Err(Fault::invalid("a substrate keeps its name when it is imported"));
-        }
+    pub(super) fn import(&self, name: Option<Name>) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
         let pool = self.pool.clone();
         tokio::spawn(async move {
-            if let Err(e) = take_in(pool, far).await {
+            let becomes = Becomes { owner: None, name };
+            if let Err(e) = take_in(pool, becomes, far).await {
                 tracing::warn!(error = %e, "an import's answer could not be delivered");
             }
         });
-        Ok(Box::pin(near))
+        Box::pin(near)
     }
 
     /// Enters a machine that is being made; nobody else can make it meanwhile.
@@ -265,10 +263,10 @@ impl LocalSite {
     }
 }
 
-async fn take_in(pool: Pool, far: DuplexStream) -> std::io::Result<()> {
+async fn take_in(pool: Pool, becomes: Becomes, far: DuplexStream) -> std::io::Result<()> {
     let (read, mut write) = tokio::io::split(far);
     let reader = SyncIoBridge::new(read);
-    let outcome = tokio::task::spawn_blocking(move || pool.import(reader, None)).await;
+    let outcome = tokio::task::spawn_blocking(move || pool.import(reader, becomes)).await;
     let verdict: Result<SubstrateInfo, Fault> = match outcome {
         Ok(Ok(s)) => Ok(info(&s, None)),
         Ok(Err(e)) => Err(Fault::of(&e)),
