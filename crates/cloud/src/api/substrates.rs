@@ -2,9 +2,10 @@
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::extract::State;
+use axum::body::HttpBody as _;
 use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
 use godwit_types::{Code, Name};
@@ -13,7 +14,7 @@ use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, MAX_IMPORT, Params, accepted, name};
+use super::{Answer, Api, MAX_IMPORT, Params, Path, accepted, drop_rest, is_type, name};
 use crate::controller::lifecycle::finish_import;
 use crate::controller::{Accepted, Mode};
 use crate::error::Fault;
@@ -21,6 +22,7 @@ use crate::registry::SubstrateRecord;
 use crate::site::{Call, PoolReport, SiteReply, SiteRequest, StreamRequest};
 
 #[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
 pub(super) struct ImportTo {
     /// The site; the center when left out.
     site: Option<Name>,
@@ -83,12 +85,20 @@ pub(super) async fn export(State(api): State<Api>, Path(s): Path<String>) -> Ans
 /// Takes a substrate that was exported; streamed, at most 64 GiB.
 #[utoipa::path(post, path = "/v1/substrates", params(ImportTo),
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
-    responses((status = 201, body = SubstrateRecord), (status = 409, body = Fault), (status = 422, body = Fault)))]
+    responses((status = 201, body = SubstrateRecord), (status = 409, body = Fault), (status = 413, body = Fault),
+    (status = 422, body = Fault), (status = 507, body = Fault)))]
 pub(super) async fn import(
     State(api): State<Api>,
     Params(to): Params<ImportTo>,
+    headers: HeaderMap,
     body: Body,
 ) -> Answer<(StatusCode, Json<SubstrateRecord>)> {
+    if !is_type(&headers, "application/octet-stream") {
+        return Err(Fault::invalid("the body must be application/octet-stream").into());
+    }
+    if body.size_hint().lower() > MAX_IMPORT {
+        return Err(too_large().into());
+    }
     if let Some(n) = &to.name
         && api.controller.registry().substrate(n.as_str()).is_ok()
     {
@@ -109,11 +119,12 @@ pub(super) async fn import(
         let chunk = chunk.map_err(|e| Fault::invalid(format!("the body was cut off: {e}")))?;
         taken += chunk.len() as u64;
         if taken > MAX_IMPORT {
-            return Err(Fault::invalid("the substrate is over 64 GiB").into());
+            return Err(too_large().into());
         }
         // A site that refuses closes its end; its verdict follows.
         if into.write_all(&chunk).await.is_err() {
             refused = true;
+            drop_rest(&mut body).await;
             break;
         }
     }
@@ -124,6 +135,10 @@ pub(super) async fn import(
     };
     let record = api.controller.adopt_substrate(&site, info)?;
     Ok((StatusCode::CREATED, Json(record)))
+}
+
+fn too_large() -> Fault {
+    Fault::new(Code::TooLarge, "the substrate is over 64 GiB")
 }
 
 /// The pools of all sites.

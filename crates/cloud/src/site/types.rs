@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 
+use godwit_transfer::Revocations;
 use godwit_types::{
     ActivateReport, Arch, DockReport, Generation, Hash, Mib, MigrationId, Name, SubstrateId,
     SubstrateKind, VmId, VmState,
@@ -339,6 +340,9 @@ pub enum SiteRequest {
     Pool,
     /// Checks the pool.
     PoolCheck,
+    /// The certificates that are no longer good. An older list than the one that is there
+    /// changes nothing.
+    Revocations(Revocations),
 }
 
 /// What the site answers.

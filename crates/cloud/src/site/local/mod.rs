@@ -18,6 +18,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use godwit_image::{Image, ImageCache, Recipe};
 use godwit_qemu::{Accel, Machine};
+use godwit_transfer::{Revocations, Trust};
 use godwit_types::{Arch, Code, Generation, Name, VmId};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, RwLock};
@@ -79,6 +80,7 @@ pub struct LocalSite {
     machines: RwLock<BTreeMap<VmId, Arc<Mutex<Entry>>>>,
     pool: godwit_substrate::Pool,
     moves: moves::Moves,
+    trust: Trust,
     options: SiteOptions,
     me: std::sync::Weak<Self>,
 }
@@ -98,13 +100,14 @@ const fn arch_key(arch: Arch) -> &'static str {
 
 impl LocalSite {
     /// Opens the site: makes its directories, finds out how guests are run here, and adopts the
-    /// machines that run.
+    /// machines that run. `trust` says whom its relays believe.
     ///
     /// # Errors
     /// When a directory cannot be made or no QEMU is there.
     pub async fn open(
         name: Name,
         dirs: SiteDirs,
+        trust: Trust,
         options: SiteOptions,
     ) -> Result<Arc<Self>, Fault> {
         dirs.make()?;
@@ -134,6 +137,7 @@ impl LocalSite {
             machines: RwLock::default(),
             pool,
             moves: moves::Moves::default(),
+            trust,
             options,
             me: me.clone(),
         });
@@ -217,6 +221,16 @@ impl LocalSite {
         }
     }
 
+    /// Takes the center's list of revoked certificates. It counts at once, also when it cannot be
+    /// kept for the next daemon.
+    fn take_revocations(&self, list: Revocations) -> Result<(), Fault> {
+        if !self.trust.revoke(list.clone()) {
+            return Ok(());
+        }
+        tracing::info!(number = list.number, "a newer list of revoked certificates");
+        list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))
+    }
+
     /// Refuses a request with an older generation than the site has seen.
     fn fence(record: &MachineRecord, given: Generation) -> Result<(), Fault> {
         if given < record.generation {
@@ -253,6 +267,34 @@ impl SiteHost for LocalSite {
     }
 
     async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+        self.answer(request, call).await.map_err(|f| advise(&self.name, f))
+    }
+
+    async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
+        let (vm, display) = match request {
+            StreamRequest::Console { vm } => (vm, false),
+            StreamRequest::Display { vm } => (vm, true),
+            StreamRequest::SubstrateExport { id } => return self.export(id),
+            StreamRequest::SubstrateImport { name } => return self.import(name),
+        };
+        let entry = self.entry(vm).await?;
+        let entry = entry.lock().await;
+        let machine = running(&entry)?;
+        let paths = machine.paths();
+        let path = if display { &paths.vnc } else { &paths.console };
+        if display && !machine.launch().spec.display {
+            return Err(Fault::conflict(format!("machine '{}' has no display", entry.record.name))
+                .hint(format!("its console: godwit vm console {}", entry.record.name)));
+        }
+        let stream = UnixStream::connect(path).await.map_err(|e| {
+            Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
+        })?;
+        Ok(Box::pin(stream))
+    }
+}
+
+impl LocalSite {
+    async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
         Ok(match request {
             SiteRequest::Report => SiteReply::Report(self.report().await?),
             SiteRequest::Images => SiteReply::Images(self.list_images().await?),
@@ -334,34 +376,27 @@ impl SiteHost for LocalSite {
                 self.tell_fate(migration, dead)?;
                 SiteReply::Done
             }
+            SiteRequest::Revocations(list) => {
+                self.take_revocations(list)?;
+                SiteReply::Done
+            }
             SiteRequest::MigrateAbort { migration, vm } => {
                 self.abort(migration, vm).await?;
                 SiteReply::Done
             }
         })
     }
+}
 
-    async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
-        let (vm, display) = match request {
-            StreamRequest::Console { vm } => (vm, false),
-            StreamRequest::Display { vm } => (vm, true),
-            StreamRequest::SubstrateExport { id } => return self.export(id),
-            StreamRequest::SubstrateImport { name } => return self.import(name),
-        };
-        let entry = self.entry(vm).await?;
-        let entry = entry.lock().await;
-        let machine = running(&entry)?;
-        let paths = machine.paths();
-        let path = if display { &paths.vnc } else { &paths.console };
-        if display && !machine.launch().spec.display {
-            return Err(Fault::conflict(format!("machine '{}' has no display", entry.record.name))
-                .hint(format!("its console: godwit vm console {}", entry.record.name)));
-        }
-        let stream = UnixStream::connect(path).await.map_err(|e| {
-            Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
-        })?;
-        Ok(Box::pin(stream))
+/// Says what to do about a site that is full, where nothing better was said.
+fn advise(site: &Name, f: Fault) -> Fault {
+    if f.code != Code::NoRoom || f.hint.is_some() {
+        return f;
     }
+    f.hint(format!(
+        "make room at '{site}': delete machines or substrates there, or give it more space; see: \
+         godwit site list -o wide, godwit pool status"
+    ))
 }
 
 fn running(entry: &Entry) -> Result<&Machine, Fault> {

@@ -146,8 +146,7 @@ impl LocalSite {
         image: godwit_image::Image,
     ) -> Result<godwit_substrate::Activated, Fault> {
         let dir = self.dirs.vm(record.vm);
-        std::fs::create_dir_all(&dir)
-            .map_err(|e| Fault::internal(format!("making {}: {e}", dir.display())))?;
+        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         record.save(&dir)?;
         let identity = match substrate.kind {
             SubstrateKind::Private => None,
@@ -228,9 +227,9 @@ impl LocalSite {
             return Err(Fault::invalid("a substrate keeps its name when it is imported"));
         }
         let (near, far) = tokio::io::duplex(PIPE);
-        let pool = self.pool.clone();
+        let (pool, site) = (self.pool.clone(), self.name.clone());
         tokio::spawn(async move {
-            if let Err(e) = take_in(pool, far).await {
+            if let Err(e) = take_in(pool, site, far).await {
                 tracing::warn!(error = %e, "an import's answer could not be delivered");
             }
         });
@@ -262,13 +261,13 @@ impl LocalSite {
     }
 }
 
-async fn take_in(pool: Pool, far: DuplexStream) -> std::io::Result<()> {
+async fn take_in(pool: Pool, site: Name, far: DuplexStream) -> std::io::Result<()> {
     let (read, mut write) = tokio::io::split(far);
     let reader = SyncIoBridge::new(read);
     let outcome = tokio::task::spawn_blocking(move || pool.import(reader, None)).await;
     let verdict: Result<SubstrateInfo, Fault> = match outcome {
         Ok(Ok(s)) => Ok(info(&s, None)),
-        Ok(Err(e)) => Err(Fault::of(&e)),
+        Ok(Err(e)) => Err(super::advise(&site, Fault::of(&e))),
         Err(e) => Err(joined(e)),
     };
     let text = serde_json::to_vec(&verdict)?;
