@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, BodyDataStream};
+use axum::body::{Body, BodyDataStream, HttpBody as _};
 use axum::extract::{FromRequest, FromRequestParts, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
@@ -55,7 +55,7 @@ const BODY_WITHIN: Duration = Duration::from_secs(30);
 const DROPPED: usize = 16 << 20;
 
 /// How long they may take to come.
-const DROPPED_WITHIN: Duration = Duration::from_secs(10);
+const DROPPED_WITHIN: Duration = Duration::from_secs(2);
 
 /// Lets sites join and throws them out; the center's daemon has one.
 pub trait Gatekeeper: Send + Sync {
@@ -232,13 +232,19 @@ pub(crate) fn is_type(headers: &HeaderMap, wanted: &str) -> bool {
 }
 
 async fn read_body(body: Body) -> Result<Vec<u8>, Fault> {
+    let too_large = || Fault::new(Code::TooLarge, format!("the body is over {MAX_BODY} bytes"));
+    let announced = body.size_hint().lower();
     let mut stream = body.into_data_stream();
+    if announced > MAX_BODY as u64 {
+        drop_rest(&mut stream).await;
+        return Err(too_large());
+    }
     let mut all = Vec::new();
     while let Some(chunk) = stream.next().await {
         let chunk = chunk.map_err(|e| Fault::invalid(format!("the body was cut off: {e}")))?;
         if all.len() + chunk.len() > MAX_BODY {
             drop_rest(&mut stream).await;
-            return Err(Fault::new(Code::TooLarge, format!("the body is over {MAX_BODY} bytes")));
+            return Err(too_large());
         }
         all.extend_from_slice(&chunk);
     }

@@ -1,5 +1,7 @@
 //! Substrates and pools.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
@@ -20,6 +22,9 @@ use crate::controller::{Accepted, Mode};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
 use crate::site::{Call, PoolReport, SiteReply, SiteRequest, StreamRequest};
+
+/// How long an import may stand still.
+const IMPORT_SILENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -115,7 +120,10 @@ pub(super) async fn import(
     let mut body = body.into_data_stream();
     let mut taken = 0u64;
     let mut refused = false;
-    while let Some(chunk) = body.next().await {
+    let silent = |_| Fault::new(Code::TimedOut, "no more of the body came");
+    while let Some(chunk) =
+        tokio::time::timeout(IMPORT_SILENCE, body.next()).await.map_err(silent)?
+    {
         let chunk = chunk.map_err(|e| Fault::invalid(format!("the body was cut off: {e}")))?;
         taken += chunk.len() as u64;
         if taken > MAX_IMPORT {

@@ -51,7 +51,10 @@ impl Controller {
                 Err(f) => tracing::debug!(site = %host.name(), error = %f, "images not listed"),
             }
         }
-        if recipe.is_some() {
+        if let Some(why) = recipe.as_ref().and_then(|i| i.fault.as_ref()) {
+            Err(Fault::new(Code::Damaged, format!("image '{name}' cannot be used: {why}"))
+                .hint(format!("build it again: godwit image build {name}")))
+        } else if recipe.is_some() {
             Err(Fault::conflict(format!("image '{name}' has not been built"))
                 .hint(format!("build it with: godwit image build {name}")))
         } else {

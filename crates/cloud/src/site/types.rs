@@ -37,6 +37,8 @@ pub struct ImageInfo {
     pub app: Option<String>,
     /// It is built; otherwise only its recipe is known.
     pub built: bool,
+    /// Why what is there under its name cannot be used, if that is so.
+    pub fault: Option<String>,
 }
 
 /// What a machine is made from.

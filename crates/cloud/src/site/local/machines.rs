@@ -154,10 +154,13 @@ impl LocalSite {
             }
         };
         let (cache, name) = (self.images.clone(), image.clone());
-        let image = tokio::task::spawn_blocking(move || cache.get(&name))
-            .await
-            .map_err(joined)?
-            .map_err(coded)?;
+        let image = tokio::task::spawn_blocking(move || {
+            let image = cache.get(&name)?;
+            cache.check(&image).map(|()| image)
+        })
+        .await
+        .map_err(joined)?
+        .map_err(coded)?;
         let record = MachineRecord {
             vm: new.vm,
             name: new.name,

@@ -171,34 +171,38 @@ impl LocalSite {
     /// The image of exactly that content, even when the name has moved on to a newer build.
     fn image_by_hash(&self, record: &MachineRecord) -> Result<Image, Fault> {
         let dir: PathBuf = self.images.dir().join("by-hash").join(record.image_hash.to_string());
-        Image::open(&dir).map_err(|e| Fault::of(&e))
+        if !dir.is_dir() {
+            return Err(Fault::conflict(format!(
+                "site '{}' does not hold image '{}' with the hash {}",
+                self.name, record.image, record.image_hash
+            ))
+            .hint(format!(
+                "build it there: godwit image build {} --site {}; a newer build has another hash",
+                record.image, self.name
+            )));
+        }
+        let image = Image::open(&dir).map_err(|e| Fault::of(&e))?;
+        if image.hash == record.image_hash {
+            return Ok(image);
+        }
+        let words = format!("{} holds an image with another hash", dir.display());
+        Err(Fault::new(Code::Damaged, words))
+    }
+
+    /// As [`LocalSite::image_by_hash`], its files verified.
+    async fn sound_image(&self, record: &MachineRecord) -> Result<Image, Fault> {
+        let (image, cache) = (self.image_by_hash(record)?, self.images.clone());
+        tokio::task::spawn_blocking(move || cache.check(&image).map(|()| image))
+            .await
+            .map_err(|e| Fault::internal(e.to_string()))?
+            .map_err(|e| Fault::of(&e))
     }
 
     async fn list_images(&self) -> Result<Vec<ImageInfo>, Fault> {
         let cache = self.images.clone();
-        let built = tokio::task::spawn_blocking(move || cache.list())
+        tokio::task::spawn_blocking(move || images_of(&cache))
             .await
             .map_err(|e| Fault::internal(e.to_string()))?
-            .map_err(|e| Fault::of(&e))?;
-        let mut out: Vec<_> = built.iter().map(image_info).collect();
-        for name in Recipe::names() {
-            if !out.iter().any(|i| i.name == name)
-                && let Ok(r) = Recipe::get(&name)
-            {
-                out.push(ImageInfo {
-                    hash: r.hash(),
-                    name,
-                    arch: r.arch,
-                    memory: r.memory,
-                    vcpus: r.vcpus,
-                    bytes: 0,
-                    display: r.display,
-                    app: r.app.clone(),
-                    built: false,
-                });
-            }
-        }
-        Ok(out)
     }
 
     async fn build_image(&self, name: Name, call: Call) -> Result<ImageInfo, Fault> {
@@ -246,6 +250,35 @@ impl LocalSite {
     }
 }
 
+/// The images that are built, those that are there and cannot be used, and the other recipes.
+fn images_of(cache: &ImageCache) -> Result<Vec<ImageInfo>, Fault> {
+    let built = cache.list().map_err(|e| Fault::of(&e))?;
+    let mut out: Vec<_> = built.iter().map(image_info).collect();
+    for name in Recipe::names() {
+        if out.iter().any(|i| i.name == name) {
+            continue;
+        }
+        let Ok(r) = Recipe::get(&name) else { continue };
+        let fault = match cache.get(&name) {
+            Ok(_) | Err(godwit_image::ImageError::NotBuilt { .. }) => None,
+            Err(e) => Some(crate::error::chain(&e)),
+        };
+        out.push(ImageInfo {
+            hash: r.hash(),
+            name,
+            arch: r.arch,
+            memory: r.memory,
+            vcpus: r.vcpus,
+            bytes: 0,
+            display: r.display,
+            app: r.app.clone(),
+            built: false,
+            fault,
+        });
+    }
+    Ok(out)
+}
+
 fn image_info(i: &Image) -> ImageInfo {
     ImageInfo {
         name: i.name.clone(),
@@ -257,6 +290,7 @@ fn image_info(i: &Image) -> ImageInfo {
         display: i.display,
         app: i.app.clone(),
         built: true,
+        fault: None,
     }
 }
 

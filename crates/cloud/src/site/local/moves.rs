@@ -153,16 +153,7 @@ impl LocalSite {
             migration: Some(Migration { id, end: End::Destination, peer: from }),
             reason: None,
         };
-        let image = self.image_by_hash(&record).map_err(|f| {
-            Fault::new(
-                Code::Conflict,
-                format!("site '{}' does not hold image {}: {}", self.name, record.image, f.message),
-            )
-            .hint(format!(
-                "build it there first: godwit image build {} --site {}",
-                record.image, self.name
-            ))
-        })?;
+        let image = self.sound_image(&record).await?;
         let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
         manifest.machine.check(&here).map_err(coded)?;
         let entry = self.enter(record.clone()).await?;

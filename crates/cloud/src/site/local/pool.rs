@@ -115,7 +115,7 @@ impl LocalSite {
             reason: None,
         };
         self.check_room(record.memory)?;
-        let image = self.image_by_hash(&record)?;
+        let image = self.sound_image(&record).await?;
         let entry = self.enter(record.clone()).await?;
         let mut locked = entry.lock().await;
         call.progress(Progress {
