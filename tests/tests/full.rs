@@ -173,10 +173,8 @@ fn a_full_pool_takes_no_substrate_and_the_machine_runs_on() {
 
 #[test]
 fn a_move_to_a_full_site_is_refused_and_the_machine_runs_on() {
-    let cloud = Setup::new()
-        .mount(Daemon::Ap, Use::Disk, 2048)
-        .mount(Daemon::Ap, Use::Ram, 2048)
-        .start();
+    let cloud =
+        Setup::new().mount(Daemon::Ap, Use::Disk, 2048).mount(Daemon::Ap, Use::Ram, 2048).start();
     let (disk, ram) = (cloud.mounted(Daemon::Ap, Use::Disk), cloud.mounted(Daemon::Ap, Use::Ram));
     let at = [Daemon::Center, Daemon::Ap];
     cloud.bring_substrate();
@@ -199,7 +197,11 @@ fn a_move_to_a_full_site_is_refused_and_the_machine_runs_on() {
         mount.leave(1500);
         reported(&cloud, Daemon::Ap, field, |mib| (1400..1600).contains(&mib));
         mount.leave(20);
-        full(&cloud, &go, &["of disk left at", "of guest memory at", "of disk, has", "of tmpfs, has"]);
+        full(
+            &cloud,
+            &go,
+            &["of disk left at", "of guest memory at", "of disk, has", "of tmpfs, has"],
+        );
         lines = stays(lines, field);
         reported(&cloud, Daemon::Ap, field, |mib| mib <= 20);
         full(&cloud, &go, &["of disk, has", "of tmpfs, has"]);
@@ -234,10 +236,9 @@ fn a_move_to_a_full_site_is_refused_and_the_machine_runs_on() {
     lines = cloud.guest("a").intact(lines);
 
     // A guest that finds no room for what it writes stands still, and goes on when there is some.
+    let write = "(sleep 1; dd if=/dev/urandom of=/data/y bs=1M count=40; sync)";
+    let _ = cloud.guest("a").sh(&format!("{write} >/dev/null 2>&1 </dev/null &"));
     disk.leave(0);
-    let _ = cloud.guest("a").sh(
-        "dd if=/dev/urandom of=/data/y bs=1M count=40 >/dev/null 2>&1 </dev/null & sync & true",
-    );
     let reason = within(Duration::from_secs(60), "the guest to stand still", || {
         let vm = cloud.vm("a");
         (vm["state"] == "failed").then(|| vm["reason"].as_str().unwrap_or_default().to_owned())

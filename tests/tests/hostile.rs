@@ -1,6 +1,7 @@
 //! Requests, names, images, archives and stored bytes that are not what they should be.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -11,9 +12,26 @@ use serde_json::{Value, json};
 /// What is no name, for one reason or another.
 fn no_names() -> Vec<String> {
     let tricks = [
-        "", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0b", "a\nb", "a b", "-x", "A", "a%2fb",
-        "a;b", "a,b=c", "$(id)", // Letters that only look like ours: fullwidth, Cyrillic, a joiner.
-        "ａ", "саfе", "a\u{200d}b", "a\u{202e}b",
+        "",
+        ".",
+        "..",
+        "../x",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        "a b",
+        "-x",
+        "A",
+        "a%2fb",
+        "a;b",
+        "a,b=c",
+        "$(id)", // Letters that only look like ours: fullwidth, Cyrillic, a joiner.
+        "ａ",
+        "саfе",
+        "a\u{200d}b",
+        "a\u{202e}b",
     ];
     let mut all: Vec<String> = tricks.iter().map(|t| (*t).to_owned()).collect();
     all.extend(["a".repeat(41), "n".repeat(5_000)]);
@@ -157,7 +175,8 @@ fn bodies_that_are_too_long_or_malformed_are_refused_and_the_daemon_lives_on() {
     }
     let long = format!("GET /v1/vms HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(1 << 20));
     assert!([0, 400, 431].contains(&api.raw(long.as_bytes()).status));
-    let wrong = "GET /v1/vms HTTP/1.1\r\nHost: c\r\nConnection: close\r\nAuthorization: Bearer x\r\n\r\n";
+    let wrong =
+        "GET /v1/vms HTTP/1.1\r\nHost: c\r\nConnection: close\r\nAuthorization: Bearer x\r\n\r\n";
     assert_eq!(api.raw(wrong.as_bytes()).status, 401);
 
     untouched(&cloud);
@@ -342,13 +361,13 @@ fn flip(file: &Path, at: u64) {
 
 /// Where the store keeps one of these units: the pack, a byte of the unit's body, and the hash. A
 /// record has a head of 44 bytes: the body's length is at 8, the hash at the end.
-fn stored(store: &Path, units: &[Vec<u8>]) -> (PathBuf, u64, String) {
+fn stored(store: &Path, units: &HashSet<Vec<u8>>) -> (PathBuf, u64, String) {
     for entry in std::fs::read_dir(store).unwrap().flatten() {
         let bytes = std::fs::read(entry.path()).unwrap_or_default();
         let mut at = 0;
         while bytes.get(at..at + 4).is_some_and(|magic| magic == b"GWU1") {
             let body = usize::from(u16::from_le_bytes([bytes[at + 8], bytes[at + 9]]));
-            if units.iter().any(|u| bytes[at + 12..at + 44] == u[..]) {
+            if units.contains(&bytes[at + 12..at + 44]) {
                 let hash = bytes[at + 12..at + 44].iter().map(|b| format!("{b:02x}")).collect();
                 return (entry.path(), (at + 44 + body / 2) as u64, hash);
             }
@@ -358,11 +377,11 @@ fn stored(store: &Path, units: &[Vec<u8>]) -> (PathBuf, u64, String) {
     panic!("none of {} units is in {}", units.len(), store.display());
 }
 
-/// The last hashes that a page map names; a checksum follows them.
-fn hashes(map: &Path) -> Vec<Vec<u8>> {
+/// The hashes that a page map names; a checksum follows them.
+fn hashes(map: &Path) -> HashSet<Vec<u8>> {
     let bytes = std::fs::read(map).unwrap();
     let body = &bytes[..bytes.len() - 32];
-    body.rchunks_exact(32).take(8).map(<[u8]>::to_vec).collect()
+    body.rchunks_exact(32).map(<[u8]>::to_vec).collect()
 }
 
 #[test]
@@ -400,10 +419,11 @@ fn a_flipped_bit_in_memory_disk_or_device_state_starts_no_machine() {
 /// The directory below the store that holds its packs.
 fn packs(store: &Path) -> PathBuf {
     let is_pack = |p: &Path| std::fs::read(p).is_ok_and(|b| b.starts_with(b"GWU1"));
-    let holds = |d: &Path| {
-        std::fs::read_dir(d).into_iter().flatten().flatten().any(|e| is_pack(&e.path()))
-    };
+    let holds =
+        |d: &Path| std::fs::read_dir(d).into_iter().flatten().flatten().any(|e| is_pack(&e.path()));
     let mut dirs = vec![store.to_owned()];
-    dirs.extend(std::fs::read_dir(store).unwrap().flatten().map(|e| e.path()).filter(|p| p.is_dir()));
+    dirs.extend(
+        std::fs::read_dir(store).unwrap().flatten().map(|e| e.path()).filter(|p| p.is_dir()),
+    );
     dirs.into_iter().find(|d| holds(d)).expect("packs")
 }

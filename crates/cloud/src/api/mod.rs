@@ -52,10 +52,10 @@ const BODY_WITHIN: Duration = Duration::from_secs(30);
 
 /// Bytes that are read and dropped after a body was refused: whoever is still sending would
 /// otherwise lose the answer to a connection that breaks.
-const DROPPED: usize = 16 << 20;
+const DROPPED: usize = 64 << 20;
 
 /// How long they may take to come.
-const DROPPED_WITHIN: Duration = Duration::from_secs(2);
+const DROPPED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Lets sites join and throws them out; the center's daemon has one.
 pub trait Gatekeeper: Send + Sync {

@@ -130,8 +130,7 @@ async fn tokens_are_listed_with_what_became_of_them_and_without_their_secrets() 
     assert_eq!(status, StatusCode::OK);
     let all: Vec<Token> = serde_json::from_str(&body).expect("tokens");
     let seen: Vec<_> = all.iter().map(|t| (t.id.as_str(), t.state)).collect();
-    let wanted =
-        [("new", TokenUse::Unused), ("used", TokenUse::Used), ("old", TokenUse::Expired)];
+    let wanted = [("new", TokenUse::Unused), ("used", TokenUse::Used), ("old", TokenUse::Expired)];
     assert_eq!(seen, wanted);
     assert!(!body.contains(&godwit_types::Hash::of(b"secret").to_string()), "{body}");
 }

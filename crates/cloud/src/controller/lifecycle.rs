@@ -304,7 +304,11 @@ impl Controller {
             if n == 0 {
                 break;
             }
-            into.write_all(&buffer[..n]).await.map_err(|e| cut("writing", &s.name, &e))?;
+            // A site that refuses closes its end; its verdict follows.
+            if let Err(e) = into.write_all(&buffer[..n]).await {
+                finish_import(into, &s.name).await?;
+                return Err(cut("writing", &s.name, &e));
+            }
             done += n as u64;
             op.progress(Progress {
                 stage: "substrate".into(),

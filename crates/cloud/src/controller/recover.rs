@@ -277,7 +277,11 @@ impl Controller {
             // One that is on its way is the migration's to end.
             Some(m) if m.state == VmState::Moving || !free => Verdict::Fine,
             Some(m) if m.generation > vm.generation => {
-                if m.state == VmState::Running && may(m) { Verdict::Become(m) } else { Verdict::Fine }
+                if m.state == VmState::Running && may(m) {
+                    Verdict::Become(m)
+                } else {
+                    Verdict::Fine
+                }
             }
             Some(m) if &vm.site != site => {
                 let old = m.generation < vm.generation && settled(vm.state);

@@ -207,10 +207,8 @@ impl Registry {
     }
 
     fn open_db(path: &Path) -> Result<Database> {
-        Database::create(path).map_err(|e| RegistryError::Open {
-            path: path.to_owned(),
-            source: Box::new(e.into()),
-        })
+        Database::create(path)
+            .map_err(|e| RegistryError::Open { path: path.to_owned(), source: Box::new(e.into()) })
     }
 
     fn run<T>(&self, f: impl FnOnce(&Database) -> Result<T>) -> Result<T> {

@@ -200,8 +200,7 @@ impl LocalSite {
         call: &Call,
     ) -> Result<Machine, Fault> {
         let dir = self.dirs.vm(record.vm);
-        std::fs::create_dir_all(&dir)
-            .map_err(|e| Fault::io("making", &dir, &e))?;
+        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         record.save(&dir)?;
         if let Some(base) = image.disk_path() {
             let top = dir.join(TOP);
