@@ -351,7 +351,8 @@ impl Cloud {
         let path = archive::path(&self.program, &image());
         if !path.exists() {
             archive::forget_others(&path);
-            let _ = self.ok(&["vm", "create", "--image", "tiny", "--name", "seed"]);
+            let seed = ["vm", "create", "--image", "tiny", "--name", "seed", "--site", "center"];
+            let _ = self.ok(&seed);
             self.guest("seed").answers();
             self.guest("seed").start_witness();
             let _ = self.ok(&["vm", "dock", "seed", "--name", "base"]);

@@ -192,26 +192,25 @@ fn a_move_to_a_full_site_is_refused_and_the_machine_runs_on() {
         cloud.guest("a").intact(lines)
     };
 
-    // Full since the AP's last report, so that the center sends it there; and full in the report.
+    // Full since the AP's last report, so that the center may still send it there.
     for (field, mount) in [("disk_free_mib", disk), ("ram_files_free_mib", ram)] {
-        mount.leave(1500);
-        reported(&cloud, Daemon::Ap, field, |mib| (1400..1600).contains(&mib));
-        mount.leave(20);
-        full(
-            &cloud,
-            &go,
-            &["of disk left at", "of guest memory at", "of disk, has", "of tmpfs, has"],
-        );
-        lines = stays(lines, field);
-        reported(&cloud, Daemon::Ap, field, |mib| mib <= 20);
-        full(&cloud, &go, &["of disk, has", "of tmpfs, has"]);
-        // What the AP would have to fetch for an activation is refused likewise.
-        let far = ["vm", "activate", "base", "--name", "b", "--site", "cafe"];
-        full(&cloud, &far, &["of disk, has", "of tmpfs, has"]);
-        lines = stays(lines, field);
-        mount.leave(1500);
         reported(&cloud, Daemon::Ap, field, |mib| mib > 1000);
+        mount.leave(20);
+        let named = ["of disk left at", "of guest memory at", "of disk, has", "of tmpfs, has"];
+        full(&cloud, &go, &named);
+        lines = stays(lines, field);
+        mount.leave(1500);
     }
+    // Full in its report. What it would have to fetch for an activation is refused likewise.
+    disk.leave(20);
+    reported(&cloud, Daemon::Ap, "disk_free_mib", |mib| mib <= 20);
+    full(&cloud, &go, &["of disk, has"]);
+    let far = ["vm", "activate", "base", "--name", "b", "--site", "cafe"];
+    full(&cloud, &far, &["of disk, has"]);
+    assert_eq!(state(&cloud, &at), before);
+    disk.leave(1500);
+    reported(&cloud, Daemon::Ap, "disk_free_mib", |mib| mib > 1000);
+    reported(&cloud, Daemon::Ap, "ram_files_free_mib", |mib| mib > 1000);
 
     // Memory that fills up while the pages come: the machine has not left yet, and does not.
     let begun = cloud.ok(&["vm", "migrate", "a", "--to", "cafe", "--no-wait"]);
@@ -226,6 +225,9 @@ fn a_move_to_a_full_site_is_refused_and_the_machine_runs_on() {
         (!["running", "cancelling"].contains(&o["state"].as_str()?)).then_some(o)
     });
     assert_eq!(end["state"], "failed", "{end}");
+    let why = &end["error"];
+    assert_eq!(why["code"], "no-room", "{why}");
+    assert!(why["message"].as_str().unwrap().contains("no room left for guest memory"), "{why}");
     ram.leave(1500);
     lines = stays(lines, "memory that filled up on the way");
 

@@ -401,7 +401,8 @@ fn a_flipped_bit_in_memory_disk_or_device_state_starts_no_machine() {
     let state = (dir.join("state"), 1000, "state is damaged".to_owned());
     let page = stored(&store, &hashes(&dir.join("pages")));
     let block = stored(&store, &hashes(&dir.join("disk")));
-    for (file, at, named) in [state, page, block] {
+    // In the order in which an activation comes to need them.
+    for (file, at, named) in [page, block, state] {
         flip(&file, at);
         let words = cloud.refused(&activate, 1);
         assert!(words.contains(&named) && words.contains("damaged"), "{named}: {words}");

@@ -456,6 +456,18 @@ impl LocalSite {
         ))
     }
 
+    /// The same failure, or that this site has become full, which explains it.
+    pub(super) fn blame_room(&self, f: Fault) -> Fault {
+        for (what, dir) in [("guest memory", &self.dirs.memory), ("disks", &self.dirs.data)] {
+            if report::free_mib(dir).is_ok_and(|free| free == 0) {
+                let words = format!("no room left for {what} at {}", dir.display());
+                let message = format!("site '{}' has {words}: {}", self.name, f.message);
+                return super::advise(&self.name, Fault::new(Code::NoRoom, message));
+            }
+        }
+        f
+    }
+
     /// Removes every file of a machine. What cannot be removed is told in the log: nothing else
     /// depends on it.
     pub(super) fn clear(&self, vm: VmId) {

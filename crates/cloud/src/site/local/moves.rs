@@ -243,9 +243,10 @@ impl LocalSite {
                     me.settle_in(&record).await.map(|()| Ended::Received(Box::new(received)))
                 }
                 Err(e @ MoveError::Cancelled { .. }) => {
+                    let fault = me.blame_room(Fault::of(&e));
                     me.end_relay(id).await;
                     me.undo_in(&record).await;
-                    Err(Fault::of(&e))
+                    Err(fault)
                 }
                 // The machine runs here and still needs its source.
                 Err(e) => Err(Fault::of(&e)),
