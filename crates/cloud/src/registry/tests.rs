@@ -276,7 +276,7 @@ impl Drop for Tmpfs {
 fn a_full_disk_fails_a_change_whole_and_the_registry_goes_on() {
     let dir = tempfile::tempdir().expect("dir");
     let flags = rustix::mount::MountFlags::empty();
-    let size = c"size=8388608,mode=0700";
+    let size = c"size=33554432,mode=0700";
     if let Err(e) = rustix::mount::mount("tmpfs", dir.path(), "tmpfs", flags, size) {
         eprintln!("SKIPPED: a small tmpfs cannot be mounted here: {e}");
         return;
