@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::api::Api;
 use crate::guest::Guest;
 use crate::run::{Answer, run, within};
+use crate::setup::{Setup, Use};
+use crate::tmpfs::Tmpfs;
 use crate::{archive, process};
 
 /// How long a daemon may take to be ready on a busy machine: it probes accelerators.
@@ -43,6 +46,8 @@ impl Daemon {
 /// A center and an AP, each a process, and all that they start.
 #[derive(Debug)]
 pub struct Cloud {
+    mounts: Vec<(Daemon, Use, Tmpfs)>,
+    flags: Vec<(Daemon, String)>,
     program: PathBuf,
     root: tempfile::TempDir,
     link: u16,
@@ -55,24 +60,35 @@ impl Cloud {
     /// Starts a center and an AP that has joined it.
     #[must_use]
     pub fn start() -> Self {
-        let mut cloud = Self::center_only();
-        let token = cloud.token("cafe");
-        cloud.spawn(Daemon::Ap, &["--join", &token]);
-        cloud.wait_ap();
-        cloud
+        Setup::new().start()
     }
 
     /// Starts a center.
     #[must_use]
     pub fn center_only() -> Self {
-        let mut cloud = Self::nothing();
-        cloud.spawn(Daemon::Center, &[]);
-        cloud
+        Setup::new().center_only()
     }
 
     /// Starts nothing: only the command, and directories that are cleared at the end.
     #[must_use]
     pub fn nothing() -> Self {
+        Self::bare(Setup::new())
+    }
+
+    /// Lets the AP join.
+    pub fn join_ap(&mut self) {
+        let token = self.token("cafe");
+        self.spawn(Daemon::Ap, &["--join", &token]);
+        self.wait_ap();
+    }
+
+    pub(crate) fn with(setup: Setup) -> Self {
+        let mut cloud = Self::bare(setup);
+        cloud.spawn(Daemon::Center, &[]);
+        cloud
+    }
+
+    fn bare(setup: Setup) -> Self {
         let program = program();
         image();
         let turn = archive::lock("turn");
@@ -80,7 +96,24 @@ impl Cloud {
         let root = tempfile::Builder::new().prefix("gwt").tempdir().expect("a directory");
         // The AP keeps the center's address, so it must be the same after a restart.
         let link = free_port();
-        Self { program, root, link, center: None, ap: None, _turn: turn }
+        let mut cloud = Self {
+            mounts: Vec::new(),
+            flags: setup.flags,
+            program,
+            root,
+            link,
+            center: None,
+            ap: None,
+            _turn: turn,
+        };
+        for (at, what, mib) in setup.mounts {
+            let path = match what {
+                Use::Disk => cloud.site_dir(at).join("data"),
+                Use::Ram => cloud.memory_root().join(at.site()),
+            };
+            cloud.mounts.push((at, what, Tmpfs::mount(&path, mib)));
+        }
+        cloud
     }
 
     /// A join token for `site`.
@@ -94,6 +127,49 @@ impl Cloud {
     pub fn restart(&mut self, which: Daemon) {
         self.spawn(which, &[]);
         self.wait_ap();
+    }
+
+    /// Starts the center again that was killed.
+    pub fn restart_center(&mut self) {
+        self.spawn(Daemon::Center, &[]);
+    }
+
+    /// Starts both daemons again that were killed.
+    pub fn restart_both(&mut self) {
+        self.restart_center();
+        self.restart(Daemon::Ap);
+    }
+
+    /// Gives a daemon that is started again other words on its command line.
+    pub fn set_flags(&mut self, which: Daemon, words: &[&str]) {
+        self.flags.retain(|(at, _)| *at != which);
+        self.flags.extend(words.iter().map(|w| (which, (*w).to_owned())));
+    }
+
+    /// A file system that [`Setup::mount`] made.
+    #[must_use]
+    pub fn mounted(&self, at: Daemon, what: Use) -> &Tmpfs {
+        let found = self.mounts.iter().find(|(d, u, _)| *d == at && *u == what);
+        &found.unwrap_or_else(|| panic!("no {what:?} of its own at {at:?}")).2
+    }
+
+    /// The API of the center, by hand.
+    #[must_use]
+    pub fn api(&self) -> Api {
+        Api::of(&self.root.path().join("config"))
+    }
+
+    /// Memory that a daemon has in use, in MiB.
+    #[must_use]
+    pub fn resident_mib(&self, which: Daemon) -> u64 {
+        let child = match which {
+            Daemon::Center => &self.center,
+            Daemon::Ap => &self.ap,
+        };
+        let pid = child.as_ref().expect("a daemon").id();
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
+        let line = text.lines().find_map(|l| l.strip_prefix("VmRSS:")).expect("its memory");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") >> 10
     }
 
     /// Kills a daemon as `kill -9` does.
@@ -137,15 +213,21 @@ impl Cloud {
         crate::run::converse(command, &line, keys)
     }
 
-    fn spawn(&mut self, which: Daemon, args: &[&str]) {
-        let site = which.site();
-        let socket = self.root.path().join("ready");
-        // A leftover of an earlier start.
-        let _ = std::fs::remove_file(&socket);
-        let told = UnixDatagram::bind(&socket).expect("bind");
-        told.set_read_timeout(Some(Duration::from_millis(200))).expect("time-out");
-        let log = self.log(which);
-        let file = File::options().create(true).append(true).open(&log).expect("log");
+    /// Starts a daemon that does not come to serve, and gives it back to be ended by the test.
+    #[must_use]
+    pub fn start_unwanted(&self, which: Daemon) -> Unwanted {
+        let mut command = self.daemon(which, &[]);
+        Unwanted(command.spawn().expect("starting a daemon"))
+    }
+
+    /// What a daemon has said.
+    #[must_use]
+    pub fn said(&self, which: Daemon) -> String {
+        String::from_utf8_lossy(&std::fs::read(self.log(which)).unwrap_or_default()).into_owned()
+    }
+
+    fn daemon(&self, which: Daemon, args: &[&str]) -> Command {
+        let file = File::options().create(true).append(true).open(self.log(which)).expect("log");
         let mut command = self.command();
         match which {
             Daemon::Center => {
@@ -156,14 +238,21 @@ impl Cloud {
                 command.args(["ap", "--link", "127.0.0.1:0"]);
             }
         }
-        command.args(["--name", site, "--root"]).arg(self.root.path()).args(args);
-        let mut child = command
-            .env("NOTIFY_SOCKET", &socket)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(file)
-            .spawn()
-            .expect("starting a daemon");
+        command.args(["--name", which.site(), "--root"]).arg(self.root.path()).args(args);
+        command.args(self.flags.iter().filter(|(at, _)| *at == which).map(|(_, word)| word));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
+        command
+    }
+
+    fn spawn(&mut self, which: Daemon, args: &[&str]) {
+        let socket = self.root.path().join("ready");
+        // A leftover of an earlier start.
+        let _ = std::fs::remove_file(&socket);
+        let told = UnixDatagram::bind(&socket).expect("bind");
+        told.set_read_timeout(Some(Duration::from_millis(200))).expect("time-out");
+        let log = self.log(which);
+        let mut command = self.daemon(which, args);
+        let mut child = command.env("NOTIFY_SOCKET", &socket).spawn().expect("starting a daemon");
         let begun = Instant::now();
         let mut word = [0u8; 64];
         while told.recv(&mut word).is_err() {
@@ -293,7 +382,8 @@ impl Cloud {
         let path = archive::path(&self.program, &image());
         if !path.exists() {
             archive::forget_others(&path);
-            let _ = self.ok(&["vm", "create", "--image", "tiny", "--name", "seed"]);
+            let seed = ["vm", "create", "--image", "tiny", "--name", "seed", "--site", "center"];
+            let _ = self.ok(&seed);
             self.guest("seed").answers();
             self.guest("seed").start_witness();
             let _ = self.ok(&["vm", "dock", "seed", "--name", "base"]);
@@ -341,6 +431,12 @@ impl Cloud {
         self.memory_root().join(at.site()).join(id)
     }
 
+    /// Where a site keeps the memory of its machines.
+    #[must_use]
+    pub fn memory_dir(&self, at: Daemon) -> PathBuf {
+        self.memory_root().join(at.site())
+    }
+
     fn memory_root(&self) -> PathBuf {
         let of = godwit_types::Hash::of(self.root.path().as_os_str().as_encoded_bytes());
         PathBuf::from(format!("/dev/shm/godwit-{}", of.short()))
@@ -379,6 +475,7 @@ impl Drop for Cloud {
         while !mine().is_empty() && begun.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(20));
         }
+        self.mounts.clear();
         let _ = std::fs::remove_dir_all(&memory);
         if std::thread::panicking() {
             for which in [Daemon::Center, Daemon::Ap] {
@@ -400,6 +497,18 @@ pub struct Running(pub Child);
 impl Drop for Running {
     fn drop(&mut self) {
         // What is gone already needs no end.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A daemon that serves nobody; ended when dropped.
+#[derive(Debug)]
+pub struct Unwanted(Child);
+
+impl Drop for Unwanted {
+    fn drop(&mut self) {
+        // One that has ended by itself needs no end.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

@@ -8,13 +8,19 @@
 //! Panics are how a harness of tests says that something is not as it must be.
 #![allow(clippy::missing_panics_doc)]
 
+mod api;
 mod archive;
 mod cloud;
 mod guest;
 mod process;
 mod run;
+mod setup;
+mod tmpfs;
 
-pub use cloud::{Cloud, Daemon, Running, free_port, has_image};
+pub use api::{Api, Body, Reply};
+pub use cloud::{Cloud, Daemon, Running, Unwanted, free_port, has_image};
 pub use guest::{Guest, Identity};
 pub use process::{exists, kill, pause, resume};
 pub use run::{Answer, within};
+pub use setup::{Setup, Use};
+pub use tmpfs::Tmpfs;

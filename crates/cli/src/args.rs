@@ -187,6 +187,23 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     ms.map(Duration::from_millis).ok_or_else(bad)
 }
 
+/// Reads `4096`, `500M`, `20G` or `1T`; the units are binary.
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
+    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(at);
+    let bad = || format!("'{text}' is not a size; write 4096, 500M, 20G or 1T");
+    let number: u64 = digits.parse().map_err(|_| bad())?;
+    let shift = match unit {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(bad()),
+    };
+    number.checked_mul(1 << shift).ok_or_else(bad)
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -220,6 +237,16 @@ mod tests {
     }
 
     #[test]
+    fn sizes_are_read_with_their_unit() {
+        let ok = |t| bytes(t).expect("a size");
+        assert_eq!([ok("0"), ok("4096"), ok("3K"), ok("500M")], [0, 4096, 3 << 10, 500 << 20]);
+        assert_eq!([ok("20G"), ok("1T")], [20 << 30, 1 << 40]);
+        for bad in ["", "G", "1 G", "-1", "1.5G", "1g", "99999999999T"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn flags_may_stand_at_the_end() {
         for line in [
             "vm create --image tiny --name a -o json",
@@ -229,7 +256,11 @@ mod tests {
             "vm delete b -o json",
             "image build tiny",
             "center --name center --api 127.0.0.1:0 --link 127.0.0.1:0 --data /d --run /r --ram /m",
-            "ap --name cafe --join x --link 127.0.0.1:0",
+            "ap --name cafe --join x --link 127.0.0.1:0 --pool-limit 20G",
+            "site token cafe --lifetime 1h -o json",
+            "site token list -o json",
+            "site token withdraw 0123456789abcdef",
+            "site revoke cafe",
         ] {
             let words = std::iter::once("godwit").chain(line.split(' '));
             Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}"));

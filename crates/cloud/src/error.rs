@@ -64,6 +64,15 @@ impl Fault {
         Self::new(Code::Internal, message)
     }
 
+    /// What the system said while something was done to a file: no room, or a fault of ours.
+    #[must_use]
+    pub fn io(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Self {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        let full = matches!(error.kind(), StorageFull | QuotaExceeded);
+        let code = if full { Code::NoRoom } else { Code::Internal };
+        Self::new(code, format!("{doing} {}: {error}", path.display()))
+    }
+
     /// Stopped on request.
     #[must_use]
     pub fn cancelled() -> Self {

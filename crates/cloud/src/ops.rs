@@ -136,6 +136,21 @@ impl OpKind {
         }
     }
 
+    /// The machine that it is about.
+    #[must_use]
+    pub const fn vm(&self) -> Option<VmId> {
+        match self {
+            Self::VmCreate { vm, .. }
+            | Self::VmActivate { vm, .. }
+            | Self::VmStart { vm, .. }
+            | Self::VmStop { vm, .. }
+            | Self::VmDelete { vm, .. }
+            | Self::VmDock { vm, .. }
+            | Self::VmMigrate { vm, .. } => Some(*vm),
+            Self::ImageBuild { .. } | Self::SubstrateCopy { .. } | Self::PoolCheck { .. } => None,
+        }
+    }
+
     /// What it acts on.
     #[must_use]
     pub const fn target(&self) -> &Name {
@@ -279,6 +294,12 @@ impl Ops {
                 .unwrap_or_else(|_| Err(Fault::internal("the job ended by a panic; see the log")));
             handle.end(outcome);
         });
+    }
+
+    /// Whether an operation that runs now is about that machine.
+    #[must_use]
+    pub fn works_on(&self, vm: VmId) -> bool {
+        self.live().values().any(|l| l.view.borrow().kind.vm() == Some(vm))
     }
 
     /// Unfinished operations that nobody runs: what a daemon that was killed left behind.
@@ -475,7 +496,8 @@ impl OpHandle {
             }
         }
         if let Err(e) = self.ops.registry.op_put(&record) {
-            tracing::error!(op = %self.id, error = %crate::error::chain(&e), "the end of an operation could not be written");
+            tracing::error!(op = %self.id, error = %crate::error::chain(&e), "the end of an operation could not be written; trying again");
+            tokio::spawn(write_later(self.ops.registry.clone(), record.clone()));
         }
         // Out of the map and the last value sent in one go, so that whoever asks finds it in
         // one of the two places.
@@ -483,6 +505,16 @@ impl OpHandle {
         if let Some(l) = live.remove(&self.id) {
             l.view.send_replace(record);
         }
+    }
+}
+
+/// The pause between two tries to write the end of an operation.
+const WRITE_AGAIN: std::time::Duration = std::time::Duration::from_secs(2);
+
+/// Writes the end of an operation as soon as the registry can take it again.
+async fn write_later(registry: Arc<Registry>, record: OpRecord) {
+    while registry.op_put(&record).is_err() {
+        tokio::time::sleep(WRITE_AGAIN).await;
     }
 }
 

@@ -3,6 +3,7 @@
 //! ```text
 //! <cache>/by-hash/<hash>/image.json, kernel, initrd, disk, packages.txt   never changed
 //! <cache>/<name> -> by-hash/<hash>                                        moved by rename
+//! <cache>/verified/<hash>       that its files were read and have the right hashes
 //! <cache>/debs/, apt/<arch>/    fetched packages and lists, shared by all builds
 //! <cache>/work/                 builds in progress; left-overs of a crash are removed
 //! ```
@@ -91,6 +92,29 @@ impl ImageCache {
             });
         }
         Ok(image)
+    }
+
+    /// Reads the files of `image` and compares them with their hashes, unless that was done before
+    /// and none of them was touched since. Blocks, the first time for as long as reading takes.
+    ///
+    /// # Errors
+    /// As [`Image::verify`].
+    pub fn check(&self, image: &Image) -> Result<(), ImageError> {
+        let stamp = self.dir.join("verified").join(image.hash.to_string());
+        let now = image.touched()?;
+        if std::fs::read_to_string(&stamp).is_ok_and(|then| then == now) {
+            return Ok(());
+        }
+        image.verify()?;
+        // Touched while it was read: the next one reads it again.
+        if image.touched()? == now {
+            let kept = std::fs::create_dir_all(self.dir.join("verified"))
+                .and_then(|()| std::fs::write(&stamp, now));
+            if let Err(error) = kept {
+                tracing::info!(%error, path = %stamp.display(), "it will be verified again");
+            }
+        }
+        Ok(())
     }
 
     /// All built images, by name. One that cannot be opened is left out and logged.

@@ -195,6 +195,30 @@ impl Image {
         Ok(())
     }
 
+    /// When its files were last touched in any way: their place, length and times of change.
+    pub(crate) fn touched(&self) -> Result<String, ImageError> {
+        use std::fmt::Write as _;
+        use std::os::unix::fs::MetadataExt as _;
+        let mut text = String::new();
+        for file in self.files() {
+            let path = self.dir.join(&file.file);
+            let m = path.symlink_metadata().map_err(ImageError::io("reading", &path))?;
+            let _ = writeln!(
+                text,
+                "{} {} {} {} {}.{} {}.{}",
+                file.file,
+                m.dev(),
+                m.ino(),
+                m.size(),
+                m.mtime(),
+                m.mtime_nsec(),
+                m.ctime(),
+                m.ctime_nsec()
+            );
+        }
+        Ok(text)
+    }
+
     fn from_contents(c: Contents, dir: PathBuf) -> Self {
         Self {
             hash: c.hash(),
@@ -323,6 +347,24 @@ mod tests {
         assert_eq!((image.hash, image.memory), (contents().hash(), Mib(256)));
         assert_eq!(image.kernel_path(), dir.path().join("kernel"));
         image.verify().expect("whole");
+    }
+
+    #[test]
+    fn a_file_that_was_touched_is_read_again() {
+        let at = tempfile::tempdir().expect("temp dir");
+        let cache = crate::ImageCache::open(at.path()).expect("a cache");
+        let dir = stored(&contents().description());
+        let image = Image::open(dir.path()).expect("sound");
+        cache.check(&image).expect("whole");
+        assert!(at.path().join("verified").join(image.hash.to_string()).is_file());
+        cache.check(&image).expect("not touched since");
+        std::fs::write(dir.path().join("disk"), "dosk").expect("writable");
+        match cache.check(&image) {
+            Err(ImageError::Damaged { path, .. }) => assert_eq!(path, dir.path().join("disk")),
+            other => panic!("{other:?}"),
+        }
+        std::fs::write(dir.path().join("disk"), "disk").expect("writable");
+        cache.check(&image).expect("whole again");
     }
 
     #[test]

@@ -99,6 +99,9 @@ pub enum QemuError {
     },
 }
 
+/// What the system says of a full file system; QEMU passes it on as text.
+const FULL: &str = "No space left on device";
+
 impl QemuError {
     pub(crate) fn file(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::File { doing, path: path.to_owned(), source }
@@ -124,6 +127,7 @@ impl CodedError for QemuError {
             Self::Refused(e) => e.code(),
             Self::Qmp(e) => e.code(),
             Self::Agent(e) => e.code(),
+            Self::Migration { reason: Some(why), .. } if why.contains(FULL) => Code::NoRoom,
             Self::Migration { .. } => Code::Unavailable,
             Self::TimedOut { .. } => Code::TimedOut,
             Self::NotRunning { .. } => Code::NotFound,

@@ -192,11 +192,11 @@ impl Plan {
         substrate.fits(&again)?;
         pool.is_free(request.id, &request.name)?;
         pool.room_for(0)?;
-        room(&pool.inner.dirs.substrates, SMALL_FILES)?;
+        room(&pool.inner.dirs.substrates, SMALL_FILES, "a substrate")?;
         let disk = launch.disk.as_ref().map(|d| layers(d, &request.image)).transpose()?;
         let stream_apart = matches!(launch.memory, MemorySource::PrivateOf { .. });
         let stream = if stream_apart {
-            room(&pool.inner.dirs.memory, spec.memory.bytes())?;
+            room(&pool.inner.dirs.memory, spec.memory.bytes(), "the saved machine")?;
             pool.inner.dirs.memory.join(format!(".new-{}.stream", request.id))
         } else {
             let dir = pool.new_dir(request.id);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use godwit_disk::DiskError;
 use godwit_qemu::{AgentError, ManifestMismatch, QemuError};
 use godwit_store::{PageMapError, StoreError};
-use godwit_types::{Code, CodedError, Hash, Name, SubstrateId};
+use godwit_types::{Code, CodedError, Hash, Name, SubstrateId, human_bytes};
 
 /// A failure to dock, keep or activate.
 #[derive(Debug, thiserror::Error)]
@@ -61,11 +61,11 @@ pub enum SubstrateError {
         #[source]
         source: PageMapError,
     },
-    /// The pool's own limit, or the memory file system's.
-    #[error("no room {place}: {needed_bytes} bytes needed, {free_bytes} free")]
+    /// The pool's own limit, or a file system's.
+    #[error("no room {place}: {} needed, {} free", human_bytes(*.needed_bytes), human_bytes(*.free_bytes))]
     NoRoom {
-        /// Where.
-        place: &'static str,
+        /// For what and where.
+        place: String,
         /// Bytes needed.
         needed_bytes: u64,
         /// Bytes there are.

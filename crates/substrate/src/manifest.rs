@@ -160,6 +160,10 @@ impl Substrate {
         if self.disk.is_some_and(|d| d.bytes > MAX_MAP) {
             return bad("a part is larger than allowed");
         }
+        // A map has 32 bytes for a page, and not many more for where it stands.
+        if self.pages.bytes > self.shape.memory.bytes() / PAGE_SIZE as u64 * 48 + 4096 {
+            return bad("its page map is longer than its memory allows");
+        }
         if self.disk.is_some() != self.shape.disk {
             return bad("its disk and its shape disagree");
         }

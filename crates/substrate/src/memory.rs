@@ -54,7 +54,7 @@ impl SealedMemory {
     ) -> Result<Self, SubstrateError> {
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir).map_err(SubstrateError::io("making", dir))?;
-            room(dir, map.entries().len() as u64 * PAGE_SIZE as u64)?;
+            room(dir, map.entries().len() as u64 * PAGE_SIZE as u64, "a memory file")?;
         }
         let file = OpenOptions::new()
             .write(true)
@@ -115,14 +115,14 @@ impl SealedMemory {
     }
 }
 
-/// Refuses when the file system of `dir` has less than `bytes` free.
-pub(crate) fn room(dir: &Path, bytes: u64) -> Result<(), SubstrateError> {
+/// Refuses when the file system of `dir` has less than `bytes` free for `what`.
+pub(crate) fn room(dir: &Path, bytes: u64, what: &str) -> Result<(), SubstrateError> {
     let vfs = rustix::fs::statvfs(dir)
         .map_err(|e| SubstrateError::io("asking for room at", dir)(e.into()))?;
     let free_bytes = vfs.f_bavail.saturating_mul(vfs.f_frsize);
     if free_bytes < bytes {
         return Err(SubstrateError::NoRoom {
-            place: "for a memory file",
+            place: format!("for {what} on the file system of {}", dir.display()),
             needed_bytes: bytes,
             free_bytes,
         });

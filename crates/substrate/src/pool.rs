@@ -317,7 +317,10 @@ impl Pool {
         let used = self.inner.store.stats()?.pack_bytes;
         if used.saturating_add(more) > self.inner.limit_bytes {
             return Err(SubstrateError::NoRoom {
-                place: "in the pool",
+                place: format!(
+                    "in the pool, which may hold {}",
+                    godwit_types::human_bytes(self.inner.limit_bytes)
+                ),
                 needed_bytes: more,
                 free_bytes: self.inner.limit_bytes.saturating_sub(used),
             });

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 pub enum Code {
     /// The request itself is wrong; the same request can never succeed.
     Invalid,
+    /// The request is longer than what is taken.
+    TooLarge,
     /// No, expired or revoked credentials.
     Unauthenticated,
     /// No such object.
@@ -39,6 +41,7 @@ impl Code {
     pub const fn http_status(self) -> u16 {
         match self {
             Self::Invalid => 400,
+            Self::TooLarge => 413,
             Self::Unauthenticated => 401,
             Self::NotFound => 404,
             Self::Exists | Self::Conflict | Self::Fenced | Self::Cancelled => 409,
@@ -55,7 +58,7 @@ impl Code {
     #[must_use]
     pub const fn exit_code(self) -> u8 {
         match self {
-            Self::Invalid => 2,
+            Self::Invalid | Self::TooLarge => 2,
             Self::NotFound => 4,
             Self::Exists | Self::Conflict | Self::Fenced | Self::NoRoom => 5,
             Self::TimedOut => 124,

@@ -79,6 +79,8 @@ pub struct InvalidTransition {
 ///    |         |  ^  \-----------|--> Docking ----^
 ///    v         v  |              |
 ///  Failed    Stopped ------------+
+///
+/// Failed -> Running: its site has found it running again.
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -110,7 +112,7 @@ impl VmState {
                 | (Moving, Running | Failed | Stopped)
                 | (Stopped | Failed, Starting)
                 | (Stopped, Failed)
-                | (Failed, Stopped)
+                | (Failed, Running | Stopped)
         )
     }
 

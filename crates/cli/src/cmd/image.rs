@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use godwit_cloud::Fault;
 use godwit_cloud::site::ImageInfo;
-use godwit_image::{Image, ImageCache, Recipe};
+use godwit_image::{Image, ImageCache, ImageError, Recipe};
 use godwit_types::{Name, SiteKind};
 use indicatif::ProgressBar;
 use reqwest::Method;
@@ -82,7 +82,7 @@ impl Row for Held {
         vec![
             i.name.to_string(),
             self.site.as_ref().map_or_else(|| "this machine".into(), Name::to_string),
-            yes(i.built),
+            if i.fault.is_some() { "damaged".into() } else { yes(i.built) },
             i.arch.to_string(),
             i.memory.to_string(),
             if i.built { size(i.bytes) } else { String::new() },
@@ -108,6 +108,7 @@ fn held(i: &Image) -> Held {
         display: i.display,
         app: i.app.clone(),
         built: true,
+        fault: None,
     };
     Held { site: None, image }
 }
@@ -197,6 +198,10 @@ fn local(cache: &ImageCache) -> Result<Vec<Held>> {
             display: r.display,
             app: r.app,
             built: false,
+            fault: match cache.get(&r.name) {
+                Ok(_) | Err(ImageError::NotBuilt { .. }) => None,
+                Err(e) => Some(e.to_string()),
+            },
         };
         all.push(Held { site: None, image });
     }

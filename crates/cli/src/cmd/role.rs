@@ -22,7 +22,7 @@ use godwit_types::{Code, Name};
 use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::args::{Places, client_files};
+use crate::args::{Places, bytes, client_files};
 use crate::failure::{Failure, Outcome, Result};
 
 /// Name of the file with a daemon's process id, in its run directory.
@@ -65,6 +65,9 @@ pub(crate) struct CenterRole {
     /// Also write the API's certificate here
     #[arg(long, value_name = "FILE")]
     ca_file: Option<PathBuf>,
+    /// Bytes that the pool may hold on disk, e.g. 20G [default: 64G]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    pool_limit: Option<u64>,
     #[command(flatten)]
     living: Living,
 }
@@ -83,6 +86,9 @@ pub(crate) struct ApRole {
     /// Where it listens for other sites (UDP); port 0 picks one
     #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDR:PORT")]
     link: SocketAddr,
+    /// Bytes that the pool may hold on disk, e.g. 20G [default: 64G]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    pool_limit: Option<u64>,
     #[command(flatten)]
     living: Living,
 }
@@ -108,6 +114,7 @@ impl CenterRole {
             link: self.link,
             advertise: self.advertise,
             client: client.clone(),
+            pool_bytes: self.pool_limit,
         };
         let center = tokio::select! {
             c = Box::pin(Center::start(config)) => c?,
@@ -155,7 +162,7 @@ impl ApRole {
             };
             join_site(&token, &dirs).await?;
         }
-        let config = AgentConfig { dirs, link: self.link };
+        let config = AgentConfig { dirs, link: self.link, pool_bytes: self.pool_limit };
         let mut agent = tokio::select! {
             a = Box::pin(Agent::start(config)) => a?,
             () = ends.wait() => return Ok(Outcome::Done),

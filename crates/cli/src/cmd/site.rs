@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use godwit_cloud::api::{NewToken, TokenText};
+use godwit_cloud::api::{NewToken, Token, TokenText, TokenUse};
 use godwit_cloud::clock::UnixMs;
 use godwit_cloud::daemon::join_site;
 use godwit_cloud::registry::SiteRecord;
@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::role::{identity_of, read_join_token};
 use crate::args::{Places, Talk, duration};
-use crate::client::Client;
+use crate::client::{Client, EMPTY};
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Row};
 
@@ -32,10 +32,14 @@ enum Verb {
     /// List sites
     #[command(visible_alias = "ls")]
     List,
-    /// Make a token with which one site can join this center
+    /// Make a token with which one site can join this center; list or withdraw such tokens
+    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
     Token {
+        #[command(subcommand)]
+        verb: Option<TokenVerb>,
         /// Name that the site will have
-        site: Name,
+        #[arg(required = true)]
+        site: Option<Name>,
         /// What it will be: ap or device
         #[arg(long, value_parser = kind, default_value = "ap", value_name = "KIND")]
         kind: SiteKind,
@@ -43,13 +47,42 @@ enum Verb {
         #[arg(long, value_parser = duration, default_value = "1h", value_name = "TIME")]
         lifetime: Duration,
     },
+    /// Throw a site out: its certificates and its join tokens are good for nothing any more
+    Revoke {
+        /// Its name
+        site: Name,
+    },
     /// Let this machine join a center as the site that the token names
     Join {
         /// The token, `@FILE`, or `-` for stdin
         token: String,
+        /// Join anew where the site has joined before, as after it was revoked
+        #[arg(long)]
+        replace: bool,
         #[command(flatten)]
         places: Places,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenVerb {
+    /// List the tokens of the last weeks and what became of them
+    #[command(visible_alias = "ls")]
+    List,
+    /// Take back a token that nobody has used
+    Withdraw {
+        /// Its id, as `list` shows it
+        #[arg(value_parser = token_id)]
+        token: String,
+    },
+}
+
+fn token_id(text: &str) -> Result<String, String> {
+    if text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit()) {
+        Ok(text.to_owned())
+    } else {
+        Err("a token's id is 16 hex digits; see: godwit site token list".into())
+    }
 }
 
 fn kind(text: &str) -> Result<SiteKind, String> {
@@ -118,6 +151,29 @@ impl Row for Seen {
     }
 }
 
+impl Row for Token {
+    const COLUMNS: &'static [&'static str] = &["ID", "SITE", "KIND", "STATE", "EXPIRES"];
+    const WIDE: usize = 5;
+    fn cells(&self) -> Vec<String> {
+        let state = match self.state {
+            TokenUse::Unused => "unused",
+            TokenUse::Used => "used",
+            TokenUse::Withdrawn => "withdrawn",
+            TokenUse::Expired => "expired",
+        };
+        vec![
+            self.id.clone(),
+            self.site.to_string(),
+            self.kind.to_string(),
+            state.into(),
+            self.expires.rfc3339(),
+        ]
+    }
+    fn name(&self) -> String {
+        self.id.clone()
+    }
+}
+
 /// All sites.
 pub(super) async fn sites(client: &Client) -> Result<Vec<Seen>> {
     let all: Vec<SiteRecord> = client.get("/v1/sites").await?;
@@ -144,17 +200,37 @@ impl Noun {
                 let client = Client::open(&self.talk.connect)?;
                 out::list(format, &sites(&client).await?)?;
             }
-            Verb::Token { site, kind, lifetime } => {
+            Verb::Token { verb: Some(TokenVerb::List), .. } => {
+                let client = Client::open(&self.talk.connect)?;
+                let all: Vec<Token> = client.get("/v1/tokens").await?;
+                out::list(format, &all)?;
+            }
+            Verb::Token { verb: Some(TokenVerb::Withdraw { token }), .. } => {
+                let client = Client::open(&self.talk.connect)?;
+                let path = format!("/v1/tokens/{token}");
+                client.ask::<(), ()>(Method::DELETE, &path, EMPTY).await?;
+                let words = format!("{token}   withdrawn");
+                out::action(format, &words, &token, &json!({ "token": token }))?;
+            }
+            Verb::Revoke { site } => {
+                let client = Client::open(&self.talk.connect)?;
+                let path = format!("/v1/sites/{site}");
+                client.ask::<(), ()>(Method::DELETE, &path, EMPTY).await?;
+                let words = format!("{site}   revoked");
+                out::action(format, &words, site.as_str(), &json!({ "site": site }))?;
+            }
+            Verb::Token { verb: None, site, kind, lifetime } => {
+                let site = site.ok_or_else(|| Failure::usage("which site is it for?"))?;
                 let client = Client::open(&self.talk.connect)?;
                 let t = token(&client, &site, kind, lifetime).await?;
                 out::action(format, &t.token, &t.token, &json!(t))?;
                 out::talk(&format!("on the machine that is to be {site}: godwit site join TOKEN"));
             }
-            Verb::Join { token, places } => {
+            Verb::Join { token, replace, places } => {
                 let text = read_join_token(&token)?;
                 let named = text.parse::<JoinToken>().map_err(|e| Failure::usage(e.to_string()))?;
                 let dirs = places.dirs(&named.site);
-                if identity_of(&dirs).exists() {
+                if identity_of(&dirs).exists() && !replace {
                     let words = format!("{}   joined already", named.site);
                     let data = json!({ "site": named.site, "unchanged": true });
                     out::action(format, &words, named.site.as_str(), &data)?;
@@ -165,7 +241,8 @@ impl Noun {
                 let data = json!({ "site": site, "center": named.center });
                 out::action(format, &words, site.as_str(), &data)?;
                 let flags = places.flags();
-                out::talk(&format!("run it with: godwit ap --name {site}{flags}"));
+                let again = if replace { "start its daemon anew" } else { "run it with" };
+                out::talk(&format!("{again}: godwit ap --name {site}{flags}"));
             }
         }
         Ok(Outcome::Done)

@@ -1,13 +1,13 @@
 //! Guest images.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::Response;
 use godwit_types::Name;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, Params, accepted, name};
+use super::{Answer, Api, Params, Path, accepted, name};
 use crate::controller::Mode;
 use crate::error::Fault;
 use crate::site::ImageInfo;
@@ -23,6 +23,7 @@ pub(super) struct SiteImage {
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
 pub(super) struct At {
     /// Only this site.
     site: Option<Name>,

@@ -2,8 +2,8 @@
 //!
 //! Every request but `/healthz` carries `Authorization: Bearer <operator token>`. Bodies are at
 //! most [`MAX_BODY`] bytes; only an import of a substrate is streamed, to its own limit. Every
-//! error is a [`Fault`] in JSON with the status of its class. What takes long answers 202 with
-//! the operation that does it.
+//! error is a [`Fault`] in JSON with the status of its class. Fields and parameters that are not
+//! known are refused. What takes long answers 202 with the operation that does it.
 
 mod images;
 mod meta;
@@ -15,16 +15,20 @@ mod tests;
 mod vms;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, BodyDataStream, HttpBody as _};
 use axum::extract::{FromRequest, FromRequestParts, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
+use futures::StreamExt;
+use godwit_transfer::Revocations;
+use godwit_transfer::keys::TokenInfo;
 use godwit_types::{Code, Name, SiteKind};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -34,7 +38,7 @@ use crate::controller::{Accepted, Controller, Mode};
 use crate::error::Fault;
 
 pub use meta::Health;
-pub use sites::{NewToken, TokenText};
+pub use sites::{NewToken, Token, TokenText, TokenUse};
 pub use vms::{TypeText, VmFilter};
 
 /// The longest body of a request, in bytes.
@@ -42,6 +46,16 @@ pub const MAX_BODY: usize = 1 << 20;
 
 /// The longest substrate that may be imported, in bytes.
 pub const MAX_IMPORT: u64 = 64 << 30;
+
+/// How long a body that is read whole may take to come.
+const BODY_WITHIN: Duration = Duration::from_secs(30);
+
+/// Bytes that are read and dropped after a body was refused: whoever is still sending would
+/// otherwise lose the answer to a connection that breaks.
+const DROPPED: usize = 64 << 20;
+
+/// How long they may take to come.
+const DROPPED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Lets sites join and throws them out; the center's daemon has one.
 pub trait Gatekeeper: Send + Sync {
@@ -51,11 +65,21 @@ pub trait Gatekeeper: Send + Sync {
     /// When it cannot be made.
     fn invite(&self, site: &Name, kind: SiteKind, lifetime_s: u64) -> Result<String, Fault>;
 
-    /// No certificate of the site is accepted any more.
+    /// The join tokens that are kept.
+    fn tokens(&self) -> Vec<TokenInfo>;
+
+    /// Takes back a join token that nobody has used.
+    ///
+    /// # Errors
+    /// Not found; conflict when a site has joined with it; when it cannot be written down.
+    fn withdraw(&self, token: &str) -> Result<(), Fault>;
+
+    /// No certificate and no join token of the site is accepted any more. Answers with the list
+    /// that the other sites need.
     ///
     /// # Errors
     /// When that cannot be written down.
-    fn revoke(&self, site: &Name) -> Result<(), Fault>;
+    fn revoke(&self, site: &Name) -> Result<Revocations, Fault>;
 }
 
 /// What the handlers share.
@@ -87,7 +111,8 @@ impl Api {
             .route("/v1/openapi.json", get(meta::spec))
             .route("/v1/sites", get(sites::list))
             .route("/v1/sites/{name}", get(sites::one).delete(sites::revoke))
-            .route("/v1/tokens", post(sites::token))
+            .route("/v1/tokens", get(sites::tokens).post(sites::token))
+            .route("/v1/tokens/{id}", delete(sites::withdraw))
             .route("/v1/images", get(images::list))
             .route("/v1/images/{name}", get(images::one))
             .route("/v1/images/{name}/build", post(images::build))
@@ -115,6 +140,10 @@ impl Api {
             .route("/v1/pool/{site}/check", post(substrates::pool_check))
             .fallback(|| async {
                 HttpFault(Fault::not_found("no such path").hint("see /v1/openapi.json"))
+            })
+            .method_not_allowed_fallback(|| async {
+                let f = Fault::invalid("this path does not take that method");
+                (StatusCode::METHOD_NOT_ALLOWED, axum::Json(f.hint("see /v1/openapi.json")))
             })
             .layer(middleware::from_fn_with_state(self.clone(), authenticate));
         Router::new().route("/healthz", get(meta::healthz)).merge(guarded).with_state(self)
@@ -182,19 +211,59 @@ pub(crate) struct Payload<T>(pub(crate) T);
 impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Payload<T> {
     type Rejection = HttpFault;
     async fn from_request(request: Request<Body>, _: &S) -> Result<Self, HttpFault> {
-        let typed = request.headers().get(CONTENT_TYPE).cloned();
-        let body = axum::body::to_bytes(request.into_body(), MAX_BODY)
+        let typed = is_type(request.headers(), "application/json");
+        let body = tokio::time::timeout(BODY_WITHIN, read_body(request.into_body()))
             .await
-            .map_err(|_| Fault::invalid(format!("the body is cut off or over {MAX_BODY} bytes")))?;
-        let json = HeaderValue::from_static("application/json");
+            .map_err(|_| Fault::new(Code::TimedOut, "the body did not come in time"))??;
         if body.is_empty() {
             return parse(b"{}");
         }
-        if typed != Some(json) {
+        if !typed {
             return Err(Fault::invalid("the body must be application/json").into());
         }
         parse(&body)
     }
+}
+
+/// Whether a body is of that type, whatever parameters the type has.
+pub(crate) fn is_type(headers: &HeaderMap, wanted: &str) -> bool {
+    let given = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    given.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(wanted)
+}
+
+async fn read_body(body: Body) -> Result<Vec<u8>, Fault> {
+    let too_large = || Fault::new(Code::TooLarge, format!("the body is over {MAX_BODY} bytes"));
+    let announced = body.size_hint().lower();
+    let mut stream = body.into_data_stream();
+    if announced > MAX_BODY as u64 {
+        drop_rest(&mut stream).await;
+        return Err(too_large());
+    }
+    let mut all = Vec::new();
+    while let Some(chunk) = stream.next().await {
+        let chunk = chunk.map_err(|e| Fault::invalid(format!("the body was cut off: {e}")))?;
+        if all.len() + chunk.len() > MAX_BODY {
+            drop_rest(&mut stream).await;
+            return Err(too_large());
+        }
+        all.extend_from_slice(&chunk);
+    }
+    Ok(all)
+}
+
+/// Reads a refused body on for a while, so that its sender comes to read the answer.
+pub(crate) async fn drop_rest(stream: &mut BodyDataStream) {
+    let rest = async {
+        let mut dropped = 0;
+        while let Some(Ok(chunk)) = stream.next().await {
+            dropped += chunk.len();
+            if dropped > DROPPED {
+                return;
+            }
+        }
+    };
+    // Who sends too slowly has the connection closed under him.
+    let _ = tokio::time::timeout(DROPPED_WITHIN, rest).await;
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Payload<T>, HttpFault> {
@@ -215,8 +284,22 @@ impl<T: DeserializeOwned, S: Sync> FromRequestParts<S> for Params<T> {
     }
 }
 
+/// The named parts of a path.
+pub(crate) struct Path<T>(pub(crate) T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
+    type Rejection = HttpFault;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, HttpFault> {
+        axum::extract::Path::from_request_parts(parts, state)
+            .await
+            .map(|p: axum::extract::Path<T>| Self(p.0))
+            .map_err(|e| Fault::invalid(format!("the path: {}", e.body_text())).into())
+    }
+}
+
 /// Asks only for the plan.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, IntoParams, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct DryRun {
     /// Check and tell, change nothing.
     #[serde(default)]
@@ -253,6 +336,8 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         sites::one,
         sites::revoke,
         sites::token,
+        sites::tokens,
+        sites::withdraw,
         images::list,
         images::one,
         images::build,

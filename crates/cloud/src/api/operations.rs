@@ -4,14 +4,14 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Sse;
 use axum::response::sse::{Event, KeepAlive};
 use futures::Stream;
 use godwit_types::OpId;
 
-use super::{Answer, Api};
+use super::{Answer, Api, Path};
 use crate::error::Fault;
 use crate::registry::OpRecord;
 

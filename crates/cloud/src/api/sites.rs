@@ -1,13 +1,15 @@
 //! Sites and join tokens.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
+use godwit_transfer::keys::{TokenInfo, TokenState};
 use godwit_types::{Code, Name, SiteKind};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Answer, Api, Payload, name};
+use super::{Answer, Api, Path, Payload, name};
+use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::registry::SiteRecord;
 
@@ -32,6 +34,48 @@ pub struct TokenText {
     pub token: String,
 }
 
+/// What became of a join token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenUse {
+    /// A site can join with it.
+    Unused,
+    /// A site has joined with it.
+    Used,
+    /// It was taken back.
+    Withdrawn,
+    /// Its time is over, and nobody used it.
+    Expired,
+}
+
+/// A join token as the center keeps it: without its secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Token {
+    /// Which: 16 hex digits.
+    pub id: String,
+    /// The site it is for.
+    pub site: Name,
+    /// What that site will be.
+    pub kind: SiteKind,
+    /// Its end.
+    pub expires: UnixMs,
+    /// What became of it.
+    pub state: TokenUse,
+}
+
+impl Token {
+    fn of(t: TokenInfo, now: UnixMs) -> Self {
+        let expires = UnixMs(t.expires.saturating_mul(1000));
+        let state = match t.state {
+            TokenState::Unused if expires <= now => TokenUse::Expired,
+            TokenState::Unused => TokenUse::Unused,
+            TokenState::Used { .. } => TokenUse::Used,
+            TokenState::Withdrawn => TokenUse::Withdrawn,
+        };
+        Self { id: t.id, site: t.site, kind: t.kind, expires, state }
+    }
+}
+
 /// The longest life of a join token in seconds: a week.
 const MAX_LIFETIME_S: u64 = 7 * 86_400;
 
@@ -51,7 +95,8 @@ pub(super) async fn one(
     Ok(Json(api.controller.registry().site(&name(&site)?)?))
 }
 
-/// Revokes a site: its certificate is accepted no more.
+/// Revokes a site: none of its certificates is accepted any more, here or at the other sites,
+/// and no join token that was made for it. A new token lets it join anew.
 #[utoipa::path(delete, path = "/v1/sites/{name}", params(("name" = String, Path)),
     responses((status = 204), (status = 404, body = Fault)))]
 pub(super) async fn revoke(State(api): State<Api>, Path(site): Path<String>) -> Answer<StatusCode> {
@@ -60,11 +105,29 @@ pub(super) async fn revoke(State(api): State<Api>, Path(site): Path<String>) -> 
     if record.kind == SiteKind::Center {
         return Err(Fault::invalid("the center cannot be revoked").into());
     }
-    api.gate.revoke(&site)?;
+    let revoked = api.gate.revoke(&site)?;
     api.controller.registry().site_revoke(&site)?;
     if let Ok(host) = api.controller.host(&site) {
         api.controller.detach(&host);
     }
+    api.controller.spread_revocations(&revoked).await;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The join tokens of the last weeks, those that end last first.
+#[utoipa::path(get, path = "/v1/tokens", responses((status = 200, body = Vec<Token>)))]
+pub(super) async fn tokens(State(api): State<Api>) -> Answer<Json<Vec<Token>>> {
+    let now = UnixMs::now();
+    let mut all: Vec<_> = api.gate.tokens().into_iter().map(|t| Token::of(t, now)).collect();
+    all.sort_by(|a, b| b.expires.cmp(&a.expires).then_with(|| a.id.cmp(&b.id)));
+    Ok(Json(all))
+}
+
+/// Takes back a join token that nobody has used.
+#[utoipa::path(delete, path = "/v1/tokens/{id}", params(("id" = String, Path)),
+    responses((status = 204), (status = 404, body = Fault), (status = 409, body = Fault)))]
+pub(super) async fn withdraw(State(api): State<Api>, Path(id): Path<String>) -> Answer<StatusCode> {
+    api.gate.withdraw(&id)?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::{Body, BodyDataStream};
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::body::{Body, BodyDataStream, HttpBody as _};
+use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
 use godwit_types::{Code, Name};
@@ -15,17 +15,18 @@ use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, MAX_IMPORT, Params, accepted, name};
+use super::{Answer, Api, MAX_IMPORT, Params, Path, accepted, drop_rest, is_type, name};
 use crate::controller::lifecycle::finish_import;
 use crate::controller::{Accepted, Mode};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
 use crate::site::{Call, PoolReport, SiteReply, SiteRequest, StreamRequest};
 
-/// How long the rest of a refused import is read and thrown away.
-const DISCARD_WITHIN: Duration = Duration::from_secs(60);
+/// How long an import may stand still.
+const IMPORT_SILENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
 pub(super) struct ImportTo {
     /// The site; the center when left out.
     site: Option<Name>,
@@ -88,20 +89,26 @@ pub(super) async fn export(State(api): State<Api>, Path(s): Path<String>) -> Ans
 /// Takes a substrate that was exported; streamed, at most 64 GiB.
 #[utoipa::path(post, path = "/v1/substrates", params(ImportTo),
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
-    responses((status = 201, body = SubstrateRecord), (status = 409, body = Fault), (status = 422, body = Fault)))]
+    responses((status = 201, body = SubstrateRecord), (status = 409, body = Fault), (status = 413, body = Fault),
+    (status = 422, body = Fault), (status = 507, body = Fault)))]
 pub(super) async fn import(
     State(api): State<Api>,
     Params(to): Params<ImportTo>,
+    headers: HeaderMap,
     body: Body,
 ) -> Answer<(StatusCode, Json<SubstrateRecord>)> {
+    if !is_type(&headers, "application/octet-stream") {
+        return Err(Fault::invalid("the body must be application/octet-stream").into());
+    }
+    if body.size_hint().lower() > MAX_IMPORT {
+        return Err(too_large().into());
+    }
     let mut body = body.into_data_stream();
     match take_in(&api, to, &mut body).await {
         Ok(record) => Ok((StatusCode::CREATED, Json(record))),
         Err(f) => {
             // A sender that is cut off while it sends never reads why.
-            tokio::spawn(tokio::time::timeout(DISCARD_WITHIN, async move {
-                while let Some(Ok(_)) = body.next().await {}
-            }));
+            tokio::spawn(async move { drop_rest(&mut body).await });
             Err(f.into())
         }
     }
@@ -126,11 +133,14 @@ async fn take_in(
     let mut into = host.open(StreamRequest::SubstrateImport { name: to.name }).await?;
     let mut taken = 0u64;
     let mut refused = false;
-    while let Some(chunk) = body.next().await {
+    let silent = |_| Fault::new(Code::TimedOut, "no more of the body came");
+    while let Some(chunk) =
+        tokio::time::timeout(IMPORT_SILENCE, body.next()).await.map_err(silent)?
+    {
         let chunk = chunk.map_err(|e| Fault::invalid(format!("the body was cut off: {e}")))?;
         taken += chunk.len() as u64;
         if taken > MAX_IMPORT {
-            return Err(Fault::invalid("the substrate is over 64 GiB"));
+            return Err(too_large());
         }
         // A site that refuses closes its end; its verdict follows.
         if into.write_all(&chunk).await.is_err() {
@@ -154,6 +164,10 @@ async fn take_in(
             Err(f)
         }
     }
+}
+
+fn too_large() -> Fault {
+    Fault::new(Code::TooLarge, "the substrate is over 64 GiB")
 }
 
 /// The pools of all sites.

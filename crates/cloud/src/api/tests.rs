@@ -1,6 +1,8 @@
 use axum::http::Method;
 use tower::ServiceExt;
 
+use godwit_transfer::keys::TokenState;
+
 use super::*;
 use crate::registry::Registry;
 
@@ -9,8 +11,28 @@ impl Gatekeeper for NoGate {
     fn invite(&self, site: &Name, _: SiteKind, _: u64) -> Result<String, Fault> {
         Ok(format!("token-for-{site}"))
     }
-    fn revoke(&self, _: &Name) -> Result<(), Fault> {
+    fn tokens(&self) -> Vec<TokenInfo> {
+        let token = |id: &str, expires, state| TokenInfo {
+            id: id.into(),
+            secret: godwit_types::Hash::of(b"secret"),
+            site: Name::new("cafe").expect("name"),
+            kind: SiteKind::Ap,
+            expires,
+            state,
+        };
+        let used = TokenState::Used { key: godwit_types::Hash::of(b"key") };
+        let ahead = u64::from(u32::MAX);
+        vec![
+            token("old", 1, TokenState::Unused),
+            token("new", ahead, TokenState::Unused),
+            token("used", ahead - 1, used),
+        ]
+    }
+    fn withdraw(&self, _: &str) -> Result<(), Fault> {
         Ok(())
+    }
+    fn revoke(&self, _: &Name) -> Result<Revocations, Fault> {
+        Ok(Revocations::default())
     }
 }
 
@@ -65,7 +87,7 @@ async fn bad_input_is_refused_with_a_reason() {
     let post =
         |path: &'static str, body: Vec<u8>| send(&r, Method::POST, path, Some("secret"), body);
     let (status, body) = post("/v1/vms", vec![b' '; MAX_BODY + 1]).await;
-    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
     assert!(fault(&body).message.contains("over 1048576 bytes"), "{body}");
     let (status, body) = post("/v1/vms", br#"{"name":"../etc","image":"tiny"}"#.to_vec()).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
@@ -87,8 +109,52 @@ async fn bad_input_is_refused_with_a_reason() {
         (status, body.as_str()),
         (StatusCode::CREATED, r#"{"site":"cafe","token":"token-for-cafe"}"#)
     );
-    let (status, body) = send(&r, Method::GET, "/v1/ops/7", Some("secret"), vec![]).await;
-    assert_eq!((status, fault(&body).code), (StatusCode::BAD_REQUEST, Code::Invalid));
+    for (method, path) in [
+        (Method::GET, "/v1/ops/7"),
+        // Bytes that are no text, and a parameter that would be overlooked.
+        (Method::GET, "/v1/vms/%ff"),
+        (Method::POST, "/v1/vms?dry_runn=true"),
+        (Method::GET, "/v1/vms?site=..%2fx"),
+    ] {
+        let (status, body) = send(&r, method, path, Some("secret"), vec![]).await;
+        assert_eq!((status, fault(&body).code), (StatusCode::BAD_REQUEST, Code::Invalid), "{path}");
+    }
+    let (status, body) = send(&r, Method::PUT, "/v1/vms", Some("secret"), vec![]).await;
+    assert_eq!((status, fault(&body).code), (StatusCode::METHOD_NOT_ALLOWED, Code::Invalid));
+}
+
+#[tokio::test]
+async fn tokens_are_listed_with_what_became_of_them_and_without_their_secrets() {
+    let (_d, r) = api();
+    let (status, body) = send(&r, Method::GET, "/v1/tokens", Some("secret"), vec![]).await;
+    assert_eq!(status, StatusCode::OK);
+    let all: Vec<Token> = serde_json::from_str(&body).expect("tokens");
+    let seen: Vec<_> = all.iter().map(|t| (t.id.as_str(), t.state)).collect();
+    let wanted = [("new", TokenUse::Unused), ("used", TokenUse::Used), ("old", TokenUse::Expired)];
+    assert_eq!(seen, wanted);
+    assert!(!body.contains(&godwit_types::Hash::of(b"secret").to_string()), "{body}");
+}
+
+#[tokio::test]
+async fn a_type_may_have_parameters_and_must_be_the_right_one() {
+    let (_d, r) = api();
+    for (kind, taken) in [
+        ("application/json; charset=utf-8", true),
+        ("APPLICATION/JSON", true),
+        ("text/plain", false),
+        ("application/jsonx", false),
+    ] {
+        let request = axum::http::Request::builder()
+            .method(Method::POST)
+            .uri("/v1/tokens")
+            .header(AUTHORIZATION, "Bearer secret")
+            .header(CONTENT_TYPE, kind)
+            .body(Body::from(r#"{"site":"cafe"}"#))
+            .expect("request");
+        let answer = r.clone().oneshot(request).await.expect("answer");
+        let want = if taken { StatusCode::CREATED } else { StatusCode::BAD_REQUEST };
+        assert_eq!(answer.status(), want, "{kind}");
+    }
 }
 
 #[test]

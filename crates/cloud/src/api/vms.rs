@@ -1,7 +1,7 @@
 //! Execution environments.
 
 use axum::Json;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -10,7 +10,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, DryRun, Params, Payload, accepted};
+use super::{Answer, Api, DryRun, Params, Path, Payload, accepted};
 use crate::controller::{Accepted, CreateVm, DockVm, MigrateVm};
 use crate::error::Fault;
 use crate::registry::VmRecord;
@@ -20,6 +20,7 @@ use crate::site::{
 
 /// Which environments to list.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
 pub struct VmFilter {
     /// Only at this site.
     pub site: Option<Name>,
@@ -34,6 +35,7 @@ pub struct TypeText {
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
 pub(super) struct StopHow {
     /// Cut the power instead of asking the guest.
     #[serde(default)]
@@ -44,6 +46,7 @@ pub(super) struct StopHow {
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Tail {
     /// At most so many bytes from the end; 16 KiB when left out.
     max_bytes: Option<u32>,

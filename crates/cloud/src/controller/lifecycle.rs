@@ -51,7 +51,10 @@ impl Controller {
                 Err(f) => tracing::debug!(site = %host.name(), error = %f, "images not listed"),
             }
         }
-        if recipe.is_some() {
+        if let Some(why) = recipe.as_ref().and_then(|i| i.fault.as_ref()) {
+            Err(Fault::new(Code::Damaged, format!("image '{name}' cannot be used: {why}"))
+                .hint(format!("build it again: godwit image build {name}")))
+        } else if recipe.is_some() {
             Err(Fault::conflict(format!("image '{name}' has not been built"))
                 .hint(format!("build it with: godwit image build {name}")))
         } else {
@@ -301,7 +304,11 @@ impl Controller {
             if n == 0 {
                 break;
             }
-            into.write_all(&buffer[..n]).await.map_err(|e| cut("writing", &s.name, &e))?;
+            // A site that refuses closes its end; its verdict follows.
+            if let Err(e) = into.write_all(&buffer[..n]).await {
+                finish_import(into, &s.name).await?;
+                return Err(cut("writing", &s.name, &e));
+            }
             done += n as u64;
             op.progress(Progress {
                 stage: "substrate".into(),

@@ -27,6 +27,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use godwit_transfer::Revocations;
 use godwit_types::{Generation, Mib, Name, OpId, SiteKind, SubstrateKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -36,7 +37,7 @@ use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::Ops;
 use crate::registry::{Registry, SiteRecord, SiteReport, SubstrateRecord, VmRecord};
-use crate::site::{SiteHost, SubstrateInfo};
+use crate::site::{Call, SiteHost, SiteRequest, SubstrateInfo};
 
 /// How long a site stays usable without a report.
 pub const LEASE: Duration = Duration::from_secs(15);
@@ -134,6 +135,9 @@ pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
         crate::registry::RegistryError::NotFound { what: "site", .. } => {
             fault.hint("see the sites with: godwit site list")
         }
+        _ if fault.code == godwit_types::Code::NoRoom => {
+            fault.hint("make room on the file system of the center's data directory")
+        }
         _ => fault,
     }
 }
@@ -208,6 +212,23 @@ impl Controller {
         }
     }
 
+    /// Sends the list of revoked certificates to every site that is attached. One that cannot be
+    /// told now is told when it comes back.
+    pub async fn spread_revocations(&self, list: &Revocations) {
+        let hosts = self.hosts();
+        futures::future::join_all(hosts.iter().map(|h| self.tell_revocations(h, list))).await;
+    }
+
+    /// Sends the list of revoked certificates to one site.
+    pub async fn tell_revocations(&self, host: &Arc<dyn SiteHost>, list: &Revocations) {
+        let request = SiteRequest::Revocations(list.clone());
+        let told = tokio::time::timeout(LEASE, host.tell(request, Call::quiet())).await;
+        let told = told.unwrap_or_else(|_| Err(Fault::unavailable("it did not answer")));
+        if let Err(error) = told {
+            tracing::warn!(site = %host.name(), %error, "not told of revoked certificates");
+        }
+    }
+
     /// Takes a site's report and what it says of its machines and substrates.
     ///
     /// # Errors
@@ -257,6 +278,12 @@ impl Controller {
         }
         drop(hosts);
         let site = self.registry.site(name).map_err(registry_fault)?;
+        if site.revoked {
+            return Err(Fault::conflict(format!("site '{}' was revoked", site.name)).hint(format!(
+                "let it join anew: godwit site token {0}, then godwit site join --replace there",
+                site.name
+            )));
+        }
         Err(Fault::unavailable(format!(
             "site '{}' is not connected (last heard of {})",
             site.name,

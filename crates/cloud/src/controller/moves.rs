@@ -133,11 +133,22 @@ impl Controller {
                             tracing::warn!(site = %host.name(), error = %e, "abort of a migration");
                         }
                     }
+                    let f = Self::explained(&m, f).await;
                     self.settle_vm(&m.vm, &f).await?;
                     op.undone("send")?;
+                    return Err(f);
                 }
                 Err(f)
             }
+        }
+    }
+
+    /// The failure as the destination tells it, where that says more: it was full.
+    async fn explained(m: &Move, f: Fault) -> Fault {
+        let whole = SiteRequest::MigrateReceived { migration: m.id };
+        match m.dst.ask(whole, Call::quiet()).await {
+            Err(there) if there.code == Code::NoRoom => there,
+            _ => f,
         }
     }
 

@@ -21,6 +21,10 @@ const RETURN_LIMIT: Duration = Duration::from_secs(60);
 /// How long it waits for a migration that goes on between two sites without it.
 const MOVE_LIMIT: Duration = Duration::from_secs(600);
 
+/// How long a machine may be between two states without an operation before its site's word on it
+/// is taken.
+const FORSAKEN_AFTER: Duration = Duration::from_secs(30);
+
 /// How often it looks.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
@@ -209,8 +213,9 @@ impl Controller {
         (seen, all)
     }
 
-    /// Takes over what a site says of its machines: one that ended by itself is marked, and one
-    /// of an older generation that still runs there is ended.
+    /// Takes over what a site says of its machines: one that ended by itself is marked, one that
+    /// runs there under a newer generation is found there, and one of an older generation is
+    /// ended.
     pub(super) async fn settle_machines(&self, host: &Arc<dyn SiteHost>) -> Result<(), Fault> {
         let known = self.registry.vms().map_err(registry_fault)?;
         let machines = host.machines().await?;
@@ -219,42 +224,92 @@ impl Controller {
             if self.registry.vm(&vm.id.to_string()).ok().as_ref() != Some(&vm) {
                 continue;
             }
-            let at_site = machines.iter().find(|m| m.vm == vm.id);
-            let settled = |s| matches!(s, VmState::Running | VmState::Stopped | VmState::Failed);
-            let steady = settled(vm.state);
-            match at_site {
-                // One that is on its way is the migration's to end.
-                Some(m) if m.state == VmState::Moving => {}
-                Some(m) if &vm.site != host.name() && m.generation < vm.generation && steady => {
+            let here = machines.iter().find(|m| m.vm == vm.id);
+            match self.verdict(&vm, host.name(), here) {
+                Verdict::Fine => {}
+                Verdict::End => {
                     let release =
                         SiteRequest::MigrateRelease { vm: vm.id, generation: vm.generation };
-                    tracing::warn!(vm = %vm.name, site = %host.name(), old = %m.generation, "ending an older generation");
+                    tracing::warn!(vm = %vm.name, site = %host.name(), "ending an older generation");
                     host.tell(release, Call::quiet()).await?;
                 }
-                Some(m)
-                    if &vm.site == host.name()
-                        && steady
-                        && settled(m.state)
-                        && m.state != vm.state
-                        && vm.state.may_become(m.state)
-                        && m.generation == vm.generation =>
-                {
+                Verdict::Become(m) => {
                     self.change_vm(&vm, vm.generation, |v| {
-                        v.become_state(m.state, UnixMs::now())?;
+                        if v.generation != m.generation {
+                            tracing::warn!(vm = %v.name, site = %host.name(), generation = %m.generation, "a newer generation runs there");
+                        }
+                        v.site = host.name().clone();
+                        v.generation = m.generation;
+                        if v.state != m.state {
+                            v.become_state(m.state, UnixMs::now())?;
+                        }
                         v.reason.clone_from(&m.reason);
                         Ok(())
                     })?;
                 }
-                None if &vm.site == host.name() && vm.state == VmState::Running => {
+                Verdict::Lost => {
                     self.change_vm(&vm, vm.generation, |v| {
                         v.become_state(VmState::Failed, UnixMs::now())?;
                         v.reason = Some(format!("site '{}' does not know it", host.name()));
                         Ok(())
                     })?;
                 }
-                _ => {}
             }
         }
         Ok(())
     }
+
+    /// What a site's word on a machine means beside what the registry has of it. A machine that an
+    /// operation works on is that operation's to settle.
+    fn verdict<'a>(
+        &self,
+        vm: &VmRecord,
+        site: &Name,
+        here: Option<&'a MachineStatus>,
+    ) -> Verdict<'a> {
+        let settled = |s| matches!(s, VmState::Running | VmState::Stopped | VmState::Failed);
+        // Left behind by an operation whose end could not be written.
+        let forsaken =
+            UnixMs::now().since(vm.changed) > FORSAKEN_AFTER && !self.ops().works_on(vm.id);
+        let free = settled(vm.state) || forsaken;
+        let may = |m: &MachineStatus| m.state == vm.state || vm.state.may_become(m.state);
+        match here {
+            // One that is on its way is the migration's to end.
+            Some(m) if m.state == VmState::Moving || !free => Verdict::Fine,
+            Some(m) if m.generation > vm.generation => {
+                if m.state == VmState::Running && may(m) {
+                    Verdict::Become(m)
+                } else {
+                    Verdict::Fine
+                }
+            }
+            Some(m) if &vm.site != site => {
+                let old = m.generation < vm.generation && settled(vm.state);
+                if old { Verdict::End } else { Verdict::Fine }
+            }
+            Some(m) if m.generation == vm.generation => {
+                let news = settled(m.state) && m.state != vm.state && may(m);
+                if news { Verdict::Become(m) } else { Verdict::Fine }
+            }
+            Some(_) => Verdict::Fine,
+            None if &vm.site == site
+                && (vm.state == VmState::Running || forsaken && !settled(vm.state)) =>
+            {
+                Verdict::Lost
+            }
+            None => Verdict::Fine,
+        }
+    }
+}
+
+/// What follows from a site's word on a machine.
+enum Verdict<'a> {
+    /// Nothing.
+    Fine,
+    /// It is of an older generation and has to end there.
+    End,
+    /// It is as the site says.
+    Become(&'a MachineStatus),
+    /// The site that should have it does not know it.
+    Lost,
 }

@@ -90,6 +90,7 @@ impl SiteHost for Paper {
                 display: false,
                 app: None,
                 built: true,
+                fault: None,
             }])),
             SiteRequest::Machines => Ok(SiteReply::Machines(self.all())),
             SiteRequest::Substrates => Ok(SiteReply::Substrates(vec![])),
@@ -352,4 +353,53 @@ async fn unknown_things_are_named_with_advice() {
     let e = w.c.migrate("a", to("cafe"), Mode::Act).expect_err("away");
     assert_eq!(e.code, Code::Unavailable);
     assert!(e.message.contains("site 'cafe' is not connected"), "{e}");
+}
+
+#[tokio::test]
+async fn of_two_generations_the_newer_that_runs_is_right() {
+    let w = world(Send::Works).await;
+    let vm = running(&w, "a").await;
+    let put = |at: &Arc<Paper>, generation| {
+        let status = at.status(vm.id, &vm.name, generation);
+        at.machines.lock().expect("lock").push(status);
+    };
+    let host: Arc<dyn SiteHost> = w.cafe.clone();
+    // The registry was restored from before the machine moved.
+    put(&w.cafe, vm.generation.next());
+    w.c.refresh(&host).await.expect("report");
+    let now = w.c.registry().vm("a").expect("there");
+    assert_eq!((now.site.as_str(), now.generation), ("cafe", vm.generation.next()));
+    assert_eq!(now.state, VmState::Running);
+    // Where the older one is, it ends.
+    let center: Arc<dyn SiteHost> = w.center.clone();
+    w.c.refresh(&center).await.expect("report");
+    assert!(w.center.all().is_empty());
+    assert_eq!(w.c.registry().vm("a").expect("there").site.as_str(), "cafe");
+}
+
+#[tokio::test]
+async fn a_machine_that_an_operation_left_between_two_states_is_settled() {
+    let w = world(Send::Works).await;
+    let vm = running(&w, "a").await;
+    let host: Arc<dyn SiteHost> = w.center.clone();
+    let leave = |changed| {
+        let change = |v: &mut VmRecord| {
+            v.state = VmState::Docking;
+            v.changed = changed;
+            Ok(())
+        };
+        w.c.registry().vm_update(vm.id, vm.generation, change).expect("written");
+    };
+    let state = || w.c.registry().vm("a").expect("there").state;
+    // Just now: an operation may be about to begin.
+    leave(UnixMs::now());
+    w.c.refresh(&host).await.expect("report");
+    assert_eq!(state(), VmState::Docking);
+    leave(UnixMs(1));
+    w.c.refresh(&host).await.expect("report");
+    assert_eq!(state(), VmState::Running);
+    w.center.drop_vm(vm.id);
+    leave(UnixMs(1));
+    w.c.refresh(&host).await.expect("report");
+    assert_eq!(state(), VmState::Failed);
 }

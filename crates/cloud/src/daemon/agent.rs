@@ -32,6 +32,8 @@ pub struct AgentConfig {
     pub dirs: SiteDirs,
     /// Where it listens for other sites' relays (UDP); port 0 picks one.
     pub link: SocketAddr,
+    /// Bytes that the pool's store may hold; the usual limit when left out.
+    pub pool_bytes: Option<u64>,
 }
 
 /// Joins the center that made `token` and keeps the identity under `dirs`.
@@ -48,6 +50,13 @@ pub async fn join_site(token: &str, dirs: &SiteDirs) -> Result<Name, Fault> {
     let keys = dirs.keys();
     make_dir(&keys)?;
     identity.save(&keys.join("identity")).map_err(|e| Fault::of(&e))?;
+    // Of the cloud that this site belonged to before, if it did.
+    match std::fs::remove_file(dirs.revoked()) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Fault::internal(format!("removing {}: {e}", dirs.revoked().display())));
+        }
+        _ => {}
+    }
     write_private(&keys.join(CENTER_FILE), token.center.as_bytes())?;
     Ok(identity.name().clone())
 }
@@ -76,13 +85,18 @@ impl Agent {
             Fault::conflict(format!("this site does not know its center: {e}"))
                 .hint("join again: godwit site join TOKEN")
         })?;
-        let trust =
-            Trust::new(identity.authority(), Revocations::default()).map_err(|e| Fault::of(&e))?;
-        let endpoint = Endpoint::bind(config.link, identity, trust, EndpointOptions::default())
-            .map_err(|e| Fault::of(&e))?;
+        let revoked = Revocations::load(&config.dirs.revoked()).unwrap_or_else(|error| {
+            tracing::warn!(%error, "no list of revoked certificates until the center sends it");
+            Revocations::default()
+        });
+        let trust = Trust::new(identity.authority(), revoked).map_err(|e| Fault::of(&e))?;
+        let endpoint =
+            Endpoint::bind(config.link, identity, trust.clone(), EndpointOptions::default())
+                .map_err(|e| Fault::of(&e))?;
         let link = endpoint.local_address().map_err(|e| Fault::of(&e))?;
-        let options = SiteOptions::new(own_address(link.ip(), &center).await?)?;
-        let site = LocalSite::open(name.clone(), config.dirs, options).await?;
+        let mut options = SiteOptions::new(own_address(link.ip(), &center).await?)?;
+        options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
+        let site = LocalSite::open(name.clone(), config.dirs, trust, options).await?;
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let (told, connected) = watch::channel(false);
         let work = stay_connected(endpoint.clone(), center, site.clone(), told);

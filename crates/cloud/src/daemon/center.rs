@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum_server::Handle;
-use godwit_transfer::{Authority, Endpoint, EndpointOptions};
+use godwit_transfer::keys::TokenInfo;
+use godwit_transfer::{Authority, Endpoint, EndpointOptions, KeyError, Peer, Revocations, Trust};
 use godwit_types::{Name, SiteKind};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -20,6 +21,9 @@ use crate::site::{LocalSite, RemoteSite, SiteDirs, SiteHost, SiteOptions};
 
 /// How long open requests may take to end when the daemon ends.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// How long the head of a request may take to come.
+const HEAD_WITHIN: Duration = Duration::from_secs(30);
 
 /// What a center needs to know.
 #[derive(Debug, Clone)]
@@ -36,6 +40,8 @@ pub struct CenterConfig {
     pub advertise: Option<String>,
     /// Where the files for clients go.
     pub client: ClientFiles,
+    /// Bytes that the pool's store may hold; the usual limit when left out.
+    pub pool_bytes: Option<u64>,
 }
 
 /// A running center.
@@ -63,8 +69,24 @@ impl Gatekeeper for Door {
             .map_err(|e| Fault::of(&e))
     }
 
-    fn revoke(&self, site: &Name) -> Result<(), Fault> {
-        self.authority.revoke_site(site).map(|_| ()).map_err(|e| Fault::of(&e))
+    fn tokens(&self) -> Vec<TokenInfo> {
+        self.authority.tokens()
+    }
+
+    fn withdraw(&self, token: &str) -> Result<(), Fault> {
+        self.authority.withdraw(token).map_err(|e| match &e {
+            KeyError::TokenUsed(_) => {
+                Fault::of(&e).hint("throw the site out with: godwit site revoke NAME")
+            }
+            KeyError::NoSuchToken(_) => {
+                Fault::of(&e).hint("see the tokens with: godwit site token list")
+            }
+            _ => Fault::of(&e),
+        })
+    }
+
+    fn revoke(&self, site: &Name) -> Result<Revocations, Fault> {
+        self.authority.revoke_site(site).map_err(|e| Fault::of(&e))
     }
 }
 
@@ -94,8 +116,10 @@ impl Center {
         let link = endpoint.local_address().map_err(|e| Fault::of(&e))?;
 
         let own = {
-            let options = SiteOptions::new(link.ip())?;
-            LocalSite::open(config.site.clone(), config.dirs.clone(), options).await?
+            let mut options = SiteOptions::new(link.ip())?;
+            options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
+            let trust = authority.trust().clone();
+            LocalSite::open(config.site.clone(), config.dirs.clone(), trust, options).await?
         };
         controller.attach(own.clone(), SiteKind::Center).await?;
         controller.recover()?;
@@ -162,8 +186,14 @@ async fn serve_api(
     let (pem, tls) = tls::server(&keys.join("api"), address)?;
     let router = Api::new(controller.clone(), door, token).router();
     let handle = Handle::new();
-    let server =
+    let mut server =
         axum_server::from_tcp_rustls(listener, tls).map_err(failed)?.handle(handle.clone());
+    // Whoever connects and says nothing is not waited for.
+    server
+        .http_builder()
+        .http1()
+        .timer(hyper_util::rt::TokioTimer::new())
+        .header_read_timeout(HEAD_WITHIN);
     tasks.spawn(async move {
         if let Err(error) = server.serve(router.into_make_service()).await {
             tracing::error!(%error, "the API ended");
@@ -177,12 +207,16 @@ async fn serve_api(
 /// Takes in the sites that connect.
 async fn welcome(endpoint: Endpoint, controller: Arc<Controller>) {
     while let Some(link) = endpoint.accept().await {
-        let controller = controller.clone();
+        let (controller, trust) = (controller.clone(), endpoint.trust().clone());
         tokio::spawn(async move {
             let kind = link.peer().kind;
             let site: Arc<dyn SiteHost> = Arc::new(RemoteSite::new(link.clone()));
+            readmit(&controller, &trust, link.peer());
             match controller.attach(site.clone(), kind).await {
                 Ok(()) => {
+                    // Read after it is attached, so that no later list misses it.
+                    let list = trust.revocations();
+                    controller.tell_revocations(&site, &list).await;
                     tokio::select! {
                         () = controller.clone().keep(site.clone()) => {}
                         why = link.closed() => {
@@ -197,5 +231,18 @@ async fn welcome(endpoint: Endpoint, controller: Arc<Controller>) {
                 }
             }
         });
+    }
+}
+
+/// A site that was revoked and shows a good certificate has joined anew, with a token that was
+/// made for it since.
+fn readmit(controller: &Controller, trust: &Trust, peer: &Peer) {
+    let revoked = controller.registry().site(&peer.name).is_ok_and(|s| s.revoked);
+    if !revoked || trust.is_revoked(&peer.serial) {
+        return;
+    }
+    tracing::info!(site = %peer.name, "a revoked site has joined anew");
+    if let Err(error) = controller.registry().site_readmit(&peer.name) {
+        tracing::error!(site = %peer.name, %error, "a site that joined anew is not taken in");
     }
 }

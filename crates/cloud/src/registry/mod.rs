@@ -6,6 +6,9 @@
 //! generation its author believes in; an older one is refused ([`RegistryError::Fenced`]), which
 //! is what keeps a machine from being claimed by two places.
 //!
+//! After an input or output error, as on a full disk, the database is opened anew and comes up
+//! with the last change that is whole: the call fails, and the next one finds a registry.
+//!
 //! Values are JSON: new optional fields do not break an older file, and an operator can read it.
 //! Calls block for one `fsync`; they are short and never made while a machine stands still.
 
@@ -14,6 +17,7 @@ mod records;
 mod tests;
 
 use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use godwit_types::{Code, CodedError, Generation, Name, OpId, SubstrateId, VmId};
@@ -111,6 +115,7 @@ pub enum RegistryError {
 impl CodedError for RegistryError {
     fn code(&self) -> Code {
         match self {
+            Self::Open { source, .. } | Self::Database(source) if is_full(source) => Code::NoRoom,
             Self::Open { .. } | Self::Database(_) => Code::Internal,
             Self::Format { .. } | Self::Damaged { .. } => Code::Damaged,
             Self::NotFound { .. } => Code::NotFound,
@@ -120,6 +125,11 @@ impl CodedError for RegistryError {
             Self::Revoked(_) => Code::Unauthenticated,
         }
     }
+}
+
+fn is_full(e: &redb::Error) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(e, redb::Error::Io(e) if matches!(e.kind(), StorageFull | QuotaExceeded))
 }
 
 macro_rules! from_redb {
@@ -142,7 +152,9 @@ type Result<T> = std::result::Result<T, RegistryError>;
 /// The registry of one center.
 #[derive(Debug)]
 pub struct Registry {
-    db: Database,
+    path: PathBuf,
+    /// None while it could not be opened anew.
+    db: RwLock<Option<Database>>,
 }
 
 fn put<T: Serialize>(tx: &WriteTransaction, table: Table, key: &str, value: &T) -> Result<()> {
@@ -170,10 +182,7 @@ impl Registry {
     /// # Errors
     /// When the file is held by another daemon, damaged, or of another format.
     pub fn open(path: &Path) -> Result<Self> {
-        let db = Database::create(path).map_err(|e| RegistryError::Open {
-            path: path.to_owned(),
-            source: Box::new(e.into()),
-        })?;
+        let db = Self::open_db(path)?;
         let tx = db.begin_write()?;
         {
             let mut meta = tx.open_table(META)?;
@@ -194,29 +203,70 @@ impl Registry {
             }
         }
         tx.commit()?;
-        Ok(Self { db })
+        Ok(Self { path: path.to_owned(), db: RwLock::new(Some(db)) })
+    }
+
+    fn open_db(path: &Path) -> Result<Database> {
+        Database::create(path)
+            .map_err(|e| RegistryError::Open { path: path.to_owned(), source: Box::new(e.into()) })
+    }
+
+    fn run<T>(&self, f: impl FnOnce(&Database) -> Result<T>) -> Result<T> {
+        if self.opened().is_none() {
+            self.reopen()?;
+        }
+        let result = match self.opened().as_ref() {
+            Some(db) => f(db),
+            None => Err(RegistryError::Database(Box::new(redb::Error::PreviousIo))),
+        };
+        if let Err(RegistryError::Database(e)) = &result
+            && matches!(**e, redb::Error::Io(_) | redb::Error::PreviousIo)
+            && let Err(error) = self.reopen()
+        {
+            tracing::error!(%error, "the registry is not usable for now");
+        }
+        result
+    }
+
+    fn opened(&self) -> std::sync::RwLockReadGuard<'_, Option<Database>> {
+        self.db.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens the database anew.
+    fn reopen(&self) -> Result<()> {
+        let mut guard = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        // It holds a lock on the file.
+        drop(guard.take());
+        *guard = Some(Self::open_db(&self.path)?);
+        Ok(())
     }
 
     fn get<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>> {
-        let tx = self.db.begin_read()?;
-        tx.open_table(table)?.get(key)?.map(|v| parse(key, v.value())).transpose()
+        self.run(|db| {
+            let tx = db.begin_read()?;
+            tx.open_table(table)?.get(key)?.map(|v| parse(key, v.value())).transpose()
+        })
     }
 
     fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<T>> {
-        let tx = self.db.begin_read()?;
-        let mut out = Vec::new();
-        for entry in tx.open_table(table)?.iter()? {
-            let (k, v) = entry?;
-            out.push(parse(k.value(), v.value())?);
-        }
-        Ok(out)
+        self.run(|db| {
+            let tx = db.begin_read()?;
+            let mut out = Vec::new();
+            for entry in tx.open_table(table)?.iter()? {
+                let (k, v) = entry?;
+                out.push(parse(k.value(), v.value())?);
+            }
+            Ok(out)
+        })
     }
 
     fn write<T>(&self, f: impl FnOnce(&WriteTransaction) -> Result<T>) -> Result<T> {
-        let tx = self.db.begin_write()?;
-        let out = f(&tx)?;
-        tx.commit()?;
-        Ok(out)
+        self.run(|db| {
+            let tx = db.begin_write()?;
+            let out = f(&tx)?;
+            tx.commit()?;
+            Ok(out)
+        })
     }
 
     // ---- sites -------------------------------------------------------------------------
@@ -295,10 +345,22 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn site_revoke(&self, name: &Name) -> Result<()> {
+        self.site_trust(name, false)
+    }
+
+    /// Marks a revoked site as trusted again: it has joined anew.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`], or when the database fails.
+    pub fn site_readmit(&self, name: &Name) -> Result<()> {
+        self.site_trust(name, true)
+    }
+
+    fn site_trust(&self, name: &Name, trusted: bool) -> Result<()> {
         self.write(|tx| {
             let mut site: SiteRecord = take(tx, SITES, name.as_str())?
                 .ok_or_else(|| RegistryError::NotFound { what: "site", key: name.to_string() })?;
-            site.revoked = true;
+            site.revoked = !trusted;
             put(tx, SITES, name.as_str(), &site)
         })
     }

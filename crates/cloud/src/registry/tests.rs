@@ -262,3 +262,39 @@ fn kill_9_loses_nothing_that_was_told() {
         assert!(reg.vm(&format!("vm-{i}")).is_ok(), "vm-{i}");
     }
 }
+
+/// A small tmpfs, unmounted when dropped.
+struct Tmpfs(tempfile::TempDir);
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_full_disk_fails_a_change_whole_and_the_registry_goes_on() {
+    let dir = tempfile::tempdir().expect("dir");
+    let flags = rustix::mount::MountFlags::empty();
+    let size = c"size=33554432,mode=0700";
+    if let Err(e) = rustix::mount::mount("tmpfs", dir.path(), "tmpfs", flags, size) {
+        eprintln!("SKIPPED: a small tmpfs cannot be mounted here: {e}");
+        return;
+    }
+    let mount = Tmpfs(dir);
+    let reg = Registry::open(&mount.0.path().join("r.redb")).expect("open");
+    let small = vm("a");
+    reg.vm_add(&small).expect("room");
+    let filler = mount.0.path().join("filler");
+    let free = rustix::fs::statvfs(mount.0.path()).expect("statvfs");
+    std::fs::write(&filler, vec![1; (free.f_bavail * free.f_frsize) as usize]).expect("fill");
+    let large = VmRecord { reason: Some("x".repeat(4 << 20)), ..vm("b") };
+    for _ in 0..2 {
+        let e = reg.vm_add(&large).expect_err("full");
+        assert_eq!(e.code(), Code::NoRoom, "{e:?}");
+        assert_eq!(reg.vms().expect("read"), [small.clone()]);
+    }
+    std::fs::remove_file(&filler).expect("remove");
+    reg.vm_add(&large).expect("room again");
+    assert_eq!(reg.vms().expect("read").len(), 2);
+}

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 
+use godwit_transfer::Revocations;
 use godwit_types::{
     ActivateReport, Arch, DockReport, Generation, Hash, Mib, MigrationId, Name, SubstrateId,
     SubstrateKind, VmId, VmState,
@@ -36,6 +37,8 @@ pub struct ImageInfo {
     pub app: Option<String>,
     /// It is built; otherwise only its recipe is known.
     pub built: bool,
+    /// Why what is there under its name cannot be used, if that is so.
+    pub fault: Option<String>,
 }
 
 /// What a machine is made from.
@@ -341,6 +344,9 @@ pub enum SiteRequest {
     Pool,
     /// Checks the pool.
     PoolCheck,
+    /// The certificates that are no longer good. An older list than the one that is there
+    /// changes nothing.
+    Revocations(Revocations),
 }
 
 /// What the site answers.

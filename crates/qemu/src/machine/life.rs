@@ -6,8 +6,8 @@
 //!    (waits)                  |   ^    |   |                |
 //!                         run v   | stop   |            run |
 //!   (boots) -------------->  Running ------+ <--------------+
-//!                             |  |
-//!                    PoweredOff  Broken         any --> Exited
+//!                             |  |                    (Stalled --run--> Running)
+//!          PoweredOff, Stalled   Broken         any --> Exited
 //! ```
 
 use std::fmt;
@@ -30,7 +30,9 @@ pub enum Life {
     PostMigrate,
     /// The guest powered itself off; QEMU is still there.
     PoweredOff,
-    /// The guest panicked, an I/O error stopped it, or QEMU found an error of its own.
+    /// A write to its disk failed, as on a full file system; it is tried again when it runs.
+    Stalled,
+    /// The guest panicked, or QEMU found an error of its own.
     Broken,
     /// QEMU has ended.
     Exited,
@@ -45,7 +47,8 @@ impl Life {
             "finish-migrate" | "save-vm" | "colo" => Self::Leaving,
             "postmigrate" => Self::PostMigrate,
             "shutdown" => Self::PoweredOff,
-            "guest-panicked" | "internal-error" | "io-error" | "watchdog" => Self::Broken,
+            "io-error" => Self::Stalled,
+            "guest-panicked" | "internal-error" | "watchdog" => Self::Broken,
             _ => Self::Paused,
         }
     }
@@ -58,7 +61,7 @@ impl Life {
             Self::Incoming => matches!(action, Load),
             Self::Paused => matches!(action, Run | Stop | Save | Send | Change),
             Self::Running => matches!(action, Run | Stop | Save | Send | Change | Type),
-            Self::PostMigrate => matches!(action, Run | Stop | Change),
+            Self::PostMigrate | Self::Stalled => matches!(action, Run | Stop | Change),
             Self::Leaving | Self::PoweredOff | Self::Broken | Self::Exited => false,
         }
     }
@@ -81,6 +84,7 @@ impl fmt::Display for Life {
             Self::Leaving => "leaving",
             Self::PostMigrate => "saved or migrated",
             Self::PoweredOff => "powered off",
+            Self::Stalled => "stopped by a failed write to its disk",
             Self::Broken => "broken",
             Self::Exited => "ended",
         })
@@ -170,5 +174,6 @@ mod tests {
         }
         assert!(!Life::Paused.allows(Type), "QEMU drops keys of a stopped machine");
         assert!(!Life::PostMigrate.allows(Save), "QEMU wants it to run first");
+        assert!(Life::of("io-error").allows(Run) && !Life::of("io-error").allows(Send));
     }
 }

@@ -249,20 +249,29 @@ impl Authority {
         Ok(token)
     }
 
-    /// Takes a token back.
+    /// Takes a token back that nobody has used. One that was taken back before stays so.
     ///
     /// # Errors
-    /// [`KeyError::NoSuchToken`], [`KeyError::File`].
+    /// [`KeyError::NoSuchToken`], [`KeyError::TokenUsed`]; [`KeyError::File`], and then it is as
+    /// it was.
     pub fn withdraw(&self, token_id: &str) -> Result<(), KeyError> {
         let mut state = self.lock();
         let token = state
             .tokens
             .get_mut(token_id)
             .ok_or_else(|| KeyError::NoSuchToken(token_id.escape_debug().take(40).collect()))?;
-        if token.state == TokenState::Unused {
-            token.state = TokenState::Withdrawn;
+        match token.state {
+            TokenState::Unused => token.state = TokenState::Withdrawn,
+            TokenState::Withdrawn => return Ok(()),
+            TokenState::Used { .. } => return Err(KeyError::TokenUsed(token.id.clone())),
         }
-        self.save(&state)
+        let saved = self.save(&state);
+        if saved.is_err()
+            && let Some(token) = state.tokens.get_mut(token_id)
+        {
+            token.state = TokenState::Unused;
+        }
+        saved
     }
 
     /// The tokens that are kept.
@@ -378,13 +387,18 @@ impl Authority {
         Ok(identity)
     }
 
-    /// Revokes every certificate of a site; its links to this center are closed. Returns the new
-    /// list, for the other sites.
+    /// Revokes every certificate of a site and takes back every token that was made for it, used
+    /// or not: with a used one its holder could fetch another certificate. Its links to this
+    /// center are closed. Returns the new list, for the other sites.
     ///
     /// # Errors
     /// [`KeyError::File`]; then nothing is revoked.
     pub fn revoke_site(&self, name: &Name) -> Result<Revocations, KeyError> {
         let mut state = self.lock();
+        let tokens = state.tokens.clone();
+        for token in state.tokens.values_mut().filter(|t| t.site == *name) {
+            token.state = TokenState::Withdrawn;
+        }
         let serials: Vec<_> =
             state.issued.iter().filter(|i| i.name == *name).map(|i| i.serial.clone()).collect();
         let mut revoked = state.revoked.clone();
@@ -393,6 +407,7 @@ impl Authority {
         let before = std::mem::replace(&mut state.revoked, revoked.clone());
         if let Err(error) = self.save(&state) {
             state.revoked = before;
+            state.tokens = tokens;
             return Err(error);
         }
         self.trust.revoke(revoked.clone());
@@ -528,5 +543,35 @@ mod tests {
         let list = authority.revoke_site(&name("cafe")).expect("revoke");
         assert_eq!(list.serials.len(), 2);
         assert!(authority.renew(&renewed, csr.request()).is_err());
+    }
+
+    #[test]
+    fn a_revoked_site_cannot_come_back_with_the_tokens_it_was_given() {
+        let dir = tempfile::tempdir().expect("dir");
+        let authority = Authority::create(dir.path()).expect("create");
+        let invite = |site: &str| {
+            authority.invite(&name(site), SiteKind::Ap, "127.0.0.1:7701", 60).expect("invite")
+        };
+        let ask = |token: &JoinToken, key: &PendingIdentity| {
+            let request = JoinRequest {
+                token_id: token.id.clone(),
+                secret: token.secret.0,
+                csr: key.request().to_vec(),
+            };
+            authority.redeem(&request, token.expires - 1)
+        };
+        let key = PendingIdentity::make(&name("cafe"), SiteKind::Ap).expect("key");
+        let (used, unused, other) = (invite("cafe"), invite("cafe"), invite("bar"));
+        ask(&used, &key).expect("joins");
+        assert!(matches!(authority.withdraw(&used.id), Err(KeyError::TokenUsed(_))));
+        authority.revoke_site(&name("cafe")).expect("revoke");
+        for token in [&used, &unused] {
+            assert_eq!(ask(token, &key), Err(JoinRefusal::Withdrawn));
+        }
+        let bar = PendingIdentity::make(&name("bar"), SiteKind::Ap).expect("key");
+        ask(&other, &bar).expect("another site's token is as good as before");
+        // A new token is the operator's word that the site may come back.
+        ask(&invite("cafe"), &key).expect("joins anew");
+        authority.withdraw(&invite("cafe").id).expect("unused");
     }
 }

@@ -83,6 +83,9 @@ pub enum KeyError {
     /// The operation names a token that is not kept.
     #[error("there is no join token {0}")]
     NoSuchToken(String),
+    /// A site has joined with the token, so that taking it back changes nothing.
+    #[error("a site has joined with join token {0} already")]
+    TokenUsed(String),
     /// The request for a certificate is not acceptable.
     #[error("the certificate request is not acceptable: {why}")]
     BadRequest {
@@ -103,7 +106,7 @@ impl CodedError for KeyError {
             Self::File { .. } | Self::Make { .. } | Self::Tls(_) => Code::Internal,
             Self::Damaged { .. } => Code::Damaged,
             Self::Exists { .. } => Code::Exists,
-            Self::OpenKey { .. } => Code::Conflict,
+            Self::OpenKey { .. } | Self::TokenUsed(_) => Code::Conflict,
             Self::NotASite { .. } | Self::ForeignCertificate => Code::Unauthenticated,
             Self::NoSuchToken(_) => Code::NotFound,
             Self::BadRequest { .. } => Code::Invalid,

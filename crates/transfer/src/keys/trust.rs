@@ -1,6 +1,7 @@
 //! Whom a site believes: certificates of its authority that are not revoked.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 
 use godwit_types::{Hash, Name, SiteKind};
@@ -15,7 +16,7 @@ use rustls::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::{KeyError, Peer, Serial};
+use super::{KeyError, Peer, Serial, read_bounded, write_private};
 
 /// Certificates that are no longer good. The center keeps the list and sends it to the sites.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +25,34 @@ pub struct Revocations {
     pub number: u64,
     /// The serial numbers.
     pub serials: BTreeSet<Serial>,
+}
+
+impl Revocations {
+    /// Reads the list that [`Revocations::save`] wrote; an empty one when there is none.
+    ///
+    /// # Errors
+    /// [`KeyError::File`], [`KeyError::Damaged`].
+    pub fn load(path: &Path) -> Result<Self, KeyError> {
+        let bytes = match read_bounded(path) {
+            Ok(bytes) => bytes,
+            Err(KeyError::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self::default());
+            }
+            Err(e) => return Err(e),
+        };
+        serde_json::from_slice(&bytes)
+            .map_err(|e| KeyError::Damaged { path: path.to_owned(), why: e.to_string() })
+    }
+
+    /// Writes the list, whole or not at all.
+    ///
+    /// # Errors
+    /// [`KeyError::File`].
+    pub fn save(&self, path: &Path) -> Result<(), KeyError> {
+        let bytes = serde_json::to_vec_pretty(self)
+            .map_err(|e| KeyError::Damaged { path: path.to_owned(), why: e.to_string() })?;
+        write_private(path, &bytes)
+    }
 }
 
 /// An authority's certificate with the list of what it revoked. Clones share the list.

@@ -77,6 +77,12 @@ impl SiteDirs {
         self.data.join("keys")
     }
 
+    /// The list of certificates that are no longer good, as the center sent it.
+    #[must_use]
+    pub fn revoked(&self) -> PathBuf {
+        self.keys().join("revoked.json")
+    }
+
     /// What is kept of one machine.
     #[must_use]
     pub fn vm(&self, vm: VmId) -> PathBuf {

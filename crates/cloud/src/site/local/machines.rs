@@ -27,6 +27,9 @@ const BOOT_WITHIN: Duration = Duration::from_secs(300);
 /// How long a guest may take to power itself off before the power is cut.
 const OFF_WITHIN: Duration = Duration::from_secs(40);
 
+/// Disk that a machine that comes leaves free, in MiB.
+const DISK_MARGIN_MIB: u64 = 16;
+
 /// How often a boot is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
@@ -100,6 +103,7 @@ impl LocalSite {
             match tokio::time::timeout(LOOK_EVERY, entry.lock()).await {
                 Ok(mut e) => {
                     if e.record.meant != Meant::Gone {
+                        self.wake_stalled(&mut e).await;
                         out.push(status(&mut e).await);
                     }
                 }
@@ -107,6 +111,32 @@ impl LocalSite {
             }
         }
         out
+    }
+
+    /// Lets a machine run on that a full disk stopped, once there is room again.
+    async fn wake_stalled(&self, e: &mut Entry) {
+        let Some(m) = &e.machine else { return };
+        if !m.life().await.is_ok_and(|l| l == Life::Stalled) {
+            return;
+        }
+        if self.check_disk_room(0).is_err() {
+            let words = format!(
+                "its guest stands still: there is no room for its disk at {}",
+                self.dirs.data.display()
+            );
+            if e.record.reason.as_ref() != Some(&words) {
+                tracing::warn!(vm = %e.record.name, "{words}");
+                e.record.reason = Some(words);
+            }
+            return;
+        }
+        match m.run().await {
+            Ok(()) => {
+                tracing::info!(vm = %e.record.name, "there is room for its disk again: it runs on");
+                e.record.reason = None;
+            }
+            Err(error) => tracing::warn!(vm = %e.record.name, %error, "it does not run on"),
+        }
     }
 
     /// A machine that a job has at this moment, as its record has it: present, and not settled.
@@ -124,10 +154,13 @@ impl LocalSite {
             }
         };
         let (cache, name) = (self.images.clone(), image.clone());
-        let image = tokio::task::spawn_blocking(move || cache.get(&name))
-            .await
-            .map_err(joined)?
-            .map_err(coded)?;
+        let image = tokio::task::spawn_blocking(move || {
+            let image = cache.get(&name)?;
+            cache.check(&image).map(|()| image)
+        })
+        .await
+        .map_err(joined)?
+        .map_err(coded)?;
         let record = MachineRecord {
             vm: new.vm,
             name: new.name,
@@ -167,8 +200,7 @@ impl LocalSite {
         call: &Call,
     ) -> Result<Machine, Fault> {
         let dir = self.dirs.vm(record.vm);
-        std::fs::create_dir_all(&dir)
-            .map_err(|e| Fault::internal(format!("making {}: {e}", dir.display())))?;
+        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         record.save(&dir)?;
         if let Some(base) = image.disk_path() {
             let top = dir.join(TOP);
@@ -379,8 +411,7 @@ impl LocalSite {
         e.record.migration = None;
         self.clear(e.record.vm);
         let dir = self.dirs.vm(e.record.vm);
-        std::fs::create_dir_all(&dir)
-            .map_err(|err| Fault::internal(format!("making {}: {err}", dir.display())))?;
+        std::fs::create_dir_all(&dir).map_err(|err| Fault::io("making", &dir, &err))?;
         e.record.save(&dir)
     }
 
@@ -407,11 +438,42 @@ impl LocalSite {
         Err(Fault::new(
             Code::NoRoom,
             format!(
-                "site '{}' has room for {free} MiB of guest memory; {memory} are needed",
-                self.name
+                "site '{}' has room for {free} MiB of guest memory at {}; {} are needed",
+                self.name,
+                self.dirs.memory.display(),
+                memory.0
             ),
         )
         .hint("stop a machine there, or choose another site with --site"))
+    }
+
+    /// Refuses when the disk has less than that left for a machine that comes.
+    pub(super) fn check_disk_room(&self, bytes: u64) -> Result<(), Fault> {
+        let needed = (bytes >> 20) + 1 + DISK_MARGIN_MIB;
+        let free = report::free_mib(&self.dirs.data)?;
+        if needed <= free {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Code::NoRoom,
+            format!(
+                "site '{}' has {free} MiB of disk left at {}; {needed} are needed",
+                self.name,
+                self.dirs.data.display()
+            ),
+        ))
+    }
+
+    /// The same failure, or that this site has become full, which explains it.
+    pub(super) fn blame_room(&self, f: Fault) -> Fault {
+        for (what, dir) in [("guest memory", &self.dirs.memory), ("disks", &self.dirs.data)] {
+            if report::free_mib(dir).is_ok_and(|free| free == 0) {
+                let words = format!("no room left for {what} at {}", dir.display());
+                let message = format!("site '{}' has {words}: {}", self.name, f.message);
+                return super::advise(&self.name, Fault::new(Code::NoRoom, message));
+            }
+        }
+        f
     }
 
     /// Removes every file of a machine. What cannot be removed is told in the log: nothing else
@@ -468,6 +530,20 @@ fn tail(path: &Path, max: usize) -> Result<Vec<u8>, Fault> {
     Ok(out)
 }
 
+/// Bytes on the disk of what a machine has above its base image.
+pub(super) fn layer_bytes(machine: &Machine) -> Result<u64, Fault> {
+    use std::os::unix::fs::MetadataExt;
+    let Some(chain) = machine.launch().disk else { return Ok(0) };
+    let layers = chain.layers.iter().filter_map(|l| match &l.layer {
+        Layer::Qcow2 { path } => Some(path),
+        Layer::Raw { .. } | Layer::Nbd { .. } => None,
+    });
+    layers.chain([&chain.top]).try_fold(0, |sum, path| {
+        let meta = std::fs::metadata(path).map_err(|e| Fault::io("reading", path, &e))?;
+        Ok(sum + meta.blocks() * 512)
+    })
+}
+
 fn remove_file(path: &Path) -> Result<(), Fault> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -510,7 +586,7 @@ pub(super) async fn status(e: &mut Entry) -> MachineStatus {
         (Some(Life::Running | Life::Paused), _) => VmState::Running,
         (Some(Life::Incoming | Life::Leaving), _) => VmState::Moving,
         (Some(Life::PoweredOff | Life::PostMigrate), _) | (_, Meant::Stopped) => VmState::Stopped,
-        (Some(Life::Broken | Life::Exited) | None, _) => VmState::Failed,
+        (Some(Life::Broken | Life::Stalled | Life::Exited) | None, _) => VmState::Failed,
     };
     status_as(&e.record, state)
 }

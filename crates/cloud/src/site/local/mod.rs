@@ -19,6 +19,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use godwit_image::{Image, ImageCache, Recipe};
 use godwit_qemu::{Accel, Machine};
+use godwit_transfer::{Revocations, Trust};
 use godwit_types::{Arch, Code, Generation, Name, VmId};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, RwLock};
@@ -84,6 +85,7 @@ pub struct LocalSite {
     pool: godwit_substrate::Pool,
     shells: godwit_substrate::Shells,
     moves: moves::Moves,
+    trust: Trust,
     options: SiteOptions,
     me: std::sync::Weak<Self>,
 }
@@ -103,13 +105,14 @@ const fn arch_key(arch: Arch) -> &'static str {
 
 impl LocalSite {
     /// Opens the site: makes its directories, finds out how guests are run here, and adopts the
-    /// machines that run.
+    /// machines that run. `trust` says whom its relays believe.
     ///
     /// # Errors
     /// When a directory cannot be made or no QEMU is there.
     pub async fn open(
         name: Name,
         dirs: SiteDirs,
+        trust: Trust,
         options: SiteOptions,
     ) -> Result<Arc<Self>, Fault> {
         dirs.make()?;
@@ -142,6 +145,7 @@ impl LocalSite {
             pool,
             shells,
             moves: moves::Moves::default(),
+            trust,
             options,
             me: me.clone(),
         });
@@ -175,34 +179,38 @@ impl LocalSite {
     /// The image of exactly that content, even when the name has moved on to a newer build.
     fn image_by_hash(&self, record: &MachineRecord) -> Result<Image, Fault> {
         let dir: PathBuf = self.images.dir().join("by-hash").join(record.image_hash.to_string());
-        Image::open(&dir).map_err(|e| Fault::of(&e))
+        if !dir.is_dir() {
+            return Err(Fault::conflict(format!(
+                "site '{}' does not hold image '{}' with the hash {}",
+                self.name, record.image, record.image_hash
+            ))
+            .hint(format!(
+                "build it there: godwit image build {} --site {}; a newer build has another hash",
+                record.image, self.name
+            )));
+        }
+        let image = Image::open(&dir).map_err(|e| Fault::of(&e))?;
+        if image.hash == record.image_hash {
+            return Ok(image);
+        }
+        let words = format!("{} holds an image with another hash", dir.display());
+        Err(Fault::new(Code::Damaged, words))
+    }
+
+    /// As [`LocalSite::image_by_hash`], its files verified.
+    async fn sound_image(&self, record: &MachineRecord) -> Result<Image, Fault> {
+        let (image, cache) = (self.image_by_hash(record)?, self.images.clone());
+        tokio::task::spawn_blocking(move || cache.check(&image).map(|()| image))
+            .await
+            .map_err(|e| Fault::internal(e.to_string()))?
+            .map_err(|e| Fault::of(&e))
     }
 
     async fn list_images(&self) -> Result<Vec<ImageInfo>, Fault> {
         let cache = self.images.clone();
-        let built = tokio::task::spawn_blocking(move || cache.list())
+        tokio::task::spawn_blocking(move || images_of(&cache))
             .await
             .map_err(|e| Fault::internal(e.to_string()))?
-            .map_err(|e| Fault::of(&e))?;
-        let mut out: Vec<_> = built.iter().map(image_info).collect();
-        for name in Recipe::names() {
-            if !out.iter().any(|i| i.name == name)
-                && let Ok(r) = Recipe::get(&name)
-            {
-                out.push(ImageInfo {
-                    hash: r.hash(),
-                    name,
-                    arch: r.arch,
-                    memory: r.memory,
-                    vcpus: r.vcpus,
-                    bytes: 0,
-                    display: r.display,
-                    app: r.app.clone(),
-                    built: false,
-                });
-            }
-        }
-        Ok(out)
     }
 
     async fn build_image(&self, name: Name, call: Call) -> Result<ImageInfo, Fault> {
@@ -225,6 +233,16 @@ impl LocalSite {
         }
     }
 
+    /// Takes the center's list of revoked certificates. It counts at once, also when it cannot be
+    /// kept for the next daemon.
+    fn take_revocations(&self, list: Revocations) -> Result<(), Fault> {
+        if !self.trust.revoke(list.clone()) {
+            return Ok(());
+        }
+        tracing::info!(number = list.number, "a newer list of revoked certificates");
+        list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))
+    }
+
     /// Refuses a request with an older generation than the site has seen.
     fn fence(record: &MachineRecord, given: Generation) -> Result<(), Fault> {
         if given < record.generation {
@@ -240,6 +258,35 @@ impl LocalSite {
     }
 }
 
+/// The images that are built, those that are there and cannot be used, and the other recipes.
+fn images_of(cache: &ImageCache) -> Result<Vec<ImageInfo>, Fault> {
+    let built = cache.list().map_err(|e| Fault::of(&e))?;
+    let mut out: Vec<_> = built.iter().map(image_info).collect();
+    for name in Recipe::names() {
+        if out.iter().any(|i| i.name == name) {
+            continue;
+        }
+        let Ok(r) = Recipe::get(&name) else { continue };
+        let fault = match cache.get(&name) {
+            Ok(_) | Err(godwit_image::ImageError::NotBuilt { .. }) => None,
+            Err(e) => Some(crate::error::chain(&e)),
+        };
+        out.push(ImageInfo {
+            hash: r.hash(),
+            name,
+            arch: r.arch,
+            memory: r.memory,
+            vcpus: r.vcpus,
+            bytes: 0,
+            display: r.display,
+            app: r.app.clone(),
+            built: false,
+            fault,
+        });
+    }
+    Ok(out)
+}
+
 fn image_info(i: &Image) -> ImageInfo {
     ImageInfo {
         name: i.name.clone(),
@@ -251,6 +298,7 @@ fn image_info(i: &Image) -> ImageInfo {
         display: i.display,
         app: i.app.clone(),
         built: true,
+        fault: None,
     }
 }
 
@@ -261,6 +309,32 @@ impl SiteHost for LocalSite {
     }
 
     async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+        self.answer(request, call).await.map_err(|f| advise(&self.name, f))
+    }
+
+    async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
+        let (vm, display) = match request {
+            StreamRequest::Console { vm } => (vm, false),
+            StreamRequest::Display { vm } => (vm, true),
+            StreamRequest::SubstrateExport { id } => return self.export(id),
+            StreamRequest::SubstrateImport { name } => return Ok(self.import(name)),
+        };
+        let entry = self.entry(vm).await?;
+        let entry = entry.lock().await;
+        let path = if display {
+            &displayed(&entry)?.paths().vnc
+        } else {
+            &running(&entry)?.paths().console
+        };
+        let stream = UnixStream::connect(path).await.map_err(|e| {
+            Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
+        })?;
+        Ok(Box::pin(stream))
+    }
+}
+
+impl LocalSite {
+    async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
         Ok(match request {
             SiteRequest::Report => SiteReply::Report(self.report().await?),
             SiteRequest::Images => SiteReply::Images(self.list_images().await?),
@@ -342,32 +416,27 @@ impl SiteHost for LocalSite {
                 self.tell_fate(migration, dead)?;
                 SiteReply::Done
             }
+            SiteRequest::Revocations(list) => {
+                self.take_revocations(list)?;
+                SiteReply::Done
+            }
             SiteRequest::MigrateAbort { migration, vm } => {
                 self.abort(migration, vm).await?;
                 SiteReply::Done
             }
         })
     }
+}
 
-    async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
-        let (vm, display) = match request {
-            StreamRequest::Console { vm } => (vm, false),
-            StreamRequest::Display { vm } => (vm, true),
-            StreamRequest::SubstrateExport { id } => return self.export(id),
-            StreamRequest::SubstrateImport { name } => return Ok(self.import(name)),
-        };
-        let entry = self.entry(vm).await?;
-        let entry = entry.lock().await;
-        let path = if display {
-            &displayed(&entry)?.paths().vnc
-        } else {
-            &running(&entry)?.paths().console
-        };
-        let stream = UnixStream::connect(path).await.map_err(|e| {
-            Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
-        })?;
-        Ok(Box::pin(stream))
+/// Says what to do about a site that is full, where nothing better was said.
+fn advise(site: &Name, f: Fault) -> Fault {
+    if f.code != Code::NoRoom || f.hint.is_some() {
+        return f;
     }
+    f.hint(format!(
+        "make room at '{site}': delete machines or substrates there, or give it more space; see: \
+         godwit site list -o wide, godwit pool status"
+    ))
 }
 
 /// A running machine that has a display.

@@ -29,7 +29,7 @@ use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
 use super::LocalSite;
-use super::machines::{TOP, coded, joined};
+use super::machines::{TOP, coded, joined, layer_bytes};
 use super::record::{Below, End, MachineRecord, Meant, Migration};
 use crate::error::{Fault, chain};
 use crate::ops::Progress;
@@ -55,6 +55,8 @@ pub(super) struct MoveManifest {
     machine: Manifest,
     mac: godwit_qemu::MacAddress,
     disk_bytes: Option<u64>,
+    /// Bytes that its layers above the base image take: what the destination needs room for.
+    layer_bytes: u64,
     /// Its generation GUID, which it keeps: a guest that only moves has no reason to reseed.
     generation_id: Option<uuid::Uuid>,
 }
@@ -117,6 +119,7 @@ impl LocalSite {
             machine: machine.manifest(),
             mac: e.record.mac,
             disk_bytes,
+            layer_bytes: layer_bytes(machine)?,
             generation_id: machine.generation_id().await.map_err(coded)?,
         };
         serde_json::to_vec(&manifest).map_err(|e| Fault::internal(e.to_string()))
@@ -133,6 +136,7 @@ impl LocalSite {
     ) -> Result<Incoming, Fault> {
         let manifest = parse_manifest(manifest)?;
         self.check_room(machine.memory)?;
+        self.check_disk_room(manifest.layer_bytes)?;
         let record = MachineRecord {
             vm: machine.vm,
             name: machine.name,
@@ -149,16 +153,7 @@ impl LocalSite {
             migration: Some(Migration { id, end: End::Destination, peer: from }),
             reason: None,
         };
-        let image = self.image_by_hash(&record).map_err(|f| {
-            Fault::new(
-                Code::Conflict,
-                format!("site '{}' does not hold image {}: {}", self.name, record.image, f.message),
-            )
-            .hint(format!(
-                "build it there first: godwit image build {} --site {}",
-                record.image, self.name
-            ))
-        })?;
+        let image = self.sound_image(&record).await?;
         let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
         manifest.machine.check(&here).map_err(coded)?;
         let entry = self.enter(record.clone()).await?;
@@ -186,8 +181,7 @@ impl LocalSite {
         manifest: &MoveManifest,
     ) -> Result<(Machine, RelayClient, std::net::SocketAddr), Fault> {
         let dir = self.dirs.vm(record.vm);
-        std::fs::create_dir_all(&dir)
-            .map_err(|e| Fault::internal(format!("making {}: {e}", dir.display())))?;
+        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         record.save(&dir)?;
         let paths = self.move_paths(record)?;
         let disk = match (image.disk_path(), manifest.disk_bytes) {
@@ -249,9 +243,10 @@ impl LocalSite {
                     me.settle_in(&record).await.map(|()| Ended::Received(Box::new(received)))
                 }
                 Err(e @ MoveError::Cancelled { .. }) => {
+                    let fault = me.blame_room(Fault::of(&e));
                     me.end_relay(id).await;
                     me.undo_in(&record).await;
-                    Err(Fault::of(&e))
+                    Err(fault)
                 }
                 // The machine runs here and still needs its source.
                 Err(e) => Err(Fault::of(&e)),
@@ -581,7 +576,7 @@ impl LocalSite {
             generation,
             peer: migration.peer,
             keys: self.dirs.keys().join("identity"),
-            revoked: godwit_transfer::Revocations::default(),
+            revoked: (*self.trust.revocations()).clone(),
             control: paths.control.clone(),
             qemu: paths.qemu.clone(),
             resume,

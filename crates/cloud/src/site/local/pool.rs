@@ -115,7 +115,7 @@ impl LocalSite {
             reason: None,
         };
         self.check_room(record.memory)?;
-        let image = self.image_by_hash(&record)?;
+        let image = self.sound_image(&record).await?;
         let entry = self.enter(record.clone()).await?;
         let mut locked = entry.lock().await;
         call.progress(Progress {
@@ -147,8 +147,7 @@ impl LocalSite {
         image: godwit_image::Image,
     ) -> Result<godwit_substrate::Activated, Fault> {
         let dir = self.dirs.vm(record.vm);
-        std::fs::create_dir_all(&dir)
-            .map_err(|e| Fault::internal(format!("making {}: {e}", dir.display())))?;
+        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         record.save(&dir)?;
         let identity = match substrate.kind {
             SubstrateKind::Private => None,
@@ -228,10 +227,10 @@ impl LocalSite {
     /// A stream to write a substrate to; after its end the site answers with one event.
     pub(super) fn import(&self, name: Option<Name>) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
-        let pool = self.pool.clone();
+        let (pool, site) = (self.pool.clone(), self.name.clone());
         tokio::spawn(async move {
             let becomes = Becomes { owner: None, name };
-            if let Err(e) = take_in(pool, becomes, far).await {
+            if let Err(e) = take_in(pool, site, becomes, far).await {
                 tracing::warn!(error = %e, "an import's answer could not be delivered");
             }
         });
@@ -263,13 +262,18 @@ impl LocalSite {
     }
 }
 
-async fn take_in(pool: Pool, becomes: Becomes, far: DuplexStream) -> std::io::Result<()> {
+async fn take_in(
+    pool: Pool,
+    site: Name,
+    becomes: Becomes,
+    far: DuplexStream,
+) -> std::io::Result<()> {
     let (read, mut write) = tokio::io::split(far);
     let reader = SyncIoBridge::new(read);
     let outcome = tokio::task::spawn_blocking(move || pool.import(reader, becomes)).await;
     let verdict: Result<SubstrateInfo, Fault> = match outcome {
         Ok(Ok(s)) => Ok(info(&s, None)),
-        Ok(Err(e)) => Err(Fault::of(&e)),
+        Ok(Err(e)) => Err(super::advise(&site, Fault::of(&e))),
         Err(e) => Err(joined(e)),
     };
     let text = serde_json::to_vec(&verdict)?;

@@ -83,14 +83,8 @@ pub(crate) struct MachineRecord {
 impl MachineRecord {
     /// Writes it so that a crash leaves the old or the new one.
     pub(crate) fn save(&self, dir: &Path) -> Result<(), Fault> {
-        let fail = |e: std::io::Error| {
-            let code = if e.kind() == std::io::ErrorKind::StorageFull {
-                godwit_types::Code::NoRoom
-            } else {
-                godwit_types::Code::Internal
-            };
-            Fault::new(code, format!("writing the record of machine '{}': {e}", self.name))
-        };
+        let what = format!("writing the record of machine '{}' in", self.name);
+        let fail = |e: std::io::Error| Fault::io(&what, dir, &e);
         let bytes = serde_json::to_vec_pretty(self)
             .map_err(|e| Fault::internal(format!("the record of machine '{}': {e}", self.name)))?;
         let temp = dir.join("environment.json.new");

@@ -30,7 +30,8 @@ impl LocalSite {
                 .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
             memory_mib,
             memory_free_mib,
-            ram_files_free_mib: free_mib(&self.dirs.memory)?,
+            ram_files_free_mib: free_mib(&self.dirs.memory)?
+                .saturating_sub(promised_mib(&self.dirs.memory)?),
             disk_free_mib: free_mib(&self.dirs.data)?,
             load: load()?,
             vms: u32::try_from(vms).unwrap_or(u32::MAX),
@@ -74,9 +75,25 @@ pub(super) fn free_mib(path: &Path) -> Result<u64, Fault> {
 const HOST_RESERVE_MIB: u64 = 512;
 
 /// MiB that guest memory may still take: what tmpfs has left, and no more than the host's free
-/// memory less a reserve, for tmpfs promises more than there is.
+/// memory less a reserve, for tmpfs promises more than there is; less what the machines that are
+/// here may still touch.
 pub(super) fn ram_room_mib(ram: &Path) -> Result<u64, Fault> {
-    Ok(free_mib(ram)?.min(memory()?.1.saturating_sub(HOST_RESERVE_MIB)))
+    let left = free_mib(ram)?.min(memory()?.1.saturating_sub(HOST_RESERVE_MIB));
+    Ok(left.saturating_sub(promised_mib(ram)?))
+}
+
+/// MiB of the memory files in `ram` that their machines have not touched yet. A machine that finds
+/// no room for a page of its own memory is killed.
+fn promised_mib(ram: &Path) -> Result<u64, Fault> {
+    use std::os::unix::fs::MetadataExt;
+    let files = std::fs::read_dir(ram)
+        .map_err(|e| Fault::internal(format!("reading {}: {e}", ram.display())))?;
+    let untouched = files.flatten().filter_map(|f| {
+        // One that goes away meanwhile promises nothing.
+        let meta = f.metadata().ok().filter(std::fs::Metadata::is_file)?;
+        Some(meta.len().saturating_sub(meta.blocks() * 512))
+    });
+    Ok(untouched.sum::<u64>() >> 20)
 }
 
 /// Refuses a place for guest memory that is not on tmpfs: post-copy needs it there.
@@ -92,4 +109,21 @@ pub(super) fn check_tmpfs(dir: &Path) -> Result<(), Fault> {
         dir.display()
     ))
     .hint("name a place on tmpfs, such as one in /dev/shm: --ram DIR"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_machines_have_not_touched_is_promised() {
+        let dir = tempfile::tempdir().expect("dir");
+        assert_eq!(promised_mib(dir.path()).expect("empty"), 0);
+        let file = std::fs::File::create(dir.path().join("ram")).expect("a file");
+        file.set_len(64 << 20).expect("sized");
+        std::fs::create_dir(dir.path().join("substrates")).expect("dir");
+        assert_eq!(promised_mib(dir.path()).expect("sparse"), 64);
+        std::os::unix::fs::FileExt::write_all_at(&file, &vec![1; 16 << 20], 0).expect("touched");
+        assert_eq!(promised_mib(dir.path()).expect("touched"), 48);
+    }
 }

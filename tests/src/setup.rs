@@ -1,0 +1,55 @@
+//! What a cloud is started with, where that is not the usual.
+
+use crate::cloud::{Cloud, Daemon};
+
+/// What a file system of its own is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// The data of a site: store, substrates, cow files, and the registry of a center.
+    Disk,
+    /// The memory of its machines.
+    Ram,
+}
+
+/// A cloud that is to be started.
+#[derive(Debug, Clone, Default)]
+pub struct Setup {
+    pub(crate) mounts: Vec<(Daemon, Use, u64)>,
+    pub(crate) flags: Vec<(Daemon, String)>,
+}
+
+impl Setup {
+    /// The usual.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives a site a file system of `mib` MiB of its own.
+    #[must_use]
+    pub fn mount(mut self, at: Daemon, what: Use, mib: u64) -> Self {
+        self.mounts.push((at, what, mib));
+        self
+    }
+
+    /// Gives a daemon one more word on its command line.
+    #[must_use]
+    pub fn flag(mut self, at: Daemon, word: &str) -> Self {
+        self.flags.push((at, word.to_owned()));
+        self
+    }
+
+    /// Starts a center and an AP that has joined it.
+    #[must_use]
+    pub fn start(self) -> Cloud {
+        let mut cloud = self.center_only();
+        cloud.join_ap();
+        cloud
+    }
+
+    /// Starts a center.
+    #[must_use]
+    pub fn center_only(self) -> Cloud {
+        Cloud::with(self)
+    }
+}
