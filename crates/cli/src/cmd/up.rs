@@ -345,7 +345,7 @@ impl Down {
         if matches!(self.scope.output, Format::Json | Format::Yaml) {
             out::value(self.scope.output, &told)?;
         } else if told.is_empty() && !self.dry_run {
-            out::talk("nothing is up");
+            out::talk("nothing is up there (started with --root? name it again)");
         }
         Ok(if told.is_empty() && !self.dry_run { Outcome::Unchanged } else { Outcome::Done })
     }
