@@ -23,6 +23,7 @@ pub(super) struct SiteImage {
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct At {
     /// Only this site.
     site: Option<Name>,

@@ -217,6 +217,7 @@ impl<T: DeserializeOwned, S: Sync> FromRequestParts<S> for Params<T> {
 
 /// Asks only for the plan.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, IntoParams, ToSchema)]
+#[into_params(parameter_in = Query)]
 pub struct DryRun {
     /// Check and tell, change nothing.
     #[serde(default)]

@@ -26,6 +26,7 @@ use crate::site::{Call, PoolReport, SiteReply, SiteRequest, StreamRequest};
 const DISCARD_WITHIN: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct ImportTo {
     /// The site; the center when left out.
     site: Option<Name>,

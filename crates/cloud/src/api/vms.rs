@@ -20,6 +20,7 @@ use crate::site::{
 
 /// Which environments to list.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct VmFilter {
     /// Only at this site.
     pub site: Option<Name>,
@@ -34,6 +35,7 @@ pub struct TypeText {
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct StopHow {
     /// Cut the power instead of asking the guest.
     #[serde(default)]
@@ -44,6 +46,7 @@ pub(super) struct StopHow {
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct Tail {
     /// At most so many bytes from the end; 16 KiB when left out.
     max_bytes: Option<u32>,
