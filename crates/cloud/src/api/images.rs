@@ -24,6 +24,7 @@ pub(super) struct SiteImage {
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub(super) struct At {
     /// Only this site.
     site: Option<Name>,

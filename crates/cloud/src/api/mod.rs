@@ -300,6 +300,7 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
 /// Asks only for the plan.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, IntoParams, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub struct DryRun {
     /// Check and tell, change nothing.
     #[serde(default)]

@@ -27,6 +27,7 @@ const IMPORT_SILENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub(super) struct ImportTo {
     /// The site; the center when left out.
     site: Option<Name>,

@@ -21,6 +21,7 @@ use crate::site::{
 /// Which environments to list.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub struct VmFilter {
     /// Only at this site.
     pub site: Option<Name>,
@@ -36,6 +37,7 @@ pub struct TypeText {
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub(super) struct StopHow {
     /// Cut the power instead of asking the guest.
     #[serde(default)]
@@ -47,6 +49,7 @@ pub(super) struct StopHow {
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub(super) struct Tail {
     /// At most so many bytes from the end; 16 KiB when left out.
     max_bytes: Option<u32>,
