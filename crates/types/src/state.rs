@@ -109,6 +109,8 @@ impl VmState {
                 | (Docking, Running | Failed | Stopped)
                 | (Moving, Running | Failed | Stopped)
                 | (Stopped | Failed, Starting)
+                // What it lacked has come after all.
+                | (Failed, Running)
                 | (Stopped, Failed)
                 | (Failed, Stopped)
         )

@@ -11,11 +11,13 @@
 //!   |        +------ any failure before the switch: abort at both, Running at A, g
 //!   v
 //! switched: site B, generation g+1   (the commit point; a cancel is refused from here on)
+//!   | a relay, a link or a daemon is lost: new relays at both ends, as often as it takes
 //!   | B whole -> A releases what it keeps
 //!   v
 //! Running at B
 //! ```
 
+mod arrive;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
@@ -204,7 +206,21 @@ impl Controller {
         let name = host.name();
         if hosts.get(name).is_some_and(|h| Arc::ptr_eq(h, host)) {
             hosts.remove(name);
+            drop(hosts);
+            self.sites.changes.send_modify(|n| *n += 1);
             tracing::warn!(site = %name, "not reachable any more");
+        }
+    }
+
+    /// Waits until `host` is not the attached one any more: its link is gone, or replaced.
+    async fn gone(&self, host: &Arc<dyn SiteHost>) {
+        let mut changes = self.sites.changes.subscribe();
+        loop {
+            changes.borrow_and_update();
+            let same = self.host(host.name()).is_ok_and(|h| Arc::ptr_eq(&h, host));
+            if !same || changes.changed().await.is_err() {
+                return;
+            }
         }
     }
 
