@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use godwit_bench::link::{Link, LinkHandle, LinkSpec, Side};
 use serde_json::Value;
 
 use crate::guest::Guest;
@@ -48,6 +49,8 @@ pub struct Cloud {
     link: u16,
     center: Option<Child>,
     ap: Option<Child>,
+    // Its namespaces go when nobody is in them any more.
+    net: Option<LinkHandle>,
     _turn: File,
 }
 
@@ -55,16 +58,30 @@ impl Cloud {
     /// Starts a center and an AP that has joined it.
     #[must_use]
     pub fn start() -> Self {
-        let mut cloud = Self::center_only();
-        let token = cloud.token("cafe");
-        cloud.spawn(Daemon::Ap, &["--join", &token]);
-        cloud.wait_ap();
-        cloud
+        Self::center_only().with_ap()
+    }
+
+    /// Starts a center and an AP, each in a network namespace, with an emulated link between them
+    /// of `rate_mbit` and `delay_ms` each way.
+    #[must_use]
+    pub fn over_link(rate_mbit: f64, delay_ms: f64) -> Self {
+        Self::center(Some((rate_mbit, delay_ms))).with_ap()
+    }
+
+    fn with_ap(mut self) -> Self {
+        let token = self.token("cafe");
+        self.spawn(Daemon::Ap, &["--join", &token]);
+        self.wait_ap();
+        self
     }
 
     /// Starts a center.
     #[must_use]
     pub fn center_only() -> Self {
+        Self::center(None)
+    }
+
+    fn center(net: Option<(f64, f64)>) -> Self {
         let program = program();
         image();
         let turn = archive::lock("turn");
@@ -74,9 +91,31 @@ impl Cloud {
         let free = UdpSocket::bind("127.0.0.1:0").expect("a free port");
         let link = free.local_addr().expect("its number").port();
         drop(free);
-        let mut cloud = Self { program, root, link, center: None, ap: None, _turn: turn };
+        let net = net.map(|(rate_mbit, delay_ms)| {
+            let name = format!("tests-{}", std::process::id());
+            let name = godwit_types::Name::new(&name).expect("a name");
+            Link::create(LinkSpec::new(name, rate_mbit, delay_ms)).expect("an emulated link")
+        });
+        let mut cloud = Self { program, root, link, center: None, ap: None, net, _turn: turn };
         cloud.spawn(Daemon::Center, &[]);
         cloud
+    }
+
+    /// The emulated link between the two sites.
+    #[must_use]
+    pub fn net(&self) -> &LinkHandle {
+        self.net.as_ref().expect("a cloud over a link")
+    }
+
+    /// Where a daemon listens for other sites.
+    fn link_address(&self, which: Daemon) -> String {
+        let host = match (&self.net, which) {
+            (None, _) => "127.0.0.1".to_owned(),
+            (Some(net), Daemon::Center) => net.addr_a().to_string(),
+            (Some(net), Daemon::Ap) => net.addr_b().to_string(),
+        };
+        let port = if which == Daemon::Center { self.link } else { 0 };
+        format!("{host}:{port}")
     }
 
     /// A join token for `site`.
@@ -124,14 +163,14 @@ impl Cloud {
         told.set_read_timeout(Some(Duration::from_millis(200))).expect("time-out");
         let log = self.log(which);
         let file = File::options().create(true).append(true).open(&log).expect("log");
-        let mut command = self.command();
+        let mut command = self.command_at(which);
+        let link = self.link_address(which);
         match which {
             Daemon::Center => {
-                let link = format!("127.0.0.1:{}", self.link);
                 command.args(["center", "--api", "127.0.0.1:0", "--link", &link]);
             }
             Daemon::Ap => {
-                command.args(["ap", "--link", "127.0.0.1:0"]);
+                command.args(["ap", "--link", &link]);
             }
         }
         command.args(["--name", site, "--root"]).arg(self.root.path()).args(args);
@@ -181,8 +220,17 @@ impl Cloud {
         self.root.path().join(format!("{}.log", which.site()))
     }
 
+    /// As a user at the center's host.
     fn command(&self) -> Command {
-        let mut c = Command::new(&self.program);
+        self.command_at(Daemon::Center)
+    }
+
+    fn command_at(&self, which: Daemon) -> Command {
+        let mut c = match (&self.net, which) {
+            (None, _) => Command::new(&self.program),
+            (Some(net), Daemon::Center) => net.command(Side::A, &self.program),
+            (Some(net), Daemon::Ap) => net.command(Side::B, &self.program),
+        };
         c.env("GODWIT_CONFIG", self.root.path().join("config"));
         for unset in
             ["GODWIT_API", "GODWIT_TOKEN", "GODWIT_TOKEN_FILE", "GODWIT_CA", "GODWIT_JOIN_TOKEN"]
@@ -293,6 +341,19 @@ impl Cloud {
         let run = self.site_dir(at).join("run/mig-");
         let run = run.to_str().expect("a path");
         process::with_word(|w| w.starts_with(run) && w.ends_with("relay.json"))
+    }
+
+    /// What a site's relay says of itself; `None` when there is none, or several.
+    #[must_use]
+    pub fn relay(&self, at: Daemon) -> Option<Value> {
+        let [pid] = self.relays(at)[..] else { return None };
+        let config = process::word(pid, |w| w.ends_with("relay.json"))?;
+        let config: Value = serde_json::from_slice(&std::fs::read(config).ok()?).ok()?;
+        let control = std::os::unix::net::UnixStream::connect(config["control"].as_str()?).ok()?;
+        control.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(control), &mut line).ok()?;
+        serde_json::from_str(&line).ok()
     }
 
     /// What a site keeps of an environment on disk.

@@ -20,8 +20,8 @@ use godwit_migrate::hybrid::{Received, Sent, report};
 use godwit_types::{Code, MoveReport, Name, VmState, human_bytes};
 use tokio::time::Instant;
 
-use super::moves::{Move, measured, odd};
 use super::lifecycle::dry;
+use super::moves::{Move, measured, odd};
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
@@ -32,7 +32,7 @@ use crate::site::{
 };
 
 /// The stage that an operation shows while a broken migration is taken up again.
-pub const RECOVERING: &str = "recovering";
+pub(super) const RECOVERING: &str = "recovering";
 
 /// How long a machine is waited for that lacks something of a site that is away, or that breaks
 /// off again and again.
@@ -159,7 +159,7 @@ impl Controller {
                     return Err(f);
                 }
                 // Its link is down; it is taken away or replaced when that is noticed.
-                tokio::time::timeout(RECOVER_LIMIT, self.gone(host)).await.map_err(|_| f)?;
+                tokio::time::timeout(self.patience, self.gone(host)).await.map_err(|_| f)?;
                 Ok(None)
             }
         }
@@ -171,7 +171,7 @@ impl Controller {
             return Ok(host);
         }
         show(op, 0, format!("waiting for site '{name}' to come back"));
-        self.await_host(name, RECOVER_LIMIT).await
+        self.await_host(name, self.patience).await
     }
 
     fn call_of_move(self: &Arc<Self>, op: &OpHandle, m: &Move) -> Call {
@@ -225,7 +225,7 @@ impl Controller {
                 }
                 Err(Broken::Again(f)) => why = f,
             }
-            if begun.elapsed() >= RECOVER_LIMIT {
+            if begun.elapsed() >= self.patience {
                 break;
             }
             // One that went well for a while begins afresh.
@@ -246,9 +246,19 @@ impl Controller {
         m: &Move,
     ) -> Result<Option<MoveReport>, Broken> {
         let dst = self.await_site(op, &m.to).await?;
-        let src = self.await_site(op, &m.from).await?;
         let mut here = stand(&dst, m).await?;
+        let all_here = here.memory == MemoryStand::Whole && here.missing_blocks == Some(0);
+        if all_here && !here.over {
+            let request = SiteRequest::MigrateFinish { migration: m.id, vm: m.vm.id };
+            dst.tell(request, Call::quiet()).await?;
+        }
+        if all_here {
+            return Ok(None);
+        }
+        let src = self.await_site(op, &m.from).await?;
         let there = match stand(&src, m).await {
+            // It has let go of the machine.
+            Ok(s) if s.over => MoveStand { memory: MemoryStand::Gone, ..s },
             Ok(s) => s,
             // Files of a machine that is not known there are not either.
             Err(f) if f.code == Code::NotFound => MoveStand {
@@ -265,9 +275,6 @@ impl Controller {
             // What it had sent may still be arriving.
             tokio::time::sleep(SECOND_LOOK).await;
             here = stand(&dst, m).await?;
-        }
-        if here.over && here.memory == MemoryStand::Whole {
-            return Ok(None);
         }
         if here.memory == MemoryStand::Gone {
             let why = here.why.unwrap_or_else(|| "its QEMU is gone".into());
@@ -413,10 +420,7 @@ impl Controller {
             ))
             .hint(format!("bring the rest first: godwit vm migrate {}", vm.name)));
         }
-        let plan = format!(
-            "bring what '{}' lacks at {} from {}",
-            vm.name, vm.site, arriving.from
-        );
+        let plan = format!("bring what '{}' lacks at {} from {}", vm.name, vm.site, arriving.from);
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }

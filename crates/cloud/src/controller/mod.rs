@@ -116,6 +116,8 @@ pub struct Controller {
     ops: Arc<Ops>,
     sites: Sites,
     operator: Name,
+    /// How long a machine is waited for that lacks something of a site that is away.
+    patience: Duration,
 }
 
 impl std::fmt::Debug for Controller {
@@ -144,7 +146,15 @@ impl Controller {
     /// A controller on `registry`; `operator` owns what is made.
     #[must_use]
     pub fn new(registry: Arc<Registry>, operator: Name) -> Arc<Self> {
+        Self::with_patience(registry, operator, arrive::RECOVER_LIMIT)
+    }
+
+    /// As [`Controller::new`]; a machine that lacks something of a site that is away is waited for
+    /// no longer than `patience`.
+    #[must_use]
+    pub fn with_patience(registry: Arc<Registry>, operator: Name, patience: Duration) -> Arc<Self> {
         Arc::new(Self {
+            patience,
             ops: Ops::new(registry.clone()),
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },

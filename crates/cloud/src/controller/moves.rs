@@ -278,7 +278,7 @@ impl Controller {
             return false;
         };
         let same = |s: &MachineStatus| s.vm == m.vm.id && s.generation == m.vm.generation;
-        all.iter().any(|s| same(s) && !matches!(s.state, VmState::Moving | VmState::Starting))
+        all.iter().any(|s| same(s) && matches!(s.state, VmState::Running | VmState::Failed))
     }
 
     /// Tells a source that lost its destination during the switch what became of it. Whoever
@@ -324,8 +324,7 @@ impl Controller {
             v.become_state(VmState::Running, UnixMs::now())?;
             v.site = m.to.clone();
             v.generation = v.generation.next();
-            v.arriving =
-                Some(Arriving { migration: m.id, from: m.from.clone(), note: None });
+            v.arriving = Some(Arriving { migration: m.id, from: m.from.clone(), note: None });
             Ok(())
         })?;
         Ok(())

@@ -105,7 +105,8 @@ impl Controller {
             OpKind::VmMigrate { vm, from, to, generation, .. } => {
                 let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
                 let sent = op.journal.iter().rev().find(|s| s.name == "send");
-                let id = sent.and_then(|s| serde_json::from_value(s.data["migration"].clone()).ok());
+                let id =
+                    sent.and_then(|s| serde_json::from_value(s.data["migration"].clone()).ok());
                 let Some(id) = id else {
                     for site in [from, to] {
                         self.await_host(site, RETURN_LIMIT).await?;
@@ -248,8 +249,7 @@ impl Controller {
                     if m.state == VmState::Moving
                         && (&vm.site == host.name() || vm.arriving.is_some() || !steady) => {}
                 // What its source still keeps is needed.
-                Some(_)
-                    if vm.arriving.as_ref().is_some_and(|a| &a.from == host.name()) => {}
+                Some(_) if vm.arriving.as_ref().is_some_and(|a| &a.from == host.name()) => {}
                 Some(m) if &vm.site != host.name() && m.generation < vm.generation && steady => {
                     let release =
                         SiteRequest::MigrateRelease { vm: vm.id, generation: vm.generation };

@@ -21,7 +21,9 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTran
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use records::{Arriving, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord, VmRecord};
+pub use records::{
+    Arriving, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord, VmRecord,
+};
 
 use crate::clock::UnixMs;
 

@@ -380,6 +380,14 @@ pub enum SiteRequest {
         /// Memory moves on; otherwise only the disk.
         memory: bool,
     },
+    /// To a destination that lacks nothing any more and has lost its relay: it ends the migration
+    /// by itself.
+    MigrateFinish {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+    },
     /// To a destination: what the machine still lacks will not come by itself.
     MigrateGiveUp {
         /// The migration.

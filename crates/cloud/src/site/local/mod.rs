@@ -343,6 +343,10 @@ impl SiteHost for LocalSite {
             SiteRequest::MigrateResumeOut { migration, vm, to, memory } => {
                 SiteReply::Sent(self.whole()?.resume_out(migration, vm, to, memory, &call).await?)
             }
+            SiteRequest::MigrateFinish { migration, vm } => {
+                self.finish_in(migration, vm).await?;
+                SiteReply::Done
+            }
             SiteRequest::MigrateGiveUp { migration, vm, why } => {
                 self.give_up(migration, vm, why).await?;
                 SiteReply::Done

@@ -306,10 +306,15 @@ impl LocalSite {
         let me = Arc::clone(self);
         Self::drive(&moving, async move {
             let pivot = me.pivot_of(&record);
-            let noted = me.note_run(&record, &relay);
-            let arriving = receive(&machine, &relay, pivot, &mut received, resumed);
-            // The note ends with the relay at the latest.
-            let (outcome, ()) = tokio::join!(arriving, noted);
+            let outcome = {
+                let noted = me.note_run(&record, &relay);
+                let arriving = receive(&machine, &relay, pivot, &mut received, resumed);
+                tokio::pin!(arriving);
+                tokio::select! {
+                    outcome = &mut arriving => outcome,
+                    () = noted => arriving.await,
+                }
+            };
             let outcome = match outcome {
                 Ok(()) => {
                     let _ = relay.command(&RelayCommand::Finish).await;
@@ -322,6 +327,7 @@ impl LocalSite {
                 }
                 // The machine runs here and still needs its source.
                 Err(e) => {
+                    me.mark_run(record.vm).await;
                     me.keep_received(record.vm, &received).await;
                     Err(Fault::of(&e))
                 }

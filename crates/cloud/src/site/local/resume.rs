@@ -11,7 +11,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_disk::MidLayer;
+use godwit_disk::image::FrozenChain;
+use godwit_disk::{MidLayer, NbdServer};
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
     Asking, MoveError, Received, Sent, follow_outgoing, reclaim, recover_disk, recover_incoming,
@@ -22,6 +23,7 @@ use godwit_qemu::{Life, Machine, MigrationStatus};
 use godwit_types::{Generation, MigrationId, VmId};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::machines::coded;
@@ -412,6 +414,37 @@ impl LocalSite {
             self.take_disk(record, relay, received);
         }
         Ok(Incoming { migration: id, address, peer: self.name.clone() })
+    }
+
+    /// Ends the arrival of a machine whose memory and disk are all here.
+    pub(super) async fn finish_in(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
+        let (record, machine) = self.halted(id, vm, End::Destination).await?;
+        let record = self.next_attempt(&record).await?;
+        if let Some(layers) = self.pivot_of(&record) {
+            let paths = self.move_paths(&record)?;
+            let mid = self.dirs.vm(vm).join(MID);
+            let base = self.image_by_hash(&record)?.disk_path();
+            let base = base.ok_or_else(|| Fault::internal("a disk without a base"))?;
+            // What QEMU still reads through the link is answered from here until the pivot.
+            let chain = FrozenChain::open(&base, &[mid]).map_err(coded)?;
+            let server = NbdServer::bind(&paths.nbd, "").map_err(|e| {
+                Fault::internal(format!("offering the disk on {}: {e}", paths.nbd.display()))
+            })?;
+            let stop = CancellationToken::new();
+            let served = server.serve(Arc::new(Arc::new(chain)), stop.clone());
+            let pivot = machine.pivot_backing(layers);
+            tokio::pin!(served, pivot);
+            let took = tokio::select! {
+                took = &mut pivot => took,
+                ended = &mut served => {
+                    return Err(Fault::internal(format!("offering the disk ended: {ended:?}")));
+                }
+            };
+            stop.cancel();
+            let _ = served.await;
+            took.map_err(coded)?;
+        }
+        self.settle_in(&record).await
     }
 
     /// Follows the disk of a machine whose memory is lost: the disk at least is kept whole.
