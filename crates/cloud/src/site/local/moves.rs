@@ -490,7 +490,7 @@ impl LocalSite {
         let migration = record.migration.as_ref();
         // A machine that is still needed, or of which nobody knows where it runs, stays marked.
         let keep = matches!(&done, Err(f) if f.code == Code::Unavailable)
-            && machine.life().await.is_ok_and(|l| l != Life::Running);
+            && !runs(Some(machine)).await;
         if keep {
             self.keep_sent(record.vm, &sent).await;
         } else {

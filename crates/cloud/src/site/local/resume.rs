@@ -35,7 +35,7 @@ use crate::error::{Fault, chain};
 use crate::site::{Call, Incoming, MemoryStand, MoveStand};
 
 /// How long QEMU may take to say how its migration stands.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// How long a QEMU that was told to switch may take to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
 /// How long a source's end may take to come to its end once it is needed no more.
@@ -278,7 +278,8 @@ impl LocalSite {
     }
 
     async fn memory_stand(&self, m: &Machine, end: End) -> (MemoryStand, Option<String>) {
-        if m.life().await.is_ok_and(|l| l == Life::Exited) {
+        let life = tokio::time::timeout(ANSWER_WITHIN, m.life()).await;
+        if matches!(life, Ok(Ok(Life::Exited))) {
             let exit = m.exited().await;
             let why = exit.signal.map_or_else(
                 || "its QEMU has ended".to_owned(),
