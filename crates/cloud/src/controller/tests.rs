@@ -384,7 +384,7 @@ async fn a_source_that_is_gone_is_told_with_what_it_had() {
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
     let why = vm.reason.expect("a reason");
-    assert!(why.contains("lost 10 pages (40.0 KiB) of its memory with 'center'"), "{why}");
+    assert!(why.contains("lost 10 pages (40 KiB) of its memory with 'center'"), "{why}");
     assert!(why.ends_with("its disk is whole"), "{why}");
 }
 
@@ -407,7 +407,7 @@ async fn a_source_that_stays_away_is_waited_for_and_may_be_asked_again() {
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
     let why = vm.reason.expect("a reason");
-    assert!(why.contains("10 pages (40.0 KiB) of its memory and nothing of its disk"), "{why}");
+    assert!(why.contains("10 pages (40 KiB) of its memory and nothing of its disk"), "{why}");
     let e = w.c.migrate("a", to("center"), Mode::Act).expect_err("not whole");
     assert!(e.message.contains("part of it is at 'center'"), "{e}");
 
