@@ -489,8 +489,15 @@ impl LocalSite {
     ) -> Result<Ended, Fault> {
         let migration = record.migration.as_ref();
         // A machine that is still needed, or of which nobody knows where it runs, stays marked.
-        let keep = matches!(&done, Err(f) if f.code == Code::Unavailable)
-            && !runs(Some(machine)).await;
+        let keep = match &done {
+            Ok(()) => false,
+            Err(f) => {
+                warn!(vm = %record.name, error = %f, "a machine did not leave whole");
+                let there = f.code == Code::Unavailable
+                    || machine.life().await.is_ok_and(|l| l != Life::Exited);
+                there && !runs(Some(machine)).await
+            }
+        };
         if keep {
             self.keep_sent(record.vm, &sent).await;
         } else {
