@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use godwit_bench::link::{Link, LinkHandle, LinkSpec, Side};
 use serde_json::Value;
 
 use crate::api::Api;
@@ -53,6 +54,8 @@ pub struct Cloud {
     link: u16,
     center: Option<Child>,
     ap: Option<Child>,
+    // Its namespaces go when nobody is in them any more.
+    net: Option<LinkHandle>,
     _turn: File,
 }
 
@@ -61,6 +64,13 @@ impl Cloud {
     #[must_use]
     pub fn start() -> Self {
         Setup::new().start()
+    }
+
+    /// Starts a center and an AP, each in a network namespace, with an emulated link between them
+    /// of `rate_mbit` and `delay_ms` each way.
+    #[must_use]
+    pub fn over_link(rate_mbit: f64, delay_ms: f64) -> Self {
+        Setup::new().over_link(rate_mbit, delay_ms).start()
     }
 
     /// Starts a center.
@@ -96,6 +106,11 @@ impl Cloud {
         let root = tempfile::Builder::new().prefix("gwt").tempdir().expect("a directory");
         // The AP keeps the center's address, so it must be the same after a restart.
         let link = free_port();
+        let net = setup.net.map(|(rate_mbit, delay_ms)| {
+            let name = format!("tests-{}", std::process::id());
+            let name = godwit_types::Name::new(&name).expect("a name");
+            Link::create(LinkSpec::new(name, rate_mbit, delay_ms)).expect("an emulated link")
+        });
         let mut cloud = Self {
             mounts: Vec::new(),
             flags: setup.flags,
@@ -104,6 +119,7 @@ impl Cloud {
             link,
             center: None,
             ap: None,
+            net,
             _turn: turn,
         };
         for (at, what, mib) in setup.mounts {
@@ -114,6 +130,23 @@ impl Cloud {
             cloud.mounts.push((at, what, Tmpfs::mount(&path, mib)));
         }
         cloud
+    }
+
+    /// The emulated link between the two sites.
+    #[must_use]
+    pub fn net(&self) -> &LinkHandle {
+        self.net.as_ref().expect("a cloud over a link")
+    }
+
+    /// Where a daemon listens for other sites.
+    fn link_address(&self, which: Daemon) -> String {
+        let host = match (&self.net, which) {
+            (None, _) => "127.0.0.1".to_owned(),
+            (Some(net), Daemon::Center) => net.addr_a().to_string(),
+            (Some(net), Daemon::Ap) => net.addr_b().to_string(),
+        };
+        let port = if which == Daemon::Center { self.link } else { 0 };
+        format!("{host}:{port}")
     }
 
     /// A join token for `site`.
@@ -228,14 +261,14 @@ impl Cloud {
 
     fn daemon(&self, which: Daemon, args: &[&str]) -> Command {
         let file = File::options().create(true).append(true).open(self.log(which)).expect("log");
-        let mut command = self.command();
+        let mut command = self.command_at(which);
+        let link = self.link_address(which);
         match which {
             Daemon::Center => {
-                let link = format!("127.0.0.1:{}", self.link);
                 command.args(["center", "--api", "127.0.0.1:0", "--link", &link]);
             }
             Daemon::Ap => {
-                command.args(["ap", "--link", "127.0.0.1:0"]);
+                command.args(["ap", "--link", &link]);
             }
         }
         command.args(["--name", which.site(), "--root"]).arg(self.root.path()).args(args);
@@ -298,12 +331,25 @@ impl Cloud {
         self.root.path().join(format!("{}.log", which.site()))
     }
 
+    /// As a user at the center's host.
     fn command(&self) -> Command {
         self.command_of(&self.program)
     }
 
     fn command_of(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut c = Command::new(program);
+        self.command_in(Daemon::Center, program.as_ref())
+    }
+
+    fn command_at(&self, which: Daemon) -> Command {
+        self.command_in(which, self.program.as_os_str())
+    }
+
+    fn command_in(&self, which: Daemon, program: &std::ffi::OsStr) -> Command {
+        let mut c = match (&self.net, which) {
+            (None, _) => Command::new(program),
+            (Some(net), Daemon::Center) => net.command(Side::A, program),
+            (Some(net), Daemon::Ap) => net.command(Side::B, program),
+        };
         c.env("GODWIT_CONFIG", self.root.path().join("config"));
         for unset in
             ["GODWIT_API", "GODWIT_TOKEN", "GODWIT_TOKEN_FILE", "GODWIT_CA", "GODWIT_JOIN_TOKEN"]
@@ -415,6 +461,19 @@ impl Cloud {
         let run = self.site_dir(at).join("run/mig-");
         let run = run.to_str().expect("a path");
         process::with_word(|w| w.starts_with(run) && w.ends_with("relay.json"))
+    }
+
+    /// What a site's relay says of itself; `None` when there is none, or several.
+    #[must_use]
+    pub fn relay(&self, at: Daemon) -> Option<Value> {
+        let [pid] = self.relays(at)[..] else { return None };
+        let config = process::word(pid, |w| w.ends_with("relay.json"))?;
+        let config: Value = serde_json::from_slice(&std::fs::read(config).ok()?).ok()?;
+        let control = std::os::unix::net::UnixStream::connect(config["control"].as_str()?).ok()?;
+        control.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(control), &mut line).ok()?;
+        serde_json::from_str(&line).ok()
     }
 
     /// What a site keeps of an environment on disk.

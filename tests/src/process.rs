@@ -43,6 +43,11 @@ fn words(pid: i32) -> Vec<String> {
     line.split(|b| *b == 0).map(|w| String::from_utf8_lossy(w).into_owned()).collect()
 }
 
+/// The word on a process's command line that `is` so.
+pub(crate) fn word(pid: i32, is: impl Fn(&str) -> bool) -> Option<String> {
+    words(pid).into_iter().find(|w| is(w))
+}
+
 /// The processes, other than this one, with a word on their command line that `is` so.
 pub(crate) fn with_word(is: impl Fn(&str) -> bool) -> Vec<i32> {
     let me = i32::try_from(std::process::id()).unwrap_or(0);

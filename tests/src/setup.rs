@@ -16,6 +16,7 @@ pub enum Use {
 pub struct Setup {
     pub(crate) mounts: Vec<(Daemon, Use, u64)>,
     pub(crate) flags: Vec<(Daemon, String)>,
+    pub(crate) net: Option<(f64, f64)>,
 }
 
 impl Setup {
@@ -29,6 +30,14 @@ impl Setup {
     #[must_use]
     pub fn mount(mut self, at: Daemon, what: Use, mib: u64) -> Self {
         self.mounts.push((at, what, mib));
+        self
+    }
+
+    /// Puts the two sites into network namespaces, with an emulated link between them of
+    /// `rate_mbit` and `delay_ms` each way.
+    #[must_use]
+    pub fn over_link(mut self, rate_mbit: f64, delay_ms: f64) -> Self {
+        self.net = Some((rate_mbit, delay_ms));
         self
     }
 

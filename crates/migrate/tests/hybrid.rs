@@ -3,7 +3,9 @@
 
 mod support;
 
-use godwit_migrate::hybrid::{Asking, DestinationFate, prepare_incoming, receive, report, send};
+use godwit_migrate::hybrid::{
+    Asking, DestinationFate, Received, Sent, Steering, prepare_incoming, receive, report, send,
+};
 use godwit_qemu::Life;
 use support::{LONG, Place, Relay, sh, start, up};
 use tokio_util::sync::CancellationToken;
@@ -47,14 +49,17 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     let here_config = place.source_config(address, false);
     let here = Relay::start(here_config.clone()).await;
 
-    let cancel = CancellationToken::new();
-    let sending = send(&source, &here.client, &here_config.qemu, &cancel, dead);
-    let receiving = receive(&target, &there.client, Some(place.pivot()), false);
+    let (_never, lost) = tokio::sync::watch::channel(None);
+    let steering = Steering { cancel: CancellationToken::new(), lost };
+    let (mut sent, mut received) = (Sent::default(), Received::default());
+    let sending = send(&source, &here.client, &here_config.qemu, &mut sent, &steering, dead);
+    let receiving = receive(&target, &there.client, Some(place.pivot()), &mut received, false);
     let both = async { tokio::join!(sending, receiving) };
-    let (sent, received) = tokio::time::timeout(LONG, both).await.unwrap_or_else(|_| {
+    let (left, arrived) = tokio::time::timeout(LONG, both).await.unwrap_or_else(|_| {
         panic!("stuck: {:?} {:?}", here.client.status(), there.client.status())
     });
-    let (sent, received) = (sent.unwrap(), received.unwrap());
+    left.unwrap();
+    arrived.unwrap();
     assert_eq!(source.life().await.unwrap(), Life::PostMigrate);
     here.finish().await;
     there.finish().await;

@@ -168,7 +168,7 @@ pub(crate) fn layer_blockdevs(layers: &[DiskLayer], under: Option<Node>) -> Vec<
 }
 
 /// Seconds a read waits for a lost NBD server to come back before the guest sees an error.
-const NBD_RECONNECT_S: u32 = 300;
+const NBD_RECONNECT_S: u32 = 24 * 3600;
 /// Seconds to keep trying to reach the NBD server at first.
 const NBD_OPEN_TIMEOUT_S: u32 = 10;
 

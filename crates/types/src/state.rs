@@ -112,6 +112,7 @@ impl VmState {
                 | (Moving, Running | Failed | Stopped)
                 | (Stopped | Failed, Starting)
                 | (Stopped, Failed)
+                // What it lacked has come after all.
                 | (Failed, Running | Stopped)
         )
     }

@@ -180,6 +180,7 @@ impl Controller {
             changed: now,
             moving_to: None,
             reason: None,
+            arriving: None,
         };
         self.registry.vm_add(&vm).map_err(registry_fault)?;
         let kind = match &shape.substrate {
@@ -341,9 +342,12 @@ impl Controller {
             Ok(())
         })?;
         let kind = OpKind::VmStart { vm: vm.id, name: vm.name.clone() };
+        let me = self.clone();
         self.launch(kind, plan, vm, VmState::Running, |vm, op| async move {
             let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation };
             host.ask(request, call_of(&op)).await?;
+            // One that never became whole was started from its disk: its source is of no use now.
+            me.release_source(&vm).await;
             Ok(json!({}))
         })
     }
@@ -381,6 +385,13 @@ impl Controller {
             return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state))
                 .hint("wait for it or cancel it: godwit op list"));
         }
+        if let (Some(a), VmState::Running) = (&vm.arriving, vm.state) {
+            return Err(Fault::conflict(format!(
+                "machine '{}' is still moving: part of it is at '{}'",
+                vm.name, a.from
+            ))
+            .hint("wait for its end: godwit op list"));
+        }
         let host = self.host(&vm.site)?;
         let plan = format!("delete '{}' at {} with its disk", vm.name, vm.site);
         if mode == Mode::DryRun {
@@ -397,6 +408,7 @@ impl Controller {
                     Err(f) if f.code != Code::NotFound => return Err(f),
                     _ => {}
                 }
+                me.release_source(&vm).await;
                 me.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
                 op.done("delete")?;
                 Ok(json!({}))

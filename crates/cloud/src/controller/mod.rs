@@ -11,11 +11,13 @@
 //!   |        +------ any failure before the switch: abort at both, Running at A, g
 //!   v
 //! switched: site B, generation g+1   (the commit point; a cancel is refused from here on)
+//!   | a relay, a link or a daemon is lost: new relays at both ends, as often as it takes
 //!   | B whole -> A releases what it keeps
 //!   v
 //! Running at B
 //! ```
 
+mod arrive;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
@@ -115,6 +117,8 @@ pub struct Controller {
     ops: Arc<Ops>,
     sites: Sites,
     operator: Name,
+    /// How long a machine is waited for that lacks something of a site that is away.
+    patience: Duration,
 }
 
 impl std::fmt::Debug for Controller {
@@ -146,7 +150,15 @@ impl Controller {
     /// A controller on `registry`; `operator` owns what is made.
     #[must_use]
     pub fn new(registry: Arc<Registry>, operator: Name) -> Arc<Self> {
+        Self::with_patience(registry, operator, arrive::RECOVER_LIMIT)
+    }
+
+    /// As [`Controller::new`]; a machine that lacks something of a site that is away is waited for
+    /// no longer than `patience`.
+    #[must_use]
+    pub fn with_patience(registry: Arc<Registry>, operator: Name, patience: Duration) -> Arc<Self> {
         Arc::new(Self {
+            patience,
             ops: Ops::new(registry.clone()),
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
@@ -208,6 +220,8 @@ impl Controller {
         let name = host.name();
         if hosts.get(name).is_some_and(|h| Arc::ptr_eq(h, host)) {
             hosts.remove(name);
+            drop(hosts);
+            self.sites.changes.send_modify(|n| *n += 1);
             tracing::warn!(site = %name, "not reachable any more");
         }
     }
@@ -226,6 +240,18 @@ impl Controller {
         let told = told.unwrap_or_else(|_| Err(Fault::unavailable("it did not answer")));
         if let Err(error) = told {
             tracing::warn!(site = %host.name(), %error, "not told of revoked certificates");
+        }
+    }
+
+    /// Waits until `host` is not the attached one any more: its link is gone, or replaced.
+    async fn gone(&self, host: &Arc<dyn SiteHost>) {
+        let mut changes = self.sites.changes.subscribe();
+        loop {
+            changes.borrow_and_update();
+            let same = self.host(host.name()).is_ok_and(|h| Arc::ptr_eq(&h, host));
+            if !same || changes.changed().await.is_err() {
+                return;
+            }
         }
     }
 

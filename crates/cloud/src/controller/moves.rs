@@ -3,42 +3,60 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_migrate::hybrid::{Received, Sent, report};
-use godwit_types::{Code, MigrationId, MoveReport, VmState};
+use godwit_migrate::hybrid::SCHEME;
+use godwit_types::{Code, Generation, MigrationId, MoveReport, Name, VmState};
 use serde_json::json;
 
 use super::lifecycle::{call_of, dry, state_fault};
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind};
+use crate::ops::{OpHandle, OpKind, Progress};
 use crate::placement::{Demand, Source, place};
-use crate::registry::VmRecord;
-use crate::site::{Call, MachineStatus, SWITCHED, SiteHost, SiteReply, SiteRequest, UNCERTAIN};
+use crate::registry::{Arriving, VmRecord};
+use crate::site::{Call, MachineStatus, SiteHost, SiteReply, SiteRequest, UNCERTAIN};
 
 /// How long a destination that was lost during the switch is asked for.
-const FATE_LIMIT: Duration = Duration::from_secs(100);
+const FATE_LIMIT: Duration = Duration::from_secs(600);
+
+/// How long a site may take to take its part back.
+const ABORT_WITHIN: Duration = Duration::from_secs(60);
 
 /// The pause between two questions.
 const FATE_PAUSE: Duration = Duration::from_secs(1);
 
-struct Move {
-    vm: VmRecord,
-    src: Arc<dyn SiteHost>,
-    dst: Arc<dyn SiteHost>,
-    id: MigrationId,
+/// A migration as the center drives it. `vm` is the record from before the switch.
+#[derive(Clone)]
+pub(super) struct Move {
+    pub(super) vm: VmRecord,
+    pub(super) from: Name,
+    pub(super) to: Name,
+    pub(super) id: MigrationId,
     scheme: String,
 }
 
 impl Move {
-    fn again(&self) -> Self {
-        Self {
-            vm: self.vm.clone(),
-            src: self.src.clone(),
-            dst: self.dst.clone(),
-            id: self.id,
-            scheme: self.scheme.clone(),
-        }
+    /// A migration that has passed its switch; `vm` is the record from after it.
+    pub(super) fn beyond(vm: &VmRecord, from: Name, id: MigrationId) -> Self {
+        let before = VmRecord {
+            generation: Generation(vm.generation.0.saturating_sub(1)),
+            site: from.clone(),
+            ..vm.clone()
+        };
+        Self { vm: before, from, to: vm.site.clone(), id, scheme: SCHEME.into() }
+    }
+
+    /// A migration that an earlier daemon began, and whose switch it may not have seen.
+    pub(super) fn found(
+        vm: &VmRecord,
+        from: Name,
+        to: Name,
+        generation: Generation,
+        id: MigrationId,
+    ) -> Self {
+        let generation = Generation(generation.0.saturating_sub(1));
+        let before = VmRecord { generation, site: from.clone(), ..vm.clone() };
+        Self { vm: before, from, to, id, scheme: SCHEME.into() }
     }
 }
 
@@ -54,9 +72,12 @@ impl Controller {
         mode: Mode,
     ) -> Result<Accepted, Fault> {
         let vm = self.registry.vm(key).map_err(registry_fault)?;
+        if vm.arriving.is_some() {
+            return self.migrate_on(vm, &want, mode);
+        }
         vm.state.to(VmState::Moving).map_err(|e| state_fault(&vm, &e))?;
-        let scheme = want.scheme.unwrap_or_else(|| "hybrid".into());
-        if scheme != "hybrid" {
+        let scheme = want.scheme.unwrap_or_else(|| SCHEME.into());
+        if scheme != SCHEME {
             return Err(Fault::invalid(format!("no scheme '{}'", scheme.escape_debug()))
                 .hint("the schemes are: hybrid"));
         }
@@ -75,7 +96,9 @@ impl Controller {
                 f
             })?
             .site;
-        let (src, dst) = (self.host(&vm.site)?, self.host(&to)?);
+        for site in [&vm.site, &to] {
+            let _ = self.host(site)?;
+        }
         let plan = format!("move '{}' from {} to {to} by scheme {scheme}", vm.name, vm.site);
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
@@ -90,14 +113,14 @@ impl Controller {
             vm: vm.id,
             name: vm.name.clone(),
             from: vm.site.clone(),
-            to,
+            to: to.clone(),
             generation: vm.generation.next(),
         };
         let name = vm.name.to_string();
         let (me, back) = (self.clone(), vm.clone());
         let started = self.ops.start(kind, |op| async move {
-            let id = MigrationId::new();
-            let m = Move { vm, src, dst, id, scheme };
+            let (from, id) = (vm.site.clone(), MigrationId::new());
+            let m = Move { vm, from, to, id, scheme };
             me.run_move(&op, m).await
         });
         match started {
@@ -116,111 +139,174 @@ impl Controller {
         op: &OpHandle,
         m: Move,
     ) -> Result<serde_json::Value, Fault> {
-        match self.send(op, &m).await {
-            Ok(report) => {
-                self.note_switch(&m)?;
-                op.done("send")?;
-                self.release(op, &m).await?;
-                Ok(json!({ "move": report }))
-            }
+        let request = match self.prepare(op, &m).await {
+            Ok(request) => request,
             Err(f) => {
-                let now = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
-                if now.generation == m.vm.generation {
-                    // Not switched as far as the center knows; the sites know better.
-                    for host in [&m.dst, &m.src] {
-                        let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
-                        if let Err(e) = host.tell(abort, Call::quiet()).await {
-                            tracing::warn!(site = %host.name(), error = %e, "abort of a migration");
-                        }
+                // Nothing was sent yet.
+                for site in [&m.to, &m.from] {
+                    let Ok(host) = self.host(site) else { continue };
+                    let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
+                    if let Err(e) = host.tell(abort, Call::quiet()).await {
+                        tracing::warn!(%site, error = %e, "abort of a migration");
                     }
-                    let f = Self::explained(&m, f).await;
-                    self.settle_vm(&m.vm, &f).await?;
-                    op.undone("send")?;
-                    return Err(f);
                 }
-                Err(f)
+                self.settle_vm(&m.vm, &f).await?;
+                return Err(f);
             }
-        }
+        };
+        op.begin("send", json!({ "migration": m.id, "from": m.from }))?;
+        let first = self.follow(op, &m, request).await;
+        self.conclude(op, &m, first).await
     }
 
     /// The failure as the destination tells it, where that says more: it was full.
-    async fn explained(m: &Move, f: Fault) -> Fault {
+    async fn explained(&self, m: &Move, f: Fault) -> Fault {
+        let Ok(dst) = self.host(&m.to) else { return f };
         let whole = SiteRequest::MigrateReceived { migration: m.id };
-        match m.dst.ask(whole, Call::quiet()).await {
-            Err(there) if there.code == Code::NoRoom => there,
+        match tokio::time::timeout(ABORT_WITHIN, dst.ask(whole, Call::quiet())).await {
+            Ok(Err(there)) if there.code == Code::NoRoom => there,
             _ => f,
         }
     }
 
-    async fn send(self: &Arc<Self>, op: &OpHandle, m: &Move) -> Result<MoveReport, Fault> {
+    async fn prepare(self: &Arc<Self>, op: &OpHandle, m: &Move) -> Result<SiteRequest, Fault> {
+        let (src, dst) = (self.host(&m.from)?, self.host(&m.to)?);
         let (vm, generation) = (m.vm.id, m.vm.generation);
         let request = SiteRequest::MigrateManifest { vm, generation };
-        let manifest = match m.src.ask(request, Call::quiet()).await? {
+        let manifest = match src.ask(request, Call::quiet()).await? {
             SiteReply::Manifest(bytes) => bytes,
-            other => return Err(odd(&m.src, &other)),
+            other => return Err(odd(&src, &other)),
         };
         op.check()?;
-        op.begin("prepare", json!({ "migration": m.id, "at": m.dst.name() }))?;
+        op.begin("prepare", json!({ "migration": m.id, "at": m.to }))?;
         let request = SiteRequest::MigratePrepare {
             migration: m.id,
             machine: status_of(&m.vm),
             generation: generation.next(),
-            from: m.src.name().clone(),
+            from: m.from.clone(),
             manifest,
         };
-        let to = match m.dst.ask(request, call_of(op)).await? {
+        let to = match dst.ask(request, call_of(op)).await? {
             SiteReply::Incoming(i) => i,
-            other => return Err(odd(&m.dst, &other)),
+            other => return Err(odd(&dst, &other)),
         };
         op.done("prepare")?;
         op.check()?;
-        op.begin("send", json!({ "migration": m.id, "from": m.src.name() }))?;
-        let request = SiteRequest::MigrateSend { vm, generation, to, scheme: m.scheme.clone() };
-        let (me, shown) = (self.clone(), op.clone());
-        let at_switch = m.again();
-        let call = Call::new(
-            move |p| {
-                if p.stage == UNCERTAIN {
-                    let (me, lost) = (me.clone(), at_switch.again());
-                    tokio::spawn(async move { me.decide_fate(&lost).await });
+        Ok(SiteRequest::MigrateSend { vm, generation, to, scheme: m.scheme.clone() })
+    }
+
+    /// From the first end of a migration, good or bad, to its last.
+    pub(super) async fn conclude(
+        self: &Arc<Self>,
+        op: &OpHandle,
+        m: &Move,
+        first: Result<Option<MoveReport>, Fault>,
+    ) -> Result<serde_json::Value, Fault> {
+        let report = match first {
+            Ok(report) => report,
+            Err(f) => {
+                if !self.has_switched(m)? && !self.find_out(op, m, &f).await? {
+                    let f = self.explained(m, f).await;
+                    self.settle_vm(&m.vm, &f).await?;
+                    op.undone("send")?;
+                    return Err(f);
                 }
-                if p.stage == SWITCHED {
-                    // The site has passed the point; a cancel that came too late is not undone.
-                    if let Err(f) = shown.commit() {
-                        tracing::info!(op = %shown.id(), "a cancel came after the switch: {f}");
+                self.note_switch(m)?;
+                self.arrive(op, m, f).await?
+            }
+        };
+        self.finish(op, m, report).await
+    }
+
+    /// Whether the center knows that the machine runs at its destination.
+    pub(super) fn has_switched(&self, m: &Move) -> Result<bool, Fault> {
+        let now = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
+        Ok(now.generation > m.vm.generation)
+    }
+
+    /// Finds out, after a failure that does not say it, where a machine runs: `true` when it is the
+    /// destination. When this answers `false`, the machine never ran there and never will.
+    async fn find_out(
+        self: &Arc<Self>,
+        op: &OpHandle,
+        m: &Move,
+        why: &Fault,
+    ) -> Result<bool, Fault> {
+        let deadline = tokio::time::Instant::now() + FATE_LIMIT;
+        let mut told = false;
+        loop {
+            let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
+            let at_home = self.runs_at_source(m).await;
+            let fenced = match self.host(&m.to) {
+                Ok(dst) => tokio::time::timeout(ABORT_WITHIN, dst.tell(abort, Call::quiet())).await,
+                Err(f) => Ok(Err(f)),
+            };
+            match fenced {
+                Ok(Ok(())) if at_home => return Ok(false),
+                Ok(Ok(())) => {
+                    // The source waits for this word, or has nobody left who could take it.
+                    if let Ok(src) = self.host(&m.from) {
+                        let fate = SiteRequest::MigrateFate { migration: m.id, dead: true };
+                        if let Err(e) = src.tell(fate, Call::quiet()).await {
+                            tracing::info!(vm = %m.vm.name, error = %e, "telling its fate");
+                        }
                     }
-                    if let Err(f) = me.note_switch(&at_switch) {
-                        tracing::error!(vm = %at_switch.vm.name, error = %f, "noting a switch");
+                    if told {
+                        tokio::time::sleep(FATE_PAUSE).await;
                     }
+                    told = true;
                 }
-                shown.progress(p);
-            },
-            op.cancel().clone(),
-        );
-        let sent = match m.src.ask(request, call).await? {
-            SiteReply::Sent(bytes) => measured::<Sent>(&m.src, &bytes)?,
-            other => return Err(odd(&m.src, &other)),
+                Ok(Err(f)) if f.code == Code::Conflict => return Ok(true),
+                // It runs where it was, and a destination that comes back is told then.
+                Ok(Err(_)) | Err(_) if at_home => return Ok(false),
+                Ok(Err(f)) => {
+                    tracing::info!(vm = %m.vm.name, error = %f, "where it runs is not known");
+                    tokio::time::sleep(FATE_PAUSE).await;
+                }
+                Err(_) => {}
+            }
+            op.progress(Progress {
+                stage: UNCERTAIN.into(),
+                note: format!("finding out where it runs: {}", why.message),
+                ..Progress::default()
+            });
+            if tokio::time::Instant::now() >= deadline {
+                return if told {
+                    Ok(false)
+                } else {
+                    Err(Fault::unavailable(format!(
+                        "nobody can tell where machine '{}' runs: {}",
+                        m.vm.name, why.message
+                    )))
+                };
+            }
+        }
+    }
+
+    async fn runs_at_source(&self, m: &Move) -> bool {
+        let Ok(src) = self.host(&m.from) else { return false };
+        let Ok(Ok(all)) = tokio::time::timeout(ABORT_WITHIN, src.machines()).await else {
+            return false;
         };
-        let whole = SiteRequest::MigrateReceived { migration: m.id };
-        let received = match m.dst.ask(whole, Call::quiet()).await? {
-            SiteReply::Received(bytes) => measured::<Received>(&m.dst, &bytes)?,
-            other => return Err(odd(&m.dst, &other)),
-        };
-        report(m.src.name().as_str(), m.dst.name().as_str(), &sent, &received)
-            .ok_or_else(|| Fault::internal("the sites did not measure the whole migration"))
+        let same = |s: &MachineStatus| s.vm == m.vm.id && s.generation == m.vm.generation;
+        all.iter().any(|s| same(s) && matches!(s.state, VmState::Running | VmState::Failed))
     }
 
     /// Tells a source that lost its destination during the switch what became of it. Whoever
     /// answers first that the machine never ran there has made sure that it never will.
-    async fn decide_fate(&self, m: &Move) {
+    pub(super) async fn decide_fate(&self, m: &Move) {
         let deadline = tokio::time::Instant::now() + FATE_LIMIT;
         let dead = loop {
             let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
-            match m.dst.tell(abort, Call::quiet()).await {
+            let said = match self.host(&m.to) {
+                Ok(dst) => dst.tell(abort, Call::quiet()).await,
+                Err(f) => Err(f),
+            };
+            match said {
                 Ok(()) => break true,
                 Err(f) if f.code == Code::Conflict => break false,
                 Err(error) if tokio::time::Instant::now() < deadline => {
-                    tracing::info!(site = %m.dst.name(), %error, "asked for a lost machine");
+                    tracing::info!(site = %m.to, %error, "asked for a lost machine");
                     tokio::time::sleep(FATE_PAUSE).await;
                 }
                 Err(error) => {
@@ -230,37 +316,55 @@ impl Controller {
             }
         };
         let fate = SiteRequest::MigrateFate { migration: m.id, dead };
-        if let Err(error) = m.src.tell(fate, Call::quiet()).await {
+        let told = match self.host(&m.from) {
+            Ok(src) => src.tell(fate, Call::quiet()).await,
+            Err(f) => Err(f),
+        };
+        if let Err(error) = told {
             tracing::warn!(vm = %m.vm.name, %error, "the source could not be told");
         }
     }
 
     /// Enters the switch: from now on the machine is at the destination. May be called twice.
-    fn note_switch(&self, m: &Move) -> Result<(), Fault> {
+    pub(super) fn note_switch(&self, m: &Move) -> Result<(), Fault> {
         let now = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
         if now.generation > m.vm.generation {
             return Ok(());
         }
         self.change_vm(&m.vm, m.vm.generation, |v| {
             v.become_state(VmState::Running, UnixMs::now())?;
-            v.site = m.dst.name().clone();
+            v.site = m.to.clone();
             v.generation = v.generation.next();
+            v.arriving = Some(Arriving { migration: m.id, from: m.from.clone(), note: None });
             Ok(())
         })?;
         Ok(())
     }
 
     /// After the move: the destination is whole, the source gives up what it kept.
-    async fn release(&self, op: &OpHandle, m: &Move) -> Result<(), Fault> {
-        op.begin("release", json!({ "at": m.src.name() }))?;
-        let generation = m.vm.generation.next();
-        let release = SiteRequest::MigrateRelease { vm: m.vm.id, generation };
-        m.src.tell(release, Call::quiet()).await?;
-        op.done("release")
+    pub(super) async fn finish(
+        self: &Arc<Self>,
+        op: &OpHandle,
+        m: &Move,
+        report: Option<MoveReport>,
+    ) -> Result<serde_json::Value, Fault> {
+        self.note_switch(m)?;
+        op.done("send")?;
+        op.begin("release", json!({ "at": m.from }))?;
+        let mut vm = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
+        if vm.state == VmState::Failed {
+            // It had been given up.
+            vm = self.change_vm(&vm, vm.generation, |v| {
+                Ok(v.become_state(VmState::Running, UnixMs::now())?)
+            })?;
+        }
+        self.release_source(&vm).await;
+        op.done("release")?;
+        Ok(json!({ "move": report }))
     }
 }
 
-fn measured<T: serde::de::DeserializeOwned>(
+pub(super) fn measured<T: serde::de::DeserializeOwned>(
     host: &Arc<dyn SiteHost>,
     bytes: &[u8],
 ) -> Result<T, Fault> {
@@ -269,7 +373,7 @@ fn measured<T: serde::de::DeserializeOwned>(
     })
 }
 
-fn odd(host: &Arc<dyn SiteHost>, reply: &SiteReply) -> Fault {
+pub(super) fn odd(host: &Arc<dyn SiteHost>, reply: &SiteReply) -> Fault {
     Fault::internal(format!("site '{}' answered {} out of turn", host.name(), reply.label()))
 }
 

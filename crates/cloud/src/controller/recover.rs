@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use godwit_types::{Code, Name, VmState};
 
+use super::moves::Move;
 use super::{Controller, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
-use crate::ops::OpKind;
+use crate::ops::{OpHandle, OpKind};
 use crate::registry::{OpRecord, VmRecord};
 use crate::site::{Call, MachineStatus, SiteHost, SiteRequest};
 
@@ -39,12 +40,16 @@ impl Controller {
         for op in left {
             let (me, record) = (self.clone(), op.clone());
             tracing::info!(op = %op.id, what = op.kind.verb(), target = %op.kind.target(), "taking up");
-            self.ops.resume(op, |_| async move { me.take_up(record).await });
+            self.ops.resume(op, |op| async move { me.take_up(&op, record).await });
         }
         Ok(n)
     }
 
-    async fn take_up(self: &Arc<Self>, op: OpRecord) -> Result<serde_json::Value, Fault> {
+    async fn take_up(
+        self: &Arc<Self>,
+        handle: &OpHandle,
+        op: OpRecord,
+    ) -> Result<serde_json::Value, Fault> {
         let again = || {
             Fault::unavailable("the center was restarted while this ran")
                 .hint("nothing is half done; ask again")
@@ -102,24 +107,39 @@ impl Controller {
                 }
             }
             OpKind::VmMigrate { vm, from, to, generation, .. } => {
-                for site in [from, to] {
-                    self.await_host(site, RETURN_LIMIT).await?;
-                }
                 let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
-                let now = self.settle_vm(&record, &again()).await?;
-                match now {
-                    Some(v) if &v.site == to && v.generation >= *generation => {
-                        let release =
-                            SiteRequest::MigrateRelease { vm: v.id, generation: v.generation };
-                        match self.host(from)?.tell(release, Call::quiet()).await {
-                            Err(f) if f.code != Code::NotFound => return Err(f),
-                            _ => {}
-                        }
-                        Ok(serde_json::json!({ "site": to }))
+                let sent = op.journal.iter().rev().find(|s| s.name == "send");
+                let id =
+                    sent.and_then(|s| serde_json::from_value(s.data["migration"].clone()).ok());
+                let Some(id) = id else {
+                    for site in [from, to] {
+                        self.await_host(site, RETURN_LIMIT).await?;
                     }
-                    _ => Err(again().hint("the machine is where it was; ask again")),
+                    self.undo_prepare(&op, &record).await;
+                    self.settle_vm(&record, &again()).await?;
+                    return Err(again().hint("the machine is where it was; ask again"));
+                };
+                let m = Move::found(&record, from.clone(), to.clone(), *generation, id);
+                if record.generation > *generation {
+                    // It has moved on since.
+                    return Ok(serde_json::json!({ "site": record.site }));
                 }
+                let request = SiteRequest::MigrateFollow { migration: id };
+                let first = self.follow(handle, &m, request).await;
+                self.conclude(handle, &m, first).await
             }
+        }
+    }
+
+    /// Takes back what a migration had prepared that never sent anything.
+    async fn undo_prepare(&self, op: &OpRecord, vm: &VmRecord) {
+        let prepared = op.journal.iter().rev().find(|s| s.name == "prepare");
+        let id = prepared.and_then(|s| serde_json::from_value(s.data["migration"].clone()).ok());
+        let (Some(migration), OpKind::VmMigrate { to, .. }) = (id, &op.kind) else { return };
+        let Ok(host) = self.host(to) else { return };
+        let abort = SiteRequest::MigrateAbort { migration, vm: vm.id };
+        if let Err(e) = host.tell(abort, Call::quiet()).await {
+            tracing::warn!(site = %to, error = %e, "abort of a migration");
         }
     }
 
@@ -274,8 +294,17 @@ impl Controller {
         let free = settled(vm.state) || forsaken;
         let may = |m: &MachineStatus| m.state == vm.state || vm.state.may_become(m.state);
         match here {
-            // One that is on its way is the migration's to end.
-            Some(m) if m.state == VmState::Moving || !free => Verdict::Fine,
+            // One that is on its way is the migration's to end; what is left of one that is over
+            // has an older generation.
+            Some(m)
+                if m.state == VmState::Moving
+                    && (&vm.site == site || vm.arriving.is_some() || !settled(vm.state)) =>
+            {
+                Verdict::Fine
+            }
+            // What its source still keeps is needed.
+            Some(_) if vm.arriving.as_ref().is_some_and(|a| &a.from == site) => Verdict::Fine,
+            Some(_) if !free => Verdict::Fine,
             Some(m) if m.generation > vm.generation => {
                 if m.state == VmState::Running && may(m) {
                     Verdict::Become(m)

@@ -1,4 +1,5 @@
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use godwit_migrate::hybrid::{Received, Sent};
 use godwit_types::{Arch, Code, OpState, SubstrateId, VmId, VmState};
@@ -7,8 +8,8 @@ use super::*;
 use crate::error::Fault;
 use crate::ops::Progress;
 use crate::site::{
-    ByteStream, Call, ImageInfo, Incoming, MachineStatus, Origin, SiteReply, SiteRequest,
-    StreamRequest,
+    ByteStream, Call, ImageInfo, Incoming, MachineStatus, MemoryStand, MoveStand, Origin,
+    SiteReply, SiteRequest, StreamRequest,
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
@@ -18,6 +19,12 @@ struct Paper {
     /// What `MigrateSend` does.
     send: Send,
     peer: Mutex<Option<Arc<Paper>>>,
+    /// A machine that runs here lacks part of its memory.
+    broken: AtomicBool,
+    /// The QEMU that a machine left here is gone.
+    gone: AtomicBool,
+    /// It cannot say how a migration stands.
+    silent: AtomicBool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -25,6 +32,7 @@ enum Send {
     Works,
     FailsBefore,
     FailsAfter,
+    BreaksAfter,
     WaitsForCancel,
 }
 
@@ -38,7 +46,15 @@ fn measured(what: &impl serde::Serialize) -> Vec<u8> {
 
 impl Paper {
     fn new(n: &str, send: Send) -> Arc<Self> {
-        Arc::new(Self { name: name(n), machines: Mutex::default(), send, peer: Mutex::default() })
+        Arc::new(Self {
+            name: name(n),
+            machines: Mutex::default(),
+            send,
+            peer: Mutex::default(),
+            broken: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
+        })
     }
     fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
         MachineStatus {
@@ -121,13 +137,58 @@ impl SiteHost for Paper {
                 Ok(SiteReply::Incoming(Incoming { migration, address, peer: self.name.clone() }))
             }
             SiteRequest::MigrateAbort { vm, .. } => {
+                if self.send == Send::Works
+                    && self.all().iter().any(|m| m.vm == vm && m.state == VmState::Running)
+                {
+                    return Err(Fault::conflict("it runs here"));
+                }
                 self.machines
                     .lock()
                     .expect("lock")
                     .retain(|m| m.vm != vm || m.state != VmState::Moving);
                 Ok(SiteReply::Done)
             }
+            SiteRequest::MigrateFollow { .. } => Err(Fault::not_found("no migration on paper")),
+            SiteRequest::MigrateLost { .. }
+            | SiteRequest::MigrateFate { .. }
+            | SiteRequest::MigrateGiveUp { .. } => Ok(SiteReply::Done),
+            SiteRequest::MigrateStand { .. } => {
+                if self.silent.load(SeqCst) {
+                    return Err(Fault::unavailable("nobody answers"));
+                }
+                let broken = self.broken.load(SeqCst);
+                let memory = match (self.gone.load(SeqCst), broken, self.send) {
+                    (true, _, _) => MemoryStand::Gone,
+                    (false, true, _) | (false, false, Send::BreaksAfter) => MemoryStand::Partial,
+                    _ => MemoryStand::Whole,
+                };
+                let missing_pages = if broken { 10 } else { 0 };
+                let (missing_blocks, runs, why) = (Some(0), true, None);
+                let over = !broken && self.send != Send::BreaksAfter;
+                Ok(SiteReply::Stand(MoveStand {
+                    memory,
+                    missing_pages,
+                    missing_blocks,
+                    runs,
+                    over,
+                    why,
+                }))
+            }
+            SiteRequest::MigrateResumeIn { migration, .. } => {
+                self.broken.store(false, SeqCst);
+                let address = "127.0.0.1:1".parse().expect("address");
+                Ok(SiteReply::Incoming(Incoming { migration, address, peer: self.name.clone() }))
+            }
+            SiteRequest::MigrateResumeOut { .. } => {
+                Ok(SiteReply::Sent(measured(&Sent { began: None, ..Sent::default() })))
+            }
             SiteRequest::MigrateReceived { .. } => {
+                while !self.all().iter().any(|m| m.state == VmState::Running) {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                if self.broken.load(SeqCst) {
+                    return Err(Fault::unavailable("the relay is gone"));
+                }
                 let at = |ms| Some(std::time::Duration::from_millis(ms));
                 Ok(SiteReply::Received(measured(&Received {
                     resumed: at(5),
@@ -145,8 +206,9 @@ impl SiteHost for Paper {
                         call.cancel.cancelled().await;
                         return Err(Fault::cancelled());
                     }
-                    Send::Works | Send::FailsAfter => {}
+                    Send::Works | Send::FailsAfter | Send::BreaksAfter => {}
                 }
+                peer.broken.store(self.send == Send::BreaksAfter, SeqCst);
                 for m in peer.machines.lock().expect("lock").iter_mut().filter(|m| m.vm == vm) {
                     m.state = VmState::Running;
                 }
@@ -161,6 +223,9 @@ impl SiteHost for Paper {
                     stage: crate::site::SWITCHED.into(),
                     ..Progress::default()
                 });
+                if self.send == Send::BreaksAfter {
+                    return Err(Fault::unavailable("the relay is gone"));
+                }
                 let at = |ms| Some(std::time::Duration::from_millis(ms));
                 Ok(SiteReply::Sent(measured(&Sent {
                     began: at(1),
@@ -184,10 +249,14 @@ struct World {
 }
 
 async fn world(send: Send) -> World {
+    world_with(send, Duration::from_secs(60)).await
+}
+
+async fn world_with(send: Send, patience: Duration) -> World {
     let dir = tempfile::tempdir().expect("dir");
     let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
-    let c = Controller::new(reg, name("operator"));
-    let (center, cafe) = (Paper::new("center", send), Paper::new("cafe", send));
+    let c = Controller::with_patience(reg, name("operator"), patience);
+    let (center, cafe) = (Paper::new("center", send), Paper::new("cafe", Send::Works));
     *center.peer.lock().expect("lock") = Some(cafe.clone());
     *cafe.peer.lock().expect("lock") = Some(center.clone());
     c.attach(center.clone(), SiteKind::Center).await.expect("center");
@@ -287,6 +356,70 @@ async fn a_switch_whose_news_was_lost_is_found_at_the_destination() {
     let host = w.c.host(&name("center")).expect("host");
     w.c.refresh(&host).await.expect("report");
     assert!(w.center.all().is_empty());
+}
+
+#[tokio::test]
+async fn a_break_after_the_switch_is_taken_up_again() {
+    let w = world(Send::BreaksAfter).await;
+    running(&w, "a").await;
+    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let end = w.c.ops().wait(op).await.expect("ends");
+    assert_eq!(end.state, OpState::Done, "{end:?}");
+    assert!(end.progress.iter().any(|p| p.stage == "recovering"), "{end:?}");
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!(
+        (vm.state, vm.site.as_str(), vm.generation, vm.arriving),
+        (VmState::Running, "cafe", Generation(2), None)
+    );
+    assert!(w.center.all().is_empty(), "the source keeps nothing");
+}
+
+#[tokio::test]
+async fn a_source_that_is_gone_is_told_with_what_it_had() {
+    let w = world(Send::BreaksAfter).await;
+    running(&w, "a").await;
+    w.center.gone.store(true, SeqCst);
+    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let end = w.c.ops().wait(op).await.expect("ends");
+    assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
+    let why = vm.reason.expect("a reason");
+    assert!(why.contains("lost 10 pages (40 KiB) of its memory with 'center'"), "{why}");
+    assert!(why.ends_with("its disk is whole"), "{why}");
+}
+
+#[tokio::test]
+async fn a_source_that_stays_away_is_waited_for_and_may_be_asked_again() {
+    let w = world_with(Send::BreaksAfter, Duration::from_millis(600)).await;
+    running(&w, "a").await;
+    w.center.silent.store(true, SeqCst);
+    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let mut seen = w.c.ops().watch(op).expect("watch");
+    let center: Arc<dyn SiteHost> = w.center.clone();
+    seen.wait_for(|o| o.progress.iter().any(|p| p.stage == "recovering")).await.expect("broken");
+    w.c.detach(&center);
+    let waits = |o: &crate::registry::OpRecord| {
+        o.progress.iter().any(|p| p.note.contains("waiting for site 'center'"))
+    };
+    seen.wait_for(waits).await.expect("waits");
+    let end = w.c.ops().wait(op).await.expect("ends");
+    assert_eq!(end.failure(), Some(Code::Unavailable), "{end:?}");
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
+    let why = vm.reason.expect("a reason");
+    assert!(why.contains("10 pages (40 KiB) of its memory and nothing of its disk"), "{why}");
+    let e = w.c.migrate("a", to("center"), Mode::Act).expect_err("not whole");
+    assert!(e.message.contains("part of it is at 'center'"), "{e}");
+
+    w.center.silent.store(false, SeqCst);
+    w.c.attach(center, SiteKind::Center).await.expect("back");
+    let again = MigrateVm { to: None, scheme: None };
+    let op = w.c.migrate("a", again, Mode::Act).expect("accepted").op.expect("op");
+    let end = w.c.ops().wait(op).await.expect("ends");
+    assert_eq!(end.state, OpState::Done, "{end:?}");
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.arriving), (VmState::Running, None));
 }
 
 #[tokio::test]

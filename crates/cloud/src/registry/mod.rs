@@ -25,7 +25,9 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTran
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use records::{OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord, VmRecord};
+pub use records::{
+    Arriving, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord, VmRecord,
+};
 
 use crate::clock::UnixMs;
 

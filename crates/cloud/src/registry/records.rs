@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use godwit_types::{
-    Arch, Code, Generation, InvalidTransition, Mib, Name, OpId, OpState, SiteKind, SiteState,
-    SubstrateId, SubstrateKind, VmId, VmState,
+    Arch, Code, Generation, InvalidTransition, Mib, MigrationId, Name, OpId, OpState, SiteKind,
+    SiteState, SubstrateId, SubstrateKind, VmId, VmState,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -133,6 +133,21 @@ pub struct VmRecord {
     pub moving_to: Option<Name>,
     /// Why it is in this state, when that needs words.
     pub reason: Option<String>,
+    /// Part of it is still at the site that it moved from.
+    #[serde(default)]
+    pub arriving: Option<Arriving>,
+}
+
+/// What a machine that runs at its destination still has elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Arriving {
+    /// The migration that it came by.
+    #[schema(value_type = String)]
+    pub migration: MigrationId,
+    /// The site that has the rest.
+    pub from: Name,
+    /// What is being done about a break.
+    pub note: Option<String>,
 }
 
 impl VmRecord {

@@ -31,6 +31,7 @@ fn vm(n: &str) -> VmRecord {
         changed: UnixMs(1),
         moving_to: None,
         reason: None,
+        arriving: None,
     }
 }
 

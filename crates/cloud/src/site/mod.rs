@@ -31,8 +31,8 @@ pub use local::{LocalSite, SiteDirs, SiteOptions};
 pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
-    NewMachine, Origin, PoolReport, SiteEvent, SiteReply, SiteRequest, StreamRequest,
-    SubstrateInfo,
+    MemoryStand, MoveStand, NewMachine, Origin, PoolReport, SiteEvent, SiteReply, SiteRequest,
+    StreamRequest, SubstrateInfo,
 };
 
 /// The stage that a source reports when the destination runs the machine: the commit point.

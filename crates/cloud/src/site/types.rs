@@ -132,6 +132,35 @@ pub struct Incoming {
     pub peer: Name,
 }
 
+/// What an end of a migration can say of the machine's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryStand {
+    /// All of it is at the destination.
+    Whole,
+    /// Pages are missing at the destination; the source can still give them.
+    Partial,
+    /// This end's QEMU is gone, or can give and take pages no more.
+    Gone,
+}
+
+/// How far a migration has come at one of its ends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveStand {
+    /// The memory.
+    pub memory: MemoryStand,
+    /// Destination: pages of guest memory that are not there.
+    pub missing_pages: u64,
+    /// Destination: blocks of the disk that are not there; `None` when it was never told which
+    /// there are.
+    pub missing_blocks: Option<u64>,
+    /// Destination: the machine has run here.
+    pub runs: bool,
+    /// The migration is over at this end.
+    pub over: bool,
+    /// What happened to a QEMU that is gone.
+    pub why: Option<String>,
+}
+
 /// The last part of a console's log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ConsoleTail {
@@ -314,6 +343,65 @@ pub enum SiteRequest {
         /// The machine never ran there and its QEMU is gone for good; otherwise it runs there.
         dead: bool,
     },
+    /// As `MigrateSend` for a migration that goes on at its source: tells its progress and ends as
+    /// it ends.
+    MigrateFollow {
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// To a source: its destination is lost, before its relay can have noticed.
+    MigrateLost {
+        /// The migration.
+        migration: MigrationId,
+        /// What was lost.
+        why: String,
+    },
+    /// How far a migration has come at this end, also after a break.
+    MigrateStand {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+    },
+    /// After a break beyond the commit point, to the destination: a new relay that waits for the
+    /// source's.
+    MigrateResumeIn {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+        /// Memory moves on; otherwise only the disk.
+        memory: bool,
+    },
+    /// After a break beyond the commit point, to the source: a new relay that goes on. Ends as
+    /// `MigrateSend` does.
+    MigrateResumeOut {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+        /// Where to.
+        to: Incoming,
+        /// Memory moves on; otherwise only the disk.
+        memory: bool,
+    },
+    /// To a destination that lacks nothing any more and has lost its relay: it ends the migration
+    /// by itself.
+    MigrateFinish {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+    },
+    /// To a destination: what the machine still lacks will not come by itself.
+    MigrateGiveUp {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+        /// What it lacks, and why.
+        why: String,
+    },
     /// Waits at the destination until the machine there is whole.
     MigrateReceived {
         /// The migration.
@@ -376,9 +464,11 @@ pub enum SiteReply {
     Executed(GuestOutput),
     /// To `MigrateManifest`.
     Manifest(Vec<u8>),
-    /// To `MigratePrepare`.
+    /// To `MigratePrepare` and `MigrateResumeIn`.
     Incoming(Incoming),
-    /// To `MigrateSend`: what the source measured, for the migrate room.
+    /// To `MigrateStand`.
+    Stand(MoveStand),
+    /// To `MigrateSend`, `MigrateFollow` and `MigrateResumeOut`: what the source measured, for the migrate room.
     Sent(Vec<u8>),
     /// To `MigrateReceived`: what the destination measured, for the migrate room.
     Received(Vec<u8>),
@@ -406,6 +496,7 @@ impl SiteReply {
             Self::Executed(_) => "Executed",
             Self::Manifest(_) => "Manifest",
             Self::Incoming(_) => "Incoming",
+            Self::Stand(_) => "Stand",
             Self::Sent(_) => "Sent",
             Self::Received(_) => "Received",
             Self::Pool(_) => "Pool",

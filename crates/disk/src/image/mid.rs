@@ -251,6 +251,18 @@ impl MidLayer {
         self.seal()
     }
 
+    /// How many blocks the layer at `path` still lacks by its record, and whether it is finished.
+    ///
+    /// # Errors
+    /// If the record can't be read or is damaged.
+    pub fn missing(path: &Path) -> Result<(u64, bool), DiskError> {
+        let record = read_record(path)?;
+        let mut left = record.sent;
+        left.subtract(&record.received)
+            .map_err(|source| DiskError::Bitmap { path: path.to_path_buf(), source })?;
+        Ok((left.count(), record.finished))
+    }
+
     /// Removes the record beside a finished layer: it is now a layer like any other.
     ///
     /// # Errors

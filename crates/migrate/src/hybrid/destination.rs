@@ -105,6 +105,13 @@ impl DestinationDriver {
         &self.state
     }
 
+    /// Whether it is not known yet that the machine runs here.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        use DestinationState::{Freeze, PreCopy, Prepare};
+        matches!(self.state, Prepare | PreCopy | Freeze)
+    }
+
     /// Whether nothing more will happen.
     #[must_use]
     pub fn is_over(&self) -> bool {

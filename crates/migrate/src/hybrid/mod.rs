@@ -16,17 +16,18 @@
 //! carry out what they ask for. A cancel before the switch leaves the machine running at the
 //! source and nothing at the destination; after it, it is refused.
 
+mod arrive;
 mod destination;
 mod measure;
+mod recover;
 mod run;
 mod source;
 
+pub use arrive::receive;
 pub use destination::{DestinationDriver, DestinationEffect, DestinationEvent, DestinationState};
 pub use measure::{Received, Sent, Timeline, report};
-pub use run::{
-    Asking, DestinationFate, MoveError, prepare_incoming, receive, recover_incoming,
-    recover_outgoing, send,
-};
+pub use recover::{follow_outgoing, reclaim, recover_disk, recover_incoming, recover_outgoing};
+pub use run::{Asking, DestinationFate, MoveError, Steering, prepare_incoming, send};
 pub use source::{SourceDriver, SourceEffect, SourceEnd, SourceEvent, SourceState};
 
 /// Name of the scheme.

@@ -4,26 +4,18 @@ use std::path::Path;
 use std::time::Duration;
 
 use godwit_qemu::{
-    Capability, DiskLayer, Event, EventCursor, Life, Machine, MigrationStatus, Parameters,
-    QemuError,
+    Capability, Event, EventCursor, Life, Machine, MigrationStatus, Parameters, QemuError,
 };
 use godwit_types::{Code, CodedError, InvalidTransition};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::measure::now;
-use super::{
-    DestinationDriver, DestinationEffect, DestinationEvent, DestinationState, Received, Sent,
-    SourceDriver, SourceEffect, SourceEnd, SourceEvent, SourceState,
-};
-use crate::relay::{RelayClient, RelayCommand, RelayEnd, RelayError, RelayPhase, RelayStatus};
+use super::{Sent, SourceDriver, SourceEffect, SourceEnd, SourceEvent, SourceState, recover};
+use crate::relay::{Counts, RelayClient, RelayCommand, RelayEnd, RelayError, RelayStatus};
 
 /// How long QEMU may take to tell of its STOP or RESUME once it must have happened.
-const EVENT_WITHIN: Duration = Duration::from_secs(30);
-/// How long the pivot waits until QEMU lets a migrated machine's devices be changed.
-const SETTLE_WITHIN: Duration = Duration::from_secs(30);
-/// How long a QEMU may take to run or to fail once its relay is lost.
-const RUN_OR_FAIL: Duration = Duration::from_secs(3);
+pub(super) const EVENT_WITHIN: Duration = Duration::from_secs(30);
 
 /// Why a migration could not be driven on.
 #[derive(Debug, thiserror::Error)]
@@ -98,11 +90,11 @@ impl CodedError for MoveError {
     }
 }
 
-fn qemu(what: &'static str) -> impl Fn(QemuError) -> MoveError {
+pub(super) fn qemu(what: &'static str) -> impl Fn(QemuError) -> MoveError {
     move |source| MoveError::Qemu { what, source }
 }
 
-fn relay(what: &'static str) -> impl Fn(RelayError) -> MoveError {
+pub(super) fn relay(what: &'static str) -> impl Fn(RelayError) -> MoveError {
     move |source| MoveError::Relay { what, source }
 }
 
@@ -135,61 +127,8 @@ pub async fn prepare_incoming(machine: &Machine, socket: &Path) -> Result<(), Mo
     machine.migrate_incoming(socket).await.map_err(&doing)
 }
 
-/// After a break: lets the destination's QEMU listen on `socket` for a new relay.
-///
-/// # Errors
-/// [`MoveError::Qemu`].
-pub async fn recover_incoming(machine: &Machine, socket: &Path) -> Result<(), MoveError> {
-    let doing = qemu("recovering the destination's QEMU");
-    machine
-        .wait_migration("waiting for the break", &[MigrationStatus::PostcopyPaused], EVENT_WITHIN)
-        .await
-        .map_err(&doing)?;
-    machine.migrate_recover(socket).await.map_err(&doing)
-}
-
-/// After a break: lets the source's QEMU go on through the new relay whose QEMU socket is
-/// `socket`, and drives the migration to its end.
-///
-/// # Errors
-/// As [`send`].
-pub async fn recover_outgoing(
-    machine: &Machine,
-    client: &RelayClient,
-    socket: &Path,
-    sent: Sent,
-) -> Result<Sent, MoveError> {
-    let doing = qemu("recovering the source's QEMU");
-    machine
-        .wait_migration("waiting for the break", &[MigrationStatus::PostcopyPaused], EVENT_WITHIN)
-        .await
-        .map_err(&doing)?;
-    let joined = client
-        .wait(|s| s.phase >= RelayPhase::Waiting)
-        .await
-        .map_err(relay("waiting for the new relays"))?;
-    if let Some(why) = lost(&joined) {
-        return Err(MoveError::Interrupted { why });
-    }
-    machine.migrate_resume(socket).await.map_err(&doing)?;
-    let mut source = Source {
-        machine,
-        client,
-        socket,
-        driver: SourceDriver::resumed(),
-        sent,
-        events: machine.events(),
-    };
-    source
-        .drive(&CancellationToken::new(), || -> Asking {
-            Box::pin(async { DestinationFate::Unknown })
-        })
-        .await?;
-    Ok(source.sent)
-}
-
 /// What a relay that has ended, or lost its peer, has lost.
-fn lost(status: &RelayStatus) -> Option<String> {
+pub(super) fn lost(status: &RelayStatus) -> Option<String> {
     match (&status.end, &status.lost) {
         (Some(RelayEnd::Aborted { why } | RelayEnd::Broken { why }), _) | (None, Some(why)) => {
             Some(why.clone())
@@ -198,21 +137,32 @@ fn lost(status: &RelayStatus) -> Option<String> {
     }
 }
 
-struct Source<'a> {
-    machine: &'a Machine,
-    client: &'a RelayClient,
-    socket: &'a Path,
-    driver: SourceDriver,
-    sent: Sent,
-    events: EventCursor,
+/// How a migration that goes on is steered from outside.
+#[derive(Debug, Clone)]
+pub struct Steering {
+    /// Heeded until QEMU is told to switch, and ignored afterwards.
+    pub cancel: CancellationToken,
+    /// Set when it is known from elsewhere that the destination is lost, and what was lost.
+    pub lost: watch::Receiver<Option<String>>,
+}
+
+pub(super) struct Source<'a> {
+    pub(super) machine: &'a Machine,
+    pub(super) client: &'a RelayClient,
+    pub(super) socket: &'a Path,
+    pub(super) driver: SourceDriver,
+    pub(super) sent: &'a mut Sent,
+    /// What earlier relays of this migration counted.
+    pub(super) before: Counts,
+    pub(super) events: EventCursor,
+    /// QEMU's STOP lies before the first event that is heard.
+    pub(super) late: bool,
 }
 
 /// Sends the running `machine` through the source relay behind `client`, whose QEMU socket is
 /// `socket`. Returns when the destination needs nothing more of the source; the machine's QEMU is
 /// then in [`Life::PostMigrate`] and may be ended. `ask` is called only when the destination is
-/// lost during the switch.
-///
-/// `cancel` is heeded until QEMU is told to switch, and ignored afterwards.
+/// lost during the switch. `sent` tells what was measured, also of a migration that failed.
 ///
 /// # Errors
 /// [`MoveError`]: each says where the machine is.
@@ -220,33 +170,39 @@ pub async fn send(
     machine: &Machine,
     client: &RelayClient,
     socket: &Path,
-    cancel: &CancellationToken,
+    sent: &mut Sent,
+    steering: &Steering,
     ask: impl Fn() -> Asking,
-) -> Result<Sent, MoveError> {
+) -> Result<(), MoveError> {
+    *sent = Sent { asked: now(), ..Sent::default() };
     let mut source = Source {
         machine,
         client,
         socket,
         driver: SourceDriver::new(),
-        sent: Sent { asked: now(), ..Sent::default() },
+        sent,
+        before: Counts::default(),
         events: machine.events(),
+        late: false,
     };
-    source.drive(cancel, ask).await?;
-    Ok(source.sent)
+    source.drive(steering, ask).await
 }
 
 impl Source<'_> {
-    async fn drive(
+    pub(super) async fn drive(
         &mut self,
-        cancel: &CancellationToken,
+        steering: &Steering,
         ask: impl Fn() -> Asking,
     ) -> Result<(), MoveError> {
+        let Steering { cancel, lost: told } = steering;
+        let mut told = told.clone();
         let mut status = self.client.watch();
         loop {
             let seen = status.borrow_and_update().clone();
-            self.sent.counts = seen.counts;
+            self.sent.counts = self.before.plus(&seen.counts);
             self.apply(SourceEvent::Relay(seen.phase), &ask).await?;
-            if let Some(why) = lost(&seen) {
+            let word = told.borrow_and_update().clone();
+            if let Some(why) = lost(&seen).or(word) {
                 self.lost(why, &ask).await?;
             }
             if let SourceState::Ended(end) = self.driver.state() {
@@ -259,6 +215,7 @@ impl Source<'_> {
             let may_cancel = self.driver.can_cancel();
             tokio::select! {
                 () = cancel.cancelled(), if may_cancel => {}
+                Ok(()) = told.changed() => {}
                 changed = status.changed() => {
                     if changed.is_err() {
                         self.lost("the relay at the source is gone".into(), &ask).await?;
@@ -282,6 +239,11 @@ impl Source<'_> {
     async fn heard(&mut self, event: &Event, ask: &impl Fn() -> Asking) -> Result<(), MoveError> {
         if event.name == "STOP" && self.sent.stopped.is_none() {
             self.sent.stopped = Some(event.at);
+        }
+        if event.name == "RESUME" && self.driver.is_beyond() {
+            // A QEMU that loses its connection with nothing left to send takes the migration as
+            // failed and lets its machine run. It runs at the destination.
+            self.machine.stop().await.map_err(qemu("holding the machine that has left"))?;
         }
         if event.migration_status() == Some("failed") {
             let info =
@@ -380,15 +342,9 @@ impl Source<'_> {
                 }
             },
             SourceEffect::Reclaim => {
-                self.tell(&RelayCommand::Reclaim, "bring the machine back").await?;
-                let after = self
-                    .client
-                    .wait(|s| s.end.is_some())
-                    .await
-                    .map_err(relay("bringing the machine back"))?;
-                if after.end != Some(RelayEnd::Reclaimed) {
-                    let why = lost(&after).unwrap_or_default();
-                    return Err(MoveError::Uncertain { why });
+                if !self.reclaim_by_relay().await? {
+                    recover::reclaim(self.machine, self.socket).await?;
+                    return Ok(Some(SourceEvent::Reclaimed));
                 }
                 self.machine
                     .wait_migration(
@@ -405,6 +361,19 @@ impl Source<'_> {
             }
         }
         Ok(None)
+    }
+
+    /// Lets the relay take QEMU's stream to its end. `false` when there is no relay that could.
+    async fn reclaim_by_relay(&self) -> Result<bool, MoveError> {
+        match self.client.command(&RelayCommand::Reclaim).await {
+            Ok(true) => {}
+            Ok(false) if self.client.status().end.is_none() => {
+                return Err(MoveError::RelayRefused("bring the machine back"));
+            }
+            Ok(false) | Err(_) => return Ok(false),
+        }
+        let after = self.client.wait(|s| s.end.is_some()).await;
+        Ok(after.is_ok_and(|s| s.end == Some(RelayEnd::Reclaimed)))
     }
 
     async fn tell(&self, command: &RelayCommand, what: &'static str) -> Result<(), MoveError> {
@@ -437,7 +406,7 @@ impl Source<'_> {
             .wait_migration("ending the migration", &[MigrationStatus::Completed], EVENT_WITHIN)
             .await
             .map_err(qemu("ending QEMU's migration"))?;
-        if self.sent.stopped.is_none() {
+        if self.sent.stopped.is_none() && !self.late {
             let stop = self
                 .events
                 .wait_named("STOP", EVENT_WITHIN)
@@ -458,153 +427,4 @@ fn in_full(e: &dyn std::error::Error) -> String {
         cause = e.source();
     }
     text
-}
-
-/// Takes in a machine through the destination relay behind `client`. `machine` listens for the
-/// relay already ([`prepare_incoming`]). With a disk, `pivot` is the chain below `top` once the
-/// source is not needed any more (base and middle layer). Returns when the machine is independent
-/// of its source; the relay may be told to finish then.
-///
-/// # Errors
-/// [`MoveError::Cancelled`] (the machine never ran here, and its QEMU is gone),
-/// [`MoveError::Interrupted`] (it runs here; start the relays anew and call this again).
-pub async fn receive(
-    machine: &Machine,
-    client: &RelayClient,
-    pivot: Option<Vec<DiskLayer>>,
-    resumed: bool,
-) -> Result<Received, MoveError> {
-    let driver = if resumed { DestinationDriver::resumed() } else { DestinationDriver::new() };
-    let events = machine.events();
-    let received = Received::default();
-    let mut arrival = Arriving { machine, client, pivot, driver, received, events };
-    arrival.drive(client.watch()).await?;
-    Ok(arrival.received)
-}
-
-struct Arriving<'a> {
-    machine: &'a Machine,
-    client: &'a RelayClient,
-    pivot: Option<Vec<DiskLayer>>,
-    driver: DestinationDriver,
-    received: Received,
-    events: EventCursor,
-}
-
-impl Arriving<'_> {
-    async fn drive(&mut self, mut status: watch::Receiver<RelayStatus>) -> Result<(), MoveError> {
-        loop {
-            let seen = status.borrow_and_update().clone();
-            self.received.counts = seen.counts;
-            if seen.phase >= RelayPhase::Done {
-                self.received.complete.get_or_insert_with(now);
-            }
-            self.apply(DestinationEvent::Relay(seen.phase)).await?;
-            if let Some(why) = lost(&seen) {
-                self.apply(DestinationEvent::Lost { why }).await?;
-            }
-            match self.driver.state() {
-                DestinationState::Moved => {
-                    self.received.independent = Some(now());
-                    return Ok(());
-                }
-                DestinationState::Gone { why } => {
-                    return Err(MoveError::Cancelled { why: why.clone() });
-                }
-                DestinationState::Interrupted { why } => {
-                    return Err(MoveError::Interrupted { why: why.clone() });
-                }
-                _ => {}
-            }
-            tokio::select! {
-                biased;
-                event = self.events.next() => match event {
-                    Some(event) if event.name == "RESUME" => {
-                        self.received.resumed.get_or_insert(event.at);
-                        self.apply(DestinationEvent::Runs).await?;
-                    }
-                    Some(event) if event.migration_status() == Some("failed") => {
-                        let info = self.machine.query_migrate().await;
-                        let why = info.ok().and_then(|i| i.error);
-                        let why = why.unwrap_or_else(|| "QEMU could not take the state".into());
-                        self.apply(DestinationEvent::Lost { why }).await?;
-                    }
-                    Some(_) => {}
-                    None => {
-                        let why = "the destination's QEMU has ended".into();
-                        self.apply(DestinationEvent::Lost { why }).await?;
-                    }
-                },
-                changed = status.changed() => {
-                    if changed.is_err() {
-                        let why = "the relay at the destination is gone".into();
-                        self.apply(DestinationEvent::Lost { why }).await?;
-                    }
-                }
-            }
-        }
-    }
-
-    async fn apply(&mut self, event: DestinationEvent) -> Result<(), MoveError> {
-        let lost = matches!(event, DestinationEvent::Lost { .. });
-        let todo = if lost && self.runs_here().await {
-            // The relay went without telling that PONG 3 had passed.
-            self.driver.on(DestinationEvent::Runs).map_err(MoveError::State)?;
-            self.driver.on(event).map_err(MoveError::State)?
-        } else {
-            self.driver.on(event).map_err(MoveError::State)?
-        };
-        for effect in todo {
-            match effect {
-                DestinationEffect::Pivot => {
-                    self.settle().await?;
-                    if let Some(layers) = self.pivot.take() {
-                        let took = self
-                            .machine
-                            .pivot_backing(layers)
-                            .await
-                            .map_err(qemu("pivoting the disk away from the source"))?;
-                        self.received.pivot = Some(took);
-                    }
-                    self.driver.on(DestinationEvent::Pivoted).map_err(MoveError::State)?;
-                }
-                DestinationEffect::EndQemu => {
-                    self.machine.kill().await;
-                    let why = "the machine never ran here".into();
-                    let _ = self.client.command(&RelayCommand::Abort { why }).await;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the machine runs here. A QEMU that has read its whole device state may be just
-    /// about to, so it is given a moment to run or to fail.
-    async fn runs_here(&self) -> bool {
-        let deadline = tokio::time::Instant::now() + RUN_OR_FAIL;
-        loop {
-            match self.machine.life().await {
-                Ok(Life::Running) => return true,
-                Ok(Life::Exited) | Err(_) => return false,
-                Ok(_) => {}
-            }
-            let over = match self.machine.query_migrate().await {
-                Ok(info) => info.status.is_final(),
-                Err(_) => true,
-            };
-            if over || tokio::time::Instant::now() >= deadline {
-                return false;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    /// Waits until QEMU counts the machine's arrival as complete.
-    async fn settle(&self) -> Result<(), MoveError> {
-        self.machine
-            .wait_migration("ending the arrival", &[MigrationStatus::Completed], SETTLE_WITHIN)
-            .await
-            .map_err(qemu("ending the arrival of the machine"))?;
-        Ok(())
-    }
 }

@@ -155,6 +155,22 @@ impl SourceDriver {
         Self { state: SourceState::PostCopy }
     }
 
+    /// Found again in the switch, when it is not known whether the commit point has passed.
+    #[must_use]
+    pub fn frozen() -> Self {
+        Self { state: SourceState::Freeze }
+    }
+
+    /// Whether the machine is known to run at the destination.
+    #[must_use]
+    pub fn is_beyond(&self) -> bool {
+        use SourceState::{Ended, PostCopy, Release};
+        matches!(
+            self.state,
+            PostCopy | Release | Ended(SourceEnd::Moved | SourceEnd::Interrupted { .. })
+        )
+    }
+
     /// Where it is.
     #[must_use]
     pub fn state(&self) -> &SourceState {

@@ -52,6 +52,9 @@ pub struct RelayConfig {
     /// Whether the migration goes on after a break.
     #[serde(default)]
     pub resume: bool,
+    /// Whether memory moves; after a break it may be at the destination already, and the disk not.
+    #[serde(default = "memory_moves")]
+    pub memory: bool,
     /// The disk, when the machine has one.
     #[serde(default)]
     pub disk: Option<RelayDisk>,
@@ -79,6 +82,10 @@ pub enum RelayDisk {
         /// Unix socket of the block device that QEMU has as node `remote`.
         nbd: PathBuf,
     },
+}
+
+const fn memory_moves() -> bool {
+    true
 }
 
 impl RelayConfig {
@@ -109,7 +116,9 @@ impl RelayConfig {
                 | (RelayRole::Source { .. }, Some(RelayDisk::Source { .. }))
                 | (RelayRole::Destination { .. }, Some(RelayDisk::Destination { .. }))
         );
-        if fits {
+        if !self.memory && !self.resume {
+            Err(RelayError::Contradiction("memory is left out of a migration that just begins"))
+        } else if fits {
             Ok(())
         } else {
             Err(RelayError::Contradiction("the disk belongs to the other end"))

@@ -60,8 +60,13 @@ pub(crate) struct SourceCore {
 }
 
 impl SourceCore {
-    /// A core for a new migration, or one that goes on after a break.
-    pub(crate) fn new(resumed: bool) -> Self {
+    /// A core for a new migration, or one that goes on after a break, perhaps for the disk alone.
+    pub(crate) fn new(resumed: bool, memory: bool) -> Self {
+        let phase = match (resumed, memory) {
+            (false, _) => RelayPhase::Waiting,
+            (true, true) => RelayPhase::Committed,
+            (true, false) => RelayPhase::MemoryDone,
+        };
         let limits = Limits::default();
         Self {
             main: if resumed { StreamParser::resumed(limits) } else { StreamParser::main(limits) },
@@ -70,7 +75,7 @@ impl SourceCore {
             round: Round::default(),
             around: Around::default(),
             pacer: Pacer::new(),
-            phase: if resumed { RelayPhase::Committed } else { RelayPhase::Waiting },
+            phase,
             batch: Vec::with_capacity(BATCH + 8192),
             out: VecDeque::new(),
             counts: Counts::default(),

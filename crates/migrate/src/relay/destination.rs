@@ -125,23 +125,51 @@ async fn work(
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<(), RelayError> {
-    let main = UnixStream::connect(&config.qemu).await.map_err(|source| RelayError::Socket {
-        what: "connecting to the waiting QEMU at",
-        path: config.qemu.clone(),
-        source,
-    })?;
-    let (main_read, main_write) = main.into_split();
+    let (main_read, main_write) = match config.memory {
+        true => {
+            let main = UnixStream::connect(&config.qemu).await;
+            let (read, write) = main
+                .map_err(|source| RelayError::Socket {
+                    what: "connecting to the waiting QEMU at",
+                    path: config.qemu.clone(),
+                    source,
+                })?
+                .into_split();
+            (Some(read), Some(write))
+        }
+        false => (None, None),
+    };
     status.send_modify(|s| {
-        s.phase = if config.resume { RelayPhase::Committed } else { RelayPhase::Waiting };
+        s.phase = match (config.resume, config.memory) {
+            (false, _) => RelayPhase::Waiting,
+            (true, true) => RelayPhase::Committed,
+            (true, false) => RelayPhase::MemoryDone,
+        };
         s.committed = config.resume;
     });
     let Lanes { link, steering, bulk, demand, disk } = lanes;
     tell(&mut steering.0, Note::Ready).await?;
 
     let (ack_tx, mut acks) = mpsc::channel(1024);
-    let back = back_path(main_read, &mut demand.0, status);
-    let demanded = demand_channel(&mut demand.1, &config.qemu, status);
-    let bulk = bulk_channel(bulk, main_write, ack_tx, status);
+    let (back_lane, demand_lane) = (&mut demand.0, &mut demand.1);
+    let back = async {
+        match main_read {
+            Some(read) => back_path(read, back_lane, status).await,
+            None => Ok(()),
+        }
+    };
+    let demanded = async {
+        if !config.memory {
+            return Ok(());
+        }
+        demand_channel(demand_lane, &config.qemu, status).await
+    };
+    let bulk = async {
+        match main_write {
+            Some(write) => bulk_channel(bulk, write, ack_tx, status).await,
+            None => Ok(()),
+        }
+    };
     let (disk_ack_tx, mut disk_acks) = mpsc::channel(1024);
     let disk = async {
         let (Some(RelayDisk::Destination { base, mid, bytes, .. }), Some(device), Some(lanes)) =

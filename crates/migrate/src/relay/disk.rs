@@ -87,6 +87,7 @@ pub(super) async fn source(
     mut bulk: LaneSender,
     pacer: SharedPacer,
     status: watch::Sender<RelayStatus>,
+    resume: bool,
 ) -> Result<(), RelayError> {
     let mut phases = status.subscribe();
     let lost = |_| RelayError::Protocol("the relay is over");
@@ -107,6 +108,10 @@ pub(super) async fn source(
         s.counts.disk_left = blocks;
     });
     let serving = SourceDisk::new(Arc::new(chain), bitmap);
+    if resume {
+        // The destination says first what it has.
+        serving.link_lost();
+    }
     let (mut demand_out, mut demand_in) = demand;
     for message in serving.greeting() {
         send(&mut demand_out, &message, &status).await?;
@@ -114,6 +119,7 @@ pub(super) async fn source(
     let hear = async {
         while let Some(message) = receive(&mut demand_in).await? {
             serving.handle(message).map_err(disk("answering the destination's disk"))?;
+            status.send_modify(|s| s.counts.disk_left = serving.left());
         }
         Ok::<(), RelayError>(())
     };
@@ -179,7 +185,8 @@ impl BlockSource for LateDisk {
     }
 
     async fn read(&self, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
-        if self.status.borrow().phase < RelayPhase::Stopped {
+        let runs = |s: &RelayStatus| s.committed || s.phase >= RelayPhase::Stopped;
+        if !runs(&self.status.borrow()) {
             return self.base.read(offset, len).await;
         }
         let mut there = self.there.clone();
@@ -224,11 +231,16 @@ pub(super) async fn destination(
         s.counts.disk_left = blocks;
     });
     let (base, mid) = (arrival.base.to_owned(), arrival.mid.to_owned());
-    let (bytes, resume) = (arrival.bytes, arrival.resume && arrival.mid.exists());
+    let (bytes, resume) = (arrival.bytes, arrival.resume);
     let made = tokio::task::spawn_blocking(move || {
-        if !resume {
+        if !(resume && mid.exists()) {
             let layer = MidLayer::create(&mid, &base, bytes, &bitmap)?;
-            return Ok((layer, PostcopyDestination::new(bitmap)));
+            let mut core = PostcopyDestination::new(bitmap);
+            if resume {
+                // The source waits for a word of what is here, even if it is nothing.
+                core.reconnected();
+            }
+            return Ok((layer, core));
         }
         let found = MidLayer::resume(&mid, &base)?;
         let core =
@@ -239,6 +251,7 @@ pub(super) async fn destination(
     .map_err(|_| RelayError::Protocol("a disk worker ended early"))?;
     let (layer, core) = made.map_err(disk("making the middle layer"))?;
     let remote = Arc::new(RemoteDisk::new(layer, core));
+    status.send_modify(|s| s.counts.disk_left = remote.left());
     there.send_replace(Some(Arc::clone(&remote)));
 
     let (out, demanded) = demand;

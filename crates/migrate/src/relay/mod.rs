@@ -68,7 +68,7 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     let control = listen(&config.control, "listening for the daemon on")?;
     let (status_tx, status) = watch::channel(RelayStatus::new(config.migration));
     if config.resume {
-        status_tx.send_modify(|s| s.phase = RelayPhase::Committed);
+        status_tx.send_modify(|s| s.committed = true);
     }
     let (command_tx, mut commands) = mpsc::channel(16);
     let server = tokio::spawn(control::serve(control, status.clone(), command_tx));
@@ -182,7 +182,7 @@ async fn unless_aborted<T>(
 }
 
 /// A unix socket of our own at `path`; what a dead predecessor left there is taken away.
-fn listen(path: &Path, what: &'static str) -> Result<UnixListener, RelayError> {
+pub(crate) fn listen(path: &Path, what: &'static str) -> Result<UnixListener, RelayError> {
     use std::os::unix::fs::{FileTypeExt, PermissionsExt};
     let fail = |source| RelayError::Socket { what, path: path.to_owned(), source };
     if let Ok(meta) = std::fs::symlink_metadata(path)

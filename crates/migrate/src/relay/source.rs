@@ -70,6 +70,8 @@ struct Source<'a> {
     done: bool,
     /// The main channel has come to its end in good order.
     main_over: bool,
+    /// The driver wants the machine back, before the destination's loss was noticed here.
+    reclaim: bool,
     disk: Option<JoinHandle<Result<(), RelayError>>>,
     disk_pacer: SharedPacer,
 }
@@ -166,9 +168,9 @@ impl<'a> Source<'a> {
         if let Some(RelayDisk::Source { base, layers }) = config.disk.clone() {
             let demand = open(LaneKind::DiskDemand).await?.split();
             let (bulk, _) = open(LaneKind::DiskBulk).await?.split();
-            let (pacer, status) = (disk_pacer.clone(), status.clone());
+            let (pacer, status, resume) = (disk_pacer.clone(), status.clone(), config.resume);
             disk = Some(tokio::spawn(async move {
-                disk::source(&base, &layers, demand, bulk, pacer, status).await
+                disk::source(&base, &layers, demand, bulk, pacer, status, resume).await
             }));
         }
         match hear(&mut steering.1).await? {
@@ -179,7 +181,7 @@ impl<'a> Source<'a> {
         Ok(Self {
             status,
             link,
-            core: SourceCore::new(config.resume),
+            core: SourceCore::new(config.resume, config.memory),
             packer: Packer::new(),
             steering,
             bulk,
@@ -187,7 +189,8 @@ impl<'a> Source<'a> {
             main: None,
             preempt: None,
             done: false,
-            main_over: false,
+            main_over: !config.memory,
+            reclaim: false,
             disk,
             disk_pacer,
         })
@@ -220,6 +223,7 @@ impl<'a> Source<'a> {
             let step = self.step(listener, commands).await;
             self.publish();
             match step {
+                Ok(false) if self.reclaim => return self.reclaim(listener).await,
                 Ok(false) => {}
                 Ok(true) => return Ok(Outcome::Moved),
                 Err(e) if self.uncertain(&e) => {
@@ -284,7 +288,12 @@ impl<'a> Source<'a> {
                         let _ = answer.send(true);
                         return Err(RelayError::Aborted(why));
                     }
-                    RelayCommand::Reclaim | RelayCommand::Finish => false,
+                    RelayCommand::Reclaim => {
+                        let held = RelayPhase::Switching..=RelayPhase::Stopped;
+                        self.reclaim = held.contains(&self.core.phase());
+                        self.reclaim
+                    }
+                    RelayCommand::Finish => false,
                 };
                 let _ = answer.send(accepted);
             }

@@ -56,6 +56,30 @@ pub struct Counts {
     pub disk_left: u64,
 }
 
+impl Counts {
+    /// These and what `later` counted of the same migration.
+    #[must_use]
+    pub fn plus(&self, later: &Self) -> Self {
+        let bytes = BytesMoved {
+            memory: self.bytes.memory + later.bytes.memory,
+            device_state: self.bytes.device_state + later.bytes.device_state,
+            disk: self.bytes.disk + later.bytes.disk,
+        };
+        Self {
+            bytes,
+            data_pages: self.data_pages + later.data_pages,
+            zero_pages: self.zero_pages + later.zero_pages,
+            demanded_pages: self.demanded_pages + later.demanded_pages,
+            requests: self.requests + later.requests,
+            discarded_bytes: self.discarded_bytes + later.discarded_bytes,
+            round_pages: self.round_pages.max(later.round_pages),
+            round_left: if later.round_pages > 0 { later.round_left } else { self.round_left },
+            disk_blocks: self.disk_blocks.max(later.disk_blocks),
+            disk_left: if later.disk_blocks > 0 { later.disk_left } else { self.disk_left },
+        }
+    }
+}
+
 /// How a relay ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "as")]

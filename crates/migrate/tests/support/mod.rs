@@ -149,6 +149,7 @@ impl Place {
             control: self.path(&format!("{end}.ctl")),
             qemu: self.path(&format!("{end}.qemu")),
             resume,
+            memory: true,
             disk: Some(disk),
         }
     }

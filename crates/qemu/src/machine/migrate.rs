@@ -147,6 +147,15 @@ impl MigrationInfo {
     }
 }
 
+/// A line of QEMU's list of RAM blocks: name, page size (of two words), offset, bytes in use, bytes
+/// at most, address, whether it is read-only.
+fn ram_block(line: &str) -> Option<(String, u64)> {
+    let mut words = line.split_whitespace();
+    let name = words.next()?.to_owned();
+    let used = words.rev().nth(3)?.strip_prefix("0x")?;
+    Some((name, u64::from_str_radix(used, 16).ok()?))
+}
+
 fn file_channel(path: &Path) -> Value {
     json!([{ "channel-type": "main", "addr": {
         "transport": "file", "filename": path.to_string_lossy(), "offset": 0,
@@ -353,6 +362,27 @@ impl Machine {
         }
     }
 
+    /// Whether QEMU has told of an event of that name since it was connected to.
+    #[must_use]
+    pub fn has_reported(&self, name: &str) -> bool {
+        self.inner.qmp.newest_event(|e| (e.name == name).then_some(())).is_some()
+    }
+
+    /// The RAM blocks of the machine with the bytes that each has in use.
+    ///
+    /// # Errors
+    /// When QEMU does not answer, or in a form that is not known.
+    pub async fn ram_blocks(&self) -> Result<Vec<(String, u64)>, QemuError> {
+        let answer = self.qmp("x-query-ramblock", Value::Null).await?;
+        let text = answer["human-readable-text"].as_str().unwrap_or_default();
+        let unknown = |line: &str| QemuError::Unexpected {
+            what: "the list of RAM blocks",
+            why: line.chars().take(200).collect(),
+        };
+        let lines = text.lines().skip(1).filter(|l| !l.trim().is_empty());
+        lines.map(|l| ram_block(l).ok_or_else(|| unknown(l))).collect()
+    }
+
     /// How the migration stands by the newest event: the status alone, without figures.
     fn reported_migration(&self) -> Result<MigrationInfo, QemuError> {
         let status = self.inner.qmp.newest_event(|e| e.migration_status().map(Value::from));
@@ -420,6 +450,14 @@ mod tests {
         assert_eq!((info.status, info.rounds), (MigrationStatus::PostcopyActive, 2));
         assert_eq!(MigrationInfo::of(&json!({})).unwrap().status, MigrationStatus::None);
         assert!(MigrationInfo::of(&json!({"status": "novel"})).is_err());
+    }
+
+    #[test]
+    fn a_line_of_the_list_of_blocks_is_read() {
+        let line = "  /rom@etc/acpi/tables    4 KiB  0x0000000010080000 0x0000000000020000 \
+                    0x0000000000200000 0x00007f9d0c800000  ro";
+        assert_eq!(ram_block(line), Some(("/rom@etc/acpi/tables".into(), 0x20000)));
+        assert_eq!(ram_block("nonsense"), None);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tracing::{debug, warn};
 
 use super::events::{Event, EventCursor, EventLog, WaitError};
@@ -93,11 +93,17 @@ impl CodedError for QmpError {
     }
 }
 
+/// How many commands QEMU's main loop has before it at most. QEMU reads no more once eight wait, not
+/// even those out of band, which are to help just then.
+const IN_BAND: usize = 4;
+
 type Answer = Result<Value, (String, String)>;
 
 #[derive(Debug, Default)]
 struct Waiting {
     by_id: HashMap<u64, oneshot::Sender<Answer>>,
+    /// The places of the commands that QEMU has before it, answers given up or not.
+    in_band: HashMap<u64, OwnedSemaphorePermit>,
     closed: bool,
 }
 
@@ -113,7 +119,12 @@ impl Shared {
     }
 
     fn answer(&self, id: Option<u64>, answer: Answer) {
-        match id.and_then(|id| self.waiting().by_id.remove(&id)) {
+        let to = id.and_then(|id| {
+            let mut waiting = self.waiting();
+            waiting.in_band.remove(&id);
+            waiting.by_id.remove(&id)
+        });
+        match to {
             // The caller may have given up; then nobody wants the answer.
             Some(to) => drop(to.send(answer)),
             None => debug!(?id, "an answer that nobody waits for"),
@@ -126,6 +137,7 @@ impl Shared {
 pub struct Qmp {
     shared: Arc<Shared>,
     write: tokio::sync::Mutex<OwnedWriteHalf>,
+    places: Arc<Semaphore>,
     next_id: AtomicU64,
     version: String,
     oob: bool,
@@ -178,6 +190,7 @@ impl Qmp {
         let qmp = Self {
             shared,
             write: tokio::sync::Mutex::new(write),
+            places: Arc::new(Semaphore::new(IN_BAND)),
             next_id: AtomicU64::new(1),
             version,
             oob,
@@ -260,7 +273,20 @@ impl Qmp {
         debug!(id, command, "qmp");
         let line = request(id, command, &arguments, oob);
         let exchange = async {
-            let written = self.write.lock().await.write_all(&line).await;
+            let place = match oob {
+                true => None,
+                false => Some(self.places.clone().acquire_owned().await.map_err(|_| closed())?),
+            };
+            let mut write = self.write.lock().await;
+            if let Some(place) = place {
+                let mut waiting = self.shared.waiting();
+                if waiting.closed {
+                    return Err(closed());
+                }
+                waiting.in_band.insert(id, place);
+            }
+            let written = write.write_all(&line).await;
+            drop(write);
             if let Err(source) = written {
                 return Err(QmpError::Io { command: command.to_owned(), source });
             }
@@ -324,6 +350,7 @@ async fn read_all(mut read: OwnedReadHalf, mut lines: Lines, shared: Arc<Shared>
     let mut waiting = shared.waiting();
     waiting.closed = true;
     waiting.by_id.clear();
+    waiting.in_band.clear();
     drop(waiting);
     shared.events.close();
 }

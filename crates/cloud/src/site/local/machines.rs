@@ -315,10 +315,10 @@ impl LocalSite {
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
-        Self::steady(&e.record)?;
         if e.record.meant == Meant::Gone {
             return Err(Fault::not_found(format!("machine '{}' is not here", e.record.name)));
         }
+        self.end_arrival(&mut e, true).await?;
         if let Some(m) = &e.machine {
             if m.life().await.map_err(coded)? == Life::Running {
                 return Err(Fault::conflict(format!("machine '{}' runs already", e.record.name)));
@@ -395,7 +395,7 @@ impl LocalSite {
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
-        Self::steady(&e.record)?;
+        self.end_arrival(&mut e, false).await?;
         if let Some(m) = e.machine.take() {
             m.kill().await;
         }
@@ -553,10 +553,16 @@ fn remove_file(path: &Path) -> Result<(), Fault> {
     }
 }
 
+/// How long QEMU may take to say how it is. One whose main loop waits for a page says nothing.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+
 /// What a machine is, by QEMU's word.
 pub(super) async fn status(e: &mut Entry) -> MachineStatus {
     let life = match &e.machine {
-        Some(m) => Some(m.life().await.unwrap_or(Life::Exited)),
+        Some(m) => match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
+            Ok(Ok(life)) => Some(life),
+            Ok(Err(_)) | Err(_) => Some(Life::Running),
+        },
         None => None,
     };
     if life == Some(Life::Exited)
@@ -571,18 +577,13 @@ pub(super) async fn status(e: &mut Entry) -> MachineStatus {
             (None, false) => format!("QEMU ended: {last}"),
         });
     }
+    let end = e.record.migration.as_ref().map(|m| m.end);
+    let given_up = e.record.migration.as_ref().is_some_and(|m| m.given_up.is_some());
     let state = match (life, e.record.meant) {
+        (Some(Life::Running | Life::Paused), _) if given_up => VmState::Failed,
         // A machine that still needs its source is not settled here.
-        (Some(Life::Running | Life::Paused), _)
-            if e.record.migration.as_ref().is_some_and(|m| m.end == End::Destination) =>
-        {
-            VmState::Moving
-        }
-        (Some(Life::PostMigrate), _)
-            if e.record.migration.as_ref().is_some_and(|m| m.end == End::Source) =>
-        {
-            VmState::Moving
-        }
+        (Some(Life::Running | Life::Paused), _) if end == Some(End::Destination) => VmState::Moving,
+        (Some(Life::PostMigrate), _) if end == Some(End::Source) => VmState::Moving,
         (Some(Life::Running | Life::Paused), _) => VmState::Running,
         (Some(Life::Incoming | Life::Leaving), _) => VmState::Moving,
         (Some(Life::PoweredOff | Life::PostMigrate), _) | (_, Meant::Stopped) => VmState::Stopped,
@@ -601,9 +602,12 @@ fn status_as(r: &MachineRecord, state: VmState) -> MachineStatus {
         arch: r.arch,
         memory: r.memory,
         vcpus: r.vcpus,
-        reason: match (state, &r.reason) {
+        reason: match (
+            state,
+            r.migration.as_ref().and_then(|m| m.given_up.as_ref()).or(r.reason.as_ref()).cloned(),
+        ) {
             (VmState::Failed, None) => Some("QEMU is gone".into()),
-            (VmState::Failed, reason) => reason.clone(),
+            (VmState::Failed, reason) => reason,
             _ => None,
         },
         activate: None,

@@ -9,7 +9,9 @@ mod machines;
 mod moves;
 mod pool;
 mod record;
+mod relays;
 mod report;
+mod resume;
 mod waiting;
 
 use std::collections::BTreeMap;
@@ -355,9 +357,7 @@ impl LocalSite {
                 SiteReply::Done
             }
             SiteRequest::MigrateRelease { vm, generation } => {
-                // What the destination may still need stays until it needs it no more.
-                self.await_move(vm).await;
-                self.remove(vm, generation).await?;
+                self.release(vm, generation).await?;
                 SiteReply::Done
             }
             SiteRequest::VmConsole { vm, max_bytes } => {
@@ -409,11 +409,35 @@ impl LocalSite {
                 }
                 SiteReply::Sent(self.whole()?.send(vm, generation, to, call).await?)
             }
+            SiteRequest::MigrateFollow { migration } => {
+                SiteReply::Sent(self.follow(migration, &call).await?)
+            }
+            SiteRequest::MigrateLost { migration, why } => {
+                self.tell_lost(migration, why)?;
+                SiteReply::Done
+            }
+            SiteRequest::MigrateStand { migration, vm } => {
+                SiteReply::Stand(self.stand(migration, vm).await?)
+            }
+            SiteRequest::MigrateResumeIn { migration, vm, memory } => {
+                SiteReply::Incoming(self.whole()?.resume_in(migration, vm, memory).await?)
+            }
+            SiteRequest::MigrateResumeOut { migration, vm, to, memory } => {
+                SiteReply::Sent(self.whole()?.resume_out(migration, vm, to, memory, &call).await?)
+            }
+            SiteRequest::MigrateFinish { migration, vm } => {
+                self.finish_in(migration, vm).await?;
+                SiteReply::Done
+            }
+            SiteRequest::MigrateGiveUp { migration, vm, why } => {
+                self.give_up(migration, vm, why).await?;
+                SiteReply::Done
+            }
             SiteRequest::MigrateReceived { migration } => {
                 SiteReply::Received(self.received(migration).await?)
             }
             SiteRequest::MigrateFate { migration, dead } => {
-                self.tell_fate(migration, dead)?;
+                self.whole()?.tell_fate(migration, dead).await?;
                 SiteReply::Done
             }
             SiteRequest::Revocations(list) => {

@@ -6,20 +6,20 @@
 //! ```
 //!
 //! The relay of each end is a process of its own, and the machine's record says which migration it
-//! is in, so that a daemon that comes back finds both again.
+//! is in, so that a daemon that comes back finds both again ([`super::resume`]). Each end is driven
+//! by a task of its own; who asks only listens, and may come back when its link was cut.
 
 use std::collections::HashMap;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 
 use godwit_disk::image::{Backing, check_base, create_overlay};
+use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
-    Asking, DestinationFate, MoveError, Received, Sent, prepare_incoming, receive, send,
+    self, Asking, DestinationFate, MoveError, Received, Sent, Steering, prepare_incoming, receive,
 };
 use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole, RelayStatus};
-use godwit_migrate::{RelayClient, RelayConfig};
 use godwit_qemu::{
     DiskChain, DiskLayer, Layer, Life, Machine, Manifest, MemorySource, Node, Start, VmGenId,
 };
@@ -31,18 +31,23 @@ use tracing::{info, warn};
 use super::LocalSite;
 use super::machines::{TOP, coded, joined, layer_bytes};
 use super::record::{Below, End, MachineRecord, Meant, Migration};
-use crate::error::{Fault, chain};
+use super::relays::{MovePaths, Part};
+use super::resume::forget_measured;
+use crate::error::Fault;
 use crate::ops::Progress;
 use crate::site::{Call, Incoming, MachineStatus, SWITCHED, UNCERTAIN};
 
-/// How long a relay may take until it can be steered.
-const RELAY_WITHIN: Duration = Duration::from_secs(20);
-/// How long a source waits for the center's word on a lost destination.
-const FATE_WITHIN: Duration = Duration::from_secs(120);
+/// How long an end may take to undo its part when it is told to.
+const UNDO_WITHIN: Duration = Duration::from_secs(40);
+/// How long QEMU may take to say how it is.
+const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 /// How often progress is told.
 const TELL_EVERY: Duration = Duration::from_millis(200);
 /// The longest manifest that is read, in bytes.
 const MAX_MANIFEST: usize = 256 << 10;
+
+/// The layer that post-copied blocks arrive in.
+pub(super) const MID: &str = "mid.qcow2";
 
 /// What the destination must know of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -66,35 +71,92 @@ const FORMAT: u32 = 1;
 /// A migration that this daemon drives at one of its ends.
 #[derive(Debug)]
 pub(super) struct Moving {
-    vm: VmId,
+    pub(super) vm: VmId,
     /// How it ended here; `None` while it goes on.
-    outcome: watch::Sender<Option<Result<Ended, Fault>>>,
+    pub(super) outcome: watch::Sender<Option<Result<Ended, Fault>>>,
+    /// The relay's status, once there is one.
+    pub(super) shown: watch::Sender<Option<watch::Receiver<RelayStatus>>>,
+    /// The source asks what became of its destination.
+    asking: watch::Sender<bool>,
     /// Where the center's word on a lost destination goes.
     fate: StdMutex<Option<oneshot::Sender<DestinationFate>>>,
+    pub(super) cancel: tokio_util::sync::CancellationToken,
+    lost: watch::Sender<Option<String>>,
+}
+
+impl Moving {
+    pub(super) fn steering(&self) -> Steering {
+        Steering { cancel: self.cancel.clone(), lost: self.lost.subscribe() }
+    }
+
+    /// Asks the center, through whoever follows, what became of a lost destination. The machine is
+    /// held until somebody knows.
+    pub(super) async fn ask_fate(&self) -> DestinationFate {
+        let (tell, told) = oneshot::channel();
+        *self.fate.lock().unwrap_or_else(PoisonError::into_inner) = Some(tell);
+        self.asking.send_replace(true);
+        let fate = told.await.unwrap_or(DestinationFate::Unknown);
+        self.asking.send_replace(false);
+        fate
+    }
+}
+
+/// Ends a migration's story even when the task that drives it panics.
+struct Ending(Arc<Moving>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.outcome.send_if_modified(|o| {
+            let unsaid = o.is_none();
+            if unsaid {
+                *o = Some(Err(Fault::internal("a migration's end failed; see the site's log")));
+            }
+            unsaid
+        });
+    }
 }
 
 /// How one end of a migration ended well.
 #[derive(Debug, Clone)]
 pub(super) enum Ended {
-    Sent,
+    Sent(Box<Sent>),
     Received(Box<Received>),
 }
 
 pub(super) type Moves = StdMutex<HashMap<MigrationId, Arc<Moving>>>;
 
 impl LocalSite {
-    fn moving(&self, id: MigrationId) -> Option<Arc<Moving>> {
+    pub(super) fn moving(&self, id: MigrationId) -> Option<Arc<Moving>> {
         self.moves.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
 
-    fn enter_move(&self, id: MigrationId, vm: VmId) -> Arc<Moving> {
-        let moving =
-            Arc::new(Moving { vm, outcome: watch::Sender::new(None), fate: StdMutex::default() });
+    pub(super) fn enter_move(&self, id: MigrationId, vm: VmId) -> Arc<Moving> {
+        let moving = Arc::new(Moving {
+            vm,
+            outcome: watch::Sender::new(None),
+            shown: watch::Sender::new(None),
+            asking: watch::Sender::new(false),
+            fate: StdMutex::default(),
+            cancel: tokio_util::sync::CancellationToken::new(),
+            lost: watch::Sender::new(None),
+        });
         let mut all = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
         // Ended ones are kept until their machine moves again, so that a late question is answered.
         all.retain(|_, m| m.vm != vm || m.outcome.borrow().is_none());
         all.insert(id, Arc::clone(&moving));
         moving
+    }
+
+    /// Drives one end on a task of its own.
+    pub(super) fn drive(
+        moving: &Arc<Moving>,
+        work: impl Future<Output = Result<Ended, Fault>> + Send + 'static,
+    ) {
+        let ending = Ending(Arc::clone(moving));
+        tokio::spawn(async move {
+            let outcome = work.await;
+            ending.0.outcome.send_replace(Some(outcome));
+        });
     }
 
     /// The manifest of a machine that is to move.
@@ -150,7 +212,7 @@ impl LocalSite {
             vcpus: machine.vcpus,
             mac: manifest.mac,
             below: Below::Image,
-            migration: Some(Migration { id, end: End::Destination, peer: from }),
+            migration: Some(Migration::new(id, End::Destination, from)),
             reason: None,
         };
         let image = self.sound_image(&record).await?;
@@ -162,12 +224,14 @@ impl LocalSite {
             Ok((qemu, relay, address)) => {
                 e.machine = Some(qemu.clone());
                 drop(e);
-                self.take_in(id, record, qemu, relay, false);
+                self.take_in(record, qemu, relay, Received::default(), false);
                 Ok(Incoming { migration: id, address, peer: self.name.clone() })
             }
             Err(f) => {
                 drop(e);
-                self.end_relay(id).await;
+                if let Some(m) = &record.migration {
+                    self.end_relay(m).await;
+                }
                 self.leave(record.vm).await;
                 Err(f)
             }
@@ -198,12 +262,8 @@ impl LocalSite {
         };
         let has_disk = disk.is_some();
         let role = RelayRole::Destination { listen: (self.options.relay_address, 0).into() };
-        let relay = self.start_relay(record, role, disk, false).await?;
-        let listening =
-            relay.wait(|s| s.listening.is_some() || s.end.is_some()).await.map_err(coded)?;
-        let address = listening
-            .listening
-            .ok_or_else(|| Fault::internal(format!("the relay ended: {:?}", listening.end)))?;
+        let relay = self.start_relay(record, role, disk, Part::Whole).await?;
+        let address = listening(&relay).await?;
         let mut launch = self.launch(record, image)?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
@@ -224,42 +284,66 @@ impl LocalSite {
         }
     }
 
-    /// Follows a machine that comes in, to its end, on a task of its own.
-    fn take_in(
+    /// Follows a machine that comes in, to its end, on a task of its own. `received` is what was
+    /// measured before a break.
+    pub(super) fn take_in(
         self: &Arc<Self>,
-        id: MigrationId,
         record: MachineRecord,
         machine: Machine,
         relay: RelayClient,
+        mut received: Received,
         resumed: bool,
     ) {
-        let moving = self.enter_move(id, record.vm);
+        let Some(migration) = record.migration.clone() else { return };
+        let moving = self.enter_move(migration.id, record.vm);
+        moving.shown.send_replace(Some(relay.watch()));
         let me = Arc::clone(self);
-        tokio::spawn(async move {
+        Self::drive(&moving, async move {
             let pivot = me.pivot_of(&record);
-            let outcome = match receive(&machine, &relay, pivot, resumed).await {
-                Ok(received) => {
+            let outcome = {
+                let noted = me.note_run(&record, &relay);
+                let arriving = receive(&machine, &relay, pivot, &mut received, resumed);
+                tokio::pin!(arriving);
+                tokio::select! {
+                    outcome = &mut arriving => outcome,
+                    () = noted => arriving.await,
+                }
+            };
+            let outcome = match outcome {
+                Ok(()) => {
                     let _ = relay.command(&RelayCommand::Finish).await;
                     me.settle_in(&record).await.map(|()| Ended::Received(Box::new(received)))
                 }
                 Err(e @ MoveError::Cancelled { .. }) => {
                     let fault = me.blame_room(Fault::of(&e));
-                    me.end_relay(id).await;
+                    me.end_relay(&migration).await;
                     me.undo_in(&record).await;
                     Err(fault)
                 }
                 // The machine runs here and still needs its source.
-                Err(e) => Err(Fault::of(&e)),
+                Err(e) => {
+                    me.mark_run(record.vm).await;
+                    me.keep_received(record.vm, &received).await;
+                    Err(Fault::of(&e))
+                }
             };
             if let Err(f) = &outcome {
                 warn!(vm = %record.name, error = %f, "a machine did not arrive whole");
             }
-            moving.outcome.send_replace(Some(outcome));
+            outcome
         });
     }
 
+    /// Writes down that the machine has begun to run here: from then on nobody else may.
+    async fn note_run(&self, record: &MachineRecord, relay: &RelayClient) {
+        if !relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
+            return;
+        }
+        self.mark_run(record.vm).await;
+    }
+
     /// A machine has arrived and needs its source no more.
-    async fn settle_in(&self, record: &MachineRecord) -> Result<(), Fault> {
+    pub(super) async fn settle_in(&self, record: &MachineRecord) -> Result<(), Fault> {
         let entry = self.entry(record.vm).await?;
         let mut e = entry.lock().await;
         let dir = self.dirs.vm(record.vm);
@@ -270,6 +354,7 @@ impl LocalSite {
         }
         e.record.migration = None;
         e.record.save(&dir)?;
+        forget_measured(&dir);
         if let Ok(paths) = self.move_paths(record) {
             let _ = std::fs::remove_dir_all(&paths.dir);
         }
@@ -278,7 +363,7 @@ impl LocalSite {
     }
 
     /// A machine never ran here: nothing of it stays.
-    async fn undo_in(&self, record: &MachineRecord) {
+    pub(super) async fn undo_in(&self, record: &MachineRecord) {
         if let Ok(entry) = self.entry(record.vm).await {
             let machine = entry.lock().await.machine.take();
             if let Some(m) = machine {
@@ -297,11 +382,11 @@ impl LocalSite {
             Ended::Received(r) => {
                 serde_json::to_vec(&*r).map_err(|e| Fault::internal(e.to_string()))
             }
-            Ended::Sent => Err(Fault::invalid("this site is the source of that migration")),
+            Ended::Sent(_) => Err(Fault::invalid("this site is the source of that migration")),
         }
     }
 
-    async fn ended(&self, id: MigrationId) -> Result<Ended, Fault> {
+    pub(super) async fn ended(&self, id: MigrationId) -> Result<Ended, Fault> {
         let moving = self.moving(id).ok_or_else(|| {
             Fault::not_found(format!("site '{}' has no migration {id}", self.name))
         })?;
@@ -327,30 +412,19 @@ impl LocalSite {
             Self::fence(&e.record, generation)?;
             Self::steady(&e.record)?;
             let machine = super::running(&e)?.clone();
-            e.record.migration =
-                Some(Migration { id: to.migration, end: End::Source, peer: to.peer.clone() });
+            e.record.migration = Some(Migration::new(to.migration, End::Source, to.peer.clone()));
             e.record.save(&self.dirs.vm(vm))?;
             (e.record.clone(), machine)
         };
         let moving = self.enter_move(to.migration, vm);
-        let outcome = self.send_entered(&record, &machine, &to, &moving, &call).await;
-        let ended = outcome.as_ref().map(|_| Ended::Sent).map_err(Clone::clone);
-        moving.outcome.send_replace(Some(ended));
-        {
-            let mut e = entry.lock().await;
-            // A machine that is still needed, or of which nobody knows where it runs, stays marked.
-            let keep = matches!(&outcome, Err(f) if f.code == Code::Unavailable)
-                && machine.life().await.is_ok_and(|l| l != Life::Running);
-            if !keep {
-                e.record.migration = None;
-                e.record.save(&self.dirs.vm(vm))?;
-            }
-        }
-        if outcome.is_err() {
-            self.end_relay(to.migration).await;
-        }
-        let sent = outcome?;
-        serde_json::to_vec(&sent).map_err(|e| Fault::internal(e.to_string()))
+        let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
+        let id = to.migration;
+        Self::drive(&moving, async move {
+            let mut sent = Sent::default();
+            let done = me.send_entered(&record, &machine, &to, &mine, &mut sent).await;
+            me.after_leaving(&record, &machine, done, sent).await
+        });
+        self.follow(id, &call).await
     }
 
     async fn send_entered(
@@ -359,59 +433,157 @@ impl LocalSite {
         machine: &Machine,
         to: &Incoming,
         moving: &Arc<Moving>,
-        call: &Call,
-    ) -> Result<Sent, Fault> {
-        let image = self.image_by_hash(record)?;
-        let disk = match (image.disk_path(), machine.launch().disk) {
-            (Some(base), Some(chain)) => {
-                let mut layers: Vec<PathBuf> = chain
-                    .layers
-                    .iter()
-                    .filter_map(|l| match &l.layer {
-                        Layer::Qcow2 { path } => Some(path.clone()),
-                        Layer::Raw { .. } | Layer::Nbd { .. } => None,
-                    })
-                    .collect();
-                layers.push(chain.top);
-                Some(RelayDisk::Source { base, layers })
-            }
-            _ => None,
-        };
+        sent: &mut Sent,
+    ) -> Result<(), Fault> {
+        let disk = self.source_disk(record, machine.launch().disk)?;
         let role = RelayRole::Source { destination: to.address };
-        let relay = self.start_relay(record, role, disk, false).await?;
+        let relay = self.start_relay(record, role, disk, Part::Whole).await?;
         let paths = self.move_paths(record)?;
-        let told = tokio::spawn(tell(relay.watch(), call.clone()));
-        let (asking, asked) = (Arc::clone(moving), call.clone());
+        moving.shown.send_replace(Some(relay.watch()));
+        let asking = Arc::clone(moving);
         let ask = move || -> Asking {
-            let (moving, call) = (Arc::clone(&asking), asked.clone());
-            Box::pin(async move { fate(&moving, &call).await })
+            let asking = Arc::clone(&asking);
+            Box::pin(async move { asking.ask_fate().await })
         };
-        let sent = send(machine, &relay, &paths.qemu, &call.cancel, ask).await;
-        told.abort();
-        match sent {
-            Ok(sent) => {
-                // The switch is told once more: the task above may have been ended before.
-                call.progress(Progress { stage: SWITCHED.into(), ..Progress::default() });
-                let _ = relay.command(&RelayCommand::Finish).await;
-                let _ = std::fs::remove_dir_all(&paths.dir);
-                Ok(sent)
-            }
-            Err(e) => Err(Fault::of(&e)),
-        }
+        hybrid::send(machine, &relay, &paths.qemu, sent, &moving.steering(), ask)
+            .await
+            .map_err(|e| Fault::of(&e))?;
+        let _ = relay.command(&RelayCommand::Finish).await;
+        Ok(())
     }
 
-    /// The center's word on a destination that was lost during the switch.
-    pub(super) fn tell_fate(&self, id: MigrationId, dead: bool) -> Result<(), Fault> {
+    /// The disk of a machine that leaves, as its relay reads it.
+    pub(super) fn source_disk(
+        &self,
+        record: &MachineRecord,
+        chain: Option<DiskChain>,
+    ) -> Result<Option<RelayDisk>, Fault> {
+        let image = self.image_by_hash(record)?;
+        let (Some(base), Some(chain)) = (image.disk_path(), chain) else {
+            return Ok(None);
+        };
+        let mut layers: Vec<PathBuf> = chain
+            .layers
+            .iter()
+            .filter_map(|l| match &l.layer {
+                Layer::Qcow2 { path } => Some(path.clone()),
+                Layer::Raw { .. } | Layer::Nbd { .. } => None,
+            })
+            .collect();
+        layers.push(chain.top);
+        Ok(Some(RelayDisk::Source { base, layers }))
+    }
+
+    /// What a source writes down when its part has ended, well or not.
+    pub(super) async fn after_leaving(
+        &self,
+        record: &MachineRecord,
+        machine: &Machine,
+        done: Result<(), Fault>,
+        sent: Sent,
+    ) -> Result<Ended, Fault> {
+        let migration = record.migration.as_ref();
+        // A machine that is still needed, or of which nobody knows where it runs, stays marked.
+        let keep = match &done {
+            Ok(()) => false,
+            Err(f) => {
+                warn!(vm = %record.name, error = %f, "a machine did not leave whole");
+                let there = f.code == Code::Unavailable
+                    || machine.life().await.is_ok_and(|l| l != Life::Exited);
+                there && !runs(Some(machine)).await
+            }
+        };
+        if keep {
+            self.keep_sent(record.vm, &sent).await;
+        } else {
+            self.unmark(record.vm).await;
+        }
+        if let (Err(_), Some(m)) = (&done, migration) {
+            self.end_relay(m).await;
+        }
+        if let (Ok(paths), false) = (self.move_paths(record), keep) {
+            let _ = std::fs::remove_dir_all(&paths.dir);
+        }
+        done.map(|()| Ended::Sent(Box::new(sent)))
+    }
+
+    /// Tells the progress of a migration at its source, and ends as it ends. A caller that goes
+    /// away stops nothing; one that cancels does.
+    pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
         let moving = self.moving(id).ok_or_else(|| {
             Fault::not_found(format!("site '{}' has no migration {id}", self.name))
         })?;
-        let waiting = moving.fate.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let show = async {
+            let mut shown = moving.shown.subscribe();
+            let status = shown.wait_for(Option::is_some).await.ok().and_then(|s| s.clone());
+            if let Some(status) = status {
+                tell(status, call.clone()).await;
+            }
+            std::future::pending::<()>().await;
+        };
+        let ask = async {
+            let mut asking = moving.asking.subscribe();
+            while asking.wait_for(|a| *a).await.is_ok() {
+                call.progress(Progress {
+                    stage: UNCERTAIN.into(),
+                    note: "the destination was lost during the switch; asking what became of it"
+                        .into(),
+                    ..Progress::default()
+                });
+                if asking.wait_for(|a| !*a).await.is_err() {
+                    break;
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        let cancel = async {
+            call.cancel.cancelled().await;
+            moving.cancel.cancel();
+            std::future::pending::<()>().await;
+        };
+        let ended = tokio::select! {
+            ended = self.ended(id) => ended?,
+            () = show => return Err(Fault::internal("a progress that ends")),
+            () = ask => return Err(Fault::internal("a question that ends")),
+            () = cancel => return Err(Fault::internal("a cancel that ends")),
+        };
+        match ended {
+            Ended::Sent(sent) => {
+                // Told once more: the end may have come before the progress.
+                call.progress(Progress { stage: SWITCHED.into(), ..Progress::default() });
+                serde_json::to_vec(&*sent).map_err(|e| Fault::internal(e.to_string()))
+            }
+            Ended::Received(_) => {
+                Err(Fault::invalid("this site is the destination of that migration"))
+            }
+        }
+    }
+
+    /// The destination of a migration is lost, as the center knows before the relay.
+    pub(super) fn tell_lost(&self, id: MigrationId, why: String) -> Result<(), Fault> {
+        let moving = self.moving(id).ok_or_else(|| {
+            Fault::not_found(format!("site '{}' has no migration {id}", self.name))
+        })?;
+        moving.lost.send_replace(Some(why));
+        Ok(())
+    }
+
+    /// The center's word on a destination that was lost during the switch.
+    pub(super) async fn tell_fate(
+        self: &Arc<Self>,
+        id: MigrationId,
+        dead: bool,
+    ) -> Result<(), Fault> {
+        let waiting = self
+            .moving(id)
+            .and_then(|m| m.fate.lock().unwrap_or_else(PoisonError::into_inner).take());
         let fate = if dead { DestinationFate::Dead } else { DestinationFate::Runs };
         match waiting {
             Some(tell) => {
                 let _ = tell.send(fate);
                 Ok(())
             }
+            None if dead => self.reclaim(id).await,
             None => Err(Fault::conflict("the source of that migration does not ask")),
         }
     }
@@ -424,20 +596,20 @@ impl LocalSite {
             let e = entry.lock().await;
             (e.record.clone(), e.machine.clone())
         };
-        match &record.migration {
-            Some(m) if m.id == id && m.end == End::Destination => {
-                if let Some(m) = &machine
-                    && m.life().await.is_ok_and(|l| l == Life::Running)
-                {
-                    return Err(Fault::conflict(format!(
-                        "machine '{}' runs at '{}' already",
-                        record.name, self.name
-                    )));
+        let Some(migration) = record.migration.clone().filter(|m| m.id == id) else {
+            let here = record.meant != Meant::Gone && runs(machine.as_ref()).await;
+            // It came by this migration and has been whole since.
+            return if here { Err(self.runs_already(&record)) } else { Ok(()) };
+        };
+        match migration.end {
+            End::Destination => {
+                if migration.runs || runs(machine.as_ref()).await {
+                    return Err(self.runs_already(&record));
                 }
                 if let Some(m) = &machine {
                     m.kill().await;
                 }
-                self.end_relay(id).await;
+                self.end_relay(&migration).await;
                 if self.moving(id).is_some() {
                     // The task that follows the arrival undoes it.
                     let _ = self.ended(id).await;
@@ -445,94 +617,35 @@ impl LocalSite {
                 self.undo_in(&record).await;
                 Ok(())
             }
-            Some(m) if m.id == id => {
-                self.end_relay(id).await;
-                if self.moving(id).is_some() {
-                    let _ = self.ended(id).await;
+            End::Source => {
+                let Some(moving) = self.moving(id) else { return Ok(()) };
+                moving.cancel.cancel();
+                match tokio::time::timeout(UNDO_WITHIN, self.ended(id)).await {
+                    Ok(_) => Ok(()),
+                    Err(_) => Err(Fault::conflict(format!(
+                        "machine '{}' is in the switch; it is held until it is known where it runs",
+                        record.name
+                    ))),
                 }
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Waits until this site's end of the machine's migration is over, if it is in one.
-    pub(super) async fn await_move(&self, vm: VmId) {
-        let Ok(entry) = self.entry(vm).await else { return };
-        let id = entry.lock().await.record.migration.as_ref().map(|m| m.id);
-        if let Some(id) = id
-            && self.moving(id).is_some()
-        {
-            let _ = self.ended(id).await;
-        }
-    }
-
-    /// After the daemon's return: finds the relay of a machine that is in a migration.
-    pub(super) async fn find_again(self: &Arc<Self>, record: MachineRecord, machine: Machine) {
-        let Some(migration) = record.migration.clone() else { return };
-        let Ok(paths) = self.move_paths(&record) else { return };
-        let life = machine.life().await.unwrap_or(Life::Exited);
-        let relay = RelayClient::attach(&paths.control).await;
-        match (migration.end, relay) {
-            (End::Destination, Ok(relay)) => {
-                info!(vm = %record.name, "its arrival goes on");
-                self.take_in(migration.id, record, machine, relay, life == Life::Running);
-            }
-            (End::Destination, Err(e)) if life != Life::Running => {
-                warn!(vm = %record.name, error = %chain(&e), "its relay is gone before it ran here");
-                self.undo_in(&record).await;
-            }
-            (End::Source, Ok(relay)) if life == Life::Running => {
-                // Nobody drives it any more, and nothing has left: it is given up.
-                let why = "the daemon at the source was restarted".to_owned();
-                let _ = relay.command(&RelayCommand::Abort { why }).await;
-                self.stay(&record, &machine).await;
-            }
-            (End::Source, Ok(relay)) => {
-                info!(vm = %record.name, "its departure goes on");
-                let moving = self.enter_move(migration.id, record.vm);
-                let me = Arc::clone(self);
-                tokio::spawn(async move {
-                    let last = relay.wait(|s| s.end.is_some()).await;
-                    let outcome = match last {
-                        Ok(s) if matches!(s.end, Some(godwit_migrate::relay::RelayEnd::Done)) => {
-                            let _ = relay.command(&RelayCommand::Finish).await;
-                            me.unmark(record.vm).await;
-                            Ok(Ended::Sent)
-                        }
-                        Ok(s) => Err(Fault::unavailable(format!("its relay ended: {:?}", s.end))),
-                        Err(e) => Err(Fault::of(&e)),
-                    };
-                    moving.outcome.send_replace(Some(outcome));
-                });
-            }
-            (End::Source, Err(_)) if life == Life::Running => self.stay(&record, &machine).await,
-            (_, Err(e)) => {
-                warn!(vm = %record.name, error = %chain(&e), "its relay is gone and it still needs the other end");
             }
         }
     }
 
-    async fn stay(&self, record: &MachineRecord, machine: &Machine) {
-        if let Err(e) = machine.migrate_cancel().await {
-            info!(vm = %record.name, error = %chain(&e), "no migration to cancel");
-        }
-        self.unmark(record.vm).await;
-        if let Some(m) = &record.migration {
-            self.end_relay(m.id).await;
-        }
+    fn runs_already(&self, record: &MachineRecord) -> Fault {
+        Fault::conflict(format!("machine '{}' runs at '{}' already", record.name, self.name))
     }
 
-    async fn unmark(&self, vm: VmId) {
+    pub(super) async fn unmark(&self, vm: VmId) {
         let Ok(entry) = self.entry(vm).await else { return };
         let mut e = entry.lock().await;
         e.record.migration = None;
         if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
             warn!(error = %f, "a record was not written");
         }
+        forget_measured(&self.dirs.vm(vm));
     }
 
-    fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {
+    pub(super) fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {
         let image = self.image_by_hash(record).ok()?;
         let base = image.disk_path()?;
         Some(vec![
@@ -544,152 +657,29 @@ impl LocalSite {
         ])
     }
 
-    fn move_paths(&self, record: &MachineRecord) -> Result<MovePaths, Fault> {
-        let id = record
-            .migration
-            .as_ref()
-            .ok_or_else(|| Fault::internal("a machine that is in no migration"))?
-            .id;
-        Ok(MovePaths::of(&self.dirs.run, id))
-    }
-
-    /// Starts the relay of this end, as a process that outlives this one.
-    async fn start_relay(
-        &self,
-        record: &MachineRecord,
-        role: RelayRole,
-        disk: Option<RelayDisk>,
-        resume: bool,
-    ) -> Result<RelayClient, Fault> {
+    pub(super) fn move_paths(&self, record: &MachineRecord) -> Result<MovePaths, Fault> {
         let migration = record
             .migration
-            .clone()
-            .ok_or_else(|| Fault::internal("a relay for a machine that is in no migration"))?;
-        let paths = MovePaths::of(&self.dirs.run, migration.id);
-        let generation = match migration.end {
-            End::Source => record.generation.next(),
-            End::Destination => record.generation,
-        };
-        let config = RelayConfig {
-            role,
-            migration: migration.id,
-            generation,
-            peer: migration.peer,
-            keys: self.dirs.keys().join("identity"),
-            revoked: (*self.trust.revocations()).clone(),
-            control: paths.control.clone(),
-            qemu: paths.qemu.clone(),
-            resume,
-            disk,
-        };
-        let fail = |what: &str, e: &std::io::Error| {
-            Fault::internal(format!("{what} in {}: {e}", paths.dir.display()))
-        };
-        std::fs::create_dir_all(&paths.dir).map_err(|e| fail("making a place for a relay", &e))?;
-        let text =
-            serde_json::to_vec_pretty(&config).map_err(|e| Fault::internal(e.to_string()))?;
-        std::fs::OpenOptions::new()
-            .create(true)
-            .write(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&paths.config)
-            .and_then(|mut f| std::io::Write::write_all(&mut f, &text))
-            .map_err(|e| fail("writing a relay's configuration", &e))?;
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(&paths.log)
-            .map_err(|e| fail("making a relay's log", &e))?;
-        let err = log.try_clone().map_err(|e| fail("sharing a relay's log", &e))?;
-        let mut command = tokio::process::Command::new(&self.options.relay_program);
-        command
-            .arg("relay")
-            .arg(&paths.config)
-            .stdin(std::process::Stdio::null())
-            .stdout(log)
-            .stderr(err)
-            .process_group(0)
-            .kill_on_drop(false);
-        let mut child = command.spawn().map_err(|e| fail("starting a relay", &e))?;
-        let attach = RelayClient::attach_within(&paths.control, RELAY_WITHIN);
-        let client = tokio::select! {
-            client = attach => client.map_err(coded),
-            status = child.wait() => Err(Fault::internal(format!(
-                "the relay ended at its start ({}): {}",
-                status.map_or_else(|e| e.to_string(), |s| s.to_string()),
-                last_line(&paths.log),
-            ))),
-        };
-        if client.is_ok() {
-            // Reaped when it ends; it is not this task's to end.
-            tokio::spawn(async move { child.wait().await });
-        } else {
-            let _ = child.start_kill();
-        }
-        client
-    }
-
-    /// Ends this site's relay of a migration, if it is there.
-    async fn end_relay(&self, id: MigrationId) {
-        let paths = MovePaths::of(&self.dirs.run, id);
-        let Ok(relay) = RelayClient::attach(&paths.control).await else { return };
-        let why = "the migration was given up".to_owned();
-        let _ = relay.command(&RelayCommand::Abort { why }).await;
-        let _ = tokio::time::timeout(RELAY_WITHIN, relay.wait(|s| s.end.is_some())).await;
-        let _ = relay.command(&RelayCommand::Finish).await;
+            .as_ref()
+            .ok_or_else(|| Fault::internal("a machine that is in no migration"))?;
+        Ok(MovePaths::of(&self.dirs.run, migration))
     }
 }
 
-/// Asks the center, through the call's progress, what became of a lost destination.
-async fn fate(moving: &Moving, call: &Call) -> DestinationFate {
-    let (tell, told) = oneshot::channel();
-    *moving.fate.lock().unwrap_or_else(PoisonError::into_inner) = Some(tell);
-    call.progress(Progress {
-        stage: UNCERTAIN.into(),
-        note: "the destination was lost during the switch; asking what became of it".into(),
-        ..Progress::default()
-    });
-    match tokio::time::timeout(FATE_WITHIN, told).await {
-        Ok(Ok(fate)) => fate,
-        _ => DestinationFate::Unknown,
+/// Whether a machine runs. One that does not answer, because it waits for a page, runs if it has
+/// told of it.
+pub(super) async fn runs(machine: Option<&Machine>) -> bool {
+    let Some(m) = machine else { return false };
+    match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
+        Ok(Ok(life)) => life == Life::Running,
+        Ok(Err(_)) | Err(_) => m.has_reported("RESUME"),
     }
 }
 
-/// The layer that post-copied blocks arrive in.
-pub(super) const MID: &str = "mid.qcow2";
-
-struct MovePaths {
-    dir: PathBuf,
-    control: PathBuf,
-    qemu: PathBuf,
-    nbd: PathBuf,
-    config: PathBuf,
-    log: PathBuf,
-}
-
-impl MovePaths {
-    fn of(run: &Path, id: MigrationId) -> Self {
-        let text = id.0.simple().to_string();
-        // The last digits of a version 7 id are its random ones; socket paths are short.
-        let dir = run.join(format!("mig-{}", &text[20..]));
-        let at = |name: &str| dir.join(name);
-        Self {
-            control: at("control"),
-            qemu: at("qemu"),
-            nbd: at("nbd"),
-            config: at("relay.json"),
-            log: at("relay.log"),
-            dir,
-        }
-    }
-}
-
-fn last_line(log: &Path) -> String {
-    let text = std::fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned();
-    text.trim().lines().last().unwrap_or("it said nothing").to_owned()
+/// Where a destination's relay waits for the other one.
+pub(super) async fn listening(relay: &RelayClient) -> Result<std::net::SocketAddr, Fault> {
+    let status = relay.wait(|s| s.listening.is_some()).await.map_err(coded)?;
+    status.listening.ok_or_else(|| Fault::internal(format!("the relay ended: {:?}", status.end)))
 }
 
 fn parse_manifest(bytes: &[u8]) -> Result<MoveManifest, Fault> {
@@ -758,13 +748,5 @@ mod tests {
             parse_manifest(&vec![b' '; MAX_MANIFEST + 1]).expect_err("long").code,
             Code::Damaged
         );
-    }
-
-    #[test]
-    fn sockets_of_a_migration_fit() {
-        let name: Name = "a".repeat(Name::MAX_LEN).parse().expect("valid");
-        let run = super::super::SiteDirs::usual(&name).run;
-        let paths = MovePaths::of(&run, MigrationId::new());
-        assert!(paths.control.as_os_str().len() <= 107);
     }
 }

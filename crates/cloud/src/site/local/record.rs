@@ -58,6 +58,21 @@ pub(crate) struct Migration {
     pub(crate) end: End,
     /// The site at the other end.
     pub(crate) peer: Name,
+    /// How many times new relays were started for it.
+    #[serde(default)]
+    pub(crate) attempt: u32,
+    /// Destination: the machine has run here, so it is nobody else's to run.
+    #[serde(default)]
+    pub(crate) runs: bool,
+    /// Destination: why what is missing is not waited for any more.
+    #[serde(default)]
+    pub(crate) given_up: Option<String>,
+}
+
+impl Migration {
+    pub(crate) fn new(id: MigrationId, end: End, peer: Name) -> Self {
+        Self { id, end, peer, attempt: 0, runs: false, given_up: None }
+    }
 }
 
 /// One machine.

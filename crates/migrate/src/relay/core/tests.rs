@@ -52,7 +52,7 @@ fn take(core: &mut SourceCore, main: &mut Vec<u8>, now: Instant) -> u64 {
 #[test]
 fn a_migration_goes_through_its_phases_and_every_byte_through_the_relay() {
     let now = Instant::now();
-    let mut core = SourceCore::new(false);
+    let mut core = SourceCore::new(false, true);
     let (mut sent, mut got) = (Vec::new(), Vec::new());
     assert!(core.may_read());
 
@@ -120,7 +120,7 @@ fn a_migration_goes_through_its_phases_and_every_byte_through_the_relay() {
 
 #[test]
 fn demanded_pages_overtake_bulk() {
-    let mut core = SourceCore::new(false);
+    let mut core = SourceCore::new(false, true);
     core.on_main(&encode(&setup(4))).expect("valid");
     core.on_preempt_open();
     core.on_preempt(&encode(&[page(2, true)])).expect("valid");
@@ -140,7 +140,7 @@ fn demanded_pages_overtake_bulk() {
 #[test]
 fn qemu_is_not_read_while_the_window_is_full() {
     let now = Instant::now();
-    let mut core = SourceCore::new(false);
+    let mut core = SourceCore::new(false, true);
     core.on_main(&encode(&setup(1000))).expect("valid");
     core.on_main(&encode(&part(0..200))).expect("valid");
     let frames = take(&mut core, &mut Vec::new(), now);
@@ -151,7 +151,7 @@ fn qemu_is_not_read_while_the_window_is_full() {
 
 #[test]
 fn a_drain_can_be_asked_for_before_the_round_is_over() {
-    let mut core = SourceCore::new(false);
+    let mut core = SourceCore::new(false, true);
     core.on_main(&encode(&setup(1000))).expect("valid");
     core.drain();
     assert_eq!(core.phase(), RelayPhase::RoundOver);

@@ -1,0 +1,504 @@
+//! The second half of a migration: from the switch until the machine needs its source no more,
+//! however often a relay, a link or a daemon is lost on the way.
+//!
+//! ```text
+//! switched -> follow both ends -> whole -> release the source
+//!               |   ^
+//!        broken |   | both ends have new relays
+//!               v   |
+//!            recovering: wait for both sites, ask how they stand
+//!               |
+//!               +-> lost: what the source had is gone, or it does not come back
+//! ```
+//!
+//! Nothing is undone here, and no QEMU is ended: the destination's is the machine.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_migrate::hybrid::{Received, Sent, report};
+use godwit_types::{Code, MoveReport, Name, VmState, human_bytes};
+use tokio::time::Instant;
+
+use super::lifecycle::dry;
+use super::moves::{Move, measured, odd};
+use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
+use crate::clock::UnixMs;
+use crate::error::Fault;
+use crate::ops::{OpHandle, OpKind, Progress};
+use crate::registry::VmRecord;
+use crate::site::{
+    Call, MemoryStand, MoveStand, SWITCHED, SiteHost, SiteReply, SiteRequest, UNCERTAIN,
+};
+
+/// The stage that an operation shows while a broken migration is taken up again.
+pub(super) const RECOVERING: &str = "recovering";
+
+/// How long a machine is waited for that lacks something of a site that is away, or that breaks
+/// off again and again.
+pub(super) const RECOVER_LIMIT: Duration = Duration::from_secs(900);
+
+/// First and longest pause between two tries.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
+
+/// How long a site may take to show that it is there.
+const ALIVE_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long the source's last word is waited for when the destination is whole.
+const LAST_WORD_WITHIN: Duration = Duration::from_secs(20);
+
+/// How long a source that seems to be gone is given for what it has sent to arrive.
+const SECOND_LOOK: Duration = Duration::from_secs(3);
+
+/// Why an attempt did not bring a machine to its end.
+enum Broken {
+    /// It may be tried again.
+    Again(Fault),
+    /// What is missing is gone for good.
+    Lost(Fault),
+}
+
+impl From<Fault> for Broken {
+    fn from(f: Fault) -> Self {
+        Self::Again(f)
+    }
+}
+
+impl Controller {
+    /// Follows both ends of a migration to their end: what they measured, or the first failure that
+    /// one of them tells. An end whose site is away is asked again when that is back.
+    pub(super) async fn follow(
+        self: &Arc<Self>,
+        op: &OpHandle,
+        m: &Move,
+        first: SiteRequest,
+    ) -> Result<Option<MoveReport>, Fault> {
+        let sending = self.hear_source(op, m, first);
+        let arriving = self.hear_destination(op, m);
+        tokio::pin!(sending, arriving);
+        let mut told = false;
+        loop {
+            tokio::select! {
+                sent = &mut sending => {
+                    let sent = sent?;
+                    let received = arriving.await?;
+                    return Ok(report(m.from.as_str(), m.to.as_str(), &sent, &received));
+                }
+                received = &mut arriving, if !told => match received {
+                    Ok(received) => {
+                        let sent = tokio::time::timeout(LAST_WORD_WITHIN, sending).await;
+                        let Ok(Ok(sent)) = sent else { return Ok(None) };
+                        return Ok(report(m.from.as_str(), m.to.as_str(), &sent, &received));
+                    }
+                    Err(f) if self.has_switched(m)? => return Err(f),
+                    Err(f) => {
+                        // Its relay may be killed, and then the source's finds out late.
+                        told = true;
+                        let request =
+                            SiteRequest::MigrateLost { migration: m.id, why: f.message.clone() };
+                        if let Err(e) = self.host(&m.from)?.tell(request, Call::quiet()).await {
+                            tracing::info!(site = %m.from, error = %e, "not told of a loss");
+                        }
+                    }
+                },
+            }
+        }
+    }
+
+    async fn hear_source(
+        self: &Arc<Self>,
+        op: &OpHandle,
+        m: &Move,
+        first: SiteRequest,
+    ) -> Result<Sent, Fault> {
+        let mut request = first;
+        loop {
+            let host = self.await_site(op, &m.from).await?;
+            let call = self.call_of_move(op, m);
+            match self.ask_while_there(&host, request, call).await? {
+                Some(SiteReply::Sent(bytes)) => return measured(&host, &bytes),
+                Some(other) => return Err(odd(&host, &other)),
+                None => request = SiteRequest::MigrateFollow { migration: m.id },
+            }
+        }
+    }
+
+    async fn hear_destination(&self, op: &OpHandle, m: &Move) -> Result<Received, Fault> {
+        loop {
+            let host = self.await_site(op, &m.to).await?;
+            let request = SiteRequest::MigrateReceived { migration: m.id };
+            match self.ask_while_there(&host, request, Call::quiet()).await? {
+                Some(SiteReply::Received(bytes)) => return measured(&host, &bytes),
+                Some(other) => return Err(odd(&host, &other)),
+                None => {}
+            }
+        }
+    }
+
+    /// Asks a site; `None` when it went away before it answered.
+    async fn ask_while_there(
+        &self,
+        host: &Arc<dyn SiteHost>,
+        request: SiteRequest,
+        call: Call,
+    ) -> Result<Option<SiteReply>, Fault> {
+        let answer = tokio::select! {
+            answer = host.ask(request, call) => answer,
+            () = self.gone(host) => return Ok(None),
+        };
+        match answer {
+            Ok(reply) => Ok(Some(reply)),
+            Err(f) => {
+                let alive = tokio::select! {
+                    alive = tokio::time::timeout(ALIVE_WITHIN, host.report()) => {
+                        matches!(alive, Ok(Ok(_)))
+                    }
+                    () = self.gone(host) => false,
+                };
+                if alive {
+                    return Err(f);
+                }
+                // Its link is down; it is taken away or replaced when that is noticed.
+                tokio::time::timeout(self.patience, self.gone(host)).await.map_err(|_| f)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Waits until a site is attached, and says so.
+    async fn await_site(&self, op: &OpHandle, name: &Name) -> Result<Arc<dyn SiteHost>, Fault> {
+        if let Ok(host) = self.host(name) {
+            return Ok(host);
+        }
+        show(op, 0, format!("waiting for site '{name}' to come back"));
+        self.await_host(name, self.patience).await
+    }
+
+    fn call_of_move(self: &Arc<Self>, op: &OpHandle, m: &Move) -> Call {
+        let (me, shown, at_switch) = (Arc::clone(self), op.clone(), m.clone());
+        Call::new(
+            move |p| {
+                if p.stage == UNCERTAIN {
+                    let (me, lost) = (me.clone(), at_switch.clone());
+                    tokio::spawn(async move { me.decide_fate(&lost).await });
+                }
+                if p.stage == SWITCHED {
+                    // The site has passed the point; a cancel that came too late is not undone.
+                    if let Err(f) = shown.commit() {
+                        tracing::info!(op = %shown.id(), "a cancel came after the switch: {f}");
+                    }
+                    if let Err(f) = me.note_switch(&at_switch) {
+                        tracing::error!(vm = %at_switch.vm.name, error = %f, "noting a switch");
+                    }
+                }
+                shown.progress(p);
+            },
+            op.cancel().clone(),
+        )
+    }
+
+    /// Takes a machine that runs at its destination and lost its way to the source to its end.
+    pub(super) async fn arrive(
+        self: &Arc<Self>,
+        op: &OpHandle,
+        m: &Move,
+        first: Fault,
+    ) -> Result<Option<MoveReport>, Fault> {
+        // It runs there: nothing is left that a cancel could undo.
+        let _ = op.commit();
+        let begun = Instant::now();
+        let mut pause = PAUSE.0;
+        let mut why = first;
+        for attempt in 1.. {
+            tracing::warn!(vm = %m.vm.name, attempt, error = %why, "a migration is taken up again");
+            show(op, attempt, why.message.clone());
+            self.note_arrival(m, Some(format!("recovering: {}", why.message)))?;
+            let attempt_began = Instant::now();
+            match self.attempt(op, m).await {
+                Ok(report) => {
+                    show(op, attempt, "the rest has come".into());
+                    return Ok(report);
+                }
+                Err(Broken::Lost(f)) => {
+                    self.give_up(m, &f, true).await?;
+                    return Err(f);
+                }
+                Err(Broken::Again(f)) => why = f,
+            }
+            if begun.elapsed() >= self.patience {
+                break;
+            }
+            // One that went well for a while begins afresh.
+            if attempt_began.elapsed() > PAUSE.1 * 3 {
+                pause = PAUSE.0;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE.1);
+        }
+        let f = self.still_missing(m, &why).await;
+        self.give_up(m, &f, false).await?;
+        Err(f)
+    }
+
+    async fn attempt(
+        self: &Arc<Self>,
+        op: &OpHandle,
+        m: &Move,
+    ) -> Result<Option<MoveReport>, Broken> {
+        let dst = self.await_site(op, &m.to).await?;
+        let mut here = stand(&dst, m).await?;
+        let all_here = here.memory == MemoryStand::Whole && here.missing_blocks == Some(0);
+        if all_here && !here.over {
+            let request = SiteRequest::MigrateFinish { migration: m.id, vm: m.vm.id };
+            dst.tell(request, Call::quiet()).await?;
+        }
+        if all_here {
+            return Ok(None);
+        }
+        let src = self.await_site(op, &m.from).await?;
+        let there = match stand(&src, m).await {
+            // It has let go of the machine.
+            Ok(s) if s.over => MoveStand { memory: MemoryStand::Gone, ..s },
+            Ok(s) => s,
+            // Files of a machine that is not known there are not either.
+            Err(f) if f.code == Code::NotFound => MoveStand {
+                memory: MemoryStand::Gone,
+                missing_pages: 0,
+                missing_blocks: None,
+                runs: false,
+                over: true,
+                why: Some(f.message),
+            },
+            Err(f) => return Err(f.into()),
+        };
+        if here.memory == MemoryStand::Partial && there.memory == MemoryStand::Gone {
+            // What it had sent may still be arriving.
+            tokio::time::sleep(SECOND_LOOK).await;
+            here = stand(&dst, m).await?;
+        }
+        if here.memory == MemoryStand::Gone {
+            let why = here.why.unwrap_or_else(|| "its QEMU is gone".into());
+            return Err(Broken::Lost(Fault::new(
+                Code::Damaged,
+                format!(
+                    "machine '{}' ended at '{}' before it needed '{}' no more: {why}",
+                    m.vm.name, m.to, m.from
+                ),
+            )));
+        }
+        let lost = here.memory == MemoryStand::Partial && there.memory == MemoryStand::Gone;
+        if lost && here.missing_blocks == Some(0) {
+            return Err(Broken::Lost(memory_lost(m, &here, &there)));
+        }
+        if here.memory == MemoryStand::Partial && there.memory == MemoryStand::Whole {
+            let why = "the source has sent everything, and the destination is not whole yet";
+            return Err(Broken::Again(Fault::unavailable(why)));
+        }
+        let memory = here.memory == MemoryStand::Partial && !lost;
+        show(op, 0, format!("still missing at '{}': {}", m.to, missing(&here)));
+        let request = SiteRequest::MigrateResumeIn { migration: m.id, vm: m.vm.id, memory };
+        let to = match dst.ask(request, Call::quiet()).await? {
+            SiteReply::Incoming(i) => i,
+            other => return Err(odd(&dst, &other).into()),
+        };
+        let request = SiteRequest::MigrateResumeOut { migration: m.id, vm: m.vm.id, to, memory };
+        let report = self.follow(op, m, request).await?;
+        if !lost {
+            return Ok(report);
+        }
+        let after = stand(&dst, m).await.unwrap_or(here);
+        Err(Broken::Lost(memory_lost(m, &after, &there)))
+    }
+
+    /// What to say of a machine whose source cannot be had.
+    async fn still_missing(&self, m: &Move, why: &Fault) -> Fault {
+        let what = match self.host(&m.to) {
+            Ok(dst) => stand(&dst, m).await.ok().map(|s| missing(&s)),
+            Err(_) => None,
+        };
+        let what = what.unwrap_or_else(|| "part of its memory or disk".into());
+        Fault::unavailable(format!(
+            "machine '{}' runs at '{}' as far as it can without what only '{}' has, which is not \
+             to be had: {what} ({})",
+            m.vm.name, m.to, m.from, why.message
+        ))
+        .hint(format!("try again with: godwit vm migrate {}", m.vm.name))
+    }
+
+    /// A machine that will not become whole by itself: both the registry and its site say so. Its
+    /// QEMU is left as it is.
+    async fn give_up(&self, m: &Move, why: &Fault, for_good: bool) -> Result<(), Fault> {
+        if let Ok(dst) = self.host(&m.to) {
+            let request = SiteRequest::MigrateGiveUp {
+                migration: m.id,
+                vm: m.vm.id,
+                why: why.message.clone(),
+            };
+            if let Err(e) = dst.tell(request, Call::quiet()).await {
+                tracing::warn!(vm = %m.vm.name, error = %e, "its site was not told");
+            }
+        }
+        let now = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
+        let vm = self.change_vm(&now, now.generation, |v| {
+            if v.state != VmState::Failed {
+                v.become_state(VmState::Failed, UnixMs::now())?;
+            }
+            v.reason = Some(why.message.clone());
+            if let Some(a) = &mut v.arriving {
+                a.note = None;
+            }
+            Ok(())
+        })?;
+        let whole_disk = match self.host(&m.to) {
+            Ok(dst) => stand(&dst, m).await.is_ok_and(|s| s.missing_blocks == Some(0)),
+            Err(_) => false,
+        };
+        if for_good && whole_disk {
+            // Nothing at the source can help any more.
+            self.release_source(&vm).await;
+        }
+        Ok(())
+    }
+
+    /// Writes down what is known of a machine that runs and is not whole yet.
+    pub(super) fn note_arrival(&self, m: &Move, note: Option<String>) -> Result<(), Fault> {
+        let now = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
+        self.change_vm(&now, now.generation, |v| {
+            if let Some(a) = &mut v.arriving {
+                a.note = note;
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Has the source of a machine remove what it kept, if there is one; it is tried once, and
+    /// again whenever that site reports.
+    pub(super) async fn release_source(&self, vm: &VmRecord) {
+        let Some(a) = &vm.arriving else { return };
+        let request = SiteRequest::MigrateRelease { vm: vm.id, generation: vm.generation };
+        let told = match self.host(&a.from) {
+            Ok(src) => src.tell(request, Call::quiet()).await,
+            Err(f) => Err(f),
+        };
+        if let Err(f) = told {
+            tracing::warn!(vm = %vm.name, site = %a.from, error = %f, "not released");
+        }
+        let cleared = self.change_vm(vm, vm.generation, |v| {
+            v.arriving = None;
+            Ok(())
+        });
+        if let Err(f) = cleared {
+            tracing::debug!(vm = %vm.name, error = %f, "it has gone on meanwhile");
+        }
+    }
+
+    /// Takes up a migration again that was given up beyond its switch.
+    pub(super) fn migrate_on(
+        self: &Arc<Self>,
+        vm: VmRecord,
+        want: &MigrateVm,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        let Some(arriving) = vm.arriving.clone() else {
+            return Err(Fault::internal("a machine that does not arrive"));
+        };
+        let going = self.ops.list().map_err(registry_fault)?.into_iter().find(|o| {
+            !o.state.is_final() && matches!(&o.kind, OpKind::VmMigrate { vm: v, .. } if *v == vm.id)
+        });
+        if let Some(op) = going {
+            return Err(Fault::conflict(format!(
+                "machine '{}' is still moving to '{}': part of it is at '{}'",
+                vm.name, vm.site, arriving.from
+            ))
+            .hint(format!("wait for it: godwit op wait {}", op.id)));
+        }
+        if want.to.as_ref().is_some_and(|to| *to != vm.site) {
+            return Err(Fault::conflict(format!(
+                "machine '{}' is not whole at '{}': part of it is at '{}'",
+                vm.name, vm.site, arriving.from
+            ))
+            .hint(format!("bring the rest first: godwit vm migrate {}", vm.name)));
+        }
+        let plan = format!("bring what '{}' lacks at {} from {}", vm.name, vm.site, arriving.from);
+        if mode == Mode::DryRun {
+            return Ok(dry(plan, &vm));
+        }
+        let kind = OpKind::VmMigrate {
+            vm: vm.id,
+            name: vm.name.clone(),
+            from: arriving.from.clone(),
+            to: vm.site.clone(),
+            generation: vm.generation,
+        };
+        let name = vm.name.to_string();
+        let m = Move::beyond(&vm, arriving.from, arriving.migration);
+        let me = Arc::clone(self);
+        let op = self
+            .ops
+            .start(kind, |op| async move {
+                op.begin("send", serde_json::json!({ "migration": m.id, "from": m.from }))?;
+                let why = Fault::unavailable("asked for again");
+                let report = me.arrive(&op, &m, why).await?;
+                me.finish(&op, &m, report).await
+            })
+            .map_err(registry_fault)?;
+        Ok(Accepted { op: Some(op), plan, target: Some(name) })
+    }
+}
+
+fn show(op: &OpHandle, attempt: u64, note: String) {
+    let unit = if attempt == 0 { "" } else { "attempts" };
+    op.progress(Progress {
+        stage: RECOVERING.into(),
+        done: attempt,
+        total: 0,
+        unit: unit.into(),
+        note,
+    });
+}
+
+async fn stand(host: &Arc<dyn SiteHost>, m: &Move) -> Result<MoveStand, Fault> {
+    let request = SiteRequest::MigrateStand { migration: m.id, vm: m.vm.id };
+    match host.ask(request, Call::quiet()).await? {
+        SiteReply::Stand(s) => Ok(s),
+        other => Err(odd(host, &other)),
+    }
+}
+
+/// What a destination lacks, in words.
+fn missing(s: &MoveStand) -> String {
+    let pages = match (s.memory, s.missing_pages) {
+        (MemoryStand::Whole, _) => "no memory".to_owned(),
+        (_, n) => format!("{n} pages ({}) of its memory", human_bytes(n * 4096)),
+    };
+    let blocks = match s.missing_blocks {
+        Some(0) => "nothing of its disk".to_owned(),
+        Some(n) => format!("{n} blocks ({}) of its disk", human_bytes(n * 4096)),
+        None => "all that was written to its disk".to_owned(),
+    };
+    format!("{pages} and {blocks}")
+}
+
+fn memory_lost(m: &Move, here: &MoveStand, there: &MoveStand) -> Fault {
+    let why = there.why.clone().unwrap_or_else(|| "its QEMU is gone".into());
+    let disk = match here.missing_blocks {
+        Some(0) => "its disk is whole".to_owned(),
+        Some(n) => format!("and {n} blocks ({}) of its disk", human_bytes(n * 4096)),
+        None => "and all that was written to its disk".to_owned(),
+    };
+    Fault::new(
+        Code::Damaged,
+        format!(
+            "machine '{}' lost {} pages ({}) of its memory with '{}', where {why}; {disk}",
+            m.vm.name,
+            here.missing_pages,
+            human_bytes(here.missing_pages * 4096),
+            m.from
+        ),
+    )
+    .hint(match here.missing_blocks {
+        Some(0) => format!("start it from its disk: godwit vm start {}", m.vm.name),
+        _ => format!("remove it: godwit vm delete {}", m.vm.name),
+    })
+}

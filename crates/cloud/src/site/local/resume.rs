@@ -1,0 +1,618 @@
+//! Migrations after a break: found again by a new daemon, taken up over new relays, given up.
+//!
+//! Beyond the commit point nothing is undone. Both QEMUs hold what they have, and the disk's blocks
+//! are where they are; the center asks both ends how they stand ([`SiteRequest::MigrateStand`]),
+//! has the destination start a relay that waits, and the source one that goes on.
+//!
+//! [`SiteRequest::MigrateStand`]: crate::site::SiteRequest::MigrateStand
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_disk::image::FrozenChain;
+use godwit_disk::{MidLayer, NbdServer};
+use godwit_migrate::RelayClient;
+use godwit_migrate::hybrid::{
+    Asking, MoveError, Received, Sent, follow_outgoing, reclaim, recover_disk, recover_incoming,
+    recover_outgoing,
+};
+use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole};
+use godwit_qemu::{Life, Machine, MigrationStatus};
+use godwit_types::{Generation, MigrationId, VmId};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::machines::coded;
+use super::moves::{Ended, MID, listening, runs};
+use super::record::{Below, End, MachineRecord, Meant, Migration};
+use super::relays::{MovePaths, Part};
+use super::{Entry, LocalSite};
+use crate::error::{Fault, chain};
+use crate::site::{Call, Incoming, MemoryStand, MoveStand};
+
+/// How long QEMU may take to say how its migration stands.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// How long a QEMU that was told to switch may take to stop.
+const STOP_WITHIN: Duration = Duration::from_secs(5);
+/// How long a source's end may take to come to its end once it is needed no more.
+const RELEASE_WITHIN: Duration = Duration::from_secs(30);
+
+/// What an end measured before a break, beside its machine's record.
+const SENT: &str = "sent.json";
+const RECEIVED: &str = "received.json";
+
+fn put<T: Serialize>(dir: &Path, name: &str, value: &T) {
+    let written = serde_json::to_vec(value)
+        .map_err(std::io::Error::from)
+        .and_then(|bytes| std::fs::write(dir.join(name), bytes));
+    if let Err(e) = written {
+        // Only a report is poorer for it.
+        warn!(dir = %dir.display(), error = %e, "what was measured is not kept");
+    }
+}
+
+fn get<T: DeserializeOwned + Default>(dir: &Path, name: &str) -> T {
+    let bytes = std::fs::read(dir.join(name)).unwrap_or_default();
+    serde_json::from_slice(&bytes).unwrap_or_default()
+}
+
+/// A migration is over: what was measured of it is in its report.
+pub(super) fn forget_measured(dir: &Path) {
+    for name in [SENT, RECEIVED] {
+        // Mostly there is none.
+        let _ = std::fs::remove_file(dir.join(name));
+    }
+}
+
+impl LocalSite {
+    pub(super) async fn keep_sent(&self, vm: VmId, sent: &Sent) {
+        put(&self.dirs.vm(vm), SENT, sent);
+    }
+
+    pub(super) async fn keep_received(&self, vm: VmId, received: &Received) {
+        put(&self.dirs.vm(vm), RECEIVED, received);
+    }
+
+    /// Changes what the record says of a machine's migration, and writes it down.
+    async fn change_migration(
+        &self,
+        vm: VmId,
+        change: impl FnOnce(&mut Migration),
+    ) -> Result<MachineRecord, Fault> {
+        let entry = self.entry(vm).await?;
+        let mut e = entry.lock().await;
+        let Some(m) = &mut e.record.migration else {
+            return Err(Fault::conflict(format!(
+                "machine '{}' is in no migration at '{}'",
+                e.record.name, self.name
+            )));
+        };
+        change(m);
+        e.record.save(&self.dirs.vm(vm))?;
+        Ok(e.record.clone())
+    }
+
+    pub(super) async fn mark_run(&self, vm: VmId) {
+        if let Err(f) = self.change_migration(vm, |m| m.runs = true).await {
+            warn!(error = %f, "it was not written down that a machine runs");
+        }
+    }
+
+    /// After the daemon's return: takes up a machine that is in a migration.
+    pub(super) async fn find_again(self: &Arc<Self>, record: MachineRecord, machine: Machine) {
+        let Some(migration) = record.migration.clone() else { return };
+        let paths = MovePaths::of(&self.dirs.run, &migration);
+        let relay = RelayClient::attach(&paths.control).await;
+        match migration.end {
+            End::Destination => self.find_arrival(record, migration, machine, relay).await,
+            End::Source => self.find_departure(record, migration, machine, relay).await,
+        }
+    }
+
+    async fn find_arrival(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        migration: Migration,
+        machine: Machine,
+        relay: Result<RelayClient, godwit_migrate::RelayError>,
+    ) {
+        let has_run = migration.runs || runs(Some(&machine)).await;
+        match relay {
+            Ok(relay) => {
+                info!(vm = %record.name, "its arrival goes on");
+                let received = get(&self.dirs.vm(record.vm), RECEIVED);
+                self.take_in(record, machine, relay, received, has_run);
+            }
+            Err(e) if has_run => self.interrupted(&record, &migration, &chain(&e)),
+            Err(e) => {
+                warn!(vm = %record.name, error = %chain(&e), "its relay is gone before it ran here");
+                self.undo_in(&record).await;
+            }
+        }
+    }
+
+    async fn find_departure(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        migration: Migration,
+        machine: Machine,
+        relay: Result<RelayClient, godwit_migrate::RelayError>,
+    ) {
+        // Its driver may have told QEMU to switch with its last breath.
+        let switching = relay.as_ref().is_ok_and(|r| r.status().phase >= RelayPhase::Drained);
+        if switching {
+            let _ = tokio::time::timeout(STOP_WITHIN, async {
+                while runs(Some(&machine)).await {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            })
+            .await;
+        }
+        let at_home = runs(Some(&machine)).await;
+        match relay {
+            Ok(relay) if at_home && !relay.status().committed => {
+                // Nobody drives it any more, and nothing has left: it is given up.
+                let why = "the daemon at the source was restarted".to_owned();
+                let _ = relay.command(&RelayCommand::Abort { why }).await;
+                self.stay(&record, &machine).await;
+            }
+            Ok(relay) => {
+                info!(vm = %record.name, "its departure goes on");
+                let moving = self.enter_move(migration.id, record.vm);
+                moving.shown.send_replace(Some(relay.watch()));
+                let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
+                Self::drive(&moving, async move {
+                    let mut sent: Sent = get(&me.dirs.vm(record.vm), SENT);
+                    let paths = MovePaths::of(&me.dirs.run, &migration);
+                    let steering = mine.steering();
+                    let ask = || -> Asking {
+                        let asking = Arc::clone(&mine);
+                        Box::pin(async move { asking.ask_fate().await })
+                    };
+                    let socket = &paths.qemu;
+                    let done =
+                        follow_outgoing(&machine, &relay, socket, &mut sent, &steering, ask).await;
+                    let done = done.map_err(|e| Fault::of(&e));
+                    if done.is_ok() {
+                        let _ = relay.command(&RelayCommand::Finish).await;
+                    }
+                    me.after_leaving(&record, &machine, done, sent).await
+                });
+            }
+            Err(_) if at_home => self.stay(&record, &machine).await,
+            Err(e) => self.interrupted(&record, &migration, &chain(&e)),
+        }
+    }
+
+    /// Enters a migration that goes on only over new relays.
+    fn interrupted(&self, record: &MachineRecord, migration: &Migration, why: &str) {
+        warn!(vm = %record.name, error = %why, "its relay is gone and it still needs the other end");
+        let moving = self.enter_move(migration.id, record.vm);
+        let e = MoveError::Interrupted { why: why.to_owned() };
+        moving.outcome.send_replace(Some(Err(Fault::of(&e))));
+    }
+
+    async fn stay(&self, record: &MachineRecord, machine: &Machine) {
+        if let Err(e) = machine.migrate_cancel().await {
+            info!(vm = %record.name, error = %chain(&e), "no migration to cancel");
+        }
+        self.unmark(record.vm).await;
+        if let Some(m) = &record.migration {
+            self.end_relay(m).await;
+        }
+    }
+
+    /// Brings a machine back to this site, its source, when its destination never ran it and no
+    /// relay is left that could.
+    pub(super) async fn reclaim(self: &Arc<Self>, id: MigrationId) -> Result<(), Fault> {
+        let (record, machine) = self.traveller(id).await?;
+        let migration = record.migration.clone().filter(|m| m.end == End::Source);
+        let (Some(migration), Some(machine)) = (migration, machine) else {
+            return Err(Fault::conflict("this site is not the source of that migration"));
+        };
+        if runs(Some(&machine)).await {
+            self.unmark(record.vm).await;
+            return Ok(());
+        }
+        self.end_relay(&migration).await;
+        let paths = MovePaths::of(&self.dirs.run, &migration);
+        std::fs::create_dir_all(&paths.dir)
+            .map_err(|e| Fault::internal(format!("making {}: {e}", paths.dir.display())))?;
+        reclaim(&machine, &paths.qemu).await.map_err(coded)?;
+        machine.run().await.map_err(coded)?;
+        info!(vm = %record.name, "runs on at its source");
+        self.unmark(record.vm).await;
+        let _ = std::fs::remove_dir_all(&paths.dir);
+        Ok(())
+    }
+
+    /// The machine that is in that migration here.
+    async fn traveller(&self, id: MigrationId) -> Result<(MachineRecord, Option<Machine>), Fault> {
+        let entries: Vec<_> = self.machines.read().await.values().cloned().collect();
+        for entry in entries {
+            let e = entry.lock().await;
+            if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
+                return Ok((e.record.clone(), e.machine.clone()));
+            }
+        }
+        Err(Fault::not_found(format!("site '{}' has no migration {id}", self.name)))
+    }
+
+    /// How far a migration has come here.
+    pub(super) async fn stand(&self, id: MigrationId, vm: VmId) -> Result<MoveStand, Fault> {
+        let entry = self.entry(vm).await?;
+        let (record, machine) = {
+            let e = entry.lock().await;
+            (e.record.clone(), e.machine.clone())
+        };
+        let Some(migration) = record.migration.clone().filter(|m| m.id == id) else {
+            // What arrived or left whole is in no migration any more.
+            let memory = match &machine {
+                Some(_) => MemoryStand::Whole,
+                None => MemoryStand::Gone,
+            };
+            return Ok(MoveStand {
+                memory,
+                missing_pages: 0,
+                missing_blocks: Some(0),
+                runs: runs(machine.as_ref()).await,
+                over: true,
+                why: record.reason,
+            });
+        };
+        let (memory, why) = match &machine {
+            None => (MemoryStand::Gone, record.reason.clone()),
+            Some(m) => self.memory_stand(m, migration.end).await,
+        };
+        let (missing_pages, missing_blocks) = match migration.end {
+            End::Source => (0, Some(0)),
+            End::Destination => self.missing(&record, memory).await?,
+        };
+        let runs =
+            migration.runs || (migration.end == End::Destination && runs(machine.as_ref()).await);
+        Ok(MoveStand { memory, missing_pages, missing_blocks, runs, over: false, why })
+    }
+
+    async fn memory_stand(&self, m: &Machine, end: End) -> (MemoryStand, Option<String>) {
+        let life = tokio::time::timeout(ANSWER_WITHIN, m.life()).await;
+        if matches!(life, Ok(Ok(Life::Exited))) {
+            let exit = m.exited().await;
+            let why = exit.signal.map_or_else(
+                || "its QEMU has ended".to_owned(),
+                |s| format!("its QEMU was ended by signal {s}"),
+            );
+            return (MemoryStand::Gone, Some(why));
+        }
+        let status = match tokio::time::timeout(ANSWER_WITHIN, m.query_migrate()).await {
+            Ok(Ok(info)) => info.status,
+            // It waits for a page, so one is missing.
+            Ok(Err(_)) | Err(_) => MigrationStatus::PostcopyPaused,
+        };
+        match (status, end) {
+            (MigrationStatus::Completed, _) => (MemoryStand::Whole, None),
+            (MigrationStatus::Failed | MigrationStatus::Cancelled, _) => {
+                let why = "its QEMU has ended the migration and cannot take it up again";
+                (MemoryStand::Gone, Some(why.into()))
+            }
+            _ => (MemoryStand::Partial, None),
+        }
+    }
+
+    /// Pages and blocks that a destination lacks.
+    async fn missing(
+        &self,
+        record: &MachineRecord,
+        memory: MemoryStand,
+    ) -> Result<(u64, Option<u64>), Fault> {
+        let pages = if memory == MemoryStand::Whole {
+            0
+        } else {
+            // A page that has not come is a hole in the file.
+            let there =
+                std::fs::metadata(self.dirs.vm_memory(record.vm)).map_or(0, |m| m.blocks() * 512);
+            record.memory.bytes().saturating_sub(there).div_ceil(4096)
+        };
+        let image = self.image_by_hash(record)?;
+        if image.disk_path().is_none() || record.below == Below::Mid {
+            return Ok((pages, Some(0)));
+        }
+        // A relay that lives knows better than what it last wrote down.
+        let told = record
+            .migration
+            .as_ref()
+            .and_then(|m| self.moving(m.id))
+            .and_then(|m| m.shown.borrow().as_ref().map(|s| s.borrow().counts));
+        let mid = self.dirs.vm(record.vm).join(MID);
+        let blocks = match MidLayer::missing(&mid) {
+            Ok((_, true)) => Some(0),
+            Ok((left, false)) => {
+                Some(told.filter(|c| c.disk_blocks > 0).map_or(left, |c| left.min(c.disk_left)))
+            }
+            Err(_) if mid.exists() => {
+                return MidLayer::missing(&mid).map(|_| (pages, None)).map_err(coded);
+            }
+            Err(_) => None,
+        };
+        Ok((pages, blocks))
+    }
+
+    /// The machine of a migration at this end, if nothing drives it just now.
+    async fn halted(
+        &self,
+        id: MigrationId,
+        vm: VmId,
+        end: End,
+    ) -> Result<(MachineRecord, Machine), Fault> {
+        let entry = self.entry(vm).await?;
+        let e = entry.lock().await;
+        match &e.record.migration {
+            Some(m) if m.id == id && m.end == end => {}
+            _ => {
+                return Err(Fault::not_found(format!(
+                    "machine '{}' is not in migration {id} at '{}'",
+                    e.record.name, self.name
+                )));
+            }
+        }
+        let machine = super::running(&e)?.clone();
+        Ok((e.record.clone(), machine))
+    }
+
+    /// Ends what is left of the last attempt, and begins a new one.
+    async fn next_attempt(&self, record: &MachineRecord) -> Result<MachineRecord, Fault> {
+        if let Some(m) = &record.migration {
+            self.end_relay(m).await;
+            if self.moving(m.id).is_some() {
+                let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
+            }
+        }
+        self.change_migration(record.vm, |m| {
+            m.attempt += 1;
+            m.given_up = None;
+        })
+        .await
+    }
+
+    /// Starts a new relay for a machine that runs here and still needs its source.
+    pub(super) async fn resume_in(
+        self: &Arc<Self>,
+        id: MigrationId,
+        vm: VmId,
+        memory: bool,
+    ) -> Result<Incoming, Fault> {
+        let (record, machine) = self.halted(id, vm, End::Destination).await?;
+        let record = self.next_attempt(&record).await?;
+        let paths = self.move_paths(&record)?;
+        let image = self.image_by_hash(&record)?;
+        let disk = match image.disk_path() {
+            Some(base) => {
+                let bytes = godwit_disk::image::check_base(&base).map_err(coded)?;
+                let mid = self.dirs.vm(vm).join(MID);
+                Some(RelayDisk::Destination { base, mid, bytes, nbd: paths.nbd.clone() })
+            }
+            None => None,
+        };
+        let role = RelayRole::Destination { listen: (self.options.relay_address, 0).into() };
+        let part = if memory { Part::Rest } else { Part::Disk };
+        let relay = self.start_relay(&record, role, disk, part).await?;
+        let address = listening(&relay).await?;
+        if memory {
+            recover_incoming(&machine, &paths.qemu).await.map_err(coded)?;
+        }
+        let received: Received = get(&self.dirs.vm(vm), RECEIVED);
+        let whole = memory
+            || matches!(
+                self.memory_stand(&machine, End::Destination).await,
+                (MemoryStand::Whole, _)
+            );
+        if whole {
+            self.take_in(record, machine, relay, received, true);
+        } else {
+            self.take_disk(record, relay, received);
+        }
+        Ok(Incoming { migration: id, address, peer: self.name.clone() })
+    }
+
+    /// Ends the arrival of a machine whose memory and disk are all here.
+    pub(super) async fn finish_in(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
+        let (record, machine) = self.halted(id, vm, End::Destination).await?;
+        let record = self.next_attempt(&record).await?;
+        if let Some(layers) = self.pivot_of(&record) {
+            let paths = self.move_paths(&record)?;
+            let mid = self.dirs.vm(vm).join(MID);
+            let base = self.image_by_hash(&record)?.disk_path();
+            let base = base.ok_or_else(|| Fault::internal("a disk without a base"))?;
+            // What QEMU still reads through the link is answered from here until the pivot.
+            let chain = FrozenChain::open(&base, &[mid]).map_err(coded)?;
+            let server = NbdServer::bind(&paths.nbd, "").map_err(|e| {
+                Fault::internal(format!("offering the disk on {}: {e}", paths.nbd.display()))
+            })?;
+            let stop = CancellationToken::new();
+            let served = server.serve(Arc::new(Arc::new(chain)), stop.clone());
+            let pivot = machine.pivot_backing(layers);
+            tokio::pin!(served, pivot);
+            let took = tokio::select! {
+                took = &mut pivot => took,
+                ended = &mut served => {
+                    return Err(Fault::internal(format!("offering the disk ended: {ended:?}")));
+                }
+            };
+            stop.cancel();
+            let _ = served.await;
+            took.map_err(coded)?;
+        }
+        self.settle_in(&record).await
+    }
+
+    /// Follows the disk of a machine whose memory is lost: the disk at least is kept whole.
+    fn take_disk(self: &Arc<Self>, record: MachineRecord, relay: RelayClient, received: Received) {
+        let Some(migration) = record.migration.clone() else { return };
+        let moving = self.enter_move(migration.id, record.vm);
+        moving.shown.send_replace(Some(relay.watch()));
+        let vm = record.vm;
+        Self::drive(&moving, async move {
+            let last = relay.wait(|s| s.phase >= RelayPhase::Done).await.map_err(coded)?;
+            if last.phase < RelayPhase::Done {
+                let why = format!("{:?}", last.end);
+                return Err(Fault::of(&MoveError::Interrupted { why }));
+            }
+            let _ = relay.command(&RelayCommand::Finish).await;
+            info!(%vm, "its disk is whole");
+            Ok(Ended::Received(Box::new(received)))
+        });
+    }
+
+    /// Starts a new relay at the source and drives the rest of the migration through it.
+    pub(super) async fn resume_out(
+        self: &Arc<Self>,
+        id: MigrationId,
+        vm: VmId,
+        to: Incoming,
+        memory: bool,
+        call: &Call,
+    ) -> Result<Vec<u8>, Fault> {
+        let entry = self.entry(vm).await?;
+        let (record, machine, launch) = {
+            let e = entry.lock().await;
+            let here = e.record.migration.as_ref();
+            if here.is_none_or(|m| m.id != id || m.end != End::Source) {
+                return Err(Fault::not_found(format!(
+                    "machine '{}' is not in migration {id} at '{}'",
+                    e.record.name, self.name
+                )));
+            }
+            (e.record.clone(), e.machine.clone(), e.machine.as_ref().map(Machine::launch))
+        };
+        if memory && machine.is_none() {
+            return Err(Fault::new(
+                godwit_types::Code::Damaged,
+                format!("the memory of machine '{}' is gone with its QEMU", record.name),
+            ));
+        }
+        let record = self.next_attempt(&record).await?;
+        let chain = match launch {
+            Some(l) => l.disk,
+            None => self.launch(&record, &self.image_by_hash(&record)?)?.disk,
+        };
+        let disk = self.source_disk(&record, chain)?;
+        let moving = self.enter_move(id, vm);
+        let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
+        Self::drive(&moving, async move {
+            let mut sent: Sent = get(&me.dirs.vm(vm), SENT);
+            let paths = me.move_paths(&record)?;
+            let role = RelayRole::Source { destination: to.address };
+            let part = if memory { Part::Rest } else { Part::Disk };
+            let relay = me.start_relay(&record, role, disk, part).await?;
+            mine.shown.send_replace(Some(relay.watch()));
+            let done = match machine.as_ref().filter(|_| memory) {
+                Some(machine) => {
+                    let socket = &paths.qemu;
+                    recover_outgoing(machine, &relay, socket, &mut sent, &mine.steering()).await
+                }
+                None => recover_disk(&relay, &mut sent).await,
+            };
+            let done = done.map_err(|e| Fault::of(&e));
+            if done.is_ok() {
+                let _ = relay.command(&RelayCommand::Finish).await;
+            } else {
+                // Nothing but the destination's word ends what the source keeps now.
+                me.keep_sent(vm, &sent).await;
+                if let Some(m) = &record.migration {
+                    me.end_relay(m).await;
+                }
+            }
+            done.map(|()| Ended::Sent(Box::new(sent)))
+        });
+        self.follow(id, call).await
+    }
+
+    /// What the machine lacks here is not waited for any more. Its QEMU is left as it is.
+    pub(super) async fn give_up(
+        &self,
+        id: MigrationId,
+        vm: VmId,
+        why: String,
+    ) -> Result<(), Fault> {
+        let why: String = why.chars().take(1000).collect();
+        let record = self
+            .change_migration(vm, |m| {
+                if m.id == id && m.end == End::Destination {
+                    m.given_up = Some(why);
+                }
+            })
+            .await?;
+        warn!(vm = %record.name, reason = ?record.migration.and_then(|m| m.given_up), "given up");
+        Ok(())
+    }
+
+    /// The source removes what it kept of a machine that runs elsewhere for good.
+    pub(super) async fn release(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        let entry = self.entry(vm).await?;
+        let migration = {
+            let e = entry.lock().await;
+            Self::fence(&e.record, generation)?;
+            e.record.migration.clone()
+        };
+        if let Some(m) = migration.filter(|m| m.end == End::Source) {
+            // What the destination may still need stays until it needs it no more.
+            if self.moving(m.id).is_some() {
+                let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
+            }
+            self.end_relay(&m).await;
+            let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, &m).dir);
+            self.unmark(vm).await;
+        }
+        self.remove(vm, generation).await
+    }
+
+    /// Before a machine that arrived in part is started from its disk, or removed: ends what is
+    /// left of its migration. Only what was given up is taken away.
+    pub(super) async fn end_arrival(&self, e: &mut Entry, keep_disk: bool) -> Result<(), Fault> {
+        let Some(m) = e.record.migration.clone() else { return Ok(()) };
+        let Some(why) = m.given_up.as_ref().filter(|_| m.end == End::Destination) else {
+            return Self::steady(&e.record);
+        };
+        let dir = self.dirs.vm(e.record.vm);
+        let mid = dir.join(MID);
+        if keep_disk && self.image_by_hash(&e.record)?.disk_path().is_some() {
+            match MidLayer::missing(&mid) {
+                Ok((_, true)) => {}
+                Ok((left, false)) => {
+                    return Err(Fault::new(
+                        godwit_types::Code::Damaged,
+                        format!(
+                            "{left} blocks of the disk of '{}' are missing: {why}",
+                            e.record.name
+                        ),
+                    ));
+                }
+                Err(error) => {
+                    return Err(Fault::new(
+                        godwit_types::Code::Damaged,
+                        format!(
+                            "the disk of '{}' never came: {why} ({})",
+                            e.record.name,
+                            chain(&error)
+                        ),
+                    ));
+                }
+            }
+            MidLayer::forget(&mid).map_err(coded)?;
+            e.record.below = Below::Mid;
+        }
+        if let Some(m) = e.machine.take() {
+            m.kill().await;
+        }
+        self.end_relay(&m).await;
+        let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, &m).dir);
+        e.record.migration = None;
+        if e.record.meant != Meant::Gone {
+            e.record.save(&dir)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,174 @@
+//! Carries out what the destination's table asks for.
+
+use std::time::Duration;
+
+use godwit_qemu::{DiskLayer, EventCursor, Life, Machine, MigrationStatus};
+use tokio::sync::watch;
+
+use super::measure::now;
+use super::run::{lost, qemu};
+use super::{
+    DestinationDriver, DestinationEffect, DestinationEvent, DestinationState, MoveError, Received,
+};
+use crate::relay::{Counts, RelayClient, RelayCommand, RelayPhase, RelayStatus};
+
+/// How long the pivot waits until QEMU lets a migrated machine's devices be changed.
+const SETTLE_WITHIN: Duration = Duration::from_secs(30);
+/// How long a QEMU may take to run or to fail once its relay is lost.
+const RUN_OR_FAIL: Duration = Duration::from_secs(3);
+
+/// Takes in a machine through the destination relay behind `client`. `machine` listens for the
+/// relay already ([`prepare_incoming`]). With a disk, `pivot` is the chain below `top` once the
+/// source is not needed any more (base and middle layer). Returns when the machine is independent
+/// of its source; the relay may be told to finish then.
+///
+/// # Errors
+/// [`MoveError::Cancelled`] (the machine never ran here, and its QEMU is gone),
+/// [`MoveError::Interrupted`] (it runs here; start the relays anew and call this again). What was
+/// measured until then is in `received`, and is added to when it is called again.
+pub async fn receive(
+    machine: &Machine,
+    client: &RelayClient,
+    pivot: Option<Vec<DiskLayer>>,
+    received: &mut Received,
+    resumed: bool,
+) -> Result<(), MoveError> {
+    let driver = if resumed { DestinationDriver::resumed() } else { DestinationDriver::new() };
+    let events = machine.events();
+    let before = received.counts;
+    let mut arrival = Arriving { machine, client, pivot, driver, received, before, events };
+    arrival.drive(client.watch()).await
+}
+
+struct Arriving<'a> {
+    machine: &'a Machine,
+    client: &'a RelayClient,
+    pivot: Option<Vec<DiskLayer>>,
+    driver: DestinationDriver,
+    received: &'a mut Received,
+    /// What earlier relays of this migration counted.
+    before: Counts,
+    events: EventCursor,
+}
+
+impl Arriving<'_> {
+    async fn drive(&mut self, mut status: watch::Receiver<RelayStatus>) -> Result<(), MoveError> {
+        loop {
+            let seen = status.borrow_and_update().clone();
+            self.received.counts = self.before.plus(&seen.counts);
+            if seen.phase >= RelayPhase::Done {
+                self.received.complete.get_or_insert_with(now);
+            }
+            self.apply(DestinationEvent::Relay(seen.phase)).await?;
+            if let Some(why) = lost(&seen) {
+                self.apply(DestinationEvent::Lost { why }).await?;
+            }
+            match self.driver.state() {
+                DestinationState::Moved => {
+                    self.received.independent = Some(now());
+                    return Ok(());
+                }
+                DestinationState::Gone { why } => {
+                    return Err(MoveError::Cancelled { why: why.clone() });
+                }
+                DestinationState::Interrupted { why } => {
+                    return Err(MoveError::Interrupted { why: why.clone() });
+                }
+                _ => {}
+            }
+            tokio::select! {
+                biased;
+                event = self.events.next() => match event {
+                    Some(event) if event.name == "RESUME" => {
+                        self.received.resumed.get_or_insert(event.at);
+                        self.apply(DestinationEvent::Runs).await?;
+                    }
+                    Some(event) if event.migration_status() == Some("failed") => {
+                        let info = self.machine.query_migrate().await;
+                        let why = info.ok().and_then(|i| i.error);
+                        let why = why.unwrap_or_else(|| "QEMU could not take the state".into());
+                        self.apply(DestinationEvent::Lost { why }).await?;
+                    }
+                    Some(_) => {}
+                    None => {
+                        let why = "the destination's QEMU has ended".into();
+                        self.apply(DestinationEvent::Lost { why }).await?;
+                    }
+                },
+                changed = status.changed() => {
+                    if changed.is_err() {
+                        let why = "the relay at the destination is gone".into();
+                        self.apply(DestinationEvent::Lost { why }).await?;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn apply(&mut self, event: DestinationEvent) -> Result<(), MoveError> {
+        let lost = matches!(event, DestinationEvent::Lost { .. });
+        let todo = if lost && self.driver.is_open() && self.runs_here().await {
+            // The relay went without telling that PONG 3 had passed.
+            self.driver.on(DestinationEvent::Runs).map_err(MoveError::State)?;
+            self.driver.on(event).map_err(MoveError::State)?
+        } else {
+            self.driver.on(event).map_err(MoveError::State)?
+        };
+        for effect in todo {
+            match effect {
+                DestinationEffect::Pivot => {
+                    self.settle().await?;
+                    if let Some(layers) = self.pivot.take() {
+                        let took = self
+                            .machine
+                            .pivot_backing(layers)
+                            .await
+                            .map_err(qemu("pivoting the disk away from the source"))?;
+                        self.received.pivot = Some(took);
+                    }
+                    self.driver.on(DestinationEvent::Pivoted).map_err(MoveError::State)?;
+                }
+                DestinationEffect::EndQemu => {
+                    self.machine.kill().await;
+                    let why = "the machine never ran here".into();
+                    let _ = self.client.command(&RelayCommand::Abort { why }).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the machine runs here. A QEMU that has read its whole device state may be just
+    /// about to, so it is given a moment to run or to fail.
+    async fn runs_here(&self) -> bool {
+        let deadline = tokio::time::Instant::now() + RUN_OR_FAIL;
+        loop {
+            match tokio::time::timeout_at(deadline, self.machine.life()).await {
+                Ok(Ok(Life::Running)) => return true,
+                Ok(Ok(Life::Exited) | Err(_)) => return false,
+                Ok(Ok(_)) => {}
+                // It waits for a page: it runs if it has said so.
+                Err(_) => return self.has_run(),
+            }
+            let over = tokio::time::timeout_at(deadline, self.machine.query_migrate()).await;
+            if !matches!(over, Ok(Ok(info)) if !info.status.is_final()) {
+                return self.has_run();
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Whether QEMU has told of its RESUME.
+    fn has_run(&self) -> bool {
+        self.received.resumed.is_some() || self.machine.has_reported("RESUME")
+    }
+
+    /// Waits until QEMU counts the machine's arrival as complete.
+    async fn settle(&self) -> Result<(), MoveError> {
+        self.machine
+            .wait_migration("ending the arrival", &[MigrationStatus::Completed], SETTLE_WITHIN)
+            .await
+            .map_err(qemu("ending the arrival of the machine"))?;
+        Ok(())
+    }
+}

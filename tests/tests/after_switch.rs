@@ -1,0 +1,302 @@
+//! Bad days after the switch: a machine that runs at its destination while part of it is still at
+//! its source loses a relay, a daemon, the link, or its source.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
+
+use std::time::{Duration, Instant};
+
+use godwit_bench::link::{LaneSpec, Side};
+use godwit_tests::{Cloud, Daemon, exists, kill, within};
+use serde_json::Value;
+
+/// The link: 100 Mbit/s, 10 ms each way.
+const RATE: f64 = 100.0;
+const DELAY: f64 = 10.0;
+/// What it is slowed down to while something bad happens, in Mbit/s.
+const SLOW: f64 = 3.0;
+/// Random bytes on the disk that follow a machine after its switch, in MiB.
+const BALLAST: u32 = 20;
+/// How long a move may take in all.
+const MOVE_WITHIN: Duration = Duration::from_secs(180);
+/// How often a move may be over before its bad luck came.
+const TRIES: usize = 4;
+
+/// A machine at work, and what must be found again after its moves.
+struct Work {
+    name: String,
+    lines: u64,
+    sum: String,
+}
+
+fn cloud() -> Cloud {
+    let cloud = Cloud::over_link(RATE, DELAY);
+    cloud.bring_substrate();
+    cloud
+}
+
+fn rate(cloud: &Cloud, mbit: f64) {
+    for side in Side::BOTH {
+        cloud.net().set(side, LaneSpec::new(mbit, DELAY)).unwrap();
+    }
+}
+
+impl Work {
+    fn begin(cloud: &Cloud, name: &str) -> Self {
+        let _ = cloud.ok(&["vm", "activate", "base", "--name", name, "--site", "center"]);
+        let guest = cloud.guest(name);
+        let _ = guest.sh(&format!(
+            "dd if=/dev/urandom of=/data/ballast bs=1M count={BALLAST} 2>/dev/null; sync"
+        ));
+        let sum = guest.sh("md5sum </data/ballast");
+        let lines = guest.intact(0);
+        Self { name: name.to_owned(), lines, sum }
+    }
+
+    /// Memory, lines and disk are as they were left.
+    fn intact(&mut self, cloud: &Cloud) {
+        let guest = cloud.guest(&self.name);
+        self.lines = guest.intact(self.lines);
+        let _ = guest.sh("echo 3 >/proc/sys/vm/drop_caches");
+        assert_eq!(guest.sh("md5sum </data/ballast"), self.sum);
+    }
+
+    /// It has arrived, and nothing of it is at its source.
+    fn arrived(&mut self, cloud: &Cloud, op: &str, from: Daemon, to: Daemon) -> Value {
+        let end = ended(cloud, op);
+        assert_eq!(end["state"], "done", "{end}");
+        cloud.runs_at(&self.name, to.site());
+        let vm = cloud.vm(&self.name);
+        assert!(vm["arriving"].is_null(), "{vm}");
+        within(Duration::from_secs(30), "its source to be free of it", || {
+            let free = cloud.qemu(&vm, from).is_none()
+                && !cloud.vm_memory(&vm, from).exists()
+                && cloud.relays(from).is_empty()
+                && cloud.relays(to).is_empty();
+            free.then_some(())
+        });
+        self.intact(cloud);
+        end
+    }
+}
+
+fn start_move(cloud: &Cloud, vm: &str, to: Daemon) -> String {
+    let begun = cloud.ok(&["vm", "migrate", vm, "--to", to.site(), "--no-wait"]);
+    begun["op"].as_str().unwrap().to_owned()
+}
+
+/// How the operation ended.
+fn ended(cloud: &Cloud, op: &str) -> Value {
+    within(MOVE_WITHIN, "the move's end", || {
+        let o = cloud.op(op);
+        let state = o["state"].as_str()?.to_owned();
+        (!["running", "cancelling"].contains(&state.as_str())).then_some(o)
+    })
+}
+
+fn phase(cloud: &Cloud, at: Daemon) -> Option<String> {
+    Some(cloud.relay(at)?["phase"].as_str()?.to_owned())
+}
+
+/// Waits until the source's relay is in one of `phases`; `None` when it is beyond them.
+fn reach(cloud: &Cloud, at: Daemon, phases: &[&str], beyond: &[&str]) -> Option<String> {
+    let begun = Instant::now();
+    while begun.elapsed() < MOVE_WITHIN {
+        match phase(cloud, at) {
+            Some(p) if phases.contains(&p.as_str()) => return Some(p),
+            Some(p) if beyond.contains(&p.as_str()) => return None,
+            // It is polled as fast as it answers: a phase may be short.
+            _ => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+    panic!("waited {MOVE_WITHIN:?} for {phases:?}: {:?}", phase(cloud, at));
+}
+
+/// Moves a machine to the AP and does `harm` after the switch, while memory and disk are missing.
+fn harmed(cloud: &mut Cloud, name: &str, harm: impl Fn(&mut Cloud, &Value)) -> (Work, String) {
+    for turn in 0..TRIES {
+        let work = Work::begin(cloud, &format!("{name}{turn}"));
+        let op = start_move(cloud, &work.name, Daemon::Ap);
+        let caught = reach(cloud, Daemon::Center, &["committed"], &["memory-done", "done"]);
+        rate(cloud, SLOW);
+        if caught.is_some() {
+            let vm = within(Duration::from_secs(20), "the center to know of the switch", || {
+                let vm = cloud.vm(&work.name);
+                (!vm["arriving"].is_null() || vm["state"] == "running").then_some(vm)
+            });
+            if !vm["arriving"].is_null() {
+                eprintln!("{}: harmed at {:?}", work.name, cloud.relay(Daemon::Ap));
+                harm(cloud, &vm);
+                rate(cloud, RATE);
+                return (work, op);
+            }
+        }
+        rate(cloud, RATE);
+        let _ = ended(cloud, &op);
+        let _ = cloud.ok(&["vm", "delete", &work.name]);
+    }
+    panic!("each of {TRIES} moves was over before it could be harmed");
+}
+
+/// Waits until the operation says that it recovers.
+fn recovers(cloud: &Cloud, op: &str) {
+    within(Duration::from_secs(60), "the operation to recover", || {
+        let o = cloud.op(op);
+        let shown = o["progress"].as_array()?.iter().any(|p| p["stage"] == "recovering");
+        (shown || o["state"] != "running").then_some(())
+    });
+}
+
+#[test]
+fn a_move_ends_whichever_relay_is_killed_after_the_switch() {
+    let mut cloud = cloud();
+    for (name, ends) in [
+        ("src", &[Daemon::Center][..]),
+        ("dst", &[Daemon::Ap][..]),
+        ("both", &[Daemon::Ap, Daemon::Center][..]),
+    ] {
+        let killed = Instant::now();
+        let (mut work, op) = harmed(&mut cloud, name, |cloud, _| {
+            for end in ends {
+                cloud.relays(*end).into_iter().for_each(kill);
+            }
+            recovers(cloud, &cloud_op(cloud));
+        });
+        eprintln!("{name}: noticed within {:?}", killed.elapsed());
+        work.arrived(&cloud, &op, Daemon::Center, Daemon::Ap);
+        let _ = cloud.ok(&["vm", "delete", &work.name]);
+    }
+}
+
+/// The one move that goes on.
+fn cloud_op(cloud: &Cloud) -> String {
+    let all = cloud.ok(&["op", "list", "--running"]);
+    let op = all.as_array().unwrap().iter().find(|o| o["kind"]["do"] == "vm-migrate").unwrap();
+    op["id"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_move_ends_whichever_daemon_is_killed_after_the_switch() {
+    let mut cloud = cloud();
+    for daemon in [Daemon::Ap, Daemon::Center] {
+        let (mut work, op) = harmed(&mut cloud, daemon.site(), |cloud, _| {
+            cloud.kill(daemon);
+            cloud.restart(daemon);
+        });
+        work.arrived(&cloud, &op, Daemon::Center, Daemon::Ap);
+        let _ = cloud.ok(&["vm", "delete", &work.name]);
+    }
+}
+
+#[test]
+fn what_a_killed_source_takes_with_it_is_said_exactly() {
+    let mut cloud = cloud();
+    let (work, op) = harmed(&mut cloud, "lost", |cloud, vm| {
+        kill(cloud.qemu(vm, Daemon::Center).expect("its QEMU"));
+    });
+    let end = ended(&cloud, &op);
+    assert_eq!(end["state"], "failed", "{end}");
+    let words = end["error"]["message"].as_str().unwrap();
+    eprintln!("{words}");
+    let pages: u64 = words
+        .split_once("lost ")
+        .and_then(|(_, rest)| rest.split_once(" pages"))
+        .and_then(|(n, _)| n.parse().ok())
+        .unwrap_or_else(|| panic!("{words}"));
+    assert!(pages > 0 && words.contains("signal 9") && words.contains("disk is whole"), "{words}");
+
+    let vm = cloud.vm(&work.name);
+    assert_eq!((vm["state"].as_str(), vm["site"].as_str()), (Some("failed"), Some("cafe")), "{vm}");
+    assert_eq!(vm["reason"].as_str(), Some(words));
+    // What runs of it is left as it is, and its memory has as many holes as was said.
+    let qemu = cloud.qemu(&vm, Daemon::Ap).expect("its QEMU still waits");
+    let file = std::fs::metadata(cloud.vm_memory(&vm, Daemon::Ap)).unwrap();
+    let holes = (file.len() - std::os::unix::fs::MetadataExt::blocks(&file) * 512) / 4096;
+    assert_eq!(holes, pages);
+    let again = cloud.run(&["vm", "migrate", &work.name]);
+    assert_ne!(again.exit, 0, "what is lost does not come back: {}", again.stdout);
+    assert!(exists(qemu));
+
+    // Its disk is whole: it can be started from it, as after a power cut.
+    let _ = cloud.ok(&["vm", "start", &work.name]);
+    cloud.runs_at(&work.name, "cafe");
+    assert!(!exists(qemu));
+    let guest = cloud.guest(&work.name);
+    guest.answers();
+    assert_eq!(guest.sh("md5sum </data/ballast"), work.sum);
+    let _ = cloud.ok(&["vm", "delete", &work.name]);
+}
+
+#[test]
+fn a_link_cut_for_five_seconds_in_each_phase_stops_no_move() {
+    const CUT: Duration = Duration::from_secs(5);
+    let all = ["pre-copy", "round-over", "drained", "switching", "stopped", "committed"];
+    let cloud = cloud();
+    let mut work = Work::begin(&cloud, "m");
+    let (mut from, mut to) = (Daemon::Center, Daemon::Ap);
+    for (name, at) in [("pre-copy", 0..1), ("freeze", 3..5), ("post-copy", 5..6), ("release", 6..6)]
+    {
+        let mut met = false;
+        for _ in 0..TRIES {
+            let op = start_move(&cloud, &work.name, to);
+            met = if name == "release" {
+                // Everything is there, and the source does not know it yet.
+                reach(&cloud, to, &["done"], &[]).is_some()
+            } else {
+                reach(&cloud, from, &all[at.clone()], &["memory-done", "done"]).is_some()
+            };
+            if met {
+                cloud.net().cut(Some(CUT));
+            }
+            let begun = Instant::now();
+            work.arrived(&cloud, &op, from, to);
+            eprintln!("{name}: met {met}, over {:?} after the cut", begun.elapsed());
+            (from, to) = (to, from);
+            if met {
+                break;
+            }
+        }
+        assert!(met, "each of {TRIES} moves was beyond {name} before the link could be cut");
+    }
+}
+
+#[test]
+fn a_link_that_is_gone_for_longer_than_its_patience_stops_no_move() {
+    let mut cloud = cloud();
+    let (mut work, op) = harmed(&mut cloud, "m", |cloud, _| {
+        cloud.net().cut(None);
+        recovers(cloud, &cloud_op(cloud));
+        cloud.net().restore();
+    });
+    work.arrived(&cloud, &op, Daemon::Center, Daemon::Ap);
+}
+
+#[test]
+fn a_source_relay_killed_in_the_switch_leaves_one_machine() {
+    let cloud = cloud();
+    // Long enough a way for the switch to be met.
+    for side in Side::BOTH {
+        cloud.net().set(side, LaneSpec::new(RATE, 100.0)).unwrap();
+    }
+    for turn in 0..TRIES {
+        let mut work = Work::begin(&cloud, &format!("m{turn}"));
+        let op = start_move(&cloud, &work.name, Daemon::Ap);
+        let beyond = ["committed", "memory-done", "done"];
+        let met = reach(&cloud, Daemon::Center, &["switching", "stopped"], &beyond);
+        if met.is_some() {
+            cloud.relays(Daemon::Center).into_iter().for_each(kill);
+        }
+        let end = ended(&cloud, &op);
+        eprintln!("met {met:?}: {} {}", end["state"], end["error"]);
+        let vm = cloud.vm(&work.name);
+        let there = vm["site"] == "cafe";
+        assert_eq!(vm["state"], "running", "{vm}");
+        assert_eq!(there, end["state"] == "done", "{end}");
+        let other = if there { Daemon::Center } else { Daemon::Ap };
+        assert_eq!(cloud.qemu(&vm, other), None, "two of it");
+        work.intact(&cloud);
+        let _ = cloud.ok(&["vm", "delete", &work.name]);
+        if met.is_some() {
+            return;
+        }
+    }
+    panic!("each of {TRIES} moves was beyond the switch");
+}
