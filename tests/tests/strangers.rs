@@ -78,7 +78,7 @@ fn a_revoked_site_is_cut_off_and_comes_back_only_with_a_new_token() {
     // Neither its daemon's return nor the tokens that were made for it bring it back.
     cloud.kill(Daemon::Ap);
     turned_away(&cloud, "this site's certificate is revoked; join again with a new token");
-    let a = cloud.run(&["site", "join", &spare, "--replace", "--root", &cloud.root()]);
+    let a = cloud.run(&["site", "join", &spare, "--replace", "--root", cloud.root()]);
     assert!(a.exit == 1 && a.stderr.contains("withdrawn"), "{} {}", a.exit, a.stderr);
     assert!(tokens(&cloud).iter().all(|(_, state, _)| state == "withdrawn"));
     // Nor does a center that was started anew forget.
@@ -89,9 +89,9 @@ fn a_revoked_site_is_cut_off_and_comes_back_only_with_a_new_token() {
 
     // The operator's word does, and its machine is still there.
     let new = cloud.token("cafe");
-    let unchanged = cloud.run(&["site", "join", &new, "--root", &cloud.root()]);
+    let unchanged = cloud.run(&["site", "join", &new, "--root", cloud.root()]);
     assert_eq!(unchanged.exit, 3, "{}", unchanged.stderr);
-    let _ = cloud.ok(&["site", "join", &new, "--replace", "--root", &cloud.root()]);
+    let _ = cloud.ok(&["site", "join", &new, "--replace", "--root", cloud.root()]);
     cloud.restart(Daemon::Ap);
     assert_eq!(site(&cloud, "cafe").unwrap()["revoked"], false);
     cloud.runs_at("far", "cafe");
