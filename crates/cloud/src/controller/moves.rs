@@ -21,6 +21,8 @@ const FATE_LIMIT: Duration = Duration::from_secs(600);
 
 /// How long a site may take to take its part back.
 const ABORT_WITHIN: Duration = Duration::from_secs(60);
+/// How long a destination may take to say why its end of a migration was given up.
+const EXPLAIN_WITHIN: Duration = Duration::from_secs(5);
 
 /// The pause between two questions.
 const FATE_PAUSE: Duration = Duration::from_secs(1);
@@ -163,7 +165,7 @@ impl Controller {
     async fn explained(&self, m: &Move, f: Fault) -> Fault {
         let Ok(dst) = self.host(&m.to) else { return f };
         let whole = SiteRequest::MigrateReceived { migration: m.id };
-        match tokio::time::timeout(ABORT_WITHIN, dst.ask(whole, Call::quiet())).await {
+        match tokio::time::timeout(EXPLAIN_WITHIN, dst.ask(whole, Call::quiet())).await {
             Ok(Err(there)) if there.code == Code::NoRoom => there,
             _ => f,
         }

@@ -184,6 +184,9 @@ impl SiteHost for Paper {
             }
             SiteRequest::MigrateReceived { .. } => {
                 while !self.all().iter().any(|m| m.state == VmState::Running) {
+                    if self.all().is_empty() {
+                        return Err(Fault::not_found("no such migration"));
+                    }
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
                 if self.broken.load(SeqCst) {
