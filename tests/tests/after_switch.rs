@@ -288,6 +288,16 @@ fn a_source_relay_killed_in_the_switch_leaves_one_machine() {
         eprintln!("met {met:?}: {} {}", end["state"], end["error"]);
         let vm = cloud.vm(&work.name);
         let there = vm["site"] == "cafe";
+        if vm["state"] == "failed" {
+            // QEMU was cut off while it handed its state over: it says so, and starts from its disk.
+            let words = end["error"]["message"].as_str().unwrap();
+            assert!(words.contains("cannot be taken back"), "{words}");
+            let _ = cloud.ok(&["vm", "start", &work.name]);
+            cloud.runs_at(&work.name, "center");
+            cloud.guest(&work.name).answers();
+            assert_eq!(cloud.guest(&work.name).sh("md5sum </data/ballast"), work.sum);
+            return;
+        }
         assert_eq!(vm["state"], "running", "{vm}");
         assert_eq!(there, end["state"] == "done", "{end}");
         let other = if there { Daemon::Center } else { Daemon::Ap };

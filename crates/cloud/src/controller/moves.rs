@@ -249,8 +249,12 @@ impl Controller {
                     // The source waits for this word, or has nobody left who could take it.
                     if let Ok(src) = self.host(&m.from) {
                         let fate = SiteRequest::MigrateFate { migration: m.id, dead: true };
-                        if let Err(e) = src.tell(fate, Call::quiet()).await {
-                            tracing::info!(vm = %m.vm.name, error = %e, "telling its fate");
+                        match src.tell(fate, Call::quiet()).await {
+                            Err(e) if e.code == Code::Damaged => return Err(self.cut_off(m, e)?),
+                            Err(e) => {
+                                tracing::info!(vm = %m.vm.name, error = %e, "telling its fate");
+                            }
+                            Ok(()) => {}
                         }
                     }
                     if told {
@@ -283,6 +287,16 @@ impl Controller {
                 };
             }
         }
+    }
+
+    /// A machine that was lost in the switch itself, at its source.
+    fn cut_off(&self, m: &Move, why: Fault) -> Result<Fault, Fault> {
+        self.change_vm(&m.vm, m.vm.generation, |v| {
+            v.become_state(VmState::Failed, UnixMs::now())?;
+            v.reason = Some(why.message.clone());
+            Ok(())
+        })?;
+        Ok(why.hint(format!("start it from its disk: godwit vm start {}", m.vm.name)))
     }
 
     async fn runs_at_source(&self, m: &Move) -> bool {

@@ -118,11 +118,25 @@ fn found<'a>(
 /// with all it had at STOP. `socket` is where QEMU is met; nobody else may listen there.
 ///
 /// # Errors
-/// [`MoveError::Qemu`], [`MoveError::Relay`]. It may be tried again.
+/// [`MoveError::Stuck`] when QEMU itself cannot come back; [`MoveError::Qemu`],
+/// [`MoveError::Relay`], after which it may be tried again.
 pub async fn reclaim(machine: &Machine, socket: &Path) -> Result<(), MoveError> {
     const DOING: &str = "bringing the machine back";
     let wanted = [MigrationStatus::PostcopyPaused, MigrationStatus::Failed];
-    let info = machine.wait_migration(DOING, &wanted, BREAK_WITHIN).await.map_err(qemu(DOING))?;
+    let info = match machine.wait_migration(DOING, &wanted, BREAK_WITHIN).await {
+        Ok(info) => info,
+        Err(QemuError::TimedOut { .. }) => {
+            let now = machine.query_migrate().await.map_err(qemu(DOING))?;
+            // QEMU 10.0 ends its migration there without a word, and runs on by no command.
+            let stuck = matches!(now.status, MigrationStatus::Device | MigrationStatus::Cancelling);
+            return Err(if stuck {
+                MoveError::Stuck
+            } else {
+                qemu(DOING)(QemuError::TimedOut { doing: DOING, within: BREAK_WITHIN })
+            });
+        }
+        Err(e) => return Err(qemu(DOING)(e)),
+    };
     if info.status == MigrationStatus::Failed {
         // It gave up before it had sent the machine off.
         return Ok(());

@@ -66,6 +66,11 @@ pub enum MoveError {
         /// What was lost.
         why: String,
     },
+    /// QEMU itself was cut off in the midst of handing the machine over.
+    #[error(
+        "the relay was lost while QEMU handed over the machine's device state, and QEMU cannot be taken back from there: its memory is lost, its disk is not"
+    )]
+    Stuck,
     /// It is not known where the machine may run.
     #[error(
         "the destination was lost during the switch ({why}) and cannot be asked whether the machine runs there; it is held at its source until it can"
@@ -81,6 +86,7 @@ impl CodedError for MoveError {
         match self {
             Self::Qemu { source, .. } => source.code(),
             Self::Relay { source, .. } => source.code(),
+            Self::Stuck => Code::Damaged,
             Self::RelayRefused(_) | Self::State(_) => Code::Conflict,
             Self::Cancelled { .. } => Code::Cancelled,
             Self::Reclaimed { .. } | Self::Interrupted { .. } | Self::Uncertain { .. } => {

@@ -222,7 +222,13 @@ impl LocalSite {
         let paths = MovePaths::of(&self.dirs.run, &migration);
         std::fs::create_dir_all(&paths.dir)
             .map_err(|e| Fault::internal(format!("making {}: {e}", paths.dir.display())))?;
-        reclaim(&machine, &paths.qemu).await.map_err(coded)?;
+        if let Err(e) = reclaim(&machine, &paths.qemu).await {
+            if matches!(e, MoveError::Stuck) {
+                // Nothing is left to decide: it may be started from its disk, or removed.
+                self.unmark(record.vm).await;
+            }
+            return Err(coded(e));
+        }
         machine.run().await.map_err(coded)?;
         info!(vm = %record.name, "runs on at its source");
         self.unmark(record.vm).await;
