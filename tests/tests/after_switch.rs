@@ -110,12 +110,13 @@ fn reach(cloud: &Cloud, at: Daemon, phases: &[&str], beyond: &[&str]) -> Option<
     panic!("waited {MOVE_WITHIN:?} for {phases:?}: {:?}", phase(cloud, at));
 }
 
-/// Moves a machine to the AP and does `harm` after the switch, while memory and disk are missing.
+/// Moves a machine to the AP and does `harm` after the switch, while its disk is missing and, if
+/// it is met so early, some of its memory.
 fn harmed(cloud: &mut Cloud, name: &str, harm: impl Fn(&mut Cloud, &Value)) -> (Work, String) {
     for turn in 0..TRIES {
         let work = Work::begin(cloud, &format!("{name}{turn}"));
         let op = start_move(cloud, &work.name, Daemon::Ap);
-        let caught = reach(cloud, Daemon::Center, &["committed"], &["memory-done", "done"]);
+        let caught = reach(cloud, Daemon::Center, &["committed", "memory-done"], &["done"]);
         rate(cloud, SLOW);
         if caught.is_some() {
             let vm = within(Duration::from_secs(20), "the center to know of the switch", || {
@@ -148,11 +149,9 @@ fn recovers(cloud: &Cloud, op: &str) {
 #[test]
 fn a_move_ends_whichever_relay_is_killed_after_the_switch() {
     let mut cloud = cloud();
-    for (name, ends) in [
-        ("src", &[Daemon::Center][..]),
-        ("dst", &[Daemon::Ap][..]),
-        ("both", &[Daemon::Ap, Daemon::Center][..]),
-    ] {
+    for (name, ends) in
+        [("src", &[Daemon::Center][..]), ("both", &[Daemon::Ap, Daemon::Center][..])]
+    {
         let killed = Instant::now();
         let (mut work, op) = harmed(&mut cloud, name, |cloud, _| {
             for end in ends {
@@ -174,6 +173,7 @@ fn cloud_op(cloud: &Cloud) -> String {
 }
 
 #[test]
+#[ignore = "minutes long: make test-long"]
 fn a_move_ends_whichever_daemon_is_killed_after_the_switch() {
     let mut cloud = cloud();
     for daemon in [Daemon::Ap, Daemon::Center] {
@@ -259,6 +259,7 @@ fn a_link_cut_for_five_seconds_in_each_phase_stops_no_move() {
 }
 
 #[test]
+#[ignore = "minutes long: make test-long"]
 fn a_link_that_is_gone_for_longer_than_its_patience_stops_no_move() {
     let mut cloud = cloud();
     let (mut work, op) = harmed(&mut cloud, "m", |cloud, _| {
