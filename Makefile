@@ -8,7 +8,7 @@ OUT ?= target/demo
 DEMO_FLAGS ?=
 FUZZ_SECONDS ?= 60
 
-.PHONY: setup build demo test test-long test-unit lint bench fuzz
+.PHONY: setup build demo test test-unit lint bench fuzz
 
 setup:
 	@scripts/setup
@@ -29,12 +29,6 @@ test: setup
 	cargo build --locked --workspace --all-targets
 	target/debug/godwit image build tiny --local
 	cargo nextest run --locked --workspace --no-fail-fast
-
-# Tests that wait for real outages of a minute and more.
-test-long: setup
-	cargo build --locked --workspace --all-targets
-	target/debug/godwit image build tiny --local
-	cargo nextest run --locked --workspace --run-ignored only --no-fail-fast
 
 # Only what needs no machine: seconds, no root.
 test-unit:

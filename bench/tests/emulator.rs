@@ -192,7 +192,10 @@ fn a_cut_silences_the_link_and_tcp_survives_it() {
     let t = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            std::thread::sleep(Duration::from_millis(200));
+            // In the midst of the transfer.
+            while link.counters().a_to_b.delivered < 1000 {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             link.cut(Some(Duration::from_secs(1)));
         });
         tcp_rate(&link, 8 << 20);

@@ -10,6 +10,7 @@
 
 mod api;
 mod archive;
+mod bits;
 mod cloud;
 mod guest;
 mod process;
@@ -18,6 +19,7 @@ mod setup;
 mod tmpfs;
 
 pub use api::{Api, Body, Reply};
+pub use bits::flip;
 pub use cloud::{Cloud, Daemon, Running, Unwanted, free_port, has_image};
 pub use guest::{Guest, Identity};
 pub use process::{exists, kill, pause, resume};

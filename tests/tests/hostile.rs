@@ -2,10 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashSet;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use godwit_tests::{Body, Cloud, Daemon, Reply, Setup};
+use godwit_tests::{Body, Cloud, Daemon, Reply, Setup, flip};
 use godwit_types::Hash;
 use serde_json::{Value, json};
 
@@ -348,15 +347,6 @@ fn a_substrate_of_another_machine_is_refused_by_the_field_that_differs() {
     assert_eq!(a.exit, 0, "{}", a.stderr);
     let _ = cloud.ok(&activate);
     cloud.guest("a").intact(0);
-}
-
-/// Turns one bit of a file over; called twice, the file is as it was.
-fn flip(file: &Path, at: u64) {
-    let f = std::fs::File::options().read(true).write(true).open(file).unwrap();
-    let mut byte = [0];
-    f.read_exact_at(&mut byte, at).unwrap();
-    byte[0] ^= 0x10;
-    f.write_all_at(&byte, at).unwrap();
 }
 
 /// Where the store keeps one of these units: the pack, a byte of the unit's body, and the hash. A

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use godwit_tests::{Cloud, Daemon, within};
+use godwit_tests::{Cloud, Daemon, flip, within};
 
 fn substrates(cloud: &Cloud) -> usize {
     cloud.ok(&["substrate", "list"]).as_array().unwrap().len()
@@ -124,14 +124,6 @@ fn archives_that_are_no_substrates_leave_nothing_behind() {
     let _ = cloud.refused(&["substrate", "import", good.to_str().unwrap()], 5);
     let _ = cloud.ok(&["vm", "activate", "base", "--name", "a"]);
     cloud.guest("a").intact(0);
-}
-
-fn flip(file: &Path, at: u64) {
-    let f = std::fs::File::options().read(true).write(true).open(file).unwrap();
-    let mut byte = [0];
-    f.read_exact_at(&mut byte, at).unwrap();
-    byte[0] ^= 0x10;
-    f.write_all_at(&byte, at).unwrap();
 }
 
 #[test]

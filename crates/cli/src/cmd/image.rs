@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use godwit_cloud::Fault;
-use godwit_cloud::site::ImageInfo;
-use godwit_image::{Image, ImageCache, ImageError, Recipe};
+use godwit_cloud::site::{ImageInfo, image_info, images_of};
+use godwit_image::{Image, ImageCache, Recipe};
 use godwit_types::{Name, SiteKind};
 use indicatif::ProgressBar;
 use reqwest::Method;
@@ -98,19 +98,7 @@ impl Row for Held {
 }
 
 fn held(i: &Image) -> Held {
-    let image = ImageInfo {
-        name: i.name.clone(),
-        hash: i.hash,
-        arch: i.arch,
-        memory: i.memory,
-        vcpus: i.vcpus,
-        bytes: i.files().map(|f| f.bytes).sum(),
-        display: i.display,
-        app: i.app.clone(),
-        built: true,
-        fault: None,
-    };
-    Held { site: None, image }
+    Held { site: None, image: image_info(i) }
 }
 
 impl Noun {
@@ -182,29 +170,8 @@ fn open(dir: Option<PathBuf>) -> Result<ImageCache> {
 }
 
 fn local(cache: &ImageCache) -> Result<Vec<Held>> {
-    let mut all: Vec<Held> = cache.list().map_err(|e| Fault::of(&e))?.iter().map(held).collect();
-    for name in Recipe::names() {
-        if all.iter().any(|h| h.image.name == name) {
-            continue;
-        }
-        let r = Recipe::get(&name).map_err(|e| Fault::of(&e))?;
-        let image = ImageInfo {
-            hash: r.hash(),
-            name,
-            arch: r.arch,
-            memory: r.memory,
-            vcpus: r.vcpus,
-            bytes: 0,
-            display: r.display,
-            app: r.app,
-            built: false,
-            fault: match cache.get(&r.name) {
-                Ok(_) | Err(ImageError::NotBuilt { .. }) => None,
-                Err(e) => Some(e.to_string()),
-            },
-        };
-        all.push(Held { site: None, image });
-    }
+    let images = images_of(cache)?;
+    let mut all: Vec<_> = images.into_iter().map(|image| Held { site: None, image }).collect();
     all.sort_by(|a, b| a.image.name.cmp(&b.image.name));
     Ok(all)
 }

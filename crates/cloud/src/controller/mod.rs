@@ -208,7 +208,7 @@ impl Controller {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(name.clone(), host.clone());
-        self.refresh(&host).await?;
+        self.take_over(&host, &report).await?;
         self.sites.changes.send_modify(|n| *n += 1);
         tracing::info!(site = %name, "attached");
         Ok(())
@@ -261,14 +261,19 @@ impl Controller {
     /// When it does not answer, or the registry fails.
     pub async fn refresh(&self, host: &Arc<dyn SiteHost>) -> Result<SiteReport, Fault> {
         let report = host.report().await?;
+        self.take_over(host, &report).await?;
+        Ok(report)
+    }
+
+    /// Enters what a site has reported, holds and runs.
+    async fn take_over(&self, host: &Arc<dyn SiteHost>, report: &SiteReport) -> Result<(), Fault> {
         for s in host.substrates().await? {
             self.adopt_substrate(host.name(), s)?;
         }
         self.registry
             .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
             .map_err(registry_fault)?;
-        self.settle_machines(host).await?;
-        Ok(report)
+        self.settle_machines(host).await
     }
 
     /// Keeps a site's lease fresh until it stops answering; then it is detached.

@@ -27,7 +27,7 @@ use crate::error::Fault;
 use crate::ops::Progress;
 use crate::registry::SiteReport;
 
-pub use local::{LocalSite, SiteDirs, SiteOptions};
+pub use local::{LocalSite, SiteDirs, SiteOptions, image_info, images_of};
 pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,

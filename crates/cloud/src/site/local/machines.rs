@@ -97,28 +97,28 @@ impl LocalSite {
     pub(super) async fn list_machines(&self) -> Vec<MachineStatus> {
         let entries: Vec<_> =
             self.machines.read().await.iter().map(|(vm, e)| (*vm, e.clone())).collect();
-        let mut out = Vec::new();
-        for (vm, entry) in entries {
+        // Side by side: one that answers late keeps nobody waiting for the others.
+        let looks = entries.into_iter().map(|(vm, entry)| async move {
             // One that is being changed answers with what is known of it without waiting.
-            match tokio::time::timeout(LOOK_EVERY, entry.lock()).await {
-                Ok(mut e) => {
-                    if e.record.meant != Meant::Gone {
-                        self.wake_stalled(&mut e).await;
-                        out.push(status(&mut e).await);
-                    }
-                }
-                Err(_) => out.extend(self.busy_status(vm)),
+            let Ok(mut e) = tokio::time::timeout(LOOK_EVERY, entry.lock()).await else {
+                return self.busy_status(vm);
+            };
+            if e.record.meant == Meant::Gone {
+                return None;
             }
-        }
-        out
+            let mut life = life_of(&e).await;
+            if life == Some(Life::Stalled) {
+                self.wake_stalled(&mut e).await;
+                life = life_of(&e).await;
+            }
+            Some(status_of(&mut e, life).await)
+        });
+        futures::future::join_all(looks).await.into_iter().flatten().collect()
     }
 
     /// Lets a machine run on that a full disk stopped, once there is room again.
     async fn wake_stalled(&self, e: &mut Entry) {
         let Some(m) = &e.machine else { return };
-        if !m.life().await.is_ok_and(|l| l == Life::Stalled) {
-            return;
-        }
         if self.check_disk_room(0).is_err() {
             let words = format!(
                 "its guest stands still: there is no room for its disk at {}",
@@ -556,15 +556,22 @@ fn remove_file(path: &Path) -> Result<(), Fault> {
 /// How long QEMU may take to say how it is. One whose main loop waits for a page says nothing.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
+/// In which life a machine's QEMU is, if it has one.
+async fn life_of(e: &Entry) -> Option<Life> {
+    let m = e.machine.as_ref()?;
+    match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
+        Ok(Ok(life)) => Some(life),
+        Ok(Err(_)) | Err(_) => Some(Life::Running),
+    }
+}
+
 /// What a machine is, by QEMU's word.
 pub(super) async fn status(e: &mut Entry) -> MachineStatus {
-    let life = match &e.machine {
-        Some(m) => match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
-            Ok(Ok(life)) => Some(life),
-            Ok(Err(_)) | Err(_) => Some(Life::Running),
-        },
-        None => None,
-    };
+    let life = life_of(e).await;
+    status_of(e, life).await
+}
+
+async fn status_of(e: &mut Entry, life: Option<Life>) -> MachineStatus {
     if life == Some(Life::Exited)
         && let Some(m) = e.machine.take()
         && e.record.meant == Meant::Running

@@ -260,8 +260,12 @@ impl LocalSite {
     }
 }
 
-/// The images that are built, those that are there and cannot be used, and the other recipes.
-fn images_of(cache: &ImageCache) -> Result<Vec<ImageInfo>, Fault> {
+/// The images of a cache: those that are built, those that are there and cannot be used, and the
+/// other recipes.
+///
+/// # Errors
+/// The cache cannot be read.
+pub fn images_of(cache: &ImageCache) -> Result<Vec<ImageInfo>, Fault> {
     let built = cache.list().map_err(|e| Fault::of(&e))?;
     let mut out: Vec<_> = built.iter().map(image_info).collect();
     for name in Recipe::names() {
@@ -289,7 +293,9 @@ fn images_of(cache: &ImageCache) -> Result<Vec<ImageInfo>, Fault> {
     Ok(out)
 }
 
-fn image_info(i: &Image) -> ImageInfo {
+/// What is told of an image that is built.
+#[must_use]
+pub fn image_info(i: &Image) -> ImageInfo {
     ImageInfo {
         name: i.name.clone(),
         hash: i.hash,
