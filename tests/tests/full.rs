@@ -241,12 +241,9 @@ fn a_move_to_a_full_site_is_refused_and_the_machine_runs_on() {
     lines = cloud.guest("a").intact(lines);
 
     // A guest that finds no room for what it writes stands still, and goes on when there is some.
-    // It writes once the disk is full: the shell that tells it would not come through otherwise.
-    let write = "until [ -e /tmp/full ]; do sleep 0.1; done; dd if=/dev/urandom of=/data/y bs=1M count=40; sync";
-    let guest = cloud.guest("a");
-    let _ = guest.sh(&format!("({write}) >/dev/null 2>&1 </dev/null &"));
-    disk.leave(0);
-    let _ = guest.sh("touch /tmp/full");
+    disk.leave(8);
+    let write = "dd if=/dev/urandom of=/data/y bs=1M count=40; sync";
+    let _ = cloud.guest("a").sh(&format!("({write}) >/dev/null 2>&1 </dev/null &"));
     let reason = within(Duration::from_secs(60), "the guest to stand still", || {
         let vm = cloud.vm("a");
         (vm["state"] == "failed").then(|| vm["reason"].as_str().unwrap_or_default().to_owned())
