@@ -271,6 +271,53 @@ fn a_link_that_is_gone_for_longer_than_its_patience_stops_no_move() {
 }
 
 #[test]
+fn what_the_guest_overwrites_does_not_travel() {
+    let cloud = cloud();
+    for turn in 0..TRIES {
+        let mut work = Work::begin(&cloud, &format!("w{turn}"));
+        let op = start_move(&cloud, &work.name, Daemon::Ap);
+        let met = reach(&cloud, Daemon::Center, &["memory-done"], &["done"]);
+        rate(&cloud, SLOW);
+        if met.is_none() {
+            rate(&cloud, RATE);
+            let _ = ended(&cloud, &op);
+            let _ = cloud.ok(&["vm", "delete", &work.name]);
+            continue;
+        }
+        let guest = cloud.guest(&work.name);
+        let _ = guest.sh(&format!(
+            "dd if=/dev/urandom of=/data/ballast bs=1M count={BALLAST} conv=notrunc 2>/dev/null; sync"
+        ));
+        work.sum = guest.sh("md5sum </data/ballast");
+        within(Duration::from_secs(60), "the rest of its disk", || {
+            let counts = cloud.relay(Daemon::Ap).map(|r| r["counts"].clone());
+            counts.is_none_or(|c| c["disk_left"] == 0).then_some(())
+        });
+        rate(&cloud, RATE);
+        let end = work.arrived(&cloud, &op, Daemon::Center, Daemon::Ap);
+        let report = &end["result"]["move"];
+        eprintln!("{report}");
+        let moved = report["bytes"]["disk"].as_u64().unwrap();
+        let cancelled = report["cancelled_blocks"].as_u64().unwrap();
+        // Random bytes are not packed: what was cancelled is what did not travel.
+        let ballast = u64::from(BALLAST) << 20;
+        assert!(cancelled > 256 && moved < ballast - cancelled * 4096 / 2, "{report}");
+
+        // What never came is not missed: neither by a machine that starts from its disk, nor by one
+        // that moves on.
+        let op = start_move(&cloud, &work.name, Daemon::Center);
+        let _ = work.arrived(&cloud, &op, Daemon::Ap, Daemon::Center);
+        let _ = cloud.ok(&["vm", "stop", &work.name]);
+        let _ = cloud.ok(&["vm", "start", &work.name]);
+        let guest = cloud.guest(&work.name);
+        guest.answers();
+        assert_eq!(guest.sh("md5sum </data/ballast"), work.sum);
+        return;
+    }
+    panic!("each of {TRIES} moves was over before anything could be overwritten");
+}
+
+#[test]
 fn a_source_relay_killed_in_the_switch_leaves_one_machine() {
     let cloud = cloud();
     // Long enough a way for the switch to be met.

@@ -3,7 +3,8 @@
 //! - [`BlockBitmap`], [`rle`], [`msg`]: blocks as sets, coded, and in messages.
 //! - [`postcopy`]: CloudAP figures 4 and 5 as state machines without I/O; [`live`] runs them on
 //!   real files.
-//! - [`nbd`]: what QEMU reads from while blocks are still on their way.
+//! - [`nbd`]: what QEMU reads from while blocks are still on their way; [`overlay`]: which of them
+//!   the guest has overwritten meanwhile.
 //! - [`image`]: making, inspecting, reading, merging image files.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -13,6 +14,7 @@ pub mod image;
 pub mod live;
 pub mod msg;
 pub mod nbd;
+pub mod overlay;
 pub mod postcopy;
 pub mod rle;
 
@@ -22,4 +24,5 @@ pub use image::{FrozenChain, LayerMap, MidLayer};
 pub use live::{LiveError, RemoteDisk, SourceDisk};
 pub use msg::{BitmapPart, BitmapParts, BlockRange, BlockRun, DiskMsg, MAX_RUN, MsgError};
 pub use nbd::{BlockSource, NbdServer};
+pub use overlay::OverlayWatch;
 pub use postcopy::{PostcopyDestination, PostcopySource, Read, Ticket, ToSend};

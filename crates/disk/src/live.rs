@@ -289,8 +289,7 @@ impl RemoteDisk {
         Ok(())
     }
 
-    /// The guest overwrote all of these blocks in `top` (from its dirty bitmap, whose granularity
-    /// must be one block).
+    /// The guest overwrote all of these blocks in `top`, durably ([`crate::OverlayWatch::settled`]).
     pub fn written(&self, blocks: std::ops::Range<u64>) {
         locked(&self.core).write(blocks);
         self.to_send.notify_waiters();
@@ -321,6 +320,12 @@ impl RemoteDisk {
     #[must_use]
     pub fn left(&self) -> u64 {
         locked(&self.core).missing().count()
+    }
+
+    /// Blocks that need not come: the guest overwrote them first.
+    #[must_use]
+    pub fn cancelled(&self) -> u64 {
+        locked(&self.core).cancelled().count()
     }
 
     /// Whether the source says that it has sent everything and yet blocks are missing.

@@ -162,6 +162,9 @@ pub struct MoveReport {
     pub total_ms: f64,
     /// Amount of migrated data.
     pub bytes: BytesMoved,
+    /// Blocks of the disk that did not travel, since the guest overwrote them first.
+    #[serde(default)]
+    pub cancelled_blocks: u64,
     /// The phases; they add up to `total_ms`.
     pub phases: Vec<PhaseSpan>,
 }

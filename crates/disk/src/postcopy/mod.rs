@@ -7,7 +7,7 @@
 //!               v                      |                               |
 //!             remote (NBD) --read----> |  bit 0: from mid or base      |
 //!                                      |  bit 1: Pull ---------------> |  clear, send at once,
-//!             dirty bitmap of top ---> |  write: Syn ----------------> |  clear      pivot = it
+//!         blocks of top's own  ---> |  write: Syn ----------------> |  clear      pivot = it
 //!                                      | <------- PullReply, Push ---- |  push what follows the
 //!                                      v                               |  pivot, wrap around
 //!                                  mid.qcow2 (on base)             frozen chain

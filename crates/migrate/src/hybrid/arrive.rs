@@ -1,5 +1,6 @@
 //! Carries out what the destination's table asks for.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use godwit_qemu::{DiskLayer, EventCursor, Life, Machine, MigrationStatus};
@@ -17,9 +18,17 @@ const SETTLE_WITHIN: Duration = Duration::from_secs(30);
 /// How long a QEMU may take to run or to fail once its relay is lost.
 const RUN_OR_FAIL: Duration = Duration::from_secs(3);
 
+/// The disk of a machine that arrives.
+#[derive(Debug)]
+pub struct ArrivingDisk {
+    /// The chain below `top` once the source is not needed any more: base and middle layer.
+    pub layers: Vec<DiskLayer>,
+    /// Unix socket on which QEMU tells the relay what the guest overwrites.
+    pub written: PathBuf,
+}
+
 /// Takes in a machine through the destination relay behind `client`. `machine` listens for the
-/// relay already ([`prepare_incoming`]). With a disk, `pivot` is the chain below `top` once the
-/// source is not needed any more (base and middle layer). Returns when the machine is independent
+/// relay already ([`prepare_incoming`]). Returns when the machine is independent
 /// of its source; the relay may be told to finish then.
 ///
 /// # Errors
@@ -29,21 +38,21 @@ const RUN_OR_FAIL: Duration = Duration::from_secs(3);
 pub async fn receive(
     machine: &Machine,
     client: &RelayClient,
-    pivot: Option<Vec<DiskLayer>>,
+    disk: Option<ArrivingDisk>,
     received: &mut Received,
     resumed: bool,
 ) -> Result<(), MoveError> {
     let driver = if resumed { DestinationDriver::resumed() } else { DestinationDriver::new() };
     let events = machine.events();
     let before = received.counts;
-    let mut arrival = Arriving { machine, client, pivot, driver, received, before, events };
+    let mut arrival = Arriving { machine, client, disk, driver, received, before, events };
     arrival.drive(client.watch()).await
 }
 
 struct Arriving<'a> {
     machine: &'a Machine,
     client: &'a RelayClient,
-    pivot: Option<Vec<DiskLayer>>,
+    disk: Option<ArrivingDisk>,
     driver: DestinationDriver,
     received: &'a mut Received,
     /// What earlier relays of this migration counted.
@@ -116,9 +125,22 @@ impl Arriving<'_> {
         };
         for effect in todo {
             match effect {
+                DestinationEffect::Offer => {
+                    let Some(disk) = &self.disk else { continue };
+                    let offered = async {
+                        self.settle().await?;
+                        let offer = self.machine.offer_written(&disk.written).await;
+                        offer.map_err(qemu("offering what the guest overwrites"))
+                    };
+                    if let Err(error) = offered.await {
+                        // Blocks travel then that nobody will read; no more than that.
+                        tracing::warn!(%error, "what the guest overwrites still travels");
+                    }
+                }
                 DestinationEffect::Pivot => {
                     self.settle().await?;
-                    if let Some(layers) = self.pivot.take() {
+                    if let Some(ArrivingDisk { layers, .. }) = self.disk.take() {
+                        self.machine.withdraw_written().await;
                         let took = self
                             .machine
                             .pivot_backing(layers)

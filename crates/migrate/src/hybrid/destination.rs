@@ -67,6 +67,8 @@ pub enum DestinationEvent {
 /// What the destination is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DestinationEffect {
+    /// Let QEMU tell the relay what the guest overwrites (nothing to do without a disk).
+    Offer,
     /// Swap the disk's backing to the middle layer (nothing to do without a disk).
     Pivot,
     /// End QEMU: the machine never ran here.
@@ -78,6 +80,7 @@ pub enum DestinationEffect {
 pub struct DestinationDriver {
     state: DestinationState,
     runs: bool,
+    offered: bool,
 }
 
 impl Default for DestinationDriver {
@@ -90,13 +93,13 @@ impl DestinationDriver {
     /// QEMU waits for the state.
     #[must_use]
     pub fn new() -> Self {
-        Self { state: DestinationState::Prepare, runs: false }
+        Self { state: DestinationState::Prepare, runs: false, offered: false }
     }
 
     /// After a break beyond the commit point.
     #[must_use]
     pub fn resumed() -> Self {
-        Self { state: DestinationState::PostCopy, runs: true }
+        Self { state: DestinationState::PostCopy, runs: true, offered: false }
     }
 
     /// Where it is.
@@ -134,6 +137,14 @@ impl DestinationDriver {
             (_, On::Relay(phase)) => {
                 while let Some(next) = self.advance(phase, &mut todo) {
                     self.state = next;
+                }
+                // Before that a QEMU that waits for a page may answer nobody.
+                if self.state == At::PostCopy
+                    && self.runs
+                    && phase >= RelayPhase::MemoryDone
+                    && !std::mem::replace(&mut self.offered, true)
+                {
+                    todo.push(DestinationEffect::Offer);
                 }
             }
             (At::Moved | At::Gone { .. } | At::Interrupted { .. }, On::Lost { .. } | On::Runs) => {}
@@ -200,6 +211,18 @@ mod tests {
         assert_eq!(todo, [DestinationEffect::Pivot]);
         d.on(DestinationEvent::Pivoted).unwrap();
         assert!(d.is_over());
+    }
+
+    #[test]
+    fn what_is_overwritten_is_told_once_all_memory_is_there() {
+        let on = |d: &mut DestinationDriver, phase| d.on(DestinationEvent::Relay(phase)).unwrap();
+        for mut d in [DestinationDriver::new(), DestinationDriver::resumed()] {
+            d.on(DestinationEvent::Runs).unwrap();
+            assert_eq!(on(&mut d, RelayPhase::Committed), []);
+            assert_eq!(on(&mut d, RelayPhase::MemoryDone), [DestinationEffect::Offer]);
+            assert_eq!(on(&mut d, RelayPhase::MemoryDone), []);
+            assert_eq!(on(&mut d, RelayPhase::Done), [DestinationEffect::Pivot]);
+        }
     }
 
     #[test]

@@ -127,6 +127,7 @@ pub fn report(from: &str, to: &str, sent: &Sent, received: &Received) -> Option<
         downtime_ms: ms(t.downtime()),
         total_ms: ms(t.total()),
         bytes,
+        cancelled_blocks: received.counts.disk_cancelled,
         phases,
     })
 }

@@ -23,7 +23,7 @@ mod recover;
 mod run;
 mod source;
 
-pub use arrive::receive;
+pub use arrive::{ArrivingDisk, receive};
 pub use destination::{DestinationDriver, DestinationEffect, DestinationEvent, DestinationState};
 pub use measure::{Received, Sent, Timeline, report};
 pub use recover::{follow_outgoing, reclaim, recover_disk, recover_incoming, recover_outgoing};

@@ -81,6 +81,9 @@ pub enum RelayDisk {
         bytes: u64,
         /// Unix socket of the block device that QEMU has as node `remote`.
         nbd: PathBuf,
+        /// Unix socket on which QEMU tells what its guest has overwritten; made by QEMU once all
+        /// of memory is there ([`godwit_qemu::Machine::offer_written`]).
+        written: PathBuf,
     },
 }
 

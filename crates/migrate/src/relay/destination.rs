@@ -55,8 +55,12 @@ pub(super) async fn run(
     let farewell = async {
         tell(&mut lanes.steering.0, note).await?;
         lanes.steering.0.end();
-        // The source ends its side when it has understood.
-        while hear(&mut lanes.steering.1).await?.is_some() {}
+        // The source ends its side when it has understood, or says that it cannot.
+        while let Some(note) = hear(&mut lanes.steering.1).await? {
+            if matches!(note, Note::Abort { .. }) {
+                break;
+            }
+        }
         Ok::<_, RelayError>(())
     };
     let within = if worked.is_ok() { Duration::from_secs(30) } else { GOODBYE };
@@ -172,12 +176,15 @@ async fn work(
     };
     let (disk_ack_tx, mut disk_acks) = mpsc::channel(1024);
     let disk = async {
-        let (Some(RelayDisk::Destination { base, mid, bytes, .. }), Some(device), Some(lanes)) =
-            (&config.disk, device, disk)
+        let (
+            Some(RelayDisk::Destination { base, mid, bytes, written, .. }),
+            Some(device),
+            Some(lanes),
+        ) = (&config.disk, device, disk)
         else {
             return Ok(());
         };
-        let arrival = Arrival { base, mid, bytes: *bytes, resume: config.resume };
+        let arrival = Arrival { base, mid, written, bytes: *bytes, resume: config.resume };
         disk::destination(arrival, &device.there, &mut lanes.0, &mut lanes.1, disk_ack_tx, status)
             .await
     };

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use godwit_disk::msg::DiskMsg;
 use godwit_disk::{
-    BitmapParts, BlockSource, FrozenChain, LiveError, MidLayer, PostcopyDestination, RemoteDisk,
-    SourceDisk,
+    BitmapParts, BlockSource, FrozenChain, LiveError, MidLayer, OverlayWatch, PostcopyDestination,
+    RemoteDisk, SourceDisk,
 };
 use godwit_transfer::{LaneError, LaneReceiver, LaneSender};
 use tokio::sync::{Notify, watch};
@@ -26,6 +26,8 @@ use super::{RelayError, RelayPhase, RelayStatus};
 
 /// How often what has arrived is made durable.
 const FLUSH: Duration = Duration::from_secs(1);
+/// Pause between two looks at what the guest has overwritten.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// A window shared by the task that sends and the one that hears acknowledgements.
 #[derive(Debug, Clone)]
@@ -203,8 +205,46 @@ impl BlockSource for LateDisk {
 pub(super) struct Arrival<'a> {
     pub(super) base: &'a Path,
     pub(super) mid: &'a Path,
+    /// Where QEMU tells what its guest has overwritten.
+    pub(super) written: &'a Path,
     pub(super) bytes: u64,
     pub(super) resume: bool,
+}
+
+/// Cancels what the guest overwrites (figure 4, lines 4, 5 and 8) as long as blocks come. QEMU
+/// offers to tell when it has all of memory; while it does not, blocks merely travel that nobody
+/// will read.
+async fn watch_writes(
+    written: &Path,
+    remote: &RemoteDisk,
+    status: &watch::Sender<RelayStatus>,
+) -> std::convert::Infallible {
+    loop {
+        if status.borrow().phase >= RelayPhase::MemoryDone
+            && let Err(error) = cancel_written(written, remote, status).await
+        {
+            tracing::debug!(%error, "what the guest overwrites is not told");
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+async fn cancel_written(
+    written: &Path,
+    remote: &RemoteDisk,
+    status: &watch::Sender<RelayStatus>,
+) -> std::io::Result<()> {
+    let mut overlay = OverlayWatch::connect(written, "").await?;
+    loop {
+        for blocks in overlay.settled().await? {
+            remote.written(blocks);
+        }
+        status.send_modify(|s| {
+            s.counts.disk_cancelled = remote.cancelled();
+            s.counts.disk_left = remote.left();
+        });
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
 }
 
 /// The destination's end: until every block is in the middle layer and the layer is sealed.
@@ -275,11 +315,15 @@ pub(super) async fn destination(
     };
     let ask = async {
         loop {
-            let message = remote.next_message().await;
+            let message = tokio::select! {
+                biased;
+                message = remote.next_message() => message,
+                // Only when all is said: the source lets nobody go who has not told what need not
+                // come.
+                () = remote.wait_complete() => return Ok::<(), RelayError>(()),
+            };
             send(out, &message, status).await?;
         }
-        #[allow(unreachable_code, reason = "gives the block its type")]
-        Ok::<(), RelayError>(())
     };
     let keep = async {
         let mut tick = tokio::time::interval(FLUSH);
@@ -290,11 +334,12 @@ pub(super) async fn destination(
             }
         }
     };
+    let overwritten = watch_writes(arrival.written, &remote, status);
     tokio::select! {
-        () = remote.wait_complete() => {}
+        asked = ask => asked?,
+        never = overwritten => match never {},
         failed = pulled => return failed,
         failed = pushed => return failed,
-        failed = ask => return failed,
         failed = keep => return failed,
     }
     if let Some(done) = remote.finished().await.map_err(disk("finishing the middle layer"))? {

@@ -27,6 +27,8 @@ use super::{
 const READ: usize = 256 << 10;
 /// How long the other relay may take to hear that the migration ends.
 const GOODBYE: Duration = Duration::from_secs(2);
+/// How long the other relay may take to have heard that the migration has ended well.
+const LAST_WORD: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(
     config: &RelayConfig,
@@ -39,6 +41,10 @@ pub(super) async fn run(
     source.publish();
     let worked = source.work(&listener, commands).await;
     let _ = std::fs::remove_file(&config.qemu);
+    if matches!(worked, Ok(Outcome::Moved)) {
+        // The link must not be closed before the destination knows: it would wait for this word.
+        let _ = tokio::time::timeout(LAST_WORD, source.steering.0.finish()).await;
+    }
     if let Err(e) = &worked
         && !matches!(e, RelayError::PeerAborted(_))
     {
@@ -337,7 +343,6 @@ impl<'a> Source<'a> {
         }
         self.send_all().await?;
         if self.done && self.main_over {
-            self.steering.0.end();
             self.bulk.end();
             return Ok(true);
         }

@@ -54,6 +54,10 @@ pub struct Counts {
     pub disk_blocks: u64,
     /// Of those, blocks still missing at the destination.
     pub disk_left: u64,
+    /// Of those, blocks that need not come, since the guest overwrote them first (destination
+    /// only).
+    #[serde(default)]
+    pub disk_cancelled: u64,
 }
 
 impl Counts {
@@ -75,6 +79,8 @@ impl Counts {
             round_pages: self.round_pages.max(later.round_pages),
             round_left: if later.round_pages > 0 { later.round_left } else { self.round_left },
             disk_blocks: self.disk_blocks.max(later.disk_blocks),
+            // A new relay finds again what was overwritten before.
+            disk_cancelled: self.disk_cancelled.max(later.disk_cancelled),
             disk_left: if later.disk_blocks > 0 { later.disk_left } else { self.disk_left },
         }
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use godwit_disk::image::{Backing, create_overlay};
+use godwit_migrate::hybrid::ArrivingDisk;
 use godwit_migrate::relay::{RelayDisk, RelayRole, RelayStatus};
 use godwit_migrate::{RelayClient, RelayConfig, RelayError, run_relay};
 use godwit_qemu::{
@@ -127,11 +128,12 @@ impl Place {
     }
 
     /// The chain below `top` when the source is not needed any more.
-    pub fn pivot(&self) -> Vec<DiskLayer> {
-        vec![
+    pub fn pivot(&self) -> ArrivingDisk {
+        let layers = vec![
             DiskLayer { node: Node::Base, layer: self.base() },
             DiskLayer { node: Node::Mid, layer: Layer::Qcow2 { path: self.path("mid.qcow2") } },
-        ]
+        ];
+        ArrivingDisk { layers, written: self.path("written") }
     }
 
     fn config(&self, role: RelayRole, disk: RelayDisk, resume: bool) -> RelayConfig {
@@ -161,6 +163,7 @@ impl Place {
             mid: self.path("mid.qcow2"),
             bytes: self.disk_bytes(),
             nbd: self.path("nbd"),
+            written: self.path("written"),
         };
         let role = RelayRole::Destination { listen: ([127, 0, 0, 1], 0).into() };
         self.config(role, disk, resume)

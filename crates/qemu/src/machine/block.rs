@@ -1,5 +1,6 @@
 //! The machine's disk while it runs: the backing pivot, nodes, dirty bitmaps, figures.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use godwit_types::BLOCK_SIZE;
@@ -25,6 +26,9 @@ pub struct BlockStats {
     /// Bytes at the end of the furthest write to the cow image's file.
     pub highest_write: u64,
 }
+
+/// Id of the export that tells what was written.
+const WRITTEN: &str = "written";
 
 impl Machine {
     /// Swaps everything under `top` for `layers` (bottom first) while the guest runs, and takes
@@ -111,6 +115,41 @@ impl Machine {
         if let Err(e) = self.qmp("blockdev-del", json!({ "node-name": name })).await {
             warn!(node = name, error = %e, "a block node stays");
         }
+    }
+
+    /// Lets QEMU tell on the unix socket `path` (NBD, one unnamed export, read-only, with its
+    /// allocation depth) what the guest has written to its overlay. Ends with
+    /// [`Machine::withdraw_written`]; an earlier offer is withdrawn.
+    ///
+    /// # Errors
+    /// A machine without a disk; a socket that cannot be made. Nothing is offered then.
+    pub async fn offer_written(&self, path: &Path) -> Result<(), QemuError> {
+        let _one = self.inner.changing.lock().await;
+        self.disk_chain()?;
+        self.end_offer().await;
+        let address = json!({ "type": "unix", "data": { "path": path } });
+        let server = json!({ "addr": address, "max-connections": 2 });
+        self.qmp("nbd-server-start", server).await?;
+        let export = json!({
+            "id": WRITTEN, "type": "nbd", "node-name": Node::Top.to_string(), "name": "",
+            "writable": false, "allocation-depth": true,
+        });
+        if let Err(e) = self.qmp("block-export-add", export).await {
+            self.end_offer().await;
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    /// Ends what [`Machine::offer_written`] began, if it did.
+    pub async fn withdraw_written(&self) {
+        let _one = self.inner.changing.lock().await;
+        self.end_offer().await;
+    }
+
+    async fn end_offer(&self) {
+        // Ends the exports too; fails when there is no server, and then there is nothing to end.
+        let _ = self.qmp("nbd-server-stop", Value::Null).await;
     }
 
     /// The names of the block nodes that QEMU has, sorted.

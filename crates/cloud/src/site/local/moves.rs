@@ -17,7 +17,8 @@ use std::time::Duration;
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
-    self, Asking, DestinationFate, MoveError, Received, Sent, Steering, prepare_incoming, receive,
+    self, ArrivingDisk, Asking, DestinationFate, MoveError, Received, Sent, Steering,
+    prepare_incoming, receive,
 };
 use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole, RelayStatus};
 use godwit_qemu::{
@@ -256,7 +257,8 @@ impl LocalSite {
                     .map_err(joined)?
                     .map_err(coded)?;
                 let mid = dir.join(MID);
-                Some(RelayDisk::Destination { base, mid, bytes, nbd: paths.nbd.clone() })
+                let (nbd, written) = (paths.nbd.clone(), paths.written.clone());
+                Some(RelayDisk::Destination { base, mid, bytes, nbd, written })
             }
             _ => None,
         };
@@ -299,10 +301,11 @@ impl LocalSite {
         moving.shown.send_replace(Some(relay.watch()));
         let me = Arc::clone(self);
         Self::drive(&moving, async move {
-            let pivot = me.pivot_of(&record);
+            let written = MovePaths::of(&me.dirs.run, &migration).written;
+            let disk = me.pivot_of(&record).map(|layers| ArrivingDisk { layers, written });
             let outcome = {
                 let noted = me.note_run(&record, &relay);
-                let arriving = receive(&machine, &relay, pivot, &mut received, resumed);
+                let arriving = receive(&machine, &relay, disk, &mut received, resumed);
                 tokio::pin!(arriving);
                 tokio::select! {
                     outcome = &mut arriving => outcome,

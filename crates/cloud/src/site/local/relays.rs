@@ -156,6 +156,7 @@ pub(super) struct MovePaths {
     pub(super) control: PathBuf,
     pub(super) qemu: PathBuf,
     pub(super) nbd: PathBuf,
+    pub(super) written: PathBuf,
     pub(super) config: PathBuf,
     log: PathBuf,
 }
@@ -175,6 +176,7 @@ impl MovePaths {
             qemu: mine("qemu"),
             // QEMU keeps the path that it was started with.
             nbd: dir.join("nbd"),
+            written: mine("written"),
             config: mine("relay.json"),
             log: dir.join("relay.log"),
             dir,

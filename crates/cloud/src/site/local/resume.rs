@@ -398,7 +398,8 @@ impl LocalSite {
             Some(base) => {
                 let bytes = godwit_disk::image::check_base(&base).map_err(coded)?;
                 let mid = self.dirs.vm(vm).join(MID);
-                Some(RelayDisk::Destination { base, mid, bytes, nbd: paths.nbd.clone() })
+                let (nbd, written) = (paths.nbd.clone(), paths.written.clone());
+                Some(RelayDisk::Destination { base, mid, bytes, nbd, written })
             }
             None => None,
         };
@@ -439,6 +440,7 @@ impl LocalSite {
             })?;
             let stop = CancellationToken::new();
             let served = server.serve(Arc::new(Arc::new(chain)), stop.clone());
+            machine.withdraw_written().await;
             let pivot = machine.pivot_backing(layers);
             tokio::pin!(served, pivot);
             let took = tokio::select! {
