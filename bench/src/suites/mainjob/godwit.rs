@@ -8,6 +8,8 @@ use godwit_types::{ActivateReport, DockReport, MoveReport};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::suites::guest::Witness;
+
 /// The `godwit` program, speaking to a center.
 #[derive(Debug, Clone)]
 pub struct GodwitCli {
@@ -133,6 +135,8 @@ pub struct GodwitRound {
     pub activate: ActivateReport,
     /// Center to AP, then back.
     pub moves: [MoveReport; 2],
+    /// Largest gap in the guest's own heartbeat during the move to the AP, by its own clock.
+    pub guest_gap_ms: f64,
 }
 
 /// One round: boots `image` cold at the center, docks it, activates it, and moves it to the site
@@ -166,10 +170,18 @@ pub async fn round(
     let dock = cli.dock(&first, &substrate, within).await?;
     let activate = ["vm", "activate", &substrate, "--name", &moved, "--site", center];
     let activate: ActivateReport = cli.ask(&activate, within).await?;
+    let witness = format!("{LIB}/godwit-witness");
+    let reset = ["vm", "exec", &moved, "--", &witness, "status", "--reset"];
+    cli.run(&reset, within).await.context("ask the witness before the move")?;
     let there = cli.migrate(&moved, ap, within).await?;
+    let status = cli.run(&["vm", "exec", &moved, "--", &witness, "status"], within).await?;
+    let status: Witness = serde_json::from_slice(&status)
+        .with_context(|| format!("read the witness's {:?}", String::from_utf8_lossy(&status)))?;
+    ensure!(status.memory_ok, "the guest's memory is damaged by its move");
+    let guest_gap_ms = status.max_gap_ms;
     let back = cli.migrate(&moved, center, within).await?;
     cli.delete(&moved, within).await?;
-    Ok(GodwitRound { cold_boot_ms, dock, activate, moves: [there, back] })
+    Ok(GodwitRound { cold_boot_ms, dock, activate, moves: [there, back], guest_gap_ms })
 }
 
 #[cfg(test)]

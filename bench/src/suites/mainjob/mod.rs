@@ -264,6 +264,7 @@ impl Sheet {
         let there = &r.moves[0];
         self.switch.push(GODWIT, there.switch_ms);
         self.downtime.push(GODWIT, there.downtime_ms);
+        self.gap.push(GODWIT, r.guest_gap_ms);
         self.total.push(GODWIT, there.total_ms);
         self.payload.push(GODWIT, there.bytes.total() as f64 / 1e6);
     }
