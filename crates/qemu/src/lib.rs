@@ -35,7 +35,7 @@ pub use keys::{Key, KeyStroke, UnknownCharacter, strokes};
 pub use launch::{Binaries, Launch, MemorySource, Start, VmGenId};
 pub use machine::{
     Action, BlockStats, Capability, Life, Machine, MigrationInfo, MigrationStatus, Parameters,
-    Refused, RunPaths, Screenshot,
+    RAM_BLOCK, Refused, RunPaths, Screenshot,
 };
 pub use manifest::{Manifest, ManifestMismatch};
 pub use memory::{MemoryFile, MemoryReader};

@@ -63,6 +63,11 @@ async fn one_precopy_round_then_postcopy_and_the_guest_goes_on() {
     let place = Place::new();
     let (source, target) = pair(&place).await;
     sh(&source, "echo kept > /tmp/mark; echo kept > /data/mark; sync").await;
+    let memory = std::fs::read(place.memory("source")).unwrap();
+    let rings = source.ring_pages().await.unwrap();
+    let used = |p: &&u64| memory[**p as usize * 4096..][..4096].iter().any(|b| *b != 0);
+    eprintln!("{} pages of queues, {} in use", rings.len(), rings.iter().filter(used).count());
+    assert!(rings.iter().filter(used).count() >= 4, "{rings:?}");
     let begin = Instant::now();
     let gap = switch(&source, &target, &place.path("mig")).await;
     let ends = [MigrationStatus::Completed];

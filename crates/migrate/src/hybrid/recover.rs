@@ -110,7 +110,7 @@ fn found<'a>(
     sent: &'a mut Sent,
 ) -> Source<'a> {
     let (before, events) = (sent.counts, machine.events());
-    Source { machine, client, socket, driver, sent, before, events, late: true }
+    Source { machine, client, socket, driver, sent, before, events, late: true, rings: Vec::new() }
 }
 
 /// Brings a machine back whose relay was lost in the switch, when its destination is known never

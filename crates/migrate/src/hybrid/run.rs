@@ -163,6 +163,8 @@ pub(super) struct Source<'a> {
     pub(super) events: EventCursor,
     /// QEMU's STOP lies before the first event that is heard.
     pub(super) late: bool,
+    /// Pages that hold the machine's virtio queues.
+    pub(super) rings: Vec<u64>,
 }
 
 /// Sends the running `machine` through the source relay behind `client`, whose QEMU socket is
@@ -190,6 +192,7 @@ pub async fn send(
         before: Counts::default(),
         events: machine.events(),
         late: false,
+        rings: Vec::new(),
     };
     source.drive(steering, ask).await
 }
@@ -309,12 +312,20 @@ impl Source<'_> {
                 self.machine.set_parameters(fast).await.map_err(&doing)?;
                 self.machine.migrate_to(self.socket).await.map_err(&doing)?;
                 self.sent.began = Some(now());
+                // The guest's drivers laid them out long ago. Without them only the switch is slower.
+                self.rings = self.machine.ring_pages().await.unwrap_or_else(|error| {
+                    tracing::info!(%error, "where the virtio queues lie is not known");
+                    Vec::new()
+                });
             }
             SourceEffect::StartPostcopy => {
                 self.sent.switched = Some(now());
                 self.machine.start_postcopy().await.map_err(qemu("telling QEMU to switch"))?;
             }
-            SourceEffect::Proceed => self.tell(&RelayCommand::Proceed, "read on").await?,
+            SourceEffect::Proceed => {
+                let first = std::mem::take(&mut self.rings);
+                self.tell(&RelayCommand::Proceed { first }, "read on").await?;
+            }
             SourceEffect::AbortRelay { why } => {
                 // A relay that is gone needs no telling.
                 let _ = self.client.command(&RelayCommand::Abort { why }).await;

@@ -85,6 +85,25 @@ impl Around {
         }
     }
 
+    /// Requests for those of `pages` (in order) of `block` that are missing, before anybody has
+    /// asked for one; the first names the block.
+    pub(crate) fn first(&mut self, block: &Bytes, pages: &[u64]) -> Vec<ReturnMessage> {
+        let Some(missing) = self.blocks.get_mut(block) else { return Vec::new() };
+        let mut out = Vec::new();
+        for page in pages {
+            if *page < missing.pages && missing.contains(*page) {
+                missing.clear(*page);
+                let name = out.is_empty().then(|| block.clone());
+                let len = PAGE as u32;
+                out.push(ReturnMessage::ReqPages { block: name, start: page * PAGE, len });
+            }
+        }
+        if !out.is_empty() {
+            self.last = Some(block.clone());
+        }
+        out
+    }
+
     /// The destination asked for `start` (in bytes) of `block` (`None`: that of the request
     /// before). Gives the requests to be added behind it; they name no block.
     pub(crate) fn asked(&mut self, block: Option<&Bytes>, start: u64) -> Vec<ReturnMessage> {
@@ -164,6 +183,21 @@ mod tests {
         assert_eq!(pages(&a.asked(None, 104 * PAGE)), []);
         let dense = a.asked(None, 620 * PAGE);
         assert_eq!(pages(&dense), [(620 - BEFORE as u64, 621 + BEHIND as u64)]);
+    }
+
+    #[test]
+    fn the_first_pages_are_asked_for_when_they_are_missing() {
+        let (mut a, m0) = around(20, &[(3, 6), (18, 20)]);
+        let asked = a.first(&m0, &[1, 4, 5, 19, 20, u64::MAX]);
+        let block = |m: &ReturnMessage| match m {
+            ReturnMessage::ReqPages { block, start, len } => (block.clone(), start / PAGE, *len),
+            other => panic!("{other:?}"),
+        };
+        let asked: Vec<_> = asked.iter().map(block).collect();
+        assert_eq!(asked, [(Some(m0.clone()), 4, 4096), (None, 5, 4096), (None, 19, 4096)]);
+        assert!(a.first(&m0, &[4, 5, 19]).is_empty(), "once");
+        assert!(a.first(&Bytes::from_static(b"x"), &[1]).is_empty());
+        assert_eq!(pages(&a.asked(Some(&m0), 3 * PAGE)), [(18, 19)]);
     }
 
     #[test]

@@ -26,7 +26,13 @@ pub enum RelayCommand {
     /// Let what is under way arrive, then say `drained`; for a switch before the round is over.
     Drain,
     /// QEMU was told to switch: read on.
-    Proceed,
+    Proceed {
+        /// Pages of the machine's memory ([`godwit_qemu::RAM_BLOCK`]) that the destination's QEMU
+        /// reads before the machine runs there; those that are missing there are sent right behind
+        /// the device state.
+        #[serde(default)]
+        first: Vec<u64>,
+    },
     /// End the migration; QEMU's sockets are closed, at both ends.
     Abort {
         /// Why, for people.

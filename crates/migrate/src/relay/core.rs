@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use bytes::Bytes;
+use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{
     Command, Content, Limits, PONG_COMMIT, Record, ReturnMessage, ReturnPathParser, StreamError,
     StreamParser,
@@ -57,6 +58,10 @@ pub(crate) struct SourceCore {
     counts: Counts,
     shut: Option<u32>,
     ended: bool,
+    /// Pages that the destination needs before all others.
+    first: Vec<u64>,
+    /// Requests for them, to be written to QEMU's return path.
+    asked: Vec<u8>,
 }
 
 impl SourceCore {
@@ -81,6 +86,8 @@ impl SourceCore {
             counts: Counts::default(),
             shut: None,
             ended: false,
+            first: Vec::new(),
+            asked: Vec::new(),
         }
     }
 
@@ -142,6 +149,14 @@ impl SourceCore {
                     self.flush(Kind::Memory);
                     record.encode(&mut self.batch);
                     self.flush(Kind::Device);
+                    // The destination asks for nothing before it has this; from now on QEMU
+                    // answers.
+                    let first = std::mem::take(&mut self.first);
+                    for request in
+                        self.around.first(&Bytes::from_static(RAM_BLOCK.as_bytes()), &first)
+                    {
+                        request.encode(&mut self.asked);
+                    }
                     continue;
                 }
                 Record::Opaque(piece) => {
@@ -162,6 +177,11 @@ impl SourceCore {
         }
         self.flush(Kind::Memory);
         Ok(())
+    }
+
+    /// What QEMU is to read on its return path of the relay's own accord.
+    pub(crate) fn take_asked(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.asked)
     }
 
     /// The preempt channel has been opened by QEMU.
@@ -261,9 +281,10 @@ impl SourceCore {
     }
 
     /// QEMU has been told to switch: read on.
-    pub(crate) fn proceed(&mut self) -> bool {
+    pub(crate) fn proceed(&mut self, first: Vec<u64>) -> bool {
         let held = matches!(self.phase, RelayPhase::RoundOver | RelayPhase::Drained);
         if held {
+            self.first = first;
             self.advance(RelayPhase::Switching);
         }
         held

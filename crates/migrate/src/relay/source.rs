@@ -289,7 +289,7 @@ impl<'a> Source<'a> {
                         self.core.drain();
                         true
                     }
-                    RelayCommand::Proceed => self.core.proceed(),
+                    RelayCommand::Proceed { first } => self.core.proceed(first),
                     RelayCommand::Abort { why } => {
                         let _ = answer.send(true);
                         return Err(RelayError::Aborted(why));
@@ -318,7 +318,13 @@ impl<'a> Source<'a> {
                 self.main = None;
                 self.main_over = true;
             }
-            Event::Main(bytes) => self.core.on_main(&bytes)?,
+            Event::Main(bytes) => {
+                self.core.on_main(&bytes)?;
+                let asked = self.core.take_asked();
+                if let (false, Some(main)) = (asked.is_empty(), &mut self.main) {
+                    main.write(&asked, "asking QEMU for the first pages").await?;
+                }
+            }
             Event::Preempt(bytes) if bytes.is_empty() => {
                 // QEMU closes it at its end; the main channel tells whether that was in order.
                 self.preempt = None;

@@ -5,6 +5,7 @@ mod display;
 mod life;
 mod migrate;
 mod nic;
+mod rings;
 mod run_dir;
 
 use std::path::Path;
@@ -22,6 +23,7 @@ pub use block::BlockStats;
 pub use display::Screenshot;
 pub use life::{Action, Life, Refused};
 pub use migrate::{Capability, MigrationInfo, MigrationStatus, Parameters};
+pub use rings::RAM_BLOCK;
 pub(crate) use run_dir::Record;
 pub use run_dir::RunPaths;
 

@@ -73,8 +73,8 @@ fn a_migration_goes_through_its_phases_and_every_byte_through_the_relay() {
     core.on_ack(frames, now);
     assert_eq!(core.phase(), RelayPhase::Drained);
 
-    assert!(core.proceed());
-    assert!(!core.proceed(), "only once");
+    assert!(core.proceed(vec![1, 9]));
+    assert!(!core.proceed(Vec::new()), "only once");
     assert!(core.may_read());
     let tail = [
         Record::Command(Command::SwitchoverStart),
@@ -90,6 +90,12 @@ fn a_migration_goes_through_its_phases_and_every_byte_through_the_relay() {
     core.on_main(&wire).expect("valid");
     sent.extend_from_slice(&wire);
     assert_eq!(core.phase(), RelayPhase::Stopped);
+    // Of the pages that are needed first, the one that is missing is asked for at once.
+    let mut due = Vec::new();
+    let block = Some(Bytes::from_static(M0));
+    ReturnMessage::ReqPages { block, start: 4096, len: 4096 }.encode(&mut due);
+    assert_eq!(core.take_asked(), due);
+    assert!(core.take_asked().is_empty());
     let frames = take(&mut core, &mut got, now);
     assert!(frames >= 3, "the package is cut into frames");
     core.on_ack(frames, now);
