@@ -75,11 +75,13 @@ pub struct Activated {
     pub report: ActivateReport,
 }
 
-/// A QEMU that waits for a substrate's device state.
+/// A QEMU that was started for a substrate.
 #[derive(Debug)]
 pub(crate) struct Shell {
     pub(crate) machine: Machine,
     pub(crate) place: Place,
+    /// Whether it has the substrate's device state already, its vCPUs standing still.
+    loaded: bool,
 }
 
 impl Shell {
@@ -95,7 +97,26 @@ impl Shell {
         if started.is_err() {
             clean(&place);
         }
-        Ok(Self { machine: started?, place })
+        Ok(Self { machine: started?, place, loaded: false })
+    }
+
+    /// Loads the device state, so that nothing is left to do but to let the vCPUs run.
+    pub(crate) async fn load(mut self, ready: &Ready) -> Result<Self, SubstrateError> {
+        let loaded = async {
+            ready.docked.state()?;
+            load(&self.machine, ready).await
+        }
+        .await;
+        match loaded {
+            Ok(()) => {
+                self.loaded = true;
+                Ok(self)
+            }
+            Err(e) => {
+                self.end().await;
+                Err(e)
+            }
+        }
     }
 
     async fn spawn(
@@ -139,10 +160,10 @@ impl Shell {
             Ok(machine) => {
                 // Its old directory holds nothing any more.
                 let _ = self.place.top.parent().map(std::fs::remove_dir);
-                Ok(Self { machine, place })
+                Ok(Self { machine, place, loaded: self.loaded })
             }
             Err((machine, e)) => {
-                Self { machine, place: self.place }.end().await;
+                Self { machine, place: self.place, loaded: self.loaded }.end().await;
                 clean(&place);
                 Err(SubstrateError::machine("naming a waiting QEMU")(e))
             }
@@ -203,7 +224,7 @@ async fn activate_here(
                 (shell, ready)
             }
         };
-        match bring_up(&shell.machine, &ready, &request, &mut phases).await {
+        match bring_up(&shell, &ready, &request, &mut phases).await {
             Ok((identity, running_ms, first_answer_ms)) => {
                 let (phases, _) = phases.finish();
                 let report = ActivateReport {
@@ -212,7 +233,7 @@ async fn activate_here(
                     warm,
                     phases,
                 };
-                let Shell { machine, place } = shell;
+                let Shell { machine, place, .. } = shell;
                 Ok(Activated { machine, place, identity, report })
             }
             Err(e) => {
@@ -231,10 +252,17 @@ async fn activate_here(
     result
 }
 
-/// Loads the state, plugs the NIC, lets the vCPUs run, renews the identity. Gives the identity
+async fn load(machine: &Machine, ready: &Ready) -> Result<(), SubstrateError> {
+    machine
+        .load_state(&ready.docked.dir.join(STATE))
+        .await
+        .map_err(SubstrateError::machine("loading the device state"))
+}
+
+/// Loads the state unless that is done, plugs the NIC, lets the vCPUs run, renews the identity. Gives the identity
 /// and the times to running vCPUs and to the first answer in milliseconds.
 async fn bring_up(
-    machine: &Machine,
+    shell: &Shell,
     ready: &Ready,
     request: &ActivateRequest,
     phases: &mut Phases,
@@ -245,11 +273,12 @@ async fn bring_up(
         (None, SubstrateKind::Private) => None,
         (None, _) => Some(Identity::fresh(request.name.clone())?),
     };
+    let machine = &shell.machine;
+    // A substrate that went bad starts nothing, not even what was loaded when it was good.
     ready.docked.state()?;
-    machine
-        .load_state(&ready.docked.dir.join(STATE))
-        .await
-        .map_err(SubstrateError::machine("loading the device state"))?;
+    if !shell.loaded {
+        load(machine, ready).await?;
+    }
     phases.end("load");
     if let Some(backend) = &request.nic {
         let (port, mac) = nic_of(identity.as_ref(), &substrate.macs);

@@ -1,4 +1,5 @@
-//! QEMUs that wait in `-incoming defer` for popular substrates.
+//! QEMUs that wait for popular substrates to be activated: with the memory mapped and the device
+//! state loaded, their vCPUs standing still.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -162,6 +163,7 @@ impl Shells {
         let place = (self.inner.places)();
         let name = shell_name(&place);
         let shell = Shell::start(&ready, image, place, name, accel).await?;
+        let shell = shell.load(&ready).await?;
         Ok((shell, ready))
     }
 
