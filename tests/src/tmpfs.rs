@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 
+/// How often a size may be overtaken by what is written meanwhile.
+const TRIES: usize = 1000;
+
 /// A tmpfs, unmounted when dropped.
 #[derive(Debug)]
 pub struct Tmpfs {
@@ -22,13 +25,20 @@ impl Tmpfs {
 
     /// Makes it larger or smaller, so that this much is left on it.
     pub fn leave(&self, mib: u64) {
-        let now = rustix::fs::statvfs(&self.path).expect("asking for room");
-        let used = (now.f_blocks - now.f_bfree) * now.f_frsize;
-        // The size is counted in whole pages, and never none, which would mean no limit.
-        let size = (used.max(4096) + (mib << 20)).next_multiple_of(4096);
-        let data = std::ffi::CString::new(format!("size={size}")).expect("words");
-        mount_remount(&self.path, MountFlags::empty(), &*data)
-            .unwrap_or_else(|e| panic!("leaving {mib} MiB at {}: {e}", self.path.display()));
+        for _ in 0..TRIES {
+            let now = rustix::fs::statvfs(&self.path).expect("asking for room");
+            let used = (now.f_blocks - now.f_bfree) * now.f_frsize;
+            // The size is counted in whole pages, and never none, which would mean no limit.
+            let size = (used.max(4096) + (mib << 20)).next_multiple_of(4096);
+            let data = std::ffi::CString::new(format!("size={size}")).expect("words");
+            match mount_remount(&self.path, MountFlags::empty(), &*data) {
+                Ok(()) => return,
+                // More than that is used by now: somebody writes there.
+                Err(rustix::io::Errno::INVAL) => {}
+                Err(e) => panic!("leaving {mib} MiB at {}: {e}", self.path.display()),
+            }
+        }
+        panic!("leaving {mib} MiB at {}: it grows each time", self.path.display());
     }
 
     /// Where it is.
