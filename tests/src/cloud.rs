@@ -56,7 +56,8 @@ pub struct Cloud {
     ap: Option<Child>,
     // Its namespaces go when nobody is in them any more.
     net: Option<LinkHandle>,
-    _turn: File,
+    /// None: within the turn of the cloud that started it.
+    _turn: Option<File>,
 }
 
 impl Cloud {
@@ -102,6 +103,10 @@ impl Cloud {
         let program = program();
         image();
         let turn = archive::lock("turn");
+        Self::in_turn(setup, program, Some(turn))
+    }
+
+    fn in_turn(setup: Setup, program: PathBuf, turn: Option<File>) -> Self {
         // Sockets below it must have short paths.
         let root = tempfile::Builder::new().prefix("gwt").tempdir().expect("a directory");
         // The AP keeps the center's address, so it must be the same after a restart.
@@ -428,15 +433,17 @@ impl Cloud {
         let path = archive::path(&self.program, &image());
         if !path.exists() {
             archive::forget_others(&path);
+            // In a cloud of its own: nothing that this one measures depends on who comes first.
+            let mut own = Self::in_turn(Setup::new(), self.program.clone(), None);
+            own.spawn(Daemon::Center, &[]);
             let seed = ["vm", "create", "--image", "tiny", "--name", "seed", "--site", "center"];
-            let _ = self.ok(&seed);
-            self.guest("seed").answers();
-            self.guest("seed").start_witness();
-            let _ = self.ok(&["vm", "dock", "seed", "--name", "base"]);
+            let _ = own.ok(&seed);
+            own.guest("seed").answers();
+            own.guest("seed").start_witness();
+            let _ = own.ok(&["vm", "dock", "seed", "--name", "base"]);
             let part = path.with_extension("part");
-            let _ = self.run_export("base", &part);
+            let _ = own.run_export("base", &part);
             std::fs::rename(&part, &path).expect("keeping the substrate");
-            let _ = self.ok(&["substrate", "delete", "base"]);
         }
         path
     }

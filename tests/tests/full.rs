@@ -118,6 +118,7 @@ fn a_full_disk_or_memory_stops_no_machine_and_leaves_nothing_half_done() {
     }
 
     // Not a byte left, for the registry neither: what needs none goes on, all else is refused.
+    reported(&cloud, Daemon::Center, "ram_files_free_mib", |mib| mib > 1024);
     disk.leave(0);
     // Which of its files finds no room first is not said.
     let none = ["of disk, has", "no room", "registry", "No space left on device"];

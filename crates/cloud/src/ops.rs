@@ -377,7 +377,7 @@ impl Ops {
             });
             return Ok(());
         }
-        let op = self.registry.op(id).map_err(|e| Fault::of(&e))?;
+        let op = self.registry.op(id).map_err(crate::controller::registry_fault)?;
         Err(Fault::conflict(format!("operation {id} is {} already", op.state)))
     }
 }
@@ -471,7 +471,7 @@ impl OpHandle {
             l.view.send_modify(|o| change(&mut o.journal));
             l.view.borrow().clone()
         };
-        self.ops.registry.op_put(&record).map_err(|e| Fault::of(&e))
+        self.ops.registry.op_put(&record).map_err(crate::controller::registry_fault)
     }
 
     fn end(&self, outcome: Result<Value, Fault>) {

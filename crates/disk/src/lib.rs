@@ -14,6 +14,7 @@ pub mod image;
 pub mod live;
 pub mod msg;
 pub mod nbd;
+mod nbd_wire;
 pub mod overlay;
 pub mod postcopy;
 pub mod rle;

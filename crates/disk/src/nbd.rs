@@ -21,30 +21,17 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::nbd_wire::*;
+
 /// The longest read; QEMU's client asks for no more.
 pub const MAX_READ: u32 = 32 << 20;
 /// Bytes of reads that one connection may have in flight, in KiB.
 const IN_FLIGHT_KIB: u32 = 64 << 10;
-const MAX_OPTION: u32 = 8 << 10;
 const MAX_OPTIONS: usize = 64;
 const MAX_CONNECTIONS: usize = 16;
 
-const IHAVEOPT: u64 = 0x4948_4156_454F_5054;
-const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
-const OPTION_REPLY: u64 = 0x0003_e889_0455_65a9;
-const REQUEST: u32 = 0x2560_9513;
-const SIMPLE_REPLY: u32 = 0x6744_6698;
-const FIXED_NEWSTYLE: u16 = 1;
-const NO_ZEROES: u16 = 2;
 /// HAS_FLAGS, READ_ONLY, SEND_FLUSH, CAN_MULTI_CONN.
 const EXPORT_FLAGS: u16 = 1 | 2 | 4 | 1 << 8;
-const REP_ACK: u32 = 1;
-const REP_SERVER: u32 = 2;
-const REP_INFO: u32 = 3;
-const REP_UNSUPPORTED: u32 = (1 << 31) + 1;
-const REP_INVALID: u32 = (1 << 31) + 3;
-const REP_UNKNOWN: u32 = (1 << 31) + 6;
-const REP_TOO_BIG: u32 = (1 << 31) + 9;
 const EPERM: u32 = 1;
 const EIO: u32 = 5;
 const EINVAL: u32 = 22;
@@ -181,8 +168,8 @@ async fn negotiate(
         };
         let mut begins = false;
         match option {
-            // EXPORT_NAME has no way to refuse but to hang up.
-            1 => {
+            // It has no way to refuse but to hang up.
+            OPT_EXPORT_NAME => {
                 if !names(&data, export) {
                     return Err(broken("the NBD client asked for an unknown export"));
                 }
@@ -193,39 +180,39 @@ async fn negotiate(
                 }
                 begins = true;
             }
-            2 => {
+            OPT_ABORT => {
                 reply(REP_ACK, &[]);
                 // The client may be gone already.
                 let _ = writer.write_all(&out).await;
                 return Ok(false);
             }
-            3 if data.is_empty() => {
+            OPT_LIST if data.is_empty() => {
                 let mut one = BytesMut::new();
                 one.put_u32(export.len() as u32);
                 one.put_slice(export.as_bytes());
                 reply(REP_SERVER, &one);
                 reply(REP_ACK, &[]);
             }
-            6 | 7 => match asked_export(&data) {
+            OPT_INFO | OPT_GO => match asked_export(&data) {
                 None => reply(REP_INVALID, &[]),
                 Some(name) if !names(name, export) => reply(REP_UNKNOWN, &[]),
                 Some(_) => {
                     let mut info = BytesMut::new();
-                    info.put_u16(0);
+                    info.put_u16(INFO_EXPORT);
                     info.put_u64(bytes);
                     info.put_u16(EXPORT_FLAGS);
                     reply(REP_INFO, &info);
                     let mut sizes = BytesMut::new();
-                    sizes.put_u16(3);
+                    sizes.put_u16(INFO_BLOCK_SIZE);
                     sizes.put_u32(1);
                     sizes.put_u32(4096);
                     sizes.put_u32(MAX_READ);
                     reply(REP_INFO, &sizes);
                     reply(REP_ACK, &[]);
-                    begins = option == 7;
+                    begins = option == OPT_GO;
                 }
             },
-            3 => reply(REP_INVALID, &[]),
+            OPT_LIST => reply(REP_INVALID, &[]),
             _ => reply(REP_UNSUPPORTED, &[]),
         }
         writer.write_all(&out).await?;
@@ -285,7 +272,7 @@ async fn transmit<S: BlockSource>(
         let (offset, len) = (reader.read_u64().await?, reader.read_u32().await?);
         let inside = offset.checked_add(u64::from(len)).is_some_and(|e| e <= source.bytes());
         let error = match kind {
-            0 if inside && (1..=MAX_READ).contains(&len) => {
+            CMD_READ if inside && (1..=MAX_READ).contains(&len) => {
                 let kib = len.div_ceil(1024);
                 let Ok(permit) = Arc::clone(&room).acquire_many_owned(kib).await else {
                     return Err(broken("the NBD server is closing"));
@@ -306,12 +293,12 @@ async fn transmit<S: BlockSource>(
                 });
                 continue;
             }
-            2 => {
+            CMD_DISC => {
                 while reads.join_next().await.is_some() {}
                 return Ok(());
             }
             // A write's data must be skipped to stay in step.
-            1 => {
+            CMD_WRITE => {
                 if len > MAX_READ {
                     return Err(broken("an NBD write is too long"));
                 }
@@ -319,9 +306,9 @@ async fn transmit<S: BlockSource>(
                 tokio::io::copy(&mut skip, &mut tokio::io::sink()).await?;
                 EPERM
             }
-            // FLUSH; CACHE is a hint.
-            3 | 5 => 0,
-            4 | 6 => EPERM,
+            // CACHE is a hint.
+            CMD_FLUSH | CMD_CACHE => 0,
+            CMD_TRIM | CMD_WRITE_ZEROES => EPERM,
             _ => EINVAL,
         };
         writer.lock().await.write_all(&reply_to(cookie, error, &[])).await?;

@@ -21,38 +21,17 @@ use godwit_types::BLOCK_SIZE;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+use crate::nbd_wire::*;
+
 /// The export's meta context that tells in which layer a block lies.
 const CONTEXT: &[u8] = b"qemu:allocation-depth";
 /// How long QEMU may take for one answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
-const IHAVEOPT: u64 = 0x4948_4156_454F_5054;
-const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
-const OPTION_REPLY: u64 = 0x0003_e889_0455_65a9;
-const REQUEST: u32 = 0x2560_9513;
-const SIMPLE_REPLY: u32 = 0x6744_6698;
-const STRUCTURED_REPLY: u32 = 0x668e_33ef;
-const FIXED_NEWSTYLE: u16 = 1;
-const NO_ZEROES: u16 = 2;
-const OPT_GO: u32 = 7;
-const OPT_STRUCTURED_REPLY: u32 = 8;
-const OPT_SET_META_CONTEXT: u32 = 10;
-const REP_ACK: u32 = 1;
-const REP_INFO: u32 = 3;
-const REP_META_CONTEXT: u32 = 4;
-const INFO_EXPORT: u16 = 0;
-const CMD_DISC: u16 = 2;
-const CMD_FLUSH: u16 = 3;
-const CMD_BLOCK_STATUS: u16 = 7;
-const CHUNK_DONE: u16 = 1;
-const CHUNK_NONE: u16 = 0;
-const CHUNK_BLOCK_STATUS: u16 = 5;
-const CHUNK_IS_ERROR: u16 = 1 << 15;
 /// Depth of what lies in the exported node itself.
 const OWN: u32 = 1;
 
-/// The longest reply to an option, and the longest list of extents, in bytes.
-const MAX_OPTION: u32 = 8 << 10;
+/// The longest list of extents, in bytes.
 const MAX_CHUNK: u32 = 8 << 20;
 /// Bytes that one question is about; a multiple of the block size.
 const AT_ONCE: u64 = 1 << 30;

@@ -102,15 +102,16 @@ async fn a_build_that_is_given_up_leaves_nothing_half_done() {
             let _ = tell.send(p.stage);
         });
         tokio::pin!(building);
-        let deadline = tokio::time::sleep(Duration::from_secs(300));
-        tokio::pin!(deadline);
-        loop {
-            tokio::select! {
-                done = &mut building => panic!("it was to be given up before its end: {done:?}"),
-                stage = told.recv() => if stage == Some(Stage::Installing) { break },
-                () = &mut deadline => panic!("no package was installed in time"),
+        let installing = async {
+            loop {
+                tokio::select! {
+                    done = &mut building => panic!("it was to be given up before its end: {done:?}"),
+                    stage = told.recv() => if stage == Some(Stage::Installing) { break },
+                }
             }
-        }
+        };
+        let in_time = tokio::time::timeout(Duration::from_secs(300), installing).await;
+        in_time.expect("a package is installed in time");
     }
     assert!(matches!(cache.get(&tiny), Err(ImageError::NotBuilt { .. })));
     assert!(cache.list().expect("readable").is_empty());

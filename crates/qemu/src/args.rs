@@ -9,7 +9,7 @@ use godwit_types::Arch;
 use serde_json::{Value, json};
 
 use crate::launch::{Launch, MemorySource, Start, VmGenId};
-use crate::machine::RunPaths;
+use crate::machine::{RAM_BLOCK, RunPaths};
 use crate::spec::{MachineSpec, Nic, NicBackend};
 
 /// First slot of the spare NIC ports on the root bus.
@@ -131,7 +131,7 @@ pub(crate) fn command_line(launch: &Launch, paths: &RunPaths, qmp_fds: &[i32]) -
     let mut push = |option: &str, value: String| args.extend([option.to_owned(), value]);
 
     push("-name", format!("{},debug-threads=on", launch.name));
-    push("-machine", format!("{},memory-backend=m0", machine_option(spec)));
+    push("-machine", format!("{},memory-backend={RAM_BLOCK}", machine_option(spec)));
     push("-cpu", spec.cpu_model().to_owned());
     push("-accel", launch.accel.option().to_owned());
     push("-m", format!("size={}M", spec.memory.0));
@@ -199,7 +199,7 @@ pub(crate) fn command_line(launch: &Launch, paths: &RunPaths, qmp_fds: &[i32]) -
 
 fn memory_object(spec: &MachineSpec, memory: &MemorySource) -> Value {
     let mut object = json!({
-        "qom-type": "memory-backend-file", "id": "m0", "size": spec.memory.bytes(),
+        "qom-type": "memory-backend-file", "id": RAM_BLOCK, "size": spec.memory.bytes(),
         "mem-path": memory.path().to_string_lossy(), "dump": false, "merge": false,
     });
     let more = match memory {

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{BlockStripper, Content, Limits};
 use godwit_store::{PageMap, Writer, zero_hash};
 use godwit_types::{Hash, Mib, PAGE_SIZE};
@@ -12,8 +13,6 @@ use crate::dock::{Zero, push};
 use crate::error::SubstrateError;
 use crate::manifest::MAX_STATE;
 
-/// QEMU's id of the memory backend.
-const RAM_BLOCK: &str = "m0";
 /// Pages put into the store in one go.
 const BATCH: usize = 2048;
 

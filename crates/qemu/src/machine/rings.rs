@@ -4,6 +4,7 @@
 //! pages that a post-copy is stopped by first.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use godwit_types::{Arch, Mib, PAGE_SIZE};
 use serde_json::{Value, json};
@@ -38,6 +39,16 @@ fn offset(arch: Arch, memory: Mib, address: u64) -> Option<u64> {
     (at < bytes).then_some(at)
 }
 
+/// The pages that hold `bytes` bytes, at least one, from guest physical address `address` on; none
+/// when they do not all lie in the machine's memory. The guest's driver chose the address.
+fn span(arch: Arch, memory: Mib, address: u64, bytes: u64) -> Range<u64> {
+    let last = address.checked_add(bytes - 1).and_then(|last| offset(arch, memory, last));
+    match (offset(arch, memory, address), last) {
+        (Some(first), Some(last)) => first / PAGE_SIZE as u64..last / PAGE_SIZE as u64 + 1,
+        _ => 0..0,
+    }
+}
+
 impl Machine {
     /// The pages of [`RAM_BLOCK`] that hold the queues of the machine's virtio devices, in order.
     /// Each is where QEMU's `x-query-virtio-queue-status` says.
@@ -66,11 +77,7 @@ impl Machine {
                 ] {
                     let address = ring[part].as_u64().filter(|a| *a > 0 && entries > 0);
                     let Some(address) = address else { continue };
-                    let first = offset(spec.arch, spec.memory, address);
-                    let last = offset(spec.arch, spec.memory, address + bytes - 1);
-                    if let (Some(first), Some(last)) = (first, last) {
-                        pages.extend(first / PAGE_SIZE as u64..=last / PAGE_SIZE as u64);
-                    }
+                    pages.extend(span(spec.arch, spec.memory, address, bytes));
                 }
             }
         }
@@ -95,5 +102,16 @@ mod tests {
         assert_eq!(arm(GIB + 4096), Some(4096));
         assert_eq!(arm(4096), None);
         assert_eq!(arm(GIB + (256 << 20)), None);
+    }
+
+    #[test]
+    fn a_queue_is_where_the_guest_says_or_nowhere() {
+        let pages = |address, bytes| span(Arch::X86_64, Mib(256), address, bytes);
+        assert_eq!(pages(0x1000, 4096), 1..2);
+        assert_eq!(pages(0x1ffe, 6), 1..3);
+        assert_eq!(pages((256 << 20) - 4, 8), 0..0, "beyond its end");
+        assert_eq!(pages(u64::MAX - 1, 4096), 0..0, "beyond all addresses");
+        let large = |address, bytes| span(Arch::X86_64, Mib(4096), address, bytes);
+        assert_eq!(large(2 * GIB - 4, 8), 0..0, "into the hole");
     }
 }
