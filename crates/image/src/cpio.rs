@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
+const S_IFLNK: u32 = 0o120_000;
 const S_IFCHR: u32 = 0o020_000;
 
 /// An archive being written. Parent directories are added where they are missing.
@@ -30,6 +31,13 @@ impl Archive {
         let path = path.trim_matches('/');
         self.parents(path);
         self.entry(path, S_IFREG | mode, (0, 0), content);
+    }
+
+    /// A symbolic link.
+    pub(crate) fn link(&mut self, path: &str, to: &str) {
+        let path = path.trim_matches('/');
+        self.parents(path);
+        self.entry(path, S_IFLNK | 0o777, (0, 0), to.as_bytes());
     }
 
     /// A character device.
@@ -98,6 +106,7 @@ mod tests {
     fn cpio_reads_what_was_written() {
         let mut archive = Archive::default();
         archive.file("/etc/deep/file", 0o640, b"content");
+        archive.link("etc/link", "deep/file");
         archive.char_device("dev/console", 0o600, 5, 1);
         let bytes = archive.finish();
         let mut child = Command::new("cpio")
@@ -110,9 +119,16 @@ mod tests {
         let out = child.wait_with_output().expect("it ends");
         let text = String::from_utf8(out.stdout).expect("utf-8");
         assert!(out.status.success());
-        for wanted in ["drwxr-xr-x", "-rw-r-----", "etc/deep/file", "5,   1", "dev/console"] {
+        for wanted in [
+            "drwxr-xr-x",
+            "-rw-r-----",
+            "etc/deep/file",
+            "5,   1",
+            "dev/console",
+            "etc/link -> deep/file",
+        ] {
             assert!(text.contains(wanted), "{wanted} in {text}");
         }
-        assert_eq!(text.matches("etc").count(), 3);
+        assert_eq!(text.matches("etc").count(), 4);
     }
 }

@@ -28,7 +28,7 @@ mod tests {
         assert!(file("tiny/missing").is_none());
         let scripts: Vec<_> = below("common").collect();
         assert!(
-            scripts.iter().any(|(p, c)| *p == "usr/lib/godwit/before-dock" && mode_of(c) == 0o755)
+            scripts.iter().any(|(p, c)| *p == "usr/lib/godwit/identity" && mode_of(c) == 0o755)
         );
         assert!(scripts.iter().any(|(p, c)| *p == "usr/lib/godwit/lib.sh" && mode_of(c) == 0o644));
     }

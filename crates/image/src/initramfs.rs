@@ -69,6 +69,9 @@ pub(crate) async fn build(
     for (name, program) in guest_programs(recipe.arch, work, to).await? {
         archive.inner.file(&format!("usr/lib/godwit/{name}"), 0o755, &program);
     }
+    for name in GUEST_NAMES {
+        archive.inner.link(&format!("usr/lib/godwit/{name}"), "godwit-guest");
+    }
     Ok(Boot { kernel, initrd: archive.finish(), packages })
 }
 
@@ -117,6 +120,9 @@ pub(crate) fn overlay_files(recipe: &Recipe) -> BTreeMap<&'static str, &'static 
         .collect()
 }
 
+/// The names by which `godwit-guest` is called, links beside it.
+pub(crate) const GUEST_NAMES: [&str; 2] = ["before-dock", "after-activate"];
+
 /// Compiles the guest's own programs, static.
 pub(crate) async fn guest_programs(
     arch: Arch,
@@ -126,7 +132,7 @@ pub(crate) async fn guest_programs(
     let gcc = compiler(arch);
     let mut programs = Vec::new();
     for (name, source) in
-        [("godwit-witness", "witness/witness.c"), ("godwit-renew", "witness/renew.c")]
+        [("godwit-witness", "witness/witness.c"), ("godwit-guest", "witness/guest.c")]
     {
         tell(to, Stage::Compiling, None, name);
         let text = guests::file(source).ok_or_else(|| ImageError::Recipe {

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use crate::apt::{Apt, RELEASE};
-use crate::initramfs::{Boot, guest_programs, overlay_files, skeleton, unpack_kernel};
+use crate::initramfs::{Boot, GUEST_NAMES, guest_programs, overlay_files, skeleton, unpack_kernel};
 use crate::progress::{Listener, Stage, tell};
 use crate::recipe::Recipe;
 use crate::tool::{self, MMDEBSTRAP};
@@ -47,6 +47,11 @@ pub(crate) async fn build(
     }
     for (name, program) in guest_programs(recipe.arch, work, to).await? {
         put(&overlay.join("usr/lib/godwit").join(name), &program, 0o755)?;
+    }
+    for name in GUEST_NAMES {
+        let path = overlay.join("usr/lib/godwit").join(name);
+        std::os::unix::fs::symlink("godwit-guest", &path)
+            .map_err(ImageError::io("linking", &path))?;
     }
 
     let root = work.join("root");

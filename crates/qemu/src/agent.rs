@@ -26,10 +26,9 @@ use tokio::time::Instant;
 /// Longest line taken from a guest, in bytes: the agent's own limit for captured output (16 MiB)
 /// in base64 would not fit, and is cut by [`ExecOutput::MAX_BYTES`] long before.
 const MAX_LINE: usize = 8 << 20;
-/// How soon a running program is first asked again whether it has ended.
-const EXEC_LOOK_FIRST: Duration = Duration::from_millis(5);
-/// How often a program that runs on is asked.
-const EXEC_LOOK: Duration = Duration::from_millis(100);
+/// How often a running program is asked whether it has ended: after an eighth of the time that it
+/// has taken so far, within these bounds. Each question costs the guest some of that time.
+const EXEC_LOOK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
 /// How often the flush is sent again while nobody answers: a guest that boots drops the first.
 const FLUSH_AGAIN: Duration = Duration::from_millis(500);
 /// The same once an earlier flush was answered: the guest is there, only slow.
@@ -171,14 +170,14 @@ impl Agent {
             let mut session = self.session("guest-exec").await?;
             let started = session.ask("guest-exec", &wanted).await?;
             let pid = started["pid"].as_u64().ok_or_else(|| bad("no pid"))?;
-            let mut look = EXEC_LOOK_FIRST;
+            let began = Instant::now();
             loop {
                 let status = session.ask("guest-exec-status", &json!({ "pid": pid })).await?;
                 if status["exited"] == true {
                     return output(&status).ok_or_else(|| bad("output that is not base64"));
                 }
+                let look = (began.elapsed() / 8).clamp(EXEC_LOOK.0, EXEC_LOOK.1);
                 tokio::time::sleep(look).await;
-                look = (look * 2).min(EXEC_LOOK);
             }
         };
         match tokio::time::timeout(within, session).await {

@@ -259,8 +259,8 @@ async fn load(machine: &Machine, ready: &Ready) -> Result<(), SubstrateError> {
         .map_err(SubstrateError::machine("loading the device state"))
 }
 
-/// Loads the state unless that is done, plugs the NIC, lets the vCPUs run, renews the identity. Gives the identity
-/// and the times to running vCPUs and to the first answer in milliseconds.
+/// Loads the state unless that is done, lets the vCPUs run, renews the identity, plugs the NIC. Gives
+/// the identity and the times to running vCPUs and to the first answer in milliseconds.
 async fn bring_up(
     shell: &Shell,
     ready: &Ready,
@@ -280,14 +280,6 @@ async fn bring_up(
         load(machine, ready).await?;
     }
     phases.end("load");
-    if let Some(backend) = &request.nic {
-        let (port, mac) = nic_of(identity.as_ref(), &substrate.macs);
-        machine
-            .plug_nic(Nic { port, mac, backend: backend.clone() })
-            .await
-            .map_err(SubstrateError::machine("plugging the NIC"))?;
-        phases.end("nic");
-    }
     machine.run().await.map_err(SubstrateError::machine("starting the vCPUs"))?;
     phases.end("run");
     let running_ms = phases.elapsed().as_secs_f64() * 1e3;
@@ -297,8 +289,20 @@ async fn bring_up(
         .await
         .map_err(|e| SubstrateError::machine("waiting for the guest")(e.into()))?;
     let first_answer_ms = phases.elapsed().as_secs_f64() * 1e3;
+    phases.end("answer");
     let env = environment(identity.as_ref())?;
     run_script(machine.agent(), AFTER_ACTIVATE, &env, RENEW_WITHIN).await?;
+    phases.end("renew");
+    // Until now the guest has no card at all. Its drivers take the only vCPU for a while when one
+    // appears, which user programs shall not wait for.
+    if let Some(backend) = &request.nic {
+        let (port, mac) = nic_of(identity.as_ref(), &substrate.macs);
+        machine
+            .plug_nic(Nic { port, mac, backend: backend.clone() })
+            .await
+            .map_err(SubstrateError::machine("plugging the NIC"))?;
+        phases.end("nic");
+    }
     Ok((identity, running_ms, first_answer_ms))
 }
 

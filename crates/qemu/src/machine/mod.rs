@@ -404,14 +404,14 @@ fn now_of(home: &Home) -> RunPaths {
     home.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
-/// Reaps `child` when it ends and keeps its console log bounded until then.
+/// Reaps `child` when it ends and keeps its logs bounded until then.
 fn watch_child(mut child: Child, home: Home) -> watch::Receiver<Option<Exit>> {
     use std::os::unix::process::ExitStatusExt;
     let (tell, exit) = watch::channel(None);
     tokio::spawn(async move {
         let status = tokio::select! {
             status = child.wait() => status.ok(),
-            () = run_dir::bound_console(|| now_of(&home)) => None,
+            () = run_dir::bound_logs(|| now_of(&home)) => None,
         };
         let (code, signal) = (status.and_then(|s| s.code()), status.and_then(|s| s.signal()));
         tell.send_replace(Some(Exit { code, signal, log: log_tail(&now_of(&home).log) }));
@@ -425,7 +425,7 @@ fn watch_stranger(process: Process, home: Home) -> watch::Receiver<Option<Exit>>
     tokio::spawn(async move {
         tokio::select! {
             () = process.ended() => {}
-            () = run_dir::bound_console(|| now_of(&home)) => {}
+            () = run_dir::bound_logs(|| now_of(&home)) => {}
         }
         tell.send_replace(Some(Exit {
             code: None,

@@ -18,10 +18,10 @@ use crate::process::Process;
 const SOCKET_PATH_MAX: usize = 107;
 /// Largest record that is read.
 const RECORD_MAX: u64 = 1 << 20;
-/// Console output kept on disk, in bytes; older output is given back to the file system.
-const CONSOLE_KEPT: u64 = 4 << 20;
-/// How often the console log is looked at.
-const CONSOLE_LOOK: Duration = Duration::from_secs(10);
+/// Bytes of each log that are kept on disk; what is older is given back to the file system.
+const LOG_KEPT: u64 = 4 << 20;
+/// How often the logs are looked at.
+const LOG_LOOK: Duration = Duration::from_secs(10);
 
 /// Files in a machine's run directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,27 +128,31 @@ pub(crate) fn tail(path: &Path, max: usize) -> Result<Vec<u8>, QemuError> {
     read().map_err(QemuError::file("reading the console log", path))
 }
 
-/// Keeps the console log from filling the disk, for as long as it is polled: a guest can print
-/// without end. QEMU appends, so the file keeps its length and its older part becomes a hole.
-pub(crate) async fn bound_console(paths: impl Fn() -> RunPaths) {
-    let mut look = tokio::time::interval(CONSOLE_LOOK);
+/// Keeps the logs of the console and of QEMU from filling the disk, for as long as it is polled: a
+/// guest can print without end, and make QEMU complain without end. Both are appended to, so a file
+/// keeps its length and its older part becomes a hole.
+pub(crate) async fn bound_logs(paths: impl Fn() -> RunPaths) {
+    let mut look = tokio::time::interval(LOG_LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         look.tick().await;
-        if let Err(e) = punch_older(&paths().console_log) {
-            debug!(error = %e, "the console log cannot be bounded");
+        let paths = paths();
+        for log in [&paths.console_log, &paths.log] {
+            if let Err(e) = punch_older(log) {
+                debug!(error = %e, log = %log.display(), "a log cannot be bounded");
+            }
         }
     }
 }
 
 fn punch_older(log: &Path) -> std::io::Result<()> {
     let meta = std::fs::metadata(log)?;
-    if meta.blocks() * 512 <= 2 * CONSOLE_KEPT || meta.len() <= CONSOLE_KEPT {
+    if meta.blocks() * 512 <= 2 * LOG_KEPT || meta.len() <= LOG_KEPT {
         return Ok(());
     }
     let file = std::fs::OpenOptions::new().write(true).open(log)?;
     let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-    Ok(rustix::fs::fallocate(file, flags, 0, meta.len() - CONSOLE_KEPT)?)
+    Ok(rustix::fs::fallocate(file, flags, 0, meta.len() - LOG_KEPT)?)
 }
 
 #[cfg(test)]
@@ -156,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_console_log_gives_its_older_part_back_and_keeps_its_tail() {
+    fn a_log_gives_its_older_part_back_and_keeps_its_tail() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("console.log");
         let mut text = vec![b'x'; 10 << 20];
