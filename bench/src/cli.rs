@@ -56,6 +56,10 @@ struct SuiteArgs {
     /// One-way delay of the link in ms.
     #[arg(long, default_value_t = 17.5)]
     delay: f64,
+    /// Downtime for which stock QEMU may end its pre-copy, in ms [default: QEMU's, 300]; raise it for
+    /// guests whose memory changes too fast for pre-copy to come to an end.
+    #[arg(long)]
+    stock_downtime_ms: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -176,6 +180,7 @@ fn suite(name: &str, args: SuiteArgs) -> anyhow::Result<()> {
         images: args.images,
         guest: args.guest,
         witness_mib: args.witness_mib,
+        stock_downtime_ms: args.stock_downtime_ms,
         rate_mbit: args.rate,
         delay_ms: args.delay,
     };

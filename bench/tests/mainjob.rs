@@ -23,6 +23,7 @@ async fn stock_qemu_moves_a_working_guest_and_loses_nothing() {
         witness_mib: 8,
         rate_mbit: 300.0,
         delay_ms: 5.0,
+        stock_downtime_ms: None,
     };
     let suite = Suite {
         run: |plan, results| Box::pin(mainjob::run_stock(plan, results)),

@@ -13,7 +13,8 @@ use serde::Deserialize;
 
 /// Where the witness keeps its file in a guest.
 const WITNESS_FILE: &str = "/data/witness.log";
-const PROGRAM: &str = "/usr/lib/godwit/godwit-witness";
+/// The witness program in a guest.
+pub(crate) const WITNESS: &str = "/usr/lib/godwit/godwit-witness";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A guest image, ready to be launched.
@@ -109,18 +110,31 @@ struct Check {
 }
 
 impl Witness {
+    /// A shell line that waits until the guest has come to rest (its processors idle for nine tenths
+    /// of two seconds: a desktop goes on booting after its first answer), starts the program with
+    /// `memory_mib` MiB of changing memory, and waits until it works.
+    #[must_use]
+    pub fn script(memory_mib: u32) -> String {
+        format!(
+            "busy=1; while [ $busy = 1 ]; do \
+             read -r _ u n s i _ </proc/stat; was=$((u+n+s)); idle=$i; sleep 2; \
+             read -r _ u n s i _ </proc/stat; \
+             [ $((u+n+s-was)) -gt $(((i-idle)/9)) ] || busy=0; done; \
+             mkdir -p /data; \
+             /usr/lib/godwit/user-run {WITNESS} run --memory-mib {memory_mib} \
+             --file {WITNESS_FILE} >/dev/null 2>&1; \
+             until {WITNESS} status --reset | grep -q '\"lines\":[1-9]'; do sleep 0.1; done"
+        )
+    }
+
     /// Starts the program with `memory_mib` MiB of changing memory and waits until it works.
     ///
     /// # Errors
-    /// When the agent does not answer or the program does not come up within a minute.
-    pub async fn start(machine: &Machine, memory_mib: u32) -> anyhow::Result<()> {
-        let script = format!(
-            "setsid {PROGRAM} run --memory-mib {memory_mib} --file {WITNESS_FILE} \
-             </dev/null >/dev/null 2>&1 & \
-             until {PROGRAM} status --reset | grep -q '\"lines\":[1-9]'; do sleep 0.1; done"
-        );
+    /// When the agent does not answer or the program does not come up within `within`.
+    pub async fn start(machine: &Machine, memory_mib: u32, within: Duration) -> anyhow::Result<()> {
+        let script = Self::script(memory_mib);
         let args = ["-c", &script];
-        let out = Box::pin(machine.agent().exec("/bin/sh", &args, &[], &[], PATIENCE))
+        let out = Box::pin(machine.agent().exec("/bin/sh", &args, &[], &[], within))
             .await
             .context("start the witness program in the guest")?;
         let said = String::from_utf8_lossy(&out.stderr);
@@ -154,7 +168,7 @@ async fn ask<T: serde::de::DeserializeOwned>(
 ) -> anyhow::Result<T> {
     let deadline = Instant::now() + PATIENCE;
     let out = loop {
-        match Box::pin(machine.agent().exec(PROGRAM, args, &[], &[], PATIENCE)).await {
+        match Box::pin(machine.agent().exec(WITNESS, args, &[], &[], PATIENCE)).await {
             // As in `first_answer`; asking twice changes nothing in the guest.
             Err(AgentError::Refused { .. }) if Instant::now() < deadline => {}
             done => break done.context("ask the witness program in the guest")?,

@@ -36,6 +36,8 @@ pub struct Plan {
     pub rate_mbit: f64,
     /// One-way delay of the link in ms.
     pub delay_ms: f64,
+    /// Downtime in ms for which stock QEMU may end its pre-copy; none: its own default.
+    pub stock_downtime_ms: Option<u64>,
 }
 
 /// One suite.

@@ -141,8 +141,19 @@ pub fn unpack(packed: &Bytes, raw_len: usize, limit: usize) -> Result<Bytes, Cod
             }
         }
         2 => {
+            // Made once a thread: to make one takes longer than to unpack a page.
+            thread_local! {
+                static ZSTD: std::cell::RefCell<Option<zstd::bulk::Decompressor<'static>>> =
+                    const { std::cell::RefCell::new(None) };
+            }
             let mut out = vec![0; raw_len];
-            match zstd::bulk::decompress_to_buffer(body, &mut out) {
+            let unpacked = ZSTD.with_borrow_mut(|z| {
+                if z.is_none() {
+                    *z = Some(zstd::bulk::Decompressor::new()?);
+                }
+                z.as_mut().map_or(Ok(0), |z| z.decompress_to_buffer(body, &mut out))
+            });
+            match unpacked {
                 Ok(n) if n == raw_len => Ok(out.into()),
                 _ => Err(wrong(Coding::Zstd)),
             }

@@ -8,7 +8,7 @@ use godwit_types::{ActivateReport, DockReport, MoveReport};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::suites::guest::Witness;
+use crate::suites::guest::{WITNESS, Witness};
 
 /// The `godwit` program, speaking to a center.
 #[derive(Debug, Clone)]
@@ -122,8 +122,6 @@ pub fn program() -> anyhow::Result<PathBuf> {
     })
 }
 
-const LIB: &str = "/usr/lib/godwit";
-
 /// What one round with Godwit found.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct GodwitRound {
@@ -159,22 +157,17 @@ pub async fn round(
     let create = ["vm", "create", "--image", image, "--name", &first, "--site", center];
     cli.ask::<Value>(&create, within).await?;
     let cold_boot_ms = asked.elapsed().as_secs_f64() * 1e3;
-    let script = format!(
-        "f=/var/tmp/witness; [ -d /data ] && f=/data/witness; \
-         {LIB}/user-run {LIB}/godwit-witness run --memory-mib {witness_mib} --file $f \
-         >/dev/null 2>&1; until {LIB}/godwit-witness status | grep -q '\"lines\":[1-9]'; do \
-         sleep 0.2; done"
-    );
-    let start = ["vm", "exec", &first, "--", "/bin/sh", "-c", &script];
+    let script = Witness::script(witness_mib);
+    let seconds = within.as_secs().to_string();
+    let start = ["vm", "exec", "--within", &seconds, &first, "--", "/bin/sh", "-c", &script];
     cli.run(&start, within).await.context("start the witness")?;
     let dock = cli.dock(&first, &substrate, within).await?;
     let activate = ["vm", "activate", &substrate, "--name", &moved, "--site", center];
     let activate: ActivateReport = cli.ask(&activate, within).await?;
-    let witness = format!("{LIB}/godwit-witness");
-    let reset = ["vm", "exec", &moved, "--", &witness, "status", "--reset"];
+    let reset = ["vm", "exec", &moved, "--", WITNESS, "status", "--reset"];
     cli.run(&reset, within).await.context("ask the witness before the move")?;
     let there = cli.migrate(&moved, ap, within).await?;
-    let status = cli.run(&["vm", "exec", &moved, "--", &witness, "status"], within).await?;
+    let status = cli.run(&["vm", "exec", &moved, "--", WITNESS, "status"], within).await?;
     let status: Witness = serde_json::from_slice(&status)
         .with_context(|| format!("read the witness's {:?}", String::from_utf8_lossy(&status)))?;
     ensure!(status.memory_ok, "the guest's memory is damaged by its move");

@@ -98,6 +98,9 @@ pub async fn run_with(
          program keeps {} MiB of memory changing and appends to a file.",
         plan.witness_mib
     ));
+    if let Some(ms) = plan.stock_downtime_ms {
+        results.notes.push(format!("Stock QEMU may end its pre-copy for a downtime of {ms} ms."));
+    }
     let rounds = plan.rounds.unwrap_or(if plan.quick { 1 } else { 5 });
     let mut sheet = Sheet::new();
     let mut done = 0;
@@ -126,7 +129,7 @@ pub async fn run_with(
         }
     }
     anyhow::ensure!(done > 0, "no round succeeded: {}", results.notes.join(" "));
-    results.experiments = sheet.finish();
+    results.experiments = sheet.finish(guest.image.display);
     Ok(())
 }
 
@@ -169,12 +172,13 @@ pub async fn stock_round(
     let outcome = async {
         first_answer(&source, WITHIN).await?;
         let cold_boot_ms = asked.elapsed().as_secs_f64() * 1e3;
-        Witness::start(&source, plan.witness_mib).await?;
+        Witness::start(&source, plan.witness_mib, WITHIN).await?;
         let waiting = start(&b, "stock-b", Start::Incoming).await?;
         let there = link.within(Side::B, waiting.spawn())?.await??;
         let moved = async {
             Witness::status(&source, true).await?;
-            let moved = stock::migrate(link, &source, &there, WITHIN).await?;
+            let moved =
+                stock::migrate(link, &source, &there, plan.stock_downtime_ms, WITHIN).await?;
             source.quit().await?;
             let witness = Witness::status(&there, false).await?;
             let lines = Witness::check_file(&there).await?;
@@ -279,10 +283,13 @@ impl Sheet {
         self.payload.push(STOCK, m.bytes.total() as f64 / 1e6);
     }
 
-    fn finish(mut self) -> Vec<Experiment> {
+    /// `desktop`: whether the guest has a display; it may take longer to start.
+    fn finish(mut self, desktop: bool) -> Vec<Experiment> {
         self.downtime.target(GODWIT, 150.0);
-        self.dock.target(GODWIT, 500.0);
-        self.running.target(GODWIT, 150.0);
+        self.running.target(GODWIT, if desktop { 400.0 } else { 150.0 });
+        if !desktop {
+            self.dock.target(GODWIT, 500.0);
+        }
         vec![
             self.cold_boot,
             self.dock,

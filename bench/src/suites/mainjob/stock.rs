@@ -51,7 +51,8 @@ async fn command(machine: &Machine, name: &str, arguments: Value) -> anyhow::Res
 }
 
 /// Moves the machine `source`, which runs in the link's namespace A, into `destination`, which
-/// waits for it in namespace B and has the same base image under an empty cow image.
+/// waits for it in namespace B and has the same base image under an empty cow image. It may end its
+/// pre-copy when the rest takes less than `downtime_limit_ms`; none: QEMU's default.
 ///
 /// # Errors
 /// When QEMU refuses a step, or pre-copy has not converged within `within`; the migration is
@@ -60,6 +61,7 @@ pub async fn migrate(
     link: &LinkHandle,
     source: &Machine,
     destination: &Machine,
+    downtime_limit_ms: Option<u64>,
     within: Duration,
 ) -> anyhow::Result<StockReport> {
     let before = link.counters();
@@ -81,7 +83,8 @@ pub async fn migrate(
     let capabilities = [Capability::PauseBeforeSwitchover];
     destination.set_capabilities(&capabilities).await?;
     source.set_capabilities(&capabilities).await?;
-    source.set_parameters(Parameters { max_bandwidth: Some(0), ..Parameters::default() }).await?;
+    let limits = Parameters { max_bandwidth: Some(0), downtime_limit_ms, ..Parameters::default() };
+    source.set_parameters(limits).await?;
     phases.end(phase(MovePhase::Prepare));
 
     if disk {
