@@ -25,6 +25,10 @@ const MAX_HANDSHAKES: usize = 64;
 /// How many accepted links may wait for [`Endpoint::accept`].
 const WAITING_LINKS: usize = 64;
 
+/// Bytes that the socket holds for a process that waits for a processor. With the system's usual
+/// 208 KiB a busy host drops packets there at 100 Mbit/s, and QUIC takes that for a full link.
+const RECEIVE_BUFFER: usize = 4 << 20;
+
 /// What can be chosen about an endpoint.
 #[derive(Debug, Clone)]
 pub struct EndpointOptions {
@@ -124,6 +128,17 @@ pub(super) fn client_endpoint(
     Ok((endpoint, config))
 }
 
+fn listen(server: quinn::ServerConfig, address: SocketAddr) -> std::io::Result<quinn::Endpoint> {
+    use rustix::net::sockopt;
+    let socket = std::net::UdpSocket::bind(address)?;
+    // Beyond the system's limit where we may; what the system grants is enough to work with.
+    if sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER).is_err() {
+        let _ = sockopt::set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER);
+    }
+    let config = quinn::EndpointConfig::default();
+    quinn::Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime))
+}
+
 /// A site's socket. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Endpoint {
@@ -162,7 +177,7 @@ impl Endpoint {
         options: EndpointOptions,
     ) -> Result<Self, LinkError> {
         let server = server_config(&identity, &trust, &options)?;
-        let endpoint = quinn::Endpoint::server(server, address)
+        let endpoint = listen(server, address)
             .map_err(|e| LinkError::Bind { address, source: Arc::new(e) })?;
         let (tx, links) = mpsc::channel(WAITING_LINKS);
         let inner = Arc::new(Shared {
