@@ -5,7 +5,7 @@
 //! <cache>/<name> -> by-hash/<hash>                                        moved by rename
 //! <cache>/verified/<hash>       that its files were read and have the right hashes
 //! <cache>/debs/, apt/<arch>/    fetched packages and lists, shared by all builds
-//! <cache>/work/                 builds in progress; left-overs of a crash are removed
+//! <cache>/work                  builds in progress; left-overs of a crash are removed
 //! ```
 
 use std::fs::{File, Permissions};
