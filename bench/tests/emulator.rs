@@ -207,6 +207,7 @@ fn a_cut_silences_the_link_and_tcp_survives_it() {
         scope.spawn(|| {
             // In the midst of the transfer.
             while link.counters().a_to_b.delivered < 1000 {
+                assert!(t.elapsed() < Duration::from_secs(20), "the transfer does not begin");
                 std::thread::sleep(Duration::from_millis(5));
             }
             link.cut(Some(Duration::from_secs(1)));
