@@ -9,8 +9,9 @@
 //!          {"return": ...}                 <---
 //! ```
 //!
-//! After a restore the guest may still answer a question of before the save, so every session
-//! begins with the flush. The agent answers the mark itself with a parse error; it comes before
+//! The connection is kept between sessions: while nobody is connected the agent only looks every
+//! 100 ms whether somebody is, which the first question would wait for. After a restore the guest may
+//! still answer a question of before the save, so every session begins with the flush. The agent answers the mark itself with a parse error; it comes before
 //! the answer to the flush, so nothing is left over once the newest one is answered. What the
 //! guest says is hostile: lines and outputs have bounds.
 
@@ -121,19 +122,56 @@ impl ExecOutput {
     }
 }
 
-/// The agent of one machine. One session at a time; a connection lasts as long as a session: one
-/// question, or one program from its start to its end.
+/// The agent of one machine. One session at a time: one question, or one program from its start to
+/// its end.
 #[derive(Debug)]
 pub struct Agent {
     socket: PathBuf,
-    one: tokio::sync::Mutex<u64>,
+    one: tokio::sync::Mutex<Channel>,
+}
+
+/// What outlives a session.
+#[derive(Debug)]
+struct Channel {
+    last_id: u64,
+    wire: Option<Wire>,
+}
+
+#[derive(Debug)]
+struct Wire {
+    stream: UnixStream,
+    frames: Frames,
 }
 
 impl Agent {
     pub(crate) fn new(socket: PathBuf) -> Self {
         // Ids of this process and of an earlier daemon must not meet.
         let seed = u64::from(std::process::id()) << 20;
-        Self { socket, one: tokio::sync::Mutex::new(seed) }
+        Self { socket, one: tokio::sync::Mutex::new(Channel { last_id: seed, wire: None }) }
+    }
+
+    /// The socket has another name from now on; a connection stays.
+    pub(crate) fn moved(&mut self, socket: PathBuf) {
+        self.socket = socket;
+    }
+
+    /// Connects, unless that is done, and asks nothing. A machine that was saved with somebody
+    /// connected finds itself so again when this comes before its state is loaded.
+    ///
+    /// # Errors
+    /// [`AgentError::Io`] when QEMU does not have the channel.
+    pub async fn attach(&self) -> Result<(), AgentError> {
+        let mut channel = self.one.lock().await;
+        if channel.wire.is_none() {
+            channel.wire = Some(self.wire("attach").await?);
+        }
+        Ok(())
+    }
+
+    async fn wire(&self, command: &str) -> Result<Wire, AgentError> {
+        let io = |source| AgentError::Io { command: command.to_owned(), source };
+        let stream = UnixStream::connect(&self.socket).await.map_err(io)?;
+        Ok(Wire { stream, frames: Frames::default() })
     }
 
     /// Waits until the agent answers.
@@ -157,32 +195,25 @@ impl Agent {
         input: &[u8],
         within: Duration,
     ) -> Result<ExecOutput, AgentError> {
-        let mut wanted = json!({ "path": path, "arg": args, "capture-output": true });
-        if !env.is_empty() {
-            wanted["env"] = json!(env);
-        }
-        if !input.is_empty() {
-            wanted["input-data"] = Value::from(base64::encode(input));
-        }
-        let command = format!("guest-exec {path}");
-        let bad = |why| AgentError::Answer { command: command.clone(), why };
-        let session = async {
-            let mut session = self.session("guest-exec").await?;
-            let started = session.ask("guest-exec", &wanted).await?;
-            let pid = started["pid"].as_u64().ok_or_else(|| bad("no pid"))?;
-            let began = Instant::now();
-            loop {
-                let status = session.ask("guest-exec-status", &json!({ "pid": pid })).await?;
-                if status["exited"] == true {
-                    return output(&status).ok_or_else(|| bad("output that is not base64"));
-                }
-                let look = (began.elapsed() / 8).clamp(EXEC_LOOK.0, EXEC_LOOK.1);
-                tokio::time::sleep(look).await;
-            }
-        };
-        match tokio::time::timeout(within, session).await {
-            Ok(done) => done,
-            Err(_) => Err(AgentError::TimedOut { command, within }),
+        let until = Instant::now() + within;
+        let mut session = self.connect("guest-exec", within).await?;
+        session.exec(path, args, env, input, until.saturating_duration_since(Instant::now())).await
+    }
+
+    /// Waits until the agent answers, and stays in step with it for what is to be done first
+    /// then: a question of its own costs an emulated guest tens of milliseconds. `command` names
+    /// what it is for.
+    ///
+    /// # Errors
+    /// [`AgentError::TimedOut`] after `within`.
+    pub async fn connect(
+        &self,
+        command: &str,
+        within: Duration,
+    ) -> Result<AgentSession<'_>, AgentError> {
+        match tokio::time::timeout(within, self.session(command)).await {
+            Ok(session) => session,
+            Err(_) => Err(AgentError::TimedOut { command: command.to_owned(), within }),
         }
     }
 
@@ -267,39 +298,83 @@ impl Agent {
         }
     }
 
-    /// Opens a channel and brings it in step with the guest, for `command`.
-    async fn session(&self, command: &str) -> Result<Session<'_>, AgentError> {
+    /// Brings the channel in step with the guest, for `command`.
+    async fn session(&self, command: &str) -> Result<AgentSession<'_>, AgentError> {
         let io = |source| AgentError::Io { command: command.to_owned(), source };
-        let last_id = self.one.lock().await;
-        let stream = UnixStream::connect(&self.socket).await.map_err(io)?;
-        let mut session = Session { stream, frames: Frames::default(), last_id };
+        let mut session = AgentSession { channel: self.one.lock().await };
+        if session.channel.wire.is_some() && session.flush().await.is_ok() {
+            return Ok(session);
+        }
+        // There was no connection, or QEMU has closed it.
+        session.channel.wire = Some(self.wire(command).await?);
         session.flush().await.map_err(io)?;
         Ok(session)
     }
 }
 
 /// A connection in step with the guest. Nobody else has one while it lasts.
-struct Session<'a> {
-    stream: UnixStream,
-    frames: Frames,
-    last_id: tokio::sync::MutexGuard<'a, u64>,
+#[derive(Debug)]
+pub struct AgentSession<'a> {
+    channel: tokio::sync::MutexGuard<'a, Channel>,
 }
 
-impl Session<'_> {
+impl AgentSession<'_> {
+    /// As [`Agent::exec`].
+    ///
+    /// # Errors
+    /// As [`Agent::exec`].
+    pub async fn exec(
+        &mut self,
+        path: &str,
+        args: &[&str],
+        env: &[String],
+        input: &[u8],
+        within: Duration,
+    ) -> Result<ExecOutput, AgentError> {
+        let mut wanted = json!({ "path": path, "arg": args, "capture-output": true });
+        if !env.is_empty() {
+            wanted["env"] = json!(env);
+        }
+        if !input.is_empty() {
+            wanted["input-data"] = Value::from(base64::encode(input));
+        }
+        let command = format!("guest-exec {path}");
+        let bad = |why| AgentError::Answer { command: command.clone(), why };
+        let run = async {
+            let started = self.ask("guest-exec", &wanted).await?;
+            let pid = started["pid"].as_u64().ok_or_else(|| bad("no pid"))?;
+            let began = Instant::now();
+            loop {
+                let status = self.ask("guest-exec-status", &json!({ "pid": pid })).await?;
+                if status["exited"] == true {
+                    return output(&status).ok_or_else(|| bad("output that is not base64"));
+                }
+                let look = (began.elapsed() / 8).clamp(EXEC_LOOK.0, EXEC_LOOK.1);
+                tokio::time::sleep(look).await;
+            }
+        };
+        match tokio::time::timeout(within, run).await {
+            Ok(done) => done,
+            Err(_) => Err(AgentError::TimedOut { command, within }),
+        }
+    }
+
     async fn flush(&mut self) -> std::io::Result<()> {
-        let first = *self.last_id + 1;
+        let Channel { last_id, wire } = &mut *self.channel;
+        let Wire { stream, frames } = wire.as_mut().ok_or(std::io::ErrorKind::NotConnected)?;
+        let first = *last_id + 1;
         let mut patience = FLUSH_AGAIN;
         loop {
-            *self.last_id += 1;
-            let newest = *self.last_id;
+            *last_id += 1;
+            let newest = *last_id;
             let sync = json!({ "execute": "guest-sync-delimited", "arguments": { "id": newest } });
             let mut flush = vec![MARK];
             flush.extend_from_slice(sync.to_string().as_bytes());
             flush.push(b'\n');
-            self.stream.write_all(&flush).await?;
+            stream.write_all(&flush).await?;
             let mut again = Instant::now() + patience;
             loop {
-                let next = next_line(&mut self.stream, &mut self.frames);
+                let next = next_line(stream, frames);
                 let Ok(line) = tokio::time::timeout_at(again, next).await else { break };
                 match sync_answer(&line?) {
                     Some(id) if id == newest => return Ok(()),
@@ -323,8 +398,11 @@ impl Session<'_> {
         }
         let mut line = ask.to_string().into_bytes();
         line.push(b'\n');
-        self.stream.write_all(&line).await.map_err(io)?;
-        let line = next_line(&mut self.stream, &mut self.frames).await.map_err(io)?;
+        let wire = self.channel.wire.as_mut();
+        let Wire { stream, frames } =
+            wire.ok_or_else(|| io(std::io::ErrorKind::NotConnected.into()))?;
+        stream.write_all(&line).await.map_err(io)?;
+        let line = next_line(stream, frames).await.map_err(io)?;
         let answer: Value = serde_json::from_slice(&line).map_err(|_| bad("it is not JSON"))?;
         if let Some(desc) = answer["error"]["desc"].as_str() {
             let desc = desc.chars().filter(|c| !c.is_control()).take(300).collect();

@@ -27,7 +27,7 @@ pub struct Stored {
     pub units: u64,
     /// Units that the store did not hold before.
     pub new_units: u64,
-    /// Bytes that the pack files grew by.
+    /// Bytes that the pack files grew by, less those of units that were forgotten again.
     pub new_bytes: u64,
 }
 
@@ -39,6 +39,7 @@ pub struct Writer {
     pack: Option<OpenPack>,
     pin: u64,
     held: HashSet<Hash>,
+    ahead: HashSet<Hash>,
     new: Vec<(Hash, Loc)>,
     fresh: Vec<(Hash, Cached)>,
     fresh_bytes: u64,
@@ -76,6 +77,7 @@ impl Writer {
             pack: None,
             pin,
             held: HashSet::new(),
+            ahead: HashSet::new(),
             new: Vec::new(),
             fresh: Vec::new(),
             fresh_bytes: 0,
@@ -161,13 +163,42 @@ impl Writer {
         Ok(lacking)
     }
 
+    /// Takes all that was put in so far for a guess: putting such a unit in again costs its hash
+    /// and nothing more, and a unit that does not come again is forgotten by the commit. So the
+    /// bulk of something that still changes can be written before it is at rest.
+    pub fn start_over(&mut self) {
+        if self.ahead.is_empty() {
+            self.ahead = std::mem::take(&mut self.held);
+        } else {
+            self.ahead.extend(self.held.drain());
+        }
+    }
+
+    /// Forgets what came before [`Writer::start_over`] and not again, as the commit does. Its
+    /// bytes in the pack are unused space, for [`Store::gc`] to give back.
+    pub fn forget_wrong_guesses(&mut self) {
+        if std::mem::take(&mut self.ahead).is_empty() {
+            return;
+        }
+        let (held, stored) = (&self.held, &mut self.stored);
+        self.new.retain(|(h, loc)| {
+            let kept = held.contains(h);
+            if !kept {
+                stored.new_units -= 1;
+                stored.new_bytes -= HEAD as u64 + u64::from(loc.body);
+            }
+            kept
+        });
+        self.fresh.retain(|(h, _)| held.contains(h));
+    }
+
     /// The numbers of those of `hashes` that neither the store nor this writer has; all are held
     /// and pinned from now on, so that no sweep takes them.
     fn unknown(&mut self, hashes: &[Hash]) -> Result<Vec<usize>, StoreError> {
         let zero = zero_hash();
         let mut first: Vec<usize> = Vec::new();
         for (i, h) in hashes.iter().enumerate() {
-            if *h != zero && self.held.insert(*h) {
+            if *h != zero && self.held.insert(*h) && !self.ahead.contains(h) {
                 first.push(i);
             }
         }
@@ -267,6 +298,7 @@ impl Writer {
     /// # Errors
     /// [`StoreError::NoRoom`], [`StoreError::Io`], [`StoreError::Index`]; nothing was stored then.
     pub fn commit(mut self) -> Result<Stored, StoreError> {
+        self.forget_wrong_guesses();
         if let Some(pack) = &self.pack {
             let path = self.store.inner.packs.path(pack.number);
             pack.file.sync_data().map_err(StoreError::io("syncing", &path))?;

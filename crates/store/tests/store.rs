@@ -285,6 +285,54 @@ fn units_from_a_peer_are_checked_before_they_are_taken() {
 }
 
 #[test]
+fn what_was_put_in_ahead_counts_when_it_comes_again_and_is_forgotten_when_not() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let store = Store::open(dir.path(), options()).expect("open");
+    let known = memory(40, 20);
+    let known_hashes = fill(&store, owner(), &known);
+    let before = store.stats().expect("stats");
+    let (changed, stays, late) = (memory(200, 21), memory(120, 22), memory(30, 23));
+    let o = owner();
+    let mut w = store.writer(o, Effort::Fast).expect("writer");
+    let guess = [&known[..], &changed, &stays].concat();
+    let guessed = w.put_units(&guess).expect("put");
+    let ahead = w.stored();
+    w.start_over();
+    let real = [&known[..], &late, &stays].concat();
+    let hashes = w.put_units(&real).expect("put");
+    let again = w.stored();
+    w.forget_wrong_guesses();
+    let kept = w.stored();
+    let stored = w.commit().expect("commit");
+    assert_eq!(stored, kept);
+    assert_holds(&store, &hashes, &real);
+    assert_holds(&store, &known_hashes, &known);
+    // What came again cost nothing more, and only that and what was late is there.
+    let same = fill_elsewhere(&[&known[..], &late, &stays].concat());
+    let units = store.stats().expect("stats").units - before.units;
+    assert_eq!(units, kept.new_units);
+    assert_eq!(units + before.units, same.units);
+    assert!(again.new_units < ahead.new_units + 30, "{again:?} after {ahead:?}");
+    let wrong: Vec<Hash> = guessed.iter().copied().filter(|h| !hashes.contains(h)).collect();
+    assert!(wrong.len() > 100, "{} wrong guesses", wrong.len());
+    assert!(store.contains_many(&wrong).expect("asked").iter().all(|there| !there));
+    assert!(store.owned(o).expect("owned").iter().all(|h| hashes.contains(h)));
+    // Their bytes are unused space.
+    let report = store.gc().expect("gc");
+    assert_eq!(report.removed_units, 0);
+    assert_eq!(report.packs, 1);
+    assert_holds(&store, &hashes, &real);
+    assert_holds(&store, &known_hashes, &known);
+}
+
+fn fill_elsewhere(bytes: &[u8]) -> godwit_store::StoreStats {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let store = Store::open(dir.path(), options()).expect("open");
+    fill(&store, owner(), bytes);
+    store.stats().expect("stats")
+}
+
+#[test]
 fn a_full_disk_is_refused_with_nothing_half_done() {
     let mount = match Tmpfs::mount(12 << 20) {
         Ok(m) => m,

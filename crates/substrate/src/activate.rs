@@ -146,6 +146,10 @@ impl Shell {
             machine.kill().await;
             return Err(e);
         }
+        if let Err(e) = machine.agent().attach().await {
+            machine.kill().await;
+            return Err(SubstrateError::machine("connecting to the guest agent")(e.into()));
+        }
         Ok(machine)
     }
 
@@ -283,15 +287,16 @@ async fn bring_up(
     machine.run().await.map_err(SubstrateError::machine("starting the vCPUs"))?;
     phases.end("run");
     let running_ms = phases.elapsed().as_secs_f64() * 1e3;
-    machine
+    let mut agent = machine
         .agent()
-        .ping(ANSWER_WITHIN)
+        .connect("guest-exec", ANSWER_WITHIN)
         .await
         .map_err(|e| SubstrateError::machine("waiting for the guest")(e.into()))?;
     let first_answer_ms = phases.elapsed().as_secs_f64() * 1e3;
     phases.end("answer");
     let env = environment(identity.as_ref())?;
-    run_script(machine.agent(), AFTER_ACTIVATE, &env, RENEW_WITHIN).await?;
+    run_script(&mut agent, AFTER_ACTIVATE, &env, RENEW_WITHIN).await?;
+    drop(agent);
     phases.end("renew");
     // Until now the guest has no card at all. Its drivers take the only vCPU for a while when one
     // appears, which user programs shall not wait for.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use godwit_qemu::{Agent, QemuError};
+use godwit_qemu::{AgentSession, QemuError};
 
 use crate::error::SubstrateError;
 
@@ -12,7 +12,7 @@ pub(crate) const BEFORE_DOCK: &str = "/usr/lib/godwit/before-dock";
 pub(crate) const AFTER_ACTIVATE: &str = "/usr/lib/godwit/after-activate";
 
 pub(crate) async fn run_script(
-    agent: &Agent,
+    agent: &mut AgentSession<'_>,
     script: &'static str,
     env: &[String],
     within: Duration,

@@ -9,24 +9,32 @@
 //!            cont, NICs plugged again, user programs thawed: it runs on
 //! ```
 //!
+//! While the guest comes to rest its memory is stored already, as far as that gets: of a page that
+//! does not change until the STOP only the hash is computed again while the machine stands.
+//!
 //! The commit is the rename of the substrate's directory. Before it the machine can go on and
 //! nothing of the substrate is left; after it the machine is ended.
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use godwit_disk::FrozenChain;
 use godwit_image::Image;
-use godwit_qemu::{DiskChain, Launch, Layer, Life, Machine, Manifest, MemorySource, Nic};
+use godwit_qemu::{
+    AgentSession, DiskChain, Launch, Layer, Life, Machine, Manifest, MemorySource, Nic,
+};
 use godwit_store::{Effort, PageMap, UNIT, Writer, zero_hash};
 use godwit_types::{
     BLOCK_SIZE, DockReport, Hash, Mib, Name, PAGE_SIZE, Phases, SubstrateId, SubstrateKind,
 };
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
+use tokio::task::JoinHandle;
 
 use crate::agent::{AFTER_ACTIVATE, BEFORE_DOCK, run_script};
 use crate::error::SubstrateError;
@@ -41,6 +49,8 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 const SCRIPT_WITHIN: Duration = Duration::from_secs(120);
 /// Bytes of disk that the small files of a substrate may take.
 const SMALL_FILES: u64 = 16 << 20;
+/// Bytes of a running machine's memory read in one go.
+const WINDOW: u64 = 4 << 20;
 /// Blocks put into the store in one go.
 const BATCH: usize = 1024;
 
@@ -86,19 +96,33 @@ async fn convert(
     let mut phases = Phases::start();
     let launch = machine.launch();
     let plan = Plan::of(machine, &launch, pool, &request)?;
-    if let Err(e) = machine.agent().ping(ANSWER_WITHIN).await {
-        pool.undo(request.id);
-        return Err(SubstrateError::AgentSilent(Box::new(e)));
-    }
     let nics = launch.nics.clone();
+    let mut agent = match machine.agent().connect("guest-exec", ANSWER_WITHIN).await {
+        Ok(agent) => agent,
+        Err(e) => {
+            pool.undo(request.id);
+            return Err(SubstrateError::AgentSilent(Box::new(e)));
+        }
+    };
+    let ahead = Ahead::start(pool, &plan);
     let done = async {
-        quiesce(machine, &nics).await?;
+        let rested = quiesce(machine, &nics, &mut agent).await;
+        drop(agent);
+        rested?;
         phases.end("quiesce");
         let stopped = phases.elapsed();
+        ahead.enough();
         machine.save_state(&plan.stream).await.map_err(SubstrateError::machine("stopping"))?;
         phases.end("device state");
-        let (plan, pool) = (plan.clone(), pool.clone());
-        let docked = tokio::task::spawn_blocking(move || plan.store(&pool, phases))
+        Ok::<_, SubstrateError>((phases, stopped))
+    };
+    let stopped = done.await;
+    // Awaited in every case: what it has written is gone before anything is said to have failed.
+    let writer = ahead.end().await;
+    let done = async {
+        let (phases, stopped) = stopped?;
+        let (plan, pool, writer) = (plan.clone(), pool.clone(), writer?);
+        let docked = tokio::task::spawn_blocking(move || plan.store(&pool, writer, phases))
             .await
             .map_err(|_| SubstrateError::Worker("docking"))??;
         Ok::<_, SubstrateError>((docked, stopped))
@@ -210,12 +234,10 @@ impl Plan {
     fn store(
         mut self,
         pool: &Pool,
+        mut writer: Writer,
         mut phases: Phases,
     ) -> Result<(Substrate, PageMap, Phases), SubstrateError> {
-        let mut writer = pool
-            .store()
-            .writer(self.substrate.id.into(), Effort::Fast)
-            .map_err(SubstrateError::store("opening the store"))?;
+        writer.start_over();
         let memory = self.substrate.shape.memory;
         let (pages, state) = match &self.memory {
             MemorySource::Shared { path } => {
@@ -224,7 +246,6 @@ impl Plan {
             }
             MemorySource::PrivateOf { .. } => store_stream(&mut writer, &self.stream, memory)?,
         };
-        pool.room_for(writer.stored().new_bytes)?;
         phases.end("memory");
         let disk = match &self.disk {
             Some((base, layers)) => Some(store_disk(&mut writer, base, layers)?),
@@ -232,12 +253,78 @@ impl Plan {
         };
         self.substrate.sizes.memory_bytes = held_bytes(&pages);
         self.substrate.sizes.disk_bytes = disk.as_ref().map_or(0, held_bytes);
+        writer.forget_wrong_guesses();
         phases.end("disk");
         let parts =
             Parts { state, pages: pages.encode(), disk: disk.as_ref().map(PageMap::encode) };
         let substrate = pool.publish(self.substrate, &parts, writer)?;
         phases.end("commit");
         Ok((substrate, pages, phases))
+    }
+}
+
+/// Puts the memory of a machine that still runs into the store, so that only what changes until
+/// its STOP has to be encoded and written while it stands. What is read torn, or changes, is a
+/// wrong guess that the writer forgets.
+struct Ahead {
+    enough: Arc<AtomicBool>,
+    work: JoinHandle<Result<Writer, SubstrateError>>,
+}
+
+impl Ahead {
+    fn start(pool: &Pool, plan: &Plan) -> Self {
+        let enough = Arc::new(AtomicBool::new(false));
+        let (told, pool, owner) = (Arc::clone(&enough), pool.clone(), plan.substrate.id.into());
+        let memory = plan.memory.clone();
+        let work = tokio::task::spawn_blocking(move || {
+            let mut writer = pool
+                .store()
+                .writer(owner, Effort::Fast)
+                .map_err(SubstrateError::store("opening the store"))?;
+            // A clone's own pages are in no file.
+            if let MemorySource::Shared { path } = &memory {
+                Self::put(&mut writer, path, &told)?;
+            }
+            Ok(writer)
+        });
+        Self { enough, work }
+    }
+
+    fn put(writer: &mut Writer, path: &Path, enough: &AtomicBool) -> Result<(), SubstrateError> {
+        let file = File::open(path).map_err(SubstrateError::io("opening the memory file", path))?;
+        let io = SubstrateError::io;
+        let len = file.metadata().map_err(io("reading", path))?.len();
+        let mut buffer = vec![0; WINDOW as usize];
+        let mut at = 0;
+        // The guest needs the other cores to come to rest.
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(cores)
+            .build()
+            .map_err(|_| SubstrateError::Worker("storing the memory ahead"))?;
+        while let Some((from, to)) = next_data(&file, at, len).map_err(io("seeking in", path))? {
+            if enough.load(Ordering::Relaxed) {
+                break;
+            }
+            // Copied out: the machine writes to the file while it is read.
+            let part = &mut buffer[..(to - from).min(WINDOW) as usize];
+            file.read_exact_at(part, from).map_err(io("reading", path))?;
+            pool.install(|| writer.put_units(part))
+                .map_err(SubstrateError::store("storing the memory"))?;
+            at = from + part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// The machine is about to stop: from then on, what is stored is stored for good.
+    fn enough(&self) {
+        self.enough.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until the work has ended.
+    async fn end(self) -> Result<Writer, SubstrateError> {
+        self.enough();
+        self.work.await.map_err(|_| SubstrateError::Worker("docking"))?
     }
 }
 
@@ -264,7 +351,11 @@ fn layers(chain: &DiskChain, image: &Image) -> Result<(PathBuf, Vec<PathBuf>), S
     }
 }
 
-async fn quiesce(machine: &Machine, nics: &[Nic]) -> Result<(), SubstrateError> {
+async fn quiesce(
+    machine: &Machine,
+    nics: &[Nic],
+    agent: &mut AgentSession<'_>,
+) -> Result<(), SubstrateError> {
     let unplug = async {
         for nic in nics {
             machine
@@ -274,7 +365,7 @@ async fn quiesce(machine: &Machine, nics: &[Nic]) -> Result<(), SubstrateError> 
         }
         Ok(())
     };
-    let rest = run_script(machine.agent(), BEFORE_DOCK, &[], SCRIPT_WITHIN);
+    let rest = run_script(agent, BEFORE_DOCK, &[], SCRIPT_WITHIN);
     let (unplugged, rested) = tokio::join!(unplug, rest);
     unplugged.and(rested)
 }
@@ -293,7 +384,10 @@ async fn wake(machine: &Machine, nics: &[Nic]) {
                 .await
                 .map_err(SubstrateError::machine("plugging the NIC again"))?;
         }
-        run_script(machine.agent(), AFTER_ACTIVATE, &[], SCRIPT_WITHIN).await
+        let agent = machine.agent().connect("guest-exec", SCRIPT_WITHIN).await;
+        let mut agent =
+            agent.map_err(|e| SubstrateError::machine("talking to the guest")(e.into()))?;
+        run_script(&mut agent, AFTER_ACTIVATE, &[], SCRIPT_WITHIN).await
     };
     if let Err(error) = woken.await {
         tracing::error!(%error, "the machine was not docked, and does not run as before");

@@ -185,7 +185,7 @@ impl Machine {
         match Arc::try_unwrap(self.inner) {
             Ok(mut inner) => {
                 *inner.home.lock().unwrap_or_else(PoisonError::into_inner) = paths.clone();
-                inner.agent = Agent::new(paths.agent.clone());
+                inner.agent.moved(paths.agent.clone());
                 inner.paths = paths;
                 let machine = Self { inner: Arc::new(inner) };
                 let recorded = machine.record(|l| {
