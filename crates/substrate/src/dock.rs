@@ -49,8 +49,10 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 const SCRIPT_WITHIN: Duration = Duration::from_secs(120);
 /// Bytes of disk that the small files of a substrate may take.
 const SMALL_FILES: u64 = 16 << 20;
-/// Bytes of a running machine's memory read in one go.
-const WINDOW: u64 = 4 << 20;
+/// Bytes of a running machine's memory stored in one go.
+const WINDOW: u64 = 1 << 20;
+/// The nice value of what stores them: the guest comes to rest first.
+const AHEAD_NICE: i32 = 10;
 /// Blocks put into the store in one go.
 const BATCH: usize = 1024;
 
@@ -296,10 +298,14 @@ impl Ahead {
         let len = file.metadata().map_err(io("reading", path))?.len();
         let mut buffer = vec![0; WINDOW as usize];
         let mut at = 0;
-        // The guest needs the other cores to come to rest.
+        let nice = |_| {
+            // Of this thread alone. Without it the work is only less polite.
+            let _ = rustix::process::setpriority_process(None, AHEAD_NICE);
+        };
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(cores)
+            .start_handler(nice)
             .build()
             .map_err(|_| SubstrateError::Worker("storing the memory ahead"))?;
         while let Some((from, to)) = next_data(&file, at, len).map_err(io("seeking in", path))? {
