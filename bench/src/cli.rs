@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -28,10 +28,12 @@ enum What {
     Demo(DemoArgs),
     /// Cold boot, dock, activate and move an environment, beside stock QEMU.
     Mainjob(SuiteArgs),
+    /// Co-scheduling of sibling vCPUs: the dissertation's tables and figures in the simulator.
+    Sched(RunArgs),
 }
 
 #[derive(Debug, Args)]
-struct SuiteArgs {
+struct RunArgs {
     /// Few rounds.
     #[arg(long)]
     quick: bool,
@@ -41,6 +43,12 @@ struct SuiteArgs {
     /// Number of rounds.
     #[arg(long)]
     rounds: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+struct SuiteArgs {
+    #[command(flatten)]
+    run: RunArgs,
     /// Guest image.
     #[arg(long, default_value = "tiny")]
     guest: Name,
@@ -161,7 +169,12 @@ pub(crate) fn main() -> ExitCode {
     let done = match cli.what {
         What::Link(args) => link(&args),
         What::Demo(args) => args.play(),
-        What::Mainjob(args) => suite("mainjob", args),
+        What::Mainjob(args) => suite("mainjob", &args.plan(), &args.run.out),
+        // No machine is started, so the guest does not matter.
+        What::Sched(args) => {
+            let guest = Name::new("none").context("a name");
+            guest.and_then(|guest| suite("sched", &args.plan(guest), &args.out))
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -172,23 +185,31 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
-fn suite(name: &str, args: SuiteArgs) -> anyhow::Result<()> {
+impl RunArgs {
+    fn plan(&self, guest: Name) -> Plan {
+        Plan { quick: self.quick, rounds: self.rounds, ..Plan::new(guest) }
+    }
+}
+
+impl SuiteArgs {
+    fn plan(&self) -> Plan {
+        Plan {
+            images: self.images.clone(),
+            witness_mib: self.witness_mib,
+            stock_downtime_ms: self.stock_downtime_ms,
+            rate_mbit: self.rate,
+            delay_ms: self.delay,
+            ..self.run.plan(self.guest.clone())
+        }
+    }
+}
+
+fn suite(name: &str, plan: &Plan, out: &Path) -> anyhow::Result<()> {
     let suite = SUITES.iter().find(|s| s.name == name).context("no such suite")?;
-    let plan = Plan {
-        quick: args.quick,
-        rounds: args.rounds,
-        images: args.images,
-        guest: args.guest,
-        witness_mib: args.witness_mib,
-        stock_downtime_ms: args.stock_downtime_ms,
-        rate_mbit: args.rate,
-        delay_ms: args.delay,
-    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let results = runtime.block_on(suites::run(suite, &plan))?;
-    harness::write(&results, &args.out)?;
-    writeln!(std::io::stdout(), "{}", args.out.join("report.md").display())
-        .context("write to stdout")
+    let results = runtime.block_on(suites::run(suite, plan))?;
+    harness::write(&results, out)?;
+    writeln!(std::io::stdout(), "{}", out.join("report.md").display()).context("write to stdout")
 }
 
 fn show(value: &impl serde::Serialize) -> anyhow::Result<()> {

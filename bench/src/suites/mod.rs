@@ -2,6 +2,7 @@
 
 mod guest;
 pub mod mainjob;
+pub mod sched;
 
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -40,6 +41,23 @@ pub struct Plan {
     pub stock_downtime_ms: Option<u64>,
 }
 
+impl Plan {
+    /// All of a suite's rounds, with the command line's defaults.
+    #[must_use]
+    pub fn new(guest: Name) -> Self {
+        Self {
+            quick: false,
+            rounds: None,
+            images: PathBuf::from("/var/cache/godwit/images"),
+            guest,
+            witness_mib: 32,
+            rate_mbit: 100.0,
+            delay_ms: 17.5,
+            stock_downtime_ms: None,
+        }
+    }
+}
+
 /// One suite.
 #[derive(Debug, Clone, Copy)]
 pub struct Suite {
@@ -52,11 +70,18 @@ pub struct Suite {
 }
 
 /// All suites.
-pub const SUITES: &[Suite] = &[Suite {
-    name: "mainjob",
-    about: "cold boot, dock, activate and move an environment, beside stock QEMU",
-    run: |plan, results| Box::pin(mainjob::run(plan, results)),
-}];
+pub const SUITES: &[Suite] = &[
+    Suite {
+        name: "mainjob",
+        about: "cold boot, dock, activate and move an environment, beside stock QEMU",
+        run: |plan, results| Box::pin(mainjob::run(plan, results)),
+    },
+    Suite {
+        name: "sched",
+        about: "co-scheduling of sibling vCPUs in the simulator, beside the dissertation",
+        run: |plan, results| Box::pin(sched::run(plan, results)),
+    },
+];
 
 /// Runs `suite` and gives what it found.
 ///
