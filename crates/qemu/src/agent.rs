@@ -10,10 +10,11 @@
 //! ```
 //!
 //! The connection is kept between sessions: while nobody is connected the agent only looks every
-//! 100 ms whether somebody is, which the first question would wait for. After a restore the guest may
-//! still answer a question of before the save, so every session begins with the flush. The agent answers the mark itself with a parse error; it comes before
-//! the answer to the flush, so nothing is left over once the newest one is answered. What the
-//! guest says is hostile: lines and outputs have bounds.
+//! 100 ms whether somebody is, which the first question would wait for. After a restore the guest
+//! may still answer a question of before the save, so every session begins with the flush. The
+//! agent answers the mark itself with a parse error; it comes before the answer to the flush, so
+//! nothing is left over once the newest one is answered. What the guest says is hostile: lines and
+//! outputs have bounds.
 
 use std::path::PathBuf;
 use std::time::Duration;
