@@ -1,15 +1,15 @@
 //! The command line.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use godwit_bench::harness;
+use godwit_bench::harness::{self, Results};
 use godwit_bench::link::{Link, LinkSpec, Reply, Request, Side, control_path, request, serve};
-use godwit_bench::suites::{self, Plan, SUITES};
+use godwit_bench::suites::{self, Plan};
 use godwit_types::Name;
 
 /// Godwit's evaluation.
@@ -169,11 +169,12 @@ pub(crate) fn main() -> ExitCode {
     let done = match cli.what {
         What::Link(args) => link(&args),
         What::Demo(args) => args.play(),
-        What::Mainjob(args) => suite("mainjob", &args.plan(), &args.run.out),
-        // No machine is started, so the guest does not matter.
-        What::Sched(args) => {
-            let guest = Name::new("none").context("a name");
-            guest.and_then(|guest| suite("sched", &args.plan(guest), &args.out))
+        What::Mainjob(args) => {
+            let plan = args.plan();
+            suite("mainjob", &args.run, async |r| suites::mainjob::run(&plan, r).await)
+        }
+        What::Sched(run) => {
+            suite("sched", &run, async |r| suites::sched::run(run.quick, run.rounds, r))
         }
     };
     match done {
@@ -185,31 +186,31 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
-impl RunArgs {
-    fn plan(&self, guest: Name) -> Plan {
-        Plan { quick: self.quick, rounds: self.rounds, ..Plan::new(guest) }
-    }
-}
-
 impl SuiteArgs {
     fn plan(&self) -> Plan {
         Plan {
+            quick: self.run.quick,
+            rounds: self.run.rounds,
             images: self.images.clone(),
+            guest: self.guest.clone(),
             witness_mib: self.witness_mib,
             stock_downtime_ms: self.stock_downtime_ms,
             rate_mbit: self.rate,
             delay_ms: self.delay,
-            ..self.run.plan(self.guest.clone())
         }
     }
 }
 
-fn suite(name: &str, plan: &Plan, out: &Path) -> anyhow::Result<()> {
-    let suite = SUITES.iter().find(|s| s.name == name).context("no such suite")?;
+fn suite(
+    name: &str,
+    args: &RunArgs,
+    measure: impl AsyncFnOnce(&mut Results) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let results = runtime.block_on(suites::run(suite, plan))?;
-    harness::write(&results, out)?;
-    writeln!(std::io::stdout(), "{}", out.join("report.md").display()).context("write to stdout")
+    let results = runtime.block_on(suites::run(name, args.quick, measure))?;
+    harness::write(&results, &args.out)?;
+    writeln!(std::io::stdout(), "{}", args.out.join("report.md").display())
+        .context("write to stdout")
 }
 
 fn show(value: &impl serde::Serialize) -> anyhow::Result<()> {

@@ -2,7 +2,7 @@
 //! of Godwit but the room that starts QEMU.
 
 use godwit_bench::harness;
-use godwit_bench::suites::{self, Plan, SUITES, Suite, mainjob};
+use godwit_bench::suites::{self, Plan, mainjob};
 use godwit_image::ImageCache;
 use godwit_types::Name;
 
@@ -25,11 +25,8 @@ async fn stock_qemu_moves_a_working_guest_and_loses_nothing() {
         delay_ms: 5.0,
         stock_downtime_ms: None,
     };
-    let suite = Suite {
-        run: |plan, results| Box::pin(mainjob::run_stock(plan, results)),
-        ..*SUITES.iter().find(|s| s.name == "mainjob").expect("registered")
-    };
-    let results = suites::run(&suite, &plan).await.expect("a round succeeds");
+    let stock = async |r: &mut harness::Results| mainjob::run_stock(&plan, r).await;
+    let results = suites::run("mainjob", true, stock).await.expect("a round succeeds");
 
     let stock = &results.reports["stock"][0];
     assert_eq!(stock["intact"], true, "{stock}");

@@ -5,7 +5,6 @@ pub mod mainjob;
 pub mod sched;
 
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::time::Instant;
 
 use anyhow::Context as _;
@@ -17,10 +16,7 @@ use crate::harness::{MachineInfo, Results, SCHEMA, git_revision};
 
 pub use guest::{Guest, Witness, first_answer};
 
-/// A suite at work.
-pub type Running<'a> = Pin<Box<dyn Future<Output = anyhow::Result<()>> + 'a>>;
-
-/// What a suite is told.
+/// What a suite with guests is told.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// Few rounds.
@@ -41,60 +37,22 @@ pub struct Plan {
     pub stock_downtime_ms: Option<u64>,
 }
 
-impl Plan {
-    /// All of a suite's rounds, with the command line's defaults.
-    #[must_use]
-    pub fn new(guest: Name) -> Self {
-        Self {
-            quick: false,
-            rounds: None,
-            images: PathBuf::from("/var/cache/godwit/images"),
-            guest,
-            witness_mib: 32,
-            rate_mbit: 100.0,
-            delay_ms: 17.5,
-            stock_downtime_ms: None,
-        }
-    }
-}
-
-/// One suite.
-#[derive(Debug, Clone, Copy)]
-pub struct Suite {
-    /// Its name on the command line.
-    pub name: &'static str,
-    /// One line for people.
-    pub about: &'static str,
-    /// Fills in everything that it measures.
-    pub run: for<'a> fn(&'a Plan, &'a mut Results) -> Running<'a>,
-}
-
-/// All suites.
-pub const SUITES: &[Suite] = &[
-    Suite {
-        name: "mainjob",
-        about: "cold boot, dock, activate and move an environment, beside stock QEMU",
-        run: |plan, results| Box::pin(mainjob::run(plan, results)),
-    },
-    Suite {
-        name: "sched",
-        about: "co-scheduling of sibling vCPUs in the simulator, beside the dissertation",
-        run: |plan, results| Box::pin(sched::run(plan, results)),
-    },
-];
-
-/// Runs `suite` and gives what it found.
+/// Runs the suite `name`, whose `measure` fills in everything that it finds.
 ///
 /// # Errors
 /// When nothing could be measured; single rounds that fail are notes in the results.
-pub async fn run(suite: &Suite, plan: &Plan) -> anyhow::Result<Results> {
+pub async fn run(
+    name: &str,
+    quick: bool,
+    measure: impl AsyncFnOnce(&mut Results) -> anyhow::Result<()>,
+) -> anyhow::Result<Results> {
     let begun = Instant::now();
     let mut results = Results {
         schema: SCHEMA,
-        suite: suite.name.to_owned(),
+        suite: name.to_owned(),
         started: OffsetDateTime::now_utc().format(&Rfc3339).context("write the time")?,
         took_s: 0.0,
-        quick: plan.quick,
+        quick,
         machine: MachineInfo::here(),
         git_rev: std::env::current_dir().ok().and_then(|d| git_revision(&d)),
         accel: None,
@@ -104,7 +62,7 @@ pub async fn run(suite: &Suite, plan: &Plan) -> anyhow::Result<Results> {
         reports: Default::default(),
         notes: Vec::new(),
     };
-    (suite.run)(plan, &mut results).await.with_context(|| format!("suite {}", suite.name))?;
+    Box::pin(measure(&mut results)).await.with_context(|| format!("suite {name}"))?;
     for e in &mut results.experiments {
         e.finish();
     }

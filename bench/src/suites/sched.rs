@@ -7,7 +7,6 @@ use godwit_sched::policy::Policy;
 use godwit_sched::sim::workload::Workload;
 use godwit_sched::sim::{Costs, Simulator};
 
-use super::Plan;
 use crate::harness::stats::summary;
 use crate::harness::{Better, Experiment, Results};
 
@@ -58,9 +57,10 @@ impl Claim {
 /// on every machine.
 ///
 /// # Errors
-/// None but what [`super::run`] adds.
-pub async fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
-    let seeds = plan.rounds.unwrap_or(if plan.quick { 3 } else { 10 }) as u64;
+/// No rounds.
+pub fn run(quick: bool, rounds: Option<usize>, results: &mut Results) -> anyhow::Result<()> {
+    let seeds = rounds.unwrap_or(if quick { 3 } else { 10 }) as u64;
+    anyhow::ensure!(seeds > 0, "a suite has at least one round");
     results.notes.push(format!(
         "Simulated: discrete events, seeds 0 to {}, {CPUS} pCPUs, machines of {CPUS} vCPUs. A queue of n \
          is the measured machine and n - 1 that run SuperPI; the thesis gives three others for a \
@@ -82,7 +82,7 @@ pub async fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     }
     results.notes.push(deviations);
     results.experiments.extend(queues(seeds));
-    results.experiments.extend(fairness(if plan.quick { 20 } else { 120 }, seeds));
+    results.experiments.extend(fairness(if quick { 20 } else { 120 }, seeds));
     Ok(())
 }
 

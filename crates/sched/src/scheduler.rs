@@ -1,8 +1,9 @@
 //! Run queues after CFS, one a pCPU, and what the policies add to them.
 //!
 //! Sans-IO: time is what the caller says ran, interrupts are asked for through
-//! [`Scheduler::kicks`], chance comes from a seed. Only [`crate::sbco`] knows the thesis'
-//! algorithms; here are the rules of Linux 2.6.34 that they stand on.
+//! [`Scheduler::kicks`], chance comes from a seed. [`crate::sbco`] has Algorithms 1
+//! and 2; here are the rules of Linux 2.6.34 that they stand on, and the two kinds of forced
+//! co-scheduling.
 
 use std::collections::BTreeSet;
 
@@ -107,7 +108,7 @@ pub struct Woken {
 
 /// Why a task comes to a run queue (section 4.5 names these three).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Arrival {
+enum Arrival {
     /// It is new.
     Created,
     /// It slept.

@@ -206,13 +206,12 @@ impl<K: Ord + Copy + Default> RbTree<K> {
         let (l, r) = (self.at(z).left, self.at(z).right);
         let y = if l == NIL || r == NIL { z } else { self.minimum(r) };
         self.count_out(y);
-        let mut was_red = self.at(y).red;
+        let was_red = self.at(y).red;
         let x;
         if y == z {
             x = if l == NIL { r } else { l };
             self.transplant(z, x);
         } else {
-            was_red = self.at(y).red;
             x = self.at(y).right;
             if self.at(y).parent == z {
                 self.at_mut(x).parent = y;
