@@ -48,6 +48,13 @@ impl Setup {
         self
     }
 
+    /// Lets both sites take a link that is silent for `seconds` for lost.
+    #[must_use]
+    pub fn patience(self, seconds: u64) -> Self {
+        let word = format!("--link-patience={seconds}");
+        self.flag(Daemon::Center, &word).flag(Daemon::Ap, &word)
+    }
+
     /// Starts a center and an AP that has joined it.
     #[must_use]
     pub fn start(self) -> Cloud {

@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use godwit_bench::link::{LaneSpec, Side};
-use godwit_tests::{Cloud, Daemon, exists, kill, within};
+use godwit_tests::{Cloud, Daemon, Setup, exists, kill, within};
 use serde_json::Value;
 
 /// The link: 100 Mbit/s, 10 ms each way.
@@ -27,7 +27,17 @@ struct Work {
     sum: String,
 }
 
+/// Seconds after which the sites take a silent link for lost, where that is what is waited for.
+const PATIENCE: u64 = 8;
+
 fn cloud() -> Cloud {
+    let cloud = Setup::new().over_link(RATE, DELAY).patience(PATIENCE).start();
+    cloud.bring_substrate();
+    cloud
+}
+
+/// A cloud of the usual patience.
+fn patient_cloud() -> Cloud {
     let cloud = Cloud::over_link(RATE, DELAY);
     cloud.bring_substrate();
     cloud
@@ -230,7 +240,7 @@ fn what_a_killed_source_takes_with_it_is_said_exactly() {
 fn a_link_cut_for_five_seconds_in_each_phase_stops_no_move() {
     const CUT: Duration = Duration::from_secs(5);
     let all = ["pre-copy", "round-over", "drained", "switching", "stopped", "committed"];
-    let cloud = cloud();
+    let cloud = patient_cloud();
     let mut work = Work::begin(&cloud, "m");
     let (mut from, mut to) = (Daemon::Center, Daemon::Ap);
     for (name, at) in [("pre-copy", 0..1), ("freeze", 3..5), ("post-copy", 5..6), ("release", 6..6)]
@@ -272,7 +282,7 @@ fn a_link_that_is_gone_for_longer_than_its_patience_stops_no_move() {
 
 #[test]
 fn what_the_guest_overwrites_does_not_travel() {
-    let cloud = cloud();
+    let cloud = patient_cloud();
     for turn in 0..TRIES {
         let mut work = Work::begin(&cloud, &format!("w{turn}"));
         let op = start_move(&cloud, &work.name, Daemon::Ap);

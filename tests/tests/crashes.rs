@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use godwit_tests::{Cloud, Daemon, exists, kill, pause, resume, within};
+use godwit_tests::{Cloud, Daemon, Setup, exists, kill, pause, resume, within};
 use serde_json::Value;
 
 /// How often a move may be over before its bad luck came.
@@ -14,7 +14,7 @@ const FAIL_WITHIN: Duration = Duration::from_secs(120);
 
 /// A cloud with a machine at the center whose memory takes time to send.
 fn busy() -> Cloud {
-    let cloud = Cloud::start();
+    let cloud = Setup::new().patience(8).start();
     cloud.bring_substrate();
     cloud
 }

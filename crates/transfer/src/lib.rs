@@ -23,7 +23,7 @@ pub mod wire;
 pub use keys::{Authority, Identity, JoinToken, KeyError, Peer, Revocations, Serial, Trust};
 pub use link::{
     BulkReceiver, BulkSender, Endpoint, EndpointOptions, JoinError, JoinRefusal, Lane, LaneError,
-    LaneReceiver, LaneSender, Link, LinkError, LinkStats, join,
+    LaneReceiver, LaneSender, Link, LinkError, LinkStats, PATIENCE, join,
 };
 pub use rpc::{Fault, Router, RpcError};
 pub use window::{Window, WindowConfig};

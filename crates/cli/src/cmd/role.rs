@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use godwit_cloud::Fault;
@@ -28,12 +29,15 @@ use crate::failure::{Failure, Outcome, Result};
 /// Name of the file with a daemon's process id, in its run directory.
 pub(super) const PID_FILE: &str = "daemon.pid";
 
-/// How a role logs and lives.
+/// How a role logs and lives, and how patient it is.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct Living {
     /// Log lines as JSON
     #[arg(long)]
     log_json: bool,
+    /// Seconds of silence after which a link to another site is taken for lost [default: 30]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(5..=3600))]
+    link_patience: Option<u64>,
     /// Leave the caller's session
     #[arg(long, hide = true)]
     own_session: bool,
@@ -115,6 +119,7 @@ impl CenterRole {
             advertise: self.advertise,
             client: client.clone(),
             pool_bytes: self.pool_limit,
+            link_patience: self.living.link_patience.map(Duration::from_secs),
         };
         let center = tokio::select! {
             c = Box::pin(Center::start(config)) => c?,
@@ -162,7 +167,12 @@ impl ApRole {
             };
             join_site(&token, &dirs).await?;
         }
-        let config = AgentConfig { dirs, link: self.link, pool_bytes: self.pool_limit };
+        let config = AgentConfig {
+            dirs,
+            link: self.link,
+            pool_bytes: self.pool_limit,
+            link_patience: self.living.link_patience.map(Duration::from_secs),
+        };
         let mut agent = tokio::select! {
             a = Box::pin(Agent::start(config)) => a?,
             () = ends.wait() => return Ok(Outcome::Done),

@@ -8,7 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_transfer::{Endpoint, EndpointOptions, Identity, JoinToken, Revocations, Trust};
+use godwit_transfer::{
+    Endpoint, EndpointOptions, Identity, JoinToken, PATIENCE, Revocations, Trust,
+};
 use godwit_types::Name;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -34,6 +36,9 @@ pub struct AgentConfig {
     pub link: SocketAddr,
     /// Bytes that the pool's store may hold; the usual limit when left out.
     pub pool_bytes: Option<u64>,
+    /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
+    /// out.
+    pub link_patience: Option<Duration>,
 }
 
 /// Joins the center that made `token` and keeps the identity under `dirs`.
@@ -90,11 +95,13 @@ impl Agent {
             Revocations::default()
         });
         let trust = Trust::new(identity.authority(), revoked).map_err(|e| Fault::of(&e))?;
-        let endpoint =
-            Endpoint::bind(config.link, identity, trust.clone(), EndpointOptions::default())
-                .map_err(|e| Fault::of(&e))?;
+        let patience = config.link_patience.unwrap_or(PATIENCE);
+        let endpoint_options = EndpointOptions::patient(patience);
+        let endpoint = Endpoint::bind(config.link, identity, trust.clone(), endpoint_options)
+            .map_err(|e| Fault::of(&e))?;
         let link = endpoint.local_address().map_err(|e| Fault::of(&e))?;
         let mut options = SiteOptions::new(own_address(link.ip(), &center).await?)?;
+        options.link_patience = patience;
         options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
         let site = LocalSite::open(name.clone(), config.dirs, trust, options).await?;
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use axum_server::Handle;
 use godwit_transfer::keys::TokenInfo;
-use godwit_transfer::{Authority, Endpoint, EndpointOptions, KeyError, Peer, Revocations, Trust};
+use godwit_transfer::{
+    Authority, Endpoint, EndpointOptions, KeyError, PATIENCE, Peer, Revocations, Trust,
+};
 use godwit_types::{Name, SiteKind};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -42,6 +44,9 @@ pub struct CenterConfig {
     pub client: ClientFiles,
     /// Bytes that the pool's store may hold; the usual limit when left out.
     pub pool_bytes: Option<u64>,
+    /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
+    /// out.
+    pub link_patience: Option<Duration>,
 }
 
 /// A running center.
@@ -109,14 +114,18 @@ impl Center {
         let identity = authority
             .own_identity(&keys.join("identity"), &config.site)
             .map_err(|e| Fault::of(&e))?;
-        let options =
-            EndpointOptions { authority: Some(authority.clone()), ..EndpointOptions::default() };
+        let patience = config.link_patience.unwrap_or(PATIENCE);
+        let options = EndpointOptions {
+            authority: Some(authority.clone()),
+            ..EndpointOptions::patient(patience)
+        };
         let endpoint = Endpoint::bind(config.link, identity, authority.trust().clone(), options)
             .map_err(|e| Fault::of(&e))?;
         let link = endpoint.local_address().map_err(|e| Fault::of(&e))?;
 
         let own = {
             let mut options = SiteOptions::new(link.ip())?;
+            options.link_patience = patience;
             options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
             let trust = authority.trust().clone();
             LocalSite::open(config.site.clone(), config.dirs.clone(), trust, options).await?

@@ -45,6 +45,10 @@ pub struct RelayConfig {
     /// Certificates that are no longer good.
     #[serde(default)]
     pub revoked: Revocations,
+    /// Milliseconds of silence after which the link is given up
+    /// ([`godwit_transfer::EndpointOptions::max_idle`]).
+    #[serde(default = "usual_patience")]
+    pub link_patience_ms: u64,
     /// Unix socket on which the daemon steers the relay; made by the relay, mode 0600.
     pub control: PathBuf,
     /// Unix socket of QEMU: made by the relay at the source, by QEMU at the destination.
@@ -87,6 +91,10 @@ pub enum RelayDisk {
     },
 }
 
+const fn usual_patience() -> u64 {
+    godwit_transfer::PATIENCE.as_millis() as u64
+}
+
 const fn memory_moves() -> bool {
     true
 }
@@ -121,6 +129,8 @@ impl RelayConfig {
         );
         if !self.memory && !self.resume {
             Err(RelayError::Contradiction("memory is left out of a migration that just begins"))
+        } else if !(1_000..=3_600_000).contains(&self.link_patience_ms) {
+            Err(RelayError::Contradiction("the link's patience is not between 1 s and an hour"))
         } else if fits {
             Ok(())
         } else {

@@ -62,7 +62,8 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
         }
         RelayRole::Source { .. } => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
     };
-    let endpoint = Endpoint::bind(address, identity, trust, EndpointOptions::default())
+    let options = EndpointOptions::patient(Duration::from_millis(config.link_patience_ms));
+    let endpoint = Endpoint::bind(address, identity, trust, options)
         .map_err(|source| RelayError::Link { peer: config.peer.to_string(), source })?;
 
     let control = listen(&config.control, "listening for the daemon on")?;

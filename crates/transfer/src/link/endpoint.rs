@@ -29,13 +29,17 @@ const WAITING_LINKS: usize = 64;
 /// 208 KiB a busy host drops packets there at 100 Mbit/s, and QUIC takes that for a full link.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
+/// How long a silent link is kept unless something else is asked for: an outage of 5 s is survived
+/// with room for QUIC's doubled time-outs.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
 /// What can be chosen about an endpoint.
 #[derive(Debug, Clone)]
 pub struct EndpointOptions {
-    /// Silence after which a link is given up. Default 30 s, so that an outage of 5 s is
-    /// survived with room for QUIC's doubled time-outs.
+    /// Silence after which a link is given up; the less patient end decides (RFC 9000, section
+    /// 10.1). Default [`PATIENCE`].
     pub max_idle: Duration,
-    /// How often an idle link shows that it lives. Default 2 s.
+    /// How often an idle link shows that it lives. Default 2 s; below `max_idle` / 3.
     pub keep_alive: Duration,
     /// Which protocol versions to speak. Default [`Versions::OURS`].
     pub versions: Versions,
@@ -46,11 +50,20 @@ pub struct EndpointOptions {
 impl Default for EndpointOptions {
     fn default() -> Self {
         Self {
-            max_idle: Duration::from_secs(30),
+            max_idle: PATIENCE,
             keep_alive: Duration::from_secs(2),
             versions: Versions::OURS,
             authority: None,
         }
+    }
+}
+
+impl EndpointOptions {
+    /// The defaults, but a link that is silent for `patience` is given up.
+    #[must_use]
+    pub fn patient(patience: Duration) -> Self {
+        let usual = Self::default();
+        Self { max_idle: patience, keep_alive: usual.keep_alive.min(patience / 4), ..usual }
     }
 }
 

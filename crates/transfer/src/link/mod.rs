@@ -25,7 +25,7 @@ use tokio::sync::{Mutex, mpsc};
 use crate::keys::{Peer, Trust};
 use crate::wire::{LaneHeader, LaneKind, MAX_ABOUT, Priority, WireError, encode};
 
-pub use endpoint::{Endpoint, EndpointOptions};
+pub use endpoint::{Endpoint, EndpointOptions, PATIENCE};
 pub(crate) use error::{CLOSE_DONE, CLOSE_REVOKED, STOP_BUSY, STOP_UNKNOWN, from_connection};
 pub use error::{JoinError, LaneError, LinkError};
 pub use join::{JoinRefusal, JoinRequest, join};

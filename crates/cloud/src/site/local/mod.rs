@@ -55,6 +55,8 @@ pub struct SiteOptions {
     pub store_memory_bytes: u64,
     /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
     pub waiting: usize,
+    /// How long a relay keeps a silent link.
+    pub link_patience: std::time::Duration,
 }
 
 impl SiteOptions {
@@ -72,6 +74,7 @@ impl SiteOptions {
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
             waiting: 1,
+            link_patience: godwit_transfer::PATIENCE,
         })
     }
 }

@@ -56,6 +56,7 @@ impl LocalSite {
             peer: migration.peer,
             keys: self.dirs.keys().join("identity"),
             revoked: (*self.trust.revocations()).clone(),
+            link_patience_ms: self.options.link_patience.as_millis() as u64,
             control: paths.control.clone(),
             qemu: paths.qemu.clone(),
             resume: part != Part::Whole,
