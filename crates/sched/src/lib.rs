@@ -8,10 +8,16 @@
 //! - [`tree`]: the red-black tree with the RB index, which makes ordinates O(log n);
 //! - [`policy`]: SBCO and its rivals as points of one space; the constants of CFS;
 //! - [`scheduler`]: run queues after Linux 2.6.34, on which all of them stand;
+//! - [`placement`]: where a task runs;
 //! - [`sbco`]: Algorithms 1 and 2, loans and their ledger;
+//! - [`eevdf`], [`rivals`]: what it is compared with;
 //! - [`sim`]: a simulator of hosts and their machines.
 
+mod audit;
+pub mod eevdf;
+pub mod placement;
 pub mod policy;
+pub mod rivals;
 pub mod sbco;
 pub mod scheduler;
 pub mod sim;

@@ -16,13 +16,24 @@ impl Alpha {
     /// The thesis' choice, two thirds (section 4.3.3).
     pub const THESIS: Self = Self { numerator: 2, denominator: 3 };
 
-    /// `numerator / denominator`; `None` unless it is above 0 and at most 1.
+    /// No distance at all: strict co-scheduling (section 4.7: "if such threshold is restricted to
+    /// zero, ... SBCO reduces itself to be the conventional strict co-start and co-stop
+    /// co-scheduling").
+    pub const ZERO: Self = Self { numerator: 0, denominator: 1 };
+
+    /// `numerator / denominator`; `None` unless it is from 0 to 1.
     #[must_use]
     pub const fn new(numerator: u32, denominator: u32) -> Option<Self> {
-        if numerator == 0 || numerator > denominator {
+        if denominator == 0 || numerator > denominator {
             return None;
         }
         Some(Self { numerator, denominator })
+    }
+
+    /// Whether no distance is allowed.
+    #[must_use]
+    pub const fn is_zero(self) -> bool {
+        self.numerator == 0
     }
 
     /// Whether `distance` reaches D_threshold = alpha x `queue_size`.
@@ -38,23 +49,52 @@ impl fmt::Display for Alpha {
     }
 }
 
+/// In which order a run queue is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// By virtual runtime: CFS, as in Linux 2.6.34.
+    Cfs,
+    /// The earliest virtual deadline among the eligible: EEVDF, as in Linux 6.12 and later.
+    Eevdf,
+}
+
+/// What the target of a directed yield gets beside being asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Credit {
+    /// Nothing: a target that is not eligible is passed over, as Linux does.
+    None,
+    /// As much lag as makes it eligible with a slice to spare, and KVM prefers who owes the
+    /// spinner an answer to an interrupt: the series *Semantics-aware directed yield for
+    /// oversubscribed KVM* (W. Li, version 3, June 2026).
+    Lag,
+}
+
 /// What couples the vCPUs of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Coupling {
-    /// Nothing: the task with the smallest vruntime runs.
+    /// Nothing: the first in order runs.
     None,
-    /// Self-boosted co-scheduling: Algorithm 1 with this alpha.
+    /// Self-boosted co-scheduling: Algorithm 1 with this alpha; strict co-scheduling where that is
+    /// zero.
     Distance(Alpha),
     /// Process-based co-scheduling (section 4.5): when a machine's vCPU 0 is scheduled, its
     /// siblings are forced onto their pCPUs by an interrupt.
     Process,
     /// CPU-based co-scheduling (section 4.5): what pCPU 0 schedules decides for all pCPUs.
     Cpu,
+    /// VMware's relaxed co-scheduling as of ESX 4: a vCPU that has made so many nanoseconds more
+    /// progress than the slowest of its siblings stops, unless that one runs.
+    Relaxed(u64),
+    /// KVM's directed yield: a vCPU that spins in its kernel is made to leave (pause-loop
+    /// exiting), and a sibling that waits for its pCPU is asked for.
+    Yield(Credit),
 }
 
 /// A scheduler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
+    /// In which order run queues are served.
+    pub order: Order,
     /// Whether siblings are kept on distinct pCPUs (Algorithm 2, `SCHED_DISPATCH`).
     pub distinct: bool,
     /// What couples siblings.
@@ -63,22 +103,38 @@ pub struct Policy {
 
 impl Policy {
     /// The default scheduler of Linux 2.6.34, CFS.
-    pub const DFT: Self = Self { distinct: false, coupling: Coupling::None };
+    pub const DFT: Self = Self { order: Order::Cfs, distinct: false, coupling: Coupling::None };
+    /// The default scheduler of Linux since 6.6, EEVDF.
+    pub const EEVDF: Self = Self { order: Order::Eevdf, ..Self::DFT };
     /// Balance scheduling: siblings on distinct pCPUs, nothing else.
-    pub const BAL: Self = Self { distinct: true, coupling: Coupling::None };
+    pub const BAL: Self = Self { distinct: true, ..Self::DFT };
     /// SBCO with the thesis' threshold.
-    pub const SBCO: Self = Self { distinct: true, coupling: Coupling::Distance(Alpha::THESIS) };
+    pub const SBCO: Self = Self { coupling: Coupling::Distance(Alpha::THESIS), ..Self::BAL };
+    /// SBCO that allows no distance: strict co-scheduling.
+    pub const STRICT: Self = Self { coupling: Coupling::Distance(Alpha::ZERO), ..Self::BAL };
     /// Process-based co-scheduling.
-    pub const PROCCO: Self = Self { distinct: true, coupling: Coupling::Process };
+    pub const PROCCO: Self = Self { coupling: Coupling::Process, ..Self::BAL };
     /// CPU-based co-scheduling.
-    pub const CPUCO: Self = Self { distinct: true, coupling: Coupling::Cpu };
+    pub const CPUCO: Self = Self { coupling: Coupling::Cpu, ..Self::BAL };
+    /// VMware's relaxed co-scheduling. VMware publishes no skew; 3 ms, the shortest stint of CFS on
+    /// four pCPUs, is assumed.
+    pub const RELAXED: Self = Self { coupling: Coupling::Relaxed(3_000_000), ..Self::BAL };
+    /// Today's Linux with KVM's directed yield.
+    pub const YIELD: Self = Self { coupling: Coupling::Yield(Credit::None), ..Self::EEVDF };
+    /// The same with credit for the target.
+    pub const YIELD_CREDIT: Self = Self { coupling: Coupling::Yield(Credit::Lag), ..Self::EEVDF };
     /// All that have a name, with it.
-    pub const NAMED: [(&'static str, Self); 5] = [
+    pub const NAMED: [(&'static str, Self); 10] = [
+        ("sbco", Self::SBCO),
         ("dft", Self::DFT),
         ("bal", Self::BAL),
         ("procco", Self::PROCCO),
         ("cpuco", Self::CPUCO),
-        ("sbco", Self::SBCO),
+        ("strict", Self::STRICT),
+        ("relaxed", Self::RELAXED),
+        ("eevdf", Self::EEVDF),
+        ("yield", Self::YIELD),
+        ("yield-credit", Self::YIELD_CREDIT),
     ];
 }
 
@@ -96,8 +152,10 @@ impl fmt::Display for Policy {
 
 /// No policy of that name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no policy {0:?}; there are dft, bal, procco, cpuco and sbco")]
-pub struct UnknownPolicy(String);
+#[error("there is no policy {name:?}; there are {known}", known = Policy::NAMED.map(|(n, _)| n).join(", "))]
+pub struct UnknownPolicy {
+    name: String,
+}
 
 impl FromStr for Policy {
     type Err = UnknownPolicy;
@@ -107,7 +165,7 @@ impl FromStr for Policy {
             .iter()
             .find(|(n, _)| *n == name)
             .map(|(_, p)| *p)
-            .ok_or_else(|| UnknownPolicy(name.to_owned()))
+            .ok_or_else(|| UnknownPolicy { name: name.to_owned() })
     }
 }
 
@@ -138,6 +196,19 @@ impl Granularity {
         Self { latency: 5_000_000 * factor, min: 1_000_000 * factor, wakeup: 1_000_000 * factor }
     }
 
+    /// EEVDF's slice (`base_slice_ns`): 0.7 ms times the same factor, as Linux has it since 6.15.
+    #[must_use]
+    pub const fn eevdf_slice(&self) -> u64 {
+        self.min * 7 / 10
+    }
+
+    /// How much lag EEVDF keeps at most (`entity_lag`): two slices, at least a tick of 4 ms.
+    #[must_use]
+    pub const fn eevdf_lag(&self) -> u64 {
+        let two = 2 * self.eevdf_slice();
+        if two > 4_000_000 { two } else { 4_000_000 }
+    }
+
     /// T_p of section 4.3.3: in which time every one of `running` tasks is scheduled once.
     #[must_use]
     pub const fn period(&self, running: usize) -> u64 {
@@ -166,7 +237,7 @@ mod tests {
         let reached: Vec<bool> = (1..=9).map(|n| Alpha::THESIS.reached(n - 1, n)).collect();
         assert_eq!(reached, [false, false, true, true, true, true, true, true, true]);
         assert!(Alpha::THESIS.reached(4, 6) && !Alpha::THESIS.reached(3, 6));
-        assert_eq!(Alpha::new(0, 3), None);
+        assert_eq!(Alpha::new(1, 0), None);
         assert_eq!(Alpha::new(4, 3), None);
     }
 
@@ -176,6 +247,7 @@ mod tests {
             assert_eq!(name.parse(), Ok(policy));
             assert_eq!(policy.to_string(), name);
         }
-        assert!("fair".parse::<Policy>().is_err());
+        let unknown = "fair".parse::<Policy>().expect_err("not a policy").to_string();
+        assert!(unknown.contains("fair") && unknown.contains("yield-credit"), "{unknown}");
     }
 }

@@ -168,7 +168,7 @@ impl Scheduler {
     fn sched_balance(&mut self, a: TaskId, b: TaskId) {
         let cpu = self.task(a).cpu;
         let tree = &self.cpu(cpu).tree;
-        let middle = tree.select(tree.len() / 2).map_or(0, |n| tree.key(n).vruntime);
+        let middle = tree.select(tree.len() / 2).map_or(0, |n| tree.key(n).by);
         let slice = self.granularity.period(tree.len()) / tree.len().max(1) as u64;
         let amount = (middle + 1 - self.task(a).vruntime).clamp(1, slice.max(1) as i64);
         self.shift(a, amount); // lines 13, 14
@@ -224,7 +224,7 @@ impl Scheduler {
     /// nobody.
     fn settle_loan(&mut self, to: TaskId, lender: TaskId, amount: i64) {
         let tree = &self.cpu(self.task(to).cpu).tree;
-        let middle = tree.select(tree.len() / 2).map_or(0, |n| tree.key(n).vruntime);
+        let middle = tree.select(tree.len() / 2).map_or(0, |n| tree.key(n).by);
         let used = (self.task(to).vruntime - middle).clamp(0, amount);
         self.task_mut(to).dirty = false;
         if used > 0 {

@@ -1,19 +1,22 @@
 //! Run queues after CFS, one a pCPU, and what the policies add to them.
 //!
 //! Sans-IO: time is what the caller says ran, interrupts are asked for through
-//! [`Scheduler::kicks`], chance comes from a seed. [`crate::sbco`] has Algorithms 1
-//! and 2; here are the rules of Linux 2.6.34 that they stand on, and the two kinds of forced
-//! co-scheduling.
+//! [`Scheduler::kicks`], chance comes from a seed. Here are the rules of Linux 2.6.34 that all
+//! policies stand on; [`crate::placement`] says where a task runs, [`crate::sbco`] has Algorithms 1
+//! and 2, [`crate::eevdf`] the other order, [`crate::rivals`] what else couples siblings.
 
 use std::collections::BTreeSet;
 
 use rand::rngs::SmallRng;
-use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 
-use crate::policy::{Coupling, Granularity, Policy};
+use crate::policy::{Coupling, Granularity, Order, Policy};
+use crate::rivals::Gang;
 use crate::sbco::{Debt, Ledger};
 use crate::tree::{Node, RbTree};
+
+/// How often the skew of relaxed co-scheduling is looked at, nanoseconds: about a tick.
+const SKEW_CHECKED: u64 = 1_000_000;
 
 /// The weight of a task of nice 0.
 pub const NICE_0: u64 = 1024;
@@ -43,10 +46,10 @@ pub(crate) enum Place {
     Exited,
 }
 
-/// Order in a run queue: vruntime, and who came first where that is equal.
+/// Order in a run queue: vruntime (the deadline under EEVDF), and who came first where that is equal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub(crate) struct Key {
-    pub(crate) vruntime: i64,
+    pub(crate) by: i64,
     came: u64,
     pub(crate) task: u32,
 }
@@ -62,21 +65,34 @@ pub(crate) struct Task {
     pub(crate) dirty: bool,
     /// Time run in all, nanoseconds.
     total: u64,
+    /// Progress as relaxed co-scheduling counts it: sleeping is as good as running.
+    pub(crate) progress: u64,
+    /// EEVDF: the virtual time by which its request is to be served, and that for which it was
+    /// picked last.
+    pub(crate) deadline: i64,
+    pub(crate) picked_for: i64,
+    /// EEVDF: its lag when it went to sleep, and its queue's average then.
+    pub(crate) lag: i64,
+    pub(crate) left_at: i64,
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct Cpu {
     pub(crate) tree: RbTree<Key>,
     pub(crate) current: Option<TaskId>,
-    min_vruntime: i64,
+    pub(crate) min_vruntime: i64,
     /// Weights of all that is queued and running.
-    load: u64,
+    pub(crate) load: u64,
+    /// EEVDF: the sum of their virtual runtimes, each times its weight.
+    pub(crate) sum: i128,
     pub(crate) debts: Vec<Debt>,
     /// Whom an interrupt of a sibling wants to run here.
     pub(crate) forced: Option<TaskId>,
+    /// Whom a directed yield asks for here (the "next" buddy).
+    pub(crate) wanted: Option<TaskId>,
     /// Who ran last.
     last: Option<TaskId>,
-    online: bool,
+    pub(crate) online: bool,
 }
 
 impl Cpu {
@@ -139,10 +155,11 @@ pub struct Scheduler {
     pub(crate) tasks: Vec<Task>,
     pub(crate) vms: Vec<Vec<TaskId>>,
     pub(crate) ledger: Ledger,
+    pub(crate) gang: Option<Gang>,
     kicks: BTreeSet<CpuId>,
-    counters: Counters,
+    pub(crate) counters: Counters,
     came: u64,
-    chance: SmallRng,
+    pub(crate) chance: SmallRng,
 }
 
 impl Scheduler {
@@ -157,6 +174,7 @@ impl Scheduler {
             tasks: Vec::new(),
             vms: Vec::new(),
             ledger: Ledger::default(),
+            gang: None,
             kicks: BTreeSet::new(),
             counters: Counters::default(),
             came: 0,
@@ -184,8 +202,19 @@ impl Scheduler {
             cpu: CpuId(u32::MAX),
             dirty: false,
             total: 0,
+            progress: 0,
+            deadline: 0,
+            picked_for: i64::MIN,
+            lag: 0,
+            left_at: 0,
         });
         id
+    }
+
+    /// The vCPUs of `vm` that have not ended.
+    #[must_use]
+    pub fn vcpus(&self, vm: VmId) -> &[TaskId] {
+        &self.vms[vm.0 as usize]
     }
 
     /// Counters so far.
@@ -266,19 +295,32 @@ impl Scheduler {
         &mut self.tasks[task.0 as usize]
     }
 
-    /// Wakes `task` at the place that the policy gives it. What is awake already stays.
+    /// Wakes `task` where [`Scheduler::target`] says, nobody in particular having woken it. What is
+    /// awake already stays.
     pub fn wake(&mut self, task: TaskId) -> Woken {
+        match self.target(task, None) {
+            Some(cpu) => self.wake_on(task, cpu),
+            None => Woken { cpu: self.task(task).cpu, preempts: false },
+        }
+    }
+
+    /// Wakes `task` on `cpu`, whose running task must have been charged until now.
+    pub fn wake_on(&mut self, task: TaskId, cpu: CpuId) -> Woken {
         let t = self.task(task);
         if t.place != Place::Sleeping {
             return Woken { cpu: t.cpu, preempts: false };
         }
         let why = if t.cpu.0 == u32::MAX { Arrival::Created } else { Arrival::Woken };
-        let cpu = self.place(task, why);
+        if why == Arrival::Woken && self.policy.order == Order::Eevdf {
+            self.task_mut(task).lag = self.lag_after_sleep(task);
+        }
         self.task_mut(task).cpu = cpu;
+        self.catch_up(task);
         self.arrive(task, why);
-        let preempts = match self.cpu(cpu).current {
-            None => true,
-            Some(current) => {
+        let preempts = match (self.cpu(cpu).current, self.policy.order) {
+            (None, _) => true,
+            (Some(current), Order::Eevdf) => self.preempts_eevdf(current, task),
+            (Some(current), Order::Cfs) => {
                 let (c, t) = (self.task(current), self.task(task));
                 let ahead = c.vruntime - t.vruntime;
                 ahead > (self.granularity.wakeup * NICE_0 / t.weight) as i64
@@ -287,31 +329,56 @@ impl Scheduler {
         Woken { cpu, preempts }
     }
 
-    /// `place_entity`: a new task starts a slice behind, a sleeper gets at most half a period.
+    /// `place_entity`: under CFS a new task starts a slice behind, a sleeper gets at most half a
+    /// period (`GENTLE_FAIR_SLEEPERS`).
     fn arrive(&mut self, task: TaskId, why: Arrival) {
         let cpu = self.task(task).cpu;
         let min = self.cpu(cpu).min_vruntime;
         let weight = self.task(task).weight;
-        match why {
-            Arrival::Created => {
+        match (self.policy.order, why) {
+            (Order::Cfs, Arrival::Created) => {
                 let slice = self.slice_of(cpu, weight, self.cpu(cpu).load + weight, 1);
                 self.task_mut(task).vruntime = min + (slice * NICE_0 / weight) as i64;
             }
-            Arrival::Woken => {
+            (Order::Cfs, Arrival::Woken) => {
                 let credit = (self.granularity.latency / 2) as i64;
                 let t = self.task_mut(task);
                 t.vruntime = t.vruntime.max(min - credit);
             }
-            Arrival::Migrated => {}
+            (Order::Eevdf, Arrival::Created) => self.place_new(task),
+            (Order::Eevdf, Arrival::Woken) => self.place_with_lag(task, self.task(task).lag),
+            (_, Arrival::Migrated) => {}
         }
+        self.join(task);
         self.enqueue(task);
-        self.cpu_mut(cpu).load += weight;
+    }
+
+    /// `task` counts on its pCPU from now on.
+    pub(crate) fn join(&mut self, task: TaskId) {
+        let (cpu, weight, vruntime) = self.counted(task);
+        let c = self.cpu_mut(cpu);
+        c.load += weight;
+        c.sum += i128::from(weight) * i128::from(vruntime);
+    }
+
+    /// `task` counts on its pCPU no more.
+    pub(crate) fn part(&mut self, task: TaskId) {
+        let (cpu, weight, vruntime) = self.counted(task);
+        let c = self.cpu_mut(cpu);
+        c.load -= weight;
+        c.sum -= i128::from(weight) * i128::from(vruntime);
+    }
+
+    fn counted(&self, task: TaskId) -> (CpuId, u64, i64) {
+        let t = self.task(task);
+        (t.cpu, t.weight, t.vruntime)
     }
 
     /// The running task of `cpu` goes to sleep.
     pub fn sleep(&mut self, cpu: CpuId) {
         if let Some(task) = self.leave(cpu) {
             self.task_mut(task).place = Place::Sleeping;
+            self.left(task);
         }
     }
 
@@ -323,15 +390,14 @@ impl Scheduler {
             Place::Running => {
                 self.leave(cpu);
             }
-            Place::Queued(node) => {
-                let weight = self.task(task).weight;
-                let c = self.cpu_mut(cpu);
-                c.tree.remove(node);
-                c.load -= weight;
+            Place::Queued(_) => {
+                self.dequeue(task);
+                self.part(task);
             }
             Place::Sleeping | Place::Exited => {}
         }
         self.task_mut(task).place = Place::Exited;
+        self.left(task);
         if let Some(vm) = self.task(task).vm {
             self.vms[vm.0 as usize].retain(|t| *t != task);
         }
@@ -339,9 +405,20 @@ impl Scheduler {
 
     fn leave(&mut self, cpu: CpuId) -> Option<TaskId> {
         let task = self.cpu_mut(cpu).current.take()?;
-        let weight = self.task(task).weight;
-        self.cpu_mut(cpu).load -= weight;
+        if self.policy.order == Order::Eevdf {
+            let (lag, left_at) = (self.lag(task), self.average(cpu));
+            let t = self.task_mut(task);
+            (t.lag, t.left_at) = (lag, left_at);
+        }
+        self.part(task);
         Some(task)
+    }
+
+    /// `task` has left its queue: who stopped for it may start.
+    fn left(&mut self, task: TaskId) {
+        if let Coupling::Relaxed(skew) = self.policy.coupling {
+            self.relaxed_kicks(task, skew);
+        }
     }
 
     /// The running task of `cpu` has run for `ns` nanoseconds more.
@@ -349,27 +426,51 @@ impl Scheduler {
         let Some(task) = self.cpu(cpu).current else { return };
         let t = self.task_mut(task);
         t.total += ns;
-        t.vruntime += (u128::from(ns) * u128::from(NICE_0) / u128::from(t.weight)) as i64;
+        t.progress += ns;
+        let by = (u128::from(ns) * u128::from(NICE_0) / u128::from(t.weight)) as i64;
+        self.shift(task, by);
+        if self.policy.order == Order::Eevdf {
+            self.renew(task);
+        }
         self.advance(cpu);
     }
 
-    /// `min_vruntime` never goes back.
+    /// `min_vruntime` never goes back. Under EEVDF it is what everybody has its part of.
     fn advance(&mut self, cpu: CpuId) {
         let c = self.cpu(cpu);
-        let running = c.current.map(|t| self.task(t).vruntime);
-        let first = c.tree.first().map(|n| c.tree.key(n).vruntime);
-        let least = match (running, first) {
-            (Some(a), Some(b)) => a.min(b),
-            (Some(a), None) | (None, Some(a)) => a,
-            (None, None) => return,
+        let least = if self.policy.order == Order::Eevdf {
+            self.average(cpu)
+        } else {
+            let running = c.current.map(|t| self.task(t).vruntime);
+            let first = c.tree.first().map(|n| c.tree.key(n).by);
+            match (running, first) {
+                (Some(a), Some(b)) => a.min(b),
+                (Some(a), None) | (None, Some(a)) => a,
+                (None, None) => return,
+            }
         };
         let c = self.cpu_mut(cpu);
         c.min_vruntime = c.min_vruntime.max(least);
     }
 
-    /// Decides who runs on `cpu` next. What ran there is queued again first.
+    /// Decides who runs on `cpu` next. What ran there is queued again first. `None` when nobody
+    /// waits, or (relaxed co-scheduling) when all that wait have to stop for a sibling.
     pub fn pick(&mut self, cpu: CpuId) -> Option<Pick> {
-        if let Some(previous) = self.cpu_mut(cpu).current.take() {
+        let previous = self.cpu_mut(cpu).current.take();
+        let pick = self.pick_after(cpu, previous);
+        if let Coupling::Relaxed(skew) = self.policy.coupling {
+            let now = pick.map(|p| p.task);
+            if now != previous {
+                for task in previous.into_iter().chain(now) {
+                    self.relaxed_kicks(task, skew);
+                }
+            }
+        }
+        pick
+    }
+
+    fn pick_after(&mut self, cpu: CpuId, previous: Option<TaskId>) -> Option<Pick> {
+        if let Some(previous) = previous {
             self.enqueue(previous);
         }
         if !self.cpu(cpu).online {
@@ -377,14 +478,16 @@ impl Scheduler {
         }
         self.settle(cpu);
         let task = match self.cpu_mut(cpu).forced.take() {
-            Some(t) if self.is_queued_on(t, cpu) => t,
-            _ => self.choose(cpu)?,
+            Some(t) if self.may_be_forced(t, cpu) => t,
+            _ => self.choose(cpu, previous)?,
         };
         let Place::Queued(node) = self.task(task).place else { return None };
         self.cpu_mut(cpu).tree.remove(node);
         let t = self.task_mut(task);
         t.place = Place::Running;
+        t.picked_for = t.deadline;
         let weight = t.weight;
+        let left = (t.deadline - t.vruntime).max(1) as u64 * weight / NICE_0;
         let c = self.cpu_mut(cpu);
         c.current = Some(task);
         let switched = c.last != Some(task);
@@ -393,45 +496,35 @@ impl Scheduler {
         self.counters.switches += u64::from(switched);
         self.ran_once(task);
         self.advance(cpu);
-        let slice = self.slice_of(cpu, weight, self.cpu(cpu).load, 0);
+        let slice = match (self.policy.order, self.policy.coupling) {
+            (Order::Eevdf, _) => left.max(1),
+            (Order::Cfs, Coupling::Relaxed(_)) => {
+                self.slice_of(cpu, weight, self.cpu(cpu).load, 0).min(SKEW_CHECKED)
+            }
+            (Order::Cfs, _) => self.slice_of(cpu, weight, self.cpu(cpu).load, 0),
+        };
         Some(Pick { task, slice, switched })
     }
 
-    fn choose(&mut self, cpu: CpuId) -> Option<TaskId> {
-        let first = self.leftmost(cpu)?;
-        match self.policy.coupling {
-            Coupling::None => Some(first),
-            Coupling::Distance(alpha) => Some(self.algorithm_1(cpu, first, alpha)),
-            Coupling::Process => {
-                if let Some(vm) = self.task(first).vm
-                    && self.vms[vm.0 as usize].first() == Some(&first)
-                {
-                    self.force_siblings(vm, first);
-                }
-                Some(first)
-            }
-            Coupling::Cpu => {
-                if cpu == CpuId(0)
-                    && let Some(vm) = self.task(first).vm
-                {
-                    self.force_siblings(vm, first);
-                }
-                Some(first)
-            }
-        }
+    fn may_be_forced(&self, task: TaskId, cpu: CpuId) -> bool {
+        let strict = matches!(self.policy.coupling, Coupling::Distance(_));
+        self.is_queued_on(task, cpu)
+            && (!strict || self.leftmost(cpu).is_some_and(|first| self.is_fair(cpu, task, first)))
     }
 
-    /// Has every queued sibling of `leader` on another pCPU scheduled there now.
-    fn force_siblings(&mut self, vm: VmId, leader: TaskId) {
-        for i in 0..self.vms[vm.0 as usize].len() {
-            let sibling = self.vms[vm.0 as usize][i];
-            let at = self.task(sibling).cpu;
-            let queued = matches!(self.task(sibling).place, Place::Queued(_));
-            if sibling != leader && queued && at != self.task(leader).cpu {
-                self.cpu_mut(at).forced = Some(sibling);
-                self.kick(at);
-            }
-        }
+    fn choose(&mut self, cpu: CpuId, previous: Option<TaskId>) -> Option<TaskId> {
+        let first = match self.policy.order {
+            Order::Cfs => self.leftmost(cpu)?,
+            Order::Eevdf => self.pick_eevdf(cpu, previous)?,
+        };
+        Some(match self.policy.coupling {
+            Coupling::None | Coupling::Yield(_) => first,
+            Coupling::Distance(alpha) if alpha.is_zero() => self.strict(cpu, first),
+            Coupling::Distance(alpha) => self.algorithm_1(cpu, first, alpha),
+            Coupling::Process => self.procco(first),
+            Coupling::Cpu => self.cpuco(cpu, first),
+            Coupling::Relaxed(skew) => self.relaxed(cpu, skew)?,
+        })
     }
 
     pub(crate) fn is_queued_on(&self, task: TaskId, cpu: CpuId) -> bool {
@@ -444,21 +537,34 @@ impl Scheduler {
         tree.first().map(|n| TaskId(tree.key(n).task))
     }
 
-    /// Puts a task that is to wait for `cpu` into its tree, where its vruntime says.
+    /// Puts a task that is to wait for `cpu` into its tree, where its vruntime (its deadline) says.
     pub(crate) fn enqueue(&mut self, task: TaskId) {
         self.came += 1;
         let (came, t) = (self.came, self.task(task));
-        let (cpu, key) = (t.cpu, Key { vruntime: t.vruntime, came, task: task.0 });
+        let by = if self.policy.order == Order::Cfs { t.vruntime } else { t.deadline };
+        let (cpu, key) = (t.cpu, Key { by, came, task: task.0 });
         let node = self.cpu_mut(cpu).tree.insert(key);
         self.task_mut(task).place = Place::Queued(node);
     }
 
+    /// Takes a queued task out of its tree; whoever calls says what it is from then on.
+    pub(crate) fn dequeue(&mut self, task: TaskId) {
+        let cpu = self.task(task).cpu;
+        if let Place::Queued(node) = self.task(task).place {
+            self.cpu_mut(cpu).tree.remove(node);
+        }
+    }
+
     /// Changes the vruntime of a task that is not on another pCPU's queue, and its position.
     pub(crate) fn shift(&mut self, task: TaskId, by: i64) {
-        self.task_mut(task).vruntime += by;
-        if let Place::Queued(node) = self.task(task).place {
-            let cpu = self.task(task).cpu;
-            self.cpu_mut(cpu).tree.remove(node);
+        let t = self.task_mut(task);
+        t.vruntime += by;
+        let (cpu, weight, place) = (t.cpu, t.weight, t.place);
+        if matches!(place, Place::Queued(_) | Place::Running) {
+            self.cpu_mut(cpu).sum += i128::from(weight) * i128::from(by);
+        }
+        if matches!(place, Place::Queued(_)) {
+            self.dequeue(task);
             self.enqueue(task);
         }
     }
@@ -469,133 +575,33 @@ impl Scheduler {
         (period * weight / load.max(1)).max(1)
     }
 
-    /// Where `task` is to run. Algorithm 2, `SCHED_DISPATCH`, leaves pCPUs out when the policy
-    /// keeps siblings apart; among those that are left: where it was if that is idle, an idle
-    /// one, and else where it was (on waking) or the least loaded (on creation).
-    fn place(&mut self, task: TaskId, why: Arrival) -> CpuId {
-        let allowed = self.dispatch(task);
-        let before = self.task(task).cpu;
-        let size = |c: &CpuId| self.cpu(*c).size();
-        if allowed.contains(&before) && size(&before) == 0 {
-            return before;
-        }
-        let least = allowed.iter().map(size).min().unwrap_or(0);
-        if why == Arrival::Woken && least > 0 && allowed.contains(&before) {
-            return before;
-        }
-        let best: Vec<CpuId> = allowed.into_iter().filter(|c| size(c) == least).collect();
-        let chance = &mut self.chance;
-        best.choose(chance).copied().unwrap_or(CpuId(0))
-    }
-
-    pub(crate) fn online(&self) -> Vec<CpuId> {
-        let all = self.cpus.iter().enumerate();
-        all.filter(|(_, c)| c.online).map(|(i, _)| CpuId(i as u32)).collect()
-    }
-
     /// One of `n` by chance.
     pub(crate) fn draw(&mut self, n: usize) -> usize {
         self.chance.random_range(0..n)
     }
 
-    /// Load balancing of `cpu`: takes one task from the busiest run queue when that has at least
-    /// two more (one queued, when this one is idle). Siblings stay apart if the policy says so.
-    pub fn balance(&mut self, cpu: CpuId) -> Option<TaskId> {
-        if !self.cpu(cpu).online {
-            return None;
-        }
-        let mine = self.cpu(cpu).size();
-        let busiest = self.online().into_iter().filter(|c| *c != cpu).max_by_key(|c| {
-            let other = self.cpu(*c);
-            if other.tree.is_empty() { 0 } else { other.size() }
-        })?;
-        if self.cpu(busiest).size() < mine + 2 || self.cpu(busiest).tree.is_empty() {
-            return None;
-        }
-        // The one that would wait longest is the first that may go.
-        let tree = &self.cpu(busiest).tree;
-        let candidates: Vec<TaskId> = tree.iter().map(|(_, k)| TaskId(k.task)).collect();
-        let task = candidates.into_iter().rev().find(|t| self.may_run_on(*t, cpu))?;
-        self.migrate(task, cpu);
-        self.counters.moved += 1;
-        Some(task)
-    }
-
-    /// Moves a queued task; its vruntime keeps its distance to the queue's.
+    /// Moves a queued task; its vruntime keeps its distance to the queue's (its lag and what is left
+    /// of its request, under EEVDF).
     pub(crate) fn migrate(&mut self, task: TaskId, to: CpuId) {
-        let (from, weight) = (self.task(task).cpu, self.task(task).weight);
-        let Place::Queued(node) = self.task(task).place else { return };
+        if !matches!(self.task(task).place, Place::Queued(_)) {
+            return;
+        }
+        let from = self.task(task).cpu;
         let by = self.cpu(to).min_vruntime - self.cpu(from).min_vruntime;
-        let c = self.cpu_mut(from);
-        c.tree.remove(node);
-        c.load -= weight;
-        let t = self.task_mut(task);
-        t.vruntime += by;
-        t.cpu = to;
+        let lag = self.lag(task);
+        self.dequeue(task);
+        self.part(task);
+        self.task_mut(task).cpu = to;
+        if self.policy.order == Order::Cfs {
+            self.task_mut(task).vruntime += by;
+        } else {
+            let t = self.task(task);
+            let left = t.deadline - t.vruntime;
+            self.place_with_lag(task, lag);
+            let t = self.task_mut(task);
+            t.deadline = t.vruntime + left;
+        }
         self.arrive(task, Arrival::Migrated);
-    }
-
-    /// Takes a pCPU away; what was there goes to others. The last one stays.
-    ///
-    /// Returns whether it went.
-    pub fn set_offline(&mut self, cpu: CpuId) -> bool {
-        if !self.cpu(cpu).online || self.online().len() < 2 {
-            return false;
-        }
-        if let Some(running) = self.cpu_mut(cpu).current.take() {
-            self.enqueue(running);
-        }
-        self.cpu_mut(cpu).online = false;
-        self.cpu_mut(cpu).forced = None;
-        while let Some(task) = self.leftmost(cpu) {
-            let to = self.place(task, Arrival::Migrated);
-            self.migrate(task, to);
-        }
-        self.settle(cpu);
-        true
-    }
-
-    /// Gives a pCPU back.
-    pub fn set_online(&mut self, cpu: CpuId) {
-        self.cpu_mut(cpu).online = true;
-    }
-
-    /// Whether every task is where it says, and every load is the sum that it should be; for the
-    /// tests.
-    ///
-    /// # Errors
-    /// What is wrong.
-    #[doc(hidden)]
-    pub fn audit(&self) -> Result<(), &'static str> {
-        let mut found = 0;
-        for (i, cpu) in self.cpus.iter().enumerate() {
-            cpu.tree.audit()?;
-            let here = |t: &TaskId| self.task(*t).cpu == CpuId(i as u32);
-            let queued: Vec<TaskId> = cpu.tree.iter().map(|(_, k)| TaskId(k.task)).collect();
-            if !queued.iter().all(|t| here(t) && matches!(self.task(*t).place, Place::Queued(_))) {
-                return Err("what is in a tree says so");
-            }
-            if !cpu.current.iter().all(|t| here(t) && self.task(*t).place == Place::Running) {
-                return Err("what runs says so");
-            }
-            let all = queued.iter().chain(cpu.current.iter());
-            if all.clone().map(|t| self.task(*t).weight).sum::<u64>() != cpu.load {
-                return Err("a load is the sum of its weights");
-            }
-            if !cpu.online && all.clone().next().is_some() {
-                return Err("nothing is left on a pCPU that is gone");
-            }
-            found += all.count();
-        }
-        let awake = |t: &&Task| matches!(t.place, Place::Queued(_) | Place::Running);
-        if found != self.tasks.iter().filter(awake).count() {
-            return Err("what is runnable is on one run queue");
-        }
-        let owed: i64 = self.cpus.iter().flat_map(|c| &c.debts).map(Debt::amount).sum();
-        if owed != self.ledger.outstanding || !self.ledger.balanced() {
-            return Err("lending is zero-sum");
-        }
-        Ok(())
     }
 
     /// Whether siblings share a run queue (table 4.2 counts that).

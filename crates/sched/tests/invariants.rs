@@ -66,7 +66,12 @@ proptest! {
                 Act::Run(c, us) => {
                     s.charge(cpu(c), u64::from(us) * 1000);
                     let waiting = s.queue_size(cpu(c)) > 0;
-                    prop_assert_eq!(s.pick(cpu(c)).is_some(), waiting, "work is never left lying");
+                    let picked = s.pick(cpu(c)).is_some();
+                    if policy == Policy::RELAXED {
+                        prop_assert!(waiting || !picked);
+                    } else {
+                        prop_assert_eq!(picked, waiting, "work is never left lying");
+                    }
                     for other in s.kicks() {
                         s.pick(other);
                     }
@@ -87,11 +92,11 @@ proptest! {
         }
     }
 
-    /// No starvation: whatever SBCO lends, every vCPU runs within a few periods, none gets more
-    /// than its part, and no vruntime runs away from its queue.
+    /// No starvation: whatever a policy does for siblings, every vCPU runs within a few periods, none
+    /// gets more than its part, and no vruntime runs away from its queue.
     #[test]
     fn every_vcpu_runs_and_gets_its_part(
-        policy in prop_oneof![Just(Policy::BAL), Just(Policy::SBCO)],
+        policy in any_policy(),
         vms in 2usize..12, offsets in proptest::collection::vec(0u64..8_000_000, 4), seed: u64,
     ) {
         const CPUS: usize = 4;
@@ -125,7 +130,18 @@ proptest! {
             if let Some(began) = since[cpu] {
                 s.charge(CpuId(cpu as u32), now - began);
             }
-            let pick = s.pick(CpuId(cpu as u32)).expect("there is work");
+            let pick = s.pick(CpuId(cpu as u32));
+            prop_assert!(pick.is_some() || policy == Policy::RELAXED, "there is work");
+            for other in s.kicks() {
+                // An interrupt: that pCPU decides now, too.
+                next[other.0 as usize] = now;
+            }
+            let Some(pick) = pick else {
+                // All have to stop: until an interrupt, or the next tick.
+                since[cpu] = None;
+                next[cpu] = now + 1_000_000;
+                continue;
+            };
             let i = pick.task.0 as usize;
             if now >= begin {
                 if ran_before[i].is_none() {
@@ -143,17 +159,19 @@ proptest! {
         for (i, t) in tasks.iter().enumerate() {
             prop_assert!(end - last_ran[i] <= 4 * period, "vCPU {i} waits for ever");
             prop_assert!(s.lead(*t).unsigned_abs() <= 3 * period, "{} ahead", s.lead(*t));
-            // Each pCPU has one vCPU of each machine.
+            // Each pCPU has one vCPU of each machine, or as many of any.
             let part = (end - begin) as f64 / vms as f64;
             let got = (s.ran(*t) - ran_before[i].unwrap_or(0)) as f64 / part;
-            prop_assert!((0.85..1.15).contains(&got), "vCPU {i} got {got:.2} of its part");
+            // What stops leaves its pCPU idle.
+            let least = if policy == Policy::RELAXED { 0.5 } else { 0.85 };
+            prop_assert!((least..1.15).contains(&got), "vCPU {i} got {got:.2} of its part");
         }
         prop_assert_eq!(s.audit(), Ok(()));
     }
 
     #[test]
     fn siblings_stay_apart(
-        policy in prop_oneof![Just(Policy::BAL), Just(Policy::SBCO), Just(Policy::PROCCO)],
+        policy in any_policy().prop_filter("keeps siblings apart", |p| p.distinct),
         acts in acts(), seed: u64,
     ) {
         const CPUS: usize = 4;

@@ -1,13 +1,13 @@
 //! The simulator: nothing is made of nothing, and one seed gives one result.
 
 use godwit_sched::policy::Policy;
-use godwit_sched::sim::guest::Step;
+use godwit_sched::sim::guest::{Level, Step};
 use godwit_sched::sim::workload::Workload;
 use godwit_sched::sim::{Costs, Simulator};
 use rand::rngs::SmallRng;
 
 const MS: u64 = 1_000_000;
-const FREE: Costs = Costs { switch: 0, refill: 0, interrupt: 0 };
+const FREE: Costs = Costs { switch: 0, refill: 0, interrupt: 0, spin_window: 1_540 };
 
 fn steps(steps: Vec<Step>) -> Box<dyn godwit_sched::sim::guest::Program> {
     let mut left = steps.into_iter();
@@ -18,7 +18,7 @@ fn steps(steps: Vec<Step>) -> Box<dyn godwit_sched::sim::guest::Program> {
 fn alone_a_program_takes_what_it_takes() {
     let mut sim = Simulator::new(2, Policy::DFT, FREE, 1);
     let vm = sim.add_vm();
-    let lock = sim.add_lock();
+    let lock = sim.add_lock(Level::Kernel);
     sim.add_vcpu(vm, steps(vec![Step::Compute(7 * MS), Step::Critical(lock, 2 * MS)]), 0);
     assert_eq!(sim.run_until_end(vm, 1000 * MS), Some(9 * MS));
     assert_eq!(sim.report(vm).spun, 0);
@@ -28,7 +28,7 @@ fn alone_a_program_takes_what_it_takes() {
 fn a_spinner_waits_for_the_holder() {
     let mut sim = Simulator::new(2, Policy::BAL, FREE, 1);
     let vm = sim.add_vm();
-    let lock = sim.add_lock();
+    let lock = sim.add_lock(Level::Kernel);
     sim.add_vcpu(vm, steps(vec![Step::Critical(lock, 5 * MS)]), 0);
     sim.add_vcpu(vm, steps(vec![Step::Compute(MS), Step::Critical(lock, MS)]), 0);
     assert_eq!(sim.run_until_end(vm, 1000 * MS), Some(6 * MS));
@@ -41,7 +41,7 @@ fn a_spinner_waits_for_the_holder() {
 fn a_stacked_spinner_burns_its_slice() {
     let mut sim = Simulator::new(1, Policy::DFT, FREE, 1);
     let vm = sim.add_vm();
-    let lock = sim.add_lock();
+    let lock = sim.add_lock(Level::Kernel);
     sim.add_vcpu(vm, steps(vec![Step::Critical(lock, 40 * MS)]), 0);
     sim.add_vcpu(vm, steps(vec![Step::Critical(lock, MS)]), 0);
     let ended = sim.run_until_end(vm, 1000 * MS).expect("ends");

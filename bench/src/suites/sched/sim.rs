@@ -102,7 +102,7 @@ fn measure(figure: &str, workload: Workload, queue: usize, seeds: u64) -> (Exper
         Better::Lower,
     );
     for seed in 0..seeds {
-        for policy in policies() {
+        for (_, policy) in Policy::NAMED {
             let mut sim = Simulator::new(CPUS, policy, Costs::DEFAULT, seed);
             for other in 1..queue {
                 Workload::SuperPi.start(&mut sim, CPUS, 0, other as u64 * 37_000_000);
@@ -117,10 +117,6 @@ fn measure(figure: &str, workload: Workload, queue: usize, seeds: u64) -> (Exper
         }
     }
     (runtime, switches)
-}
-
-fn policies() -> [Policy; 5] {
-    [Policy::SBCO, Policy::DFT, Policy::BAL, Policy::PROCCO, Policy::CPUCO]
 }
 
 /// Each claim of the thesis with what the simulator says.

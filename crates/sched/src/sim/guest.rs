@@ -2,6 +2,16 @@
 
 use rand::rngs::SmallRng;
 
+/// Who spins: pause-loop exiting tells of the guest's kernel only (Intel's manual, volume 3: it is
+/// ignored where the privilege level is above 0).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// The guest's kernel.
+    Kernel,
+    /// A program in the guest.
+    User,
+}
+
 /// A spin-lock of a machine, by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LockId(pub usize);
@@ -30,8 +40,11 @@ pub enum Step {
     /// Has every sibling that is awake forget a mapping (a TLB shootdown): spins until each of
     /// them has executed something since.
     Shootdown,
-    /// Gives its pCPU up for that long.
+    /// Gives its pCPU up for that long, until a timer or a device wakes it.
     Sleep(u64),
+    /// Gives its pCPU up for that long, until a sibling wakes it by an interrupt from the pCPU that
+    /// it runs on.
+    Halt(u64),
     /// Ends.
     Exit,
 }

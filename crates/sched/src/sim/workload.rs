@@ -23,7 +23,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, RngExt};
 
 use super::Simulator;
-use super::guest::Step;
+use super::guest::{Level, Step};
 use crate::scheduler::VmId;
 
 /// A workload.
@@ -84,13 +84,25 @@ impl Workload {
     pub fn start(self, sim: &mut Simulator, vcpus: usize, work: u64, at: u64) -> VmId {
         let vm = sim.add_vm();
         let left = Rc::new(Cell::new(work));
-        let locked = |every: f64| Locked { locks: 1, every, held: HELD, shootdown_every: 0.0 };
+        let locked = |every: f64| Locked {
+            locks: 1,
+            level: Level::User,
+            every,
+            held: HELD,
+            shootdown_every: 0.0,
+        };
         let model = match self {
             Self::SuperPi => Model::Compute,
             Self::Kernbench => {
                 let held = 650.0;
                 let every = held * (1.0 / 0.0805 - 1.0);
-                Model::Locked(Locked { locks: 2, every, held, shootdown_every: 0.0 })
+                Model::Locked(Locked {
+                    locks: 2,
+                    level: Level::Kernel,
+                    every,
+                    held,
+                    shootdown_every: 0.0,
+                })
             }
             Self::Dedup => {
                 let instructions = 37.1e9;
@@ -109,7 +121,7 @@ impl Workload {
             Self::Ferret => Model::Locked(locked(23.97e9 / 345_778.0 * INSTRUCTION)),
         };
         let locks: Vec<_> = match model {
-            Model::Locked(l) => (0..l.locks).map(|_| sim.add_lock()).collect(),
+            Model::Locked(l) => (0..l.locks).map(|_| sim.add_lock(l.level)).collect(),
             _ => Vec::new(),
         };
         let barrier = sim.add_barrier(vcpus);
@@ -182,6 +194,7 @@ impl Workload {
 #[derive(Debug, Clone, Copy)]
 struct Locked {
     locks: usize,
+    level: Level,
     /// Mean time between two locks, nanoseconds.
     every: f64,
     /// Mean time that one is held.
