@@ -49,7 +49,7 @@ fn a_result_belongs_to_seed_and_work_however_many_threads_there_are() {
 
 #[test]
 fn a_queue_of_one_loses_nothing_either() {
-    let base = Config { work: Some(1), ..Config::new(StandIn::Dedup) };
+    let base = Config { threads: 2, work: Some(1), ..Config::new(StandIn::Dedup) };
     let narrow = run(&Config { queue: 1, ..base.clone() }, &AtomicBool::new(false));
     let wide = run(&base, &AtomicBool::new(false));
     assert_eq!(narrow.expect("done").digest, wide.expect("done").digest);
