@@ -24,9 +24,11 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
-# The guests that system tests share are built once, by content, before the tests start.
+# The guests that system tests share are built once, by content, before the tests start; so is the
+# kernel fetched that schedulers are tested on.
 test: setup
 	cargo build --locked --workspace --all-targets
+	scripts/kernel
 	target/debug/godwit image build tiny --local
 	cargo nextest run --locked --workspace --no-fail-fast
 
