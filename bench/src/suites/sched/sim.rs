@@ -1,5 +1,6 @@
-//! Chapter 4 of the dissertation in the simulator: its tables and figures, each with the thesis'
-//! value beside ours, all policies on the same machines in the same run.
+//! The simulator: all policies on the same machines in the same run, each figure with the thesis'
+//! value beside ours. Nothing here takes real time but the simulator itself, so every value is the
+//! same on every machine.
 
 use std::fmt::Write as _;
 
@@ -53,12 +54,11 @@ impl Claim {
     }
 }
 
-/// The suite. Nothing in it takes real time but the simulator itself, so every value is the same
-/// on every machine.
+/// The simulator's part of the suite.
 ///
 /// # Errors
 /// No rounds.
-pub fn run(quick: bool, rounds: Option<usize>, results: &mut Results) -> anyhow::Result<()> {
+pub(super) fn run(quick: bool, rounds: Option<usize>, results: &mut Results) -> anyhow::Result<()> {
     let seeds = rounds.unwrap_or(if quick { 3 } else { 10 }) as u64;
     anyhow::ensure!(seeds > 0, "a suite has at least one round");
     results.notes.push(format!(
