@@ -28,8 +28,9 @@ enum What {
     Demo(DemoArgs),
     /// Cold boot, dock, activate and move an environment, beside stock QEMU.
     Mainjob(SuiteArgs),
-    /// Co-scheduling of sibling vCPUs: the dissertation's tables and figures in the simulator.
-    Sched(RunArgs),
+    /// Co-scheduling of sibling vCPUs: the dissertation's tables and figures in the simulator, and
+    /// on real kernels where asked.
+    Sched(SchedArgs),
 }
 
 #[derive(Debug, Args)]
@@ -43,6 +44,60 @@ struct RunArgs {
     /// Number of rounds.
     #[arg(long)]
     rounds: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+struct SchedArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Measure on real kernels too: in a guest's kernel with sched_ext, or the threads of QEMU
+    /// machines on this host.
+    #[arg(long, value_delimiter = ',', value_name = "WHERE")]
+    real: Vec<Real>,
+    /// Leave the simulator out.
+    #[arg(long, requires = "real")]
+    no_sim: bool,
+    /// Run queue lengths of the real measurements, e.g. 8,12.
+    #[arg(long, value_delimiter = ',', value_name = "N", requires = "real")]
+    queues: Option<Vec<usize>>,
+    /// Stand-ins that the real measurements run, e.g. dedup,streamcluster.
+    #[arg(long, value_delimiter = ',', value_name = "NAME", requires = "real")]
+    workloads: Option<Vec<String>>,
+    /// Schedulers that are compared in the guest's kernel, e.g. sbco,eevdf,bal.
+    #[arg(long, value_delimiter = ',', value_name = "MODE", requires = "real")]
+    modes: Option<Vec<String>>,
+    /// vCPUs of the guest whose kernel schedules.
+    #[arg(long, requires = "real")]
+    cpus: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Real {
+    /// EEVDF and the modes of godwit-sched-ext in a guest.
+    Kernel,
+}
+
+impl SchedArgs {
+    fn measure(&self, results: &mut harness::Results) -> anyhow::Result<()> {
+        let (quick, rounds) = (self.run.quick, self.run.rounds);
+        if !self.no_sim {
+            suites::sched::run(quick, rounds, results)?;
+        }
+        if self.real.contains(&Real::Kernel) {
+            let mut plan = suites::sched::real::kernel::Plan::new(quick, rounds);
+            let given = |to: &mut Vec<String>, from: &Option<Vec<String>>| {
+                if let Some(from) = from {
+                    to.clone_from(from);
+                }
+            };
+            given(&mut plan.workloads, &self.workloads);
+            given(&mut plan.modes, &self.modes);
+            plan.queues = self.queues.clone().unwrap_or(plan.queues);
+            plan.cpus = self.cpus.unwrap_or(plan.cpus);
+            suites::sched::real::kernel::run(&plan, results)?;
+        }
+        Ok(())
+    }
 }
 
 #[derive(Debug, Args)]
@@ -173,9 +228,7 @@ pub(crate) fn main() -> ExitCode {
             let plan = args.plan();
             suite("mainjob", &args.run, async |r| suites::mainjob::run(&plan, r).await)
         }
-        What::Sched(run) => {
-            suite("sched", &run, async |r| suites::sched::run(run.quick, run.rounds, r))
-        }
+        What::Sched(args) => suite("sched", &args.run, async |r| args.measure(r)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,5 +1,6 @@
 //! Chapter 4 of the dissertation: its tables and figures, each with the thesis' value beside ours.
 
+pub mod real;
 mod sim;
 
 use crate::harness::Results;

@@ -1,0 +1,449 @@
+//! The kernel's schedulers in one guest: EEVDF and each mode of `godwit-sched-ext`, in turns in one
+//! boot. A machine is a process whose threads spin on shared locks (`godwit-standin`), as in the
+//! thesis' scaling run (section 4.6.2); one is measured, the others compute.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use godwit_lab::{Initramfs, Kernel, Machine, Spec};
+use serde_json::Value;
+
+use super::{program, shorter_percent};
+use crate::harness::{Better, Experiment, Results};
+
+/// The kernel's own class.
+pub const EEVDF: &str = "eevdf";
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Rounds.
+    pub rounds: usize,
+    /// vCPUs of the guest, and threads of each machine in it.
+    pub cpus: u32,
+    /// Who is compared, the one that has to be better first: [`EEVDF`] or a mode of
+    /// `godwit-sched-ext`.
+    pub modes: Vec<String>,
+    /// What is measured: names of stand-ins.
+    pub workloads: Vec<String>,
+    /// Run queue lengths: the measured machine and so many others less one.
+    pub queues: Vec<usize>,
+    /// How long one run of the measured machine is.
+    pub run: Duration,
+    /// How long fairness is watched in each round; zero: not at all.
+    pub fairness: Duration,
+}
+
+impl Plan {
+    /// What the thesis compares, as far as it can be run here; few rounds and short ones if `quick`.
+    #[must_use]
+    pub fn new(quick: bool, rounds: Option<usize>) -> Self {
+        let names = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect();
+        Self {
+            rounds: rounds.unwrap_or(if quick { 2 } else { 5 }),
+            cpus: 4,
+            modes: names(&["sbco", EEVDF, "bal", "procco", "cpuco"]),
+            workloads: if quick {
+                names(&["dedup", "streamcluster"])
+            } else {
+                names(&["dedup", "streamcluster", "kernbench", "specjbb", "cpu"])
+            },
+            queues: if quick { vec![8] } else { vec![8, 12] },
+            run: Duration::from_secs(if quick { 4 } else { 8 }),
+            fairness: Duration::from_secs(if quick { 6 } else { 30 }),
+        }
+    }
+}
+
+/// Runs the experiments of `plan` and adds them to `results`.
+///
+/// # Errors
+/// What is missing (a kernel, QEMU, a program of this workspace), a guest that fails, a scheduler
+/// that leaves while it is measured.
+pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
+    ensure!(plan.rounds > 0, "a suite has at least one round");
+    ensure!(plan.queues.iter().all(|q| (1..=64).contains(q)), "a queue has 1 to 64 entries");
+    let mut guest = Guest::boot(plan)?;
+    results.accel.get_or_insert_with(|| "tcg".to_owned());
+    results.notes.push(format!(
+        "Kernel: {} in a guest of {} vCPUs under TCG on this host's CPUs; its time is rough. A \
+         machine is a process of {} threads that spin at user level; the others run the stand-in for \
+         SuperPI. {} rounds, schedulers in turns in one boot; context switches are the whole guest's.",
+        guest.release, plan.cpus, plan.cpus, plan.rounds
+    ));
+    let mut sheets: Vec<Sheet> = Vec::new();
+    for workload in &plan.workloads {
+        for queue in &plan.queues {
+            sheets.push(Sheet::new(workload, *queue));
+        }
+        if workload == "cpu" {
+            sheets.push(Sheet::new(workload, 1));
+        }
+    }
+    let mut fairness = Fairness::new(plan);
+    for round in 0..plan.rounds {
+        for sheet in &mut sheets {
+            for mode in turned(&plan.modes, round) {
+                let report = guest.fleet(mode, &sheet.fleet(plan, round), plan.run)?;
+                sheet.push(mode, &report.report)?;
+                if let Some(stats) = report.stats {
+                    let of = format!("kernel-{}-{}-{mode}", sheet.workload, sheet.queue);
+                    results.reports.entry(of).or_default().push(stats);
+                }
+                tracing::info!(
+                    "round {round}: {} in a queue of {} under {mode}",
+                    sheet.workload,
+                    sheet.queue
+                );
+            }
+        }
+        if !plan.fairness.is_zero() {
+            for mode in turned(&plan.modes, round) {
+                let seconds = plan.fairness.as_secs_f64();
+                let of = format!(
+                    "--others cpu --count {MACHINES} --threads {} --seconds {seconds} --lead 2 --seed {round}",
+                    plan.cpus
+                );
+                let report = guest.fleet(mode, &of, plan.fairness)?;
+                fairness.push(mode, &report.report)?;
+                tracing::info!("round {round}: fairness under {mode}");
+            }
+        }
+    }
+    let mut said = "SBCO's run in the guest's kernel is shorter than EEVDF's by".to_owned();
+    for sheet in &mut sheets {
+        // Lock-heavy ones are to be a quarter faster, CPU-bound ones at most 2 % slower.
+        let share = if sheet.workload == "cpu" { 1.02 } else { 0.75 };
+        if let Some(base) = sheet.median_of(EEVDF) {
+            sheet.time.target("sbco", share * base);
+        }
+        if let Some(percent) = shorter_percent(&sheet.time, "sbco", EEVDF) {
+            // Writing to a string does not fail.
+            let _ =
+                write!(said, " {percent:.1} % ({} in a queue of {});", sheet.workload, sheet.queue);
+        }
+    }
+    results.notes.push(said);
+    for sheet in sheets {
+        results.experiments.extend([sheet.time, sheet.share, sheet.switches]);
+    }
+    results.experiments.extend(fairness.finish());
+    Ok(())
+}
+
+/// `modes`, beginning at another one in each round.
+fn turned(modes: &[String], round: usize) -> impl Iterator<Item = &String> {
+    let at = round % modes.len().max(1);
+    modes[at..].iter().chain(&modes[..at])
+}
+
+/// The booted guest.
+struct Guest {
+    machine: Machine,
+    release: String,
+}
+
+/// What one run of a fleet gave.
+struct Run {
+    report: Value,
+    /// The scheduler's own counters, where it is one of ours.
+    stats: Option<Value>,
+}
+
+const SOON: Duration = Duration::from_secs(60);
+
+impl Guest {
+    fn boot(plan: &Plan) -> anyhow::Result<Self> {
+        let kernel = Kernel::find()?;
+        let mut initramfs =
+            Initramfs::new().program(program("godwit-standin", "godwit-standin")?)?;
+        if plan.modes.iter().any(|m| m != EEVDF) {
+            initramfs = initramfs.program(program("godwit-sched-ext", "godwit-sched-ext")?)?;
+        }
+        let machine =
+            Machine::boot(&kernel, &initramfs, &Spec::new("bench-sched", plan.cpus, 1024))?;
+        Ok(Self { machine, release: kernel.release().to_owned() })
+    }
+
+    /// Runs a fleet under `mode`, which is gone again afterwards.
+    fn fleet(&mut self, mode: &str, args: &str, run: Duration) -> anyhow::Result<Run> {
+        if mode != EEVDF {
+            self.load(mode).with_context(|| format!("load the scheduler in mode {mode}"))?;
+        }
+        let said = self.machine.ok(&format!("godwit-standin fleet {args}"), run + 2 * SOON)?;
+        let line = said.lines().last().unwrap_or_default();
+        let report =
+            serde_json::from_str(line).with_context(|| format!("the fleet said {said:?}"))?;
+        let stats = if mode == EEVDF {
+            let state = self.machine.ok("cat /sys/kernel/sched_ext/state", SOON)?;
+            ensure!(state.trim() == "disabled", "sched_ext is {state:?} while EEVDF is measured");
+            None
+        } else {
+            Some(self.unload().with_context(|| format!("unload the scheduler in mode {mode}"))?)
+        };
+        Ok(Run { report, stats })
+    }
+
+    fn load(&mut self, mode: &str) -> anyhow::Result<()> {
+        // Names go into a shell.
+        ensure!(mode.bytes().all(|b| b.is_ascii_alphanumeric()), "{mode:?} is no mode");
+        self.machine.ok(
+            &format!(
+                "godwit-sched-ext load --mode {mode} --vm-by process:godwit-standin \
+                 >/tmp/ext.log 2>&1 & echo $! >/tmp/ext.pid"
+            ),
+            SOON,
+        )?;
+        self.state("enabled")
+    }
+
+    /// The counters of the scheduler that is loaded, which must not have left; then it goes.
+    fn unload(&mut self) -> anyhow::Result<Value> {
+        let answer = self.machine.run("cat /sys/kernel/sched_ext/state; cat /tmp/ext.log", SOON)?;
+        ensure!(
+            answer.output.starts_with("enabled"),
+            "the scheduler left while it was measured: {}",
+            answer.output
+        );
+        let said = self.machine.ok("godwit-sched-ext top --once --json", SOON)?;
+        let stats = serde_json::from_str(said.trim())
+            .with_context(|| format!("the scheduler's counters are {said:?}"))?;
+        self.machine.ok("kill $(cat /tmp/ext.pid)", SOON)?;
+        self.state("disabled")?;
+        Ok(stats)
+    }
+
+    /// Waits until sched_ext is in `state`.
+    fn state(&mut self, state: &str) -> anyhow::Result<()> {
+        let wait = format!(
+            "i=0; until grep -q {state} /sys/kernel/sched_ext/state; do i=$((i+1)); \
+             if [ $i -gt 200 ]; then cat /tmp/ext.log; exit 1; fi; sleep 0.1; done"
+        );
+        self.machine.ok(&wait, SOON).map(drop).with_context(|| format!("wait for {state}"))
+    }
+}
+
+/// What is measured of one workload in one queue.
+struct Sheet {
+    workload: String,
+    queue: usize,
+    time: Experiment,
+    share: Experiment,
+    switches: Experiment,
+}
+
+impl Sheet {
+    fn new(workload: &str, queue: usize) -> Self {
+        let name = format!("kernel-{workload}-{queue}");
+        let place = if queue == 1 { "alone".to_owned() } else { format!("in a queue of {queue}") };
+        let figure = match (workload, queue) {
+            ("dedup" | "streamcluster", 8) => "Figures 4.8 and 4.11",
+            ("dedup" | "streamcluster", 12) => "Figures 4.9 and 4.11",
+            ("kernbench", _) => "Figure 4.6",
+            ("specjbb", _) => "Figure 4.10",
+            _ => "What it costs who does not wait",
+        };
+        Self {
+            time: Experiment::new(
+                &name,
+                &format!(
+                    "{figure}, in a guest's kernel (TCG): time of the stand-in for {workload}, {place}, per operation."
+                ),
+                "ms",
+                Better::Lower,
+            ),
+            share: Experiment::new(
+                &format!("{name}-share"),
+                &format!(
+                    "The measured machine's part of all machines' CPU time (TCG); fair is {:.1} %.",
+                    100.0 / queue as f64
+                ),
+                "%",
+                Better::Higher,
+            ),
+            switches: Experiment::new(
+                &format!("{name}-switches"),
+                &format!("Context switches of the whole guest while {workload} ran {place} (TCG)."),
+                "switches/s",
+                Better::Lower,
+            ),
+            workload: workload.to_owned(),
+            queue,
+        }
+    }
+
+    /// The arguments of its fleet.
+    fn fleet(&self, plan: &Plan, round: usize) -> String {
+        format!(
+            "--measured {} --others cpu --count {} --threads {} --seconds {} --lead 0.5 --seed {round}",
+            self.workload,
+            self.queue - 1,
+            plan.cpus,
+            plan.run.as_secs_f64()
+        )
+    }
+
+    fn push(&mut self, mode: &str, report: &Value) -> anyhow::Result<()> {
+        let measured = &report["measured"];
+        let operations = number(&measured["operations"])?;
+        // A run in which nothing got done counts as one in which one operation took all the time.
+        self.time.push(mode, number(&measured["elapsed_ms"])? / operations.max(1.0));
+        let samples = Samples::of(report)?;
+        let of_all = samples.window(0, samples.last());
+        self.share.push(mode, 100.0 * of_all[0] / of_all.iter().sum::<f64>());
+        self.switches.push(mode, number(&report["switches"])? / (samples.span_ms() / 1e3));
+        Ok(())
+    }
+
+    fn median_of(&self, mode: &str) -> Option<f64> {
+        let series = self.time.series.iter().find(|s| s.subject == mode)?;
+        crate::harness::stats::median(&series.values)
+    }
+}
+
+fn number(value: &Value) -> anyhow::Result<f64> {
+    value.as_f64().with_context(|| format!("{value} is no number"))
+}
+
+/// CPU time of each machine over time, ms.
+struct Samples {
+    at_ms: Vec<f64>,
+    cpu_ms: Vec<Vec<f64>>,
+}
+
+impl Samples {
+    fn of(report: &Value) -> anyhow::Result<Self> {
+        let part = |key: &str| report[key].clone();
+        let at_ms: Vec<f64> = serde_json::from_value(part("at_ms")).context("times of samples")?;
+        let cpu_ms: Vec<Vec<f64>> = serde_json::from_value(part("cpu_ms")).context("samples")?;
+        ensure!(
+            at_ms.len() == cpu_ms.len() && at_ms.len() >= 2,
+            "a fleet with {} samples",
+            at_ms.len()
+        );
+        Ok(Self { at_ms, cpu_ms })
+    }
+
+    fn last(&self) -> usize {
+        self.at_ms.len() - 1
+    }
+
+    fn span_ms(&self) -> f64 {
+        self.at_ms[self.last()] - self.at_ms[0]
+    }
+
+    /// What each machine ran between two samples.
+    fn window(&self, from: usize, to: usize) -> Vec<f64> {
+        self.cpu_ms[to].iter().zip(&self.cpu_ms[from]).map(|(to, from)| to - from).collect()
+    }
+
+    /// The maximum absolute lag in each window of `length` samples, ms.
+    fn lags(&self, length: usize) -> Vec<f64> {
+        let lag = |from: usize| {
+            let ran = self.window(from, from + length);
+            let most = ran.iter().copied().fold(f64::MIN, f64::max);
+            most - ran.iter().copied().fold(f64::MAX, f64::min)
+        };
+        (0..).map(|i| i * length).take_while(|from| from + length <= self.last()).map(lag).collect()
+    }
+}
+
+/// Machines of the fairness experiment, as in section 4.6, "Fairness".
+const MACHINES: usize = 4;
+
+/// Figure 4.12: windows in samples, which are a second apart.
+struct Fairness {
+    windows: Vec<(usize, Experiment, Experiment)>,
+}
+
+impl Fairness {
+    fn new(plan: &Plan) -> Self {
+        let whole = usize::try_from(plan.fairness.as_secs()).unwrap_or(usize::MAX);
+        let mut lengths: Vec<usize> = [1, 5, whole].into_iter().filter(|n| *n <= whole).collect();
+        lengths.dedup();
+        let of = |n: usize| {
+            let lag = Experiment::new(
+                &format!("kernel-lag-{n}s"),
+                &format!(
+                    "Figure 4.12 in a guest's kernel (TCG): mean of the largest difference of what \
+                     {MACHINES} CPU-bound machines ran in {n} s (thesis: 20 ms by default, 15 to 25 ms \
+                     with SBCO)."
+                ),
+                "ms",
+                Better::Lower,
+            );
+            let rsd = Experiment::new(
+                &format!("kernel-lag-{n}s-rsd"),
+                "Its relative standard deviation (thesis: at most 15 %).",
+                "%",
+                Better::Lower,
+            );
+            (n, lag, rsd)
+        };
+        Self { windows: lengths.into_iter().filter(|n| *n > 0).map(of).collect() }
+    }
+
+    fn push(&mut self, mode: &str, report: &Value) -> anyhow::Result<()> {
+        let samples = Samples::of(report)?;
+        for (n, lag, rsd) in &mut self.windows {
+            let lags = samples.lags(*n);
+            let count = lags.len() as f64;
+            if lags.is_empty() {
+                continue;
+            }
+            let mean = lags.iter().sum::<f64>() / count;
+            lag.push(mode, mean);
+            // One window has no spread.
+            if lags.len() > 1 && mean > 0.0 {
+                let spread = (lags.iter().map(|l| (l - mean).powi(2)).sum::<f64>() / count).sqrt();
+                rsd.push(mode, 100.0 * spread / mean);
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Vec<Experiment> {
+        let mut all = Vec::new();
+        for (_, mut lag, mut rsd) in self.windows {
+            lag.target("sbco", 25.0);
+            rsd.target("sbco", 15.0);
+            all.extend([lag, rsd].into_iter().filter(|e| !e.series.is_empty()));
+        }
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Value {
+        serde_json::json!({
+            "measured": { "operations": 50, "elapsed_ms": 2000.0 },
+            "switches": 300,
+            "at_ms": [0.0, 1000.0, 2000.0, 3000.0],
+            "cpu_ms": [[0.0, 10.0], [500.0, 610.0], [1000.0, 1010.0], [1500.0, 1510.0]],
+        })
+    }
+
+    #[test]
+    fn a_report_becomes_figures() {
+        let mut sheet = Sheet::new("dedup", 2);
+        sheet.push("sbco", &report()).expect("a whole report");
+        let first = |e: &Experiment| e.series[0].values.clone();
+        assert_eq!(first(&sheet.time), [40.0]);
+        assert_eq!(first(&sheet.share), [50.0]);
+        assert_eq!(first(&sheet.switches), [100.0]);
+        assert_eq!(Samples::of(&report()).expect("samples").lags(1), [100.0, 100.0, 0.0]);
+        assert_eq!(Samples::of(&report()).expect("samples").lags(2), [0.0]);
+        sheet.push("sbco", &Value::Null).expect_err("no report");
+    }
+
+    #[test]
+    fn every_round_has_all_modes_and_another_first() {
+        let modes: Vec<String> = ["a", "b", "c"].map(str::to_owned).into();
+        let in_round = |n| turned(&modes, n).cloned().collect::<String>();
+        assert_eq!([in_round(0), in_round(1), in_round(5)], ["abc", "bca", "cab"]);
+    }
+}
