@@ -1,0 +1,167 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * One run queue per CPU: a DSQ ordered by vruntime, and a mirror of the vruntimes in it.
+ *
+ * The mirror is what ordinates are counted in. Walking a DSQ takes its lock at every step; the
+ * mirror is an array that is read without one, so an ordinate costs one pass over memory. It
+ * follows the queue: a task takes a slot when it is put on a DSQ and gives it up when it runs,
+ * sleeps or ends.
+ */
+#ifndef GODWIT_QUEUE_H
+#define GODWIT_QUEUE_H
+
+#define MIRROR 128
+#define PROBES 16
+#define WALK 256	/* how far a DSQ is walked at most */
+#define DEBTS 32
+
+const volatile u64 slice_ns = 3000000;
+u32 nr_cpus;
+
+/* A loan on the list of the CPU that its debtor is queued on. */
+struct debt {
+	u32 state;	/* 0 free, 1 being written, 2 to be settled */
+	u32 debtor;	/* slots in the machine's record, and whose they were */
+	u32 debtor_pid;
+	u32 lender;
+	u32 lender_pid;
+	u32 spare;
+	u64 vm;
+	u64 amount;
+};
+
+struct cpu_ctx {
+	u64 clock;	/* vruntime that this CPU has come to */
+	u64 current_vtime;
+	u64 current_since;
+	u64 balanced_at;
+	u32 running;
+	u32 debts_due;
+	u32 force_pid;
+	u32 decisions;
+	u64 mirror[MIRROR];
+	struct debt debt[DEBTS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_CPUS);
+	__type(key, u32);
+	__type(value, struct cpu_ctx);
+} cpus SEC(".maps");
+
+static __always_inline struct cpu_ctx *cpu_ctx(u32 cpu)
+{
+	return bpf_map_lookup_elem(&cpus, &cpu);
+}
+
+static __always_inline bool before(u64 a, u64 b)
+{
+	return (s64)(a - b) < 0;
+}
+
+static __always_inline void mirror_leave(struct task_ctx *t)
+{
+	struct cpu_ctx *c;
+
+	if (t->mirror_cpu < 0)
+		return;
+	c = cpu_ctx(t->mirror_cpu);
+	if (c)
+		c->mirror[INDEX(t->mirror_slot, MIRROR)] = 0;
+	t->mirror_cpu = -1;
+}
+
+GLOBAL int mirror_enter(struct task_ctx *t NONNULL, u32 cpu, u32 hash, u64 vtime)
+{
+	struct cpu_ctx *c = cpu_ctx(cpu);
+	u32 i;
+
+	if (!c)
+		return 0;
+	mirror_leave(t);
+	LOOP(i, PROBES) {
+		u32 slot = INDEX(hash + i * 7, MIRROR);
+
+		if (c->mirror[slot] || __sync_val_compare_and_swap(&c->mirror[slot], 0, vtime))
+			continue;
+		t->mirror_slot = slot;
+		t->mirror_cpu = cpu;
+		return 0;
+	}
+	count(unmirrored);
+	return 0;
+}
+
+static __always_inline void mirror_move(struct task_ctx *t, u64 vtime)
+{
+	struct cpu_ctx *c;
+
+	if (t->mirror_cpu < 0)
+		return;
+	c = cpu_ctx(t->mirror_cpu);
+	if (c)
+		c->mirror[INDEX(t->mirror_slot, MIRROR)] = vtime;
+}
+
+struct scan {
+	u32 queued;
+	u32 before;	/* how many have a smaller vruntime */
+	s64 middle;	/* the mean of all, relative to the vruntime asked for */
+};
+
+/* Where `vtime` stands in the queue of a CPU. */
+GLOBAL int mirror_scan(u32 cpu, u64 vtime, struct scan *out NONNULL)
+{
+	struct cpu_ctx *c = cpu_ctx(cpu);
+	u32 queued = zero, ahead = zero, i;
+	s64 sum = zero;
+
+	if (!c)
+		return 0;
+	LOOP(i, MIRROR) {
+		u64 v = c->mirror[INDEX(i, MIRROR)];
+		s64 d = v - vtime;
+
+		if (!v)
+			continue;
+		queued++;
+		sum += d;
+		ahead += d < 0;
+	}
+	out->queued = queued;
+	out->before = ahead;
+	/* No signed division before the fourth version of BPF; by 0 it gives 0. */
+	if (sum < 0)
+		out->middle = -(s64)((u64)-sum / queued);
+	else
+		out->middle = (u64)sum / queued;
+	return 0;
+}
+
+/* A vruntime told by the clock of one CPU, told by that of another. */
+static __always_inline u64 rebase(u64 vtime, u32 from, u32 to)
+{
+	struct cpu_ctx *f, *g;
+
+	if (from == to)
+		return vtime;
+	f = cpu_ctx(from);
+	g = cpu_ctx(to);
+	return f && g ? vtime - f->clock + g->clock : vtime;
+}
+
+static __always_inline u32 load_of(u32 cpu, struct cpu_ctx *c)
+{
+	s32 queued = scx_bpf_dsq_nr_queued(cpu);
+
+	return (queued > 0 ? queued : 0) + c->running;
+}
+
+/* Whether `p` may be put on a CPU other than its own. */
+static __always_inline bool is_bound(struct task_struct *p)
+{
+	return p->nr_cpus_allowed == 1 || p->migration_disabled;
+}
+
+#endif

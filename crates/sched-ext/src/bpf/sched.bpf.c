@@ -1,0 +1,430 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Co-scheduling of sibling vCPUs as a sched_ext scheduler: one vruntime-ordered queue per CPU,
+ * siblings on distinct CPUs, and one of the couplings below.
+ *
+ *   select_cpu -> enqueue -> [queue of a CPU] -> dispatch -> running -> stopping -> enqueue ...
+ *       place       clock      mirror, debts       settle       force      account
+ *                                                  Algorithm 1
+ *
+ * Fairness is by vruntime, a task's CPU time over its weight. Each CPU has its clock; a task that
+ * changes CPUs keeps its distance to the clock. Weights of cgroups are not looked at.
+ */
+#include "kernel.h"
+#include "stats.h"
+#include "vm.h"
+#include "queue.h"
+#include "place.h"
+#include "loans.h"
+
+char _license[] SEC("license") = "GPL";
+
+#define OPS(name, args...) SEC("struct_ops/" #name) BPF_PROG(op_##name, ##args)
+#define OPS_SLEEPABLE(name, args...) SEC("struct_ops.s/" #name) BPF_PROG(op_##name, ##args)
+
+/* What couples siblings: nothing, Algorithm 1, their vCPU 0, or the first CPU. */
+enum { COUPLING_NONE, COUPLING_SBCO, COUPLING_PROCESS, COUPLING_CPU };
+
+const volatile u32 coupling = COUPLING_SBCO;
+
+s32 exit_kind;
+s64 exit_code;
+char exit_reason[128];
+char exit_message[512];
+
+/* The clocks begin here, so that a vruntime is never 0, which means none in the mirror. */
+#define CLOCK_START (1ULL << 40)
+
+s32 OPS(select_cpu, struct task_struct *p, s32 prev, u64 wake_flags)
+{
+	struct task_ctx *t = task_ctx(p);
+	bool idle = false;
+	s32 cpu;
+
+	if (!t || p->nr_cpus_allowed == 1)
+		return prev;
+	refresh(p, t, prev);
+	if (distinct && t->vm) {
+		struct vcpu *v;
+
+		cpu = place(p, t->vm, t->index, prev);
+		idle = scx_bpf_test_and_clear_cpu_idle(cpu);
+		v = vcpu_of(t);
+		if (v) {
+			if (wake_flags & ENUM(scx_wake_flags, SCX_WAKE_FORK))
+				count(placed_new);
+			else if (v->cpu != (u32)cpu)
+				count(placed_woken);
+			v->cpu = cpu;
+		}
+	} else {
+		cpu = scx_bpf_select_cpu_dfl(p, prev, wake_flags, &idle);
+		if (!idle && (wake_flags & ENUM(scx_wake_flags, SCX_WAKE_FORK)))
+			cpu = place(p, t->vm, t->index, prev);
+	}
+	if (idle) {
+		count(direct);
+		dsq_insert(p, ENUM(scx_dsq_id_flags, SCX_DSQ_LOCAL), slice_ns, 0);
+	}
+	return cpu;
+}
+
+void OPS(enqueue, struct task_struct *p, u64 enq_flags)
+{
+	struct task_ctx *t = task_ctx(p);
+	s32 cpu = scx_bpf_task_cpu(p);
+	struct cpu_ctx *c;
+	struct vcpu *v;
+	u64 vtime;
+
+	/* A CPU's own kernel threads do what others wait for. */
+	if (!t || ((p->flags & PF_KTHREAD) && p->nr_cpus_allowed == 1)) {
+		count(direct);
+		dsq_insert(p, ENUM(scx_dsq_id_flags, SCX_DSQ_LOCAL), slice_ns, enq_flags);
+		return;
+	}
+	refresh(p, t, cpu);
+	if (distinct && t->vm && has_sibling_on(t->vm, t->index, cpu)) {
+		s32 other = is_bound(p) ? cpu : place(p, t->vm, t->index, cpu);
+
+		if (other != cpu) {
+			count(placed_moved);
+			cpu = other;
+		}
+		if (has_sibling_on(t->vm, t->index, cpu))
+			count(stacked);
+	}
+	c = cpu_ctx(cpu);
+	if (!c)
+		return;
+	vtime = rebase(p->scx.dsq_vtime, t->clock, cpu);
+	t->clock = cpu;
+	v = vcpu_of(t);
+	if (v)
+		vtime = take_credit(v, vtime);
+	/* Who slept gets one slice of what it missed. */
+	if (before(vtime, c->clock - slice_ns))
+		vtime = c->clock - slice_ns;
+	if (v) {
+		v->cpu = cpu;
+		v->vtime = vtime;
+		v->state = VCPU_QUEUED;
+	}
+	mirror_enter(t, cpu, p->pid, vtime);
+	count(enqueues);
+	dsq_insert_vtime(p, cpu, slice_ns, vtime, enq_flags);
+	if (!c->running) {
+		scx_bpf_kick_cpu(cpu, ENUM(scx_kick_flags, SCX_KICK_IDLE));
+	} else if (enq_flags & ENUM(scx_enq_flags, SCX_ENQ_WAKEUP)) {
+		u64 current = c->current_vtime + (bpf_ktime_get_ns() - c->current_since);
+
+		if (before(vtime + slice_ns / 2, current)) {
+			count(preempted);
+			scx_bpf_kick_cpu(cpu, ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
+		}
+	}
+}
+
+/* Runs the vCPU that a sibling's schedule has forced onto this CPU. */
+GLOBAL bool dispatch_forced(u32 cpu)
+{
+	struct cpu_ctx *c = cpu_ctx(cpu);
+	struct task_struct *p;
+	bool moved = false;
+	u32 seen = zero, pid;
+
+	if (!c)
+		return false;
+	pid = __sync_lock_test_and_set(&c->force_pid, 0);
+	bpf_for_each(scx_dsq, p, cpu, 0) {
+		if (++seen > WALK)
+			break;
+		if ((u32)p->pid != pid)
+			continue;
+		moved = scx_bpf_dsq_move(ITER, p, ENUM(scx_dsq_id_flags, SCX_DSQ_LOCAL), 0);
+		break;
+	}
+	if (moved)
+		count(forced);
+	else
+		count(force_missed);
+	return moved;
+}
+
+void OPS(dispatch, s32 cpu, struct task_struct *prev)
+{
+	struct cpu_ctx *c = cpu_ctx(cpu);
+	u64 started = 0;
+
+	if (!c)
+		return;
+	count(dispatches);
+	if (++c->decisions % 16 == 0)
+		started = bpf_ktime_get_ns();
+	if (coupling == COUPLING_SBCO) {
+		if (c->debts_due)
+			settle(cpu);
+		algorithm_1(cpu);
+	} else if (c->force_pid && dispatch_forced(cpu)) {
+		return;
+	}
+	if (started) {
+		count(sampled);
+		add(STAT_sampled_ns, bpf_ktime_get_ns() - started);
+	}
+	pull_balance(cpu);
+	if (!dsq_move_to_local(cpu))
+		pull_idle(cpu);
+}
+
+/*
+ * Interrupts the CPUs on which siblings of slot `self` wait, so that they run there now. One that
+ * is ahead of its share by more than it might owe is left alone: being forced is no way to get
+ * more CPU time than others.
+ */
+GLOBAL int force_siblings(u64 key, u32 self)
+{
+	struct vm *vm = bpf_map_lookup_elem(&vms, &key);
+	u32 i;
+
+	if (!vm)
+		return 0;
+	LOOP(i, MAX_VCPUS) {
+		struct vcpu *v = vcpu_at(vm, i);
+		struct cpu_ctx *c;
+
+		if (!v->pid || i == self || v->state != VCPU_QUEUED)
+			continue;
+		c = cpu_ctx(v->cpu);
+		if (!c || before(c->clock + owe_most(), v->vtime))
+			continue;
+		c->force_pid = v->pid;
+		count(kicks);
+		scx_bpf_kick_cpu(v->cpu, ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
+	}
+	return 0;
+}
+
+void OPS(running, struct task_struct *p)
+{
+	struct task_ctx *t = task_ctx(p);
+	s32 cpu = scx_bpf_task_cpu(p);
+	struct cpu_ctx *c = cpu_ctx(cpu);
+	u64 vtime = p->scx.dsq_vtime;
+	struct vcpu *v;
+
+	if (!t || !c)
+		return;
+	mirror_leave(t);
+	if (t->clock != (u32)cpu) {
+		vtime = rebase(vtime, t->clock, cpu);
+		t->clock = cpu;
+		set_vtime(p, vtime);
+	}
+	if (before(c->clock, vtime))
+		c->clock = vtime;
+	c->running = 1;
+	c->current_vtime = vtime;
+	c->current_since = bpf_ktime_get_ns();
+	t->exec = p->se.sum_exec_runtime;
+	count(switches);
+	v = vcpu_of(t);
+	if (!v)
+		return;
+	v->cpu = cpu;
+	v->state = VCPU_RUNNING;
+	__sync_fetch_and_add(&v->net, -(v->net >> 3));
+	if (v->dirty == LENT)
+		v->dirty = CLEAN;
+	if ((coupling == COUPLING_PROCESS && t->index == 0) || (coupling == COUPLING_CPU && cpu == 0))
+		force_siblings(t->vm, t->index);
+}
+
+void OPS(stopping, struct task_struct *p, bool runnable)
+{
+	struct task_ctx *t = task_ctx(p);
+	struct cpu_ctx *c = cpu_ctx(scx_bpf_task_cpu(p));
+	u32 weight = p->scx.weight ? p->scx.weight : 100;
+	u64 vtime = p->scx.dsq_vtime, used;
+	struct vm *vm;
+	struct vcpu *v;
+	u64 key;
+
+	if (!t || !c)
+		return;
+	c->running = 0;
+	used = p->se.sum_exec_runtime - t->exec;
+	vtime += used * 100 / weight;
+	key = t->vm;
+	vm = key ? bpf_map_lookup_elem(&vms, &key) : NULL;
+	if (vm) {
+		__sync_fetch_and_add(&vm->runtime, used);
+		v = vcpu_at(vm, t->index);
+		vtime = take_credit(v, vtime);
+		v->state = VCPU_IDLE;
+	}
+	set_vtime(p, vtime);
+}
+
+void OPS(quiescent, struct task_struct *p, u64 deq_flags)
+{
+	struct task_ctx *t = task_ctx(p);
+	struct vcpu *v;
+
+	if (!t)
+		return;
+	mirror_leave(t);
+	v = vcpu_of(t);
+	if (v)
+		v->state = VCPU_IDLE;
+}
+
+/*
+ * KVM's directed yield: a vCPU that spins asks that a sibling run. It lends it a slice; the
+ * sibling's CPU moves it forward at its next dispatch, which an interrupt brings about.
+ */
+GLOBAL bool yield_to(struct task_struct *from TRUSTED, struct task_struct *to TRUSTED)
+{
+	struct task_ctx *f = task_ctx(from), *t = task_ctx(to);
+	struct loan loan = {};
+	struct vm *vm;
+	u64 key;
+
+	if (!f || !t || !f->vm || f->vm != t->vm || f->index == t->index)
+		return false;
+	key = f->vm;
+	vm = bpf_map_lookup_elem(&vms, &key);
+	if (!vm)
+		return false;
+	loan.vm = key;
+	loan.amount = slice_ns;
+	loan.lender = f->index;
+	loan.debtor = t->index;
+	if (vcpu_at(vm, t->index)->state != VCPU_QUEUED)
+		return false;
+	if (!lend(&loan))
+		return false;
+	/* Whether it runs or not, it pays when its vruntime is next written. */
+	__sync_fetch_and_add(&vcpu_at(vm, f->index)->credit, -loan.amount);
+	add(STAT_paid_ns, loan.amount);
+	add(STAT_credited_ns, loan.amount);
+	count(yields_to);
+	return true;
+}
+
+bool OPS(yield, struct task_struct *from, struct task_struct *to)
+{
+	bool done = false;
+
+	count(yields);
+	if (to && coupling == COUPLING_SBCO)
+		done = yield_to(from, to);
+	if (!to || done)
+		end_slice(from);
+	return done;
+}
+
+struct yield_args {
+	s32 from;
+	s32 to;
+};
+
+/* The inner part of `yield` for a test: KVM's own calls cannot be had without KVM. */
+SEC("syscall")
+int yield_test(struct yield_args *args)
+{
+	struct task_struct *from = bpf_task_from_pid(args->from), *to;
+	int done = -EINVAL;
+
+	if (!from)
+		return done;
+	to = bpf_task_from_pid(args->to);
+	if (to) {
+		done = yield_to(from, to);
+		bpf_task_release(to);
+	}
+	bpf_task_release(from);
+	return done;
+}
+
+s32 OPS(init_task, struct task_struct *p, struct scx_init_task_args *args)
+{
+	struct task_ctx *t = bpf_task_storage_get(&tasks, p, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
+
+	if (!t)
+		return -ENOMEM;
+	t->mirror_cpu = -1;
+	return 0;
+}
+
+void OPS(exit_task, struct task_struct *p, struct scx_exit_task_args *args)
+{
+	struct task_ctx *t = task_ctx(p);
+
+	if (!t)
+		return;
+	mirror_leave(t);
+	if (t->vm)
+		vm_leave(t->vm, t->index, p->pid);
+	t->vm = 0;
+}
+
+void OPS(enable, struct task_struct *p)
+{
+	struct task_ctx *t = task_ctx(p);
+	s32 cpu = scx_bpf_task_cpu(p);
+	struct cpu_ctx *c = cpu_ctx(cpu);
+
+	if (!t || !c)
+		return;
+	t->clock = cpu;
+	set_vtime(p, c->clock);
+}
+
+s32 OPS_SLEEPABLE(init)
+{
+	s32 err;
+	u32 i;
+
+	nr_cpus = scx_bpf_nr_cpu_ids();
+	if (nr_cpus > MAX_CPUS)
+		return -EINVAL;
+	LOOP(i, nr_cpus) {
+		struct cpu_ctx *c = cpu_ctx(i);
+
+		if (!c)
+			return -EINVAL;
+		c->clock = CLOCK_START;
+		err = scx_bpf_create_dsq(i, -1);
+		if (err)
+			return err;
+	}
+	return 0;
+}
+
+void OPS(exit, struct scx_exit_info *info)
+{
+	exit_code = info->exit_code;
+	bpf_probe_read_kernel_str(exit_reason, sizeof(exit_reason), info->reason);
+	bpf_probe_read_kernel_str(exit_message, sizeof(exit_message), info->msg);
+	/* Last: whoever sees it finds the rest. */
+	__sync_lock_test_and_set(&exit_kind, (s32)info->kind);
+}
+
+SEC(".struct_ops.link")
+struct sched_ext_ops godwit = {
+	.select_cpu = (void *)op_select_cpu,
+	.enqueue = (void *)op_enqueue,
+	.dispatch = (void *)op_dispatch,
+	.running = (void *)op_running,
+	.stopping = (void *)op_stopping,
+	.quiescent = (void *)op_quiescent,
+	.yield = (void *)op_yield,
+	.init_task = (void *)op_init_task,
+	.exit_task = (void *)op_exit_task,
+	.enable = (void *)op_enable,
+	.init = (void *)op_init,
+	.exit = (void *)op_exit,
+	.timeout_ms = 20000,
+	.name = "godwit",
+};

@@ -1,0 +1,182 @@
+//! `sched load` and `sched top`, for whichever program offers them.
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use crate::{Alpha, Config, Mode, Refusal, VmBy, check, serve, top};
+
+/// Where the loader answers unless it is told otherwise.
+pub const SOCKET: &str = "/run/godwit/sched.sock";
+
+/// What can be done with the kernel scheduler.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Schedule this machine with sibling vCPUs in mind, until SIGTERM, SIGINT or the end of this program
+    Load(Load),
+    /// Show what the scheduler that is loaded does
+    Top(Top),
+    /// Say whether this machine can have the scheduler, and if not, why
+    Check,
+}
+
+/// Arguments of `sched load`.
+#[derive(Debug, Args)]
+pub struct Load {
+    /// What couples the vCPUs of a machine
+    #[arg(long, value_enum, default_value = "sbco")]
+    pub mode: Mode,
+    /// From which share of its queue on a distance is too far (mode sbco)
+    #[arg(long, value_name = "N/M", default_value = "2/3")]
+    pub alpha: Alpha,
+    /// How long a task runs before the next has its turn
+    #[arg(long, value_name = "US", default_value_t = 3000)]
+    pub slice_us: u64,
+    /// How many slices a vCPU may have lent or borrowed
+    #[arg(long, value_name = "SLICES", default_value_t = 4)]
+    pub owe: u32,
+    /// What a machine is: names, process:NAME, tgid:N,... or cgroup:/sys/fs/cgroup/PATH,...
+    #[arg(long, value_name = "HOW", default_value = "names")]
+    pub vm_by: VmBy,
+    /// Where `sched top` finds the loader
+    #[arg(long, value_name = "PATH", default_value = SOCKET)]
+    pub socket: PathBuf,
+    /// Unload after this time
+    #[arg(long, value_name = "S")]
+    pub seconds: Option<u64>,
+    /// End with what was counted as one line of JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `sched top`.
+#[derive(Debug, Args)]
+pub struct Top {
+    /// Where the loader answers
+    #[arg(long, value_name = "PATH", default_value = SOCKET)]
+    pub socket: PathBuf,
+    /// Show it once, since the scheduler was loaded
+    #[arg(long)]
+    pub once: bool,
+    /// One line of JSON each time
+    #[arg(long)]
+    pub json: bool,
+    /// Between two looks
+    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    pub interval: f64,
+}
+
+/// Why a command ended, in the classes that exit codes are made of.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// The arguments make no sense: exit code 2.
+    #[error("{0}")]
+    Usage(String),
+    /// This machine cannot have it now: exit code 5.
+    #[error(transparent)]
+    Refused(Refusal),
+    /// No loader answers: exit code 4.
+    #[error("no scheduler is loaded here: {0}")]
+    NotLoaded(String),
+    /// Anything else: exit code 1.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl Failure {
+    /// The exit code that goes with it.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Failed(_) => 1,
+            Self::Usage(_) => 2,
+            Self::NotLoaded(_) => 4,
+            Self::Refused(_) => 5,
+        }
+    }
+}
+
+/// Runs a command to its end; blocks.
+///
+/// # Errors
+///
+/// [`Failure`], whose Display names the whole chain of causes.
+pub fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Load(args) => load(&args),
+        Command::Top(args) => show(&args),
+        Command::Check => check().map_err(Failure::Refused),
+    }
+}
+
+fn load(args: &Load) -> Result<(), Failure> {
+    let config = Config {
+        mode: args.mode,
+        alpha: args.alpha,
+        slice: Duration::from_micros(args.slice_us),
+        owe_slices: args.owe,
+        vm_by: args.vm_by.clone(),
+    };
+    config.validate().map_err(|error| Failure::Usage(error.to_string()))?;
+    let lasting = args.seconds.map(Duration::from_secs);
+    let served = serve::serve(&config, &args.socket, lasting, |_| {
+        let _ = writeln!(io::stderr(), "sched: {} is loaded", config.mode);
+    });
+    let served = served.map_err(|error| match error {
+        serve::ServeError::Load(crate::LoadError::Refused(refusal))
+        | serve::ServeError::Dangerous(refusal) => Failure::Refused(refusal),
+        serve::ServeError::Load(crate::LoadError::Config(error)) => {
+            Failure::Usage(error.to_string())
+        }
+        other => Failure::Failed(chain(&other)),
+    })?;
+    let text = if args.json {
+        serde_json::to_string(&served.snapshot).map_err(|e| Failure::Failed(e.to_string()))?
+    } else {
+        top::screen(None, &served.snapshot)
+    };
+    say(text.trim_end())
+}
+
+fn show(args: &Top) -> Result<(), Failure> {
+    if !(0.1..=3600.0).contains(&args.interval) {
+        return Err(Failure::Usage("--interval takes 0.1 to 3600 seconds".to_owned()));
+    }
+    let mut earlier = None;
+    loop {
+        let now = serve::ask(&args.socket).map_err(|error| Failure::NotLoaded(chain(&error)))?;
+        if args.json {
+            say(&serde_json::to_string(&now).map_err(|e| Failure::Failed(e.to_string()))?)?;
+        } else {
+            // Home, and what was there before is cleared.
+            let home = if io::stdout().is_terminal() && !args.once { "\x1b[H\x1b[2J" } else { "" };
+            say(&format!("{home}{}", top::screen(earlier.as_ref(), &now).trim_end()))?;
+        }
+        if args.once {
+            return Ok(());
+        }
+        earlier = Some(now);
+        std::thread::sleep(Duration::from_secs_f64(args.interval));
+    }
+}
+
+fn say(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    let written = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+    written.map_err(|error| Failure::Failed(format!("writing to stdout: {error}")))
+}
+
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let _ = write!(text, ": {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,254 @@
+//! What the scheduler is told before it is loaded.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// What couples sibling vCPUs. All but `Dft` keep them on distinct CPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Self-boosted co-scheduling: a fast vCPU lends vruntime to a sibling that waits far back.
+    Sbco,
+    /// Balance scheduling: distinct CPUs and nothing else.
+    Bal,
+    /// Process-based co-scheduling: when vCPU 0 runs, its siblings are forced to.
+    Procco,
+    /// CPU-based co-scheduling: what CPU 0 runs is forced on the others.
+    Cpuco,
+    /// The same queues without placement and coupling: what the queues alone are worth.
+    Dft,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Sbco => "sbco",
+            Self::Bal => "bal",
+            Self::Procco => "procco",
+            Self::Cpuco => "cpuco",
+            Self::Dft => "dft",
+        })
+    }
+}
+
+/// The share of a queue at which a distance is too far: above 0, at most 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Alpha {
+    pub(crate) numerator: u32,
+    pub(crate) denominator: u32,
+}
+
+impl Default for Alpha {
+    /// The thesis' choice, two thirds (section 4.3.3).
+    fn default() -> Self {
+        Self { numerator: 2, denominator: 3 }
+    }
+}
+
+impl FromStr for Alpha {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let wrong = || ConfigError::Alpha(text.chars().take(40).collect());
+        let (numerator, denominator) = text.split_once('/').ok_or_else(wrong)?;
+        let numerator = numerator.trim().parse().map_err(|_| wrong())?;
+        let denominator = denominator.trim().parse().map_err(|_| wrong())?;
+        if numerator == 0 || numerator > denominator || denominator > 1000 {
+            return Err(wrong());
+        }
+        Ok(Self { numerator, denominator })
+    }
+}
+
+impl fmt::Display for Alpha {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.numerator, self.denominator)
+    }
+}
+
+impl From<Alpha> for String {
+    fn from(alpha: Alpha) -> Self {
+        alpha.to_string()
+    }
+}
+
+impl TryFrom<String> for Alpha {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
+    }
+}
+
+/// What makes threads the vCPUs of one virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VmBy {
+    /// Threads named `CPU n/KVM`, `CPU n/TCG` or `vcpuN`; their process is the machine.
+    Names,
+    /// Every thread but the main one of each process with this name: stand-ins for machines.
+    Process(String),
+    /// Every thread but the main one of each of these processes.
+    Tgid(Vec<u32>),
+    /// Every thread that is no main thread in each of these cgroups (version 2), as one machine.
+    Cgroup(Vec<PathBuf>),
+}
+
+impl FromStr for VmBy {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let wrong = || ConfigError::VmBy(text.chars().take(80).collect());
+        if text == "names" {
+            return Ok(Self::Names);
+        }
+        let (kind, what) = text.split_once(':').ok_or_else(wrong)?;
+        if what.is_empty() {
+            return Err(wrong());
+        }
+        match kind {
+            // The kernel keeps 15 bytes of a name.
+            "process" if what.len() <= 15 && !what.contains('\0') => {
+                Ok(Self::Process(what.to_owned()))
+            }
+            "tgid" => {
+                let ids: Result<Vec<u32>, _> = what.split(',').map(str::parse).collect();
+                let ids = ids.map_err(|_| wrong())?;
+                if ids.contains(&0) || ids.len() > MOST_LISTED {
+                    return Err(wrong());
+                }
+                Ok(Self::Tgid(ids))
+            }
+            "cgroup" => {
+                let paths: Vec<PathBuf> = what.split(',').map(PathBuf::from).collect();
+                if paths.len() > MOST_LISTED || paths.iter().any(|p| !p.is_absolute()) {
+                    return Err(wrong());
+                }
+                Ok(Self::Cgroup(paths))
+            }
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl fmt::Display for VmBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Names => f.write_str("names"),
+            Self::Process(name) => write!(f, "process:{}", name.escape_debug()),
+            Self::Tgid(ids) => write!(f, "tgid:{} processes", ids.len()),
+            Self::Cgroup(paths) => write!(f, "cgroup:{} groups", paths.len()),
+        }
+    }
+}
+
+/// As many processes or groups as can be named one by one; `MAX_LISTED` of `vm.h`.
+pub(crate) const MOST_LISTED: usize = 4096;
+
+/// How to schedule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// What couples siblings.
+    pub mode: Mode,
+    /// From which distance on `sbco` lends.
+    pub alpha: Alpha,
+    /// How long a task runs before the next has its turn; also the most that a loan moves.
+    pub slice: Duration,
+    /// How many slices a vCPU may have lent or borrowed, net.
+    pub owe_slices: u32,
+    /// What a virtual machine is.
+    pub vm_by: VmBy,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Sbco,
+            alpha: Alpha::default(),
+            slice: Duration::from_millis(3),
+            owe_slices: 4,
+            vm_by: VmBy::Names,
+        }
+    }
+}
+
+impl Config {
+    /// Whether the values make sense together.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] with the value that does not.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if !(Duration::from_micros(100)..=Duration::from_millis(100)).contains(&self.slice) {
+            return Err(ConfigError::Slice(self.slice));
+        }
+        if !(1..=64).contains(&self.owe_slices) {
+            return Err(ConfigError::OweSlices(self.owe_slices));
+        }
+        Ok(())
+    }
+}
+
+/// A configuration that is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// Not a share.
+    #[error("alpha '{0}' is no share of a queue: write N/M with 0 < N <= M <= 1000, such as 2/3")]
+    Alpha(String),
+    /// Not a way to tell virtual machines.
+    #[error(
+        "'{0}' does not say what a virtual machine is: names, process:NAME (at most 15 bytes), \
+         tgid:N,... or cgroup:/sys/fs/cgroup/PATH,..."
+    )]
+    VmBy(String),
+    /// Too short to be worth a switch, or too long for those who wait.
+    #[error("a slice of {0:?} is not between 100 µs and 100 ms")]
+    Slice(Duration),
+    /// Not a bound.
+    #[error("a vCPU may owe 1 to 64 slices, not {0}")]
+    OweSlices(u32),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alpha_is_a_share() {
+        assert_eq!("2/3".parse(), Ok(Alpha::default()));
+        assert_eq!("1/1".parse::<Alpha>().map(|a| a.to_string()), Ok("1/1".to_owned()));
+        for wrong in ["", "0/3", "4/3", "2", "2/0", "-1/3", "2/3000", "0.66", "1/1/1"] {
+            assert!(wrong.parse::<Alpha>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_virtual_machine_is_said_in_one_of_four_ways() {
+        assert_eq!("names".parse(), Ok(VmBy::Names));
+        assert_eq!("process:a b".parse(), Ok(VmBy::Process("a b".to_owned())));
+        assert_eq!("tgid:1,22".parse(), Ok(VmBy::Tgid(vec![1, 22])));
+        let group = PathBuf::from("/sys/fs/cgroup/a");
+        assert_eq!("cgroup:/sys/fs/cgroup/a".parse(), Ok(VmBy::Cgroup(vec![group])));
+        let long = format!("process:{}", "x".repeat(16));
+        for wrong in ["", "name", "process:", &long, "tgid:", "tgid:0", "tgid:a", "cgroup:a", "x:y"]
+        {
+            assert!(wrong.parse::<VmBy>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        assert_eq!(Config::default().validate(), Ok(()));
+        let mut config = Config { slice: Duration::ZERO, ..Config::default() };
+        assert!(matches!(config.validate(), Err(ConfigError::Slice(_))));
+        config.slice = Duration::from_secs(1);
+        assert!(matches!(config.validate(), Err(ConfigError::Slice(_))));
+        config = Config { owe_slices: 0, ..Config::default() };
+        assert!(matches!(config.validate(), Err(ConfigError::OweSlices(0))));
+    }
+}
