@@ -220,11 +220,7 @@ impl Worker {
         let window_ns = u64::try_from(window.as_nanos()).unwrap_or(u64::MAX).max(1);
         let lend = self.config.lend && self.hands.powers().nice;
         for vm in self.vms.values_mut() {
-            if !vm.has_siblings() {
-                // Its demand counts as load, all the same.
-                vm.sample(false);
-                continue;
-            }
+            // Who may not lend (any more) settles what it has lent.
             let lends = lend && vm.may_lend();
             let samples = vm.sample(lends);
             vm.period(now_ns, window_ns, &samples, &mut self.hands);
@@ -259,7 +255,8 @@ impl Worker {
             managed.ensure_group(&mut self.hands, self.config.lend);
             self.vms.insert(id, managed);
         }
-        for vm in known.values() {
+        for vm in known.values_mut() {
+            vm.end();
             self.ended = sum(self.ended, vm.ledger());
         }
         self.leaving.extend(known.into_values());

@@ -370,6 +370,11 @@ impl Managed {
         }
     }
 
+    /// It has ended: so have its loans.
+    pub(crate) fn end(&mut self) {
+        self.lending.period(u64::MAX, 1, &[]);
+    }
+
     pub(crate) fn ledger(&self) -> crate::lend::Ledger {
         self.lending.ledger()
     }
