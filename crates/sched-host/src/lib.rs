@@ -1,9 +1,36 @@
-//! Co-scheduling of sibling vCPUs from user space.
+//! Co-scheduling of sibling vCPUs from user space, for kernels without `sched_ext`.
+//!
+//! Chapter 4 of K. Wang's dissertation keeps the vCPUs of a machine on distinct pCPUs and has a vCPU
+//! that is ahead lend virtual runtime to a sibling that is behind. From outside the kernel no thread's
+//! virtual runtime can be moved. What can be done there does the same more coarsely: every machine
+//! gets a control group, its siblings get disjoint sets of pCPUs, and a loan is a lower nice and a
+//! shorter slice for the slow sibling against a higher nice and a longer slice for the fast one, in
+//! one call each and with an expiry. Since both are in one group, others lose next to nothing by it.
+//! It works at tens of milliseconds, not at single slices: it promises that siblings get on evenly,
+//! not that no lock holder is ever preempted.
+//!
+//! - [`observe`]: measures a live host and changes nothing; on [`queues`];
+//! - [`service`]: does it; [`config`] says how, [`status`] what was done;
+//! - [`place`], [`lend`]: the decisions, pure;
+//! - [`discover`]: which processes are machines;
+//! - [`hands`], [`journal`]: every change, written down before it is made and put back in the end,
+//!   by the next start if need be;
+//! - [`cgroup`], [`sys`], [`proc`], [`cpus`]: the kernel's interfaces;
+//! - [`cli`]: the commands.
+
 pub mod cgroup;
 pub mod cli;
+pub mod config;
 pub mod cpus;
 pub mod discover;
+pub mod hands;
+pub mod journal;
+pub mod lend;
 pub mod observe;
+pub mod place;
 pub mod proc;
 pub mod queues;
+pub mod service;
+pub mod status;
 pub mod sys;
+mod vm;

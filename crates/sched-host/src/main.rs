@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use godwit_sched_host::cli::ObserveArgs;
+use godwit_sched_host::cli::{ObserveArgs, RunArgs};
 
 /// Keep sibling vCPUs of this host's machines together.
 #[derive(Debug, Parser)]
@@ -16,11 +16,13 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(RunArgs),
     Observe(ObserveArgs),
 }
 
 fn main() -> ExitCode {
     let done = match Args::parse().command {
+        Command::Run(args) => args.run(),
         Command::Observe(args) => args.run(),
     };
     let Err(e) = done else { return ExitCode::SUCCESS };

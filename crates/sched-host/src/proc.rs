@@ -17,7 +17,7 @@ use rustix::fs::{Mode, OFlags, open, openat};
 use crate::cpus::CpuSet;
 
 /// The most of one file of `/proc` that is read, bytes.
-const FILE_LIMIT: u64 = 64 * 1024;
+const FILE_LIMIT: u64 = 1024 * 1024;
 
 /// One thread, never confused with a later one that got its number.
 #[derive(

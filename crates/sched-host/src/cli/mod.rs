@@ -6,9 +6,15 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::config::BadConfig;
+use crate::journal::JournalError;
+use crate::service::StartError;
+
 mod observe;
+mod run;
 
 pub use observe::ObserveArgs;
+pub use run::RunArgs;
 
 /// What a command ends with.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +28,15 @@ pub enum CliError {
     /// The host's threads can't be read.
     #[error("reading the threads of this host")]
     Proc(#[source] io::Error),
+    /// The service does not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The service ended by itself.
+    #[error("the service ended by a fault of its own; what it had changed was put back")]
+    Fault,
+    /// Something that was changed could not be put back.
+    #[error("{0} changes could not be put back; the next start tries again")]
+    NotRestored(u64),
     /// Signals can't be waited for.
     #[error("waiting for signals")]
     Signals(#[source] io::Error),
@@ -32,8 +47,14 @@ impl CliError {
     #[must_use]
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) => 2,
-            Self::Output(_) | Self::Proc(_) | Self::Signals(_) => 1,
+            Self::Usage(_) | Self::Start(StartError::Config(BadConfig { .. })) => 2,
+            Self::Start(StartError::Journal(JournalError::Held { .. })) => 5,
+            Self::Output(_)
+            | Self::Proc(_)
+            | Self::Signals(_)
+            | Self::Start(_)
+            | Self::Fault
+            | Self::NotRestored(_) => 1,
         }
     }
 }

@@ -5,6 +5,8 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// The boot sector, assembled:
@@ -115,4 +117,106 @@ pub(crate) fn eventually(what: &str, mut reached: impl FnMut() -> bool) {
         assert!(begin.elapsed() < Duration::from_secs(30), "not within 30 s: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// A process that keeps one pCPU busy and counts there for ten: by its nice and, where the kernel
+/// groups by session, by the nice of its own session.
+pub(crate) struct Hog(Child);
+
+impl Hog {
+    pub(crate) fn on(cpu: usize) -> Self {
+        let script = "echo -10 >/proc/$$/autogroup; while :; do :; done";
+        let child = Command::new("nice")
+            .args(["-n", "-10", "setsid", "sh", "-c", script])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("nice, setsid and sh");
+        let pid = i32::try_from(child.id()).expect("a process number");
+        let only = std::iter::once(cpu).collect();
+        godwit_sched_host::sys::set_affinity(pid, &only).expect("to bind the hog");
+        Self(child)
+    }
+}
+
+impl Drop for Hog {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A program whose threads are named like QEMU's vCPUs, under a name like QEMU's: this test program
+/// itself, started once more. `fake_vm` in the tests is what it runs.
+pub(crate) struct FakeVm {
+    child: Child,
+}
+
+impl FakeVm {
+    /// Copies this program to a name like QEMU's.
+    pub(crate) fn program(dir: &Path) -> std::path::PathBuf {
+        let to = dir.join("qemu-system-fake");
+        let own = std::env::current_exe().expect("own program");
+        std::fs::copy(own, &to).expect("to copy the test program");
+        to
+    }
+
+    pub(crate) fn start(program: &Path, vcpus: u32) -> Self {
+        let child = Command::new(program)
+            .args(["--exact", "fake_vm", "--ignored", "--nocapture"])
+            .env("FAKE_VM", vcpus.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the fake machine");
+        Self { child }
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a process number")
+    }
+
+    /// `end N` ends vCPU N's thread, `add N` starts one.
+    pub(crate) fn tell(&mut self, what: &str) {
+        let stdin = self.child.stdin.as_mut().expect("its input");
+        writeln!(stdin, "{what}").expect("it listens");
+    }
+}
+
+impl Drop for FakeVm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What the fake machine does: spinning threads named like vCPUs, until its input ends.
+pub(crate) fn be_a_fake_vm(vcpus: u32) {
+    let mut ends = std::collections::HashMap::new();
+    for n in 0..vcpus {
+        ends.insert(n, spin(n));
+    }
+    for line in std::io::stdin().lines() {
+        let line = line.expect("a line");
+        match line.split_once(' ').map(|(verb, n)| (verb, n.parse::<u32>())) {
+            Some(("add", Ok(n))) => {
+                ends.insert(n, spin(n));
+            }
+            Some(("end", Ok(n))) => {
+                let end = ends.remove(&n).expect("a vCPU of that number");
+                end.store(true, Ordering::Relaxed);
+            }
+            _ => panic!("what is {line:?}?"),
+        }
+    }
+}
+
+fn spin(n: u32) -> Arc<AtomicBool> {
+    let end = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&end);
+    let thread = std::thread::Builder::new().name(format!("CPU {n}/TCG"));
+    let run = move || while !told.load(Ordering::Relaxed) {};
+    thread.spawn(run).expect("a thread");
+    end
 }
