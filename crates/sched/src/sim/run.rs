@@ -98,8 +98,12 @@ impl Simulator {
         let v = &mut self.vcpus[task.0 as usize];
         let lost = v.overhead.min(elapsed);
         v.overhead -= lost;
+        let slow = v.cold.min((elapsed - lost).div_ceil(2));
+        v.cold -= slow;
         match &mut v.doing {
-            Doing::Compute(left) | Doing::Hold(_, left) => *left -= (elapsed - lost).min(*left),
+            Doing::Compute(left) | Doing::Hold(_, left) => {
+                *left -= (elapsed - lost - slow).min(*left);
+            }
             Doing::SpinLock(..)
             | Doing::SpinBarrier(..)
             | Doing::SpinPut(_)
@@ -121,6 +125,9 @@ impl Simulator {
     /// Asks the scheduler who runs on `cpu` from now on.
     fn decide(&mut self, cpu: u32) {
         self.account(cpu);
+        if let Some(task) = self.cpus[cpu as usize].running {
+            self.vcpus[task.0 as usize].left = Some((cpu, self.now));
+        }
         let mut pick = self.scheduler.pick(CpuId(cpu));
         if pick.is_none() && self.scheduler.balance(CpuId(cpu)).is_some() {
             pick = self.scheduler.pick(CpuId(cpu));
@@ -133,7 +140,11 @@ impl Simulator {
             if p.switched {
                 start += self.costs.switch;
                 c.switching += self.costs.switch;
-                v.overhead = self.costs.refill;
+                let away = match v.left {
+                    Some((there, since)) if there == cpu => self.now - since,
+                    _ => self.costs.refill,
+                };
+                v.cold = (v.cold + away).min(self.costs.refill);
                 v.loops.scheduled(self.costs.spin_window);
             } else {
                 v.loops.went_on();
@@ -177,7 +188,7 @@ impl Simulator {
         let next = match v.doing {
             _ if start > self.now && !v.asked_by.is_empty() => start,
             Doing::Compute(left) | Doing::Hold(_, left) => {
-                c.slice_end.min(start + v.overhead + left)
+                c.slice_end.min(start + v.overhead + left + left.min(v.cold))
             }
             _ if start > self.now => start,
             _ => c.slice_end.min(told),
