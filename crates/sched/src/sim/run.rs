@@ -108,7 +108,10 @@ impl Simulator {
             | Doing::SpinBarrier(..)
             | Doing::SpinPut(_)
             | Doing::SpinGet(_)
-            | Doing::SpinAnswers(_) => v.spun += elapsed,
+            | Doing::SpinAnswers(_) => {
+                v.spun += elapsed;
+                self.scheduler.spun(task, elapsed);
+            }
             Doing::Ready | Doing::Sleep | Doing::Halt | Doing::Ended => {}
         }
     }
