@@ -13,7 +13,7 @@ use rand::{RngExt, SeedableRng};
 use crate::adaptive::Adaptive;
 use crate::policy::{Coupling, Granularity, Order, Policy};
 use crate::rivals::Gang;
-use crate::sbco::{Debt, Ledger};
+use crate::sbco::{Debt, Ledger, Loan};
 use crate::tree::{Node, RbTree};
 
 /// How often the skew of relaxed co-scheduling is looked at, nanoseconds: about a tick.
@@ -156,6 +156,7 @@ pub struct Scheduler {
     pub(crate) tasks: Vec<Task>,
     pub(crate) vms: Vec<Vec<TaskId>>,
     pub(crate) ledger: Ledger,
+    pub(crate) last_loan: Option<Loan>,
     pub(crate) gang: Option<Gang>,
     pub(crate) adaptive: Vec<Adaptive>,
     kicks: BTreeSet<CpuId>,
@@ -176,6 +177,7 @@ impl Scheduler {
             tasks: Vec::new(),
             vms: Vec::new(),
             ledger: Ledger::default(),
+            last_loan: None,
             gang: None,
             adaptive: Vec::new(),
             kicks: BTreeSet::new(),

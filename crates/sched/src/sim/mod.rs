@@ -6,6 +6,7 @@
 //! test-and-set lock, as in the thesis' guests, Linux 2.6.18).
 
 pub mod guest;
+pub mod record;
 mod run;
 mod spin;
 pub mod workload;
@@ -178,6 +179,7 @@ pub struct Simulator {
     /// Of each machine, which vCPU a directed yield asked for last.
     boosted: Vec<usize>,
     samples: Samples,
+    record: Option<Box<record::Record>>,
     chance: SmallRng,
 }
 
@@ -208,6 +210,7 @@ impl Simulator {
             left: Vec::new(),
             boosted: Vec::new(),
             samples: Samples::default(),
+            record: None,
             chance: SmallRng::seed_from_u64(seed ^ 0x5bc0),
         };
         for cpu in 0..cpus as u32 {

@@ -84,6 +84,9 @@ impl Simulator {
 
     /// Accounts for what `cpu` did until now.
     fn account(&mut self, cpu: u32) {
+        if self.record.is_some() {
+            self.note(cpu, self.cpus[cpu as usize].since);
+        }
         let c = &mut self.cpus[cpu as usize];
         let elapsed = self.now.saturating_sub(c.since);
         c.since = c.since.max(self.now);
@@ -136,10 +139,11 @@ impl Simulator {
             pick = self.scheduler.pick(CpuId(cpu));
         }
         let c = &mut self.cpus[cpu as usize];
+        let begins = self.now.max(c.since);
         c.running = pick.map(|p| p.task);
         if let Some(p) = pick {
             let v = &mut self.vcpus[p.task.0 as usize];
-            let mut start = self.now.max(c.since);
+            let mut start = begins;
             if p.switched {
                 start += self.costs.switch;
                 c.switching += self.costs.switch;
@@ -155,6 +159,10 @@ impl Simulator {
             v.woken = false;
             c.since = start;
             c.slice_end = start + p.slice;
+        }
+        if self.record.is_some() {
+            self.note_switch(cpu, begins, self.cpus[cpu as usize].since);
+            self.note_loan(cpu);
         }
         for other in self.scheduler.kicks() {
             self.at(self.now + self.costs.interrupt, Event::Interrupt(other.0));
