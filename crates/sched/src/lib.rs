@@ -10,9 +10,11 @@
 //! - [`scheduler`]: run queues after Linux 2.6.34, on which all of them stand;
 //! - [`placement`]: where a task runs;
 //! - [`sbco`]: Algorithms 1 and 2, loans and their ledger;
+//! - [`adaptive`]: alpha after what a machine's distance costs it;
 //! - [`eevdf`], [`rivals`]: what it is compared with;
 //! - [`sim`]: a simulator of hosts and their machines.
 
+pub mod adaptive;
 mod audit;
 pub mod eevdf;
 pub mod placement;

@@ -5,7 +5,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// A share of a run queue's size, exact: `numerator / denominator`.
+/// A share of a run queue's size, exact: `numerator / denominator`, in lowest terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Alpha {
     numerator: u32,
@@ -27,7 +27,23 @@ impl Alpha {
         if denominator == 0 || numerator > denominator {
             return None;
         }
-        Some(Self { numerator, denominator })
+        Some(Self::reduced(numerator, denominator))
+    }
+
+    /// Divided by the greatest common divisor, after Euclid.
+    const fn reduced(numerator: u32, denominator: u32) -> Self {
+        let (mut x, mut y) = (numerator, denominator);
+        while y != 0 {
+            (x, y) = (y, x % y);
+        }
+        Self { numerator: numerator / x, denominator: denominator / x }
+    }
+
+    /// What lies `step` of `steps` equal steps on the way from here to `other`.
+    #[must_use]
+    pub const fn towards(self, other: Self, step: u32, steps: u32) -> Self {
+        let (a, b, c, d) = (self.numerator, self.denominator, other.numerator, other.denominator);
+        Self::reduced(a * d * (steps - step) + c * b * step, b * d * steps)
     }
 
     /// Whether no distance is allowed.
@@ -40,6 +56,19 @@ impl Alpha {
     #[must_use]
     pub const fn reached(self, distance: usize, queue_size: usize) -> bool {
         distance as u64 * self.denominator as u64 >= self.numerator as u64 * queue_size as u64
+    }
+}
+
+impl PartialOrd for Alpha {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Alpha {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        let cross = |a: &Self, b: &Self| u64::from(a.numerator) * u64::from(b.denominator);
+        cross(self, other).cmp(&cross(other, self))
     }
 }
 
@@ -77,6 +106,14 @@ pub enum Coupling {
     /// Self-boosted co-scheduling: Algorithm 1 with this alpha; strict co-scheduling where that is
     /// zero.
     Distance(Alpha),
+    /// The same with an alpha for each machine, which follows what its distance costs it
+    /// ([`crate::adaptive`]).
+    Adaptive {
+        /// The least.
+        tightest: Alpha,
+        /// The greatest, and the first.
+        loosest: Alpha,
+    },
     /// Process-based co-scheduling (section 4.5): when a machine's vCPU 0 is scheduled, its
     /// siblings are forced onto their pCPUs by an interrupt.
     Process,
@@ -110,6 +147,11 @@ impl Policy {
     pub const BAL: Self = Self { distinct: true, ..Self::DFT };
     /// SBCO with the thesis' threshold.
     pub const SBCO: Self = Self { coupling: Coupling::Distance(Alpha::THESIS), ..Self::BAL };
+    /// SBCO with an adaptive threshold, from the thesis' to none.
+    pub const ADAPTIVE: Self = Self {
+        coupling: Coupling::Adaptive { tightest: Alpha::ZERO, loosest: Alpha::THESIS },
+        ..Self::BAL
+    };
     /// SBCO that allows no distance: strict co-scheduling.
     pub const STRICT: Self = Self { coupling: Coupling::Distance(Alpha::ZERO), ..Self::BAL };
     /// Process-based co-scheduling.
@@ -124,12 +166,13 @@ impl Policy {
     /// The same with credit for the target.
     pub const YIELD_CREDIT: Self = Self { coupling: Coupling::Yield(Credit::Lag), ..Self::EEVDF };
     /// All that have a name, with it.
-    pub const NAMED: [(&'static str, Self); 10] = [
+    pub const NAMED: [(&'static str, Self); 11] = [
         ("sbco", Self::SBCO),
         ("dft", Self::DFT),
         ("bal", Self::BAL),
         ("procco", Self::PROCCO),
         ("cpuco", Self::CPUCO),
+        ("adaptive", Self::ADAPTIVE),
         ("strict", Self::STRICT),
         ("relaxed", Self::RELAXED),
         ("eevdf", Self::EEVDF),
@@ -238,6 +281,9 @@ mod tests {
         assert_eq!(reached, [false, false, true, true, true, true, true, true, true]);
         assert!(Alpha::THESIS.reached(4, 6) && !Alpha::THESIS.reached(3, 6));
         assert_eq!(Alpha::new(1, 0), None);
+        let step = |n| Alpha::ZERO.towards(Alpha::THESIS, n, 4);
+        assert_eq!((step(0), step(4)), (Alpha::ZERO, Alpha::THESIS));
+        assert_eq!([1, 2, 3].map(|n| step(n).to_string()), ["1/6", "1/3", "1/2"]);
         assert_eq!(Alpha::new(4, 3), None);
     }
 

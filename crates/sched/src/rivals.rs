@@ -31,22 +31,43 @@ impl Scheduler {
         first
     }
 
-    /// Strict co-start and co-stop: the vCPU that starts while no machine's gang is on starts one,
-    /// and takes its siblings along; while it runs, every pCPU that decides runs a member. When it
-    /// stops, its pCPU's next one starts the next gang, and that stops the members that are left.
-    pub(crate) fn strict(&mut self, cpu: CpuId, first: TaskId) -> TaskId {
-        if let Some(gang) = self.gang
-            && self.task(gang.leader).place == Place::Running
-        {
-            let member = |t: &TaskId| self.is_queued_on(*t, cpu) && self.is_fair(cpu, *t, first);
-            return self.vms[gang.vm.0 as usize].iter().copied().find(member).unwrap_or(first);
+    /// SBCO. Where no distance is allowed it is strict co-start and co-stop: the vCPU that starts
+    /// while no gang is on starts one, and takes its siblings along; while it runs, every pCPU that
+    /// decides runs a member. When it stops, what its pCPU runs next may start the next gang, and
+    /// that stops the members that are left.
+    pub(crate) fn sbco(&mut self, cpu: CpuId, first: TaskId) -> TaskId {
+        if let Some(gang) = self.gang {
+            if self.task(gang.leader).place == Place::Running {
+                let vm = &self.vms[gang.vm.0 as usize];
+                let may = |t: &TaskId| self.is_queued_on(*t, cpu) && self.is_fair(cpu, *t, first);
+                if let Some(member) = vm.iter().copied().find(may) {
+                    return member;
+                }
+            } else {
+                self.stop(gang.vm);
+            }
         }
+        let Some(vm) = self.task(first).vm else { return first };
+        match self.alpha_of(vm) {
+            Some(alpha) if !alpha.is_zero() => self.algorithm_1(cpu, first, alpha),
+            _ if self.gang.is_none() => {
+                self.gang = Some(Gang { vm, leader: first });
+                self.force_siblings(vm, first);
+                first
+            }
+            _ => first,
+        }
+    }
+
+    /// The gang's leader has stopped: its siblings are to stop, too.
+    fn stop(&mut self, vm: VmId) {
         self.gang = None;
-        if let Some(vm) = self.task(first).vm {
-            self.gang = Some(Gang { vm, leader: first });
-            self.force_siblings(vm, first);
+        for i in 0..self.vms[vm.0 as usize].len() {
+            let member = self.vms[vm.0 as usize][i];
+            if self.task(member).place == Place::Running {
+                self.kick(self.task(member).cpu);
+            }
         }
-        first
     }
 
     /// Whether `task` may run before `first`: it is ahead by a period at most. Without this bound,

@@ -42,6 +42,17 @@ impl Debt {
     }
 }
 
+/// A loan that was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Loan {
+    /// Who paid at once.
+    pub lender: TaskId,
+    /// Who gets it when its pCPU next decides.
+    pub debtor: TaskId,
+    /// Nanoseconds of vruntime.
+    pub amount: i64,
+}
+
 /// Loans, in nanoseconds of vruntime. Lending is zero-sum: what was lent was settled, returned,
 /// is outstanding, or was lost with a lender that ended ([`Ledger::balanced`]).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -177,9 +188,15 @@ impl Scheduler {
         self.cpu_mut(at).debts.push(debt); // line 15
         self.task_mut(a).dirty = true;
         self.task_mut(b).dirty = true;
+        self.last_loan = Some(Loan { lender: a, debtor: b, amount });
         self.ledger.loans += 1;
         self.ledger.lent += amount;
         self.ledger.outstanding += amount;
+    }
+
+    /// The last loan, if none was asked for since; at most one is made by a decision.
+    pub fn take_last_loan(&mut self) -> Option<Loan> {
+        self.last_loan.take()
     }
 
     /// Applies the debt list of `cpu`: the first thing of each decision.

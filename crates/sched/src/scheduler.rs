@@ -10,9 +10,10 @@ use std::collections::BTreeSet;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
+use crate::adaptive::Adaptive;
 use crate::policy::{Coupling, Granularity, Order, Policy};
 use crate::rivals::Gang;
-use crate::sbco::{Debt, Ledger};
+use crate::sbco::{Debt, Ledger, Loan};
 use crate::tree::{Node, RbTree};
 
 /// How often the skew of relaxed co-scheduling is looked at, nanoseconds: about a tick.
@@ -155,7 +156,9 @@ pub struct Scheduler {
     pub(crate) tasks: Vec<Task>,
     pub(crate) vms: Vec<Vec<TaskId>>,
     pub(crate) ledger: Ledger,
+    pub(crate) last_loan: Option<Loan>,
     pub(crate) gang: Option<Gang>,
+    pub(crate) adaptive: Vec<Adaptive>,
     kicks: BTreeSet<CpuId>,
     pub(crate) counters: Counters,
     came: u64,
@@ -174,7 +177,9 @@ impl Scheduler {
             tasks: Vec::new(),
             vms: Vec::new(),
             ledger: Ledger::default(),
+            last_loan: None,
             gang: None,
+            adaptive: Vec::new(),
             kicks: BTreeSet::new(),
             counters: Counters::default(),
             came: 0,
@@ -185,6 +190,7 @@ impl Scheduler {
     /// A machine without vCPUs.
     pub fn add_vm(&mut self) -> VmId {
         self.vms.push(Vec::new());
+        self.adaptive.push(Adaptive::default());
         VmId(self.vms.len() as u32 - 1)
     }
 
@@ -429,6 +435,7 @@ impl Scheduler {
         t.progress += ns;
         let by = (u128::from(ns) * u128::from(NICE_0) / u128::from(t.weight)) as i64;
         self.shift(task, by);
+        self.adapt(task, ns);
         if self.policy.order == Order::Eevdf {
             self.renew(task);
         }
@@ -507,9 +514,10 @@ impl Scheduler {
     }
 
     fn may_be_forced(&self, task: TaskId, cpu: CpuId) -> bool {
-        let strict = matches!(self.policy.coupling, Coupling::Distance(_));
+        let coupling = self.policy.coupling;
+        let bound = matches!(coupling, Coupling::Distance(_) | Coupling::Adaptive { .. });
         self.is_queued_on(task, cpu)
-            && (!strict || self.leftmost(cpu).is_some_and(|first| self.is_fair(cpu, task, first)))
+            && (!bound || self.leftmost(cpu).is_some_and(|first| self.is_fair(cpu, task, first)))
     }
 
     fn choose(&mut self, cpu: CpuId, previous: Option<TaskId>) -> Option<TaskId> {
@@ -519,8 +527,7 @@ impl Scheduler {
         };
         Some(match self.policy.coupling {
             Coupling::None | Coupling::Yield(_) => first,
-            Coupling::Distance(alpha) if alpha.is_zero() => self.strict(cpu, first),
-            Coupling::Distance(alpha) => self.algorithm_1(cpu, first, alpha),
+            Coupling::Distance(_) | Coupling::Adaptive { .. } => self.sbco(cpu, first),
             Coupling::Process => self.procco(first),
             Coupling::Cpu => self.cpuco(cpu, first),
             Coupling::Relaxed(skew) => self.relaxed(cpu, skew)?,

@@ -129,3 +129,42 @@ fn a_thousand_vcpus_are_a_normal_run() {
     assert!(sim.run_until_end(vm, 10_000 * MS).is_some());
     assert_eq!(sim.scheduler().audit(), Ok(()));
 }
+
+/// A record leaves nothing out: each pCPU's spans follow each other without a gap.
+#[test]
+fn a_record_is_whole_and_changes_nothing() {
+    use godwit_sched::sim::record::Activity;
+    let (from, until) = (700 * MS, 1_200 * MS);
+    let run = |recorded: bool| {
+        let mut sim = Simulator::new(4, Policy::SBCO, Costs::DEFAULT, 5);
+        for i in 1..6 {
+            Workload::SuperPi.start(&mut sim, 4, 0, i * 37 * MS);
+        }
+        let vm = Workload::Dedup.start(&mut sim, 4, u64::MAX, 0);
+        if recorded {
+            sim.record(from, until);
+        }
+        // Whatever is under way at the end is accounted for later.
+        sim.run_until(until + 100 * MS);
+        (sim.events(), sim.take_record(), vm)
+    };
+    let (events, record, vm) = run(true);
+    assert_eq!(events, run(false).0);
+    let record = record.expect("recorded");
+    assert!(!record.truncated && !record.lent.is_empty());
+    for cpu in 0..4 {
+        let mut at = from;
+        for span in record.spans.iter().filter(|s| s.cpu.0 == cpu) {
+            assert_eq!(span.from, at);
+            at = span.until;
+        }
+        assert_eq!(at, until);
+    }
+    let spun: u64 = record
+        .spans
+        .iter()
+        .filter(|s| s.vm == Some(vm) && s.activity == Activity::Spins)
+        .map(|s| s.until - s.from)
+        .sum();
+    assert!(spun > 0);
+}

@@ -6,6 +6,7 @@
 //! test-and-set lock, as in the thesis' guests, Linux 2.6.18).
 
 pub mod guest;
+pub mod record;
 mod run;
 mod spin;
 pub mod workload;
@@ -25,8 +26,9 @@ use guest::{Level, Program};
 pub struct Costs {
     /// Switching a pCPU from one task to another.
     pub switch: u64,
-    /// What a task that comes back after others ran, or on another pCPU, loses until its caches
-    /// are warm.
+    /// What a task that comes to another pCPU loses until its caches are warm; until it has lost
+    /// that it goes at half its speed. On the pCPU that it left it loses no more than the time
+    /// that others had to displace what it needs, for they fetch as fast as it does.
     pub refill: u64,
     /// From an interrupt's sending to its being served; also an exit of a vCPU.
     pub interrupt: u64,
@@ -88,9 +90,13 @@ struct Vcpu {
     doing: Doing,
     /// What it executes before it makes progress again.
     overhead: u64,
+    /// What it is yet to lose to cold caches.
+    cold: u64,
     spun: u64,
     /// Siblings whose interrupt it answers when it next executes.
     asked_by: Vec<TaskId>,
+    /// Where it ran last, and until when.
+    left: Option<(u32, u64)>,
     /// It was woken and has not run since.
     woken: bool,
     loops: spin::Loops,
@@ -173,6 +179,7 @@ pub struct Simulator {
     /// Of each machine, which vCPU a directed yield asked for last.
     boosted: Vec<usize>,
     samples: Samples,
+    record: Option<Box<record::Record>>,
     chance: SmallRng,
 }
 
@@ -203,6 +210,7 @@ impl Simulator {
             left: Vec::new(),
             boosted: Vec::new(),
             samples: Samples::default(),
+            record: None,
             chance: SmallRng::seed_from_u64(seed ^ 0x5bc0),
         };
         for cpu in 0..cpus as u32 {
@@ -239,8 +247,10 @@ impl Simulator {
             program,
             doing: Doing::Ready,
             overhead: 0,
+            cold: 0,
             spun: 0,
             asked_by: Vec::new(),
+            left: None,
             woken: false,
             loops: spin::Loops::default(),
         });

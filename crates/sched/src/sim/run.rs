@@ -84,6 +84,9 @@ impl Simulator {
 
     /// Accounts for what `cpu` did until now.
     fn account(&mut self, cpu: u32) {
+        if self.record.is_some() {
+            self.note(cpu, self.cpus[cpu as usize].since);
+        }
         let c = &mut self.cpus[cpu as usize];
         let elapsed = self.now.saturating_sub(c.since);
         c.since = c.since.max(self.now);
@@ -98,13 +101,20 @@ impl Simulator {
         let v = &mut self.vcpus[task.0 as usize];
         let lost = v.overhead.min(elapsed);
         v.overhead -= lost;
+        let slow = v.cold.min((elapsed - lost).div_ceil(2));
+        v.cold -= slow;
         match &mut v.doing {
-            Doing::Compute(left) | Doing::Hold(_, left) => *left -= (elapsed - lost).min(*left),
+            Doing::Compute(left) | Doing::Hold(_, left) => {
+                *left -= (elapsed - lost - slow).min(*left);
+            }
             Doing::SpinLock(..)
             | Doing::SpinBarrier(..)
             | Doing::SpinPut(_)
             | Doing::SpinGet(_)
-            | Doing::SpinAnswers(_) => v.spun += elapsed,
+            | Doing::SpinAnswers(_) => {
+                v.spun += elapsed;
+                self.scheduler.spun(task, elapsed);
+            }
             Doing::Ready | Doing::Sleep | Doing::Halt | Doing::Ended => {}
         }
     }
@@ -121,19 +131,27 @@ impl Simulator {
     /// Asks the scheduler who runs on `cpu` from now on.
     fn decide(&mut self, cpu: u32) {
         self.account(cpu);
+        if let Some(task) = self.cpus[cpu as usize].running {
+            self.vcpus[task.0 as usize].left = Some((cpu, self.now));
+        }
         let mut pick = self.scheduler.pick(CpuId(cpu));
         if pick.is_none() && self.scheduler.balance(CpuId(cpu)).is_some() {
             pick = self.scheduler.pick(CpuId(cpu));
         }
         let c = &mut self.cpus[cpu as usize];
+        let begins = self.now.max(c.since);
         c.running = pick.map(|p| p.task);
         if let Some(p) = pick {
             let v = &mut self.vcpus[p.task.0 as usize];
-            let mut start = self.now.max(c.since);
+            let mut start = begins;
             if p.switched {
                 start += self.costs.switch;
                 c.switching += self.costs.switch;
-                v.overhead = self.costs.refill;
+                let away = match v.left {
+                    Some((there, since)) if there == cpu => self.now - since,
+                    _ => self.costs.refill,
+                };
+                v.cold = (v.cold + away).min(self.costs.refill);
                 v.loops.scheduled(self.costs.spin_window);
             } else {
                 v.loops.went_on();
@@ -141,6 +159,10 @@ impl Simulator {
             v.woken = false;
             c.since = start;
             c.slice_end = start + p.slice;
+        }
+        if self.record.is_some() {
+            self.note_switch(cpu, begins, self.cpus[cpu as usize].since);
+            self.note_loan(cpu);
         }
         for other in self.scheduler.kicks() {
             self.at(self.now + self.costs.interrupt, Event::Interrupt(other.0));
@@ -177,7 +199,7 @@ impl Simulator {
         let next = match v.doing {
             _ if start > self.now && !v.asked_by.is_empty() => start,
             Doing::Compute(left) | Doing::Hold(_, left) => {
-                c.slice_end.min(start + v.overhead + left)
+                c.slice_end.min(start + v.overhead + left + left.min(v.cold))
             }
             _ if start > self.now => start,
             _ => c.slice_end.min(told),
