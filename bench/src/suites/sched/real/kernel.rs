@@ -290,7 +290,8 @@ impl Sheet {
         // A run in which nothing got done counts as one in which one operation took all the time.
         self.time.push(mode, number(&measured["elapsed_ms"])? / operations.max(1.0));
         let samples = Samples::of(report)?;
-        let of_all = samples.window(0, samples.last());
+        // Before the second sample the measured machine makes its data.
+        let of_all = samples.window(1, samples.last());
         self.share.push(mode, 100.0 * of_all[0] / of_all.iter().sum::<f64>());
         self.switches.push(mode, number(&report["switches"])? / (samples.span_ms() / 1e3));
         Ok(())
@@ -318,7 +319,7 @@ impl Samples {
         let at_ms: Vec<f64> = serde_json::from_value(part("at_ms")).context("times of samples")?;
         let cpu_ms: Vec<Vec<f64>> = serde_json::from_value(part("cpu_ms")).context("samples")?;
         ensure!(
-            at_ms.len() == cpu_ms.len() && at_ms.len() >= 2,
+            at_ms.len() == cpu_ms.len() && at_ms.len() >= 3,
             "a fleet with {} samples",
             at_ms.len()
         );
@@ -433,7 +434,7 @@ mod tests {
         sheet.push("sbco", &report()).expect("a whole report");
         let first = |e: &Experiment| e.series[0].values.clone();
         assert_eq!(first(&sheet.time), [40.0]);
-        assert_eq!(first(&sheet.share), [50.0]);
+        assert_eq!(first(&sheet.share), [100.0 * 1000.0 / 1900.0]);
         assert_eq!(first(&sheet.switches), [100.0]);
         assert_eq!(Samples::of(&report()).expect("samples").lags(1), [100.0, 100.0, 0.0]);
         assert_eq!(Samples::of(&report()).expect("samples").lags(2), [0.0]);
