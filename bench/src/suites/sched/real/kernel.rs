@@ -43,7 +43,7 @@ impl Plan {
         Self {
             rounds: rounds.unwrap_or(if quick { 2 } else { 5 }),
             cpus: 4,
-            modes: names(&["sbco", EEVDF, "bal", "procco", "cpuco"]),
+            modes: names(&["sbco", EEVDF, "dft", "bal", "procco", "cpuco"]),
             workloads: if quick {
                 names(&["dedup", "streamcluster"])
             } else {
