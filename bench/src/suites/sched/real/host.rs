@@ -1,5 +1,5 @@
 //! The user-space service on this host's own scheduler: real QEMU machines, more vCPUs than pCPUs,
-//! with the service and without it, in turns. One machine is measured, the others compute. Then
+//! with the service, without it, and with its placement alone, in turns. One machine is measured, the others compute. Then
 //! tables 4.2 and 4.3 on the same machines, by the service's own observation.
 
 use std::io::Read as _;
@@ -52,9 +52,11 @@ impl Plan {
     }
 }
 
-/// With the service, and without.
+/// Subjects: with the service, without it, and with a service that spreads siblings and does not
+/// lend.
 const WITH: &str = "service";
 const WITHOUT: &str = "default";
+const SPREAD: &str = "spread";
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -69,8 +71,8 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     let mut host = Host::boot(plan)?;
     results.accel.get_or_insert_with(|| "tcg".to_owned());
     results.notes.push(format!(
-        "Host: {} machines of {} vCPUs under TCG on this host's {} CPUs, {} rounds with the \
-         user-space service and without it in turns; the machines that are not measured run the \
+        "Host: {} machines of {} vCPUs under TCG on this host's {} CPUs, {} rounds in turns with the \
+         user-space service, without it, and with one that spreads siblings but does not lend; the machines that are not measured run the \
          stand-in for SuperPI. A stand-in has a thread for each vCPU and spins at user level.",
         plan.machines,
         plan.cpus,
@@ -85,7 +87,11 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
                 let run = host.measure(workload, subject, plan.run, round)?;
                 sheet.push(subject, &run)?;
                 if let Some(report) = run.service {
-                    results.reports.entry(format!("host-{workload}")).or_default().push(report);
+                    results
+                        .reports
+                        .entry(format!("host-{workload}-{subject}"))
+                        .or_default()
+                        .push(report);
                 }
                 tracing::info!("round {round}: {workload} with {subject}");
             }
@@ -100,9 +106,12 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Both subjects; who comes first turns from round to round.
-fn turned(round: usize) -> [&'static str; 2] {
-    if round.is_multiple_of(2) { [WITH, WITHOUT] } else { [WITHOUT, WITH] }
+/// All subjects; who comes first turns from round to round.
+fn turned(round: usize) -> [&'static str; 3] {
+    let mut all = [WITH, WITHOUT, SPREAD];
+    let by = round % all.len();
+    all.rotate_left(by);
+    all
 }
 
 /// What is measured of one workload.
@@ -211,7 +220,7 @@ impl Host {
         let cpus = self.cpus;
         let others = 1..self.machines.len();
         self.disturb("cpu", others.clone())?;
-        let service = (subject == WITH).then(|| Service::start(self, time)).transpose()?;
+        let service = Service::start(self, subject, time)?;
         let before = self.cpu_ms()?;
         let seconds = time.as_secs_f64();
         let said = self.machines[0].ok(
@@ -306,12 +315,19 @@ struct Service {
 }
 
 impl Service {
-    /// Starts it for a run of `time`, and waits until siblings are apart.
-    fn start(host: &Host, time: Duration) -> anyhow::Result<Self> {
+    /// Starts it, if `subject` has one, for a run of `time`, and waits until siblings are apart.
+    fn start(host: &Host, subject: &str, time: Duration) -> anyhow::Result<Option<Self>> {
+        let how: &[&str] = match subject {
+            WITHOUT => return Ok(None),
+            SPREAD => &["--no-loans"],
+            _ => &[],
+        };
         let before = host.affinities()?;
         let state = tempfile::tempdir().context("make a state directory")?;
         let child = Command::new(program(SERVICE, SERVICE)?)
-            .args(["run", "--json", "--state-dir"])
+            .args(["run", "--json"])
+            .args(how)
+            .arg("--state-dir")
             .arg(state.path())
             .args(host.pids(0..host.machines.len()))
             // Should this program be killed, the service ends by itself.
@@ -326,7 +342,7 @@ impl Service {
         loop {
             let apart = host.affinities()?.iter().all(|of| of.windows(2).all(|w| w[0] != w[1]));
             if apart {
-                return Ok(service);
+                return Ok(Some(service));
             }
             if let Some(status) = service.child.try_wait().context("look after the service")? {
                 let mut why = String::new();
@@ -392,8 +408,7 @@ fn tables(plan: &Plan, host: &mut Host) -> anyhow::Result<[Experiment; 2]> {
         host.disturb("kernbench", 0..machines)?;
         for round in 0..plan.rounds {
             for subject in turned(round) {
-                let start = || Service::start(host, plan.observe);
-                let service = (subject == WITH).then(start).transpose()?;
+                let service = Service::start(host, subject, plan.observe)?;
                 let report = observe(host, machines, plan.observe)?;
                 service.map(|s| s.stop(host)).transpose()?;
                 let name = format!("{machines} machines, {subject}");
