@@ -8,7 +8,7 @@ OUT ?= target/demo
 DEMO_FLAGS ?=
 FUZZ_SECONDS ?= 60
 
-.PHONY: setup build demo test test-unit lint bench fuzz
+.PHONY: setup build demo test test-unit lint bench bench-sched fuzz
 
 setup:
 	@scripts/setup
@@ -39,6 +39,11 @@ test-unit:
 bench: build
 	target/release/godwit image build $(GUEST) --local
 	target/release/godwit-bench mainjob --guest $(GUEST) --out target/bench
+
+# Co-scheduling: the simulator, a guest's kernel and this host's, with the stand-ins. About an hour.
+bench-sched: build
+	cargo build --locked --release -p godwit-standin -p godwit-sched-ext -p godwit-sched-host
+	target/release/godwit-bench sched --real kernel,host --out target/bench-sched
 
 # The parsers of what comes from outside, under libFuzzer; needs cargo-fuzz.
 fuzz:

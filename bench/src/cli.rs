@@ -75,6 +75,8 @@ struct SchedArgs {
 enum Real {
     /// EEVDF and the modes of godwit-sched-ext in a guest.
     Kernel,
+    /// This host's kernel with the user-space service and without, on QEMU machines.
+    Host,
 }
 
 impl SchedArgs {
@@ -85,16 +87,16 @@ impl SchedArgs {
         }
         if self.real.contains(&Real::Kernel) {
             let mut plan = suites::sched::real::kernel::Plan::new(quick, rounds);
-            let given = |to: &mut Vec<String>, from: &Option<Vec<String>>| {
-                if let Some(from) = from {
-                    to.clone_from(from);
-                }
-            };
-            given(&mut plan.workloads, &self.workloads);
-            given(&mut plan.modes, &self.modes);
+            plan.workloads = self.workloads.clone().unwrap_or(plan.workloads);
+            plan.modes = self.modes.clone().unwrap_or(plan.modes);
             plan.queues = self.queues.clone().unwrap_or(plan.queues);
             plan.cpus = self.cpus.unwrap_or(plan.cpus);
             suites::sched::real::kernel::run(&plan, results)?;
+        }
+        if self.real.contains(&Real::Host) {
+            let mut plan = suites::sched::real::host::Plan::new(quick, rounds);
+            plan.workloads = self.workloads.clone().unwrap_or(plan.workloads);
+            suites::sched::real::host::run(&plan, results)?;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! stand behind all of a guest's. Subjects of a comparison run one after another in each round, in
 //! an order that turns from round to round, and the spread is shown.
 
+pub mod host;
 pub mod kernel;
 
 use std::path::PathBuf;
