@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Op(cmd::op::Noun),
     /// What the sites' stores hold
     Pool(cmd::pool::Noun),
+    /// Co-scheduling of the vCPUs of this host's machines
+    Sched(Box<cmd::sched::Noun>),
     /// Look at what this machine has and lacks
     Doctor(cmd::doctor::Doctor),
     /// Run a cloud center in the foreground

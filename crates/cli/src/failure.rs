@@ -31,6 +31,11 @@ impl Failure {
         Self { exit: code.exit_code(), message: message.into(), hint: None }
     }
 
+    /// A failure whose exit code is known already.
+    pub(crate) fn of_exit(exit: u8, message: impl Into<String>) -> Self {
+        Self { exit, message: message.into(), hint: None }
+    }
+
     pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self::new(Code::Invalid, message)
     }

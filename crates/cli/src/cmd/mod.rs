@@ -6,6 +6,7 @@ pub(crate) mod image;
 pub(crate) mod op;
 pub(crate) mod pool;
 pub(crate) mod role;
+pub(crate) mod sched;
 mod screen;
 pub(crate) mod shell;
 pub(crate) mod site;
@@ -27,6 +28,7 @@ pub(crate) async fn run(cli: Cli) -> Result {
         Command::Site(c) => c.run().await,
         Command::Op(c) => c.run().await,
         Command::Pool(c) => c.run().await,
+        Command::Sched(c) => c.run().await,
         Command::Doctor(c) => c.run().await,
         Command::Center(c) => c.run().await,
         Command::Ap(c) => c.run().await,
