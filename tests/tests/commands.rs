@@ -89,12 +89,33 @@ fn every_form_of_answer_and_each_refusal_is_clear() {
     assert!(checks[0]["check"]["units"].as_u64().unwrap() > 0, "{checks}");
 }
 
+/// The pCPUs that each vCPU of a QEMU may run on, as the kernel lists them.
+fn vcpu_places(qemu: i32) -> Vec<String> {
+    let mut places = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{qemu}/task")).unwrap().flatten() {
+        // A thread that ends meanwhile is none of its vCPUs.
+        let Ok(status) = std::fs::read_to_string(task.path().join("status")) else { continue };
+        let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
+        if field("Name:").is_some_and(|n| n.starts_with("CPU ")) {
+            places.extend(field("Cpus_allowed_list:").map(str::to_owned));
+        }
+    }
+    places
+}
+
 #[test]
 fn a_guest_powers_itself_off_and_starts_again_with_its_disk() {
     let cloud = Cloud::center_only();
-    let _ = cloud.ok(&["vm", "create", "--image", "tiny", "--name", "a"]);
+    let _ = cloud.ok(&["vm", "create", "--image", "tiny", "--name", "a", "--vcpus", "2"]);
     let guest = cloud.guest("a");
     guest.answers();
+    // Its site keeps siblings on distinct pCPUs.
+    let qemu = cloud.qemu(&cloud.vm("a"), Daemon::Center).unwrap();
+    within(Duration::from_secs(20), "its vCPUs to be placed", || {
+        let places = vcpu_places(qemu);
+        let distinct = places.iter().collect::<std::collections::BTreeSet<_>>().len();
+        (places.len() == 2 && distinct == 2).then_some(())
+    });
     let _ = guest.sh("echo kept >/data/kept");
     let log = cloud.run(&["vm", "console", "a", "--tail", "4000"]).stdout;
     assert!(log.contains("godwit: ready"), "{log}");

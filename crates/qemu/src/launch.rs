@@ -19,6 +19,10 @@ use crate::memory::MemoryFile;
 use crate::process::Process;
 use crate::spec::{MachineSpec, Nic, NicBackend};
 
+/// What QEMU has in its environment when it was started here: the name of its machine. Tells this
+/// host's other programs whose machine it is.
+pub const MACHINE_VARIABLE: &str = "GODWIT_MACHINE";
+
 /// Where a machine's memory comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -241,6 +245,7 @@ impl Launch {
         let mut command = Command::new(program);
         command
             .args(crate::args::command_line(self, paths, &fds))
+            .env(MACHINE_VARIABLE, self.name.as_str())
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log)

@@ -32,7 +32,7 @@ pub use agent::{Agent, AgentError, AgentSession, ExecOutput, Vcpus};
 pub use disk::{DiskChain, DiskLayer, Layer, Node};
 pub use error::QemuError;
 pub use keys::{Key, KeyStroke, UnknownCharacter, strokes};
-pub use launch::{Binaries, Launch, MemorySource, Start, VmGenId};
+pub use launch::{Binaries, Launch, MACHINE_VARIABLE, MemorySource, Start, VmGenId};
 pub use machine::{
     Action, BlockStats, Capability, Life, Machine, MigrationInfo, MigrationStatus, Parameters,
     RAM_BLOCK, Refused, RunPaths, Screenshot,

@@ -17,6 +17,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Only these processes; all machines of the host where `None`.
     pub only: Option<Vec<i32>>,
+    /// Only processes that were started with this variable in their environment.
+    pub mark: Option<String>,
     /// Whether siblings are spread over distinct pCPUs.
     pub spread: bool,
     /// Whether siblings lend to each other.
@@ -36,6 +38,7 @@ impl Default for Config {
             scan: Duration::from_secs(1),
             state_dir: STATE_DIR.into(),
             only: None,
+            mark: None,
             spread: true,
             lend: true,
             threshold: Duration::from_millis(15),

@@ -56,6 +56,7 @@ pub struct Vm {
 #[derive(Debug, Default)]
 pub struct Discovery {
     only: Option<Vec<i32>>,
+    mark: Option<String>,
     /// Processes of unknown programs that were no machines, and in which scan that was seen.
     not_vms: HashMap<VmId, u64>,
     scans: u64,
@@ -97,6 +98,13 @@ impl Discovery {
     #[must_use]
     pub fn new(only: Option<Vec<i32>>) -> Self {
         Self { only, ..Self::default() }
+    }
+
+    /// Looks only at processes that were started with the variable `mark` in their environment.
+    #[must_use]
+    pub fn marked(mut self, mark: Option<String>) -> Self {
+        self.mark = mark;
+        self
     }
 
     /// Finds the machines that run now, by process number. A process that ends meanwhile is left
@@ -143,6 +151,9 @@ impl Discovery {
             return Ok(None);
         }
         let threads = vcpu_threads(&dir, pid)?;
+        if !threads.is_empty() && !self.mark.as_ref().is_none_or(|mark| has_variable(&dir, mark)) {
+            return Ok(None);
+        }
         let machine = threads.first().is_some_and(|(_, _, names)| {
             let kvm = (*names != VcpuName::QemuTcg).then(|| holds_kvm_vcpu(&dir)).flatten();
             is_machine(program, *names, kvm)
@@ -181,6 +192,14 @@ fn vcpu_threads(dir: &Path, pid: i32) -> io::Result<Vec<(u32, i32, VcpuName)>> {
         threads.retain(|(_, _, m)| *m == manner);
     }
     Ok(threads)
+}
+
+/// Whether a process was started with a variable in its environment; not where that can't be read.
+fn has_variable(dir: &Path, name: &str) -> bool {
+    let environment = read_bounded(&dir.join("environ")).unwrap_or_default();
+    environment
+        .split(|b| *b == 0)
+        .any(|v| v.strip_prefix(name.as_bytes()).is_some_and(|rest| rest.starts_with(b"=")))
 }
 
 fn holds_kvm_vcpu(dir: &Path) -> Option<bool> {
@@ -233,6 +252,14 @@ mod tests {
         assert!(!is_machine(KnownVmm, QemuTcg, None));
         assert!(!is_machine(QemuSystem, QemuKvm, Some(false)));
         assert!(is_machine(KnownVmm, Rust, None));
+    }
+
+    #[test]
+    fn a_mark_is_a_variable_of_the_environment() {
+        let dir = Path::new("/proc/self");
+        assert!(has_variable(dir, "PATH"));
+        assert!(!has_variable(dir, "PAT"));
+        assert!(!has_variable(Path::new("/proc/nobody"), "PATH"));
     }
 
     #[test]

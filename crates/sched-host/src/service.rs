@@ -101,7 +101,7 @@ impl Service {
             vms: Vec::new(),
         }));
         let worker = Worker {
-            discovery: Discovery::new(config.only.clone()),
+            discovery: Discovery::new(config.only.clone()).marked(config.mark.clone()),
             vms: BTreeMap::new(),
             leaving: Vec::new(),
             before,
@@ -196,7 +196,9 @@ impl Worker {
             self.spent += took;
             self.periods += 1;
             self.adapt(took);
-            due = (due + self.period).max(Instant::now());
+            // Without siblings there is nothing to watch.
+            let idle = !self.vms.values().any(Managed::has_siblings);
+            due = (due + if idle { self.config.scan } else { self.period }).max(Instant::now());
             match stopped.recv_timeout(due - Instant::now()) {
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(()) | Err(RecvTimeoutError::Disconnected) => break,

@@ -39,6 +39,8 @@ pub struct AgentConfig {
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
     /// out.
     pub link_patience: Option<Duration>,
+    /// Whether it looks after the siblings among its vCPUs.
+    pub co_schedule: bool,
 }
 
 /// Joins the center that made `token` and keeps the identity under `dirs`.
@@ -102,6 +104,7 @@ impl Agent {
         let link = endpoint.local_address().map_err(|e| Fault::of(&e))?;
         let mut options = SiteOptions::new(own_address(link.ip(), &center).await?)?;
         options.link_patience = patience;
+        options.co_schedule = config.co_schedule;
         options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
         let site = LocalSite::open(name.clone(), config.dirs, trust, options).await?;
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());

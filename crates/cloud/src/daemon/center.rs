@@ -47,6 +47,8 @@ pub struct CenterConfig {
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
     /// out.
     pub link_patience: Option<Duration>,
+    /// Whether it looks after the siblings among its vCPUs.
+    pub co_schedule: bool,
 }
 
 /// A running center.
@@ -126,6 +128,7 @@ impl Center {
         let own = {
             let mut options = SiteOptions::new(link.ip())?;
             options.link_patience = patience;
+            options.co_schedule = config.co_schedule;
             options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
             let trust = authority.trust().clone();
             LocalSite::open(config.site.clone(), config.dirs.clone(), trust, options).await?

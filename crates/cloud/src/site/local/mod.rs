@@ -12,6 +12,7 @@ mod record;
 mod relays;
 mod report;
 mod resume;
+mod sched;
 mod waiting;
 
 use std::collections::BTreeMap;
@@ -55,6 +56,8 @@ pub struct SiteOptions {
     pub store_memory_bytes: u64,
     /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
     pub waiting: usize,
+    /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
+    pub co_schedule: bool,
     /// How long a relay keeps a silent link.
     pub link_patience: std::time::Duration,
 }
@@ -74,6 +77,7 @@ impl SiteOptions {
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
             waiting: 1,
+            co_schedule: true,
             link_patience: godwit_transfer::PATIENCE,
         })
     }
@@ -92,6 +96,7 @@ pub struct LocalSite {
     moves: moves::Moves,
     trust: Trust,
     options: SiteOptions,
+    sched: std::sync::Mutex<Option<godwit_sched_host::service::Service>>,
     me: std::sync::Weak<Self>,
 }
 
@@ -138,6 +143,7 @@ impl LocalSite {
             }
         }
         let pool = Self::open_pool(&dirs, &options)?;
+        let sched = std::sync::Mutex::new(options.co_schedule.then(sched::start).flatten());
         waiting::sweep(&dirs).await;
         let shells = waiting::shells(&pool, &dirs);
         let site = Arc::new_cyclic(|me| Self {
@@ -152,6 +158,7 @@ impl LocalSite {
             moves: moves::Moves::default(),
             trust,
             options,
+            sched,
             me: me.clone(),
         });
         site.adopt_all().await?;

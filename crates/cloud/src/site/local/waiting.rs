@@ -76,5 +76,8 @@ impl LocalSite {
     /// Ends what must not outlive the daemon: the QEMUs that wait. Machines run on.
     pub async fn close(&self) {
         self.shells.close().await;
+        let service = self.sched.lock().ok().and_then(|mut s| s.take());
+        // Its thread puts everything back before it ends.
+        let _ = tokio::task::spawn_blocking(move || drop(service)).await;
     }
 }
