@@ -39,7 +39,15 @@ pub use scheduler::{Exit, LoadError, Scheduler};
 pub use stats::{Counters, Lag, Snapshot, Vcpu, Vm};
 
 /// What libbpf's generator writes: one type for each map and program of the object.
-#[allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub, unused, dead_code)]
+#[allow(
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
+    unused
+)]
 mod skeleton {
     include!(concat!(env!("OUT_DIR"), "/sched.skel.rs"));
 }

@@ -232,8 +232,7 @@ impl Scheduler {
         let mut args = [0u8; 8];
         args[..4].copy_from_slice(&from.to_ne_bytes());
         args[4..].copy_from_slice(&to.to_ne_bytes());
-        let mut input = ProgramInput::default();
-        input.context_in = Some(&mut args);
+        let input = ProgramInput { context_in: Some(&mut args), ..ProgramInput::default() };
         let output = self.skel.progs.yield_test.test_run(input)?;
         match output.return_value.cast_signed() {
             0 => Ok(false),
