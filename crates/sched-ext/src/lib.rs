@@ -35,7 +35,7 @@ mod top;
 
 pub use check::{Refusal, check};
 pub use config::{Alpha, Config, ConfigError, Mode, VmBy};
-pub use scheduler::{Exit, LoadError, Scheduler};
+pub use scheduler::{Exit, LoadError, Scheduler, decision_cost};
 pub use stats::{Counters, Lag, Snapshot, Vcpu, Vm};
 
 /// What libbpf's generator writes: one type for each map and program of the object.
