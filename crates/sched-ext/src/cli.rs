@@ -22,6 +22,8 @@ pub enum Command {
     Top(Top),
     /// Say whether this machine can have the scheduler, and if not, why
     Check,
+    /// Measure what a decision costs on this machine; needs root, but no sched_ext
+    Cost,
 }
 
 /// Arguments of `sched load`.
@@ -111,6 +113,7 @@ pub fn run(command: Command) -> Result<(), Failure> {
         Command::Load(args) => load(&args),
         Command::Top(args) => show(&args),
         Command::Check => check().map_err(Failure::Refused),
+        Command::Cost => cost(),
     }
 }
 
@@ -163,6 +166,22 @@ fn show(args: &Top) -> Result<(), Failure> {
         earlier = Some(now);
         std::thread::sleep(Duration::from_secs_f64(args.interval));
     }
+}
+
+/// One line for each size of the queues: the least, the median and the most of some rounds.
+fn cost() -> Result<(), Failure> {
+    const ROUNDS: usize = 9;
+    const SIBLINGS: u32 = 3;
+    say("QUEUED  SIBLINGS  LEAST NS  MEDIAN NS  MOST NS")?;
+    for queued in [2, 8, 12, 24, 64, 128] {
+        let measured: Result<Vec<f64>, _> =
+            (0..ROUNDS).map(|_| crate::decision_cost(queued, SIBLINGS, 20_000)).collect();
+        let mut ns = measured.map_err(|error| Failure::Failed(chain(&error)))?;
+        ns.sort_by(f64::total_cmp);
+        let (least, median, most) = (ns[0], ns[ROUNDS / 2], ns[ROUNDS - 1]);
+        say(&format!("{queued:>6}  {SIBLINGS:>8}  {least:>8.0}  {median:>9.0}  {most:>7.0}"))?;
+    }
+    Ok(())
 }
 
 fn say(text: &str) -> Result<(), Failure> {

@@ -35,11 +35,19 @@ mod top;
 
 pub use check::{Refusal, check};
 pub use config::{Alpha, Config, ConfigError, Mode, VmBy};
-pub use scheduler::{Exit, LoadError, Scheduler};
+pub use scheduler::{Exit, LoadError, Scheduler, decision_cost};
 pub use stats::{Counters, Lag, Snapshot, Vcpu, Vm};
 
 /// What libbpf's generator writes: one type for each map and program of the object.
-#[allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub, unused, dead_code)]
+#[allow(
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
+    unused
+)]
 mod skeleton {
     include!(concat!(env!("OUT_DIR"), "/sched.skel.rs"));
 }

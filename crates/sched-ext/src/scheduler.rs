@@ -232,8 +232,7 @@ impl Scheduler {
         let mut args = [0u8; 8];
         args[..4].copy_from_slice(&from.to_ne_bytes());
         args[4..].copy_from_slice(&to.to_ne_bytes());
-        let mut input = ProgramInput::default();
-        input.context_in = Some(&mut args);
+        let input = ProgramInput { context_in: Some(&mut args), ..ProgramInput::default() };
         let output = self.skel.progs.yield_test.test_run(input)?;
         match output.return_value.cast_signed() {
             0 => Ok(false),
@@ -241,6 +240,42 @@ impl Scheduler {
             error => Err(libbpf_rs::Error::from_raw_os_error(-error)),
         }
     }
+}
+
+/// What one decision of Algorithm 1 costs on this machine, nanoseconds: a candidate compared with
+/// `siblings`, each in a queue of `queued` (at most 128). The mean of `turns`; the scheduler is not
+/// loaded for it, and no sched_ext is needed.
+///
+/// # Errors
+///
+/// [`LoadError`] where the kernel does not take or run the program.
+pub fn decision_cost(queued: u32, siblings: u32, turns: u32) -> Result<f64, LoadError> {
+    stats::capture_log();
+    let kernel = |doing: &'static str| {
+        move |source| LoadError::Kernel { doing, log: stats::captured_log(), source }
+    };
+    let place = Box::leak(Box::new(MaybeUninit::uninit()));
+    let open = SchedSkelBuilder::default().open(place);
+    let mut open = open.map_err(kernel("opening the scheduler's object"))?;
+    for mut program in open.open_object_mut().progs_mut() {
+        let wanted = program.name() == "cost_test";
+        program.set_autoload(wanted);
+    }
+    open.maps.godwit.set_autocreate(false).map_err(kernel("leaving out the scheduler"))?;
+    let skel = open.load().map_err(kernel("loading the measurement into the kernel"))?;
+    let mut args = [0u8; 24];
+    for (at, value) in [queued, siblings, turns].into_iter().enumerate() {
+        args[at * 4..][..4].copy_from_slice(&value.to_ne_bytes());
+    }
+    let input = ProgramInput { context_in: Some(&mut args), ..ProgramInput::default() };
+    let output = skel.progs.cost_test.test_run(input);
+    let output = output.map_err(kernel("running the measurement"))?;
+    if output.return_value != 0 {
+        let source = libbpf_rs::Error::from_raw_os_error(-output.return_value.cast_signed());
+        return Err(kernel("measuring")(source));
+    }
+    let ns = args[16..].try_into().map_or(0, u64::from_ne_bytes);
+    Ok(ns as f64 / f64::from(turns.max(1)))
 }
 
 fn configure(open: &mut crate::skeleton::OpenSchedSkel<'static>, config: &Config) {

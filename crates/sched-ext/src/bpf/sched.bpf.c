@@ -347,6 +347,60 @@ int yield_test(struct yield_args *args)
 	return done;
 }
 
+struct cost_args {
+	u32 queued;	/* in each queue, at most as many as the mirror holds */
+	u32 siblings;
+	u32 turns;
+	u32 spare;
+	u64 ns;
+};
+
+/*
+ * What a decision costs: comparing a candidate with siblings that all wait near the front of queues
+ * of one size, so that none ends the search. Needs no sched_ext, so it runs on any machine.
+ */
+SEC("syscall")
+int cost_test(struct cost_args *args)
+{
+	u32 queued = args->queued, siblings = args->siblings, turns = args->turns, first = 0;
+	u64 key = ~0ULL, started;
+	struct vm *vm, *empty = bpf_map_lookup_elem(&blank, &first);
+	s32 found = -1;
+	u32 i, cpu;
+
+	if (!empty)
+		return -EINVAL;
+	bpf_map_update_elem(&vms, &key, empty, 0);
+	vm = bpf_map_lookup_elem(&vms, &key);
+	if (!vm)
+		return -ENOMEM;
+	LOOP(i, MAX_VCPUS) {
+		struct vcpu *v = vcpu_at(vm, i);
+
+		if (i > siblings)
+			break;
+		v->pid = i + 1;
+		v->cpu = i;
+		v->state = VCPU_QUEUED;
+		v->vtime = CLOCK_START;
+	}
+	LOOP(cpu, MAX_CPUS) {
+		struct cpu_ctx *c = cpu_ctx(cpu);
+
+		if (!c || cpu > siblings)
+			break;
+		c->running = 1;
+		LOOP(i, MIRROR)
+			c->mirror[INDEX(i, MIRROR)] = i < queued ? CLOCK_START + i : 0;
+	}
+	started = bpf_ktime_get_ns();
+	LOOP(i, turns)
+		found += far_sibling(key, 0);
+	args->ns = bpf_ktime_get_ns() - started;
+	bpf_map_delete_elem(&vms, &key);
+	return 0;
+}
+
 s32 OPS(init_task, struct task_struct *p, struct scx_init_task_args *args)
 {
 	struct task_ctx *t = bpf_task_storage_get(&tasks, p, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);

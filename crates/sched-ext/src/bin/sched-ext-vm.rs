@@ -1,0 +1,230 @@
+//! A stand-in for virtual machines, for tests of the scheduler in guests: processes whose threads
+//! spin on a lock they share, as the vCPUs of a machine do.
+
+use std::hint::spin_loop;
+use std::io::{self, Write};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use clap::{Parser, Subcommand, ValueEnum};
+use godwit_sched_ext::{Config, Scheduler, VmBy};
+
+type Failure = Box<dyn std::error::Error>;
+
+/// Stand-ins for virtual machines
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    command: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Machines that run for a time; each ends with a line of JSON
+    Run {
+        #[arg(long, default_value_t = 1)]
+        vms: u32,
+        #[arg(long, default_value_t = 4)]
+        threads: u32,
+        #[arg(long, default_value_t = 1.0)]
+        seconds: f64,
+        #[arg(long, value_enum, default_value = "lock")]
+        kind: Kind,
+        /// Threads are named as those of QEMU are
+        #[arg(long)]
+        named: bool,
+    },
+    /// Machines that end as soon as they have begun, some at a time
+    Flash {
+        #[arg(long)]
+        count: u32,
+    },
+    /// Loads the scheduler itself and has one thread yield to another
+    Yield,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// Short sections under one lock
+    Lock,
+    /// No lock
+    Cpu,
+    /// As `lock`, and each thread ends soon and is replaced by another
+    Churn,
+}
+
+fn main() -> Result<(), Failure> {
+    match Args::parse().command {
+        What::Run { vms: 1, threads, seconds, kind, named } => {
+            machine(threads, Duration::from_secs_f64(seconds), kind, named)
+        }
+        What::Run { vms, threads, seconds, kind, named } => {
+            let kind = kind.to_possible_value().ok_or("a kind")?.get_name().to_owned();
+            let (threads, seconds) = (threads.to_string(), seconds.to_string());
+            let mut args =
+                vec!["run", "--threads", &threads, "--seconds", &seconds, "--kind", &kind];
+            args.extend(named.then_some("--named"));
+            let machines: io::Result<Vec<Child>> = (0..vms).map(|_| start(&args)).collect();
+            end(machines?)
+        }
+        What::Flash { count } => {
+            let mut left = count;
+            while left > 0 {
+                let now = left.min(20);
+                let args = ["run", "--threads", "2", "--seconds", "0.01", "--named"];
+                let machines: io::Result<Vec<Child>> = (0..now).map(|_| start(&args)).collect();
+                end(machines?)?;
+                left -= now;
+            }
+            Ok(())
+        }
+        What::Yield => yield_once(),
+    }
+}
+
+fn start(args: &[&str]) -> io::Result<Child> {
+    Command::new(std::env::current_exe()?).args(args).stdin(Stdio::null()).spawn()
+}
+
+fn end(machines: Vec<Child>) -> Result<(), Failure> {
+    for mut machine in machines {
+        if !machine.wait()?.success() {
+            return Err("a machine failed".into());
+        }
+    }
+    Ok(())
+}
+
+/// What the threads of a machine share.
+#[derive(Default)]
+struct Shared {
+    lock: AtomicBool,
+    stop: AtomicBool,
+    operations: AtomicU64,
+}
+
+impl Shared {
+    /// Works until told to stop, or for `life`.
+    fn work(&self, kind: Kind, life: Option<Duration>) {
+        let begun = Instant::now();
+        while !self.stop.load(Ordering::Relaxed) && life.is_none_or(|l| begun.elapsed() < l) {
+            if kind != Kind::Cpu {
+                while self.lock.swap(true, Ordering::Acquire) {
+                    while self.lock.load(Ordering::Relaxed) {
+                        if self.stop.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        spin_loop();
+                    }
+                }
+                burn(500);
+                self.lock.store(false, Ordering::Release);
+            }
+            burn(500);
+            self.operations.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+fn burn(turns: u32) {
+    for turn in 0..turns {
+        std::hint::black_box(turn);
+    }
+}
+
+fn spawn(
+    shared: &Arc<Shared>,
+    n: u32,
+    kind: Kind,
+    named: bool,
+    life: Option<Duration>,
+) -> io::Result<JoinHandle<()>> {
+    let shared = Arc::clone(shared);
+    let name = if named { format!("CPU {n}/KVM") } else { format!("worker {n}") };
+    thread::Builder::new().name(name).spawn(move || shared.work(kind, life))
+}
+
+fn machine(threads: u32, lasting: Duration, kind: Kind, named: bool) -> Result<(), Failure> {
+    let shared = Arc::new(Shared::default());
+    let begun = Instant::now();
+    let life =
+        |n: u32| (kind == Kind::Churn).then(|| Duration::from_millis(5 + u64::from(n * 7 % 23)));
+    let mut started = threads;
+    let mut running = (0..threads)
+        .map(|n| spawn(&shared, n, kind, named, life(n)))
+        .collect::<io::Result<Vec<_>>>()?;
+    while begun.elapsed() < lasting {
+        thread::sleep(Duration::from_millis(5).min(lasting));
+        for (n, thread) in running.iter_mut().enumerate() {
+            if thread.is_finished() {
+                started += 1;
+                *thread = spawn(&shared, n as u32, kind, named, life(started))?;
+            }
+        }
+    }
+    shared.stop.store(true, Ordering::Relaxed);
+    for thread in running {
+        thread.join().map_err(|_| "a thread panicked")?;
+    }
+    let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let cpu_ms = cpu.tv_sec as f64 * 1e3 + cpu.tv_nsec as f64 / 1e6;
+    let line = serde_json::json!({
+        "operations": shared.operations.load(Ordering::Relaxed),
+        "cpu_ms": cpu_ms,
+        "threads": started,
+    });
+    writeln!(io::stdout(), "{line}")?;
+    Ok(())
+}
+
+/// Several threads on one CPU: while one runs, another waits in its queue, and somebody yields to
+/// that one.
+fn yield_once() -> Result<(), Failure> {
+    let config = Config { vm_by: VmBy::Tgid(vec![std::process::id()]), ..Config::default() };
+    let scheduler = Scheduler::load(&config)?;
+    let shared = Arc::new(Shared::default());
+    let tids: Vec<Arc<AtomicU32>> = (0..8).map(|_| Arc::default()).collect();
+    let threads: Vec<JoinHandle<()>> = tids
+        .iter()
+        .map(|tid| {
+            let (tid, shared) = (Arc::clone(tid), Arc::clone(&shared));
+            thread::spawn(move || {
+                let me = rustix::thread::gettid().as_raw_nonzero().get();
+                tid.store(me.unsigned_abs(), Ordering::Release);
+                shared.work(Kind::Cpu, None);
+            })
+        })
+        .collect();
+    let until = Instant::now() + Duration::from_secs(20);
+    let mut lent = false;
+    while !lent && Instant::now() < until {
+        for pair in tids.windows(2) {
+            let ids = [0, 1].map(|i| pair[i].load(Ordering::Acquire).cast_signed());
+            if ids.contains(&0) {
+                continue;
+            }
+            lent |= scheduler.test_yield(ids[0], ids[1])?;
+        }
+    }
+    // From a thread of another machine, or to oneself, nothing is lent.
+    let me = rustix::thread::gettid().as_raw_nonzero().get();
+    let stranger = scheduler.test_yield(me, tids[0].load(Ordering::Acquire).cast_signed())?;
+    let none = scheduler.test_yield(me, i32::MAX);
+    thread::yield_now();
+    shared.stop.store(true, Ordering::Relaxed);
+    for thread in threads {
+        thread.join().map_err(|_| "a thread panicked")?;
+    }
+    let counters = scheduler.unload()?;
+    let line = serde_json::json!({
+        "lent": lent,
+        "stranger": stranger,
+        "no_such_thread": none.is_err(),
+        "counters": counters,
+    });
+    writeln!(io::stdout(), "{line}")?;
+    Ok(())
+}

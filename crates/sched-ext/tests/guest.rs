@@ -1,0 +1,300 @@
+//! The scheduler in a guest that runs a kernel with sched_ext. Few boots, many checks: each leaves
+//! the guest with the kernel's own class in charge.
+
+use std::time::{Duration, Instant};
+
+use godwit_lab::{Answer, Initramfs, Kernel, Machine, Spec};
+use godwit_sched_ext::Snapshot;
+
+const SOON: Duration = Duration::from_secs(120);
+const LOADER: &str = env!("CARGO_BIN_EXE_godwit-sched-ext");
+const VM: &str = env!("CARGO_BIN_EXE_sched-ext-vm");
+
+type Check = fn(&mut Guest);
+
+struct Guest {
+    machine: Machine,
+}
+
+impl Guest {
+    fn boot() -> Self {
+        let kernel = Kernel::find().expect("a kernel");
+        let initramfs = Initramfs::new().program(LOADER).expect("the loader");
+        let initramfs = initramfs.program(VM).expect("the stand-in");
+        let mut spec = Spec::new("sched-ext", 4, 1024);
+        spec.boot_within = Duration::from_secs(300);
+        Self { machine: Machine::boot(&kernel, &initramfs, &spec).expect("it boots") }
+    }
+
+    fn ok(&mut self, line: &str) -> String {
+        self.machine.ok(line, SOON).unwrap_or_else(|error| {
+            let dmesg = self.machine.ok("dmesg | tail -40; cat /tmp/log", SOON);
+            panic!("{error}\n{}", dmesg.unwrap_or_default())
+        })
+    }
+
+    fn run(&mut self, line: &str) -> Answer {
+        self.machine.run(line, SOON).expect("the guest answers")
+    }
+
+    /// Loads in the background; its output goes to /tmp/log, its pid to /tmp/pid.
+    fn load(&mut self, args: &str) {
+        self.ok(&format!(
+            "rm -f /tmp/rc; (godwit-sched-ext load --json {args} >/tmp/log 2>&1 & echo $! >/tmp/pid; \
+             wait $!; echo $? >/tmp/rc) >/dev/null 2>&1 & true"
+        ));
+        self.wait_state("enabled");
+        // It answers once it has bound its socket.
+        self.wait("godwit-sched-ext top --once --json >/dev/null 2>&1");
+    }
+
+    /// Waits until a line of shell succeeds.
+    fn wait(&mut self, line: &str) {
+        let until = Instant::now() + SOON;
+        while self.run(line).status != 0 {
+            if Instant::now() > until {
+                let log = self.ok("cat /tmp/log; dmesg | tail -20");
+                panic!("`{line}` never came true; the loader and the kernel say:\n{log}");
+            }
+        }
+    }
+
+    fn wait_state(&mut self, state: &str) {
+        self.wait(&format!("grep -qx {state} /sys/kernel/sched_ext/state"));
+    }
+
+    fn top(&mut self) -> Snapshot {
+        let text = self.ok("godwit-sched-ext top --once --json");
+        serde_json::from_str(text.trim()).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+
+    /// Waits until every machine's record has gone.
+    fn wait_no_vms(&mut self) {
+        self.wait("godwit-sched-ext top --once --json | grep -q '\"vms\":\\[\\]'");
+    }
+
+    /// Ends the loader with a signal it obeys; what it counted in all.
+    fn stop(&mut self, signal: &str) -> Snapshot {
+        self.ok(&format!("kill -{signal} $(cat /tmp/pid)"));
+        self.wait("test -s /tmp/rc");
+        let log = self.ok("cat /tmp/log");
+        assert_eq!(self.ok("cat /tmp/rc"), "0\n", "{log}");
+        self.wait_state("disabled");
+        let line = log.lines().rev().find(|l| l.starts_with('{')).expect("its last line is JSON");
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
+    }
+}
+
+fn machines(text: &str) -> Vec<serde_json::Value> {
+    let lines = text.lines().filter(|line| line.starts_with('{'));
+    lines.map(|line| serde_json::from_str(line).expect("a stand-in says JSON")).collect()
+}
+
+fn assert_progress(text: &str, vms: usize) {
+    let machines = machines(text);
+    assert_eq!(machines.len(), vms, "{text}");
+    assert!(machines.iter().all(|m| m["operations"].as_u64() > Some(0)), "{text}");
+}
+
+/// Nothing is owed any more, and each sum that says so was counted in its own place.
+fn assert_settled(end: &Snapshot) {
+    let c = &end.counters;
+    assert!(c.balanced(), "{c:#?}");
+    assert_eq!(c.get("vms_new"), c.get("vms_gone"), "a machine's record stayed: {c:#?}");
+    assert!(end.vms.is_empty(), "{:?}", end.vms);
+}
+
+fn modes(guest: &mut Guest) {
+    for mode in ["sbco", "bal", "procco", "cpuco", "dft"] {
+        guest.load(&format!("--mode {mode} --vm-by process:sched-ext-vm"));
+        guest.machine.start("sched-ext-vm run --vms 4 --seconds 2").expect("it starts");
+        let work = guest.machine.finish(SOON).expect("it ends");
+        assert_eq!(work.status, 0, "{}", work.output);
+        assert_progress(&work.output, 4);
+        guest.wait_no_vms();
+        let end = guest.stop("TERM");
+        let count = |name: &str| end.counters.get(name);
+        assert_eq!(count("vms_new"), 4, "{mode}");
+        assert_eq!(count("unmirrored"), 0, "{mode}");
+        assert_settled(&end);
+        match mode {
+            "sbco" => {
+                assert!(count("loans") > 0 && count("settled") > 0, "{:#?}", end.counters);
+                assert!(count("checks") >= count("exceeded") && count("exceeded") > 0);
+            }
+            "procco" | "cpuco" => assert!(count("forced") > 0, "{:#?}", end.counters),
+            _ => assert_eq!(count("loans") + count("kicks"), 0, "{mode}"),
+        }
+        if mode != "dft" {
+            // A sibling may stand beside another for a moment, until it is queued next.
+            let stacked = count("stacked") * 100 / count("enqueues").max(1);
+            assert!(stacked < 2, "{mode}: {stacked} % stacked, {:#?}", end.counters);
+        }
+    }
+}
+
+/// While machines run: siblings are apart, a second loader is refused, top shows them.
+fn seen_while_it_runs(guest: &mut Guest) {
+    guest.load("--vm-by process:sched-ext-vm");
+    guest.ok("sched-ext-vm run --vms 3 --seconds 4 >/tmp/work 2>&1 &");
+    guest.wait("[ $(godwit-sched-ext top --once | grep -c sched-ext-vm) -ge 4 ]");
+    let top = guest.top();
+    for vm in &top.vms {
+        let mut cpus: Vec<u32> = vm.vcpus.iter().map(|v| v.cpu).collect();
+        cpus.sort_unstable();
+        cpus.dedup();
+        assert_eq!(cpus.len(), vm.vcpus.len(), "siblings share a CPU: {vm:?}");
+    }
+    let second = guest.run("godwit-sched-ext load --mode bal");
+    assert_eq!(second.status, 5, "{}", second.output);
+    assert!(second.output.contains("'godwit' is enabled already"), "{}", second.output);
+    guest.wait("[ $(wc -l </tmp/work) -ge 3 ]");
+    guest.wait_no_vms();
+    let end = guest.stop("INT");
+    assert_settled(&end);
+}
+
+/// A loader that is killed leaves a machine that schedules, and the next one can load.
+fn killed(guest: &mut Guest) {
+    guest.load("--vm-by process:sched-ext-vm");
+    guest.ok("sched-ext-vm run --vms 3 --seconds 3 >/tmp/work 2>&1 &");
+    guest.ok("kill -KILL $(cat /tmp/pid)");
+    guest.wait_state("disabled");
+    guest.wait("[ $(wc -l </tmp/work) -ge 3 ]");
+    let work = guest.ok("cat /tmp/work");
+    assert_progress(&work, 3);
+    let top = guest.run("godwit-sched-ext top --once");
+    assert_eq!(top.status, 4, "{}", top.output);
+    guest.load("--mode bal");
+    guest.stop("TERM");
+}
+
+/// The kernel may end it at any time: that is told, and is a failure.
+fn ejected(guest: &mut Guest) {
+    guest.load("");
+    guest.ok("echo S >/proc/sysrq-trigger");
+    guest.wait("test -s /tmp/rc");
+    let log = guest.ok("cat /tmp/log");
+    assert_eq!(guest.ok("cat /tmp/rc"), "1\n", "{log}");
+    assert!(log.contains("the kernel has ended the scheduler"), "{log}");
+    guest.wait_state("disabled");
+}
+
+/// Machines that die with debts, threads that end between loan and settlement, threads added late.
+fn deaths(guest: &mut Guest) {
+    guest.load("--vm-by process:sched-ext-vm");
+    guest.ok("sched-ext-vm run --vms 4 --seconds 3 --kind churn >/tmp/churn 2>&1 &");
+    for _ in 0..4 {
+        guest.ok(
+            "setsid sched-ext-vm run --vms 3 --seconds 60 >/dev/null 2>&1 & sleep 0.5; kill -9 -$!",
+        );
+    }
+    guest.wait("[ $(wc -l </tmp/churn) -ge 4 ]");
+    let work = guest.ok("cat /tmp/churn");
+    assert!(machines(&work).iter().all(|m| m["threads"].as_u64() > Some(20)), "{work}");
+    guest.wait_no_vms();
+    let end = guest.stop("TERM");
+    assert!(end.counters.get("loans") > 0, "{:#?}", end.counters);
+    assert_settled(&end);
+}
+
+fn thousand_machines(guest: &mut Guest) {
+    guest.load("--vm-by names");
+    guest.ok("sched-ext-vm flash --count 1000 >/tmp/flash");
+    assert_eq!(guest.ok("wc -l </tmp/flash").trim(), "1000");
+    guest.wait_no_vms();
+    let end = guest.stop("TERM");
+    assert_eq!(end.counters.get("vms_new"), 1000, "{:#?}", end.counters);
+    assert_settled(&end);
+}
+
+/// A CPU goes and comes back under load: loaded again each time, work goes on.
+fn cpu_comes_and_goes(guest: &mut Guest) {
+    guest.load("--vm-by process:sched-ext-vm");
+    guest.ok("sched-ext-vm run --vms 3 --seconds 6 >/tmp/work 2>&1 &");
+    guest.ok("echo 0 >/sys/devices/system/cpu/cpu3/online");
+    guest.wait("godwit-sched-ext top --once --json | grep -q '\"restarts\":1'");
+    guest.ok("echo 1 >/sys/devices/system/cpu/cpu3/online");
+    guest.wait("godwit-sched-ext top --once --json | grep -q '\"restarts\":2'");
+    guest.wait("[ $(wc -l </tmp/work) -ge 3 ]");
+    let work = guest.ok("cat /tmp/work");
+    assert_progress(&work, 3);
+    let end = guest.stop("TERM");
+    assert!(end.counters.balanced(), "{:#?}", end.counters);
+}
+
+/// Threads that call themselves vCPUs get no more than others do.
+fn self_named(guest: &mut Guest) {
+    for mode in ["sbco", "procco"] {
+        guest.load(&format!("--mode {mode}"));
+        let work = guest.ok(
+            "sched-ext-vm run --seconds 3 --kind cpu >/tmp/plain & \
+             sched-ext-vm run --seconds 3 --kind cpu --named >/tmp/named & wait; cat /tmp/plain /tmp/named",
+        );
+        let cpu: Vec<f64> = machines(&work).iter().filter_map(|m| m["cpu_ms"].as_f64()).collect();
+        let [plain, named] = cpu[..] else { panic!("{work}") };
+        assert!(named < plain * 1.15, "{mode}: {named} ms against {plain} ms");
+        let end = guest.stop("TERM");
+        assert_eq!(end.counters.get("vms_new"), 1, "{mode}");
+    }
+}
+
+fn yields(guest: &mut Guest) {
+    let text = guest.ok("sched-ext-vm yield");
+    let said = &machines(&text)[0];
+    assert_eq!(said["lent"], true, "{text}");
+    assert_eq!(said["stranger"], false, "{text}");
+    assert_eq!(said["no_such_thread"], true, "{text}");
+    let counter = |name: &str| said["counters"][name].as_i64().unwrap_or_default();
+    assert!(counter("yields_to") > 0 && counter("yields") > 0, "{text}");
+    assert_eq!(counter("paid_ns"), counter("lent_ns"), "{text}");
+}
+
+fn nonsense(guest: &mut Guest) {
+    guest.ok("godwit-sched-ext check");
+    for args in
+        ["--alpha 4/3", "--alpha x", "--slice-us 1", "--owe 0", "--vm-by some", "--mode cfs"]
+    {
+        let answer = guest.run(&format!("godwit-sched-ext load {args}"));
+        assert_eq!(answer.status, 2, "{args}: {}", answer.output);
+    }
+    let none = guest.run("godwit-sched-ext load --vm-by cgroup:/sys/fs/cgroup/none");
+    assert_eq!(none.status, 1, "{}", none.output);
+    assert!(none.output.contains("/sys/fs/cgroup/none: No such file"), "{}", none.output);
+    assert_eq!(guest.ok("cat /sys/kernel/sched_ext/state"), "disabled\n");
+}
+
+fn run_all(checks: &[(&str, Check)]) {
+    let mut guest = Guest::boot();
+    for (name, check) in checks {
+        let started = Instant::now();
+        check(&mut guest);
+        let mut err = std::io::stderr();
+        let took = started.elapsed().as_secs_f64();
+        let _ = std::io::Write::write_fmt(&mut err, format_args!("{name}: {took:.1} s\n"));
+    }
+    let warnings = guest.ok("dmesg | grep -E 'BUG|WARN|stall|runtime error' || true");
+    assert_eq!(warnings, "", "the kernel complains");
+}
+
+#[test]
+fn loading_and_unloading() {
+    run_all(&[
+        ("nonsense", nonsense),
+        ("modes", modes),
+        ("seen while it runs", seen_while_it_runs),
+        ("killed", killed),
+        ("ejected", ejected),
+    ]);
+}
+
+#[test]
+fn bad_days() {
+    run_all(&[
+        ("deaths", deaths),
+        ("a thousand machines", thousand_machines),
+        ("a CPU comes and goes", cpu_comes_and_goes),
+        ("self-named", self_named),
+        ("yields", yields),
+    ]);
+}
