@@ -6,11 +6,12 @@
 //! numbers once. The kernel has no call that closes that gap.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::cgroup::{Hierarchy, Made};
 use crate::cpus::CpuSet;
+use crate::discover::VmId;
 use crate::journal::{Changes, Journal, JournalError, Record};
 use crate::proc::{Thread, ThreadId, online};
 use crate::sys::{self, Attr, Powers};
@@ -135,6 +136,19 @@ impl Hands {
         }
         self.journal.write(&Record::Attr { thread: id, original, set })?;
         sys::set_attr(id.tid, set).map_err(failed)
+    }
+
+    /// The group that is to be made for a machine which stands in `above`.
+    #[must_use]
+    pub fn plan(&self, vm: VmId, above: &Path) -> Option<Made> {
+        let mut made = self.hierarchy.as_ref()?.plan(vm, above);
+        // Where the controller was switched on for another machine, the last one to go switches it
+        // off.
+        let by_us = |m: &Made| m.enabled_in.as_deref() == Some(above);
+        if self.journal.state().made.values().any(by_us) {
+            made.enabled_in = Some(above.to_owned());
+        }
+        Some(made)
     }
 
     /// Makes a group.

@@ -149,7 +149,9 @@ impl Managed {
             }
             Standing::Shared(above) => above,
         };
-        let made = hierarchy.plan(self.id, &above);
+        let Some(made) = hands.plan(self.id, &above) else {
+            return Ok(Group::None("no control groups".into()));
+        };
         let done = hands.make(&made).and_then(|()| self.enter(hands, &made.dir, &above));
         if let Err(e) = done {
             let mut report = Restored::default();
@@ -307,7 +309,9 @@ impl Managed {
         for (number, vcpu) in &mut self.vcpus {
             let Ok(now) = sys::get_affinity(vcpu.thread.id().tid) else { continue };
             let expected = vcpu.placed.as_ref().unwrap_or(&vcpu.own_cpus);
-            if now != expected.intersection(online) {
+            let expected = expected.intersection(online);
+            // A thread all of whose pCPUs went offline is let run anywhere by the kernel.
+            if !expected.is_empty() && now != expected {
                 vcpu.own_cpus = now;
                 vcpu.placed = None;
                 self.placed_at = None;

@@ -191,7 +191,8 @@ impl Drop for FakeVm {
     }
 }
 
-/// What the fake machine does: spinning threads named like vCPUs, until its input ends.
+/// What the fake machine does: threads named like vCPUs, which spin (with `FAKE_IDLE`: sleep), until
+/// its input ends.
 pub(crate) fn be_a_fake_vm(vcpus: u32) {
     let mut ends = std::collections::HashMap::new();
     for n in 0..vcpus {
@@ -216,7 +217,14 @@ fn spin(n: u32) -> Arc<AtomicBool> {
     let end = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&end);
     let thread = std::thread::Builder::new().name(format!("CPU {n}/TCG"));
-    let run = move || while !told.load(Ordering::Relaxed) {};
+    let idle = std::env::var_os("FAKE_IDLE").is_some();
+    let run = move || {
+        while !told.load(Ordering::Relaxed) {
+            if idle {
+                std::thread::park();
+            }
+        }
+    };
     thread.spawn(run).expect("a thread");
     end
 }
