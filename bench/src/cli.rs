@@ -26,6 +26,8 @@ enum What {
     Link(LinkArgs),
     /// Play the main job once, on a center and an AP that it starts, and show it.
     Demo(DemoArgs),
+    /// Draw who ran where, who spun and who lent in a simulated host, as SVG.
+    Timeline(suites::sched::Timeline),
     /// Cold boot, dock, activate and move an environment, beside stock QEMU.
     Mainjob(SuiteArgs),
     /// Co-scheduling of sibling vCPUs: the dissertation's tables and figures in the simulator, and
@@ -226,6 +228,7 @@ pub(crate) fn main() -> ExitCode {
     let done = match cli.what {
         What::Link(args) => link(&args),
         What::Demo(args) => args.play(),
+        What::Timeline(args) => args.draw(),
         What::Mainjob(args) => {
             let plan = args.plan();
             suite("mainjob", &args.run, async |r| suites::mainjob::run(&plan, r).await)

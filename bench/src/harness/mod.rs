@@ -8,4 +8,6 @@ pub mod stats;
 
 pub use machine::{MachineInfo, git_revision};
 pub use report::{WriteError, write};
-pub use results::{Better, Comparison, Experiment, LinkInfo, Results, SCHEMA, Series};
+pub use results::{
+    Better, Comparison, Experiment, LinkInfo, Picture, Results, SCHEMA, Series, Table,
+};

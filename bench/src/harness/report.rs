@@ -68,6 +68,9 @@ pub fn write(results: &Results, dir: &Path) -> Result<(), WriteError> {
         }
         plots.push(svg);
     }
+    for picture in &results.pictures {
+        put(&format!("{}.svg", picture.name), &picture.svg)?;
+    }
     put("report.md", &markdown(results))?;
     put("report.html", &html(results, &plots))
 }
@@ -167,6 +170,17 @@ fn markdown(r: &Results) -> String {
         }
         let _ = writeln!(t, "\n![{0}]({0}.svg)", e.name);
     }
+    for table in &r.tables {
+        let _ = writeln!(t, "\n## {}\n\n{}\n", table.name, table.about);
+        let _ = writeln!(t, "| {} |", table.head.join(" | "));
+        let _ = writeln!(t, "|{}", " --- |".repeat(table.head.len()));
+        for row in &table.rows {
+            let _ = writeln!(t, "| {} |", row.join(" | "));
+        }
+    }
+    for p in &r.pictures {
+        let _ = writeln!(t, "\n## {0}\n\n{1}\n\n![{0}]({0}.svg)", p.name, p.about);
+    }
     if !r.notes.is_empty() {
         let _ = writeln!(t, "\n## Notes\n");
         for n in &r.notes {
@@ -193,6 +207,10 @@ fn html(r: &Results, plots: &[Option<String>]) -> String {
         let _ = writeln!(t, "<dt>{k}</dt><dd>{}</dd>", escape(&v));
     }
     t.push_str("</dl>\n");
+    let cells = |tag: &str, row: &mut dyn Iterator<Item = String>| {
+        let inner: String = row.map(|c| format!("<{tag}>{}</{tag}>", escape(&c))).collect();
+        format!("<tr>{inner}</tr>\n")
+    };
     for (e, plot) in r.experiments.iter().zip(plots) {
         let _ = writeln!(
             t,
@@ -202,10 +220,6 @@ fn html(r: &Results, plots: &[Option<String>]) -> String {
             escape(&e.about)
         );
         let (head, rows) = table(e);
-        let cells = |tag: &str, row: &mut dyn Iterator<Item = String>| {
-            let inner: String = row.map(|c| format!("<{tag}>{}</{tag}>", escape(&c))).collect();
-            format!("<tr>{inner}</tr>\n")
-        };
         t.push_str(&cells("th", &mut head.iter().map(|h| (*h).to_owned())));
         for row in rows {
             t.push_str(&cells("td", &mut row.into_iter()));
@@ -218,6 +232,18 @@ fn html(r: &Results, plots: &[Option<String>]) -> String {
             t.push_str(svg);
         }
     }
+    for table in &r.tables {
+        let (name, about) = (escape(&table.name), escape(&table.about));
+        let _ = writeln!(t, "<h2>{name}</h2>\n<p>{about}</p>\n<table>");
+        t.push_str(&cells("th", &mut table.head.iter().cloned()));
+        for row in &table.rows {
+            t.push_str(&cells("td", &mut row.iter().cloned()));
+        }
+        t.push_str("</table>\n");
+    }
+    for p in &r.pictures {
+        let _ = writeln!(t, "<h2>{}</h2>\n<p>{}</p>\n{}", escape(&p.name), escape(&p.about), p.svg);
+    }
     if !r.notes.is_empty() {
         let items: String = r.notes.iter().map(|n| format!("<li>{}</li>\n", escape(n))).collect();
         let _ = write!(t, "<h2>Notes</h2>\n<ul>\n{items}</ul>\n");
@@ -229,7 +255,7 @@ fn html(r: &Results, plots: &[Option<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::harness::{MachineInfo, SCHEMA};
+    use crate::harness::{MachineInfo, Picture, SCHEMA, Table};
 
     #[test]
     fn a_run_is_written_whole_and_read_back() {
@@ -252,6 +278,17 @@ mod tests {
             guest: None,
             link: None,
             experiments: vec![e],
+            tables: vec![Table {
+                name: "side by side".into(),
+                about: "what".into(),
+                head: vec!["a".into(), "b".into()],
+                rows: vec![vec!["1 <".into(), "2".into()]],
+            }],
+            pictures: vec![Picture {
+                name: "line".into(),
+                about: "a line".into(),
+                svg: "<svg></svg>".into(),
+            }],
             reports: Default::default(),
             notes: vec!["the link is emulated".into()],
         };
@@ -259,11 +296,16 @@ mod tests {
         write(&results, dir.path()).expect("written");
         let text = |n: &str| std::fs::read_to_string(dir.path().join(n)).expect(n);
         let back: Results = serde_json::from_str(&text("results.json")).expect("parses");
-        assert_eq!(back, results);
+        assert_eq!(text("line.svg"), results.pictures[0].svg);
+        let mut told = results.clone();
+        told.pictures[0].svg.clear();
+        assert_eq!(back, told);
         let md = text("report.md");
         assert!(md.contains("| godwit <x> | 3 | 41.0 | 40.0 | 44.0 | 1.00 |"), "{md}");
         assert!(md.contains("150 met") && md.contains("round by round: 0.100"), "{md}");
-        assert!(text("report.html").contains("godwit &lt;x&gt;"));
+        assert!(md.contains("| 1 < | 2 |") && md.contains("![line](line.svg)"), "{md}");
+        let html = text("report.html");
+        assert!(html.contains("godwit &lt;x&gt;") && html.contains("<td>1 &lt;</td>"), "{html}");
         assert!(text("down.svg").contains("</svg>"));
     }
 }

@@ -36,10 +36,41 @@ pub struct Results {
     pub link: Option<LinkInfo>,
     /// What was measured.
     pub experiments: Vec<Experiment>,
+    /// Tables that set several experiments side by side.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tables: Vec<Table>,
+    /// Pictures that are no plot of an experiment; each is a file beside this one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pictures: Vec<Picture>,
     /// Whole reports of single rounds, by subject, for what no figure shows.
     pub reports: BTreeMap<String, Vec<serde_json::Value>>,
     /// What a reader must know: what was emulated, left out, or failed.
     pub notes: Vec<String>,
+}
+
+/// A table of the report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    /// Its title.
+    pub name: String,
+    /// What it shows.
+    pub about: String,
+    /// Heads of its columns.
+    pub head: Vec<String>,
+    /// Its rows, each as long as the head.
+    pub rows: Vec<Vec<String>>,
+}
+
+/// A picture of the report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Picture {
+    /// Its name; also its file's, with `.svg`.
+    pub name: String,
+    /// What it shows.
+    pub about: String,
+    /// The picture; it is in its file, not among the results.
+    #[serde(skip)]
+    pub svg: String,
 }
 
 /// The link of a run.

@@ -59,6 +59,8 @@ pub async fn run(
         guest: None,
         link: None,
         experiments: Vec::new(),
+        tables: Vec::new(),
+        pictures: Vec::new(),
         reports: Default::default(),
         notes: Vec::new(),
     };

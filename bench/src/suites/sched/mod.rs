@@ -4,11 +4,12 @@ pub mod real;
 mod sim;
 
 use crate::harness::Results;
+pub use sim::timeline::Timeline;
 
 /// The suite.
 ///
 /// # Errors
-/// No rounds.
+/// No rounds; a picture that can't be drawn.
 pub fn run(quick: bool, rounds: Option<usize>, results: &mut Results) -> anyhow::Result<()> {
     sim::run(quick, rounds, results)
 }
