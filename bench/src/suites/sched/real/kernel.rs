@@ -201,7 +201,8 @@ impl Guest {
 
     /// The counters of the scheduler that is loaded, which must not have left; then it goes.
     fn unload(&mut self) -> anyhow::Result<Value> {
-        let answer = self.machine.run("cat /sys/kernel/sched_ext/state; cat /tmp/ext.log", SOON)?;
+        let answer =
+            self.machine.run("cat /sys/kernel/sched_ext/state; tail -n 15 /tmp/ext.log", SOON)?;
         ensure!(
             answer.output.starts_with("enabled"),
             "the scheduler left while it was measured: {}",
@@ -217,9 +218,11 @@ impl Guest {
 
     /// Waits until sched_ext is in `state`.
     fn state(&mut self, state: &str) -> anyhow::Result<()> {
+        // A loader that has ended, and so has no command line any more, will not bring it about.
         let wait = format!(
-            "i=0; until grep -q {state} /sys/kernel/sched_ext/state; do i=$((i+1)); \
-             if [ $i -gt 200 ]; then cat /tmp/ext.log; exit 1; fi; sleep 0.1; done"
+            "until grep -q {state} /sys/kernel/sched_ext/state; do \
+             grep -q . /proc/$(cat /tmp/ext.pid)/cmdline 2>/dev/null || {{ sleep 1; grep -q {state} \
+             /sys/kernel/sched_ext/state && exit 0; tail -n 15 /tmp/ext.log; exit 1; }}; sleep 0.1; done"
         );
         self.machine.ok(&wait, SOON).map(drop).with_context(|| format!("wait for {state}"))
     }
