@@ -138,7 +138,7 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     }
     results.notes.push(said);
     for sheet in sheets {
-        results.experiments.extend([sheet.time, sheet.share, sheet.switches]);
+        results.experiments.extend([sheet.time, sheet.cpu, sheet.share, sheet.switches]);
         results.experiments.extend(sheet.held);
     }
     results.experiments.extend(fairness.finish());
@@ -269,6 +269,8 @@ struct Sheet {
     workload: String,
     queue: usize,
     time: Experiment,
+    /// What an operation costs, whatever part of the CPUs the machine got.
+    cpu: Experiment,
     share: Experiment,
     switches: Experiment,
     /// How long locks were held and waited for, where that was timed.
@@ -292,6 +294,12 @@ impl Sheet {
                 &format!(
                     "{figure}, in a guest's kernel (TCG): time of the stand-in for {workload}, {place}, per operation."
                 ),
+                "ms",
+                Better::Lower,
+            ),
+            cpu: Experiment::new(
+                &format!("{name}-cpu"),
+                &format!("CPU time of all threads of {workload} per operation, {place} (TCG)."),
                 "ms",
                 Better::Lower,
             ),
@@ -346,9 +354,12 @@ impl Sheet {
 
     fn push(&mut self, mode: &str, report: &Value) -> anyhow::Result<()> {
         let measured = &report["measured"];
-        let operations = number(&measured["operations"])?;
         // A run in which nothing got done counts as one in which one operation took all the time.
-        self.time.push(mode, number(&measured["elapsed_ms"])? / operations.max(1.0));
+        let operations = number(&measured["operations"])?.max(1.0);
+        self.time.push(mode, number(&measured["elapsed_ms"])? / operations);
+        let threads = measured["cpu_ms"].as_array().context("CPU time of the threads")?;
+        let cpu = threads.iter().map(number).sum::<anyhow::Result<f64>>()?;
+        self.cpu.push(mode, cpu / operations);
         for (experiment, key) in self.held.iter_mut().zip(["hold", "wait"]) {
             if let Some(ns) = measured[key]["mean_ns"].as_f64() {
                 experiment.push(mode, ns / 1e3);
@@ -486,7 +497,7 @@ mod tests {
 
     fn report() -> Value {
         serde_json::json!({
-            "measured": { "operations": 50, "elapsed_ms": 2000.0 },
+            "measured": { "operations": 50, "elapsed_ms": 2000.0, "cpu_ms": [400.0, 100.0] },
             "switches": 300,
             "at_ms": [0.0, 1000.0, 2000.0, 3000.0],
             "cpu_ms": [[0.0, 10.0], [500.0, 610.0], [1000.0, 1010.0], [1500.0, 1510.0]],
@@ -499,6 +510,7 @@ mod tests {
         sheet.push("sbco", &report()).expect("a whole report");
         let first = |e: &Experiment| e.series[0].values.clone();
         assert_eq!(first(&sheet.time), [40.0]);
+        assert_eq!(first(&sheet.cpu), [10.0]);
         assert_eq!(first(&sheet.share), [100.0 * 1000.0 / 1900.0]);
         assert_eq!(first(&sheet.switches), [100.0]);
         assert_eq!(Samples::of(&report()).expect("samples").lags(1), [100.0, 100.0, 0.0]);
