@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -68,6 +69,13 @@ struct SchedArgs {
     /// Schedulers that are compared in the guest's kernel, e.g. sbco,eevdf,bal.
     #[arg(long, value_delimiter = ',', value_name = "MODE", requires = "real")]
     modes: Option<Vec<String>>,
+    /// Let the guest's time be instructions of 2^N ns, so that it does not depend on what else this
+    /// host does. Takes some ten times as long, with N = 0.
+    #[arg(long, value_name = "N", requires = "real", value_parser = clap::value_parser!(u8).range(0..=10))]
+    instructions: Option<u8>,
+    /// How long fairness is watched in the guest in each round, in seconds; 0: not at all.
+    #[arg(long, value_name = "N", requires = "real")]
+    fairness: Option<u64>,
     /// vCPUs of the guest whose kernel schedules.
     #[arg(long, requires = "real")]
     cpus: Option<u32>,
@@ -93,6 +101,10 @@ impl SchedArgs {
             plan.modes = self.modes.clone().unwrap_or(plan.modes);
             plan.queues = self.queues.clone().unwrap_or(plan.queues);
             plan.cpus = self.cpus.unwrap_or(plan.cpus);
+            plan.fairness = self.fairness.map_or(plan.fairness, Duration::from_secs);
+            if let Some(shift) = self.instructions {
+                plan.clock = godwit_lab::Clock::Instructions(shift);
+            }
             suites::sched::real::kernel::run(&plan, results)?;
         }
         if self.real.contains(&Real::Host) {

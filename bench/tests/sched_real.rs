@@ -16,6 +16,7 @@ async fn a_guests_kernel_is_measured_under_eevdf_and_sbco() {
         queues: vec![2],
         run: Duration::from_secs(3),
         fairness: Duration::ZERO,
+        clock: godwit_lab::Clock::Host,
     };
     let measure = async |r: &mut harness::Results| kernel::run(&plan, r);
     let results = suites::run("sched", true, measure).await.expect("the guest is measured");

@@ -29,4 +29,4 @@ mod machine;
 pub use error::Error;
 pub use initramfs::Initramfs;
 pub use kernel::Kernel;
-pub use machine::{Answer, Machine, Spec};
+pub use machine::{Answer, Clock, Machine, Spec};

@@ -26,6 +26,17 @@ use crate::{Error, Initramfs, Kernel};
 /// How many lines of the console are kept for whoever asks what happened.
 const CONSOLE_LINES: usize = 400;
 
+/// What a guest's time is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// The host's time. Each vCPU is a thread of the host, and loses its time where the host does.
+    Host,
+    /// Instructions: each one executed by any vCPU is so many nanoseconds, 2 to the power of this (0
+    /// to 10), so that the guest's time is the same however busy the host is. The vCPUs take turns in
+    /// one thread, for a part of the time to the next timer each; a pause instruction ends a turn.
+    Instructions(u8),
+}
+
 /// What a machine has.
 #[derive(Debug, Clone)]
 pub struct Spec {
@@ -39,6 +50,8 @@ pub struct Spec {
     pub append: String,
     /// How long it may take from the start of QEMU to the first command.
     pub boot_within: Duration,
+    /// What its time is.
+    pub clock: Clock,
 }
 
 impl Spec {
@@ -46,7 +59,8 @@ impl Spec {
     #[must_use]
     pub fn new(name: impl Into<String>, cpus: u32, memory_mib: u32) -> Self {
         let boot_within = Duration::from_secs(120);
-        Self { name: name.into(), cpus, memory_mib, append: String::new(), boot_within }
+        let clock = Clock::Host;
+        Self { name: name.into(), cpus, memory_mib, append: String::new(), boot_within, clock }
     }
 }
 
@@ -99,7 +113,14 @@ impl Machine {
         let listener = UnixListener::bind(&socket).map_err(Error::io("making a control socket"))?;
         let mut command = Command::new("qemu-system-x86_64");
         command
-            .args(["-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max"])
+            .args(match spec.clock {
+                Clock::Host => vec!["-accel".to_owned(), "tcg,thread=multi".to_owned()],
+                Clock::Instructions(shift) => {
+                    let icount = format!("shift={},sleep=off", shift.min(10));
+                    ["-accel", "tcg,thread=single", "-icount", &icount].map(str::to_owned).into()
+                }
+            })
+            .args(["-machine", "q35", "-cpu", "max"])
             .args(["-smp", &spec.cpus.to_string(), "-m", &format!("{}M", spec.memory_mib)])
             .args(["-nodefaults", "-display", "none", "-no-reboot"])
             .args(["-name", &format!("{},debug-threads=on", spec.name)])

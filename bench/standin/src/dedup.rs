@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::mix::mix;
 use crate::program::{Config, Program, Worker};
-use crate::spin::{Meter, Queue, SpinLock, Told};
+use crate::spin::{Meter, Queue, SpinLock, Told, spin_loop};
 
 /// Bytes of the input.
 pub const INPUT: usize = 1 << 20;
@@ -279,7 +279,7 @@ impl Program for Dedup {
                 w.meter.queues.spins += spins;
                 spins = 0;
             } else {
-                std::hint::spin_loop();
+                spin_loop();
                 spins += 1;
             }
         }

@@ -37,6 +37,8 @@ pub struct Plan {
     pub seed: u64,
     /// Whether all threads are called as QEMU's vCPUs are.
     pub vcpu_names: bool,
+    /// Whether they spin without the pause instruction.
+    pub no_pause: bool,
 }
 
 /// What a fleet's run came to.
@@ -103,6 +105,9 @@ impl Member {
         }
         if plan.vcpu_names {
             command.arg("--vcpu-names");
+        }
+        if plan.no_pause {
+            command.arg("--no-pause");
         }
         let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
         let out = child.stdout.take().context("the stand-in's output")?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use godwit_standin::{Config, Outcome, StandIn, cc, dedup, fleet, run};
+use godwit_standin::{Config, Outcome, StandIn, cc, dedup, fleet, run, spin};
 
 /// Stand-ins for the workloads of the dissertation's chapter 4. None of them is the program that
 /// it stands in for; each does work that can be checked, and waits by spinning at user level as a
@@ -66,6 +66,9 @@ struct Run {
     /// Call threads as QEMU calls its vCPUs.
     #[arg(long)]
     vcpu_names: bool,
+    /// Spin without the pause instruction.
+    #[arg(long)]
+    no_pause: bool,
     /// Print the outcome as one line of JSON.
     #[arg(long)]
     json: bool,
@@ -113,6 +116,9 @@ struct Fleet {
     /// Call threads as QEMU calls its vCPUs.
     #[arg(long)]
     vcpu_names: bool,
+    /// Spin without the pause instruction.
+    #[arg(long)]
+    no_pause: bool,
 }
 
 fn seconds(s: &str) -> Result<Duration, String> {
@@ -208,6 +214,7 @@ fn work(cli: Cli) -> anyhow::Result<()> {
                 sample: f.sample,
                 seed: f.seed,
                 vcpu_names: f.vcpu_names,
+                no_pause: f.no_pause,
             };
             let me = std::env::current_exe().context("find this program")?;
             let report = fleet::run(&plan, &me, &stop)?;
@@ -222,6 +229,7 @@ fn work(cli: Cli) -> anyhow::Result<()> {
         let now = getppid().map_or(0, |p| p.as_raw_nonzero().get());
         anyhow::ensure!(now == parent, "process {parent}, which started this one, has ended");
     }
+    spin::spin_without_pause(args.no_pause);
     let outcome = run(&args.config(stand_in), &stop)?;
     if args.json {
         say(&serde_json::to_string(&outcome).context("write the outcome as JSON")?)

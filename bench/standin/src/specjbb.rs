@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use crate::mix::{compute, mix, turns};
 use crate::program::{Config, Program, Worker};
-use crate::spin::{Meter, SpinBarrier, SpinLock, Told};
+use crate::spin::{Meter, SpinBarrier, SpinLock, Told, spin_loop};
 
 /// How long a lock is held, in microseconds of a processor of 3 GHz (table 4.1).
 pub const HELD_US: f64 = 0.16;
@@ -121,7 +121,7 @@ impl Program for Specjbb {
         self.idle.fetch_add(1, Ordering::AcqRel);
         while self.idle.load(Ordering::Acquire) < self.threads {
             self.safepoint(worker)?;
-            std::hint::spin_loop();
+            spin_loop();
         }
         Ok(())
     }

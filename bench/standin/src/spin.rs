@@ -4,7 +4,6 @@
 //! makes a guest suffer when its host runs another machine in the holder's stead.
 
 use std::cell::UnsafeCell;
-use std::hint::spin_loop;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde::Serialize;
@@ -15,6 +14,23 @@ use crate::clock::ticks;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Told;
 
+/// Whether waiting loops leave the pause instruction out.
+static BUSY: AtomicBool = AtomicBool::new(false);
+
+/// Makes all waiting loops of this process do without the pause instruction, or with it, as they do
+/// unless told. Where an emulated processor passes its turn on at a pause, a wait would cost nothing
+/// with it, which no real processor does.
+pub fn spin_without_pause(without: bool) {
+    BUSY.store(without, Ordering::Relaxed);
+}
+
+/// One turn of a waiting loop.
+pub(crate) fn spin_loop() {
+    if !BUSY.load(Ordering::Relaxed) {
+        std::hint::spin_loop();
+    }
+}
+
 /// Waits on one kind of thing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Waits {
@@ -22,7 +38,7 @@ pub struct Waits {
     pub passed: u64,
     /// How often it could not be passed at once.
     pub waited: u64,
-    /// Turns of the waiting loops, each with one pause instruction.
+    /// Turns of the waiting loops.
     pub spins: u64,
 }
 

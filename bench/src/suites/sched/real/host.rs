@@ -100,7 +100,7 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
             }
         }
         said += &sheet.finish();
-        results.experiments.extend([sheet.time, sheet.share]);
+        results.experiments.extend([sheet.time, sheet.cpu, sheet.share]);
     }
     results.notes.push(said);
     if !plan.observe.is_zero() {
@@ -121,6 +121,8 @@ fn turned(round: usize) -> [&'static str; 3] {
 struct Sheet {
     workload: String,
     time: Experiment,
+    /// What an operation costs, whatever part of the CPUs the machine got.
+    cpu: Experiment,
     share: Experiment,
 }
 
@@ -135,6 +137,12 @@ impl Sheet {
                     "Time of the stand-in for {workload} per operation, in one of {machines} QEMU \
                      machines of {cpus} vCPUs (TCG), with the user-space service and without."
                 ),
+                "ms",
+                Better::Lower,
+            ),
+            cpu: Experiment::new(
+                &format!("host-{workload}-cpu"),
+                "CPU time of the measured machine's vCPUs per operation (TCG).",
                 "ms",
                 Better::Lower,
             ),
@@ -156,7 +164,9 @@ impl Sheet {
             run.outcome[key].as_f64().with_context(|| format!("no {key} in {}", run.outcome))
         };
         // A run in which nothing got done counts as one in which one operation took all the time.
-        self.time.push(subject, number("elapsed_ms")? / number("operations")?.max(1.0));
+        let operations = number("operations")?.max(1.0);
+        self.time.push(subject, number("elapsed_ms")? / operations);
+        self.cpu.push(subject, run.cpu_ms[0] / operations);
         let all: f64 = run.cpu_ms.iter().sum();
         self.share.push(subject, 100.0 * run.cpu_ms[1..].iter().sum::<f64>() / all);
         Ok(())

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use godwit_lab::{Initramfs, Kernel, Machine, Spec};
+use godwit_lab::{Clock, Initramfs, Kernel, Machine, Spec};
 use serde_json::Value;
 
 use super::{program, shorter_percent};
@@ -33,6 +33,9 @@ pub struct Plan {
     pub run: Duration,
     /// How long fairness is watched in each round; zero: not at all.
     pub fairness: Duration,
+    /// What the guest's time is. By instructions it does not depend on what else the host does; a
+    /// run takes some ten times as long then.
+    pub clock: Clock,
 }
 
 impl Plan {
@@ -52,6 +55,7 @@ impl Plan {
             queues: if quick { vec![8] } else { vec![8, 12] },
             run: Duration::from_secs(if quick { 4 } else { 5 }),
             fairness: Duration::from_secs(if quick { 6 } else { 30 }),
+            clock: Clock::Host,
         }
     }
 }
@@ -66,10 +70,18 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     ensure!(plan.queues.iter().all(|q| (1..=64).contains(q)), "a queue has 1 to 64 entries");
     let mut guest = Guest::boot(plan)?;
     results.accel.get_or_insert_with(|| "tcg".to_owned());
+    let time = match plan.clock {
+        Clock::Host => "its time is this host's, whose CPUs its vCPUs share, and rough".to_owned(),
+        Clock::Instructions(shift) => format!(
+            "its time is instructions, {} ns each: vCPUs take turns, and a stand-in spins without a \
+             pause, which would end its vCPU's turn",
+            1 << shift
+        ),
+    };
     results.notes.push(format!(
-        "Kernel: {} in a guest of {} vCPUs under TCG on this host's CPUs; its time is rough. A \
-         machine is a process of {} threads that spin at user level; the others run the stand-in for \
-         SuperPI. {} rounds, schedulers in turns in one boot; context switches are the whole guest's.",
+        "Kernel: {} in a guest of {} vCPUs under TCG; {time}. A machine is a process of {} threads that \
+         spin at user level; the others run the stand-in for SuperPI. {} rounds, schedulers in turns in \
+         one boot; context switches are the whole guest's.",
         guest.release, plan.cpus, plan.cpus, plan.rounds
     ));
     let mut sheets: Vec<Sheet> = Vec::new();
@@ -126,7 +138,7 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     }
     results.notes.push(said);
     for sheet in sheets {
-        results.experiments.extend([sheet.time, sheet.share, sheet.switches]);
+        results.experiments.extend([sheet.time, sheet.cpu, sheet.share, sheet.switches]);
         results.experiments.extend(sheet.held);
     }
     results.experiments.extend(fairness.finish());
@@ -143,6 +155,7 @@ fn turned(modes: &[String], round: usize) -> impl Iterator<Item = &String> {
 struct Guest {
     machine: Machine,
     release: String,
+    clock: Clock,
 }
 
 /// What one run of a fleet gave.
@@ -162,9 +175,21 @@ impl Guest {
         if plan.modes.iter().any(|m| m != EEVDF) {
             initramfs = initramfs.program(program("godwit-sched-ext", "godwit-sched-ext")?)?;
         }
-        let machine =
-            Machine::boot(&kernel, &initramfs, &Spec::new("bench-sched", plan.cpus, 1024))?;
-        Ok(Self { machine, release: kernel.release().to_owned() })
+        let mut spec = Spec::new("bench-sched", plan.cpus, 1024);
+        spec.clock = plan.clock;
+        // Timers at different times on each CPU make the vCPUs' turns shorter where they take turns.
+        spec.append = "skew_tick=1".to_owned();
+        spec.boot_within *= 2;
+        let machine = Machine::boot(&kernel, &initramfs, &spec)?;
+        Ok(Self { machine, release: kernel.release().to_owned(), clock: plan.clock })
+    }
+
+    /// Within which time everything has to happen that takes seconds at most.
+    fn soon(&self) -> Duration {
+        match self.clock {
+            Clock::Host => SOON,
+            Clock::Instructions(_) => 10 * SOON,
+        }
     }
 
     /// Runs a fleet under `mode`, which is gone again afterwards.
@@ -172,12 +197,17 @@ impl Guest {
         if mode != EEVDF {
             self.load(mode).with_context(|| format!("load the scheduler in mode {mode}"))?;
         }
-        let said = self.machine.ok(&format!("godwit-standin fleet {args}"), run + 2 * SOON)?;
+        let (busy, slow) = match self.clock {
+            Clock::Host => ("", 1),
+            Clock::Instructions(_) => ("--no-pause", 100),
+        };
+        let fleet = format!("godwit-standin fleet {busy} {args}");
+        let said = self.say(&fleet, slow * run + 2 * self.soon())?;
         let line = said.lines().last().unwrap_or_default();
         let report =
             serde_json::from_str(line).with_context(|| format!("the fleet said {said:?}"))?;
         let stats = if mode == EEVDF {
-            let state = self.machine.ok("cat /sys/kernel/sched_ext/state", SOON)?;
+            let state = self.say("cat /sys/kernel/sched_ext/state", self.soon())?;
             ensure!(state.trim() == "disabled", "sched_ext is {state:?} while EEVDF is measured");
             None
         } else {
@@ -186,42 +216,51 @@ impl Guest {
         Ok(Run { report, stats })
     }
 
+    /// Runs a command in the guest and gives what it says.
+    fn say(&mut self, command: &str, within: Duration) -> anyhow::Result<String> {
+        Ok(self.machine.ok(command, within)?)
+    }
+
     fn load(&mut self, mode: &str) -> anyhow::Result<()> {
         // Names go into a shell.
         ensure!(mode.bytes().all(|b| b.is_ascii_alphanumeric()), "{mode:?} is no mode");
-        self.machine.ok(
+        self.say(
             &format!(
                 "godwit-sched-ext load --mode {mode} --vm-by process:godwit-standin \
                  >/tmp/ext.log 2>&1 & echo $! >/tmp/ext.pid"
             ),
-            SOON,
+            self.soon(),
         )?;
         self.state("enabled")
     }
 
     /// The counters of the scheduler that is loaded, which must not have left; then it goes.
     fn unload(&mut self) -> anyhow::Result<Value> {
-        let answer = self.machine.run("cat /sys/kernel/sched_ext/state; cat /tmp/ext.log", SOON)?;
+        let soon = self.soon();
+        let answer =
+            self.machine.run("cat /sys/kernel/sched_ext/state; tail -n 15 /tmp/ext.log", soon)?;
         ensure!(
             answer.output.starts_with("enabled"),
             "the scheduler left while it was measured: {}",
             answer.output
         );
-        let said = self.machine.ok("godwit-sched-ext top --once --json", SOON)?;
+        let said = self.say("godwit-sched-ext top --once --json", self.soon())?;
         let stats = serde_json::from_str(said.trim())
             .with_context(|| format!("the scheduler's counters are {said:?}"))?;
-        self.machine.ok("kill $(cat /tmp/ext.pid)", SOON)?;
+        self.say("kill $(cat /tmp/ext.pid)", self.soon())?;
         self.state("disabled")?;
         Ok(stats)
     }
 
     /// Waits until sched_ext is in `state`.
     fn state(&mut self, state: &str) -> anyhow::Result<()> {
+        // A loader that has ended, and so has no command line any more, will not bring it about.
         let wait = format!(
-            "i=0; until grep -q {state} /sys/kernel/sched_ext/state; do i=$((i+1)); \
-             if [ $i -gt 200 ]; then cat /tmp/ext.log; exit 1; fi; sleep 0.1; done"
+            "until grep -q {state} /sys/kernel/sched_ext/state; do \
+             grep -q . /proc/$(cat /tmp/ext.pid)/cmdline 2>/dev/null || {{ sleep 1; grep -q {state} \
+             /sys/kernel/sched_ext/state && exit 0; tail -n 15 /tmp/ext.log; exit 1; }}; sleep 0.1; done"
         );
-        self.machine.ok(&wait, SOON).map(drop).with_context(|| format!("wait for {state}"))
+        self.say(&wait, self.soon()).map(drop).with_context(|| format!("wait for {state}"))
     }
 }
 
@@ -230,6 +269,8 @@ struct Sheet {
     workload: String,
     queue: usize,
     time: Experiment,
+    /// What an operation costs, whatever part of the CPUs the machine got.
+    cpu: Experiment,
     share: Experiment,
     switches: Experiment,
     /// How long locks were held and waited for, where that was timed.
@@ -253,6 +294,12 @@ impl Sheet {
                 &format!(
                     "{figure}, in a guest's kernel (TCG): time of the stand-in for {workload}, {place}, per operation."
                 ),
+                "ms",
+                Better::Lower,
+            ),
+            cpu: Experiment::new(
+                &format!("{name}-cpu"),
+                &format!("CPU time of all threads of {workload} per operation, {place} (TCG)."),
                 "ms",
                 Better::Lower,
             ),
@@ -307,9 +354,12 @@ impl Sheet {
 
     fn push(&mut self, mode: &str, report: &Value) -> anyhow::Result<()> {
         let measured = &report["measured"];
-        let operations = number(&measured["operations"])?;
         // A run in which nothing got done counts as one in which one operation took all the time.
-        self.time.push(mode, number(&measured["elapsed_ms"])? / operations.max(1.0));
+        let operations = number(&measured["operations"])?.max(1.0);
+        self.time.push(mode, number(&measured["elapsed_ms"])? / operations);
+        let threads = measured["cpu_ms"].as_array().context("CPU time of the threads")?;
+        let cpu = threads.iter().map(number).sum::<anyhow::Result<f64>>()?;
+        self.cpu.push(mode, cpu / operations);
         for (experiment, key) in self.held.iter_mut().zip(["hold", "wait"]) {
             if let Some(ns) = measured[key]["mean_ns"].as_f64() {
                 experiment.push(mode, ns / 1e3);
@@ -447,7 +497,7 @@ mod tests {
 
     fn report() -> Value {
         serde_json::json!({
-            "measured": { "operations": 50, "elapsed_ms": 2000.0 },
+            "measured": { "operations": 50, "elapsed_ms": 2000.0, "cpu_ms": [400.0, 100.0] },
             "switches": 300,
             "at_ms": [0.0, 1000.0, 2000.0, 3000.0],
             "cpu_ms": [[0.0, 10.0], [500.0, 610.0], [1000.0, 1010.0], [1500.0, 1510.0]],
@@ -460,6 +510,7 @@ mod tests {
         sheet.push("sbco", &report()).expect("a whole report");
         let first = |e: &Experiment| e.series[0].values.clone();
         assert_eq!(first(&sheet.time), [40.0]);
+        assert_eq!(first(&sheet.cpu), [10.0]);
         assert_eq!(first(&sheet.share), [100.0 * 1000.0 / 1900.0]);
         assert_eq!(first(&sheet.switches), [100.0]);
         assert_eq!(Samples::of(&report()).expect("samples").lags(1), [100.0, 100.0, 0.0]);
