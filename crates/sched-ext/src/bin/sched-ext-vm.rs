@@ -98,7 +98,7 @@ fn flash(count: u32) -> Result<(), Failure> {
             let pid = unsafe { libc::fork() };
             match pid {
                 0 => {
-                    let done = machine(2, Duration::from_millis(10), Kind::Lock, true);
+                    let done = machine(2, Duration::from_millis(3), Kind::Lock, true);
                     std::process::exit(done.is_err().into());
                 }
                 -1 => return Err(io::Error::last_os_error().into()),
