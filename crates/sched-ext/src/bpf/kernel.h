@@ -86,6 +86,7 @@ struct sched_entity {
 };
 
 struct sched_ext_entity {
+	u32 flags;
 	u32 weight;
 	u64 slice;
 	u64 dsq_vtime;
@@ -177,6 +178,7 @@ enum scx_dsq_id_flags { SCX_DSQ_LOCAL = 1ULL << 63 | 2 };
 enum scx_enq_flags { SCX_ENQ_WAKEUP = 1 };
 enum scx_kick_flags { SCX_KICK_IDLE = 1, SCX_KICK_PREEMPT = 2 };
 enum scx_wake_flags { SCX_WAKE_FORK = 4 };
+enum scx_ent_flags { SCX_TASK_QUEUED = 1 };
 #define ENUM(type, name) bpf_core_enum_value(enum type, name)
 
 /*
@@ -255,12 +257,12 @@ static __always_inline void set_vtime(struct task_struct *p, u64 vtime)
 		p->scx.dsq_vtime = vtime;
 }
 
-static __always_inline void end_slice(struct task_struct *p)
+static __always_inline void set_slice(struct task_struct *p, u64 slice)
 {
 	if (bpf_ksym_exists(scx_bpf_task_set_slice___new))
-		scx_bpf_task_set_slice___new(p, 0);
+		scx_bpf_task_set_slice___new(p, slice);
 	else
-		p->scx.slice = 0;
+		p->scx.slice = slice;
 }
 
 #endif

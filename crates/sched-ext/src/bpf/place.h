@@ -110,7 +110,7 @@ GLOBAL u32 cost_of(u32 cpu, bool moved)
 /* The cheapest CPU for `p`, which may be put anywhere its mask allows. */
 GLOBAL s32 place(struct task_struct *p TRUSTED, u64 key, u32 self, s32 prev)
 {
-	u32 best_cost = ~0U, start = bpf_get_prandom_u32();
+	u32 best_cost = ~0U, start = bpf_get_prandom_u32() % MAX_CPUS;
 	s32 best = prev;
 	u32 i;
 
@@ -174,46 +174,65 @@ GLOBAL bool pull(u32 from, u32 to, bool idle)
 	return moved;
 }
 
-/* For a CPU whose queue is empty: takes a task from whoever has one that may come. */
-GLOBAL bool pull_idle(u32 cpu)
+/* The CPU with the longest queue of more than `more` tasks, from `start` on; -1: none. */
+GLOBAL s32 find_busiest(u32 cpu, s32 more, u32 start)
 {
-	u32 start = bpf_get_prandom_u32();
+	s32 busiest = -1;
 	u32 i;
 
 	LOOP(i, nr_cpus) {
 		u32 from = (i + start) % nr_cpus;
+		s32 queued = from == cpu ? 0 : scx_bpf_dsq_nr_queued(from);
 
-		if (from == cpu || scx_bpf_dsq_nr_queued(from) < 1)
-			continue;
-		if (pull(from, cpu, true)) {
-			count(pulled_idle);
-			return true;
+		if (queued > more) {
+			more = queued;
+			busiest = from;
 		}
 	}
+	return busiest;
+}
+
+/*
+ * For a CPU whose queue is empty: takes a task over. If what it ran may go on (`keeps`), only from a
+ * queue of two and more, since from a shorter one the imbalance would only change its place; if
+ * it idles, from whoever has one that may come.
+ */
+GLOBAL bool pull_idle(u32 cpu, bool keeps)
+{
+	u32 start = bpf_get_prandom_u32() % MAX_CPUS;
+	s32 from = find_busiest(cpu, keeps ? 1 : 0, start);
+	u32 i;
+
+	if (from < 0)
+		return false;
+	if (pull(from, cpu, true))
+		goto pulled;
+	if (keeps)
+		return false;
+	LOOP(i, nr_cpus) {
+		u32 other = (i + start) % nr_cpus;
+
+		if (other != cpu && scx_bpf_dsq_nr_queued(other) > 0 && pull(other, cpu, true))
+			goto pulled;
+	}
 	return false;
+pulled:
+	count(pulled_idle);
+	return true;
 }
 
 /* Now and then: takes a task from the longest queue if that has at least two more. */
 GLOBAL int pull_balance(u32 cpu)
 {
 	struct cpu_ctx *c = cpu_ctx(cpu);
-	s32 mine = scx_bpf_dsq_nr_queued(cpu), most = mine + 1;
 	u64 now = bpf_ktime_get_ns();
-	u32 busiest = cpu;
-	u32 i;
+	s32 busiest;
 
 	if (!c || now - c->balanced_at < BALANCE_NS)
 		return 0;
 	c->balanced_at = now;
-	LOOP(i, nr_cpus) {
-		s32 queued = scx_bpf_dsq_nr_queued(i);
-
-		if (queued > most) {
-			most = queued;
-			busiest = i;
-		}
-	}
-	if (busiest != cpu && pull(busiest, cpu, false))
+	busiest = find_busiest(cpu, scx_bpf_dsq_nr_queued(cpu) + 1, now % MAX_CPUS);
+	if (busiest >= 0 && pull(busiest, cpu, false))
 		count(pulled_balance);
 	return 0;
 }

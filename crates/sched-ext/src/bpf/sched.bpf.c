@@ -154,6 +154,7 @@ GLOBAL bool dispatch_forced(u32 cpu)
 void OPS(dispatch, s32 cpu, struct task_struct *prev)
 {
 	struct cpu_ctx *c = cpu_ctx(cpu);
+	bool keeps = prev && (prev->scx.flags & ENUM(scx_ent_flags, SCX_TASK_QUEUED));
 	u64 started = 0;
 
 	if (!c)
@@ -173,8 +174,11 @@ void OPS(dispatch, s32 cpu, struct task_struct *prev)
 		add(STAT_sampled_ns, bpf_ktime_get_ns() - started);
 	}
 	pull_balance(cpu);
-	if (!dsq_move_to_local(cpu))
-		pull_idle(cpu);
+	if (dsq_move_to_local(cpu) || pull_idle(cpu, keeps))
+		return;
+	/* It goes on; the kernel would give it a much longer slice. */
+	if (keeps)
+		set_slice(prev, slice_ns);
 }
 
 /*
@@ -320,7 +324,7 @@ bool OPS(yield, struct task_struct *from, struct task_struct *to)
 	if (to && coupling == COUPLING_SBCO)
 		done = yield_to(from, to);
 	if (!to || done)
-		end_slice(from);
+		set_slice(from, 0);
 	return done;
 }
 
