@@ -8,7 +8,8 @@
 //!
 //! Where the kernel's autogroups are on, a process in the root group shares its weight with its
 //! session. A thread that is moved to a group of its own leaves its autogroup, and returns to it when
-//! it is moved back.
+//! it is moved back. Machines that were started in one session, which shared one weight, then have one
+//! each, and count for more beside other processes than before.
 
 use std::fs;
 use std::io;

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use godwit_sched::policy::Alpha;
+
 /// The state directory where nothing else is said. It need not outlive a boot.
 pub const STATE_DIR: &str = "/run/godwit/sched";
 
@@ -29,12 +31,16 @@ pub struct Config {
     pub max_steps: i32,
     /// How long a loan lives at most, one period to 10 s.
     pub life: Duration,
+    /// From which distance on a loan is made, as a share of a queue's length.
+    pub alpha: Alpha,
+    /// How long a loan for distance lives, at most 1 s; zero: none are made.
+    pub turn: Duration,
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
-            period: Duration::from_millis(40),
+            period: Duration::from_millis(20),
             scan: Duration::from_secs(1),
             state_dir: STATE_DIR.into(),
             only: None,
@@ -44,6 +50,8 @@ impl Default for Config {
             threshold: Duration::from_millis(15),
             max_steps: 3,
             life: Duration::from_millis(400),
+            alpha: Alpha::THESIS,
+            turn: Duration::from_millis(20),
         }
     }
 }
@@ -68,6 +76,7 @@ impl Config {
         within("the scan interval", self.scan, ms(100), ms(60_000))?;
         within("the threshold of a loan", self.threshold, ms(1), ms(1000))?;
         within("the life of a loan", self.life, self.period, ms(10_000))?;
+        within("the life of a loan for distance", self.turn, ms(0), ms(1000))?;
         if !(1..=5).contains(&self.max_steps) {
             let (least, most) = ("1".into(), "5".into());
             return Err(BadConfig { what: "the steps of a loan", least, most });

@@ -7,8 +7,8 @@
 //!
 //! Where the files of a process may not be read, the names of the known programs count
 //! (`qemu-system-*`, `qemu-kvm`, `cloud-hypervisor`, `firecracker`). Who goes so far as to call their
-//! own program `qemu-system-x` gets what a machine gets, which is nothing at others' cost: a group
-//! with the weight of one thread, and loans among their own threads.
+//! own program `qemu-system-x` gets what a machine gets, and that is no more than anybody can have by a
+//! session of its own: a group with the weight of one thread, and loans among its own threads.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;

@@ -7,8 +7,15 @@
 //! down by as many steps as the lender's goes up, so within the machine's group of threads the
 //! weights of the kernel's table shift from one to the other and their product stays.
 //!
+//! A loan is also made for **distance**, as Algorithm 1 of the thesis does it: a vCPU that runs finds
+//! a sibling two thirds of its queue away. Ordinates count the one that runs as 0 here, so that a
+//! queue of three has a farthest place, 2, that reaches 2/3 x 3; with a queue of two nothing is far.
+//! Siblings whose turns alternate in step stay so by themselves on an even host, since all slices end
+//! at ticks; a loan of one turn brings them out of it, and siblings whose turns coincide are left
+//! alone. Such a loan lives for a few periods at most, and then its partners rest as long.
+//!
 //! ```text
-//!            lag > threshold, a lender is ahead
+//!            lag > threshold, a lender is ahead | far
 //!   (none) ------------------------------------> [lent]
 //!      ^                                            |
 //!      |  caught up | lender fell behind | expired  |
@@ -17,10 +24,12 @@
 //! ```
 //!
 //! Invariants (each tested): the steps of a machine's vCPUs sum to 0; a vCPU takes part in at most one
-//! loan (the thesis' dirty tag); no loan outlives its expiry by more than a period; what was lent was
+//! loan, and rests after one for distance (the thesis' dirty tag); no loan outlives its expiry by more than a period; what was lent was
 //! settled or is outstanding.
 
 use std::collections::BTreeMap;
+
+use godwit_sched::policy::Alpha;
 
 /// How loans are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +40,19 @@ pub struct Terms {
     pub max_steps: i32,
     /// How long a loan lives at most, nanoseconds.
     pub life_ns: u64,
+    /// From which distance on a loan is made.
+    pub alpha: Alpha,
+    /// How long a loan for distance lives, nanoseconds; 0: there are none.
+    pub turn_ns: u64,
+}
+
+/// Where a vCPU stands in its queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// 0 for the one that runs.
+    pub ordinate: usize,
+    /// How many run or wait there.
+    pub queue: usize,
 }
 
 /// What one vCPU did in the last period.
@@ -46,6 +68,8 @@ pub struct Sample {
     pub ready: bool,
     /// Steps by which its nice may go down, and up.
     pub room: (i32, i32),
+    /// Where it stands, if it is ready.
+    pub standing: Option<Standing>,
 }
 
 /// A loan.
@@ -59,6 +83,17 @@ pub struct Loan {
     pub steps: i32,
     /// When it ends at the latest.
     pub expires_ns: u64,
+    /// What it was made for.
+    pub cause: Cause,
+}
+
+/// What a loan is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// The debtor ran less than its siblings.
+    Lag,
+    /// The debtor stood far back in its queue while the lender ran.
+    Distance,
 }
 
 /// Why a loan ended.
@@ -103,6 +138,8 @@ pub struct Ledger {
     pub expired: u64,
     /// Loans that ended with a vCPU.
     pub gone: u64,
+    /// Loans that were made for distance.
+    pub for_distance: u64,
 }
 
 /// The loans of one machine.
@@ -114,6 +151,8 @@ pub struct Lending {
     starved: BTreeMap<u32, bool>,
     loans: Vec<Loan>,
     ledger: Ledger,
+    /// Until when a vCPU takes part in no loan for distance.
+    rests: BTreeMap<u32, u64>,
 }
 
 impl Lending {
@@ -125,7 +164,16 @@ impl Lending {
             lag_ns: BTreeMap::new(),
             starved: BTreeMap::new(),
             loans: Vec::new(),
-            ledger: Ledger { loans: 0, lent: 0, settled: 0, caught_up: 0, expired: 0, gone: 0 },
+            ledger: Ledger {
+                loans: 0,
+                lent: 0,
+                settled: 0,
+                caught_up: 0,
+                expired: 0,
+                gone: 0,
+                for_distance: 0,
+            },
+            rests: BTreeMap::new(),
         }
     }
 
@@ -162,9 +210,12 @@ impl Lending {
     pub fn period(&mut self, now_ns: u64, window_ns: u64, samples: &[Sample]) -> Vec<Decision> {
         let striving = self.account(window_ns, samples);
         let mut decisions = self.settle(now_ns, samples, &striving);
-        if let Some(loan) = self.lend(now_ns, samples, &striving) {
+        self.rests.retain(|_, until| *until > now_ns);
+        let loan = self.lend(now_ns, samples, &striving);
+        if let Some(loan) = loan.or_else(|| self.lend_for_distance(now_ns, samples)) {
             self.loans.push(loan);
             self.ledger.loans += 1;
+            self.ledger.for_distance += u64::from(loan.cause == Cause::Distance);
             self.ledger.lent += u64::from(loan.steps.unsigned_abs());
             decisions.push(Decision::Lend(loan));
         }
@@ -211,6 +262,8 @@ impl Lending {
                 Some(Why::Gone)
             } else if now_ns >= loan.expires_ns {
                 Some(Why::Expired)
+            } else if loan.cause == Cause::Distance {
+                None
             } else if !striving.contains(&loan.to) {
                 Some(Why::Asleep)
             } else if self.lag_ns(loan.to) <= 0 {
@@ -225,6 +278,10 @@ impl Lending {
             self.loans.iter().filter_map(|l| Some((*l, why(l)?))).collect();
         for (loan, why) in &ended {
             self.loans.retain(|l| l != loan);
+            if loan.cause == Cause::Distance {
+                let until = now_ns.saturating_add(self.terms.turn_ns);
+                self.rests.extend([(loan.from, until), (loan.to, until)]);
+            }
             self.ledger.settled += u64::from(loan.steps.unsigned_abs());
             match why {
                 Why::CaughtUp => self.ledger.caught_up += 1,
@@ -252,7 +309,30 @@ impl Lending {
         let wanted = i32::try_from(behind / threshold.max(1)).unwrap_or(i32::MAX);
         let steps = wanted.min(most);
         let expires_ns = now_ns.saturating_add(self.terms.life_ns);
-        (steps > 0).then_some(Loan { from, to, steps, expires_ns })
+        (steps > 0).then_some(Loan { from, to, steps, expires_ns, cause: Cause::Lag })
+    }
+
+    /// Algorithm 1: one that runs, and a sibling that is too far.
+    fn lend_for_distance(&self, now_ns: u64, samples: &[Sample]) -> Option<Loan> {
+        if self.terms.turn_ns == 0 {
+            return None;
+        }
+        let dirty = |s: &&Sample| {
+            let in_loan = |l: &Loan| l.from == s.vcpu || l.to == s.vcpu;
+            self.rests.contains_key(&s.vcpu) || self.loans.iter().any(in_loan)
+        };
+        let stands = |s: &Sample| s.standing.map_or((0, 0), |at| (at.ordinate, at.queue));
+        let free = || samples.iter().filter(|s| s.standing.is_some() && !dirty(s));
+        let from = free().find(|s| stands(s).0 == 0)?;
+        let far = |s: &&Sample| {
+            let (ordinate, queue) = stands(s);
+            ordinate > 0 && self.terms.alpha.reached(ordinate, queue)
+        };
+        let to = free().filter(far).max_by_key(|s| stands(s).0)?;
+        let steps = to.room.0.min(from.room.1).min(self.terms.max_steps);
+        let expires_ns = now_ns.saturating_add(self.terms.turn_ns);
+        let loan = Loan { from: from.vcpu, to: to.vcpu, steps, expires_ns, cause: Cause::Distance };
+        (steps > 0).then_some(loan)
     }
 }
 
@@ -263,11 +343,17 @@ mod tests {
 
     const MS: u64 = 1_000_000;
     const WINDOW: u64 = 50 * MS;
-    const TERMS: Terms = Terms { threshold_ns: 10 * MS, max_steps: 3, life_ns: 200 * MS };
+    const TERMS: Terms = Terms {
+        threshold_ns: 10 * MS,
+        max_steps: 3,
+        life_ns: 200 * MS,
+        alpha: Alpha::THESIS,
+        turn_ns: 50 * MS,
+    };
 
     fn ran(vcpu: u32, run_ms: u64, wait_ms: u64) -> Sample {
         let (run_ns, wait_ns) = (run_ms * MS, wait_ms * MS);
-        Sample { vcpu, run_ns, wait_ns, ready: true, room: (20, 19) }
+        Sample { vcpu, run_ns, wait_ns, ready: true, room: (20, 19), standing: None }
     }
 
     #[test]
@@ -333,15 +419,43 @@ mod tests {
         assert!(lending.period(50 * MS, WINDOW, &[ran(0, 40, 10), full]).is_empty());
     }
 
+    fn at(ordinate: usize, queue: usize, sample: Sample) -> Sample {
+        Sample { standing: Some(Standing { ordinate, queue }), ..sample }
+    }
+
+    #[test]
+    fn a_sibling_two_thirds_of_its_queue_away_is_lent_a_turn() {
+        let even = |v| ran(v, 20, 30);
+        for (ordinate, queue, lent) in
+            [(2, 3, true), (1, 3, false), (1, 2, false), (0, 3, false), (4, 6, true), (3, 6, false)]
+        {
+            let mut lending = Lending::new(TERMS);
+            let samples = [at(0, 3, even(0)), at(ordinate, queue, even(1))];
+            let d = lending.period(50 * MS, WINDOW, &samples);
+            assert_eq!(!d.is_empty(), lent, "ordinate {ordinate} of {queue}: {d:?}");
+            if lent {
+                assert_eq!((lending.steps(0), lending.steps(1)), (3, -3));
+                // It is settled after its turn, and then both rest for one.
+                let d = lending.period(100 * MS, WINDOW, &samples);
+                assert!(matches!(d[..], [Decision::Settle(_, Why::Expired)]), "{d:?}");
+                assert!(lending.period(140 * MS, WINDOW, &samples).is_empty());
+                assert_eq!(lending.period(160 * MS, WINDOW, &samples).len(), 1);
+                assert_eq!(lending.ledger().for_distance, 2);
+            }
+        }
+    }
+
     fn samples() -> impl Strategy<Value = Vec<Sample>> {
-        let one = (0u64..60, 0u64..60, any::<bool>(), 0i32..20, 0i32..20, any::<bool>());
+        let standing = (any::<bool>(), 0usize..6, 1usize..6);
+        let one = (0u64..60, 0u64..60, any::<bool>(), 0i32..20, 0i32..20, any::<bool>(), standing);
         proptest::collection::vec(one, 2..6).prop_map(|all| {
             all.into_iter()
                 .zip(0u32..)
-                .filter(|((.., gone), _)| !gone)
-                .map(|((run, wait, ready, down, up, _), vcpu)| Sample {
+                .filter(|((.., gone, _), _)| !gone)
+                .map(|((run, wait, ready, down, up, _, (stands, ordinate, queue)), vcpu)| Sample {
                     ready,
                     room: (down, up),
+                    standing: stands.then_some(Standing { ordinate, queue }),
                     ..ran(vcpu, run, wait)
                 })
                 .collect()

@@ -4,7 +4,7 @@
 //! ```text
 //!   start: lock -> put back what a killed service left -> probe -> thread
 //!   every scan (1 s):      find machines; those that ended: forget; new: group, place; load: re-place
-//!   every period (40 ms):  read accounts -> lend/settle -> nice and slice
+//!   every period (20 ms):  read accounts -> lend/settle -> nice and slice
 //!   stop, drop, error:     settle and put everything back, remove groups
 //! ```
 
@@ -22,9 +22,10 @@ use crate::cpus::CpuSet;
 use crate::discover::{Discovery, VmId};
 use crate::hands::{Hands, Restored};
 use crate::journal::{Journal, JournalError};
-use crate::lend::{Ledger, Terms};
+use crate::lend::{Ledger, Sample, Standing, Terms};
 use crate::place::{imbalance, place};
 use crate::proc::{CpuTime, online, parse_cpu_times, read_bounded};
+use crate::queues::queues;
 use crate::status::Status;
 use crate::sys::Powers;
 use crate::vm::{Managed, words};
@@ -221,11 +222,42 @@ impl Worker {
         let now_ns = u64::try_from((now - self.began).as_nanos()).unwrap_or(u64::MAX);
         let window_ns = u64::try_from(window.as_nanos()).unwrap_or(u64::MAX).max(1);
         let lend = self.config.lend && self.hands.powers().nice;
-        for vm in self.vms.values_mut() {
+        let mut samples: BTreeMap<VmId, Vec<Sample>> = BTreeMap::new();
+        for (id, vm) in &mut self.vms {
             // Who may not lend (any more) settles what it has lent.
             let lends = lend && vm.may_lend();
-            let samples = vm.sample(lends);
+            samples.insert(*id, vm.sample(lends));
+        }
+        if lend && !self.config.turn.is_zero() {
+            self.stand(&mut samples);
+        }
+        for (id, vm) in &mut self.vms {
+            let samples = samples.remove(id).unwrap_or_default();
             vm.period(now_ns, window_ns, &samples, &mut self.hands);
+        }
+    }
+
+    /// Where each ready vCPU stands among all vCPUs of its pCPU. Other threads are left out: to read
+    /// them all would cost more than it tells.
+    fn stand(&self, samples: &mut BTreeMap<VmId, Vec<Sample>>) {
+        let mut numbers = BTreeMap::new();
+        let mut ready = Vec::new();
+        for (id, vm) in &self.vms {
+            for (number, thread) in vm.ready() {
+                numbers.insert(thread.tid, (*id, number));
+                ready.push(thread);
+            }
+        }
+        for queue in queues(&ready).values() {
+            let length = 1 + queue.waiting.len();
+            let all = std::iter::once(&queue.running).chain(&queue.waiting);
+            for (ordinate, thread) in all.enumerate() {
+                let Some((id, number)) = numbers.get(&thread.tid) else { continue };
+                let of_vm = samples.get_mut(id).into_iter().flatten();
+                for sample in of_vm.filter(|s| s.vcpu == *number) {
+                    sample.standing = Some(Standing { ordinate, queue: length });
+                }
+            }
         }
     }
 
@@ -278,6 +310,8 @@ impl Worker {
             threshold_ns: ns(self.config.threshold),
             max_steps: self.config.max_steps,
             life_ns: ns(self.config.life),
+            alpha: self.config.alpha,
+            turn_ns: ns(self.config.turn),
         }
     }
 
@@ -354,6 +388,7 @@ fn sum(a: Ledger, b: Ledger) -> Ledger {
         caught_up: a.caught_up + b.caught_up,
         expired: a.expired + b.expired,
         gone: a.gone + b.gone,
+        for_distance: a.for_distance + b.for_distance,
     }
 }
 

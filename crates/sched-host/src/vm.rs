@@ -12,6 +12,7 @@ use crate::hands::{ChangeError, Hands, Restored};
 use crate::lend::{Decision, Lending, Loan, Sample, Terms};
 use crate::place::Wish;
 use crate::proc::{SchedStat, Thread};
+use crate::queues::Ready;
 use crate::status::{VcpuStatus, VmStatus};
 use crate::sys::{self, Attr};
 
@@ -204,10 +205,29 @@ impl Managed {
                 wait_ns: account.wait_ns.saturating_sub(vcpu.last.wait_ns),
                 ready: vcpu.ready,
                 room,
+                standing: None,
             });
             vcpu.last = account;
         }
         samples
+    }
+
+    /// Its vCPUs that are ready, with their positions, and their numbers.
+    pub(crate) fn ready(&self) -> Vec<(u32, Ready)> {
+        let ready = |(number, vcpu): (&u32, &Vcpu)| {
+            let position =
+                (vcpu.ready && !vcpu.gone).then(|| vcpu.thread.position().ok()).flatten()?;
+            let ready = Ready {
+                tid: vcpu.thread.id().tid,
+                cpu: vcpu.cpu,
+                vm: Some(self.id),
+                group: u64::from(self.id.pid.unsigned_abs()),
+                exec_start_ms: position.exec_start_ms,
+                vruntime_ms: position.vruntime_ms,
+            };
+            Some((*number, ready))
+        };
+        self.vcpus.iter().filter_map(ready).collect()
     }
 
     /// Whether its vCPUs may lend to each other at nobody else's cost.

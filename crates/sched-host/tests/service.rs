@@ -28,6 +28,7 @@ fn config(state: &Path, pids: &[i32]) -> Config {
         only: Some(pids.to_vec()),
         scan: Duration::from_millis(200),
         threshold: Duration::from_millis(5),
+        turn: Duration::ZERO,
         ..Config::default()
     }
 }
@@ -128,7 +129,7 @@ fn the_next_start_puts_back_what_a_killed_service_left() {
     let before: Vec<_> = vcpus.iter().map(|t| traits(qemu.pid(), *t)).collect();
     let state = dir.path().join("state");
     let mut service = program()
-        .args(["run", "--pid", &qemu.pid().to_string(), "--threshold-ms", "5"])
+        .args(["run", "--pid", &qemu.pid().to_string(), "--threshold-ms", "5", "--turn-ms", "0"])
         .arg("--state-dir")
         .arg(&state)
         .stdout(Stdio::null())

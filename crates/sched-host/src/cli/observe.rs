@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use godwit_sched::policy::Alpha;
-
-use super::{Asked, CliError, Progress, percent, print, seconds};
+use super::{Asked, CliError, Progress, alpha, percent, print, seconds};
 use crate::observe::{Config, Report, observe, ratio};
 
 /// Measure how the vCPUs of this host's machines are scheduled, without changing anything.
@@ -66,13 +64,6 @@ impl ObserveArgs {
             only: (!self.pid.is_empty()).then(|| self.pid.clone()),
         })
     }
-}
-
-fn alpha(text: &str) -> Result<Alpha, CliError> {
-    let parts = text.split_once('/');
-    parts
-        .and_then(|(n, m)| Alpha::new(n.parse().ok()?, m.parse().ok()?))
-        .ok_or_else(|| CliError::Usage(format!("--alpha {text:?} is no share like 2/3")))
 }
 
 fn table(report: &Report) -> String {

@@ -21,7 +21,7 @@ pub struct RunArgs {
     #[arg(long, conflicts_with = "seconds")]
     pub once: bool,
     /// How often to look at vCPUs, milliseconds
-    #[arg(long, default_value_t = 40, value_name = "N")]
+    #[arg(long, default_value_t = 20, value_name = "N")]
     pub period_ms: u64,
     /// From which lag behind its siblings on a vCPU gets a loan, milliseconds
     #[arg(long, default_value_t = 15, value_name = "N")]
@@ -32,6 +32,12 @@ pub struct RunArgs {
     /// How long a loan lives at most, milliseconds
     #[arg(long, default_value_t = 400, value_name = "N")]
     pub life_ms: u64,
+    /// From which distance to a sibling on a turn is lent: this share of a queue's length, as N/M
+    #[arg(long, default_value = "2/3", value_name = "N/M")]
+    pub alpha: String,
+    /// How long a turn is lent, milliseconds; 0: loans for lag only
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    pub turn_ms: u64,
     /// Spread siblings only; no loans, no groups
     #[arg(long)]
     pub no_loans: bool,
@@ -96,6 +102,8 @@ impl RunArgs {
             threshold: ms(self.threshold_ms),
             max_steps: self.max_steps,
             life: ms(self.life_ms),
+            alpha: super::alpha(&self.alpha)?,
+            turn: ms(self.turn_ms),
             ..Config::default()
         };
         if self.no_spread && self.no_loans {
@@ -162,10 +170,11 @@ fn table(status: &Status) -> String {
         }
     }
     out += &format!(
-        "{:.1} s, {} placements, {} loans of {} steps; a look every {:.0} ms took {} of a pCPU\n",
+        "{:.1} s, {} placements, {} loans ({} for distance) of {} steps; a look every {:.0} ms took {} of a pCPU\n",
         status.seconds,
         status.placements,
         status.loans.loans,
+        status.loans.for_distance,
         status.loans.lent,
         status.period_ms,
         percent(Some(status.cost)),
