@@ -433,7 +433,11 @@ impl Scheduler {
         let t = self.task_mut(task);
         t.total += ns;
         t.progress += ns;
-        let by = (u128::from(ns) * u128::from(NICE_0) / u128::from(t.weight)) as i64;
+        let by = if t.weight == NICE_0 {
+            ns as i64
+        } else {
+            (u128::from(ns) * u128::from(NICE_0) / u128::from(t.weight)) as i64
+        };
         self.shift(task, by);
         self.adapt(task, ns);
         if self.policy.order == Order::Eevdf {
