@@ -3,7 +3,7 @@
 
 use std::hint::black_box;
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use godwit_sched::policy::{Granularity, Policy};
 use godwit_sched::scheduler::{CpuId, NICE_0, Scheduler};
 use godwit_sched::sim::workload::Workload;
@@ -59,7 +59,7 @@ fn changes(c: &mut Criterion) {
 /// One decision on a pCPU with 64 tasks, of 4 pCPUs, all vCPUs of machines with 4.
 fn decisions(c: &mut Criterion) {
     let mut g = c.benchmark_group("decision of 64");
-    for policy in [Policy::DFT, Policy::BAL, Policy::SBCO] {
+    for policy in [Policy::DFT, Policy::BAL, Policy::SBCO, Policy::ADAPTIVE, Policy::EEVDF] {
         let mut s = Scheduler::new(4, policy, Granularity::linux_2_6_34(4), 1);
         for _ in 0..64 {
             let vm = s.add_vm();
@@ -80,22 +80,36 @@ fn decisions(c: &mut Criterion) {
     g.finish();
 }
 
+/// Events a second: 20 ms of a host in its stride.
 fn simulator(c: &mut Criterion) {
+    const FROM: u64 = 200_000_000;
+    const FOR: u64 = 20_000_000;
     let mut g = c.benchmark_group("simulator");
     g.sample_size(10);
-    for (cpus, vcpus, vms) in [(4, 4, 8_u64), (128, 16, 62)] {
-        let mut sim = Simulator::new(cpus, Policy::SBCO, Costs::DEFAULT, 1);
-        for _ in 1..vms {
-            Workload::SuperPi.start(&mut sim, vcpus, 0, 0);
+    for policy in [Policy::SBCO, Policy::EEVDF, Policy::ADAPTIVE] {
+        for (cpus, vcpus, vms) in [(4, 4, 8_u64), (128, 16, 62)] {
+            let build = || {
+                let mut sim = Simulator::new(cpus, policy, Costs::DEFAULT, 1);
+                for i in 0..vms {
+                    let workload = if i % 2 == 0 { Workload::SuperPi } else { Workload::Kernbench };
+                    workload.start(&mut sim, vcpus, u64::MAX, i * 1_000_000);
+                }
+                sim.run_until(FROM);
+                sim
+            };
+            let mut sim = build();
+            let before = sim.events();
+            sim.run_until(FROM + FOR);
+            g.throughput(Throughput::Elements(sim.events() - before));
+            let name = format!("{policy}, {} vCPUs on {cpus} pCPUs", vms as usize * vcpus);
+            g.bench_function(name, |b| {
+                let run = |mut sim: Simulator| {
+                    sim.run_until(FROM + FOR);
+                    sim
+                };
+                b.iter_batched(build, run, BatchSize::LargeInput)
+            });
         }
-        Workload::Kernbench.start(&mut sim, vcpus, u64::MAX, 0);
-        let name = format!("{} vCPUs on {cpus} pCPUs, 10 ms", vms as usize * vcpus);
-        g.bench_function(name, |b| {
-            b.iter(|| {
-                let until = sim.now() + 10_000_000;
-                sim.run_until(until);
-            })
-        });
     }
     g.finish();
 }

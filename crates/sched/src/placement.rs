@@ -7,7 +7,8 @@
 
 use rand::seq::IndexedRandom;
 
-use crate::scheduler::{CpuId, Place, Scheduler, TaskId};
+use crate::policy::Order;
+use crate::scheduler::{Arrival, CpuId, Place, Scheduler, TaskId};
 
 /// `imbalance_pct` of 125, halved as `wake_affine` does: how much fuller the waker's queue may be.
 const AFFINE_PERCENT: u64 = 112;
@@ -90,6 +91,30 @@ impl Scheduler {
         self.migrate(task, cpu);
         self.counters.moved += 1;
         Some(task)
+    }
+
+    /// Moves a queued task; its vruntime keeps its distance to the queue's (its lag and what is left
+    /// of its request, under EEVDF).
+    pub(crate) fn migrate(&mut self, task: TaskId, to: CpuId) {
+        if !matches!(self.task(task).place, Place::Queued(_)) {
+            return;
+        }
+        let from = self.task(task).cpu;
+        let by = self.cpu(to).min_vruntime - self.cpu(from).min_vruntime;
+        let lag = self.lag(task);
+        self.dequeue(task);
+        self.part(task);
+        self.task_mut(task).cpu = to;
+        if self.policy.order == Order::Cfs {
+            self.task_mut(task).vruntime += by;
+        } else {
+            let t = self.task(task);
+            let left = t.deadline - t.vruntime;
+            self.place_with_lag(task, lag);
+            let t = self.task_mut(task);
+            t.deadline = t.vruntime + left;
+        }
+        self.arrive(task, Arrival::Migrated);
     }
 
     /// Takes a pCPU away; what was there goes to others. The last one stays.

@@ -125,7 +125,7 @@ pub struct Woken {
 
 /// Why a task comes to a run queue (section 4.5 names these three).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Arrival {
+pub(crate) enum Arrival {
     /// It is new.
     Created,
     /// It slept.
@@ -337,7 +337,7 @@ impl Scheduler {
 
     /// `place_entity`: under CFS a new task starts a slice behind, a sleeper gets at most half a
     /// period (`GENTLE_FAIR_SLEEPERS`).
-    fn arrive(&mut self, task: TaskId, why: Arrival) {
+    pub(crate) fn arrive(&mut self, task: TaskId, why: Arrival) {
         let cpu = self.task(task).cpu;
         let min = self.cpu(cpu).min_vruntime;
         let weight = self.task(task).weight;
@@ -433,7 +433,11 @@ impl Scheduler {
         let t = self.task_mut(task);
         t.total += ns;
         t.progress += ns;
-        let by = (u128::from(ns) * u128::from(NICE_0) / u128::from(t.weight)) as i64;
+        let by = if t.weight == NICE_0 {
+            ns as i64
+        } else {
+            (u128::from(ns) * u128::from(NICE_0) / u128::from(t.weight)) as i64
+        };
         self.shift(task, by);
         self.adapt(task, ns);
         if self.policy.order == Order::Eevdf {
@@ -585,30 +589,6 @@ impl Scheduler {
     /// One of `n` by chance.
     pub(crate) fn draw(&mut self, n: usize) -> usize {
         self.chance.random_range(0..n)
-    }
-
-    /// Moves a queued task; its vruntime keeps its distance to the queue's (its lag and what is left
-    /// of its request, under EEVDF).
-    pub(crate) fn migrate(&mut self, task: TaskId, to: CpuId) {
-        if !matches!(self.task(task).place, Place::Queued(_)) {
-            return;
-        }
-        let from = self.task(task).cpu;
-        let by = self.cpu(to).min_vruntime - self.cpu(from).min_vruntime;
-        let lag = self.lag(task);
-        self.dequeue(task);
-        self.part(task);
-        self.task_mut(task).cpu = to;
-        if self.policy.order == Order::Cfs {
-            self.task_mut(task).vruntime += by;
-        } else {
-            let t = self.task(task);
-            let left = t.deadline - t.vruntime;
-            self.place_with_lag(task, lag);
-            let t = self.task_mut(task);
-            t.deadline = t.vruntime + left;
-        }
-        self.arrive(task, Arrival::Migrated);
     }
 
     /// Whether siblings share a run queue (table 4.2 counts that).

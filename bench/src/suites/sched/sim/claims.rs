@@ -47,9 +47,6 @@ pub(super) const CLAIMS: &[Claim] = &[
     claim("4.9", W::X264, 12, Policy::DFT, "better"),
     claim("4.9", W::Facesim, 12, Policy::DFT, "better"),
     claim("4.9", W::Ferret, 12, Policy::DFT, "better"),
-    claim("4.10", W::SpecJbb, 6, Policy::PROCCO, "6 %"),
-    claim("4.10", W::SpecJbb, 6, Policy::BAL, "4 %"),
-    claim("4.10", W::SpecJbb, 6, Policy::DFT, "more than 6 %"),
     claim("4.11", W::Dedup, 24, Policy::DFT, "61 %"),
 ];
 

@@ -143,7 +143,7 @@ fn svg(title: &str, record: &Record, measured: VmId) -> String {
     let x = |at: u64| LEFT + WIDTH * (at.saturating_sub(record.from)) as f64 / span;
     let y = |cpu: u32| TOP + f64::from(cpu) * (LANE + GAP);
     let height = TOP + cpus as f64 * (LANE + GAP) + 30.0;
-    let width = LEFT + WIDTH + 20.0;
+    let width = LEFT + WIDTH + 45.0;
     let mut t = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
          width=\"{width}\" height=\"{height}\" font-family=\"sans-serif\" font-size=\"13\">\n\
