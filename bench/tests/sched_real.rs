@@ -20,6 +20,7 @@ async fn a_guests_kernel_is_measured_under_eevdf_and_sbco() {
     };
     let measure = async |r: &mut harness::Results| kernel::run(&plan, r);
     let results = suites::run("sched", true, measure).await.expect("the guest is measured");
+    assert!(!results.notes.iter().any(|n| n.starts_with("Failed")), "{:?}", results.notes);
 
     for name in ["kernel-dedup-2", "kernel-dedup-2-share", "kernel-dedup-2-switches"] {
         let experiment = results.experiments.iter().find(|e| e.name == name).expect(name);

@@ -63,8 +63,8 @@ impl Plan {
 /// Runs the experiments of `plan` and adds them to `results`.
 ///
 /// # Errors
-/// What is missing (a kernel, QEMU, a program of this workspace), a guest that fails, a scheduler
-/// that leaves while it is measured.
+/// What is missing (a kernel, QEMU, a program of this workspace), or more than [`MOST_FAILURES`]
+/// failures: of a guest, or of a scheduler that leaves while it is measured.
 pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     ensure!(plan.rounds > 0, "a suite has at least one round");
     ensure!(plan.queues.iter().all(|q| (1..=64).contains(q)), "a queue has 1 to 64 entries");
@@ -96,30 +96,28 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     let mut fairness = Fairness::new(plan);
     for round in 0..plan.rounds {
         for sheet in &mut sheets {
-            for mode in turned(&plan.modes, round) {
-                let report = guest.fleet(mode, &sheet.fleet(plan, round), plan.run)?;
-                sheet.push(mode, &report.report)?;
-                if let Some(stats) = report.stats {
-                    let of = format!("kernel-{}-{}-{mode}", sheet.workload, sheet.queue);
+            let what = format!("{}-{}", sheet.workload, sheet.queue);
+            let fleet = sheet.fleet(plan, round);
+            let Some(runs) = guest.round(plan, round, &what, &fleet, plan.run, results)? else {
+                continue;
+            };
+            for (mode, run) in runs {
+                sheet.push(&mode, &run.report)?;
+                if let Some(stats) = run.stats {
+                    let of = format!("kernel-{what}-{mode}");
                     results.reports.entry(of).or_default().push(stats);
                 }
-                tracing::info!(
-                    "round {round}: {} in a queue of {} under {mode}",
-                    sheet.workload,
-                    sheet.queue
-                );
             }
         }
         if !plan.fairness.is_zero() {
-            for mode in turned(&plan.modes, round) {
-                let seconds = plan.fairness.as_secs_f64();
-                let of = format!(
-                    "--others cpu --count {MACHINES} --threads {} --seconds {seconds} --lead 2 --seed {round}",
-                    plan.cpus
-                );
-                let report = guest.fleet(mode, &of, plan.fairness)?;
-                fairness.push(mode, &report.report)?;
-                tracing::info!("round {round}: fairness under {mode}");
+            let fleet = format!(
+                "--others cpu --count {MACHINES} --threads {} --seconds {} --lead 2 --seed {round}",
+                plan.cpus,
+                plan.fairness.as_secs_f64()
+            );
+            let runs = guest.round(plan, round, "fairness", &fleet, plan.fairness, results)?;
+            for (mode, run) in runs.into_iter().flatten() {
+                fairness.push(&mode, &run.report)?;
             }
         }
     }
@@ -156,6 +154,8 @@ struct Guest {
     machine: Machine,
     release: String,
     clock: Clock,
+    /// Rounds that failed, in earlier guests too.
+    failures: usize,
 }
 
 /// What one run of a fleet gave.
@@ -164,6 +164,9 @@ struct Run {
     /// The scheduler's own counters, where it is one of ours.
     stats: Option<Value>,
 }
+
+/// Rounds that may fail before the whole does.
+const MOST_FAILURES: usize = 3;
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -179,9 +182,11 @@ impl Guest {
         spec.clock = plan.clock;
         // Timers at different times on each CPU make the vCPUs' turns shorter where they take turns.
         spec.append = "skew_tick=1".to_owned();
-        spec.boot_within *= 2;
+        if plan.clock != Clock::Host {
+            spec.boot_within = 10 * SOON;
+        }
         let machine = Machine::boot(&kernel, &initramfs, &spec)?;
-        Ok(Self { machine, release: kernel.release().to_owned(), clock: plan.clock })
+        Ok(Self { machine, release: kernel.release().to_owned(), clock: plan.clock, failures: 0 })
     }
 
     /// Within which time everything has to happen that takes seconds at most.
@@ -190,6 +195,38 @@ impl Guest {
             Clock::Host => SOON,
             Clock::Instructions(_) => 10 * SOON,
         }
+    }
+
+    /// Runs a fleet under every mode in turn. None when one of them failed, which is a note: rounds
+    /// are compared whole. The next round has a new guest then.
+    fn round(
+        &mut self,
+        plan: &Plan,
+        round: usize,
+        what: &str,
+        fleet: &str,
+        time: Duration,
+        results: &mut Results,
+    ) -> anyhow::Result<Option<Vec<(String, Run)>>> {
+        let mut runs = Vec::new();
+        for mode in turned(&plan.modes, round) {
+            let run = self.fleet(mode, fleet, time);
+            match run.with_context(|| format!("round {round}: {what} under {mode}")) {
+                Ok(run) => runs.push((mode.clone(), run)),
+                Err(e) if self.failures < MOST_FAILURES => {
+                    tracing::warn!("{e:#}");
+                    results.notes.push(format!("Failed, with all of its round: {e:#}"));
+                    let failures = self.failures + 1;
+                    *self = Self { failures, ..Self::boot(plan)? };
+                    return Ok(None);
+                }
+                Err(e) => return Err(e),
+            }
+            tracing::info!("round {round}: {what} under {mode}");
+        }
+        // Whoever ran first, the first subject is the plan's.
+        runs.sort_by_key(|(mode, _)| plan.modes.iter().position(|m| m == mode));
+        Ok(Some(runs))
     }
 
     /// Runs a fleet under `mode`, which is gone again afterwards.
