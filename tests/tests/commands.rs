@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use godwit_tests::{Cloud, Daemon, free_port, has_image, within};
+use godwit_tests::{Cloud, Daemon, Setup, free_port, has_image, within};
 
 #[test]
 fn every_form_of_answer_and_each_refusal_is_clear() {
@@ -105,7 +105,7 @@ fn vcpu_places(qemu: i32) -> Vec<String> {
 
 #[test]
 fn a_guest_powers_itself_off_and_starts_again_with_its_disk() {
-    let cloud = Cloud::center_only();
+    let cloud = Setup::new().flag(Daemon::Center, "--co-scheduling").center_only();
     let _ = cloud.ok(&["vm", "create", "--image", "tiny", "--name", "a", "--vcpus", "2"]);
     let guest = cloud.guest("a");
     guest.answers();

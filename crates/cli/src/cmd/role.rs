@@ -38,9 +38,9 @@ pub(crate) struct Living {
     /// Seconds of silence after which a link to another site is taken for lost [default: 30]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(5..=3600))]
     link_patience: Option<u64>,
-    /// Leave the vCPUs of machines where the kernel puts them
+    /// Keep the sibling vCPUs of this host's machines apart and close, as `godwit sched run` does
     #[arg(long)]
-    no_co_scheduling: bool,
+    co_scheduling: bool,
     /// Leave the caller's session
     #[arg(long, hide = true)]
     own_session: bool,
@@ -123,7 +123,7 @@ impl CenterRole {
             client: client.clone(),
             pool_bytes: self.pool_limit,
             link_patience: self.living.link_patience.map(Duration::from_secs),
-            co_schedule: !self.living.no_co_scheduling,
+            co_schedule: self.living.co_scheduling,
         };
         let center = tokio::select! {
             c = Box::pin(Center::start(config)) => c?,
@@ -176,7 +176,7 @@ impl ApRole {
             link: self.link,
             pool_bytes: self.pool_limit,
             link_patience: self.living.link_patience.map(Duration::from_secs),
-            co_schedule: !self.living.no_co_scheduling,
+            co_schedule: self.living.co_scheduling,
         };
         let mut agent = tokio::select! {
             a = Box::pin(Agent::start(config)) => a?,

@@ -77,7 +77,7 @@ impl SiteOptions {
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
             waiting: 1,
-            co_schedule: true,
+            co_schedule: false,
             link_patience: godwit_transfer::PATIENCE,
         })
     }
