@@ -154,7 +154,7 @@ impl Vm {
 }
 
 /// `struct cpu_ctx` and `struct debt` in `queue.h`.
-const DEBTS_AT: usize = 48 + 128 * 8;
+const DEBTS_AT: usize = 56 + 128 * 8;
 const DEBT: usize = 40;
 
 /// The loans on a CPU's list, nanoseconds.

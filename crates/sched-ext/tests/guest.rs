@@ -227,7 +227,7 @@ fn cpu_comes_and_goes(guest: &mut Guest) {
 
 /// Threads that call themselves vCPUs get no more than others do.
 fn self_named(guest: &mut Guest) {
-    for mode in ["sbco", "procco"] {
+    for mode in ["sbco", "bal"] {
         guest.load(&format!("--mode {mode}"));
         let work = guest.ok(
             "sched-ext-vm run --seconds 3 --kind cpu >/tmp/plain & \

@@ -37,8 +37,9 @@ struct cpu_ctx {
 	u64 balanced_at;
 	u32 running;
 	u32 debts_due;
-	u32 force_pid;
-	u32 decisions;
+	u32 force_pid;	/* to run next out of order */
+	u32 forced_pid;	/* on its way to run so */
+	u64 decisions;
 	u64 mirror[MIRROR];
 	struct debt debt[DEBTS];
 };

@@ -102,8 +102,8 @@ void OPS(enqueue, struct task_struct *p, u64 enq_flags)
 	v = vcpu_of(t);
 	if (v)
 		vtime = take_credit(v, vtime);
-	/* Who slept gets one slice of what it missed. */
-	if (before(vtime, c->clock - slice_ns))
+	/* Who slept gets one slice of what it missed; who waited keeps all that it is behind. */
+	if ((enq_flags & ENUM(scx_enq_flags, SCX_ENQ_WAKEUP)) && before(vtime, c->clock - slice_ns))
 		vtime = c->clock - slice_ns;
 	if (v) {
 		v->cpu = cpu;
@@ -144,10 +144,12 @@ GLOBAL bool dispatch_forced(u32 cpu)
 		moved = scx_bpf_dsq_move(ITER, p, ENUM(scx_dsq_id_flags, SCX_DSQ_LOCAL), 0);
 		break;
 	}
-	if (moved)
+	if (moved) {
+		c->forced_pid = pid;
 		count(forced);
-	else
+	} else {
 		count(force_missed);
+	}
 	return moved;
 }
 
@@ -225,8 +227,10 @@ void OPS(running, struct task_struct *p)
 		t->clock = cpu;
 		set_vtime(p, vtime);
 	}
-	if (before(c->clock, vtime))
+	/* Who runs out of order says nothing of how far this CPU has come. */
+	if (before(c->clock, vtime) && c->forced_pid != (u32)p->pid)
 		c->clock = vtime;
+	c->forced_pid = 0;
 	c->running = 1;
 	c->current_vtime = vtime;
 	c->current_since = bpf_ktime_get_ns();
