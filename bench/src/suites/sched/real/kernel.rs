@@ -343,7 +343,7 @@ impl Sheet {
             share: Experiment::new(
                 &format!("{name}-share"),
                 &format!(
-                    "The measured machine's part of all machines' CPU time (TCG); fair is {:.1} %.",
+                    "The measured machine's part of the guest's CPUs while it worked (TCG); fair is {:.1} %.",
                     100.0 / queue as f64
                 ),
                 "%",
@@ -403,9 +403,8 @@ impl Sheet {
             }
         }
         let samples = Samples::of(report)?;
-        // Before the second sample the measured machine makes its data.
-        let of_all = samples.window(1, samples.last());
-        self.share.push(mode, 100.0 * of_all[0] / of_all.iter().sum::<f64>());
+        let all = number(&measured["elapsed_ms"])? * number(&report["cpus"])?;
+        self.share.push(mode, 100.0 * cpu / all);
         self.switches.push(mode, number(&report["switches"])? / (samples.span_ms() / 1e3));
         Ok(())
     }
@@ -536,6 +535,7 @@ mod tests {
         serde_json::json!({
             "measured": { "operations": 50, "elapsed_ms": 2000.0, "cpu_ms": [400.0, 100.0] },
             "switches": 300,
+            "cpus": 2,
             "at_ms": [0.0, 1000.0, 2000.0, 3000.0],
             "cpu_ms": [[0.0, 10.0], [500.0, 610.0], [1000.0, 1010.0], [1500.0, 1510.0]],
         })
@@ -548,7 +548,7 @@ mod tests {
         let first = |e: &Experiment| e.series[0].values.clone();
         assert_eq!(first(&sheet.time), [40.0]);
         assert_eq!(first(&sheet.cpu), [10.0]);
-        assert_eq!(first(&sheet.share), [100.0 * 1000.0 / 1900.0]);
+        assert_eq!(first(&sheet.share), [12.5]);
         assert_eq!(first(&sheet.switches), [100.0]);
         assert_eq!(Samples::of(&report()).expect("samples").lags(1), [100.0, 100.0, 0.0]);
         assert_eq!(Samples::of(&report()).expect("samples").lags(2), [0.0]);
