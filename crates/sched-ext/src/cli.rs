@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use godwit_sched::policy::Alpha;
 
-use crate::{Alpha, Config, Mode, Refusal, VmBy, check, serve, top};
+use crate::{Config, Mode, Refusal, VmBy, check, serve, top};
 
 /// Where the loader answers unless it is told otherwise.
 pub const SOCKET: &str = "/run/godwit/sched.sock";

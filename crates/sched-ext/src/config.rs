@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use godwit_sched::policy::Alpha;
 use serde::{Deserialize, Serialize};
 
 /// What couples sibling vCPUs. All but `Dft` keep them on distinct CPUs.
@@ -32,56 +33,6 @@ impl fmt::Display for Mode {
             Self::Cpuco => "cpuco",
             Self::Dft => "dft",
         })
-    }
-}
-
-/// The share of a queue at which a distance is too far: above 0, at most 1.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Alpha {
-    pub(crate) numerator: u32,
-    pub(crate) denominator: u32,
-}
-
-impl Default for Alpha {
-    /// The thesis' choice, two thirds (section 4.3.3).
-    fn default() -> Self {
-        Self { numerator: 2, denominator: 3 }
-    }
-}
-
-impl FromStr for Alpha {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let wrong = || ConfigError::Alpha(text.chars().take(40).collect());
-        let (numerator, denominator) = text.split_once('/').ok_or_else(wrong)?;
-        let numerator = numerator.trim().parse().map_err(|_| wrong())?;
-        let denominator = denominator.trim().parse().map_err(|_| wrong())?;
-        if numerator == 0 || numerator > denominator || denominator > 1000 {
-            return Err(wrong());
-        }
-        Ok(Self { numerator, denominator })
-    }
-}
-
-impl fmt::Display for Alpha {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.numerator, self.denominator)
-    }
-}
-
-impl From<Alpha> for String {
-    fn from(alpha: Alpha) -> Self {
-        alpha.to_string()
-    }
-}
-
-impl TryFrom<String> for Alpha {
-    type Error = ConfigError;
-
-    fn try_from(text: String) -> Result<Self, ConfigError> {
-        text.parse()
     }
 }
 
@@ -168,7 +119,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             mode: Mode::Sbco,
-            alpha: Alpha::default(),
+            alpha: Alpha::THESIS,
             slice: Duration::from_millis(3),
             owe_slices: 4,
             vm_by: VmBy::Names,
@@ -183,6 +134,9 @@ impl Config {
     ///
     /// [`ConfigError`] with the value that does not.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.alpha.is_zero() {
+            return Err(ConfigError::AlphaZero);
+        }
         if !(Duration::from_micros(100)..=Duration::from_millis(100)).contains(&self.slice) {
             return Err(ConfigError::Slice(self.slice));
         }
@@ -197,9 +151,9 @@ impl Config {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// Not a share.
-    #[error("alpha '{0}' is no share of a queue: write N/M with 0 < N <= M <= 1000, such as 2/3")]
-    Alpha(String),
+    /// Strict co-scheduling.
+    #[error("alpha 0, strict co-scheduling, is known to the simulator only: write a share above 0")]
+    AlphaZero,
     /// Not a way to tell virtual machines.
     #[error(
         "'{0}' does not say what a virtual machine is: names, process:NAME (at most 15 bytes), \
@@ -217,15 +171,6 @@ pub enum ConfigError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn alpha_is_a_share() {
-        assert_eq!("2/3".parse(), Ok(Alpha::default()));
-        assert_eq!("1/1".parse::<Alpha>().map(|a| a.to_string()), Ok("1/1".to_owned()));
-        for wrong in ["", "0/3", "4/3", "2", "2/0", "-1/3", "2/3000", "0.66", "1/1/1"] {
-            assert!(wrong.parse::<Alpha>().is_err(), "{wrong}");
-        }
-    }
 
     #[test]
     fn a_virtual_machine_is_said_in_one_of_four_ways() {
@@ -248,6 +193,8 @@ mod tests {
         assert!(matches!(config.validate(), Err(ConfigError::Slice(_))));
         config.slice = Duration::from_secs(1);
         assert!(matches!(config.validate(), Err(ConfigError::Slice(_))));
+        config = Config { alpha: Alpha::ZERO, ..Config::default() };
+        assert!(matches!(config.validate(), Err(ConfigError::AlphaZero)));
         config = Config { owe_slices: 0, ..Config::default() };
         assert!(matches!(config.validate(), Err(ConfigError::OweSlices(0))));
     }

@@ -287,8 +287,7 @@ fn configure(open: &mut crate::skeleton::OpenSchedSkel<'static>, config: &Config
             Mode::Cpuco => 3,
         };
         rodata.distinct = config.mode != Mode::Dft;
-        rodata.alpha_num = config.alpha.numerator;
-        rodata.alpha_den = config.alpha.denominator;
+        (rodata.alpha_num, rodata.alpha_den) = config.alpha.parts();
         rodata.owe_slices = config.owe_slices;
         rodata.slice_ns = config.slice.as_nanos() as u64;
         rodata.vm_by = match &config.vm_by {

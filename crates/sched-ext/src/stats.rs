@@ -254,7 +254,7 @@ pub struct Snapshot {
     /// What couples siblings.
     pub mode: crate::Mode,
     /// From which distance on `sbco` lends.
-    pub alpha: crate::Alpha,
+    pub alpha: String,
     /// The slice, microseconds.
     pub slice_us: u64,
     /// What a virtual machine is.

@@ -117,7 +117,7 @@ mod tests {
         Snapshot {
             version: 1,
             mode: Mode::Sbco,
-            alpha: crate::Alpha::default(),
+            alpha: "2/3".to_owned(),
             slice_us: 3000,
             vm_by: "names".to_owned(),
             uptime_ms,

@@ -46,6 +46,12 @@ impl Alpha {
         Self::reduced(a * d * (steps - step) + c * b * step, b * d * steps)
     }
 
+    /// The share's numerator and denominator.
+    #[must_use]
+    pub const fn parts(self) -> (u32, u32) {
+        (self.numerator, self.denominator)
+    }
+
     /// Whether no distance is allowed.
     #[must_use]
     pub const fn is_zero(self) -> bool {
@@ -75,6 +81,24 @@ impl Ord for Alpha {
 impl fmt::Display for Alpha {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.numerator, self.denominator)
+    }
+}
+
+/// What is no share of a run queue.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("alpha {text:?} is no share of a queue: write N/M with 0 <= N <= M <= 1000, such as 2/3")]
+pub struct BadAlpha {
+    text: String,
+}
+
+impl FromStr for Alpha {
+    type Err = BadAlpha;
+
+    fn from_str(text: &str) -> Result<Self, BadAlpha> {
+        let parts = text.split_once('/');
+        parts
+            .and_then(|(n, m)| Self::new(n.parse().ok()?, m.parse().ok().filter(|m| *m <= 1000)?))
+            .ok_or_else(|| BadAlpha { text: text.chars().take(40).collect() })
     }
 }
 
@@ -285,6 +309,18 @@ mod tests {
         assert_eq!((step(0), step(4)), (Alpha::ZERO, Alpha::THESIS));
         assert_eq!([1, 2, 3].map(|n| step(n).to_string()), ["1/6", "1/3", "1/2"]);
         assert_eq!(Alpha::new(4, 3), None);
+    }
+
+    #[test]
+    fn an_alpha_is_read_as_it_is_written() {
+        for (text, alpha) in [("2/3", Alpha::THESIS), ("4/6", Alpha::THESIS), ("0/5", Alpha::ZERO)]
+        {
+            assert_eq!(text.parse(), Ok(alpha));
+            assert_eq!(alpha.to_string().parse(), Ok(alpha));
+        }
+        for wrong in ["", "4/3", "2", "2/0", "-1/3", "2/3000", "0.66", "1/1/1"] {
+            assert!(wrong.parse::<Alpha>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

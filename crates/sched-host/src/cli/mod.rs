@@ -3,7 +3,6 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use godwit_sched::policy::Alpha;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -121,12 +120,4 @@ fn seconds(what: &str, value: f64) -> Result<Duration, CliError> {
     let fine = value.is_finite() && (0.1..=86_400.0 * 365.0).contains(&value);
     fine.then(|| Duration::from_secs_f64(value))
         .ok_or_else(|| CliError::Usage(format!("{what} must be between 0.1 and a year")))
-}
-
-/// A share written as `N/M`.
-fn alpha(text: &str) -> Result<Alpha, CliError> {
-    let parts = text.split_once('/');
-    parts
-        .and_then(|(n, m)| Alpha::new(n.parse().ok()?, m.parse().ok()?))
-        .ok_or_else(|| CliError::Usage(format!("--alpha {text:?} is no share like 2/3")))
 }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Asked, CliError, Progress, alpha, percent, print, seconds};
+use godwit_sched::policy::Alpha;
+
+use super::{Asked, CliError, Progress, percent, print, seconds};
 use crate::observe::{Config, Report, observe, ratio};
 
 /// Measure how the vCPUs of this host's machines are scheduled, without changing anything.
@@ -16,7 +18,7 @@ pub struct ObserveArgs {
     pub interval_ms: u64,
     /// The threshold: this share of a queue's length, as N/M
     #[arg(long, default_value = "2/3", value_name = "N/M")]
-    pub alpha: String,
+    pub alpha: Alpha,
     /// Only this process (repeatable)
     #[arg(long, value_name = "PID")]
     pub pid: Vec<i32>,
@@ -60,7 +62,7 @@ impl ObserveArgs {
         Ok(Config {
             time: seconds("--seconds", self.seconds)?,
             interval: Duration::from_millis(self.interval_ms),
-            alpha: alpha(&self.alpha)?,
+            alpha: self.alpha,
             only: (!self.pid.is_empty()).then(|| self.pid.clone()),
         })
     }
@@ -120,7 +122,7 @@ mod tests {
         ObserveArgs {
             seconds: 1.0,
             interval_ms: 20,
-            alpha: "2/3".into(),
+            alpha: Alpha::THESIS,
             pid: Vec::new(),
             json: false,
         }
@@ -133,8 +135,6 @@ mod tests {
             ObserveArgs { seconds: f64::NAN, ..args() },
             ObserveArgs { seconds: -1.0, ..args() },
             ObserveArgs { interval_ms: 0, ..args() },
-            ObserveArgs { alpha: "2".into(), ..args() },
-            ObserveArgs { alpha: "3/2".into(), ..args() },
             ObserveArgs { pid: vec![-4], ..args() },
         ] {
             let refused = wrong.config().expect_err("nonsense");

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use godwit_sched::policy::Alpha;
+
 use super::{Asked, CliError, Progress, percent, print, seconds};
 use crate::config::{Config, STATE_DIR};
 use crate::service::Service;
@@ -34,7 +36,7 @@ pub struct RunArgs {
     pub life_ms: u64,
     /// From which distance to a sibling on a turn is lent: this share of a queue's length, as N/M
     #[arg(long, default_value = "2/3", value_name = "N/M")]
-    pub alpha: String,
+    pub alpha: Alpha,
     /// How long a turn is lent, milliseconds; 0: loans for lag only
     #[arg(long, default_value_t = 20, value_name = "N")]
     pub turn_ms: u64,
@@ -102,7 +104,7 @@ impl RunArgs {
             threshold: ms(self.threshold_ms),
             max_steps: self.max_steps,
             life: ms(self.life_ms),
-            alpha: super::alpha(&self.alpha)?,
+            alpha: self.alpha,
             turn: ms(self.turn_ms),
             ..Config::default()
         };
