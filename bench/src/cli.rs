@@ -69,6 +69,10 @@ struct SchedArgs {
     /// Schedulers that are compared in the guest's kernel, e.g. sbco,eevdf,bal.
     #[arg(long, value_delimiter = ',', value_name = "MODE", requires = "real")]
     modes: Option<Vec<String>>,
+    /// By how much the guest's CPUs are taken to be slower than real ones, for the size of an
+    /// operation [default: what is measured]
+    #[arg(long, requires = "real", value_name = "TIMES")]
+    slower: Option<u32>,
     /// Let the guest's time be instructions of 2^N ns, so that it does not depend on what else this
     /// host does. Takes some ten times as long, with N = 0.
     #[arg(long, value_name = "N", requires = "real", value_parser = clap::value_parser!(u8).range(0..=10))]
@@ -76,6 +80,10 @@ struct SchedArgs {
     /// How long fairness is watched in the guest in each round, in seconds; 0: not at all.
     #[arg(long, value_name = "N", requires = "real")]
     fairness: Option<u64>,
+    /// How long run queues of the host's machines are observed for each of tables 4.2 and 4.3, in
+    /// seconds; 0: not at all.
+    #[arg(long, value_name = "N", requires = "real")]
+    observe: Option<u64>,
     /// vCPUs of the guest whose kernel schedules.
     #[arg(long, requires = "real")]
     cpus: Option<u32>,
@@ -102,6 +110,7 @@ impl SchedArgs {
             plan.queues = self.queues.clone().unwrap_or(plan.queues);
             plan.cpus = self.cpus.unwrap_or(plan.cpus);
             plan.fairness = self.fairness.map_or(plan.fairness, Duration::from_secs);
+            plan.slower = self.slower;
             if let Some(shift) = self.instructions {
                 plan.clock = godwit_lab::Clock::Instructions(shift);
             }
@@ -110,6 +119,7 @@ impl SchedArgs {
         if self.real.contains(&Real::Host) {
             let mut plan = suites::sched::real::host::Plan::new(quick, rounds);
             plan.workloads = self.workloads.clone().unwrap_or(plan.workloads);
+            plan.observe = self.observe.map_or(plan.observe, Duration::from_secs);
             suites::sched::real::host::run(&plan, results)?;
         }
         Ok(())

@@ -49,6 +49,7 @@ impl Daemon {
 pub struct Cloud {
     mounts: Vec<(Daemon, Use, Tmpfs)>,
     flags: Vec<(Daemon, String)>,
+    co_scheduling: bool,
     program: PathBuf,
     root: tempfile::TempDir,
     link: u16,
@@ -119,6 +120,7 @@ impl Cloud {
         let mut cloud = Self {
             mounts: Vec::new(),
             flags: setup.flags,
+            co_scheduling: setup.co_scheduling,
             program,
             root,
             link,
@@ -275,6 +277,9 @@ impl Cloud {
             Daemon::Ap => {
                 command.args(["ap", "--link", &link]);
             }
+        }
+        if !self.co_scheduling {
+            command.arg("--no-co-scheduling");
         }
         command.args(["--name", which.site(), "--root"]).arg(self.root.path()).args(args);
         command.args(self.flags.iter().filter(|(at, _)| *at == which).map(|(_, word)| word));

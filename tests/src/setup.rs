@@ -17,6 +17,7 @@ pub struct Setup {
     pub(crate) mounts: Vec<(Daemon, Use, u64)>,
     pub(crate) flags: Vec<(Daemon, String)>,
     pub(crate) net: Option<(f64, f64)>,
+    pub(crate) co_scheduling: bool,
 }
 
 impl Setup {
@@ -45,6 +46,14 @@ impl Setup {
     #[must_use]
     pub fn flag(mut self, at: Daemon, word: &str) -> Self {
         self.flags.push((at, word.to_owned()));
+        self
+    }
+
+    /// Lets the sites co-schedule, as they do unless told otherwise. One site of a host does it for
+    /// all, so clouds of tests that run side by side leave it alone.
+    #[must_use]
+    pub const fn co_scheduling(mut self) -> Self {
+        self.co_scheduling = true;
         self
     }
 

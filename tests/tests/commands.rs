@@ -105,7 +105,7 @@ fn vcpu_places(qemu: i32) -> Vec<String> {
 
 #[test]
 fn a_guest_powers_itself_off_and_starts_again_with_its_disk() {
-    let cloud = Setup::new().flag(Daemon::Center, "--co-scheduling").center_only();
+    let cloud = Setup::new().co_scheduling().center_only();
     let _ = cloud.ok(&["vm", "create", "--image", "tiny", "--name", "a", "--vcpus", "2"]);
     let guest = cloud.guest("a");
     guest.answers();

@@ -18,10 +18,11 @@ use crate::spin::{Meter, Queue, SpinLock, Told, spin_loop};
 pub const INPUT: usize = 1 << 20;
 /// Room in each queue unless told otherwise, in chunks.
 pub const QUEUE: usize = 32;
-/// The least and the most bytes of a chunk; between them the hash decides, 4 KiB on average.
+/// The least and the most bytes of a chunk; between them the hash decides, 4 KiB on average. Fewer
+/// on a slower processor.
 const LEAST: usize = 1 << 10;
 const MOST: usize = 16 << 10;
-const CUT: u64 = (1 << 12) - 1;
+const CUT: u64 = 1 << 12;
 const BUCKETS: usize = 64;
 
 type Fingerprint = [u8; 32];
@@ -71,6 +72,7 @@ struct Writer {
 #[derive(Debug)]
 pub struct Dedup {
     threads: usize,
+    slower: u32,
     passes: Option<u64>,
     input: Vec<u8>,
     gear: [u64; 256],
@@ -93,6 +95,7 @@ impl Dedup {
     pub fn new(config: &Config) -> Self {
         Self {
             threads: config.threads,
+            slower: config.slower,
             passes: config.work,
             input: input(config.seed),
             gear: std::array::from_fn(|i| mix(0x6765_6172 ^ mix(i as u64))),
@@ -125,11 +128,14 @@ impl Dedup {
 
     /// Where the chunk that begins at `from` ends: a gear hash (FastCDC, ATC 2016).
     fn cut(&self, from: usize) -> usize {
-        let end = self.input.len().min(from + MOST);
+        let slower = self.slower as usize;
+        let end = self.input.len().min(from + MOST / slower);
         let mut hash = 0_u64;
         for at in from..end {
             hash = (hash << 1).wrapping_add(self.gear[usize::from(self.input[at])]);
-            if at - from >= LEAST && (hash >> 32) & CUT == 0 {
+            if at - from >= LEAST / slower
+                && (hash >> 32).is_multiple_of(CUT / u64::from(self.slower))
+            {
                 return at + 1;
             }
         }

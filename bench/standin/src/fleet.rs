@@ -35,6 +35,8 @@ pub struct Plan {
     pub sample: Duration,
     /// The seed of the measured one; the others' follow it.
     pub seed: u64,
+    /// By how much the processor is slower than a real one ([`crate::Config::slower`]).
+    pub slower: u32,
     /// Whether all threads are called as QEMU's vCPUs are.
     pub vcpu_names: bool,
     /// Whether they spin without the pause instruction.
@@ -95,6 +97,8 @@ impl Member {
                 &plan.threads.to_string(),
                 "--seed",
                 &seed.to_string(),
+                "--slower",
+                &plan.slower.to_string(),
             ])
             .stdin(Stdio::null())
             .stdout(Stdio::piped());

@@ -28,18 +28,25 @@ pub(crate) struct Cache([u64; ENTRIES]);
 
 /// The caches of one kernel, each under its lock.
 #[derive(Debug)]
-pub(crate) struct Kernel([SpinLock<Cache>; LOCKS]);
+pub(crate) struct Kernel {
+    caches: [SpinLock<Cache>; LOCKS],
+    /// Turns of a critical section.
+    held: u32,
+}
 
 impl Kernel {
-    pub(crate) fn new() -> Self {
-        Self(std::array::from_fn(|_| SpinLock::new(Cache([0; ENTRIES]))))
+    pub(crate) fn new(slower: u32) -> Self {
+        Self {
+            caches: std::array::from_fn(|_| SpinLock::new(Cache([0; ENTRIES]))),
+            held: turns(HELD_US, slower),
+        }
     }
 
     /// One critical section for `x`.
     pub(crate) fn enter(&self, x: u64, meter: &mut Meter) {
-        let lock = &self.0[(x % LOCKS as u64) as usize];
+        let lock = &self.caches[(x % LOCKS as u64) as usize];
         lock.with(meter, |cache| {
-            let y = compute(x, turns(HELD_US));
+            let y = compute(x, self.held);
             let entry = &mut cache.0[(y % ENTRIES as u64) as usize];
             *entry = entry.wrapping_add(y);
         });
@@ -47,7 +54,7 @@ impl Kernel {
 
     pub(crate) fn digest(&self) -> String {
         let mut hash = blake3::Hasher::new();
-        for lock in &self.0 {
+        for lock in &self.caches {
             let cache = lock.with(&mut Meter::default(), |c| c.clone());
             cache.0.iter().for_each(|e| {
                 hash.update(&e.to_le_bytes());
@@ -71,6 +78,7 @@ struct Make {
 #[derive(Debug)]
 pub struct Kernbench {
     seed: u64,
+    slower: u32,
     work: Option<u64>,
     make: SpinLock<Make>,
     kernel: Kernel,
@@ -83,15 +91,16 @@ impl Kernbench {
     pub fn new(config: &Config) -> Self {
         Self {
             seed: config.seed,
+            slower: config.slower,
             work: config.work,
             make: SpinLock::new(Make::default()),
-            kernel: Kernel::new(),
+            kernel: Kernel::new(config.slower),
             done: AtomicU64::new(0),
         }
     }
 
     fn job(&self, job: u64, worker: &mut Worker<'_>) -> Result<u64, Told> {
-        let between = turns(HELD_US * (1.0 / HELD_SHARE - 1.0));
+        let between = turns(HELD_US * (1.0 / HELD_SHARE - 1.0), self.slower);
         let mut x = mix(self.seed ^ mix(job));
         for _ in 0..SECTIONS {
             x = compute(x, between);
@@ -130,7 +139,7 @@ impl Program for Kernbench {
                 }
             });
             if let Some(objects) = link {
-                let linked = compute(objects, turns(HELD_US / HELD_SHARE));
+                let linked = compute(objects, turns(HELD_US / HELD_SHARE, self.slower));
                 self.make.with(&mut worker.meter, |m| m.linked = m.linked.wrapping_add(linked));
             }
             self.done.fetch_add(1, Ordering::Relaxed);

@@ -17,6 +17,7 @@ pub struct Locks {
     seed: u64,
     work: Option<u64>,
     kernel: Kernel,
+    slower: u32,
     taken: AtomicU64,
     done: AtomicU64,
 }
@@ -28,7 +29,8 @@ impl Locks {
         Self {
             seed: config.seed,
             work: config.work,
-            kernel: Kernel::new(),
+            kernel: Kernel::new(config.slower),
+            slower: config.slower,
             taken: AtomicU64::new(0),
             done: AtomicU64::new(0),
         }
@@ -37,7 +39,7 @@ impl Locks {
 
 impl Program for Locks {
     fn thread(&self, worker: &mut Worker<'_>) -> Result<(), Told> {
-        let between = turns(HELD_US * (1.0 / HELD_SHARE - 1.0));
+        let between = turns(HELD_US * (1.0 / HELD_SHARE - 1.0), self.slower);
         loop {
             let first = self.taken.fetch_add(BATCH, Ordering::Relaxed);
             let end = self.work.map_or(first + BATCH, |w| w.min(first + BATCH));

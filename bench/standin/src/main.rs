@@ -60,6 +60,9 @@ struct Run {
     /// Room in each of dedup's queues, in chunks.
     #[arg(long, default_value_t = dedup::QUEUE)]
     queue: usize,
+    /// By how much this processor is slower than a real one: operations are so much smaller.
+    #[arg(long, default_value_t = 1, value_name = "TIMES")]
+    slower: u32,
     /// Time every lock.
     #[arg(long)]
     time_locks: bool,
@@ -113,6 +116,9 @@ struct Fleet {
     /// Seed of the measured one.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// By how much this processor is slower than a real one.
+    #[arg(long, default_value_t = 1, value_name = "TIMES")]
+    slower: u32,
     /// Call threads as QEMU calls its vCPUs.
     #[arg(long)]
     vcpu_names: bool,
@@ -151,6 +157,7 @@ impl Run {
             time: self.seconds,
             seed: self.seed,
             queue: self.queue,
+            slower: self.slower,
             time_locks: self.time_locks || stand_in == StandIn::Locks,
             vcpu_names: self.vcpu_names,
         }
@@ -213,6 +220,7 @@ fn work(cli: Cli) -> anyhow::Result<()> {
                 lead: f.lead,
                 sample: f.sample,
                 seed: f.seed,
+                slower: f.slower,
                 vcpu_names: f.vcpu_names,
                 no_pause: f.no_pause,
             };

@@ -22,8 +22,9 @@ pub fn compute(x: u64, turns: u32) -> u64 {
 /// dependent operations, two of them multiplications, some 13 cycles.
 pub const TURNS_PER_US: f64 = 3000.0 / 13.0;
 
-/// Turns for so many microseconds of that processor.
+/// Turns for so many microseconds of that processor, at least one, on a processor that is `slower`
+/// times slower ([`crate::Config::slower`]).
 #[must_use]
-pub fn turns(us: f64) -> u32 {
-    (us * TURNS_PER_US).round() as u32
+pub fn turns(us: f64, slower: u32) -> u32 {
+    (us * TURNS_PER_US / f64::from(slower)).round().max(1.0) as u32
 }

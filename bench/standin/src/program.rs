@@ -91,6 +91,9 @@ impl FromStr for StandIn {
 )]
 pub struct UnknownStandIn(String);
 
+/// Greatest [`Config::slower`]: more would leave too little of an operation.
+pub const MOST_SLOWER: u32 = 64;
+
 /// Most threads of one stand-in.
 pub const MOST_THREADS: usize = 1024;
 
@@ -109,6 +112,10 @@ pub struct Config {
     pub seed: u64,
     /// Room in each of dedup's queues.
     pub queue: usize,
+    /// By how much the processor is slower than a real one of today, as an emulated one is: 1 to
+    /// [`MOST_SLOWER`]. An operation is so much smaller then, that its phases are as long beside a
+    /// scheduler's slice as they are on a real one.
+    pub slower: u32,
     /// Whether locks are timed.
     pub time_locks: bool,
     /// Whether threads are called as QEMU calls its vCPUs (`CPU 0/TCG`), so that what finds vCPUs
@@ -127,6 +134,7 @@ impl Config {
             time: None,
             seed: 1,
             queue: dedup::QUEUE,
+            slower: 1,
             time_locks: false,
             vcpu_names: false,
         }
@@ -142,6 +150,9 @@ pub enum Error {
     /// Bad room.
     #[error("a queue has room for 1 to 1000000 items, not {0}")]
     Queue(usize),
+    /// Bad speed.
+    #[error("a processor is 1 to {MOST_SLOWER} times slower, not {0}")]
+    Slower(u32),
     /// The system gave no thread.
     #[error("could not start a thread")]
     Spawn(#[source] std::io::Error),
@@ -285,6 +296,9 @@ pub fn run(config: &Config, stop: &AtomicBool) -> Result<Outcome, Error> {
     }
     if !(1..=1_000_000).contains(&config.queue) {
         return Err(Error::Queue(config.queue));
+    }
+    if !(1..=MOST_SLOWER).contains(&config.slower) {
+        return Err(Error::Slower(config.slower));
     }
     let program = program(config);
     let program = &*program;

@@ -37,6 +37,7 @@ struct Warehouse {
 pub struct Specjbb {
     threads: usize,
     seed: u64,
+    slower: u32,
     work: Option<u64>,
     warehouses: Vec<SpinLock<Warehouse>>,
     taken: AtomicU64,
@@ -56,6 +57,7 @@ impl Specjbb {
         Self {
             threads: config.threads,
             seed: config.seed,
+            slower: config.slower,
             work: config.work,
             warehouses: (0..WAREHOUSES).map(|_| SpinLock::default()).collect(),
             taken: AtomicU64::new(0),
@@ -71,7 +73,7 @@ impl Specjbb {
     fn transaction(&self, n: u64, worker: &mut Worker<'_>) {
         let mut x = mix(self.seed ^ mix(n));
         let count = self.warehouses.len() as u64;
-        let between = turns(COMPUTES_US / STEPS as f64);
+        let between = turns(COMPUTES_US / STEPS as f64, self.slower);
         for _ in 0..STEPS {
             x = compute(x, between);
             let from = x % count;
@@ -80,7 +82,7 @@ impl Specjbb {
             for (warehouse, amount) in [(from, -amount), (to, amount)] {
                 self.warehouses[warehouse as usize].with(&mut worker.meter, |w| {
                     w.stock += amount;
-                    w.orders = w.orders.wrapping_add(compute(x, turns(HELD_US)));
+                    w.orders = w.orders.wrapping_add(compute(x, turns(HELD_US, self.slower)));
                 });
             }
         }
@@ -101,7 +103,8 @@ impl Specjbb {
             self.collect.store(false, Ordering::Release);
             self.collections.fetch_add(1, Ordering::Relaxed);
         }
-        std::hint::black_box(compute(self.seed, turns(COLLECTION_US / self.threads as f64)));
+        let part = turns(COLLECTION_US / self.threads as f64, self.slower);
+        std::hint::black_box(compute(self.seed, part));
         self.barrier.wait(worker.stop, &mut worker.meter)?;
         Ok(())
     }

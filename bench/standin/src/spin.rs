@@ -250,10 +250,12 @@ impl SpinBarrier {
     }
 }
 
-/// A bounded queue under a spin lock.
+/// A bounded queue under a spin lock. Whether it is empty or full is seen without the lock, so that
+/// who waits for the one does not keep others from the other.
 #[derive(Debug)]
 pub struct Queue<T> {
     room: usize,
+    length: AtomicUsize,
     items: SpinLock<std::collections::VecDeque<T>>,
 }
 
@@ -261,7 +263,8 @@ impl<T> Queue<T> {
     /// An empty queue for `room` items.
     #[must_use]
     pub fn new(room: usize) -> Self {
-        Self { room, items: SpinLock::new(std::collections::VecDeque::with_capacity(room)) }
+        let length = AtomicUsize::new(0);
+        Self { room, length, items: SpinLock::new(std::collections::VecDeque::with_capacity(room)) }
     }
 
     /// Puts `item` at the end, or gives it back when the queue is full.
@@ -269,18 +272,29 @@ impl<T> Queue<T> {
     /// # Errors
     /// The item.
     pub fn try_push(&self, item: T, meter: &mut Meter) -> Result<(), T> {
+        if self.length.load(Ordering::Relaxed) >= self.room {
+            return Err(item);
+        }
         self.items.with(meter, |q| {
             if q.len() >= self.room {
                 return Err(item);
             }
             q.push_back(item);
+            self.length.store(q.len(), Ordering::Relaxed);
             Ok(())
         })
     }
 
     /// Takes the first item, if there is one.
     pub fn try_pop(&self, meter: &mut Meter) -> Option<T> {
-        let item = self.items.with(meter, std::collections::VecDeque::pop_front);
+        if self.length.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        let item = self.items.with(meter, |q| {
+            let item = q.pop_front();
+            self.length.store(q.len(), Ordering::Relaxed);
+            item
+        });
         if item.is_some() {
             meter.queues.count(0);
         }

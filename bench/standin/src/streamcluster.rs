@@ -11,11 +11,11 @@ use crate::mix::mix;
 use crate::program::{Config, Program, Worker};
 use crate::spin::{SpinBarrier, SpinLock, Told};
 
-/// Points; each thread has an equal part.
+/// Points; each thread has an equal part. Fewer on a slower processor.
 pub const POINTS: usize = 8192;
 /// Dimensions of a point.
 pub const DIMENSIONS: usize = 32;
-/// What opening a centre costs, in squared distance.
+/// What opening a centre costs in squared distance, where there are all points.
 const OPENING: u64 = 40_000_000;
 
 type Point = [u16; DIMENSIONS];
@@ -27,6 +27,8 @@ pub struct Streamcluster {
     seed: u64,
     work: Option<u64>,
     points: Vec<Point>,
+    /// What opening a centre costs.
+    opening: u64,
     barrier: SpinBarrier,
     /// What all points together would gain from the candidate.
     gain: AtomicU64,
@@ -54,7 +56,8 @@ impl Streamcluster {
             threads: config.threads,
             seed: config.seed,
             work: config.work,
-            points: (0..POINTS).map(point).collect(),
+            points: (0..POINTS / config.slower as usize).map(point).collect(),
+            opening: OPENING / u64::from(config.slower),
             barrier: SpinBarrier::new(config.threads),
             gain: AtomicU64::new(0),
             opened: AtomicBool::new(false),
@@ -65,7 +68,7 @@ impl Streamcluster {
     }
 
     fn candidate(&self, n: u64) -> &Point {
-        &self.points[(mix(self.seed ^ n) % POINTS as u64) as usize]
+        &self.points[(mix(self.seed ^ n) % self.points.len() as u64) as usize]
     }
 }
 
@@ -75,14 +78,17 @@ fn squared_distance(a: &Point, b: &Point) -> u64 {
 
 impl Program for Streamcluster {
     fn thread(&self, worker: &mut Worker<'_>) -> Result<(), Told> {
-        let from = worker.index * POINTS / self.threads;
-        let to = (worker.index + 1) * POINTS / self.threads;
+        let points = self.points.len();
+        let from = worker.index * points / self.threads;
+        let to = (worker.index + 1) * points / self.threads;
         let mine = &self.points[from..to];
         let mut nearest: Vec<u64> =
             mine.iter().map(|p| squared_distance(p, &self.points[0])).collect();
         let mut candidates = vec![0; mine.len()];
         let mut n = 0;
         while self.work.is_none_or(|w| n < w) {
+            // A thread alone never waits at a barrier, where the others are told.
+            worker.go_on()?;
             let centre = self.candidate(n);
             let mut gain = 0;
             for ((p, best), new) in mine.iter().zip(&nearest).zip(&mut candidates) {
@@ -91,7 +97,7 @@ impl Program for Streamcluster {
             }
             self.gain.fetch_add(gain, Ordering::Relaxed);
             if self.barrier.wait(worker.stop, &mut worker.meter)? {
-                let open = self.gain.swap(0, Ordering::Relaxed) > OPENING;
+                let open = self.gain.swap(0, Ordering::Relaxed) > self.opening;
                 self.opened.store(open, Ordering::Relaxed);
                 self.centres.fetch_add(u64::from(open), Ordering::Relaxed);
                 self.tried.fetch_add(1, Ordering::Relaxed);
@@ -116,8 +122,8 @@ impl Program for Streamcluster {
         let mut ends = self.ends.with(&mut crate::spin::Meter::default(), std::mem::take);
         ends.sort();
         let all: Vec<u64> = ends.into_iter().flat_map(|(_, nearest)| nearest).collect();
-        if all.len() != POINTS {
-            return Err(format!("{} points of {POINTS} have a centre", all.len()));
+        if all.len() != self.points.len() {
+            return Err(format!("{} points of {} have a centre", all.len(), self.points.len()));
         }
         let centres = self.centres.load(Ordering::Relaxed);
         let mut hash = blake3::Hasher::new();

@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use godwit_standin::{Config, Ended, StandIn, cc, run};
+use godwit_standin::{Config, Ended, MOST_SLOWER, StandIn, cc, run};
 use serde_json::Value;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-standin");
@@ -47,6 +47,22 @@ fn a_result_belongs_to_seed_and_work_however_many_threads_there_are() {
     }
 }
 
+/// The same work in smaller steps: what is done is still checked, and more of it gets done.
+#[test]
+fn a_slower_processor_does_smaller_operations() {
+    for what in StandIn::ALL.into_iter().filter(|w| *w != StandIn::Cpu) {
+        let cpu_of = |slower: u32| {
+            let config =
+                Config { threads: 1, slower, work: Some(little(what)), ..Config::new(what) };
+            let outcome = run(&config, &AtomicBool::new(false)).expect("the work is done");
+            assert_eq!(outcome.ended, Ended::Done, "{what:?}");
+            outcome.cpu_ms.iter().sum::<f64>() / outcome.operations as f64
+        };
+        let (whole, small) = (cpu_of(1), cpu_of(16));
+        assert!(small < whole, "{what:?}: {small} ms an operation after {whole}");
+    }
+}
+
 #[test]
 fn a_queue_of_one_loses_nothing_either() {
     let base = Config { threads: 2, work: Some(1), ..Config::new(StandIn::Dedup) };
@@ -57,9 +73,9 @@ fn a_queue_of_one_loses_nothing_either() {
 
 #[test]
 fn time_ends_what_has_no_end() {
-    for what in StandIn::ALL {
+    for (what, threads) in StandIn::ALL.into_iter().flat_map(|w| [(w, 1), (w, 4)]) {
         let time = Some(Duration::from_millis(150));
-        let config = Config { time, time_locks: true, ..Config::new(what) };
+        let config = Config { threads, time, time_locks: true, ..Config::new(what) };
         let outcome = run(&config, &AtomicBool::new(false)).expect("it ends");
         assert_eq!((outcome.ended, &outcome.digest), (Ended::Time, &None), "{what:?}");
         assert!(outcome.elapsed_ms >= 150.0, "{what:?}: {} ms", outcome.elapsed_ms);
@@ -74,6 +90,10 @@ fn nonsense_is_refused() {
     for threads in [0, 1025] {
         let config = Config { threads, work: Some(1), ..Config::new(StandIn::Cpu) };
         run(&config, &never).expect_err("a bad number of threads");
+    }
+    for slower in [0, MOST_SLOWER + 1] {
+        let config = Config { slower, work: Some(1), ..Config::new(StandIn::Cpu) };
+        run(&config, &never).expect_err("no such speed");
     }
     let config = Config { queue: 0, work: Some(1), ..Config::new(StandIn::Dedup) };
     run(&config, &never).expect_err("a queue without room");

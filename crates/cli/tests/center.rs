@@ -30,7 +30,8 @@ impl Center {
         told.set_read_timeout(Some(Duration::from_millis(500))).expect("time-out");
         let log = std::fs::File::create(dir.path().join("log")).expect("log");
         let mut child = Command::new(env!("CARGO_BIN_EXE_godwit"))
-            .args(["center", "--api", "127.0.0.1:0", "--link", "127.0.0.1:0", "--root"])
+            .args(["center", "--api", "127.0.0.1:0", "--link", "127.0.0.1:0", "--no-co-scheduling"])
+            .arg("--root")
             .arg(dir.path().join("r"))
             .arg("--config")
             .arg(dir.path().join("config"))

@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 pub enum Mode {
     /// Self-boosted co-scheduling: a fast vCPU lends vruntime to a sibling that waits far back.
     Sbco,
+    /// `sbco` that allows no distance: a machine's vCPUs start and stop together.
+    Strict,
     /// Balance scheduling: distinct CPUs and nothing else.
     Bal,
     /// Process-based co-scheduling: when vCPU 0 runs, its siblings are forced to.
@@ -28,6 +30,7 @@ impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Sbco => "sbco",
+            Self::Strict => "strict",
             Self::Bal => "bal",
             Self::Procco => "procco",
             Self::Cpuco => "cpuco",
@@ -105,7 +108,7 @@ pub(crate) const MOST_LISTED: usize = 4096;
 pub struct Config {
     /// What couples siblings.
     pub mode: Mode,
-    /// From which distance on `sbco` lends.
+    /// From which distance on `sbco` lends; at zero it is `strict`.
     pub alpha: Alpha,
     /// How long a task runs before the next has its turn; also the most that a loan moves.
     pub slice: Duration,
@@ -134,9 +137,6 @@ impl Config {
     ///
     /// [`ConfigError`] with the value that does not.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if self.alpha.is_zero() {
-            return Err(ConfigError::AlphaZero);
-        }
         if !(Duration::from_micros(100)..=Duration::from_millis(100)).contains(&self.slice) {
             return Err(ConfigError::Slice(self.slice));
         }
@@ -151,9 +151,6 @@ impl Config {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// Strict co-scheduling.
-    #[error("alpha 0, strict co-scheduling, is known to the simulator only: write a share above 0")]
-    AlphaZero,
     /// Not a way to tell virtual machines.
     #[error(
         "'{0}' does not say what a virtual machine is: names, process:NAME (at most 15 bytes), \
@@ -193,8 +190,6 @@ mod tests {
         assert!(matches!(config.validate(), Err(ConfigError::Slice(_))));
         config.slice = Duration::from_secs(1);
         assert!(matches!(config.validate(), Err(ConfigError::Slice(_))));
-        config = Config { alpha: Alpha::ZERO, ..Config::default() };
-        assert!(matches!(config.validate(), Err(ConfigError::AlphaZero)));
         config = Config { owe_slices: 0, ..Config::default() };
         assert!(matches!(config.validate(), Err(ConfigError::OweSlices(0))));
     }

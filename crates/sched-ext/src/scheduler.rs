@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 use std::{fs, io};
 
+use godwit_sched::policy::Alpha;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{Link, MapCore, MapFlags, ProgramInput};
 use serde::{Deserialize, Serialize};
@@ -282,12 +283,13 @@ fn configure(open: &mut crate::skeleton::OpenSchedSkel<'static>, config: &Config
     if let Some(rodata) = open.maps.rodata_data.as_mut() {
         rodata.coupling = match config.mode {
             Mode::Dft | Mode::Bal => 0,
-            Mode::Sbco => 1,
+            Mode::Sbco | Mode::Strict => 1,
             Mode::Procco => 2,
             Mode::Cpuco => 3,
         };
         rodata.distinct = config.mode != Mode::Dft;
-        (rodata.alpha_num, rodata.alpha_den) = config.alpha.parts();
+        let alpha = if config.mode == Mode::Strict { Alpha::ZERO } else { config.alpha };
+        (rodata.alpha_num, rodata.alpha_den) = alpha.parts();
         rodata.owe_slices = config.owe_slices;
         rodata.slice_ns = config.slice.as_nanos() as u64;
         rodata.vm_by = match &config.vm_by {

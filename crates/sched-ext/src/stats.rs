@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 /// The counters in the order of `stats.h`, before the histogram of distances.
-const NAMES: [&str; 37] = [
+const NAMES: [&str; 41] = [
     "enqueues",
     "direct",
     "dispatches",
@@ -37,6 +37,10 @@ const NAMES: [&str; 37] = [
     "forced",
     "force_missed",
     "kicks",
+    "gangs",
+    "gang_joined",
+    "gang_late_ns",
+    "gang_kept",
     "yields",
     "yields_to",
     "vms_new",
@@ -330,10 +334,11 @@ mod tests {
 
     #[test]
     fn counters_are_summed_over_cpus() {
-        let one: Vec<u8> = (0..53u64).flat_map(u64::to_ne_bytes).collect();
+        let last = NAMES.len() + DISTANCES - 1;
+        let one: Vec<u8> = (0..=last as u64).flat_map(u64::to_ne_bytes).collect();
         let sum = Counters::sum([one.as_slice(), &one].into_iter());
         assert_eq!(sum.get("direct"), 2);
-        assert_eq!(sum.distance_sixteenths[15], 104);
+        assert_eq!(sum.distance_sixteenths[15], 2 * last as i64);
         let mut both = sum.clone();
         both.absorb(&sum);
         assert_eq!(both.get("direct"), 4);

@@ -107,7 +107,7 @@ fn assert_settled(end: &Snapshot) {
 }
 
 fn modes(guest: &mut Guest) {
-    for mode in ["sbco", "bal", "procco", "cpuco", "dft"] {
+    for mode in ["sbco", "strict", "bal", "procco", "cpuco", "dft"] {
         guest.load(&format!("--mode {mode} --vm-by process:sched-ext-vm"));
         guest.machine.start("sched-ext-vm run --vms 4 --seconds 2").expect("it starts");
         let work = guest.machine.finish(SOON).expect("it ends");
@@ -123,6 +123,10 @@ fn modes(guest: &mut Guest) {
             "sbco" => {
                 assert!(count("loans") > 0 && count("settled") > 0, "{:#?}", end.counters);
                 assert!(count("checks") >= count("exceeded") && count("exceeded") > 0);
+            }
+            "strict" => {
+                assert!(count("gangs") > 0 && count("forced") > 0, "{:#?}", end.counters);
+                assert_eq!(count("loans"), 0, "{:#?}", end.counters);
             }
             "procco" | "cpuco" => assert!(count("forced") > 0, "{:#?}", end.counters),
             _ => assert_eq!(count("loans") + count("kicks"), 0, "{mode}"),

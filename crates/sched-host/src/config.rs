@@ -35,6 +35,9 @@ pub struct Config {
     pub alpha: Alpha,
     /// How long a loan for distance lives, at most 1 s; zero: none are made.
     pub turn: Duration,
+    /// How long each machine runs whole before the next does, where their vCPUs want more pCPUs
+    /// than there are: 2 ms to 100 ms; zero: never ([`crate::gang`]).
+    pub gang: Duration,
 }
 
 impl Default for Config {
@@ -52,6 +55,7 @@ impl Default for Config {
             life: Duration::from_millis(400),
             alpha: Alpha::THESIS,
             turn: Duration::from_millis(20),
+            gang: Duration::from_millis(10),
         }
     }
 }
@@ -77,6 +81,9 @@ impl Config {
         within("the threshold of a loan", self.threshold, ms(1), ms(1000))?;
         within("the life of a loan", self.life, self.period, ms(10_000))?;
         within("the life of a loan for distance", self.turn, ms(0), ms(1000))?;
+        if !self.gang.is_zero() {
+            within("a gang's turn", self.gang, ms(2), ms(100))?;
+        }
         if !(1..=5).contains(&self.max_steps) {
             let (least, most) = ("1".into(), "5".into());
             return Err(BadConfig { what: "the steps of a loan", least, most });
@@ -117,6 +124,8 @@ mod tests {
             Config { threshold: ms(0), ..Config::default() },
             Config { max_steps: 0, ..Config::default() },
             Config { max_steps: 20, ..Config::default() },
+            Config { gang: ms(1), ..Config::default() },
+            Config { gang: ms(1000), ..Config::default() },
             Config { life: ms(1), ..Config::default() },
             Config { only: Some(vec![0]), ..Config::default() },
         ] {

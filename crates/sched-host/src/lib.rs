@@ -11,7 +11,7 @@
 //!
 //! - [`observe`]: measures a live host and changes nothing; on [`queues`];
 //! - [`service`]: does it; [`config`] says how, [`status`] what was done;
-//! - [`place`], [`lend`]: the decisions, pure;
+//! - [`place`], [`lend`]: the decisions, pure; [`gang`]: turns in which machines run whole;
 //! - [`discover`]: which processes are machines;
 //! - [`hands`], [`journal`]: every change, written down before it is made and put back in the end,
 //!   by the next start if need be;
@@ -23,6 +23,7 @@ pub mod cli;
 pub mod config;
 pub mod cpus;
 pub mod discover;
+pub mod gang;
 pub mod hands;
 pub mod journal;
 pub mod lend;

@@ -20,6 +20,7 @@ use crate::cgroup::Hierarchy;
 use crate::config::{BadConfig, Config};
 use crate::cpus::CpuSet;
 use crate::discover::{Discovery, VmId};
+use crate::gang::Gangs;
 use crate::hands::{Hands, Restored};
 use crate::journal::{Journal, JournalError};
 use crate::lend::{Ledger, Sample, Standing, Terms};
@@ -85,6 +86,7 @@ impl Service {
         } else if powers.own_slice_ns.is_none() {
             lesser.push("loans by nice alone: slices can be set from Linux 6.12 on".to_owned());
         }
+        let version = hierarchy.as_ref().map(Hierarchy::version);
         let mut hands = Hands::new(journal, hierarchy, powers);
         let at_start = hands.restore_all();
         let before = cpu_times().map_err(StartError::Proc)?;
@@ -99,9 +101,18 @@ impl Service {
             at_end: None,
             loans: Ledger::default(),
             placements: 0,
+            gangs: 0,
+            gang_turns: 0,
             vms: Vec::new(),
         }));
+        let gangs = match version {
+            Some(version) if config.lend && !config.gang.is_zero() => {
+                Some(Gangs::start(version, config.gang).map_err(StartError::Proc)?)
+            }
+            _ => None,
+        };
         let worker = Worker {
+            gangs,
             discovery: Discovery::new(config.only.clone()).marked(config.mark.clone()),
             vms: BTreeMap::new(),
             leaving: Vec::new(),
@@ -160,6 +171,8 @@ impl Drop for Service {
 }
 
 struct Worker {
+    // The first to end: groups that are removed have no weight any more.
+    gangs: Option<Gangs>,
     config: Config,
     hands: Hands,
     discovery: Discovery,
@@ -206,6 +219,7 @@ impl Worker {
             }
         }
         self.publish(None);
+        drop(self.gangs.take());
         let report = self.hands.restore_all();
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         status.at_end = Some(report);
@@ -228,7 +242,9 @@ impl Worker {
             let lends = lend && vm.may_lend();
             samples.insert(*id, vm.sample(lends));
         }
-        if lend && !self.config.turn.is_zero() {
+        // Who runs whole is at no distance.
+        let whole = self.gangs.as_ref().is_some_and(|g| g.members() > 1);
+        if lend && !self.config.turn.is_zero() && !whole {
             self.stand(&mut samples);
         }
         for (id, vm) in &mut self.vms {
@@ -302,6 +318,22 @@ impl Worker {
         if self.config.spread {
             self.spread(window, &changed);
         }
+        self.gang();
+    }
+
+    /// Chooses the machines that run whole in turns: those of one group above, where all want more
+    /// pCPUs than there are.
+    fn gang(&self) {
+        let Some(gangs) = &self.gangs else { return };
+        let wanted: f64 = self.vms.values().map(Managed::demand).sum();
+        let mut members = Vec::new();
+        if wanted > self.online.len() as f64 + 0.5 {
+            let may: Vec<&Path> = self.vms.values().filter_map(Managed::gang).collect();
+            let above = may.first().and_then(|dir| dir.parent());
+            let beside = may.iter().filter(|dir| dir.parent() == above);
+            members.extend(beside.take(crate::gang::MOST).map(|dir| dir.to_path_buf()));
+        }
+        gangs.set(members);
     }
 
     fn terms(&self) -> Terms {
@@ -374,6 +406,8 @@ impl Worker {
         status.period_ms = self.period.as_secs_f64() * 1e3;
         status.cost = self.spent.as_secs_f64() / status.seconds.max(1e-3);
         status.placements = self.placements;
+        status.gangs = self.gangs.as_ref().map_or(0, Gangs::members);
+        status.gang_turns = self.gangs.as_ref().map_or(status.gang_turns, Gangs::turns);
         status.loans = self.vms.values().fold(self.ended, |all, vm| sum(all, vm.ledger()));
         status.vms = self.vms.values().map(Managed::status).collect();
         status.at_end = at_end;

@@ -28,6 +28,10 @@ pub struct Status {
     pub loans: Ledger,
     /// Times that vCPUs were bound.
     pub placements: u64,
+    /// Machines that are run whole in turns, now.
+    pub gangs: usize,
+    /// Such turns so far.
+    pub gang_turns: u64,
     /// Machines.
     pub vms: Vec<VmStatus>,
 }

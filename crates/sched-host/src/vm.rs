@@ -19,6 +19,9 @@ use crate::sys::{self, Attr};
 /// Slices that the kernel accepts, nanoseconds.
 const SLICES_NS: (u64, u64) = (100_000, 100_000_000);
 
+/// From which share of its time on a vCPU that runs or waits is busy.
+const BUSY: f64 = 0.8;
+
 /// One of its vCPUs.
 #[derive(Debug)]
 pub(crate) struct Vcpu {
@@ -235,6 +238,19 @@ impl Managed {
         self.has_siblings()
             && self.skew_first.is_some()
             && matches!(self.group, Group::Own(_) | Group::Made(..))
+    }
+
+    /// Its group, if it may be run whole in turns: one that was made here, for a machine that is busy
+    /// with two vCPUs or more.
+    pub(crate) fn gang(&self) -> Option<&std::path::Path> {
+        let Group::Made(made, _) = &self.group else { return None };
+        let busy = self.vcpus.values().filter(|v| !v.gone && v.demand >= BUSY).count();
+        (busy >= 2).then_some(made.dir.as_path())
+    }
+
+    /// How many pCPUs its vCPUs want.
+    pub(crate) fn demand(&self) -> f64 {
+        self.vcpus.values().filter(|v| !v.gone).map(|v| v.demand).sum()
     }
 
     /// One period has passed.

@@ -11,7 +11,7 @@ use godwit_sched_host::config::Config;
 use godwit_sched_host::service::Service;
 use godwit_sched_host::status::{Status, VmStatus};
 use godwit_sched_host::sys;
-use support::{FakeVm, Hog, Qemu, eventually};
+use support::{FakeVm, Hog, Qemu, eventually, ran_ns};
 
 /// One of the fake machines that other tests start; nothing without them.
 #[test]
@@ -29,6 +29,7 @@ fn config(state: &Path, pids: &[i32]) -> Config {
         scan: Duration::from_millis(200),
         threshold: Duration::from_millis(5),
         turn: Duration::ZERO,
+        gang: Duration::ZERO,
         ..Config::default()
     }
 }
@@ -130,6 +131,7 @@ fn the_next_start_puts_back_what_a_killed_service_left() {
     let state = dir.path().join("state");
     let mut service = program()
         .args(["run", "--pid", &qemu.pid().to_string(), "--threshold-ms", "5", "--turn-ms", "0"])
+        .args(["--gang-ms", "0"])
         .arg("--state-dir")
         .arg(&state)
         .stdout(Stdio::null())
@@ -154,6 +156,47 @@ fn the_next_start_puts_back_what_a_killed_service_left() {
     assert_eq!(after, before);
     assert!(groups_of(qemu.pid()).is_empty());
     drop(service);
+}
+
+/// The weight of the group that was made for a machine.
+fn weight(pid: i32) -> Option<u64> {
+    let dir = groups_of(pid).pop()?;
+    let text = ["cpu.shares", "cpu.weight"].map(|f| std::fs::read_to_string(dir.join(f)).ok());
+    text.into_iter().flatten().next()?.trim().parse().ok()
+}
+
+#[test]
+fn busy_machines_run_whole_in_turns_and_get_equal_parts() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let machines = [Qemu::start(dir.path(), "whole-a", 2), Qemu::start(dir.path(), "whole-b", 2)];
+    let pids = machines.each_ref().map(Qemu::pid);
+    let gang = Duration::from_millis(10);
+    let service = Service::start(Config { gang, ..config(dir.path(), &pids) }).expect("a service");
+    // One of them has most of the weight, and it is not always the same.
+    for favourite in [0, 1] {
+        eventually("it has its turn", || {
+            let weights = pids.map(weight);
+            weights[favourite] > weights[1 - favourite].map(|w| 4 * w)
+                && weights[1 - favourite].is_some()
+        });
+    }
+    let ran =
+        || machines.each_ref().map(|m| m.vcpus().iter().map(|t| ran_ns(m.pid(), *t)).sum::<u64>());
+    let turns = service.status().gang_turns;
+    let before = ran();
+    eventually("a hundred turns", || service.status().gang_turns > turns + 100);
+    let now = ran();
+    let parts = [0, 1].map(|i| (now[i] - before[i]) as f64);
+    assert!((0.7..1.4).contains(&(parts[0] / parts[1])), "not equal: {parts:?}");
+
+    // One alone needs no turns, and has its usual weight again.
+    let [first, second] = machines;
+    drop(second);
+    eventually("turns end", || service.status().gangs == 0);
+    eventually("its weight is the usual one", || matches!(weight(first.pid()), Some(1024 | 100)));
+    let status = service.stop();
+    assert_eq!(status.at_end.expect("a report").failed, 0);
+    assert!(groups_of(first.pid()).is_empty());
 }
 
 #[test]

@@ -38,9 +38,10 @@ pub(crate) struct Living {
     /// Seconds of silence after which a link to another site is taken for lost [default: 30]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(5..=3600))]
     link_patience: Option<u64>,
-    /// Keep the sibling vCPUs of this host's machines apart and close, as `godwit sched run` does
+    /// Leave the vCPUs of this host's machines to the kernel; else siblings are kept apart and close
+    /// where that may be done, as `godwit sched run` does
     #[arg(long)]
-    co_scheduling: bool,
+    no_co_scheduling: bool,
     /// Leave the caller's session
     #[arg(long, hide = true)]
     own_session: bool,
@@ -123,7 +124,7 @@ impl CenterRole {
             client: client.clone(),
             pool_bytes: self.pool_limit,
             link_patience: self.living.link_patience.map(Duration::from_secs),
-            co_schedule: self.living.co_scheduling,
+            co_schedule: !self.living.no_co_scheduling,
         };
         let center = tokio::select! {
             c = Box::pin(Center::start(config)) => c?,
@@ -176,7 +177,7 @@ impl ApRole {
             link: self.link,
             pool_bytes: self.pool_limit,
             link_patience: self.living.link_patience.map(Duration::from_secs),
-            co_schedule: self.living.co_scheduling,
+            co_schedule: !self.living.no_co_scheduling,
         };
         let mut agent = tokio::select! {
             a = Box::pin(Agent::start(config)) => a?,

@@ -22,8 +22,6 @@
 #ifndef GODWIT_LOANS_H
 #define GODWIT_LOANS_H
 
-const volatile u32 alpha_num = 2;
-const volatile u32 alpha_den = 3;
 const volatile u32 owe_slices = 4;
 
 #define SETTLE_MOST 8
@@ -277,7 +275,7 @@ GLOBAL s32 far_sibling(u64 key, u32 self)
 
 	if (!vm)
 		return -1;
-	LOOP(i, MAX_VCPUS) {
+	LOOP(i, vm->top) {
 		struct vcpu *v = vcpu_at(vm, i);
 
 		if (!v->pid || i == self || v->dirty || v->state != VCPU_QUEUED)
@@ -304,6 +302,8 @@ GLOBAL int algorithm_1(u32 cpu)
 	struct loan loan = {};
 	struct task_struct *p;
 
+	if (is_strict())
+		return gang_first(cpu);
 	if (scx_bpf_dsq_nr_queued(cpu) < 2)
 		return 0;
 	bpf_for_each(scx_dsq, p, cpu, 0) {

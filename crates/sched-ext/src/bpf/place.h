@@ -48,7 +48,7 @@ GLOBAL int find_siblings(u64 key, u32 self)
 	__builtin_memset(out, 0, sizeof(*out));
 	if (!vm)
 		return 0;
-	LOOP(i, MAX_VCPUS) {
+	LOOP(i, vm->top) {
 		struct vcpu *v = vcpu_at(vm, i);
 		u32 cpu = INDEX(v->cpu, MAX_CPUS);
 
@@ -75,7 +75,7 @@ GLOBAL bool has_sibling_on(u64 key, u32 self, u32 cpu)
 
 	if (!vm)
 		return false;
-	LOOP(i, MAX_VCPUS) {
+	LOOP(i, vm->top) {
 		struct vcpu *v = vcpu_at(vm, i);
 
 		if (v->pid && i != self && v->cpu == cpu && v->state != VCPU_IDLE)

@@ -42,6 +42,8 @@ struct cpu_ctx {
 	u64 decisions;
 	u64 mirror[MIRROR];
 	struct debt debt[DEBTS];
+	u64 gang;	/* key of the machine whose gang has claimed it; 0: none */
+	u64 running_vm;	/* key of the machine whose vCPU runs; 0: none */
 };
 
 struct {

@@ -15,6 +15,7 @@
 #include "vm.h"
 #include "queue.h"
 #include "place.h"
+#include "gang.h"
 #include "loans.h"
 
 char _license[] SEC("license") = "GPL";
@@ -125,17 +126,16 @@ void OPS(enqueue, struct task_struct *p, u64 enq_flags)
 	}
 }
 
-/* Runs the vCPU that a sibling's schedule has forced onto this CPU. */
-GLOBAL bool dispatch_forced(u32 cpu)
+/* Runs a vCPU of this CPU's queue out of order. */
+GLOBAL bool dispatch_forced(u32 cpu, u32 pid)
 {
 	struct cpu_ctx *c = cpu_ctx(cpu);
 	struct task_struct *p;
 	bool moved = false;
-	u32 seen = zero, pid;
+	u32 seen = zero;
 
 	if (!c)
 		return false;
-	pid = __sync_lock_test_and_set(&c->force_pid, 0);
 	bpf_for_each(scx_dsq, p, cpu, 0) {
 		if (++seen > WALK)
 			break;
@@ -153,11 +153,35 @@ GLOBAL bool dispatch_forced(u32 cpu)
 	return moved;
 }
 
+/*
+ * Strict co-scheduling: ends the gang whose leader's turn is over, else runs, or lets go on, the
+ * member of a gang that this CPU is claimed for.
+ */
+static __always_inline bool dispatch_gang(u32 cpu, struct cpu_ctx *c, struct task_struct *prev,
+					  bool keeps)
+{
+	struct task_ctx *t = prev ? task_ctx(prev) : NULL;
+	u32 pid;
+
+	if (t && gang_left(t, prev->pid, cpu))
+		return false;
+	if (!c->gang)
+		return false;
+	if (t && keeps && gang_goes_on(t, cpu, prev->scx.dsq_vtime)) {
+		count(gang_kept);
+		set_slice(prev, slice_ns);
+		return true;
+	}
+	pid = gang_member(cpu);
+	return pid && dispatch_forced(cpu, pid);
+}
+
 void OPS(dispatch, s32 cpu, struct task_struct *prev)
 {
 	struct cpu_ctx *c = cpu_ctx(cpu);
 	bool keeps = prev && (prev->scx.flags & ENUM(scx_ent_flags, SCX_TASK_QUEUED));
 	u64 started = 0;
+	u32 forced_pid;
 
 	if (!c)
 		return;
@@ -167,9 +191,13 @@ void OPS(dispatch, s32 cpu, struct task_struct *prev)
 	if (coupling == COUPLING_SBCO) {
 		if (c->debts_due)
 			settle(cpu);
+		if (is_strict() && dispatch_gang(cpu, c, prev, keeps))
+			return;
 		algorithm_1(cpu);
-	} else if (c->force_pid && dispatch_forced(cpu)) {
-		return;
+	} else if (c->force_pid) {
+		forced_pid = __sync_lock_test_and_set(&c->force_pid, 0);
+		if (dispatch_forced(cpu, forced_pid))
+			return;
 	}
 	if (started) {
 		count(sampled);
@@ -195,7 +223,7 @@ GLOBAL int force_siblings(u64 key, u32 self)
 
 	if (!vm)
 		return 0;
-	LOOP(i, MAX_VCPUS) {
+	LOOP(i, vm->top) {
 		struct vcpu *v = vcpu_at(vm, i);
 		struct cpu_ctx *c;
 
@@ -232,6 +260,7 @@ void OPS(running, struct task_struct *p)
 		c->clock = vtime;
 	c->forced_pid = 0;
 	c->running = 1;
+	c->running_vm = t->vm;
 	c->current_vtime = vtime;
 	c->current_since = bpf_ktime_get_ns();
 	t->exec = p->se.sum_exec_runtime;
@@ -241,6 +270,8 @@ void OPS(running, struct task_struct *p)
 		return;
 	v->cpu = cpu;
 	v->state = VCPU_RUNNING;
+	if (coupling == COUPLING_SBCO && is_strict())
+		gang_joined(t, p->pid, c);
 	__sync_fetch_and_add(&v->net, -(v->net >> 3));
 	if (v->dirty == LENT)
 		v->dirty = CLEAN;
@@ -261,6 +292,9 @@ void OPS(stopping, struct task_struct *p, bool runnable)
 	if (!t || !c)
 		return;
 	c->running = 0;
+	c->running_vm = 0;
+	if (coupling == COUPLING_SBCO && is_strict())
+		gang_left(t, p->pid, scx_bpf_task_cpu(p));
 	used = p->se.sum_exec_runtime - t->exec;
 	vtime += used * 100 / weight;
 	key = t->vm;
@@ -382,10 +416,11 @@ int cost_test(struct cost_args *args)
 	vm = bpf_map_lookup_elem(&vms, &key);
 	if (!vm)
 		return -ENOMEM;
-	LOOP(i, MAX_VCPUS) {
+	vm->top = siblings + 1;
+	LOOP(i, vm->top) {
 		struct vcpu *v = vcpu_at(vm, i);
 
-		if (i > siblings)
+		if (i >= MAX_VCPUS)
 			break;
 		v->pid = i + 1;
 		v->cpu = i;

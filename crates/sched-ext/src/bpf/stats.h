@@ -36,6 +36,10 @@
 	X(forced)          /* vCPUs run out of order beside a sibling */ \
 	X(force_missed)    /* vCPUs that were gone when they were to be forced */ \
 	X(kicks)           /* interrupts sent to force siblings */ \
+	X(gangs)           /* vCPUs that have started a gang of their siblings */ \
+	X(gang_joined)     /* siblings that began to run while their leader ran */ \
+	X(gang_late_ns)    /* how long after their leader they did */ \
+	X(gang_kept)       /* turns that went on because a gang's leader still ran */ \
 	X(yields)          /* calls of yield */ \
 	X(yields_to)       /* of these, with a sibling named to yield to */ \
 	X(vms_new)         /* virtual machines noticed */ \

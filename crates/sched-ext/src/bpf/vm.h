@@ -37,8 +37,12 @@ struct vm {
 	u64 runtime;	/* ns that its vCPUs ran */
 	u64 lent;	/* ns of vruntime lent inside it */
 	u32 members;
-	u32 spare;
+	u32 leader;	/* pid of the vCPU that leads the machine's gang; 0: none */
 	struct vcpu vcpu[MAX_VCPUS];
+	u64 gang_since;	/* when it began, and when it ends at the latest */
+	u64 gang_until;
+	u32 top;	/* no slot from here on was ever taken */
+	u32 spare;
 };
 
 struct {
@@ -186,6 +190,18 @@ GLOBAL int vm_leave(u64 key, u32 index, u32 pid)
 	return 0;
 }
 
+static __always_inline void raise_top(struct vm *vm, u32 top)
+{
+	u32 seen = vm->top, was;
+
+	while (seen < top && can_loop) {
+		was = __sync_val_compare_and_swap(&vm->top, seen, top);
+		if (was == seen)
+			break;
+		seen = was;
+	}
+}
+
 /* Takes a slot in the record of machine `key`, which is made if there is none. */
 GLOBAL s32 vm_join(u64 key, u32 pid, u32 cpu)
 {
@@ -215,6 +231,7 @@ GLOBAL s32 vm_join(u64 key, u32 pid, u32 cpu)
 		v->credit = 0;
 		v->net = 0;
 		__sync_fetch_and_add(&vm->members, 1);
+		raise_top(vm, i + 1);
 		return i;
 	}
 	return -ENOMEM;

@@ -40,6 +40,9 @@ pub struct RunArgs {
     /// How long a turn is lent, milliseconds; 0: loans for lag only
     #[arg(long, default_value_t = 20, value_name = "N")]
     pub turn_ms: u64,
+    /// Run busy machines whole, one after the other, for so many milliseconds each; 0: never
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    pub gang_ms: u64,
     /// Spread siblings only; no loans, no groups
     #[arg(long)]
     pub no_loans: bool,
@@ -106,6 +109,7 @@ impl RunArgs {
             life: ms(self.life_ms),
             alpha: self.alpha,
             turn: ms(self.turn_ms),
+            gang: ms(self.gang_ms),
             ..Config::default()
         };
         if self.no_spread && self.no_loans {
@@ -181,6 +185,9 @@ fn table(status: &Status) -> String {
         status.period_ms,
         percent(Some(status.cost)),
     );
+    if status.gang_turns > 0 {
+        out += &format!("{} turns of machines that ran whole\n", status.gang_turns);
+    }
     let left = status.at_start;
     if left.threads + left.gone + left.groups > 0 {
         out += &format!(

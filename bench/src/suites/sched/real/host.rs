@@ -1,5 +1,5 @@
 //! The user-space service on this host's own scheduler: real QEMU machines, more vCPUs than pCPUs,
-//! with the service, without it, and with its placement alone, in turns. One machine is measured, the others compute. Then
+//! with the service in three ways and without it, in turns. One machine is measured, the others compute. Then
 //! tables 4.2 and 4.3 on the same machines, by the service's own observation.
 
 use std::io::Read as _;
@@ -55,9 +55,10 @@ impl Plan {
     }
 }
 
-/// Subjects: with the service, without it, and with a service that spreads siblings and does not
-/// lend.
+/// Subjects: with the service as it is, with one that only spreads siblings and lends, with one that
+/// only spreads them, and without.
 const WITH: &str = "service";
+const LOANS: &str = "loans";
 const WITHOUT: &str = "default";
 const SPREAD: &str = "spread";
 
@@ -75,8 +76,9 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     results.accel.get_or_insert_with(|| "tcg".to_owned());
     results.notes.push(format!(
         "Host: {} machines of {} vCPUs under TCG on this host's {} CPUs, {} rounds in turns with the \
-         user-space service, without it, and with one that spreads siblings but does not lend; the machines that are not measured run the \
-         stand-in for SuperPI. A stand-in has a thread for each vCPU and spins at user level.",
+         user-space service, which runs each machine whole for 10 ms in turn, without it, with one that spreads \
+         siblings and lends, and with one that only spreads them; the machines that are not measured run \
+         the stand-in for SuperPI. A stand-in has a thread for each vCPU and spins at user level.",
         plan.machines,
         plan.cpus,
         std::thread::available_parallelism().map_or(0, usize::from),
@@ -85,9 +87,10 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     let mut said = "With the service the measured machine's run is shorter by".to_owned();
     for workload in &plan.workloads {
         let mut sheet = Sheet::new(workload, plan);
+        let slower = host.slower(workload, results)?;
         for round in 0..plan.rounds {
             for subject in turned(round) {
-                let run = host.measure(workload, subject, plan.run, round)?;
+                let run = host.measure(workload, slower, subject, plan.run, round)?;
                 sheet.push(subject, &run)?;
                 if let Some(report) = run.service {
                     results
@@ -110,8 +113,8 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
 }
 
 /// All subjects; who comes first turns from round to round.
-fn turned(round: usize) -> [&'static str; 3] {
-    let mut all = [WITH, WITHOUT, SPREAD];
+fn turned(round: usize) -> [&'static str; 4] {
+    let mut all = [WITH, LOANS, WITHOUT, SPREAD];
     let by = round % all.len();
     all.rotate_left(by);
     all
@@ -182,14 +185,20 @@ impl Sheet {
         if self.workload == "dedup"
             && let Some(base) = median(&self.time)
         {
+            self.time.target(LOANS, 0.9 * base);
             self.time.target(WITH, 0.9 * base);
         }
         if let Some(base) = median(&self.share) {
+            self.share.target(LOANS, 0.98 * base);
             self.share.target(WITH, 0.98 * base);
         }
-        let time = shorter_percent(&self.time, WITH, WITHOUT).unwrap_or(f64::NAN);
-        let share = shorter_percent(&self.share, WITH, WITHOUT).unwrap_or(f64::NAN);
-        format!(" {time:.1} % ({}; the others' share falls by {share:.1} %);", self.workload)
+        let of = |subject: &str| {
+            let time = shorter_percent(&self.time, subject, WITHOUT).unwrap_or(f64::NAN);
+            let share = shorter_percent(&self.share, subject, WITHOUT).unwrap_or(f64::NAN);
+            let what = &self.workload;
+            format!(" {time:.1} % ({what}, {subject}; the others' share falls by {share:.1} %);")
+        };
+        [WITH, LOANS].map(of).concat()
     }
 }
 
@@ -222,10 +231,23 @@ impl Host {
         Ok(Self { machines, cpus: plan.cpus })
     }
 
+    /// By how much the machines' vCPUs are slower than this host's CPUs at `workload`.
+    fn slower(&mut self, workload: &str, results: &mut Results) -> anyhow::Result<u32> {
+        if workload == "cpu" {
+            // It never waits.
+            return Ok(1);
+        }
+        let first = &mut self.machines[0];
+        let (slower, said) = super::slower(workload, |line| Ok(first.ok(line, SOON)?))?;
+        results.notes.push(said);
+        Ok(slower)
+    }
+
     /// Runs `workload` in the first machine while the others compute.
     fn measure(
         &mut self,
         workload: &str,
+        slower: u32,
         subject: &str,
         time: Duration,
         round: usize,
@@ -237,7 +259,10 @@ impl Host {
         let before = self.cpu_ms()?;
         let seconds = time.as_secs_f64();
         let said = self.machines[0].ok(
-            &format!("godwit-standin {workload} --threads {cpus} --seconds {seconds} --seed {round} --json"),
+            &format!(
+                "godwit-standin {workload} --threads {cpus} --seconds {seconds} --seed {round} \
+                 --slower {slower} --json"
+            ),
             time + 2 * SOON,
         )?;
         let after = self.cpu_ms()?;
@@ -333,6 +358,7 @@ impl Service {
         let how: &[&str] = match subject {
             WITHOUT => return Ok(None),
             SPREAD => &["--no-loans"],
+            LOANS => &["--gang-ms", "0"],
             _ => &[],
         };
         let before = host.affinities()?;

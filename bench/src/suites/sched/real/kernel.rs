@@ -2,6 +2,7 @@
 //! boot. A machine is a process whose threads spin on shared locks (`godwit-standin`), as in the
 //! thesis' scaling run (section 4.6.2); one is measured, the others compute.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -12,15 +13,20 @@ use serde_json::Value;
 use super::{program, shorter_percent};
 use crate::harness::{Better, Experiment, Results};
 
+/// SBCO that allows no distance.
+const STRICT: &str = "strict";
 /// The kernel's own class.
 pub const EEVDF: &str = "eevdf";
+/// The same with turns that end at the kernel's tick, as those of sched_ext do: newer kernels end
+/// EEVDF's by a timer of their own, which makes them half as long at 250 ticks a second.
+pub const EEVDF_TICK: &str = "eevdf-tick";
 
 /// What to measure.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// Rounds.
     pub rounds: usize,
-    /// vCPUs of the guest, and threads of each machine in it.
+    /// vCPUs of the guest, and threads of each machine in it: no more than this host has CPUs.
     pub cpus: u32,
     /// Who is compared, the one that has to be better first: [`EEVDF`] or a mode of
     /// `godwit-sched-ext`.
@@ -33,6 +39,10 @@ pub struct Plan {
     pub run: Duration,
     /// How long fairness is watched in each round; zero: not at all.
     pub fairness: Duration,
+    /// By how much the guest's CPUs are taken to be slower than real ones; none: it is measured.
+    /// Operations of stand-ins are so much smaller, so that their phases are as long beside a slice as
+    /// they are on a real processor.
+    pub slower: Option<u32>,
     /// What the guest's time is. By instructions it does not depend on what else the host does; a
     /// run takes some ten times as long then.
     pub clock: Clock,
@@ -45,8 +55,9 @@ impl Plan {
         let names = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect();
         Self {
             rounds: rounds.unwrap_or(if quick { 2 } else { 5 }),
-            cpus: 4,
-            modes: names(&["sbco", EEVDF, "bal", "procco"]),
+            // vCPUs that share a CPU of the host would stop each other in the middle of a lock.
+            cpus: std::thread::available_parallelism().map_or(1, |n| n.get().min(4) as u32).max(2),
+            modes: names(&[STRICT, "sbco", EEVDF, "bal", "procco"]),
             workloads: if quick {
                 names(&["dedup", "streamcluster"])
             } else {
@@ -55,6 +66,7 @@ impl Plan {
             queues: if quick { vec![8] } else { vec![8, 12] },
             run: Duration::from_secs(if quick { 4 } else { 5 }),
             fairness: Duration::from_secs(if quick { 6 } else { 30 }),
+            slower: None,
             clock: Clock::Host,
         }
     }
@@ -93,6 +105,9 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
             sheets.push(Sheet::new(workload, 1));
         }
     }
+    for sheet in &mut sheets {
+        sheet.slower = guest.slower(plan, &sheet.workload, results)?;
+    }
     let mut fairness = Fairness::new(plan);
     for round in 0..plan.rounds {
         for sheet in &mut sheets {
@@ -121,17 +136,20 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
             }
         }
     }
-    let mut said = "SBCO's run in the guest's kernel is shorter than EEVDF's by".to_owned();
+    let mut said = "A run in the guest's kernel is shorter than with EEVDF by".to_owned();
     for sheet in &mut sheets {
         // Lock-heavy ones are to be a quarter faster, CPU-bound ones at most 2 % slower.
         let share = if sheet.workload == "cpu" { 1.02 } else { 0.75 };
-        if let Some(base) = sheet.median_of(EEVDF) {
-            sheet.time.target("sbco", share * base);
-        }
-        if let Some(percent) = shorter_percent(&sheet.time, "sbco", EEVDF) {
+        let (workload, queue) = (&sheet.workload, sheet.queue);
+        for mode in [STRICT, "sbco"] {
+            let Some(percent) = shorter_percent(&sheet.time, mode, EEVDF) else { continue };
             // Writing to a string does not fail.
-            let _ =
-                write!(said, " {percent:.1} % ({} in a queue of {});", sheet.workload, sheet.queue);
+            let _ = write!(said, " {percent:.1} % ({mode}, {workload} in a queue of {queue});");
+        }
+        if let Some(base) = sheet.median_of(EEVDF) {
+            for mode in [STRICT, "sbco"] {
+                sheet.time.target(mode, share * base);
+            }
         }
     }
     results.notes.push(said);
@@ -149,11 +167,18 @@ fn turned(modes: &[String], round: usize) -> impl Iterator<Item = &String> {
     modes[at..].iter().chain(&modes[..at])
 }
 
+/// Whether the kernel's own class schedules in `mode`.
+fn is_stock(mode: &str) -> bool {
+    [EEVDF, EEVDF_TICK].contains(&mode)
+}
+
 /// The booted guest.
 struct Guest {
     machine: Machine,
     release: String,
     clock: Clock,
+    /// By how much its CPUs are slower than this host's, by workload.
+    slower: BTreeMap<String, u32>,
     /// Rounds that failed, in earlier guests too.
     failures: usize,
 }
@@ -175,7 +200,7 @@ impl Guest {
         let kernel = Kernel::find()?;
         let mut initramfs =
             Initramfs::new().program(program("godwit-standin", "godwit-standin")?)?;
-        if plan.modes.iter().any(|m| m != EEVDF) {
+        if plan.modes.iter().any(|m| !is_stock(m)) {
             initramfs = initramfs.program(program("godwit-sched-ext", "godwit-sched-ext")?)?;
         }
         let mut spec = Spec::new("bench-sched", plan.cpus, 1024);
@@ -186,7 +211,13 @@ impl Guest {
             spec.boot_within = 10 * SOON;
         }
         let machine = Machine::boot(&kernel, &initramfs, &spec)?;
-        Ok(Self { machine, release: kernel.release().to_owned(), clock: plan.clock, failures: 0 })
+        Ok(Self {
+            machine,
+            release: kernel.release().to_owned(),
+            clock: plan.clock,
+            slower: BTreeMap::new(),
+            failures: 0,
+        })
     }
 
     /// Within which time everything has to happen that takes seconds at most.
@@ -195,6 +226,28 @@ impl Guest {
             Clock::Host => SOON,
             Clock::Instructions(_) => 10 * SOON,
         }
+    }
+
+    /// By how much an operation of `workload` takes this guest longer than this host, each alone on
+    /// its CPU.
+    fn slower(
+        &mut self,
+        plan: &Plan,
+        workload: &str,
+        results: &mut Results,
+    ) -> anyhow::Result<u32> {
+        if workload == "cpu" {
+            // It never waits.
+            return Ok(1);
+        }
+        if let Some(known) = plan.slower.or_else(|| self.slower.get(workload).copied()) {
+            return Ok(known);
+        }
+        let within = 100 * self.soon();
+        let (slower, said) = super::slower(workload, |line| self.say(line, within))?;
+        results.notes.push(said);
+        self.slower.insert(workload.to_owned(), slower);
+        Ok(slower)
     }
 
     /// Runs a fleet under every mode in turn. None when one of them failed, which is a note: rounds
@@ -231,8 +284,12 @@ impl Guest {
 
     /// Runs a fleet under `mode`, which is gone again afterwards.
     fn fleet(&mut self, mode: &str, args: &str, run: Duration) -> anyhow::Result<Run> {
-        if mode != EEVDF {
+        let stock = is_stock(mode);
+        if !stock {
             self.load(mode).with_context(|| format!("load the scheduler in mode {mode}"))?;
+        }
+        if mode == EEVDF_TICK {
+            self.hrtick(false)?;
         }
         let (busy, slow) = match self.clock {
             Clock::Host => ("", 1),
@@ -243,7 +300,10 @@ impl Guest {
         let line = said.lines().last().unwrap_or_default();
         let report =
             serde_json::from_str(line).with_context(|| format!("the fleet said {said:?}"))?;
-        let stats = if mode == EEVDF {
+        if mode == EEVDF_TICK {
+            self.hrtick(true)?;
+        }
+        let stats = if stock {
             let state = self.say("cat /sys/kernel/sched_ext/state", self.soon())?;
             ensure!(state.trim() == "disabled", "sched_ext is {state:?} while EEVDF is measured");
             None
@@ -256,6 +316,17 @@ impl Guest {
     /// Runs a command in the guest and gives what it says.
     fn say(&mut self, command: &str, within: Duration) -> anyhow::Result<String> {
         Ok(self.machine.ok(command, within)?)
+    }
+
+    /// Switches EEVDF's own timer on or off; without it turns end at the kernel's tick, as those of
+    /// sched_ext do.
+    fn hrtick(&mut self, on: bool) -> anyhow::Result<()> {
+        let feature = if on { "HRTICK" } else { "NO_HRTICK" };
+        let line = format!(
+            "cd /sys/kernel/debug; [ -d sched ] || mount -t debugfs none .; \
+             cd /sys/kernel/debug/sched; echo {feature} >features; grep -qw {feature} features"
+        );
+        self.say(&line, self.soon()).map(drop).with_context(|| format!("set {feature}"))
     }
 
     fn load(&mut self, mode: &str) -> anyhow::Result<()> {
@@ -305,6 +376,7 @@ impl Guest {
 struct Sheet {
     workload: String,
     queue: usize,
+    slower: u32,
     time: Experiment,
     /// What an operation costs, whatever part of the CPUs the machine got.
     cpu: Experiment,
@@ -375,17 +447,19 @@ impl Sheet {
             ],
             workload: workload.to_owned(),
             queue,
+            slower: 1,
         }
     }
 
     /// The arguments of its fleet.
     fn fleet(&self, plan: &Plan, round: usize) -> String {
         format!(
-            "--measured {} --others cpu --count {} --threads {} --seconds {} --lead 0.5 --seed {round}",
+            "--measured {} --others cpu --count {} --threads {} --seconds {} --lead 0.5 --seed {round} --slower {}",
             self.workload,
             self.queue - 1,
             plan.cpus,
-            plan.run.as_secs_f64()
+            plan.run.as_secs_f64(),
+            self.slower
         )
     }
 

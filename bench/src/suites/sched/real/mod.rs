@@ -8,8 +8,10 @@ pub mod host;
 pub mod kernel;
 
 use std::path::PathBuf;
+use std::process::Command;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
 
 use crate::harness::Experiment;
 use crate::harness::stats::summary;
@@ -25,6 +27,47 @@ pub fn program(name: &str, package: &str) -> anyhow::Result<PathBuf> {
     places.into_iter().find(|p| p.is_file()).with_context(|| {
         format!("no {name} beside {}; build it first: cargo build -p {package}", me.display())
     })
+}
+
+/// What a stand-in takes at most for `--slower`.
+const MOST_SLOWER: f64 = 64.0;
+
+/// By how much an operation of `workload` takes a guest longer than this host, each alone on its
+/// CPU, rounded; and that in words. `guest` runs a command there and gives what it says.
+///
+/// An emulated CPU is ten to thirty times slower than a real one, and a scheduler's slice is not:
+/// what is between two waits would be as long as a slice, and no order of vCPUs could help or harm.
+/// So operations are made so much smaller (`godwit-standin --slower`).
+///
+/// # Errors
+/// A stand-in that fails, or gets nothing done in a second.
+fn slower(
+    workload: &str,
+    mut guest: impl FnMut(&str) -> anyhow::Result<String>,
+) -> anyhow::Result<(u32, String)> {
+    let args = [workload, "--threads", "1", "--seconds", "1", "--json"];
+    let host = Command::new(program("godwit-standin", "godwit-standin")?)
+        .args(args)
+        .output()
+        .context("run the stand-in on the host")?;
+    ensure!(host.status.success(), "the stand-in failed: {}", host.status);
+    let cost = |said: &str| {
+        let report: Value = serde_json::from_str(said.lines().last().unwrap_or_default())
+            .with_context(|| format!("the stand-in said {said:?}"))?;
+        let of = |value: &Value| value.as_f64().with_context(|| format!("{value} is no number"));
+        let operations = of(&report["operations"])?;
+        ensure!(operations > 0.0, "{workload} got nothing done in a second");
+        Ok(of(&report["cpu_ms"][0])? / operations)
+    };
+    let here = cost(&String::from_utf8_lossy(&host.stdout))?;
+    let there = cost(&guest(&format!("godwit-standin {}", args.join(" ")))?)?;
+    let slower = (there / here).round().clamp(1.0, MOST_SLOWER) as u32;
+    let said = format!(
+        "Operations of {workload} are {slower} times smaller in guests: one takes a CPU of this host \
+         {here:.3} ms and one of a guest {there:.3} ms, alone; so its phases are as long beside a slice \
+         as on a real CPU."
+    );
+    Ok((slower, said))
 }
 
 /// By how many percent `subject`'s median is below `against`'s, if both have values.
