@@ -188,7 +188,13 @@ fn ejected(guest: &mut Guest) {
 
 /// Machines that die with debts, threads that end between loan and settlement, threads added late.
 fn deaths(guest: &mut Guest) {
-    guest.load("--vm-by process:sched-ext-vm");
+    deaths_in(guest, "sbco", "loans");
+    deaths_in(guest, "strict", "gangs");
+}
+
+fn deaths_in(guest: &mut Guest, mode: &str, sign: &str) {
+    guest.ok("rm -f /tmp/churn");
+    guest.load(&format!("--mode {mode} --vm-by process:sched-ext-vm"));
     guest.ok("sched-ext-vm run --vms 4 --seconds 3 --kind churn >/tmp/churn 2>&1 &");
     for _ in 0..4 {
         guest.ok(
@@ -200,8 +206,33 @@ fn deaths(guest: &mut Guest) {
     assert!(machines(&work).iter().all(|m| m["threads"].as_u64() > Some(20)), "{work}");
     guest.wait_no_vms();
     let end = guest.stop("TERM");
-    assert!(end.counters.get("loans") > 0, "{:#?}", end.counters);
+    assert!(end.counters.get(sign) > 0, "{mode}: {:#?}", end.counters);
     assert_settled(&end);
+}
+
+/// Machines that are named by their processes or by a control group.
+fn named_one_by_one(guest: &mut Guest) {
+    guest.ok("mkdir -p /sys/fs/cgroup/named");
+    guest.ok("setsid sched-ext-vm run --vms 2 --seconds 200 >/dev/null 2>&1 & echo $! >/tmp/vms");
+    guest.wait("[ $(pgrep -P $(cat /tmp/vms) | wc -l) -eq 2 ]");
+    let all = guest.ok("pgrep -P $(cat /tmp/vms)");
+    let pids: Vec<&str> = all.split_whitespace().collect();
+    guest.load(&format!("--vm-by tgid:{}", pids[0]));
+    guest.wait("godwit-sched-ext top --once --json | grep -q '\"runtime_ms\"'");
+    let ids: Vec<u64> = guest.top().vms.iter().map(|vm| vm.id).collect();
+    assert_eq!(ids, [pids[0].parse::<u64>().expect("a process")]);
+    guest.stop("TERM");
+
+    guest.ok(&format!("echo {} >/sys/fs/cgroup/named/cgroup.procs", pids[1]));
+    guest.load("--vm-by cgroup:/sys/fs/cgroup/named");
+    guest.wait("godwit-sched-ext top --once --json | grep -q '\"runtime_ms\"'");
+    let ids: Vec<u64> = guest.top().vms.iter().map(|vm| vm.id).collect();
+    let inode = guest.ok("stat -c %i /sys/fs/cgroup/named");
+    assert_eq!(ids, [inode.trim().parse::<u64>().expect("an inode")]);
+    guest.ok("kill -9 -$(cat /tmp/vms)");
+    guest.wait_no_vms();
+    assert_settled(&guest.stop("TERM"));
+    guest.wait("rmdir /sys/fs/cgroup/named");
 }
 
 fn thousand_machines(guest: &mut Guest) {
@@ -232,7 +263,7 @@ fn cpu_comes_and_goes(guest: &mut Guest) {
 
 /// Threads that call themselves vCPUs get no more than others do.
 fn self_named(guest: &mut Guest) {
-    for mode in ["sbco", "bal"] {
+    for mode in ["sbco", "strict", "bal"] {
         guest.load(&format!("--mode {mode}"));
         let work = guest.ok(
             "sched-ext-vm run --seconds 3 --kind cpu >/tmp/plain & \
@@ -320,6 +351,7 @@ fn loading_and_unloading() {
 fn bad_days() {
     run_all(&[
         ("deaths", deaths),
+        ("named one by one", named_one_by_one),
         ("a thousand machines", thousand_machines),
         ("a CPU comes and goes", cpu_comes_and_goes),
         ("self-named", self_named),

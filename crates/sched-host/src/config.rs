@@ -35,8 +35,8 @@ pub struct Config {
     pub alpha: Alpha,
     /// How long a loan for distance lives, at most 1 s; zero: none are made.
     pub turn: Duration,
-    /// How long each machine runs whole before the next does, where their vCPUs want more pCPUs
-    /// than there are: 2 ms to 100 ms; zero: never ([`crate::gang`]).
+    /// How long each machine as wide as the host runs whole before the next does, where they want
+    /// more pCPUs than there are: 2 ms to 100 ms; zero: never ([`crate::gang`]).
     pub gang: Duration,
 }
 

@@ -13,8 +13,9 @@
 //! machine that idles in its turn leaves its pCPUs to the others.
 //!
 //! This is strict co-scheduling (the thesis' alpha of zero) at turns of milliseconds, and it costs what
-//! strict co-scheduling costs: who wakes may wait for a round. So only machines take part that are busy
-//! with two vCPUs or more.
+//! strict co-scheduling costs: who wakes may wait for a round. So only machines take part that keep
+//! every pCPU of the host busy. Narrower ones would not do: a pCPU that only some of them use would
+//! know other sums of weights from turn to turn.
 //!
 //! Only groups that were made here take part. They are removed at the end, so their weights need no
 //! journal. After a kill they stay as they were in that moment until the next start; a group that had
@@ -32,9 +33,8 @@ use std::time::Duration;
 use crate::cgroup::Version;
 use crate::sys;
 
-/// Machines that take part at most: with more, a round would take longer than anybody should wait,
-/// and version 1 knows no greater weight.
-pub const MOST: usize = 32;
+/// Machines that take part at most: with more, a round would take longer than anybody should wait.
+pub const MOST: usize = 16;
 /// Of [`SHARE`] parts of its weight, those that a group keeps while it waits.
 pub const WAITS: u64 = 1;
 /// See [`WAITS`].

@@ -321,14 +321,15 @@ impl Worker {
         self.gang();
     }
 
-    /// Chooses the machines that run whole in turns: those of one group above, where all want more
-    /// pCPUs than there are.
+    /// Chooses the machines that run whole in turns: those of one group above that are as wide as the
+    /// host, where all want more pCPUs than there are.
     fn gang(&self) {
         let Some(gangs) = &self.gangs else { return };
         let wanted: f64 = self.vms.values().map(Managed::demand).sum();
         let mut members = Vec::new();
         if wanted > self.online.len() as f64 + 0.5 {
-            let may: Vec<&Path> = self.vms.values().filter_map(Managed::gang).collect();
+            let may: Vec<&Path> =
+                self.vms.values().filter_map(|vm| vm.gang(self.online.len())).collect();
             let above = may.first().and_then(|dir| dir.parent());
             let beside = may.iter().filter(|dir| dir.parent() == above);
             members.extend(beside.take(crate::gang::MOST).map(|dir| dir.to_path_buf()));

@@ -240,12 +240,12 @@ impl Managed {
             && matches!(self.group, Group::Own(_) | Group::Made(..))
     }
 
-    /// Its group, if it may be run whole in turns: one that was made here, for a machine that is busy
-    /// with two vCPUs or more.
-    pub(crate) fn gang(&self) -> Option<&std::path::Path> {
+    /// Its group, if it may be run whole in turns: one that was made here, for a machine that keeps
+    /// every pCPU busy.
+    pub(crate) fn gang(&self, pcpus: usize) -> Option<&std::path::Path> {
         let Group::Made(made, _) = &self.group else { return None };
         let busy = self.vcpus.values().filter(|v| !v.gone && v.demand >= BUSY).count();
-        (busy >= 2).then_some(made.dir.as_path())
+        (busy >= pcpus.max(2)).then_some(made.dir.as_path())
     }
 
     /// How many pCPUs its vCPUs want.

@@ -40,7 +40,8 @@ pub struct RunArgs {
     /// How long a turn is lent, milliseconds; 0: loans for lag only
     #[arg(long, default_value_t = 20, value_name = "N")]
     pub turn_ms: u64,
-    /// Run busy machines whole, one after the other, for so many milliseconds each; 0: never
+    /// Run busy machines that are as wide as the host whole, one after the other, for so many
+    /// milliseconds each; 0: never
     #[arg(long, default_value_t = 10, value_name = "N")]
     pub gang_ms: u64,
     /// Spread siblings only; no loans, no groups
