@@ -131,6 +131,12 @@ impl Default for Config {
 }
 
 impl Config {
+    /// From which distance on something is done: none is allowed in mode `strict`.
+    #[must_use]
+    pub fn threshold(&self) -> Alpha {
+        if self.mode == Mode::Strict { Alpha::ZERO } else { self.alpha }
+    }
+
     /// Whether the values make sense together.
     ///
     /// # Errors

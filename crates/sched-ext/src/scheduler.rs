@@ -5,7 +5,6 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 use std::{fs, io};
 
-use godwit_sched::policy::Alpha;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{Link, MapCore, MapFlags, ProgramInput};
 use serde::{Deserialize, Serialize};
@@ -288,8 +287,7 @@ fn configure(open: &mut crate::skeleton::OpenSchedSkel<'static>, config: &Config
             Mode::Cpuco => 3,
         };
         rodata.distinct = config.mode != Mode::Dft;
-        let alpha = if config.mode == Mode::Strict { Alpha::ZERO } else { config.alpha };
-        (rodata.alpha_num, rodata.alpha_den) = alpha.parts();
+        (rodata.alpha_num, rodata.alpha_den) = config.threshold().parts();
         rodata.owe_slices = config.owe_slices;
         rodata.slice_ns = config.slice.as_nanos() as u64;
         rodata.vm_by = match &config.vm_by {

@@ -167,7 +167,7 @@ impl Loader {
         Ok(Snapshot {
             version: 1,
             mode: self.config.mode,
-            alpha: self.config.alpha.to_string(),
+            alpha: self.config.threshold().to_string(),
             slice_us: self.config.slice.as_micros() as u64,
             vm_by: self.config.vm_by.to_string(),
             uptime_ms: self.started.elapsed().as_millis() as u64,

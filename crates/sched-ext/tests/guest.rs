@@ -214,8 +214,10 @@ fn deaths_in(guest: &mut Guest, mode: &str, sign: &str) {
 fn named_one_by_one(guest: &mut Guest) {
     guest.ok("mkdir -p /sys/fs/cgroup/named");
     guest.ok("setsid sched-ext-vm run --vms 2 --seconds 200 >/dev/null 2>&1 & echo $! >/tmp/vms");
-    guest.wait("[ $(pgrep -P $(cat /tmp/vms) | wc -l) -eq 2 ]");
-    let all = guest.ok("pgrep -P $(cat /tmp/vms)");
+    let children =
+        "grep -l \"^PPid:.$(cat /tmp/vms)$\" /proc/[0-9]*/status 2>/dev/null | cut -d/ -f3";
+    guest.wait(&format!("[ $({children} | wc -l) -eq 2 ]"));
+    let all = guest.ok(children);
     let pids: Vec<&str> = all.split_whitespace().collect();
     guest.load(&format!("--vm-by tgid:{}", pids[0]));
     guest.wait("godwit-sched-ext top --once --json | grep -q '\"runtime_ms\"'");
