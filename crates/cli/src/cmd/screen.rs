@@ -51,7 +51,6 @@ impl Console {
             return Ok(Outcome::Done);
         }
         let mut guest = open(client, &self.vm, "attach", "console").await?;
-        out::talk(&format!("console of {}; Ctrl-] leaves", self.vm));
         let left = self.attached(&mut guest).await;
         // The guest's line has no end where it is left.
         out::talk("");
@@ -61,6 +60,9 @@ impl Console {
     /// Carries keys and characters until the user leaves or the guest hangs up.
     async fn attached(&self, guest: &mut reqwest::Upgraded) -> Result {
         let _raw = Raw::enter()?;
+        // Not before the keys are the guest's: one typed at these words would be lost. A raw terminal
+        // wants its carriage return.
+        out::talk(&format!("console of {}; Ctrl-] leaves\r", self.vm));
         let (mut user, mut screen) = (tokio::io::stdin(), tokio::io::stdout());
         let (mut typed, mut shown) = ([0u8; 256], vec![0u8; 16 << 10]);
         loop {
