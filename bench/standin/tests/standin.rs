@@ -47,20 +47,21 @@ fn a_result_belongs_to_seed_and_work_however_many_threads_there_are() {
     }
 }
 
-/// The same work in smaller steps: what is done is still checked, and more of it gets done.
+/// Smaller operations lose nothing either, and dedup's are smaller: more chunks of the same input.
 #[test]
 fn a_slower_processor_does_smaller_operations() {
-    for what in StandIn::ALL.into_iter().filter(|w| *w != StandIn::Cpu) {
-        let cpu_of = |slower: u32| {
-            let config =
-                Config { threads: 1, slower, work: Some(little(what)), ..Config::new(what) };
-            let outcome = run(&config, &AtomicBool::new(false)).expect("the work is done");
-            assert_eq!(outcome.ended, Ended::Done, "{what:?}");
-            outcome.cpu_ms.iter().sum::<f64>() / outcome.operations as f64
-        };
-        let (whole, small) = (cpu_of(1), cpu_of(16));
-        assert!(small < whole, "{what:?}: {small} ms an operation after {whole}");
+    let done = |what: StandIn, threads: usize, slower: u32| {
+        let config = Config { threads, slower, work: Some(little(what)), ..Config::new(what) };
+        let outcome = run(&config, &AtomicBool::new(false)).expect("the work is done");
+        assert_eq!(outcome.ended, Ended::Done, "{what:?}");
+        (outcome.digest, outcome.operations)
+    };
+    for what in StandIn::ALL {
+        for slower in [16, MOST_SLOWER] {
+            assert_eq!(done(what, 4, slower), done(what, 1, slower), "{what:?} at {slower}");
+        }
     }
+    assert!(done(StandIn::Dedup, 1, 16).1 > 8 * done(StandIn::Dedup, 1, 1).1);
 }
 
 #[test]

@@ -81,6 +81,7 @@ impl Gangs {
             version,
             wanted: Arc::clone(&members),
             turns: Arc::clone(&turns),
+            known: Vec::new(),
             groups: Vec::new(),
             at: 0,
         };
@@ -123,16 +124,14 @@ impl Drop for Gangs {
     }
 }
 
-struct Group {
-    dir: PathBuf,
-    file: File,
-}
-
 struct Wheel {
     version: Version,
     wanted: Arc<Mutex<Vec<PathBuf>>>,
     turns: Arc<AtomicU64>,
-    groups: Vec<Group>,
+    /// What was wanted when the groups were opened.
+    known: Vec<PathBuf>,
+    /// Their files for the weight.
+    groups: Vec<File>,
     /// Whose turn it is.
     at: usize,
 }
@@ -157,16 +156,16 @@ impl Wheel {
     /// that stay get the one for waiting.
     fn update(&mut self) {
         let wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if wanted.iter().eq(self.groups.iter().map(|g| &g.dir)) {
+        // Not beside what could be opened: one that has ended stays wanted until the next scan.
+        if wanted == self.known {
             return;
         }
         self.give_back();
+        self.known.clone_from(&wanted);
         // What can't be opened has ended, or may not be written: it does without.
-        let open = |dir: PathBuf| {
-            let file = OpenOptions::new().write(true).open(file(self.version, &dir)).ok()?;
-            Some(Group { dir, file })
-        };
-        self.groups = wanted.into_iter().filter_map(open).take(MOST).collect();
+        let open =
+            |dir: &PathBuf| OpenOptions::new().write(true).open(file(self.version, dir)).ok();
+        self.groups = wanted.iter().filter_map(open).take(MOST).collect();
         self.at = 0;
         if self.groups.len() > 1 {
             let (_, waits) = weights(self.version, self.groups.len() as u64);
@@ -178,7 +177,7 @@ impl Wheel {
 
     fn write(&mut self, which: usize, weight: u64) {
         // A machine that has just ended has no group any more.
-        let _ = self.groups[which].file.write_all(weight.to_string().as_bytes());
+        let _ = self.groups[which].write_all(weight.to_string().as_bytes());
     }
 
     fn give_back(&mut self) {
@@ -215,6 +214,7 @@ mod tests {
             version: Version::V1,
             wanted: Arc::new(Mutex::new(dirs.to_vec())),
             turns: Arc::default(),
+            known: Vec::new(),
             groups: Vec::new(),
             at: 0,
         }
@@ -241,6 +241,22 @@ mod tests {
             [said(0), said(1), said(2)],
             ["12812828161024", "12828161281024", "12828161281024"]
         );
+    }
+
+    #[test]
+    fn one_that_is_gone_takes_nobodys_turn() {
+        let root = tempfile::tempdir().expect("a directory");
+        let dirs: Vec<PathBuf> = ["a", "b", "gone"].map(|n| root.path().join(n)).into();
+        for dir in &dirs[..2] {
+            std::fs::create_dir(dir).expect("made");
+            std::fs::write(dir.join("cpu.shares"), "").expect("written");
+        }
+        let mut wheel = wheel(&dirs);
+        for _ in 0..2 {
+            wheel.turn();
+        }
+        let said = |i: usize| std::fs::read_to_string(dirs[i].join("cpu.shares")).expect("read");
+        assert_eq!([said(0), said(1)], ["1281281920", "1281920128"]);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! gets a control group, its siblings get disjoint sets of pCPUs, and a loan is a lower nice and a
 //! shorter slice for the slow sibling against a higher nice and a longer slice for the fast one, in
 //! one call each and with an expiry. Since both are in one group, others lose next to nothing by it.
+//! Machines as wide as the host are run whole in turns, by the weights of their groups.
 //! It works at tens of milliseconds, not at single slices: it promises that siblings get on evenly,
 //! not that no lock holder is ever preempted.
 //!

@@ -9,8 +9,9 @@
  *
  * A CPU belongs to one gang at most, so several gangs run side by side where machines are smaller
  * than the host; a sibling on a CPU of another gang waits for its own turn. A claim holds for four
- * slices at most, whatever happens to its leader. A member that is ahead of its queue's clock by more than
- * the queue's period is left alone: being a member is no way to get more CPU time than others.
+ * slices at most, whatever happens to its leader. A member that is ahead of its queue's clock by
+ * more than the queue's period is left alone: being a member is no way to get more CPU time than
+ * others.
  */
 #ifndef GODWIT_GANG_H
 #define GODWIT_GANG_H

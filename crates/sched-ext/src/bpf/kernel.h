@@ -153,7 +153,6 @@ struct bpf_iter_scx_dsq {
 	u64 __opaque[6];
 };
 
-
 /* Only the members that are set: libbpf finds each by its name in the kernel's own table. */
 struct sched_ext_ops {
 	s32 (*select_cpu)(struct task_struct *p, s32 prev_cpu, u64 wake_flags);
