@@ -45,6 +45,9 @@ pub struct Load {
     /// What a machine is: names, process:NAME, tgid:N,... or cgroup:/sys/fs/cgroup/PATH,...
     #[arg(long, value_name = "HOW", default_value = "names")]
     pub vm_by: VmBy,
+    /// The kernel takes all tasks back when one is ready for so long and does not run
+    #[arg(long, value_name = "S", default_value_t = 20)]
+    pub watchdog: u64,
     /// Where `sched top` finds the loader
     #[arg(long, value_name = "PATH", default_value = SOCKET)]
     pub socket: PathBuf,
@@ -125,6 +128,7 @@ fn load(args: &Load) -> Result<(), Failure> {
         slice: Duration::from_micros(args.slice_us),
         owe_slices: args.owe,
         vm_by: args.vm_by.clone(),
+        watchdog: Duration::from_secs(args.watchdog),
     };
     config.validate().map_err(|error| Failure::Usage(error.to_string()))?;
     let lasting = args.seconds.map(Duration::from_secs);

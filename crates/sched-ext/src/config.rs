@@ -116,6 +116,8 @@ pub struct Config {
     pub owe_slices: u32,
     /// What a virtual machine is.
     pub vm_by: VmBy,
+    /// For how long a task may be ready and not run before the kernel takes all tasks back.
+    pub watchdog: Duration,
 }
 
 impl Default for Config {
@@ -126,6 +128,7 @@ impl Default for Config {
             slice: Duration::from_millis(3),
             owe_slices: 4,
             vm_by: VmBy::Names,
+            watchdog: Duration::from_secs(20),
         }
     }
 }
@@ -149,6 +152,9 @@ impl Config {
         if !(1..=64).contains(&self.owe_slices) {
             return Err(ConfigError::OweSlices(self.owe_slices));
         }
+        if !(Duration::from_secs(1)..=Duration::from_secs(30)).contains(&self.watchdog) {
+            return Err(ConfigError::Watchdog(self.watchdog));
+        }
         Ok(())
     }
 }
@@ -169,6 +175,9 @@ pub enum ConfigError {
     /// Not a bound.
     #[error("a vCPU may owe 1 to 64 slices, not {0}")]
     OweSlices(u32),
+    /// Longer than the kernel allows, or so short that a busy machine is taken for a stalled one.
+    #[error("the watchdog waits 1 to 30 s, not {0:?}")]
+    Watchdog(Duration),
 }
 
 #[cfg(test)]
@@ -198,5 +207,7 @@ mod tests {
         assert!(matches!(config.validate(), Err(ConfigError::Slice(_))));
         config = Config { owe_slices: 0, ..Config::default() };
         assert!(matches!(config.validate(), Err(ConfigError::OweSlices(0))));
+        config = Config { watchdog: Duration::from_secs(31), ..Config::default() };
+        assert!(matches!(config.validate(), Err(ConfigError::Watchdog(_))));
     }
 }

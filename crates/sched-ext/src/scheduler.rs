@@ -307,5 +307,6 @@ fn configure(open: &mut crate::skeleton::OpenSchedSkel<'static>, config: &Config
     }
     // The kernel refuses a scheduler that was prepared for another set of CPUs.
     let seen = fs::read_to_string("/sys/kernel/sched_ext/hotplug_seq").unwrap_or_default();
+    open.struct_ops.godwit_mut().timeout_ms = config.watchdog.as_millis() as u32;
     open.struct_ops.godwit_mut().hotplug_seq = seen.trim().parse().unwrap_or(0);
 }

@@ -186,6 +186,27 @@ fn ejected(guest: &mut Guest) {
     guest.wait_state("disabled");
 }
 
+/// A task that is ready and does not run has the kernel's watchdog take all tasks back.
+fn stalled(guest: &mut Guest) {
+    assert_no_warnings(guest);
+    guest.ok(
+        "mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null; \
+         for server in /sys/kernel/debug/sched/ext_server/cpu*/runtime; do \
+             [ ! -e $server ] || echo 0 >$server; \
+         done; \
+         echo -1 >/proc/sys/kernel/sched_rt_runtime_us",
+    );
+    guest.load("--watchdog 2");
+    guest.ok("sched-ext-vm starve --cpu 3");
+    guest.wait("test -s /tmp/rc");
+    let log = guest.ok("cat /tmp/log");
+    assert_eq!(guest.ok("cat /tmp/rc"), "1\n", "{log}");
+    assert!(log.contains("the kernel has ended the scheduler"), "{log}");
+    assert!(log.contains("runnable task stall"), "{log}");
+    guest.wait_state("disabled");
+    guest.ok("echo 950000 >/proc/sys/kernel/sched_rt_runtime_us; dmesg -c >/dev/null");
+}
+
 /// Machines that die with debts, threads that end between loan and settlement, threads added late.
 fn deaths(guest: &mut Guest) {
     deaths_in(guest, "sbco", "loans");
@@ -292,9 +313,15 @@ fn yields(guest: &mut Guest) {
 
 fn nonsense(guest: &mut Guest) {
     guest.ok("godwit-sched-ext check");
-    for args in
-        ["--alpha 4/3", "--alpha x", "--slice-us 1", "--owe 0", "--vm-by some", "--mode cfs"]
-    {
+    for args in [
+        "--alpha 4/3",
+        "--alpha x",
+        "--slice-us 1",
+        "--owe 0",
+        "--vm-by some",
+        "--mode cfs",
+        "--watchdog 60",
+    ] {
         let answer = guest.run(&format!("godwit-sched-ext load {args}"));
         assert_eq!(answer.status, 2, "{args}: {}", answer.output);
     }
@@ -334,6 +361,10 @@ fn check_all(guest: &mut Guest, checks: &[(&str, Check)]) {
         let took = started.elapsed().as_secs_f64();
         let _ = std::io::Write::write_fmt(&mut err, format_args!("{name}: {took:.1} s\n"));
     }
+    assert_no_warnings(guest);
+}
+
+fn assert_no_warnings(guest: &mut Guest) {
     let warnings = guest.ok("dmesg | grep -E 'BUG|WARN|stall|runtime error' || true");
     assert_eq!(warnings, "", "the kernel complains");
 }
@@ -346,6 +377,7 @@ fn loading_and_unloading() {
         ("seen while it runs", seen_while_it_runs),
         ("killed", killed),
         ("ejected", ejected),
+        ("stalled", stalled),
     ]);
 }
 

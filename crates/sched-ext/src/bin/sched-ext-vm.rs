@@ -42,6 +42,12 @@ enum What {
         #[arg(long)]
         count: u32,
     },
+    /// A thread that is ready on a CPU and cannot run there, until no scheduler is loaded: another
+    /// of a higher class keeps the CPU busy
+    Starve {
+        #[arg(long)]
+        cpu: usize,
+    },
     /// Loads the scheduler itself and has one thread yield to another
     Yield,
 }
@@ -71,6 +77,7 @@ fn main() -> Result<(), Failure> {
             end(machines?)
         }
         What::Flash { count } => flash(count),
+        What::Starve { cpu } => starve(cpu),
         What::Yield => yield_once(),
     }
 }
@@ -195,6 +202,29 @@ fn machine(threads: u32, lasting: Duration, kind: Kind, named: bool) -> Result<(
         "threads": started,
     });
     writeln!(io::stdout(), "{line}")?;
+    Ok(())
+}
+
+fn starve(cpu: usize) -> Result<(), Failure> {
+    let mut cpus = rustix::thread::CpuSet::new();
+    cpus.set(cpu);
+    rustix::thread::sched_setaffinity(None, &cpus)?;
+    let shared = Arc::new(Shared::default());
+    let starved = spawn(&shared, 0, Kind::Cpu, false, None)?;
+    let most = libc::sched_param { sched_priority: 50 };
+    // SAFETY: reads one structure, which outlives the call.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const most) } != 0 {
+        return Err(io::Error::last_os_error().into());
+    }
+    let until = Instant::now() + Duration::from_secs(60);
+    while std::fs::read_to_string("/sys/kernel/sched_ext/state")?.trim() == "enabled" {
+        if Instant::now() > until {
+            return Err("the scheduler is still there".into());
+        }
+        burn(100_000);
+    }
+    shared.stop.store(true, Ordering::Relaxed);
+    starved.join().map_err(|_| "the thread panicked")?;
     Ok(())
 }
 

@@ -4,8 +4,13 @@
  *
  * The vCPU that a CPU would run next becomes the leader of a gang: each CPU on which a sibling is
  * queued is claimed and interrupted, and runs that sibling. While the leader runs, a claimed CPU
- * prefers the gang's members whenever it decides. When the leader stops, the claims end and the
- * members that still run are interrupted; whichever CPU decides first starts the next gang.
+ * prefers the gang's members whenever it decides. When the leader stops or its turn is over, the
+ * claims end and the members that still run are interrupted.
+ *
+ * The ticks of CPUs come at the same moment, so all turns of a gang end at the same moment, too.
+ * The first of its CPUs that decides does so for all of them: it starts the next gang, and one that
+ * decides at the same time waits for it, in place of going on alone, being interrupted a moment
+ * later and having that turn begin late.
  *
  * A CPU belongs to one gang at most, so several gangs run side by side where machines are smaller
  * than the host; a sibling on a CPU of another gang waits for its own turn. A claim holds for four
@@ -30,6 +35,24 @@ static __always_inline bool is_live(struct vm *vm, u64 now)
 	return vm->leader && before(now, vm->gang_until);
 }
 
+/* Whether the leader has had its slice: it stops at its CPU's next decision. */
+static __always_inline bool is_over(struct vm *vm, u64 now)
+{
+	return !vm->leader || !before(now, vm->gang_since + slice_ns);
+}
+
+/*
+ * Interrupts `cpu`, so that it decides. Where the turn there is over by itself, the next one is not
+ * cut short should it have begun already.
+ */
+static __always_inline void interrupt(u32 cpu, struct cpu_ctx *c, u64 now)
+{
+	bool by_itself = !before(now, c->turn_until + slice_ns / 8);
+
+	count(kicks);
+	scx_bpf_kick_cpu(cpu, by_itself ? 0 : ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
+}
+
 /* Whether a task of this vruntime may run out of order on `cpu`. */
 static __always_inline bool is_fair(u32 cpu, struct cpu_ctx *c, u64 vtime)
 {
@@ -40,6 +63,7 @@ static __always_inline bool is_fair(u32 cpu, struct cpu_ctx *c, u64 vtime)
 GLOBAL int gang_end(u64 key, u32 cpu)
 {
 	struct vm *vm = bpf_map_lookup_elem(&vms, &key);
+	u64 now = bpf_ktime_get_ns();
 	u32 i;
 
 	if (vm)
@@ -50,16 +74,14 @@ GLOBAL int gang_end(u64 key, u32 cpu)
 		if (!c || c->gang != key)
 			continue;
 		__sync_val_compare_and_swap(&c->gang, key, 0);
-		if (i != cpu && c->running_vm == key) {
-			count(kicks);
-			scx_bpf_kick_cpu(i, ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
-		}
+		if (i != cpu && c->running_vm == key)
+			interrupt(i, c, now);
 	}
 	return 0;
 }
 
-/* Makes slot `self` of machine `key`, which is about to run on `cpu`, a leader. */
-GLOBAL int gang_start(u64 key, u32 self, u32 pid, u32 cpu)
+/* Makes slot `self` of machine `key`, which is about to run on `cpu`, a leader if it may be one. */
+GLOBAL bool gang_start(u64 key, u32 self, u32 pid, u32 cpu)
 {
 	struct vm *vm = bpf_map_lookup_elem(&vms, &key);
 	struct cpu_ctx *c = cpu_ctx(cpu);
@@ -67,9 +89,9 @@ GLOBAL int gang_start(u64 key, u32 self, u32 pid, u32 cpu)
 	u32 i;
 
 	if (!vm || !c || is_live(vm, now))
-		return 0;
+		return false;
 	if (__sync_val_compare_and_swap(&c->gang, 0, key))
-		return 0;
+		return false;
 	vm->gang_since = now;
 	vm->gang_until = now + 4 * slice_ns;
 	vm->leader = pid;
@@ -84,10 +106,9 @@ GLOBAL int gang_start(u64 key, u32 self, u32 pid, u32 cpu)
 		if (!at || !is_fair(v->cpu, at, v->vtime) ||
 		    __sync_val_compare_and_swap(&at->gang, 0, key))
 			continue;
-		count(kicks);
-		scx_bpf_kick_cpu(v->cpu, ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
+		interrupt(v->cpu, at, now);
 	}
-	return 0;
+	return true;
 }
 
 /* The pid of the member that `cpu`, which a gang has claimed, is to run; 0: none. */
@@ -157,22 +178,82 @@ static __always_inline bool gang_goes_on(struct task_ctx *t, u32 cpu, u64 vtime)
 	return vm && is_live(vm, bpf_ktime_get_ns());
 }
 
-/* Strict co-scheduling of what `cpu` runs next; only in ops.dispatch of that CPU. */
-GLOBAL int gang_first(u32 cpu)
+/* Whether a vCPU that is queued on `cpu` would join its leader there. */
+static __always_inline bool gang_waits_for(struct task_ctx *t, u32 cpu, struct cpu_ctx *c, u64 vtime)
+{
+	return c->running_vm != t->vm && gang_goes_on(t, cpu, vtime);
+}
+
+static __always_inline bool gang_lead(struct task_struct *p, u32 cpu)
+{
+	struct task_ctx *t = task_ctx(p);
+
+	return t && t->vm && gang_start(t->vm, t->index, p->pid, cpu);
+}
+
+/*
+ * Makes the first of the queue of `cpu` a leader; only in ops.dispatch of that CPU. Whether it is
+ * one now.
+ */
+GLOBAL bool gang_first(u32 cpu)
 {
 	struct cpu_ctx *c = cpu_ctx(cpu);
 	struct task_struct *p;
+	bool leads = false;
 
 	if (!c || c->gang)
-		return 0;
+		return false;
+	/* Newer kernels let it be looked at without the queue's lock. */
+	if (bpf_ksym_exists(scx_bpf_dsq_peek)) {
+		p = scx_bpf_dsq_peek(cpu);
+		return p && gang_lead(p, cpu);
+	}
 	bpf_for_each(scx_dsq, p, cpu, 0) {
-		struct task_ctx *t = task_ctx(p);
-
-		if (t && t->vm)
-			gang_start(t->vm, t->index, p->pid, cpu);
+		leads = gang_lead(p, cpu);
 		break;
 	}
-	return 0;
+	return leads;
+}
+
+/* How often one CPU looks whether another has decided: some times as long as that takes. */
+#define LOOKS 4000
+
+/*
+ * Ends the gang that has claimed `cpu` if its turn is over or its leader is `stops`, the task that
+ * ran here, and starts the next one, unless another CPU has done so just now. Whether the first of
+ * the queue leads a gang now.
+ */
+GLOBAL bool gang_turn(u32 cpu, u32 stops)
+{
+	struct cpu_ctx *c = cpu_ctx(cpu);
+	bool mine = false, leads;
+	struct vm *vm;
+	u64 key, now = bpf_ktime_get_ns();
+	u32 i;
+
+	if (!c)
+		return false;
+	key = c->gang;
+	vm = key ? bpf_map_lookup_elem(&vms, &key) : NULL;
+	if (!vm) {
+		__sync_val_compare_and_swap(&c->gang, key, 0);
+		return gang_first(cpu);
+	}
+	if (vm->leader != stops && !is_over(vm, now))
+		return false;
+	LOOP(i, LOOKS) {
+		if (!*(volatile u32 *)&vm->deciding &&
+		    !__sync_val_compare_and_swap(&vm->deciding, 0, 1)) {
+			mine = true;
+			break;
+		}
+	}
+	if (c->gang == key && (vm->leader == stops || is_over(vm, bpf_ktime_get_ns())))
+		gang_end(key, cpu);
+	leads = gang_first(cpu);
+	if (mine)
+		vm->deciding = 0;
+	return leads;
 }
 
 #endif

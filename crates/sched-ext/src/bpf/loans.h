@@ -302,8 +302,6 @@ GLOBAL int algorithm_1(u32 cpu)
 	struct loan loan = {};
 	struct task_struct *p;
 
-	if (is_strict())
-		return gang_first(cpu);
 	if (scx_bpf_dsq_nr_queued(cpu) < 2)
 		return 0;
 	bpf_for_each(scx_dsq, p, cpu, 0) {

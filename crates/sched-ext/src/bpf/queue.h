@@ -44,6 +44,7 @@ struct cpu_ctx {
 	struct debt debt[DEBTS];
 	u64 gang;	/* key of the machine whose gang has claimed it; 0: none */
 	u64 running_vm;	/* key of the machine whose vCPU runs; 0: none */
+	u64 turn_until;	/* when the turn of what runs is over */
 };
 
 struct {

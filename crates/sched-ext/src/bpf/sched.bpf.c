@@ -118,8 +118,9 @@ void OPS(enqueue, struct task_struct *p, u64 enq_flags)
 		scx_bpf_kick_cpu(cpu, ENUM(scx_kick_flags, SCX_KICK_IDLE));
 	} else if (enq_flags & ENUM(scx_enq_flags, SCX_ENQ_WAKEUP)) {
 		u64 current = c->current_vtime + (bpf_ktime_get_ns() - c->current_since);
+		bool joins = coupling == COUPLING_SBCO && is_strict() && gang_waits_for(t, cpu, c, vtime);
 
-		if (before(vtime + slice_ns / 2, current)) {
+		if (joins || before(vtime + slice_ns / 2, current)) {
 			count(preempted);
 			scx_bpf_kick_cpu(cpu, ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
 		}
@@ -154,7 +155,7 @@ GLOBAL bool dispatch_forced(u32 cpu, u32 pid)
 }
 
 /*
- * Strict co-scheduling: ends the gang whose leader's turn is over, else runs, or lets go on, the
+ * Strict co-scheduling: starts the next gang where a turn is over, then runs, or lets go on, the
  * member of a gang that this CPU is claimed for.
  */
 static __always_inline bool dispatch_gang(u32 cpu, struct cpu_ctx *c, struct task_struct *prev,
@@ -163,13 +164,12 @@ static __always_inline bool dispatch_gang(u32 cpu, struct cpu_ctx *c, struct tas
 	struct task_ctx *t = prev ? task_ctx(prev) : NULL;
 	u32 pid;
 
-	if (t && gang_left(t, prev->pid, cpu))
-		return false;
-	if (!c->gang)
+	if (gang_turn(cpu, t && t->vm ? prev->pid : -1) || !c->gang)
 		return false;
 	if (t && keeps && gang_goes_on(t, cpu, prev->scx.dsq_vtime)) {
 		count(gang_kept);
 		set_slice(prev, slice_ns);
+		c->turn_until = bpf_ktime_get_ns() + slice_ns;
 		return true;
 	}
 	pid = gang_member(cpu);
@@ -180,6 +180,7 @@ void OPS(dispatch, s32 cpu, struct task_struct *prev)
 {
 	struct cpu_ctx *c = cpu_ctx(cpu);
 	bool keeps = prev && (prev->scx.flags & ENUM(scx_ent_flags, SCX_TASK_QUEUED));
+	bool chosen = false;
 	u64 started = 0;
 	u32 forced_pid;
 
@@ -191,24 +192,28 @@ void OPS(dispatch, s32 cpu, struct task_struct *prev)
 	if (coupling == COUPLING_SBCO) {
 		if (c->debts_due)
 			settle(cpu);
-		if (is_strict() && dispatch_gang(cpu, c, prev, keeps))
-			return;
-		algorithm_1(cpu);
+		if (is_strict())
+			chosen = dispatch_gang(cpu, c, prev, keeps);
+		else
+			algorithm_1(cpu);
 	} else if (c->force_pid) {
 		forced_pid = __sync_lock_test_and_set(&c->force_pid, 0);
-		if (dispatch_forced(cpu, forced_pid))
-			return;
+		chosen = dispatch_forced(cpu, forced_pid);
 	}
 	if (started) {
 		count(sampled);
 		add(STAT_sampled_ns, bpf_ktime_get_ns() - started);
 	}
+	if (chosen)
+		return;
 	pull_balance(cpu);
 	if (dsq_move_to_local(cpu) || pull_idle(cpu, keeps))
 		return;
 	/* It goes on; the kernel would give it a much longer slice. */
-	if (keeps)
+	if (keeps) {
 		set_slice(prev, slice_ns);
+		c->turn_until = bpf_ktime_get_ns() + slice_ns;
+	}
 }
 
 /*
@@ -263,6 +268,7 @@ void OPS(running, struct task_struct *p)
 	c->running_vm = t->vm;
 	c->current_vtime = vtime;
 	c->current_since = bpf_ktime_get_ns();
+	c->turn_until = c->current_since + slice_ns;
 	t->exec = p->se.sum_exec_runtime;
 	count(switches);
 	v = vcpu_of(t);

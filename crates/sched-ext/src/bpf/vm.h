@@ -42,7 +42,7 @@ struct vm {
 	u64 gang_since;	/* when it began, and when it ends at the latest */
 	u64 gang_until;
 	u32 top;	/* no slot from here on was ever taken */
-	u32 spare;
+	u32 deciding;	/* a CPU ends its gang and starts the next */
 };
 
 struct {
