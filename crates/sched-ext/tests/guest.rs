@@ -189,13 +189,11 @@ fn ejected(guest: &mut Guest) {
 /// A task that is ready and does not run has the kernel's watchdog take all tasks back.
 fn stalled(guest: &mut Guest) {
     assert_no_warnings(guest);
-    guest.ok(
-        "mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null; \
+    guest.ok("mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null; \
          for server in /sys/kernel/debug/sched/ext_server/cpu*/runtime; do \
              [ ! -e $server ] || echo 0 >$server; \
          done; \
-         echo -1 >/proc/sys/kernel/sched_rt_runtime_us",
-    );
+         echo -1 >/proc/sys/kernel/sched_rt_runtime_us");
     guest.load("--watchdog 2");
     guest.ok("sched-ext-vm starve --cpu 3");
     guest.wait("test -s /tmp/rc");

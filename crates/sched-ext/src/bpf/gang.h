@@ -7,10 +7,10 @@
  * prefers the gang's members whenever it decides. When the leader stops or its turn is over, the
  * claims end and the members that still run are interrupted.
  *
- * The ticks of CPUs come at the same moment, so all turns of a gang end at the same moment, too.
- * The first of its CPUs that decides does so for all of them: it starts the next gang, and one that
- * decides at the same time waits for it, in place of going on alone, being interrupted a moment
- * later and having that turn begin late.
+ * The ticks of CPUs come at the same moment unless a kernel is told otherwise, so all turns of a gang
+ * end at the same moment, too. The first of its CPUs that decides does so for all of them: it starts
+ * the next gang. The others find that done when they decide, a moment later, so nobody has to be
+ * interrupted and no turn begins late.
  *
  * A CPU belongs to one gang at most, so several gangs run side by side where machines are smaller
  * than the host; a sibling on a CPU of another gang waits for its own turn. A claim holds for four
@@ -42,15 +42,28 @@ static __always_inline bool is_over(struct vm *vm, u64 now)
 }
 
 /*
- * Interrupts `cpu`, so that it decides. Where the turn there is over by itself, the next one is not
- * cut short should it have begun already.
+ * Whether the turn on a CPU ends now by itself: its tick, which comes when that of this CPU does, has
+ * just found the turn over, or is about to.
  */
-static __always_inline void interrupt(u32 cpu, struct cpu_ctx *c, u64 now)
+static __always_inline bool is_ending(struct cpu_ctx *c, u32 here, u64 now)
 {
-	bool by_itself = !before(now, c->turn_until + slice_ns / 8);
+	struct cpu_ctx *h = cpu_ctx(here);
+	u64 close = slice_ns / 8, tick = c->ticked;
 
+	if (!h)
+		return false;
+	if (before(tick + close, now))
+		tick += h->tick_gap;
+	return before(tick, now + close) && !before(tick, c->turn_until + close / 2);
+}
+
+/* Has `cpu` decide at once. */
+static __always_inline void interrupt(u32 cpu, struct cpu_ctx *c, u32 here, u64 now)
+{
+	if (is_ending(c, here, now))
+		return;
 	count(kicks);
-	scx_bpf_kick_cpu(cpu, by_itself ? 0 : ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
+	scx_bpf_kick_cpu(cpu, ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
 }
 
 /* Whether a task of this vruntime may run out of order on `cpu`. */
@@ -75,7 +88,7 @@ GLOBAL int gang_end(u64 key, u32 cpu)
 			continue;
 		__sync_val_compare_and_swap(&c->gang, key, 0);
 		if (i != cpu && c->running_vm == key)
-			interrupt(i, c, now);
+			interrupt(i, c, cpu, now);
 	}
 	return 0;
 }
@@ -99,14 +112,20 @@ GLOBAL bool gang_start(u64 key, u32 self, u32 pid, u32 cpu)
 	LOOP(i, vm->top) {
 		struct vcpu *v = vcpu_at(vm, i);
 		struct cpu_ctx *at;
+		struct vm *other;
+		u64 was;
 
 		if (!v->pid || i == self || v->state != VCPU_QUEUED || v->cpu == cpu)
 			continue;
 		at = cpu_ctx(v->cpu);
-		if (!at || !is_fair(v->cpu, at, v->vtime) ||
-		    __sync_val_compare_and_swap(&at->gang, 0, key))
+		if (!at || !is_fair(v->cpu, at, v->vtime))
 			continue;
-		interrupt(v->cpu, at, now);
+		was = at->gang;
+		other = was ? bpf_map_lookup_elem(&vms, &was) : NULL;
+		if ((other && !is_over(other, now)) ||
+		    __sync_val_compare_and_swap(&at->gang, was, key) != was)
+			continue;
+		interrupt(v->cpu, at, cpu, now);
 	}
 	return true;
 }
@@ -139,18 +158,24 @@ GLOBAL u32 gang_member(u32 cpu)
 }
 
 /* A vCPU begins to run on a CPU that its machine's gang has claimed. */
-static __always_inline void gang_joined(struct task_ctx *t, u32 pid, struct cpu_ctx *c)
+static __always_inline void gang_joined(struct task_ctx *t, u32 pid, struct cpu_ctx *c, u64 now)
 {
-	u64 key = t->vm, now = bpf_ktime_get_ns();
+	u64 key = t->vm;
 	struct vm *vm;
 
 	if (c->gang != key)
 		return;
 	vm = bpf_map_lookup_elem(&vms, &key);
-	if (vm && vm->leader != pid && is_live(vm, now)) {
-		count(gang_joined);
-		add(STAT_gang_late_ns, now - vm->gang_since);
+	if (!vm || !is_live(vm, now))
+		return;
+	if (vm->leader == pid) {
+		vm->led_since = now;
+		return;
 	}
+	count(gang_joined);
+	/* Otherwise it is there before its leader. */
+	if (!before(vm->led_since, vm->gang_since))
+		add(STAT_gang_late_ns, now - vm->led_since);
 }
 
 /* A vCPU stops: if it leads a gang, that ends. */
@@ -165,17 +190,17 @@ static __always_inline bool gang_left(struct task_ctx *t, u32 pid, u32 cpu)
 	return true;
 }
 
-/* Whether a vCPU of this vruntime, whose turn on `cpu` is over, goes on beside its leader. */
-static __always_inline bool gang_goes_on(struct task_ctx *t, u32 cpu, u64 vtime)
+/* How long a vCPU of this vruntime, whose turn on `cpu` is over, may go on beside its leader. */
+static __always_inline u64 gang_goes_on(struct task_ctx *t, u32 cpu, u64 vtime)
 {
-	u64 key = t->vm;
+	u64 key = t->vm, now = bpf_ktime_get_ns();
 	struct cpu_ctx *c = cpu_ctx(cpu);
 	struct vm *vm;
 
 	if (!key || !c || c->gang != key || !is_fair(cpu, c, vtime))
-		return false;
+		return 0;
 	vm = bpf_map_lookup_elem(&vms, &key);
-	return vm && is_live(vm, bpf_ktime_get_ns());
+	return vm && !is_over(vm, now) ? vm->gang_since + slice_ns - now : 0;
 }
 
 /* Whether a vCPU that is queued on `cpu` would join its leader there. */
@@ -215,8 +240,33 @@ GLOBAL bool gang_first(u32 cpu)
 	return leads;
 }
 
-/* How often one CPU looks whether another has decided: some times as long as that takes. */
+/*
+ * Two CPUs that decide at the same time and know nothing of each other would each start a gang that
+ * the other has no CPU for. One waits, some times as long as a decision takes; a host of so many
+ * CPUs that this is not enough has some gangs that are not whole.
+ */
 #define LOOKS 4000
+u32 deciding;
+
+static __always_inline bool decide_alone(void)
+{
+	u32 i;
+
+	LOOP(i, LOOKS) {
+		if (!*(volatile u32 *)&deciding && !__sync_val_compare_and_swap(&deciding, 0, 1))
+			return true;
+	}
+	return false;
+}
+
+/* Whether `cpu` may not decide whom it runs: a gang has it, and is not led by `stops`. */
+static __always_inline bool gang_holds(struct cpu_ctx *c, u32 stops)
+{
+	u64 key = c->gang;
+	struct vm *vm = key ? bpf_map_lookup_elem(&vms, &key) : NULL;
+
+	return vm && vm->leader != stops && !is_over(vm, bpf_ktime_get_ns());
+}
 
 /*
  * Ends the gang that has claimed `cpu` if its turn is over or its leader is `stops`, the task that
@@ -226,33 +276,18 @@ GLOBAL bool gang_first(u32 cpu)
 GLOBAL bool gang_turn(u32 cpu, u32 stops)
 {
 	struct cpu_ctx *c = cpu_ctx(cpu);
-	bool mine = false, leads;
-	struct vm *vm;
-	u64 key, now = bpf_ktime_get_ns();
-	u32 i;
+	bool alone, leads = false;
 
-	if (!c)
+	if (!c || gang_holds(c, stops))
 		return false;
-	key = c->gang;
-	vm = key ? bpf_map_lookup_elem(&vms, &key) : NULL;
-	if (!vm) {
-		__sync_val_compare_and_swap(&c->gang, key, 0);
-		return gang_first(cpu);
+	alone = decide_alone();
+	if (!gang_holds(c, stops)) {
+		if (c->gang)
+			gang_end(c->gang, cpu);
+		leads = gang_first(cpu);
 	}
-	if (vm->leader != stops && !is_over(vm, now))
-		return false;
-	LOOP(i, LOOKS) {
-		if (!*(volatile u32 *)&vm->deciding &&
-		    !__sync_val_compare_and_swap(&vm->deciding, 0, 1)) {
-			mine = true;
-			break;
-		}
-	}
-	if (c->gang == key && (vm->leader == stops || is_over(vm, bpf_ktime_get_ns())))
-		gang_end(key, cpu);
-	leads = gang_first(cpu);
-	if (mine)
-		vm->deciding = 0;
+	if (alone)
+		deciding = 0;
 	return leads;
 }
 

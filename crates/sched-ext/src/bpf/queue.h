@@ -45,6 +45,8 @@ struct cpu_ctx {
 	u64 gang;	/* key of the machine whose gang has claimed it; 0: none */
 	u64 running_vm;	/* key of the machine whose vCPU runs; 0: none */
 	u64 turn_until;	/* when the turn of what runs is over */
+	u64 ticked;	/* when it had its last tick, and how long after the one before */
+	u64 tick_gap;
 };
 
 struct {

@@ -162,14 +162,16 @@ static __always_inline bool dispatch_gang(u32 cpu, struct cpu_ctx *c, struct tas
 					  bool keeps)
 {
 	struct task_ctx *t = prev ? task_ctx(prev) : NULL;
+	u64 more;
 	u32 pid;
 
 	if (gang_turn(cpu, t && t->vm ? prev->pid : -1) || !c->gang)
 		return false;
-	if (t && keeps && gang_goes_on(t, cpu, prev->scx.dsq_vtime)) {
+	more = t && keeps ? gang_goes_on(t, cpu, prev->scx.dsq_vtime) : 0;
+	if (more) {
 		count(gang_kept);
-		set_slice(prev, slice_ns);
-		c->turn_until = bpf_ktime_get_ns() + slice_ns;
+		set_slice(prev, more);
+		c->turn_until = bpf_ktime_get_ns() + more;
 		return true;
 	}
 	pid = gang_member(cpu);
@@ -244,6 +246,19 @@ GLOBAL int force_siblings(u64 key, u32 self)
 	return 0;
 }
 
+/* Only mode strict asks when the ticks come. */
+void OPS(tick, struct task_struct *p)
+{
+	struct cpu_ctx *c = cpu_ctx(scx_bpf_task_cpu(p));
+	u64 now;
+
+	if (!c || coupling != COUPLING_SBCO || !is_strict())
+		return;
+	now = bpf_ktime_get_ns();
+	c->tick_gap = now - c->ticked;
+	c->ticked = now;
+}
+
 void OPS(running, struct task_struct *p)
 {
 	struct task_ctx *t = task_ctx(p);
@@ -277,7 +292,7 @@ void OPS(running, struct task_struct *p)
 	v->cpu = cpu;
 	v->state = VCPU_RUNNING;
 	if (coupling == COUPLING_SBCO && is_strict())
-		gang_joined(t, p->pid, c);
+		gang_joined(t, p->pid, c, c->current_since);
 	__sync_fetch_and_add(&v->net, -(v->net >> 3));
 	if (v->dirty == LENT)
 		v->dirty = CLEAN;
@@ -519,6 +534,7 @@ struct sched_ext_ops godwit = {
 	.select_cpu = (void *)op_select_cpu,
 	.enqueue = (void *)op_enqueue,
 	.dispatch = (void *)op_dispatch,
+	.tick = (void *)op_tick,
 	.running = (void *)op_running,
 	.stopping = (void *)op_stopping,
 	.quiescent = (void *)op_quiescent,

@@ -41,8 +41,9 @@ struct vm {
 	struct vcpu vcpu[MAX_VCPUS];
 	u64 gang_since;	/* when it began, and when it ends at the latest */
 	u64 gang_until;
+	u64 led_since;	/* when its leader began to run */
 	u32 top;	/* no slot from here on was ever taken */
-	u32 deciding;	/* a CPU ends its gang and starts the next */
+	u32 spare;
 };
 
 struct {

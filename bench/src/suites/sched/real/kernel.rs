@@ -205,9 +205,10 @@ impl Guest {
         }
         let mut spec = Spec::new("bench-sched", plan.cpus, 1024);
         spec.clock = plan.clock;
-        // Timers at different times on each CPU make the vCPUs' turns shorter where they take turns.
-        spec.append = "skew_tick=1".to_owned();
         if plan.clock != Clock::Host {
+            // Timers at different times on each CPU make the vCPUs' turns shorter where they take
+            // turns.
+            spec.append = "skew_tick=1".to_owned();
             spec.boot_within = 10 * SOON;
         }
         let machine = Machine::boot(&kernel, &initramfs, &spec)?;
