@@ -13,10 +13,10 @@
  * interrupted and no turn begins late.
  *
  * A CPU belongs to one gang at most, so several gangs run side by side where machines are smaller
- * than the host; a sibling on a CPU of another gang waits for its own turn. A claim holds for four
- * slices at most, whatever happens to its leader. A member that is ahead of its queue's clock by
- * more than the queue's period is left alone: being a member is no way to get more CPU time than
- * others.
+ * than the host; a sibling on a CPU of another gang waits for its own turn. A claim is worth nothing
+ * once a slice has passed, whatever happens to its leader. A member that is ahead of its queue's
+ * clock by more than the queue's period is left alone: being a member is no way to get more CPU time
+ * than others.
  */
 #ifndef GODWIT_GANG_H
 #define GODWIT_GANG_H
@@ -30,12 +30,7 @@ static __always_inline bool is_strict(void)
 	return alpha_num == 0;
 }
 
-static __always_inline bool is_live(struct vm *vm, u64 now)
-{
-	return vm->leader && before(now, vm->gang_until);
-}
-
-/* Whether the leader has had its slice: it stops at its CPU's next decision. */
+/* Whether there is no gang, or its leader has had its slice and stops at its CPU's next decision. */
 static __always_inline bool is_over(struct vm *vm, u64 now)
 {
 	return !vm->leader || !before(now, vm->gang_since + slice_ns);
@@ -50,7 +45,7 @@ static __always_inline bool is_ending(struct cpu_ctx *c, u32 here, u64 now)
 	struct cpu_ctx *h = cpu_ctx(here);
 	u64 close = slice_ns / 8, tick = c->ticked;
 
-	if (!h)
+	if (!h || !c->running)
 		return false;
 	if (before(tick + close, now))
 		tick += h->tick_gap;
@@ -101,12 +96,11 @@ GLOBAL bool gang_start(u64 key, u32 self, u32 pid, u32 cpu)
 	u64 now = bpf_ktime_get_ns();
 	u32 i;
 
-	if (!vm || !c || is_live(vm, now))
+	if (!vm || !c || !is_over(vm, now))
 		return false;
 	if (__sync_val_compare_and_swap(&c->gang, 0, key))
 		return false;
 	vm->gang_since = now;
-	vm->gang_until = now + 4 * slice_ns;
 	vm->leader = pid;
 	count(gangs);
 	LOOP(i, vm->top) {
@@ -144,7 +138,7 @@ GLOBAL u32 gang_member(u32 cpu)
 	if (!key)
 		return 0;
 	vm = bpf_map_lookup_elem(&vms, &key);
-	if (!vm || !is_live(vm, bpf_ktime_get_ns())) {
+	if (!vm || is_over(vm, bpf_ktime_get_ns())) {
 		__sync_val_compare_and_swap(&c->gang, key, 0);
 		return 0;
 	}
@@ -166,7 +160,7 @@ static __always_inline void gang_joined(struct task_ctx *t, u32 pid, struct cpu_
 	if (c->gang != key)
 		return;
 	vm = bpf_map_lookup_elem(&vms, &key);
-	if (!vm || !is_live(vm, now))
+	if (!vm || is_over(vm, now))
 		return;
 	if (vm->leader == pid) {
 		vm->led_since = now;
@@ -259,10 +253,9 @@ static __always_inline bool decide_alone(void)
 	return false;
 }
 
-/* Whether `cpu` may not decide whom it runs: a gang has it, and is not led by `stops`. */
-static __always_inline bool gang_holds(struct cpu_ctx *c, u32 stops)
+/* Whether the gang `key` still has the CPUs that it claimed; it has not if `stops` leads it. */
+static __always_inline bool gang_holds(u64 key, u32 stops)
 {
-	u64 key = c->gang;
 	struct vm *vm = key ? bpf_map_lookup_elem(&vms, &key) : NULL;
 
 	return vm && vm->leader != stops && !is_over(vm, bpf_ktime_get_ns());
@@ -277,13 +270,15 @@ GLOBAL bool gang_turn(u32 cpu, u32 stops)
 {
 	struct cpu_ctx *c = cpu_ctx(cpu);
 	bool alone, leads = false;
+	u64 key;
 
-	if (!c || gang_holds(c, stops))
+	if (!c || gang_holds(c->gang, stops))
 		return false;
 	alone = decide_alone();
-	if (!gang_holds(c, stops)) {
-		if (c->gang)
-			gang_end(c->gang, cpu);
+	key = c->gang;
+	if (!gang_holds(key, stops)) {
+		if (key)
+			gang_end(key, cpu);
 		leads = gang_first(cpu);
 	}
 	if (alone)

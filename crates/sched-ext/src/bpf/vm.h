@@ -39,8 +39,7 @@ struct vm {
 	u32 members;
 	u32 leader;	/* pid of the vCPU that leads the machine's gang; 0: none */
 	struct vcpu vcpu[MAX_VCPUS];
-	u64 gang_since;	/* when it began, and when it ends at the latest */
-	u64 gang_until;
+	u64 gang_since;	/* when it began */
 	u64 led_since;	/* when its leader began to run */
 	u32 top;	/* no slot from here on was ever taken */
 	u32 spare;
