@@ -125,7 +125,7 @@ fn modes(guest: &mut Guest) {
                 assert!(count("checks") >= count("exceeded") && count("exceeded") > 0);
             }
             "strict" => {
-                assert!(count("gangs") > 0 && count("forced") > 0, "{:#?}", end.counters);
+                assert!(count("gangs") > 0 && count("gang_joined") > 0, "{:#?}", end.counters);
                 assert_eq!(count("loans"), 0, "{:#?}", end.counters);
             }
             "procco" | "cpuco" => assert!(count("forced") > 0, "{:#?}", end.counters),
