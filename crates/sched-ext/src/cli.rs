@@ -4,10 +4,11 @@ use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
-use godwit_sched::policy::Alpha;
+use godwit_sched::policy::{Alpha, Granularity, Policy};
+use godwit_sched::scheduler::{CpuId, NICE_0, Scheduler};
 
 use crate::{Config, Mode, Refusal, VmBy, check, serve, top};
 
@@ -173,20 +174,57 @@ fn show(args: &Top) -> Result<(), Failure> {
     }
 }
 
-/// One line for each size of the queues: the least, the median and the most of some rounds.
+/// One line for each size of the queues: of some rounds the least, the median and the most, of the
+/// comparison in the kernel and of a whole decision in the library.
 fn cost() -> Result<(), Failure> {
     const ROUNDS: usize = 9;
     const SIBLINGS: u32 = 3;
-    say("QUEUED  SIBLINGS  LEAST NS  MEDIAN NS  MOST NS")?;
+    const TURNS: u32 = 20_000;
+    say("QUEUED  SIBLINGS  LEAST NS  MEDIAN NS  MOST NS  LIBRARY: LEAST NS  MEDIAN NS  MOST NS")?;
     for queued in [2, 8, 12, 24, 64, 128] {
-        let measured: Result<Vec<f64>, _> =
-            (0..ROUNDS).map(|_| crate::decision_cost(queued, SIBLINGS, 20_000)).collect();
-        let mut ns = measured.map_err(|error| Failure::Failed(chain(&error)))?;
-        ns.sort_by(f64::total_cmp);
-        let (least, median, most) = (ns[0], ns[ROUNDS / 2], ns[ROUNDS - 1]);
-        say(&format!("{queued:>6}  {SIBLINGS:>8}  {least:>8.0}  {median:>9.0}  {most:>7.0}"))?;
+        let kernel: Result<Vec<f64>, _> =
+            (0..ROUNDS).map(|_| crate::decision_cost(queued, SIBLINGS, TURNS)).collect();
+        let kernel = spread(kernel.map_err(|error| Failure::Failed(chain(&error)))?);
+        let library = (0..ROUNDS).map(|_| library_cost(queued, SIBLINGS, TURNS)).collect();
+        let [least, median, most] = kernel;
+        let [l_least, l_median, l_most] = spread(library);
+        say(&format!(
+            "{queued:>6}  {SIBLINGS:>8}  {least:>8.0}  {median:>9.0}  {most:>7.0}  \
+             {l_least:>17.0}  {l_median:>9.0}  {l_most:>7.0}"
+        ))?;
     }
     Ok(())
+}
+
+/// The least, the median and the most.
+fn spread(mut values: Vec<f64>) -> [f64; 3] {
+    values.sort_by(f64::total_cmp);
+    let at = |i: usize| values.get(i).copied().unwrap_or(f64::NAN);
+    [at(0), at(values.len() / 2), at(values.len().saturating_sub(1))]
+}
+
+/// What charging a task and choosing the next costs in the library under Algorithm 1, nanoseconds,
+/// with `queued` tasks on each of as many pCPUs as a machine has vCPUs.
+fn library_cost(queued: u32, siblings: u32, turns: u32) -> f64 {
+    let cpus = siblings + 1;
+    let all = cpus as usize;
+    let mut s = Scheduler::new(all, Policy::SBCO, Granularity::linux_2_6_34(all), 1);
+    for _ in 0..queued {
+        let vm = s.add_vm();
+        for _ in 0..cpus {
+            let task = s.add_task(Some(vm), NICE_0);
+            s.wake(task);
+        }
+    }
+    let mut decide = |turn: u32| {
+        let cpu = CpuId(turn % cpus);
+        s.charge(cpu, 3_000_000);
+        std::hint::black_box(s.pick(cpu));
+    };
+    (0..queued * 8).for_each(&mut decide);
+    let begun = Instant::now();
+    (0..turns).for_each(&mut decide);
+    begun.elapsed().as_nanos() as f64 / f64::from(turns)
 }
 
 fn say(text: &str) -> Result<(), Failure> {

@@ -3,7 +3,7 @@
  * Strict co-scheduling: what Algorithm 1 becomes where no distance is allowed (section 4.7).
  *
  * The vCPU that a CPU would run next becomes the leader of a gang: each CPU on which a sibling is
- * queued is claimed and interrupted, and runs that sibling. While the leader runs, a claimed CPU
+ * queued is claimed, interrupted unless it is about to decide anyway, and runs that sibling. While the leader runs, a claimed CPU
  * prefers the gang's members whenever it decides. When the leader stops or its turn is over, the
  * claims end and the members that still run are interrupted.
  *

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use godwit_lab::{Clock, Initramfs, Kernel, Machine, Spec};
 use serde_json::Value;
 
@@ -101,7 +101,7 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
         for queue in &plan.queues {
             sheets.push(Sheet::new(workload, *queue));
         }
-        if workload == "cpu" {
+        if workload == "cpu" && !plan.queues.contains(&1) {
             sheets.push(Sheet::new(workload, 1));
         }
     }
@@ -136,6 +136,7 @@ pub fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
             }
         }
     }
+    results.experiments.extend(guest.decisions(plan)?);
     let mut said = "A run in the guest's kernel is shorter than with EEVDF by".to_owned();
     for sheet in &mut sheets {
         // Lock-heavy ones are to be a quarter faster, CPU-bound ones at most 2 % slower.
@@ -344,6 +345,38 @@ impl Guest {
     }
 
     /// The counters of the scheduler that is loaded, which must not have left; then it goes.
+    /// What a decision costs in the guest: time, or instructions where the guest's time is that.
+    fn decisions(&mut self, plan: &Plan) -> anyhow::Result<Vec<Experiment>> {
+        if plan.modes.iter().all(|m| is_stock(m)) {
+            return Ok(Vec::new());
+        }
+        let (unit, each) = match self.clock {
+            Clock::Host => ("ns", 1.0),
+            Clock::Instructions(shift) => ("instructions", f64::from(1_u32 << shift)),
+        };
+        let of = |name: &str, what: &str| {
+            let about =
+                format!("A decision in a guest (TCG), by tasks queued on each CPU: {what}.");
+            Experiment::new(name, &about, unit, Better::Lower)
+        };
+        let mut both = vec![
+            of("kernel-decision-bpf", "comparing a candidate with three siblings, in BPF"),
+            of("kernel-decision-library", "charging a task and choosing the next, in the library"),
+        ];
+        let said = self.say("godwit-sched-ext cost", 10 * self.soon())?;
+        for line in said.lines().skip(1) {
+            let row: Result<Vec<f64>, _> = line.split_whitespace().map(str::parse).collect();
+            let row = row.with_context(|| format!("a cost is {line:?}"))?;
+            let [queued, _siblings, figures @ ..] = &row[..] else { bail!("a cost is {line:?}") };
+            for (experiment, three) in both.iter_mut().zip(figures.chunks(3)) {
+                for ns in three {
+                    experiment.push(&format!("{queued} queued"), ns / each);
+                }
+            }
+        }
+        Ok(both)
+    }
+
     fn unload(&mut self) -> anyhow::Result<Value> {
         let soon = self.soon();
         let answer =
