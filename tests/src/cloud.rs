@@ -337,6 +337,32 @@ impl Cloud {
         self.root.path().join(name)
     }
 
+    fn hold_dir(&self) -> PathBuf {
+        self.root.path().join("hold")
+    }
+
+    /// Whoever comes to `step` from now on waits there, until [`Cloud::let_go`].
+    pub fn hold(&self, step: &str) {
+        std::fs::create_dir_all(self.hold_dir()).expect("a directory");
+        std::fs::write(self.hold_dir().join(step), "").expect("a request to hold");
+    }
+
+    /// Waits until somebody is held at `step`, and gives its process.
+    pub fn held(&self, step: &str) -> i32 {
+        let held = self.hold_dir().join(format!("{step}.held"));
+        within(Duration::from_secs(60), &format!("step {step} to be reached"), || {
+            std::fs::read_to_string(&held).ok()?.parse().ok()
+        })
+    }
+
+    /// Lets whoever is held at `step` go on, and takes the request back.
+    pub fn let_go(&self, step: &str) {
+        let request = self.hold_dir().join(step);
+        std::fs::remove_file(request).expect("a request to hold");
+        // One who was killed while held leaves its answer behind.
+        let _ = std::fs::remove_file(self.hold_dir().join(format!("{step}.held")));
+    }
+
     fn log(&self, which: Daemon) -> PathBuf {
         self.root.path().join(format!("{}.log", which.site()))
     }
@@ -361,6 +387,7 @@ impl Cloud {
             (Some(net), Daemon::Ap) => net.command(Side::B, program),
         };
         c.env("GODWIT_CONFIG", self.root.path().join("config"));
+        c.env(godwit_hold::VARIABLE, self.hold_dir());
         for unset in
             ["GODWIT_API", "GODWIT_TOKEN", "GODWIT_TOKEN_FILE", "GODWIT_CA", "GODWIT_JOIN_TOKEN"]
         {
