@@ -18,6 +18,7 @@
 //! ```
 
 mod arrive;
+mod exec;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
@@ -34,6 +35,8 @@ use godwit_types::{Generation, Mib, Name, OpId, SiteKind, SubstrateKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use utoipa::ToSchema;
+
+pub use exec::GuestProcess;
 
 use crate::clock::UnixMs;
 use crate::error::Fault;

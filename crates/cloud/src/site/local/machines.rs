@@ -19,7 +19,7 @@ use super::record::{Below, End, MachineRecord, Meant};
 use super::{Entry, LocalSite, report};
 use crate::error::Fault;
 use crate::ops::Progress;
-use crate::site::{Call, GuestOutput, GuestProgram, MachineStatus, NewMachine, Origin};
+use crate::site::{Call, MachineStatus, NewMachine, Origin};
 
 /// How long a guest may take to its agent's first answer.
 const BOOT_WITHIN: Duration = Duration::from_secs(300);
@@ -400,15 +400,14 @@ impl LocalSite {
             m.kill().await;
         }
         e.record.generation = generation;
-        self.bury(&mut e)?;
-        self.pool.forget_clone(vm);
-        Ok(())
+        self.bury(&mut e)
     }
 
     /// Removes all files of a machine whose QEMU has ended, and leaves a tombstone.
     pub(super) fn bury(&self, e: &mut Entry) -> Result<(), Fault> {
         e.record.meant = Meant::Gone;
         e.record.migration = None;
+        self.pool.forget_clone(e.record.vm);
         self.clear(e.record.vm);
         let dir = self.dirs.vm(e.record.vm);
         std::fs::create_dir_all(&dir).map_err(|err| Fault::io("making", &dir, &err))?;
@@ -489,24 +488,6 @@ impl LocalSite {
         if let Err(f) = remove_file(&self.dirs.vm_memory(vm)) {
             tracing::warn!(error = %f, "not removed");
         }
-    }
-
-    /// Runs a program in the guest, by its agent.
-    pub(super) async fn exec(&self, vm: VmId, p: GuestProgram) -> Result<GuestOutput, Fault> {
-        let entry = self.entry(vm).await?;
-        let machine = super::running(&*entry.lock().await)?.clone();
-        let within = Duration::from_secs(u64::from(p.within_s.unwrap_or(60).clamp(1, 600)));
-        let args: Vec<&str> = p.args.iter().map(String::as_str).collect();
-        let out = machine
-            .agent()
-            .exec(&p.path, &args, &[], p.input.as_bytes(), within)
-            .await
-            .map_err(coded)?;
-        Ok(GuestOutput {
-            exit: out.exit,
-            stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
-        })
     }
 
     /// The end of a machine's console log, also of one that has ended.

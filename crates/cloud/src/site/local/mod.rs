@@ -5,6 +5,7 @@
 //! tombstone with the highest generation seen, so that an older one is refused for good.
 
 mod dirs;
+mod exec;
 mod machines;
 mod moves;
 mod pool;
@@ -13,6 +14,7 @@ mod relays;
 mod report;
 mod resume;
 mod sched;
+mod users;
 mod waiting;
 
 use std::collections::BTreeMap;
@@ -35,6 +37,7 @@ use crate::ops::Progress;
 
 pub use dirs::SiteDirs;
 use record::MachineRecord;
+pub(crate) use users::in_use;
 
 /// One machine of this site. Its lock is held while something changes it, so that two requests
 /// for one machine take turns.
@@ -397,13 +400,21 @@ impl LocalSite {
                 SiteReply::Done
             }
             SiteRequest::VmExec { vm, program } => {
-                SiteReply::Executed(self.exec(vm, program).await?)
+                SiteReply::Executing(self.exec(vm, program).await?)
+            }
+            SiteRequest::VmExecWait { vm, pid, within_ms } => {
+                SiteReply::Executed(self.exec_wait(vm, pid, within_ms).await?)
             }
             SiteRequest::VmDock { vm, generation, substrate, name, kind, owner } => {
                 let want = pool::Dock { vm, generation, substrate, name, kind, owner };
                 SiteReply::Substrate(self.dock(want, call).await?)
             }
+            SiteRequest::ImageDelete { name } => {
+                self.image_delete(name).await?;
+                SiteReply::Done
+            }
             SiteRequest::Substrates => SiteReply::Substrates(self.substrates()?),
+            SiteRequest::SubstrateUsers { id } => SiteReply::Names(self.substrate_users(id).await),
             SiteRequest::SubstrateDelete { id } => {
                 self.substrate_delete(id).await?;
                 SiteReply::Done
