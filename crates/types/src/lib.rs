@@ -8,6 +8,7 @@ mod hash;
 mod ids;
 mod measure;
 mod name;
+mod sealed;
 mod state;
 mod units;
 
@@ -18,6 +19,7 @@ pub use measure::{
     ActivateReport, BytesMoved, DockReport, LinkReport, MovePhase, MoveReport, PhaseSpan, Phases,
 };
 pub use name::{Name, NameError};
+pub use sealed::{SealBroken, seal, unseal};
 pub use state::{
     Arch, Generation, InvalidTransition, OpState, SiteKind, SiteState, SubstrateKind, VmState,
 };
