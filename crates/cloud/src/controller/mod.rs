@@ -22,6 +22,7 @@ pub(crate) mod lifecycle;
 mod moves;
 mod pool;
 mod recover;
+mod settle;
 #[cfg(test)]
 mod tests;
 
@@ -117,6 +118,8 @@ pub struct Controller {
     ops: Arc<Ops>,
     sites: Sites,
     operator: Name,
+    /// One machine at a time is entered: what may run once only is not entered twice.
+    entering: std::sync::Mutex<()>,
     /// How long a machine is waited for that lacks something of a site that is away.
     patience: Duration,
 }
@@ -163,6 +166,7 @@ impl Controller {
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
             operator,
+            entering: std::sync::Mutex::default(),
         })
     }
 
