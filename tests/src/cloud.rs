@@ -509,6 +509,25 @@ impl Cloud {
         all.into_iter().filter(|pid| !known.contains(pid) && process::is_qemu(*pid)).collect()
     }
 
+    /// Every QEMU that was started for a site, whoever knows of it.
+    #[must_use]
+    pub fn qemus(&self, at: Daemon) -> Vec<i32> {
+        let run = self.site_dir(at).join("run/");
+        let run = run.to_str().expect("a path");
+        let mut all = process::with_word(|w| w.contains(run));
+        all.retain(|pid| process::word(*pid, |w| w.starts_with("qemu-system-")).is_some());
+        all
+    }
+
+    /// The QEMUs of a site that wait for an activation.
+    #[must_use]
+    pub fn waits(&self, at: Daemon) -> Vec<i32> {
+        let runs = std::fs::read_dir(self.site_dir(at).join("run")).into_iter().flatten().flatten();
+        runs.filter(|e| e.file_name().to_string_lossy().starts_with("wait-"))
+            .filter_map(|e| process::recorded(&e.path()))
+            .collect()
+    }
+
     /// The relays of a site.
     #[must_use]
     pub fn relays(&self, at: Daemon) -> Vec<i32> {

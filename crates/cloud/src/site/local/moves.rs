@@ -215,6 +215,7 @@ impl LocalSite {
             below: Below::Image,
             migration: Some(Migration::new(id, End::Destination, from)),
             reason: None,
+            unfinished: None,
         };
         let image = self.sound_image(&record).await?;
         let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
