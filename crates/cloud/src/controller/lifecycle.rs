@@ -181,7 +181,9 @@ impl Controller {
             moving_to: None,
             reason: None,
             arriving: None,
+            voided: std::collections::BTreeMap::new(),
         };
+        let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
         self.registry.vm_add(&vm).map_err(registry_fault)?;
         let kind = match &shape.substrate {
             Some(s) => OpKind::VmActivate { vm: vm.id, name: name.clone(), substrate: s.id },
@@ -191,6 +193,7 @@ impl Controller {
             vm: vm.id,
             name: name.clone(),
             generation: vm.generation,
+            warrant,
             origin: shape.origin,
             memory: want.memory_mib,
             vcpus: want.vcpus,
@@ -336,15 +339,17 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
+        let generation = vm.generation.next();
+        let warrant = self.warrant(&vm, generation, &vm.site)?;
         let vm = self.change_vm(&vm, vm.generation, |v| {
             v.become_state(VmState::Starting, UnixMs::now())?;
-            v.generation = v.generation.next();
+            v.reach(generation);
             Ok(())
         })?;
         let kind = OpKind::VmStart { vm: vm.id, name: vm.name.clone() };
         let me = self.clone();
         self.launch(kind, plan, vm, VmState::Running, |vm, op| async move {
-            let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation };
+            let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation, warrant };
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
             me.release_source(&vm).await;

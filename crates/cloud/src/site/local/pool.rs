@@ -102,6 +102,7 @@ impl LocalSite {
             vm: new.vm,
             name: new.name.clone(),
             generation: new.generation,
+            warrant: Some(new.warrant),
             meant: Meant::Running,
             image: substrate.image.clone(),
             image_hash: substrate.image_hash,
