@@ -83,10 +83,8 @@ impl ImageCache {
         let Ok(target) = std::fs::read_link(&link) else {
             return Err(ImageError::NotBuilt { name: name.clone() });
         };
-        let hash = target
-            .strip_prefix("by-hash")
-            .ok()
-            .and_then(|h| h.to_str()?.parse::<Hash>().ok());
+        let hash =
+            target.strip_prefix("by-hash").ok().and_then(|h| h.to_str()?.parse::<Hash>().ok());
         let Some(hash) = hash else {
             return Err(ImageError::Description {
                 path: link,

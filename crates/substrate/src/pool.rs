@@ -281,7 +281,10 @@ impl Pool {
         let mut bad: HashMap<Hash, String> =
             store.damaged.iter().map(|d| (d.hash, d.to_string())).collect();
         bad.extend(
-            store.bad_entries.iter().map(|h| (*h, format!("unit {h}: its index entry is malformed"))),
+            store
+                .bad_entries
+                .iter()
+                .map(|h| (*h, format!("unit {h}: its index entry is malformed"))),
         );
         let mut report = PoolCheck { store, ..PoolCheck::default() };
         for id in self.ids()? {

@@ -76,6 +76,9 @@ pub(crate) struct CenterRole {
     /// Bytes that the pool may hold on disk, e.g. 20G [default: 64G]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     pool_limit: Option<u64>,
+    /// Seconds for which it certifies sites [default: 90 days]
+    #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(3..))]
+    certificate_life: Option<u64>,
     #[command(flatten)]
     living: Living,
 }
@@ -124,6 +127,7 @@ impl CenterRole {
             client: client.clone(),
             pool_bytes: self.pool_limit,
             link_patience: self.living.link_patience.map(Duration::from_secs),
+            certificate_life: self.certificate_life,
             co_schedule: !self.living.no_co_scheduling,
         };
         let center = tokio::select! {

@@ -1,20 +1,21 @@
 //! The center: registry, controller, API, its own site, and the door for other sites.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum_server::Handle;
 use godwit_transfer::keys::TokenInfo;
 use godwit_transfer::{
-    Authority, Endpoint, EndpointOptions, KeyError, PATIENCE, Peer, Revocations, Trust,
+    Authority, Endpoint, EndpointOptions, Fault as LinkFault, KeyError, PATIENCE, Peer, Renewal,
+    Revocations, Router, Trust, unix_now,
 };
-use godwit_types::{Name, SiteKind};
+use godwit_types::{Code, Name, SiteKind};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{ClientFiles, Ready, secrets, tls};
+use super::{ClientFiles, RENEW, Ready, secrets, tls};
 use crate::api::{Api, Gatekeeper};
 use crate::controller::Controller;
 use crate::error::Fault;
@@ -47,6 +48,8 @@ pub struct CenterConfig {
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
     /// out.
     pub link_patience: Option<Duration>,
+    /// Seconds for which it issues certificates; 90 days when left out.
+    pub certificate_life: Option<u64>,
     /// Whether it looks after the siblings among its vCPUs.
     pub co_schedule: bool,
 }
@@ -107,12 +110,14 @@ impl Center {
         let registry = Registry::open(&config.dirs.data.join("registry.redb"))
             .map_err(|e| Fault::of(&e).hint("one center at a time uses a registry"))?;
         let operator = Name::new("operator").map_err(|e| Fault::internal(e.to_string()))?;
-        let controller = Controller::new(Arc::new(registry), operator);
-
         let keys = config.dirs.keys();
-        let authority = Authority::open_or_create(&keys.join("authority"))
-            .map(Arc::new)
-            .map_err(|e| Fault::of(&e))?;
+        let mut authority =
+            Authority::open_or_create(&keys.join("authority")).map_err(|e| Fault::of(&e))?;
+        if let Some(seconds) = config.certificate_life {
+            authority = authority.with_life(seconds);
+        }
+        let authority = Arc::new(authority);
+        let controller = Controller::new(Arc::new(registry), operator, authority.clone());
         let identity = authority
             .own_identity(&keys.join("identity"), &config.site)
             .map_err(|e| Fault::of(&e))?;
@@ -139,9 +144,10 @@ impl Center {
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let kept: Arc<dyn SiteHost> = own.clone();
         tasks.spawn(stop.clone().run_until_cancelled_owned(controller.clone().keep(kept)));
-        tasks.spawn(
-            stop.clone().run_until_cancelled_owned(welcome(endpoint.clone(), controller.clone())),
-        );
+        let work = welcome(endpoint.clone(), controller.clone(), authority.clone());
+        tasks.spawn(stop.clone().run_until_cancelled_owned(work));
+        let work = keep_certificate(endpoint.clone(), authority.clone(), keys.join("identity"));
+        tasks.spawn(stop.clone().run_until_cancelled_owned(work));
 
         let token = secrets::token_or_new(&keys.join("operator-token"))?;
         let door = Door {
@@ -216,10 +222,18 @@ async fn serve_api(
     Ok((handle, address))
 }
 
-/// Takes in the sites that connect.
-async fn welcome(endpoint: Endpoint, controller: Arc<Controller>) {
+/// Takes in the sites that connect. Each is the site of its certificate, whatever it says.
+async fn welcome(endpoint: Endpoint, controller: Arc<Controller>, authority: Arc<Authority>) {
     while let Some(link) = endpoint.accept().await {
         let (controller, trust) = (controller.clone(), endpoint.trust().clone());
+        let own = endpoint.identity();
+        if link.peer().kind == SiteKind::Center || link.peer().name == *own.name() {
+            let peer = link.peer();
+            tracing::error!(peer = %peer.name, from = %link.remote_address(), "a second center is turned away");
+            link.close("there is one center");
+            continue;
+        }
+        let calls = Arc::new(calls(authority.clone()));
         tokio::spawn(async move {
             let kind = link.peer().kind;
             let site: Arc<dyn SiteHost> = Arc::new(RemoteSite::new(link.clone()));
@@ -231,6 +245,7 @@ async fn welcome(endpoint: Endpoint, controller: Arc<Controller>) {
                     controller.tell_revocations(&site, &list).await;
                     tokio::select! {
                         () = controller.clone().keep(site.clone()) => {}
+                        () = link.serve(calls) => controller.detach(&site),
                         why = link.closed() => {
                             tracing::info!(site = %site.name(), %why, "link closed");
                             controller.detach(&site);
@@ -243,6 +258,54 @@ async fn welcome(endpoint: Endpoint, controller: Arc<Controller>) {
                 }
             }
         });
+    }
+}
+
+/// What a site may call at its center.
+fn calls(authority: Arc<Authority>) -> Router {
+    Router::new().on(RENEW, move |peer, request: Vec<u8>| {
+        let authority = authority.clone();
+        async move {
+            let name = peer.name.clone();
+            let signed =
+                tokio::task::spawn_blocking(move || authority.renew(&peer, &request)).await;
+            let signed = signed
+                .map_err(|_| LinkFault::new(Code::Internal, "the center failed; see its log"))?;
+            match &signed {
+                Ok(_) => tracing::info!(site = %name, "its certificate is renewed"),
+                Err(error) => tracing::warn!(site = %name, %error, "no certificate for it"),
+            }
+            Ok(signed?)
+        }
+    })
+}
+
+/// Renews the center's own certificate whenever it is due.
+async fn keep_certificate(endpoint: Endpoint, authority: Arc<Authority>, dir: PathBuf) {
+    let mut renewal = Renewal::of(endpoint.identity().me());
+    loop {
+        tokio::time::sleep(renewal.wait(unix_now())).await;
+        if !renewal.is_due(unix_now()) {
+            continue;
+        }
+        let (authority, dir, name) =
+            (authority.clone(), dir.clone(), endpoint.identity().name().clone());
+        let made = tokio::task::spawn_blocking(move || authority.own_identity(&dir, &name)).await;
+        let done = match made {
+            Ok(Ok(identity)) => endpoint.set_identity(identity).map_err(|e| Fault::of(&e)),
+            Ok(Err(e)) => Err(Fault::of(&e)),
+            Err(e) => Err(Fault::internal(e.to_string())),
+        };
+        match done {
+            Ok(()) => {
+                tracing::info!("the center's certificate was renewed");
+                renewal = Renewal::of(endpoint.identity().me());
+            }
+            Err(error) => {
+                tracing::error!(%error, "the center's certificate is not renewed; trying again");
+                renewal.failed(unix_now());
+            }
+        }
     }
 }
 

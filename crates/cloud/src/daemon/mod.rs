@@ -16,6 +16,10 @@ pub use agent::{Agent, AgentConfig, join_site};
 pub use center::{Center, CenterConfig};
 pub use secrets::{ClientFiles, read_token};
 
+/// The call by which a site has its certificate renewed: a certificate request, answered with a
+/// certificate (DER both).
+const RENEW: &str = "renew";
+
 /// A daemon that serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ready {

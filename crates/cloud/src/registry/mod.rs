@@ -459,10 +459,8 @@ impl Registry {
         content: Hash,
         damage: Option<String>,
     ) -> Result<SubstrateRecord> {
-        let not_found =
-            || RegistryError::NotFound { what: "substrate", key: id.to_string() };
-        let old: SubstrateRecord =
-            self.get(SUBSTRATES, &id.to_string())?.ok_or_else(not_found)?;
+        let not_found = || RegistryError::NotFound { what: "substrate", key: id.to_string() };
+        let old: SubstrateRecord = self.get(SUBSTRATES, &id.to_string())?.ok_or_else(not_found)?;
         if let Some(wanted) = old.content.filter(|wanted| *wanted != content) {
             if old.holders.contains(site) {
                 self.substrate_holder(id, site, false)?;

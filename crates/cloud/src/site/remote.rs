@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use godwit_transfer::{Lane, LaneError, LaneKind, LaneReceiver, LaneSender, Link};
+use godwit_transfer::{Expected, Lane, LaneError, LaneKind, LaneReceiver, LaneSender, Link, Peer};
 use godwit_types::{Code, Name};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -201,8 +201,20 @@ async fn inward<W: tokio::io::AsyncWrite + Unpin>(mut from: LaneReceiver, mut wr
     let _ = write.shutdown().await;
 }
 
-/// Answers the center's requests until the link is closed.
-pub async fn serve(link: Link, host: Arc<dyn SiteHost>) {
+/// Whether the peer may ask a site for anything: it is a center, and the one that the site joined.
+fn obeyed(peer: &Peer, center: &Name) -> bool {
+    Expected::Center(Some(center.clone())).is(peer)
+}
+
+/// Answers the requests of the center of that name until the link is closed. A link to anybody
+/// else is closed at once.
+pub async fn serve(link: Link, center: &Name, host: Arc<dyn SiteHost>) {
+    if !obeyed(link.peer(), center) {
+        let peer = link.peer();
+        tracing::error!(peer = %peer.name, kind = %peer.kind, "only the center is obeyed");
+        link.close("only the center is obeyed");
+        return;
+    }
     let room = Arc::new(Semaphore::new(AT_ONCE));
     loop {
         let Ok(permit) = room.clone().acquire_owned().await else { return };

@@ -2,10 +2,10 @@
 
 use std::net::SocketAddr;
 
-use godwit_types::{Code, CodedError, Name};
+use godwit_types::{Code, CodedError, Name, SiteKind};
 
 use super::JoinRefusal;
-use crate::keys::KeyError;
+use crate::keys::{Expected, KeyError, Peer};
 use crate::wire::WireError;
 
 /// Close codes of a connection.
@@ -72,6 +72,14 @@ pub enum LinkError {
         /// Who does.
         found: Option<Name>,
     },
+    /// A site answers where the center should.
+    #[error("{} answers where the center should: it is believed nothing", found_words(.expected.as_ref(), .found.as_ref()))]
+    NotTheCenter {
+        /// The center's name, where it is known.
+        expected: Option<Name>,
+        /// Who answers.
+        found: Option<Peer>,
+    },
     /// The peer found another site than it looked for.
     #[error("the peer looked for another site at this address")]
     WeAreNotWanted,
@@ -108,6 +116,7 @@ impl CodedError for LinkError {
             | Self::WeAreRevoked
             | Self::Expired
             | Self::WeAreExpired
+            | Self::NotTheCenter { .. }
             | Self::NoCertificate => Code::Unauthenticated,
             Self::WrongName { .. } | Self::WeAreNotWanted | Self::OtherProtocol => Code::Conflict,
             Self::Refused(_) => Code::Conflict,
@@ -122,8 +131,18 @@ impl CodedError for LinkError {
 
 /// What is known about an attempt when it fails.
 pub(crate) struct Attempt {
-    pub(crate) expected: Option<Name>,
-    pub(crate) found: Option<Name>,
+    pub(crate) expected: Expected,
+    pub(crate) found: Option<Peer>,
+}
+
+fn found_words(expected: Option<&Name>, found: Option<&Peer>) -> String {
+    match (found, expected) {
+        (Some(peer), Some(name)) if peer.kind == SiteKind::Center => {
+            format!("center '{}', not '{name}',", peer.name)
+        }
+        (Some(peer), _) => format!("{} '{}'", peer.kind, peer.name),
+        (None, _) => "another site".into(),
+    }
 }
 
 /// Turns QUIC's words into ours. TLS alerts arrive as the codes 0x100 + alert.
@@ -145,8 +164,11 @@ pub(crate) fn from_connection(
             Some(44) => LinkError::Revoked,
             Some(45) => LinkError::Expired,
             Some(42) => match attempt {
-                Some(Attempt { expected: Some(expected), found }) => {
-                    LinkError::WrongName { expected, found }
+                Some(Attempt { expected: Expected::Site(expected), found }) => {
+                    LinkError::WrongName { expected, found: found.map(|p| p.name) }
+                }
+                Some(Attempt { expected: Expected::Center(expected), found }) => {
+                    LinkError::NotTheCenter { expected, found }
                 }
                 _ => LinkError::NoCertificate,
             },

@@ -28,7 +28,7 @@ use crate::wire::{LaneHeader, LaneKind, MAX_ABOUT, Priority, WireError, encode};
 pub use endpoint::{Endpoint, EndpointOptions, PATIENCE};
 pub(crate) use error::{CLOSE_DONE, CLOSE_REVOKED, STOP_BUSY, STOP_UNKNOWN, from_connection};
 pub use error::{JoinError, LaneError, LinkError};
-pub use join::{JoinRefusal, JoinRequest, join};
+pub use join::{JoinRefusal, JoinRequest, Joined, join};
 pub use lane::{Lane, LaneReceiver, LaneSender};
 pub use paced::{BulkReceiver, BulkSender};
 

@@ -9,6 +9,7 @@ use godwit_qemu::{
     BootFile, DiskChain, Launch, Layer, Life, MacAddress, Machine, MachineSpec, MemorySource, Nic,
     NicBackend, Start,
 };
+use godwit_transfer::Warrant;
 use godwit_types::{Code, Generation, VmId, VmState};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -104,6 +105,7 @@ impl LocalSite {
     }
 
     pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
+        self.warranted(new.vm, new.generation, &new.warrant)?;
         let image = match &new.origin {
             Origin::Image(image) => image,
             Origin::Substrate(id) => {
@@ -123,6 +125,7 @@ impl LocalSite {
             vm: new.vm,
             name: new.name,
             generation: new.generation,
+            warrant: Some(new.warrant),
             meant: Meant::Running,
             image: image.name.clone(),
             image_hash: image.hash,
@@ -289,8 +292,10 @@ impl LocalSite {
         &self,
         vm: VmId,
         generation: Generation,
+        warrant: Warrant,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
+        self.warranted(vm, generation, &warrant)?;
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
@@ -310,6 +315,7 @@ impl LocalSite {
             e.machine = None;
         }
         e.record.generation = generation;
+        e.record.warrant = Some(warrant);
         e.record.meant = Meant::Running;
         e.record.reason = None;
         e.record.unfinished = None;
@@ -652,6 +658,7 @@ fn status_as(r: &MachineRecord, state: VmState) -> MachineStatus {
         vm: r.vm,
         name: r.name.clone(),
         generation: r.generation,
+        warrant: r.warrant.clone(),
         state,
         image: r.image.clone(),
         arch: r.arch,

@@ -16,6 +16,7 @@ mod resume;
 mod sched;
 mod tombs;
 mod waiting;
+mod warrant;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -277,7 +278,7 @@ impl LocalSite {
     /// Takes the center's list of revoked certificates. It counts at once, also when it cannot be
     /// kept for the next daemon.
     fn take_revocations(&self, list: Revocations) -> Result<(), Fault> {
-        if !self.trust.revoke(list.clone()) {
+        if !self.trust.revoke(list.clone()).map_err(|e| Fault::of(&e))? {
             return Ok(());
         }
         tracing::info!(number = list.number, "a newer list of revoked certificates");
@@ -286,6 +287,9 @@ impl LocalSite {
 
     /// Refuses a request with an older generation than the site has seen.
     fn fence(record: &MachineRecord, given: Generation) -> Result<(), Fault> {
+        if !given.is_sane() {
+            return Err(Fault::invalid(format!("no machine has generation {given}")));
+        }
         if given < record.generation {
             return Err(Fault::new(
                 Code::Fenced,
@@ -399,8 +403,8 @@ impl LocalSite {
             }
             SiteRequest::Machines => SiteReply::Machines(self.list_machines().await),
             SiteRequest::VmNew(new) => SiteReply::Machine(self.create(new, call).await?),
-            SiteRequest::VmStart { vm, generation } => {
-                SiteReply::Machine(self.restart(vm, generation, call).await?)
+            SiteRequest::VmStart { vm, generation, warrant } => {
+                SiteReply::Machine(self.restart(vm, generation, warrant, call).await?)
             }
             SiteRequest::VmStop { vm, generation, force } => {
                 self.power_off(vm, generation, force, call).await?;
@@ -451,10 +455,17 @@ impl LocalSite {
             SiteRequest::MigrateManifest { vm, generation } => {
                 SiteReply::Manifest(self.manifest(vm, generation).await?)
             }
-            SiteRequest::MigratePrepare { migration, machine, generation, from, manifest } => {
+            SiteRequest::MigratePrepare {
+                migration,
+                machine,
+                generation,
+                warrant,
+                from,
+                manifest,
+            } => {
                 let me = self.whole()?;
                 SiteReply::Incoming(
-                    me.prepare(migration, machine, generation, from, &manifest).await?,
+                    me.prepare(migration, machine, generation, warrant, from, &manifest).await?,
                 )
             }
             SiteRequest::MigrateSend { vm, generation, to, scheme } => {

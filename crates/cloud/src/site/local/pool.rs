@@ -7,9 +7,7 @@ use godwit_substrate::{
     ActivateRequest, Becomes, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
     SubstrateError, activate, dock_convert,
 };
-use godwit_types::{
-    Code, DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId,
-};
+use godwit_types::{DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::Mutex;
 use tokio_util::io::SyncIoBridge;
@@ -148,13 +146,18 @@ impl LocalSite {
         let substrate = self.pool.get(id).map_err(coded)?;
         if let Some(wanted) = new.content.filter(|wanted| *wanted != substrate.content()) {
             let found = substrate.content();
-            return Err(coded(SubstrateError::OtherContent { name: substrate.name, wanted, found }));
+            return Err(coded(SubstrateError::OtherContent {
+                name: substrate.name,
+                wanted,
+                found,
+            }));
         }
         let mac = godwit_qemu::MacAddress::from_seed(mac_seed(new.vm));
         let record = MachineRecord {
             vm: new.vm,
             name: new.name.clone(),
             generation: new.generation,
+            warrant: Some(new.warrant),
             meant: Meant::Running,
             image: substrate.image.clone(),
             image_hash: substrate.image_hash,
