@@ -4,16 +4,15 @@ use std::sync::Arc;
 
 use godwit_types::{Arch, Code, Generation, Mib, Name, SubstrateId, SubstrateKind, VmId, VmState};
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind, Progress};
+use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source, place};
 use crate::registry::{SubstrateRecord, VmRecord};
 use crate::site::{
-    Call, ImageInfo, NewMachine, Origin, SiteHost, SiteRequest, StreamRequest, SubstrateInfo,
+    Call, ImageInfo, NewMachine, Origin, SiteHost, SiteRequest,
 };
 
 /// A call of a site whose progress is shown by the operation.

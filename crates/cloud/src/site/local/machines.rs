@@ -431,7 +431,12 @@ impl LocalSite {
 
     /// Refuses when a machine's RAM does not fit into what the host has left.
     pub(super) fn check_room(&self, memory: godwit_types::Mib) -> Result<(), Fault> {
-        let free = report::ram_room_mib(&self.dirs.memory)?;
+        let mut free = report::ram_room_mib(&self.dirs.memory)?;
+        if free < u64::from(memory.0) {
+            // Memory that no machine maps is made again when it is needed.
+            self.pool.reclaim((u64::from(memory.0) - free) << 20);
+            free = report::ram_room_mib(&self.dirs.memory)?;
+        }
         if u64::from(memory.0) <= free {
             return Ok(());
         }

@@ -13,6 +13,7 @@ mod relays;
 mod report;
 mod resume;
 mod sched;
+mod scrub;
 mod waiting;
 
 use std::collections::BTreeMap;
@@ -54,6 +55,9 @@ pub struct SiteOptions {
     pub pool_bytes: u64,
     /// Bytes of encoded pages that the store keeps in memory.
     pub store_memory_bytes: u64,
+    /// Bytes of tmpfs that sealed memory may take before what no machine maps is dropped; half of
+    /// that tmpfs when left out.
+    pub memory_cache_bytes: Option<u64>,
     /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
@@ -76,6 +80,7 @@ impl SiteOptions {
             relay_program,
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
+            memory_cache_bytes: None,
             waiting: 1,
             co_schedule: false,
             link_patience: godwit_transfer::PATIENCE,
@@ -162,6 +167,7 @@ impl LocalSite {
             me: me.clone(),
         });
         site.adopt_all().await?;
+        scrub::start(&site);
         Ok(site)
     }
 
