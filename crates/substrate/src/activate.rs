@@ -225,6 +225,7 @@ async fn activate_here(
             Some((shell, ready)) => {
                 let shell = shell.become_machine(&request).await?;
                 phases.end("rename");
+                godwit_hold::at("activate.renamed").await;
                 (shell, ready)
             }
             None => {
@@ -293,8 +294,10 @@ async fn bring_up(
         load(machine, ready).await?;
     }
     phases.end("load");
+    godwit_hold::at("activate.loaded").await;
     machine.run().await.map_err(SubstrateError::machine("starting the vCPUs"))?;
     phases.end("run");
+    godwit_hold::at("activate.running").await;
     let running_ms = phases.elapsed().as_secs_f64() * 1e3;
     let mut agent = machine
         .agent()
@@ -304,9 +307,10 @@ async fn bring_up(
     let first_answer_ms = phases.elapsed().as_secs_f64() * 1e3;
     phases.end("answer");
     let env = environment(identity.as_ref())?;
-    run_script(&mut agent, AFTER_ACTIVATE, &env, RENEW_WITHIN).await?;
+    run_script(&mut agent, AFTER_ACTIVATE, &[], &env, RENEW_WITHIN).await?;
     drop(agent);
     phases.end("renew");
+    godwit_hold::at("activate.identity").await;
     // Until now the guest has no card at all. Its drivers take the only vCPU for a while when one
     // appears, which user programs shall not wait for.
     if let Some(backend) = &request.nic {

@@ -144,6 +144,19 @@ pub enum SubstrateError {
         #[source]
         source: io::Error,
     },
+    /// Stopped on request, before the commit.
+    #[error("stopped on request")]
+    Cancelled,
+    /// The machine was not docked, and does not run on as before yet: [`crate::run_on`] is to be
+    /// called again.
+    #[error("{why}; and the machine does not run on as before yet")]
+    NotRunningOn {
+        /// Why it was not docked.
+        why: Box<SubstrateError>,
+        /// What keeps it from running on.
+        #[source]
+        source: Box<SubstrateError>,
+    },
     /// A worker thread ended by a panic.
     #[error("a worker ended early while {0}")]
     Worker(&'static str),
@@ -206,6 +219,8 @@ impl CodedError for SubstrateError {
             Self::NoRoom { .. } => Code::NoRoom,
             Self::AgentSilent(_) => Code::Unavailable,
             Self::Script { .. } | Self::Worker(_) => Code::Internal,
+            Self::Cancelled => Code::Cancelled,
+            Self::NotRunningOn { why, .. } => why.code(),
             Self::Machine { source, .. } => source.code(),
             Self::Store { source, .. } => source.code(),
             Self::Disk { source, .. } => source.code(),

@@ -32,7 +32,7 @@ mod turns;
 
 pub use activate::{ActivateRequest, Activated, Place, activate};
 pub use archive::{ArchiveEnd, Becomes, Bundle, Import};
-pub use dock::{DockRequest, dock_convert};
+pub use dock::{DockRequest, DockStop, dock_convert, run_on};
 pub use error::SubstrateError;
 pub use identity::Identity;
 pub use manifest::{Docked, Part, Shape, Sizes, Substrate};

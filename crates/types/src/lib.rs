@@ -16,7 +16,8 @@ pub use error::{Code, CodedError};
 pub use hash::{Hash, HashParseError};
 pub use ids::{MigrationId, OpId, SubstrateId, VmId};
 pub use measure::{
-    ActivateReport, BytesMoved, DockReport, LinkReport, MovePhase, MoveReport, PhaseSpan, Phases,
+    ActivateReport, BytesMoved, ClockOffset, DockReport, LinkReport, MovePhase, MoveReport,
+    PagesMoved, PhaseSpan, Phases,
 };
 pub use name::{Name, NameError};
 pub use sealed::{SealBroken, seal, unseal};

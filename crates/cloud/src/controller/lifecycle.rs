@@ -1,6 +1,6 @@
 //! Making, starting, stopping, deleting and docking of environments.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use godwit_types::{Arch, Code, Generation, Mib, Name, SubstrateId, SubstrateKind, VmId, VmState};
 use serde_json::json;
@@ -104,6 +104,18 @@ impl Controller {
             .ok_or_else(|| Fault::invalid("give the machine a name"))
     }
 
+    /// Refuses a private substrate that runs already: the second machine would be the same one.
+    fn once(&self, substrate: Option<&SubstrateRecord>) -> Result<(), Fault> {
+        let Some(s) = substrate.filter(|s| s.kind == SubstrateKind::Private) else { return Ok(()) };
+        let all = self.registry.vms().map_err(registry_fault)?;
+        let Some(vm) = all.into_iter().find(|v| v.substrate == Some(s.id)) else { return Ok(()) };
+        Err(Fault::conflict(format!(
+            "substrate '{}' is private and runs once at a time: it is machine '{}' at '{}'",
+            s.name, vm.name, vm.site
+        ))
+        .hint(format!("use that one, or first: godwit vm dock {0}, godwit vm delete {0}", vm.name)))
+    }
+
     /// Makes an environment: cold boot or activation.
     ///
     /// # Errors
@@ -160,6 +172,8 @@ impl Controller {
             ),
             None => format!("boot '{name}' from image '{}' at {}", shape.image, placed.site),
         };
+        self.once(shape.substrate.as_ref())?;
+        self.once(shape.substrate.as_ref())?;
         if mode == Mode::DryRun {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
         }
@@ -181,7 +195,11 @@ impl Controller {
             reason: None,
             arriving: None,
         };
-        self.registry.vm_add(&vm).map_err(registry_fault)?;
+        {
+            let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
+            self.once(shape.substrate.as_ref())?;
+            self.registry.vm_add(&vm).map_err(registry_fault)?;
+        }
         let kind = match &shape.substrate {
             Some(s) => OpKind::VmActivate { vm: vm.id, name: name.clone(), substrate: s.id },
             None => OpKind::VmCreate { vm: vm.id, name: name.clone() },
@@ -239,6 +257,10 @@ impl Controller {
         vm: &VmRecord,
         outcome: Result<serde_json::Value, Fault>,
     ) -> Result<serde_json::Value, Fault> {
+        let outcome = match outcome {
+            Ok(v) => Ok(v),
+            Err(f) => self.settle_create(op, vm, f).await,
+        };
         match outcome {
             Ok(v) => {
                 self.change_vm(vm, vm.generation, |v| {
@@ -247,7 +269,6 @@ impl Controller {
                 Ok(v)
             }
             Err(f) => {
-                self.undo_create(vm, &f).await?;
                 op.undone("start")?;
                 Err(f)
             }
@@ -415,9 +436,13 @@ impl Controller {
                     Ok(json!({ "substrate": substrate, "dock": report }))
                 }
                 Err(f) => {
-                    me.settle_vm(&record, &f).await?;
-                    op.undone("dock")?;
-                    Err(f)
+                    let settled = me.settle_dock(&op, &record, substrate, f).await;
+                    if settled.is_ok() {
+                        op.done("dock")?
+                    } else {
+                        op.undone("dock")?
+                    }
+                    settled
                 }
             }
         });

@@ -23,6 +23,7 @@ pub(crate) mod lifecycle;
 mod moves;
 mod pool;
 mod recover;
+mod settle;
 #[cfg(test)]
 mod tests;
 
@@ -119,6 +120,8 @@ pub struct Controller {
     sites: Sites,
     bringing: bring::Bringing,
     operator: Name,
+    /// One machine at a time is entered: what may run once only is not entered twice.
+    entering: std::sync::Mutex<()>,
     /// How long a machine is waited for that lacks something of a site that is away.
     patience: Duration,
 }
@@ -166,6 +169,7 @@ impl Controller {
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
             bringing: bring::Bringing::default(),
             operator,
+            entering: std::sync::Mutex::default(),
         })
     }
 

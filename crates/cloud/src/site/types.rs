@@ -69,6 +69,9 @@ pub struct NewMachine {
     pub content: Option<Hash>,
 }
 
+/// The generation of a machine whose record at its site is damaged; no machine has it.
+pub const UNKNOWN_GENERATION: Generation = Generation(0);
+
 /// A machine at a site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MachineStatus {
