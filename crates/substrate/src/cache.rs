@@ -97,6 +97,12 @@ impl Pool {
         })
     }
 
+    /// Bytes that sealed memory takes beyond its budget; what is in use may.
+    #[must_use]
+    pub fn over_budget(&self) -> u64 {
+        self.sealed_bytes().0.saturating_sub(self.memory_budget())
+    }
+
     /// Drops idle sealed memory, least recently used first, until `bytes` are free; how many came
     /// free.
     pub fn reclaim(&self, bytes: u64) -> u64 {

@@ -295,6 +295,11 @@ impl Pool {
         for id in self.ids()? {
             report.substrates += 1;
             let found = self.check_one(id, &bad);
+            if !self.dir(id).exists() {
+                // Deleted meanwhile.
+                report.substrates -= 1;
+                continue;
+            }
             let why = found.err().map(|e| crate::error::chain(&e));
             let mut damaged = lock(&self.inner.damaged);
             match why {

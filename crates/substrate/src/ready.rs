@@ -157,7 +157,13 @@ impl Pool {
             disk.then(|| dir.join(LAYER)),
             disk.then(|| dir.join(TOP)),
         ];
-        for path in files.into_iter().flatten() {
+        for path in files.into_iter().flatten().filter(|p| p.exists()) {
+            if self.verify_file(docked, &path, From::Disk).is_ok() {
+                continue;
+            }
+            // Damaged, or replaced or dropped while it was read.
+            let one = Arc::clone(lock(&self.inner.making).entry(docked.substrate.id).or_default());
+            let _one = lock(&one);
             if path.exists() {
                 self.verify_file(docked, &path, From::Disk)?;
             }

@@ -314,7 +314,7 @@ impl LocalSite {
         e.record.reason = None;
         e.record.unfinished = None;
         e.record.save(&self.dirs.vm(vm))?;
-        let image = self.image_by_hash(&e.record)?;
+        let image = self.sound_image(&e.record).await?;
         // One that did not answer when this daemon came.
         self.end_strays(vm).await;
         let wanted = CancellationToken::new();
