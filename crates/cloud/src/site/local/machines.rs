@@ -320,7 +320,7 @@ impl LocalSite {
         e.record.reason = None;
         e.record.unfinished = None;
         e.record.save(&self.dirs.vm(vm))?;
-        let image = self.image_by_hash(&e.record)?;
+        let image = self.sound_image(&e.record).await?;
         // One that did not answer when this daemon came.
         self.end_strays(vm).await;
         let wanted = CancellationToken::new();
@@ -482,7 +482,12 @@ impl LocalSite {
 
     /// Refuses when a machine's RAM does not fit into what the host has left.
     pub(super) fn check_room(&self, memory: godwit_types::Mib) -> Result<(), Fault> {
-        let free = report::ram_room_mib(&self.dirs.memory)?;
+        let mut free = report::ram_room_mib(&self.dirs.memory)?;
+        if free < u64::from(memory.0) {
+            // Memory that no machine maps is made again when it is needed.
+            self.pool.reclaim((u64::from(memory.0) - free) << 20);
+            free = report::ram_room_mib(&self.dirs.memory)?;
+        }
         if u64::from(memory.0) <= free {
             return Ok(());
         }

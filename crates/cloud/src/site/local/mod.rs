@@ -14,6 +14,7 @@ mod relays;
 mod report;
 mod resume;
 mod sched;
+mod scrub;
 mod tombs;
 mod waiting;
 mod warrant;
@@ -80,6 +81,9 @@ pub struct SiteOptions {
     pub pool_bytes: u64,
     /// Bytes of encoded pages that the store keeps in memory.
     pub store_memory_bytes: u64,
+    /// Bytes of tmpfs that sealed memory may take before what no machine maps is dropped; half of
+    /// that tmpfs when left out.
+    pub memory_cache_bytes: Option<u64>,
     /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
@@ -102,6 +106,7 @@ impl SiteOptions {
             relay_program,
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
+            memory_cache_bytes: None,
             waiting: 1,
             co_schedule: false,
             link_patience: godwit_transfer::PATIENCE,
@@ -192,6 +197,7 @@ impl LocalSite {
         });
         site.adopt_all().await?;
         site.sweep_strays().await;
+        scrub::start(&site);
         Ok(site)
     }
 

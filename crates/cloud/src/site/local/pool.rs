@@ -50,7 +50,13 @@ impl LocalSite {
             substrates: dirs.data.join("substrates"),
             memory: dirs.memory.join("substrates"),
         };
-        Pool::open(dirs, store, site.pool_bytes).map_err(coded)
+        let memory = dirs.memory.clone();
+        let pool = Pool::open(dirs, store, site.pool_bytes).map_err(coded)?;
+        let half = rustix::fs::statvfs(&memory)
+            .map(|s| s.f_blocks.saturating_mul(s.f_frsize) / 2)
+            .map_err(|e| Fault::io("asking for the size of", &memory, &e.into()))?;
+        pool.set_memory_budget(site.memory_cache_bytes.unwrap_or(half));
+        Ok(pool)
     }
 
     /// Turns a machine into a substrate. The machine runs on when that fails.
@@ -171,6 +177,7 @@ impl LocalSite {
             reason: None,
             unfinished: Some(Unfinished::Activating),
         };
+        self.give_way(record.memory, id).await;
         self.check_room(record.memory)?;
         let image = self.sound_image(&record).await?;
         let (entry, wanted) = self.enter_starting(record.clone()).await?;
@@ -207,6 +214,20 @@ impl LocalSite {
                 self.withdraw(&entry, record.vm).await;
                 Err(f)
             }
+        }
+    }
+
+    /// Ends QEMUs that wait for other substrates while there is no room for a machine of `memory`
+    /// beside what they keep in use.
+    async fn give_way(&self, memory: godwit_types::Mib, id: SubstrateId) {
+        let mut others = self.shells.kept();
+        others.retain(|other| *other != id);
+        others.sort_unstable();
+        for other in others {
+            if self.check_room(memory).is_ok() {
+                return;
+            }
+            self.shells.drop_line(other).await;
         }
     }
 
@@ -262,9 +283,7 @@ impl LocalSite {
     /// The substrates that are here.
     pub(super) fn substrates(&self) -> Result<Vec<SubstrateInfo>, Fault> {
         let all = self.pool.list().map_err(coded)?;
-        let with_damage =
-            |s: &Substrate| SubstrateInfo { damage: self.pool.damage(s.id), ..info(s, None) };
-        Ok(all.iter().map(with_damage).collect())
+        Ok(all.iter().map(|s| info(s, None)).collect())
     }
 
     pub(super) async fn substrate_delete(&self, id: SubstrateId) -> Result<(), Fault> {
@@ -282,6 +301,8 @@ impl LocalSite {
             raw_bytes: substrates.iter().map(|s| s.sizes.raw_bytes + s.sizes.disk_bytes).sum(),
             stored_bytes: stats.pack_bytes,
             memory_bytes: stats.memory_bytes,
+            sealed_bytes: self.pool.sealed_bytes().0,
+            sealed_limit_bytes: self.pool.memory_budget(),
             free_bytes: super::report::free_mib(&self.dirs.data)? << 20,
             waiting: self.waiting(),
         })
@@ -445,7 +466,6 @@ pub(super) fn info(s: &Substrate, dock: Option<DockReport>) -> SubstrateInfo {
         stored_bytes: s.sizes.stored_bytes,
         created: crate::clock::UnixMs(s.docked_unix_ms),
         content: s.content(),
-        damage: None,
         dock,
     }
 }
