@@ -15,7 +15,9 @@ use std::time::Duration;
 
 use clap::Args;
 use godwit_cloud::Fault;
-use godwit_cloud::daemon::{Agent, AgentConfig, Center, CenterConfig, ClientFiles, join_site};
+use godwit_cloud::daemon::{
+    Agent, AgentConfig, Center, CenterConfig, ClientFiles, TlsFiles, join_site,
+};
 use godwit_cloud::site::SiteDirs;
 use godwit_migrate::relay::{RelayConfig, run_relay};
 use godwit_transfer::JoinToken;
@@ -76,6 +78,13 @@ pub(crate) struct CenterRole {
     /// Bytes that the pool may hold on disk, e.g. 20G [default: 64G]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     pool_limit: Option<u64>,
+    /// The API's certificate, with those that signed it (PEM); read again when it changes, or at
+    /// SIGHUP [default: one of its own making]
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The key of `--tls-cert` (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Seconds for which it certifies sites [default: 90 days]
     #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(3..))]
     certificate_life: Option<u64>,
@@ -127,6 +136,10 @@ impl CenterRole {
             client: client.clone(),
             pool_bytes: self.pool_limit,
             link_patience: self.living.link_patience.map(Duration::from_secs),
+            tls: self
+                .tls_cert
+                .zip(self.tls_key)
+                .map(|(certificate, key)| TlsFiles { certificate, key }),
             certificate_life: self.certificate_life,
             co_schedule: !self.living.no_co_scheduling,
         };
