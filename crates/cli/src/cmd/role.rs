@@ -100,8 +100,8 @@ pub(crate) struct ApRole {
     name: Option<Name>,
     #[command(flatten)]
     places: Places,
-    /// At the first start: the join token, `@FILE`, or `-` for stdin
-    #[arg(long, env = "GODWIT_JOIN_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    /// At the first start: where the join token is, `@FILE` or `-` for stdin
+    #[arg(long, env = "GODWIT_JOIN_TOKEN", hide_env_values = true, value_name = "@FILE")]
     join: Option<String>,
     /// Where it listens for other sites (UDP); port 0 picks one
     #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDR:PORT")]
@@ -184,7 +184,7 @@ impl ApRole {
             let Some(token) = token else {
                 return Err(Failure::new(Code::Conflict, format!("site '{name}' has not joined"))
                     .hint(format!(
-                        "at the center: godwit site token {name}; then give it here with --join"
+                        "at the center: godwit site token {name} > FILE; then here: --join @FILE"
                     )));
             };
             join_site(&token, &dirs).await?;
@@ -284,8 +284,15 @@ pub(super) fn identity_of(dirs: &SiteDirs) -> PathBuf {
     dirs.keys().join("identity")
 }
 
-/// A join token as given: itself, `@FILE`, or `-` for stdin.
+/// A join token as given: itself, `@FILE`, or `-` for stdin. One that is a word of this process's
+/// command line is taken, with a warning: everybody on this machine could read it.
 pub(super) fn read_join_token(text: &str) -> Result<String> {
+    if text.starts_with("gwj") && std::env::args().any(|word| word.contains(text)) {
+        crate::out::talk(
+            "warning: everybody on this machine can read a token on a command line; \
+             give it as @FILE, as - (standard input), or in GODWIT_JOIN_TOKEN",
+        );
+    }
     let mut out = String::new();
     let read = |mut from: Box<dyn Read>, out: &mut String| from.read_to_string(out);
     let done = match (text, text.strip_prefix('@')) {
