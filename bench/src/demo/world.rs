@@ -56,7 +56,7 @@ impl World {
         let token = world.text(&["site", "token", AP], START_WITHIN).await?;
         let mut command = world.link.command(Side::B, &demo.program);
         command.args(["ap", "--name", AP, "--link", &format!("{b}:7701")]);
-        command.args(["--join", token.trim()]);
+        command.env("GODWIT_JOIN_TOKEN", token.trim());
         let ap = daemon(command, AP, world.root.path(), world.ram.path())?;
         *world.ap.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(ap);
         world.ready(AP).await?;

@@ -16,6 +16,7 @@ use crate::site::{
 struct Paper {
     name: Name,
     machines: Mutex<Vec<MachineStatus>>,
+    substrates: Mutex<Vec<SubstrateInfo>>,
     /// What `MigrateSend` does.
     send: Send,
     peer: Mutex<Option<Arc<Paper>>>,
@@ -49,6 +50,7 @@ impl Paper {
         Arc::new(Self {
             name: name(n),
             machines: Mutex::default(),
+            substrates: Mutex::default(),
             send,
             peer: Mutex::default(),
             broken: AtomicBool::new(false),
@@ -110,7 +112,9 @@ impl SiteHost for Paper {
                 fault: None,
             }])),
             SiteRequest::Machines => Ok(SiteReply::Machines(self.all())),
-            SiteRequest::Substrates => Ok(SiteReply::Substrates(vec![])),
+            SiteRequest::Substrates => {
+                Ok(SiteReply::Substrates(self.substrates.lock().expect("lock").clone()))
+            }
             SiteRequest::VmNew(n) => {
                 if n.origin == Origin::Image(name("broken")) || n.name == name("unlucky") {
                     return Err(Fault::new(Code::NoRoom, "tmpfs is full"));
@@ -574,6 +578,36 @@ async fn a_warrant_of_a_move_that_never_switched_is_void() {
     let now = w.c.registry().vm("a").expect("there");
     assert_eq!((now.site.as_str(), now.generation), ("center", vm.generation));
     assert_eq!(w.center.all().len(), 1, "the true one lives");
+}
+
+#[tokio::test]
+async fn a_site_publishes_nothing_that_it_was_not_asked_to_hold() {
+    let w = world(Send::Works).await;
+    let own = |n: &str| SubstrateInfo {
+        id: SubstrateId::new(),
+        name: name(n),
+        kind: SubstrateKind::Public,
+        owner: name("operator"),
+        image: name("tiny"),
+        arch: Arch::X86_64,
+        memory: Mib(128),
+        vcpus: 1,
+        raw_bytes: 1,
+        stored_bytes: 1,
+        created: UnixMs::now(),
+        content: godwit_types::Hash::of(n.as_bytes()),
+        damage: None,
+        dock: None,
+    };
+    let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
+    w.cafe.substrates.lock().expect("lock").push(own("abiword"));
+    w.c.refresh(&cafe).await.expect("report");
+    assert!(w.c.registry().substrates().expect("list").is_empty(), "taken for a user's own");
+    // What the center's own site holds is the center's own word.
+    w.center.substrates.lock().expect("lock").push(own("abiword"));
+    w.c.refresh(&center).await.expect("report");
+    let all = w.c.registry().substrates().expect("list");
+    assert_eq!((all.len(), all[0].holders.contains(&name("center"))), (1, true));
 }
 
 #[tokio::test]

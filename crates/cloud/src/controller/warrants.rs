@@ -14,7 +14,7 @@ use godwit_types::{Generation, Name};
 use super::Controller;
 use crate::error::Fault;
 use crate::registry::VmRecord;
-use crate::site::MachineStatus;
+use crate::site::{MachineStatus, UNKNOWN_GENERATION};
 
 impl Controller {
     /// The center's word that `site` may run a machine under `generation`.
@@ -54,7 +54,7 @@ impl Controller {
     /// Whether a site may say of a machine that it has it under that generation: it is there by the
     /// registry, or the center's warrant says so.
     pub(super) fn believed(&self, vm: &VmRecord, site: &Name, claim: &MachineStatus) -> bool {
-        if claim.generation == vm.generation {
+        if claim.generation == vm.generation || claim.generation == UNKNOWN_GENERATION {
             return *site == vm.site;
         }
         if claim.generation < vm.generation {

@@ -303,7 +303,33 @@ async fn renew(endpoint: &Endpoint, link: &Link, dir: &Path) -> Result<(), Fault
 
 #[cfg(test)]
 mod tests {
+    use godwit_types::SiteKind;
+
     use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_link_that_another_site_opens_is_closed_and_not_served() {
+        let dir = tempfile::tempdir().expect("dir");
+        let authority = godwit_transfer::Authority::create(dir.path()).expect("authority");
+        let bind = |name: &str, kind| {
+            let name = Name::new(name).expect("name");
+            let pending = PendingIdentity::make(&name, kind).expect("key");
+            let der = authority.issue(pending.request(), &name, kind).expect("issue");
+            let identity = pending.complete(&der, authority.certificate()).expect("identity");
+            let (any, trust) = ("127.0.0.1:0".parse().expect("address"), authority.trust());
+            let options = EndpointOptions::default();
+            Endpoint::bind(any, identity, trust.clone(), options).expect("bind")
+        };
+        let site = bind("cafe", SiteKind::Ap);
+        tokio::spawn(turn_away(site.clone()));
+        // Even the center's certificate does not open a link here: the site opens it.
+        for (name, kind) in [("bar", SiteKind::Device), ("center", SiteKind::Center)] {
+            let peer = bind(name, kind);
+            let link = peer.connect(site.local_address().expect("address"), None).await;
+            let closed = link.expect("a link").closed().await;
+            assert!(closed.to_string().contains("serves its center alone"), "{closed}");
+        }
+    }
 
     #[test]
     fn the_center_is_kept_by_address_and_name() {

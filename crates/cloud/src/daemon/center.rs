@@ -15,7 +15,9 @@ use godwit_types::{Code, Name, SiteKind};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{ClientFiles, RENEW, Ready, secrets, tls};
+use super::guard::{Guard, impatient};
+use super::tls::{self, TlsFiles};
+use super::{ClientFiles, RENEW, Ready, secrets};
 use crate::api::{Api, Gatekeeper};
 use crate::controller::Controller;
 use crate::error::Fault;
@@ -27,6 +29,12 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// How long the head of a request may take to come.
 const HEAD_WITHIN: Duration = Duration::from_secs(30);
+
+/// Requests of one connection at once, by HTTP/2.
+const STREAMS: u32 = 64;
+
+/// The longest head of a request by HTTP/2, in bytes.
+const HEAD_BYTES: u32 = 64 << 10;
 
 /// What a center needs to know.
 #[derive(Debug, Clone)]
@@ -50,6 +58,8 @@ pub struct CenterConfig {
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
     /// out.
     pub link_patience: Option<Duration>,
+    /// The operator's own certificate for the API; a self-signed one is made when left out.
+    pub tls: Option<TlsFiles>,
     /// Seconds for which it issues certificates; 90 days when left out.
     pub certificate_life: Option<u64>,
     /// Whether it looks after the siblings among its vCPUs.
@@ -158,7 +168,7 @@ impl Center {
             center: config.advertise.clone().unwrap_or_else(|| link.to_string()),
         };
         let (api, address) =
-            serve_api(&config, &controller, Arc::new(door), &token, &keys, &tasks).await?;
+            serve_api(&config, &controller, Arc::new(door), &token, &keys, &stop, &tasks).await?;
         tracing::info!(site = %config.site, api = %address, link = %link, "center ready");
         let ready = Ready { site: config.site, api: Some(address), link: Some(link) };
         Ok(Self { ready, controller, endpoint, own, api, stop, tasks })
@@ -195,6 +205,7 @@ async fn serve_api(
     door: Arc<Door>,
     token: &str,
     keys: &Path,
+    stop: &CancellationToken,
     tasks: &TaskTracker,
 ) -> Result<(Handle<SocketAddr>, SocketAddr), Fault> {
     let listener = std::net::TcpListener::bind(config.api).map_err(|e| {
@@ -204,17 +215,35 @@ async fn serve_api(
     let failed = |e: std::io::Error| Fault::internal(format!("the API's socket: {e}"));
     listener.set_nonblocking(true).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    let (pem, tls) = tls::server(&keys.join("api"), address)?;
+    let (pem, tls) = match &config.tls {
+        Some(files) => files.server()?,
+        None => tls::server(&keys.join("api"), address)?,
+    };
+    if let Some(files) = config.tls.clone() {
+        tasks.spawn(stop.clone().run_until_cancelled_owned(files.keep(tls.clone())));
+    }
     let router = Api::new(controller.clone(), door, token).router();
+    let router = router.layer(axum::middleware::map_request(impatient));
     let handle = Handle::new();
-    let mut server =
-        axum_server::from_tcp_rustls(listener, tls).map_err(failed)?.handle(handle.clone());
+    let mut server = axum_server::from_tcp_rustls(listener, tls)
+        .map_err(failed)?
+        .map(|tls| tls.acceptor(Guard::new()))
+        .handle(handle.clone());
     // Whoever connects and says nothing is not waited for.
     server
         .http_builder()
         .http1()
         .timer(hyper_util::rt::TokioTimer::new())
         .header_read_timeout(HEAD_WITHIN);
+    server
+        .http_builder()
+        .http2()
+        .timer(hyper_util::rt::TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .max_pending_accept_reset_streams(STREAMS as usize)
+        .max_header_list_size(HEAD_BYTES)
+        .keep_alive_interval(HEAD_WITHIN)
+        .keep_alive_timeout(HEAD_WITHIN);
     tasks.spawn(async move {
         if let Err(error) = server.serve(router.into_make_service()).await {
             tracing::error!(%error, "the API ended");

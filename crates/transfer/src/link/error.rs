@@ -13,6 +13,7 @@ pub(crate) const CLOSE_DONE: u32 = 0;
 pub(crate) const CLOSE_REVOKED: u32 = 1;
 pub(crate) const CLOSE_NO_CERTIFICATE: u32 = 2;
 pub(crate) const CLOSE_REFUSED: u32 = 3;
+pub(crate) const CLOSE_ENDED: u32 = 4;
 /// Stop codes of a stream.
 pub(crate) const STOP_BUSY: u32 = 1;
 pub(crate) const STOP_UNKNOWN: u32 = 2;
@@ -188,6 +189,7 @@ pub(crate) fn from_connection(
                 String::from_utf8_lossy(&e.reason).escape_debug().take(400).collect();
             match u32::try_from(u64::from(e.error_code)) {
                 Ok(CLOSE_REVOKED) => LinkError::WeAreRevoked,
+                Ok(CLOSE_ENDED) => LinkError::WeAreExpired,
                 Ok(CLOSE_NO_CERTIFICATE | CLOSE_REFUSED) => LinkError::Refused(words),
                 _ => LinkError::Closed(words),
             }

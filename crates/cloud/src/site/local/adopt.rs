@@ -161,6 +161,7 @@ impl LocalSite {
             vm,
             name: launch.as_ref().map_or_else(unknown, |l| l.name.clone()),
             generation: UNKNOWN_GENERATION,
+            warrant: None,
             meant: Meant::Running,
             image: unknown(),
             image_hash: Hash::of(b""),

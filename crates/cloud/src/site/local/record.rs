@@ -213,6 +213,7 @@ mod tests {
 
     fn record() -> MachineRecord {
         MachineRecord {
+            warrant: None,
             vm: VmId::new(),
             name: Name::new("a").expect("name"),
             generation: Generation::FIRST,
