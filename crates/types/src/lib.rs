@@ -8,6 +8,7 @@ mod hash;
 mod ids;
 mod measure;
 mod name;
+mod sealed;
 mod state;
 mod units;
 
@@ -19,6 +20,7 @@ pub use measure::{
     PagesMoved, PhaseSpan, Phases,
 };
 pub use name::{Name, NameError};
+pub use sealed::{SealBroken, seal, unseal};
 pub use state::{
     Arch, Generation, InvalidTransition, OpState, SiteKind, SiteState, SubstrateKind, VmState,
 };

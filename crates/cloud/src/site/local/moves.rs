@@ -170,7 +170,7 @@ impl LocalSite {
         let e = entry.lock().await;
         Self::fence(&e.record, generation)?;
         let machine = super::running(&e)?;
-        let image = self.image_by_hash(&e.record)?;
+        let image = self.sound_disk(&e.record).await?;
         let disk_bytes = match image.disk_path() {
             Some(base) => Some(check_base(&base).map_err(coded)?),
             None => None,
@@ -215,6 +215,7 @@ impl LocalSite {
             below: Below::Image,
             migration: Some(Migration::new(id, End::Destination, from)),
             reason: None,
+            unfinished: None,
         };
         let image = self.sound_image(&record).await?;
         let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
