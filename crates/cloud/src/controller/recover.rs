@@ -168,10 +168,7 @@ impl Controller {
         };
         let best = seen
             .into_iter()
-            .filter(|(site, m)| {
-                let unknown = m.generation == UNKNOWN_GENERATION && *site == record.site;
-                unknown || self.believed(&record, site, m)
-            })
+            .filter(|(site, m)| self.believed(&record, site, m))
             .max_by_key(|(_, m)| (m.state == VmState::Running, m.generation));
         if best.is_none() && record.state == VmState::Starting && asked_all {
             return Ok(None);
