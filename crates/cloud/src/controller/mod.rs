@@ -18,6 +18,7 @@
 //! ```
 
 mod arrive;
+mod depart;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;

@@ -27,6 +27,10 @@ const BOOT_WITHIN: Duration = Duration::from_secs(300);
 /// How long a guest may take to power itself off before the power is cut.
 const OFF_WITHIN: Duration = Duration::from_secs(40);
 
+/// How long QEMU may take to end in good order, and how long when its end is forced.
+const QUIT_WITHIN: Duration = Duration::from_secs(60);
+const FORCE_WITHIN: Duration = Duration::from_secs(5);
+
 /// Disk that a machine that comes leaves free, in MiB.
 const DISK_MARGIN_MIB: u64 = 16;
 
@@ -81,16 +85,17 @@ impl LocalSite {
             {
                 self.pool.note_clone(id, record.vm);
             }
-            let travels = machine.clone().filter(|_| record.migration.is_some());
+            let (travels, of) = (record.migration.is_some(), machine.clone());
             let kept = record.clone();
             self.machines
                 .write()
                 .await
                 .insert(record.vm, Arc::new(Mutex::new(Entry { record, machine })));
-            if let Some(m) = travels {
-                self.find_again(kept, m).await;
+            if travels {
+                self.find_again(kept, of).await;
             }
         }
+        self.sweep_moves().await;
         Ok(())
     }
 
@@ -111,7 +116,16 @@ impl LocalSite {
                 self.wake_stalled(&mut e).await;
                 life = life_of(&e).await;
             }
-            Some(status_of(&mut e, life).await)
+            let meant = e.record.meant;
+            let status = status_of(&mut e, life).await;
+            if e.record.meant != meant {
+                tracing::info!(vm = %e.record.name, "its guest powered itself off");
+                let kept = e.record.save(&self.dirs.vm(vm));
+                if let Err(f) = kept.and_then(|()| remove_file(&self.dirs.vm_memory(vm))) {
+                    tracing::warn!(error = %f, "what it left behind");
+                }
+            }
+            Some(status)
         });
         futures::future::join_all(looks).await.into_iter().flatten().collect()
     }
@@ -312,6 +326,7 @@ impl LocalSite {
         generation: Generation,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
+        self.quit_move(vm, generation, false).await?;
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
@@ -351,6 +366,9 @@ impl LocalSite {
         force: bool,
         call: Call,
     ) -> Result<(), Fault> {
+        if force {
+            self.quit_move(vm, generation, false).await?;
+        }
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
@@ -384,7 +402,12 @@ impl LocalSite {
                     },
                 }
             }
-            machine.quit().await.map_err(coded)?;
+            let quit = machine.quit();
+            // One whose main loop hangs answers nobody.
+            match tokio::time::timeout(if force { FORCE_WITHIN } else { QUIT_WITHIN }, quit).await {
+                Ok(ended) => drop(ended.map_err(coded)?),
+                Err(_) => drop(machine.kill().await),
+            }
             e.machine = None;
         }
         remove_file(&self.dirs.vm_memory(vm))
@@ -392,6 +415,7 @@ impl LocalSite {
 
     /// Ends a machine and removes what it has; a tombstone with its generation stays.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        self.quit_move(vm, generation, true).await?;
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
@@ -576,13 +600,12 @@ async fn status_of(e: &mut Entry, life: Option<Life>) -> MachineStatus {
         && let Some(m) = e.machine.take()
         && e.record.meant == Meant::Running
     {
-        let exit = m.exited().await;
-        let last = exit.log.trim().lines().last().unwrap_or("").to_owned();
-        e.record.reason = Some(match (exit.signal, last.is_empty()) {
-            (Some(s), _) => format!("QEMU was ended by signal {s}"),
-            (None, true) => "QEMU ended".into(),
-            (None, false) => format!("QEMU ended: {last}"),
-        });
+        if m.has_powered_off() {
+            e.record.meant = Meant::Stopped;
+            e.record.reason = None;
+        } else {
+            e.record.reason = Some(m.exited().await.brief());
+        }
     }
     let end = e.record.migration.as_ref().map(|m| m.end);
     let given_up = e.record.migration.as_ref().is_some_and(|m| m.given_up.is_some());

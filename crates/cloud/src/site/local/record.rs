@@ -67,11 +67,15 @@ pub(crate) struct Migration {
     /// Destination: why what is missing is not waited for any more.
     #[serde(default)]
     pub(crate) given_up: Option<String>,
+    /// Destination: generation of the tombstone that the machine had left here before. It is put
+    /// back when the arrival fails.
+    #[serde(default)]
+    pub(crate) earlier: Option<Generation>,
 }
 
 impl Migration {
     pub(crate) fn new(id: MigrationId, end: End, peer: Name) -> Self {
-        Self { id, end, peer, attempt: 0, runs: false, given_up: None }
+        Self { id, end, peer, attempt: 0, runs: false, given_up: None, earlier: None }
     }
 }
 
