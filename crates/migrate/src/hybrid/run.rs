@@ -253,6 +253,7 @@ impl Source<'_> {
             }
             let seen = status.borrow_and_update().clone();
             self.sent.counts = self.before.plus(&seen.counts);
+            self.sent.clock = seen.clock.or(self.sent.clock);
             self.apply(SourceEvent::Relay(seen.phase), &ask).await?;
             if self.driver.is_beyond() {
                 // From here on QEMU is to notice when its relay is gone.

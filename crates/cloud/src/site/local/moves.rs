@@ -17,7 +17,7 @@ use std::time::Duration;
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
-    self, ArrivingDisk, Asking, DestinationFate, MoveError, Received, Sent, Steering,
+    self, ArrivingDisk, Asked, Asking, DestinationFate, MoveError, Received, Sent, Steering,
     prepare_incoming, receive,
 };
 use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole, RelayStatus};
@@ -188,7 +188,7 @@ impl LocalSite {
         let e = entry.lock().await;
         Self::fence(&e.record, generation)?;
         let machine = super::running(&e)?;
-        let image = self.image_by_hash(&e.record)?;
+        let image = self.sound_disk(&e.record).await?;
         let disk_bytes = match image.disk_path() {
             Some(base) => Some(check_base(&base).map_err(coded)?),
             None => None,
@@ -218,8 +218,6 @@ impl LocalSite {
         let manifest = parse_manifest(manifest)?;
         self.check_room(machine.memory)?;
         self.check_disk_room(manifest.layer_bytes)?;
-        let mut migration = Migration::new(id, End::Destination, from);
-        migration.earlier = self.tombstone(machine.vm).await;
         let record = MachineRecord {
             vm: machine.vm,
             name: machine.name,
@@ -233,8 +231,9 @@ impl LocalSite {
             vcpus: machine.vcpus,
             mac: manifest.mac,
             below: Below::Image,
-            migration: Some(migration),
+            migration: Some(Migration::new(id, End::Destination, from)),
             reason: None,
+            unfinished: None,
         };
         let image = self.sound_image(&record).await?;
         let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
@@ -479,6 +478,7 @@ impl LocalSite {
     /// Tells the progress of a migration at its source, and ends as it ends. A caller that goes
     /// away stops nothing; one that cancels does.
     pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
+        let asking = Asked::arrives();
         let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
         let show = async {
             let mut shown = moving.shown.subscribe();
@@ -520,7 +520,8 @@ impl LocalSite {
             Ended::Sent(sent) => {
                 // Told once more: the end may have come before the progress.
                 call.progress(Progress { stage: SWITCHED.into(), ..Progress::default() });
-                serde_json::to_vec(&*sent).map_err(|e| Fault::internal(e.to_string()))
+                let sent = Sent { asking: asking.replies(), ..*sent };
+                serde_json::to_vec(&sent).map_err(|e| Fault::internal(e.to_string()))
             }
             Ended::Received(_) => {
                 Err(Fault::invalid("this site is the destination of that migration"))

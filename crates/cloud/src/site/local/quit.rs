@@ -7,7 +7,7 @@ use godwit_types::{Code, Generation, MigrationId, VmId};
 use tracing::{info, warn};
 
 use super::moves::{Ended, UNDO_WITHIN, runs};
-use super::record::{End, MachineRecord, Meant};
+use super::record::{End, MachineRecord};
 use super::relays::MovePaths;
 use super::resume::forget_measured;
 use super::{Entry, LocalSite};
@@ -79,7 +79,7 @@ impl LocalSite {
         forget_measured(&dir);
     }
 
-    /// A machine never ran here: nothing of it stays, but for the tombstone that was there before.
+    /// A machine never ran here: nothing of it stays.
     pub(super) async fn undo_in(&self, record: &MachineRecord) {
         if let Ok(entry) = self.entry(record.vm).await {
             let machine = entry.lock().await.machine.take();
@@ -91,24 +91,7 @@ impl LocalSite {
             self.end_relay(m).await;
             let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, m).dir);
         }
-        let earlier = record.migration.as_ref().and_then(|m| m.earlier);
-        match (earlier, self.entry(record.vm).await) {
-            (Some(generation), Ok(entry)) => {
-                let mut e = entry.lock().await;
-                e.record.generation = generation;
-                if let Err(f) = self.bury(&mut e) {
-                    warn!(vm = %record.name, error = %f, "a tombstone was not written again");
-                }
-            }
-            _ => self.leave(record.vm).await,
-        }
-    }
-
-    /// The generation of the tombstone that a machine has left here.
-    pub(super) async fn tombstone(&self, vm: VmId) -> Option<Generation> {
-        let entry = self.entry(vm).await.ok()?;
-        let e = entry.lock().await;
-        (e.record.meant == Meant::Gone).then_some(e.record.generation)
+        self.leave(record.vm).await;
     }
 
     /// Ends this site's part of a move because a person wants the machine off, started anew or gone,
