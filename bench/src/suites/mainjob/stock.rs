@@ -162,6 +162,8 @@ pub async fn migrate(
             downtime_ms: resumed.at.saturating_sub(stopped).as_secs_f64() * 1e3,
             total_ms,
             bytes: BytesMoved { memory: info.transferred, disk: disk_bytes, device_state: 0 },
+            clock: None,
+            pages: godwit_types::PagesMoved::default(),
             cancelled_blocks: 0,
             phases,
         },
