@@ -35,7 +35,7 @@ pub struct ImageCache {
     downloads: PathBuf,
     /// What this process has found of each image: when its files were touched, and which of them
     /// was damaged.
-    seen: Arc<Mutex<HashMap<Hash, (String, Option<String>)>>>,
+    seen: Arc<Mutex<Seen>>,
 }
 
 /// Before the damaged file in what is kept of an image that was verified.

@@ -19,6 +19,7 @@
 
 mod arrive;
 pub(crate) mod bring;
+mod depart;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;

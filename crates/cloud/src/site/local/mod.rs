@@ -9,6 +9,7 @@ mod dirs;
 mod machines;
 mod moves;
 mod pool;
+mod quit;
 mod record;
 mod relays;
 mod report;
