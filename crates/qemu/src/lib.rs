@@ -28,7 +28,7 @@ mod spec;
 pub mod stream;
 
 pub use accel::Accel;
-pub use agent::{Agent, AgentError, AgentSession, ExecOutput, Vcpus};
+pub use agent::{Agent, AgentError, AgentSession, ExecOutput, GuestCommand, Vcpus};
 pub use disk::{DiskChain, DiskLayer, Layer, Node};
 pub use error::QemuError;
 pub use keys::{Key, KeyStroke, UnknownCharacter, strokes};

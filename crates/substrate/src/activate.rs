@@ -24,7 +24,8 @@ use crate::agent::{AFTER_ACTIVATE, run_script};
 use crate::error::SubstrateError;
 use crate::identity::{Identity, environment};
 use crate::manifest::STATE;
-use crate::pool::{Pool, Ready};
+use crate::pool::Pool;
+use crate::ready::Ready;
 use crate::shells::Shells;
 
 /// How long a restored guest may take to answer.
@@ -210,7 +211,15 @@ async fn activate_here(
 ) -> Result<Activated, SubstrateError> {
     let mut phases = Phases::start();
     let id = request.substrate;
-    let waiting = shells.and_then(|s| s.take(id));
+    let mut waiting = shells.and_then(|s| s.take(id));
+    if let Some((shell, ready)) = &waiting
+        && !still_sound(pool, ready).await
+    {
+        tracing::error!(%id, run_dir = %shell.place.run_dir.display(), "a waiting QEMU has damaged files open; it is ended");
+        if let Some((shell, _)) = waiting.take() {
+            shell.end().await;
+        }
+    }
     let vm = request.place.vm;
     pool.note_clone(id, vm);
     let done = async {
@@ -337,6 +346,12 @@ pub(crate) async fn prepare(
     tokio::task::spawn_blocking(move || pool.prepare(id, &image))
         .await
         .map_err(|_| SubstrateError::Worker("preparing a substrate"))?
+}
+
+/// Whether what a waiting QEMU has open is untouched, or was touched and is sound.
+async fn still_sound(pool: &Pool, ready: &Ready) -> bool {
+    let (pool, ready) = (pool.clone(), ready.clone());
+    tokio::task::spawn_blocking(move || pool.is_still_sound(&ready)).await.unwrap_or(false)
 }
 
 /// Copies a small file to a place where none may be yet.

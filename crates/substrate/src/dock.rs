@@ -504,7 +504,7 @@ fn store_file(
 }
 
 /// The next stretch of data at or behind `at`, widened to whole pages.
-fn next_data(file: &File, at: u64, len: u64) -> std::io::Result<Option<(u64, u64)>> {
+pub(crate) fn next_data(file: &File, at: u64, len: u64) -> std::io::Result<Option<(u64, u64)>> {
     const PAGE: u64 = PAGE_SIZE as u64;
     if at >= len {
         return Ok(None);

@@ -212,6 +212,7 @@ impl Controller {
             origin: shape.origin,
             memory: want.memory_mib,
             vcpus: want.vcpus,
+            content: None,
         };
         let (me, record) = (self.clone(), vm.clone());
         let bring = shape.substrate.filter(|_| !placed.holds);
@@ -234,11 +235,15 @@ impl Controller {
         &self,
         op: &OpHandle,
         host: Arc<dyn SiteHost>,
-        new: NewMachine,
+        mut new: NewMachine,
         bring: Option<SubstrateRecord>,
     ) -> Result<serde_json::Value, Fault> {
         if let Some(s) = bring {
-            self.bring_substrate(op, &s, &host).await?;
+            self.bring_substrate(op, s.id, &host).await?;
+        }
+        if let Origin::Substrate(id) = new.origin {
+            let record = self.registry.substrate(&id.to_string()).map_err(registry_fault)?;
+            new.content = record.content;
         }
         op.check()?;
         op.begin("start", json!({ "site": host.name() }))?;
@@ -294,55 +299,6 @@ impl Controller {
                 })
                 .map(|_| ()),
         }
-    }
-
-    /// Brings a substrate from a site that holds it to `to`, through the center.
-    pub(super) async fn bring_substrate(
-        &self,
-        op: &OpHandle,
-        s: &SubstrateRecord,
-        to: &Arc<dyn SiteHost>,
-    ) -> Result<(), Fault> {
-        // Just docked there: the site's next report says so too.
-        if s.holders.contains(to.name()) {
-            return Ok(());
-        }
-        let from = s
-            .holders
-            .iter()
-            .filter(|n| *n != to.name())
-            .find_map(|n| self.host(n).ok())
-            .ok_or_else(|| {
-                Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
-            })?;
-        op.begin("bring", json!({ "from": from.name(), "to": to.name(), "substrate": s.id }))?;
-        let mut out = from.open(StreamRequest::SubstrateExport { id: s.id }).await?;
-        let mut into = to.open(StreamRequest::SubstrateImport { name: None }).await?;
-        let mut buffer = vec![0u8; 256 << 10];
-        let mut done = 0u64;
-        loop {
-            op.check()?;
-            let n = out.read(&mut buffer).await.map_err(|e| cut("reading", &s.name, &e))?;
-            if n == 0 {
-                break;
-            }
-            // A site that refuses closes its end; its verdict follows.
-            if let Err(e) = into.write_all(&buffer[..n]).await {
-                finish_import(into, &s.name).await?;
-                return Err(cut("writing", &s.name, &e));
-            }
-            done += n as u64;
-            op.progress(Progress {
-                stage: "substrate".into(),
-                done,
-                total: s.stored_bytes.max(done),
-                unit: "bytes".into(),
-                note: format!("{} to {}", from.name(), to.name()),
-            });
-        }
-        let info = finish_import(into, &s.name).await?;
-        self.adopt_substrate(to.name(), info)?;
-        op.done("bring")
     }
 
     /// Starts a stopped or failed environment from its disk.
@@ -559,23 +515,4 @@ pub(super) fn state_fault(vm: &VmRecord, e: &godwit_types::InvalidTransition) ->
         }
         VmState::Running => f,
     }
-}
-
-fn cut(doing: &str, name: &Name, e: &std::io::Error) -> Fault {
-    Fault::unavailable(format!("{doing} substrate '{name}': {e}"))
-}
-
-/// Ends an import: no more bytes, then the site's verdict as JSON.
-///
-/// # Errors
-/// The site's refusal, or a broken stream.
-pub(crate) async fn finish_import(
-    mut into: crate::site::ByteStream,
-    name: &Name,
-) -> Result<SubstrateInfo, Fault> {
-    into.shutdown().await.map_err(|e| cut("writing", name, &e))?;
-    let mut verdict = Vec::new();
-    into.take(64 << 10).read_to_end(&mut verdict).await.map_err(|e| cut("writing", name, &e))?;
-    serde_json::from_slice::<Result<SubstrateInfo, Fault>>(&verdict)
-        .map_err(|e| Fault::new(Code::Damaged, format!("the verdict on '{name}': {e}")))?
 }

@@ -18,6 +18,7 @@
 //! ```
 
 mod arrive;
+pub(crate) mod bring;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
@@ -117,6 +118,7 @@ pub struct Controller {
     registry: Arc<Registry>,
     ops: Arc<Ops>,
     sites: Sites,
+    bringing: bring::Bringing,
     operator: Name,
     /// One machine at a time is entered: what may run once only is not entered twice.
     entering: std::sync::Mutex<()>,
@@ -165,6 +167,7 @@ impl Controller {
             ops: Ops::new(registry.clone()),
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
+            bringing: bring::Bringing::default(),
             operator,
             entering: std::sync::Mutex::default(),
         })
@@ -271,11 +274,9 @@ impl Controller {
 
     /// Enters what a site has reported, holds and runs.
     async fn take_over(&self, host: &Arc<dyn SiteHost>, report: &SiteReport) -> Result<(), Fault> {
-        for s in host.substrates().await? {
-            self.adopt_substrate(host.name(), s)?;
-        }
+        let report = self.adopt_substrates(host, report.clone()).await?;
         self.registry
-            .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
+            .site_report(host.name(), report, UnixMs::now(), LEASE)
             .map_err(registry_fault)?;
         self.settle_machines(host).await
     }
@@ -351,38 +352,6 @@ impl Controller {
         match tokio::time::timeout(limit, wait).await {
             Ok(h) => Ok(h),
             Err(_) => self.host(name),
-        }
-    }
-
-    pub(crate) fn adopt_substrate(
-        &self,
-        site: &Name,
-        info: SubstrateInfo,
-    ) -> Result<SubstrateRecord, Fault> {
-        match self.registry.substrate(&info.id.to_string()) {
-            Ok(s) => {
-                self.registry.substrate_holder(s.id, site, true).map_err(registry_fault)?;
-                Ok(s)
-            }
-            Err(crate::registry::RegistryError::NotFound { .. }) => {
-                let record = SubstrateRecord {
-                    id: info.id,
-                    name: info.name,
-                    kind: info.kind,
-                    owner: info.owner,
-                    image: info.image,
-                    arch: info.arch,
-                    memory: info.memory,
-                    vcpus: info.vcpus,
-                    raw_bytes: info.raw_bytes,
-                    stored_bytes: info.stored_bytes,
-                    created: info.created,
-                    holders: [site.clone()].into(),
-                };
-                self.registry.substrate_add(&record).map_err(registry_fault)?;
-                Ok(record)
-            }
-            Err(e) => Err(registry_fault(e)),
         }
     }
 

@@ -1,9 +1,9 @@
 //! What the registry keeps.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use godwit_types::{
-    Arch, Code, Generation, InvalidTransition, Mib, MigrationId, Name, OpId, OpState, SiteKind,
+    Arch, Code, Generation, Hash, InvalidTransition, Mib, MigrationId, Name, OpId, OpState, SiteKind,
     SiteState, SubstrateId, SubstrateKind, VmId, VmState,
 };
 use serde::{Deserialize, Serialize};
@@ -100,6 +100,12 @@ pub struct SubstrateRecord {
     pub created: UnixMs,
     /// Sites that hold all of it.
     pub holders: BTreeSet<Name>,
+    /// The hash of all that it is; a site that holds anything else under its id does not hold it.
+    #[serde(default)]
+    pub content: Option<Hash>,
+    /// Holders at which something of it was found damaged, and what.
+    #[serde(default)]
+    pub damaged: BTreeMap<Name, String>,
 }
 
 /// An execution environment.

@@ -60,6 +60,8 @@ fn substrate(n: &str) -> SubstrateRecord {
         stored_bytes: 1,
         created: UnixMs(1),
         holders: BTreeSet::new(),
+        content: None,
+        damaged: std::collections::BTreeMap::new(),
     }
 }
 

@@ -65,6 +65,8 @@ pub struct NewMachine {
     pub memory: Option<Mib>,
     /// vCPUs, if not the image's own (cold boot only).
     pub vcpus: Option<u8>,
+    /// The content that the substrate must have (activation only).
+    pub content: Option<Hash>,
 }
 
 /// The generation of a machine whose record at its site is damaged; no machine has it.
@@ -120,6 +122,10 @@ pub struct SubstrateInfo {
     pub stored_bytes: u64,
     /// When it was docked.
     pub created: UnixMs,
+    /// The hash of all that it is.
+    pub content: Hash,
+    /// What is wrong with it there, if something was found.
+    pub damage: Option<String>,
     /// What docking took, in the answer to the request that docked it.
     pub dock: Option<DockReport>,
 }
@@ -521,7 +527,7 @@ pub enum StreamRequest {
         /// The machine.
         vm: VmId,
     },
-    /// A substrate to read.
+    /// A substrate to read, in the frames of `site/frames.rs`.
     SubstrateExport {
         /// Which.
         id: SubstrateId,
@@ -530,6 +536,8 @@ pub enum StreamRequest {
     SubstrateImport {
         /// Its name here, if not its own.
         name: Option<Name>,
+        /// The content that it must have, unless any will do.
+        content: Option<Hash>,
     },
 }
 

@@ -315,6 +315,13 @@ impl LocalSite {
 pub fn images_of(cache: &ImageCache) -> Result<Vec<ImageInfo>, Fault> {
     let built = cache.list().map_err(|e| Fault::of(&e))?;
     let mut out: Vec<_> = built.iter().map(image_info).collect();
+    for (info, image) in out.iter_mut().zip(&built) {
+        info.fault = match cache.damage(image) {
+            Ok(path) => path.map(|path| format!("{} is damaged; build it again", path.display())),
+            Err(e) => Some(crate::error::chain(&e)),
+        };
+        info.built = info.fault.is_none();
+    }
     for name in Recipe::names() {
         if out.iter().any(|i| i.name == name) {
             continue;
@@ -371,8 +378,10 @@ impl SiteHost for LocalSite {
         let (vm, display) = match request {
             StreamRequest::Console { vm } => (vm, false),
             StreamRequest::Display { vm } => (vm, true),
-            StreamRequest::SubstrateExport { id } => return self.export(id),
-            StreamRequest::SubstrateImport { name } => return Ok(self.import(name)),
+            StreamRequest::SubstrateExport { id } => return self.export(id).await,
+            StreamRequest::SubstrateImport { name, content } => {
+                return Ok(self.import(name, content));
+            }
         };
         let entry = self.entry(vm).await?;
         let entry = entry.lock().await;

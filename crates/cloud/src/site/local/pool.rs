@@ -8,7 +8,9 @@ use godwit_substrate::{
     ActivateRequest, Becomes, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
     SubstrateError, activate, dock_convert,
 };
-use godwit_types::{DockReport, Generation, Name, SubstrateId, SubstrateKind, VmId};
+use godwit_types::{
+    Code, DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId,
+};
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::Mutex;
 use tokio_util::io::SyncIoBridge;
@@ -19,6 +21,7 @@ use super::record::{Below, MachineRecord, Meant, Unfinished};
 use super::{Entry, LocalSite};
 use crate::error::Fault;
 use crate::ops::Progress;
+use crate::site::frames::FrameWriter;
 use crate::site::{
     ByteStream, Call, CheckReport, MachineStatus, NewMachine, PoolReport, SubstrateInfo,
 };
@@ -75,7 +78,8 @@ impl LocalSite {
         if e.starting.is_some() {
             return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name)));
         }
-        let image = self.image_by_hash(&e.record)?;
+        // What the guest has read from a damaged base or layer is in its memory, too.
+        let image = self.sound_disk(&e.record).await?;
         call.progress(Progress {
             stage: "dock".into(),
             note: "the guest is being quiesced, then its memory is stored".into(),
@@ -146,6 +150,10 @@ impl LocalSite {
         call: Call,
     ) -> Result<MachineStatus, Fault> {
         let substrate = self.pool.get(id).map_err(coded)?;
+        if let Some(wanted) = new.content.filter(|wanted| *wanted != substrate.content()) {
+            let found = substrate.content();
+            return Err(coded(SubstrateError::OtherContent { name: substrate.name, wanted, found }));
+        }
         let mac = godwit_qemu::MacAddress::from_seed(mac_seed(new.vm));
         let record = MachineRecord {
             vm: new.vm,
@@ -260,10 +268,25 @@ impl LocalSite {
         Ok(activated)
     }
 
+    /// The image of a machine that is to be docked or to move, and the layer below it, verified.
+    pub(super) async fn sound_disk(
+        &self,
+        record: &MachineRecord,
+    ) -> Result<godwit_image::Image, Fault> {
+        let image = self.sound_image(record).await?;
+        if let Below::Substrate(id) = record.below {
+            let (pool, here) = (self.pool.clone(), image.clone());
+            blocking(move || pool.prepare_layer(id, &here).map(drop)).await?;
+        }
+        Ok(image)
+    }
+
     /// The substrates that are here.
     pub(super) fn substrates(&self) -> Result<Vec<SubstrateInfo>, Fault> {
         let all = self.pool.list().map_err(coded)?;
-        Ok(all.iter().map(|s| info(s, None)).collect())
+        let with_damage =
+            |s: &Substrate| SubstrateInfo { damage: self.pool.damage(s.id), ..info(s, None) };
+        Ok(all.iter().map(with_damage).collect())
     }
 
     pub(super) async fn substrate_delete(&self, id: SubstrateId) -> Result<(), Fault> {
@@ -298,26 +321,32 @@ impl LocalSite {
         Ok(CheckReport { units: found.store.units, damaged })
     }
 
-    /// A substrate as a stream to read; an archive.
-    pub(super) fn export(&self, id: SubstrateId) -> Result<ByteStream, Fault> {
-        self.pool.get(id).map_err(coded)?;
+    /// A substrate as a stream to read: an archive in frames. Refused before its first byte when
+    /// something of it is damaged.
+    pub(super) async fn export(&self, id: SubstrateId) -> Result<ByteStream, Fault> {
+        let pool = self.pool.clone();
+        blocking(move || pool.verify_units(id)).await?;
         let (near, far) = tokio::io::duplex(PIPE);
         let pool = self.pool.clone();
         tokio::task::spawn_blocking(move || {
-            // A reader that sees the stream end early finds the archive truncated and refuses it.
-            if let Err(e) = pool.export(id, SyncIoBridge::new(far)) {
-                tracing::warn!(%id, error = %crate::error::chain(&e), "an export broke off");
+            let mut to = FrameWriter::new(SyncIoBridge::new(far));
+            let done = pool.export(id, &mut to).map(drop).map_err(coded);
+            if let Err(f) = &done {
+                tracing::warn!(%id, error = %f, "an export broke off");
+            }
+            if let Err(error) = to.end(done.as_ref().copied()) {
+                tracing::info!(%id, %error, "an export has no reader any more");
             }
         });
         Ok(Box::pin(near))
     }
 
     /// A stream to write a substrate to; after its end the site answers with one event.
-    pub(super) fn import(&self, name: Option<Name>) -> ByteStream {
+    pub(super) fn import(&self, name: Option<Name>, content: Option<Hash>) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
         let (pool, site) = (self.pool.clone(), self.name.clone());
         tokio::spawn(async move {
-            let becomes = Becomes { owner: None, name };
+            let becomes = Becomes { owner: None, name, content };
             if let Err(e) = take_in(pool, site, becomes, far).await {
                 tracing::warn!(error = %e, "an import's answer could not be delivered");
             }
@@ -437,6 +466,8 @@ pub(super) fn info(s: &Substrate, dock: Option<DockReport>) -> SubstrateInfo {
         raw_bytes: s.sizes.raw_bytes,
         stored_bytes: s.sizes.stored_bytes,
         created: crate::clock::UnixMs(s.docked_unix_ms),
+        content: s.content(),
+        damage: None,
         dock,
     }
 }
