@@ -30,7 +30,7 @@ use godwit_qemu::{Accel, Machine};
 use godwit_transfer::{Revocations, Trust};
 use godwit_types::{Arch, Code, Generation, Name, VmId, VmState};
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, RwLock};
+use tokio::sync::{Mutex, RwLock, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -124,6 +124,8 @@ pub struct LocalSite {
     qemu: String,
     machines: RwLock<BTreeMap<VmId, Arc<Mutex<Entry>>>>,
     tombs: tombs::Tombs,
+    /// Activations that go on at once.
+    turns: Arc<Semaphore>,
     pool: godwit_substrate::Pool,
     shells: godwit_substrate::Shells,
     moves: moves::Moves,
@@ -137,6 +139,11 @@ impl std::fmt::Debug for LocalSite {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("LocalSite").field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+/// How many activations go on at once: each waits for its guest half of the time.
+fn at_once() -> usize {
+    2 * std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 const fn arch_key(arch: Arch) -> &'static str {
@@ -188,6 +195,7 @@ impl LocalSite {
             qemu,
             machines: RwLock::default(),
             tombs,
+            turns: Arc::new(Semaphore::new(at_once())),
             pool,
             shells,
             moves: moves::Moves::default(),
