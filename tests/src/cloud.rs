@@ -90,7 +90,10 @@ impl Cloud {
     /// Lets the AP join.
     pub fn join_ap(&mut self) {
         let token = self.token("cafe");
-        self.spawn(Daemon::Ap, &["--join", &token]);
+        // Not on its command line, which everybody may read.
+        let file = self.file("join-token");
+        std::fs::write(&file, token).expect("a file");
+        self.spawn(Daemon::Ap, &["--join", &format!("@{}", file.display())]);
         self.wait_ap();
     }
 
@@ -154,6 +157,12 @@ impl Cloud {
         };
         let port = if which == Daemon::Center { self.link } else { 0 };
         format!("{host}:{port}")
+    }
+
+    /// Where the center listens for other sites.
+    #[must_use]
+    pub fn center_link(&self) -> std::net::SocketAddr {
+        self.link_address(Daemon::Center).parse().expect("an address")
     }
 
     /// A join token for `site`.
@@ -309,7 +318,7 @@ impl Cloud {
     }
 
     /// Waits until the AP can be asked by its center.
-    fn wait_ap(&self) {
+    pub fn wait_ap(&self) {
         within(BACK_WITHIN, "the AP to be at its center", || {
             let sites = self.json(&["site", "list"])?;
             let cafe = sites.as_array()?.iter().find(|s| s["name"] == "cafe")?.clone();
@@ -494,6 +503,40 @@ impl Cloud {
         process::recorded(&self.site_dir(at).join("run").join(id))
     }
 
+    /// The QEMUs of a site that no record in its run directory names.
+    #[must_use]
+    pub fn stray_qemus(&self, at: Daemon) -> Vec<i32> {
+        let run = self.site_dir(at).join("run");
+        let known: Vec<_> = std::fs::read_dir(&run)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|e| process::recorded(&e.path()))
+            .collect();
+        let run = run.to_str().expect("a path");
+        let all = process::with_word(|w| w.contains(run) && !w.ends_with("relay.json"));
+        all.into_iter().filter(|pid| !known.contains(pid) && process::is_qemu(*pid)).collect()
+    }
+
+    /// Every QEMU that was started for a site, whoever knows of it.
+    #[must_use]
+    pub fn qemus(&self, at: Daemon) -> Vec<i32> {
+        let run = self.site_dir(at).join("run/");
+        let run = run.to_str().expect("a path");
+        let mut all = process::with_word(|w| w.contains(run));
+        all.retain(|pid| process::word(*pid, |w| w.starts_with("qemu-system-")).is_some());
+        all
+    }
+
+    /// The QEMUs of a site that wait for an activation.
+    #[must_use]
+    pub fn waits(&self, at: Daemon) -> Vec<i32> {
+        let runs = std::fs::read_dir(self.site_dir(at).join("run")).into_iter().flatten().flatten();
+        runs.filter(|e| e.file_name().to_string_lossy().starts_with("wait-"))
+            .filter_map(|e| process::recorded(&e.path()))
+            .collect()
+    }
+
     /// The relays of a site.
     #[must_use]
     pub fn relays(&self, at: Daemon) -> Vec<i32> {
@@ -629,8 +672,9 @@ fn program() -> PathBuf {
     let path = std::env::var_os("CARGO_BIN").map_or_else(
         || {
             let me = std::env::current_exe().expect("the path of this program");
-            let dir = me.parent().and_then(Path::parent).expect("a build directory");
-            dir.join("godwit")
+            // Tests lie in a directory below the programs, the tools beside them.
+            let dirs = me.ancestors().skip(1).take(2).map(|dir| dir.join("godwit"));
+            dirs.fold(PathBuf::new(), |found, path| if found.is_file() { found } else { path })
         },
         PathBuf::from,
     );

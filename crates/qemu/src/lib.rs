@@ -39,6 +39,6 @@ pub use machine::{
 };
 pub use manifest::{Manifest, ManifestMismatch};
 pub use memory::{MemoryFile, MemoryReader};
-pub use process::{Exit, Process};
+pub use process::{Exit, Process, started_below};
 pub use qmp::{Event, EventCursor, Qmp, QmpError};
 pub use spec::{BootFile, MacAddress, MachineSpec, Nic, NicBackend, SpecError};

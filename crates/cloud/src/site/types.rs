@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use godwit_transfer::Revocations;
+use godwit_transfer::{Revocations, Warrant};
 use godwit_types::{
     ActivateReport, Arch, DockReport, Generation, Hash, Mib, MigrationId, Name, SubstrateId,
     SubstrateKind, VmId, VmState,
@@ -60,13 +60,20 @@ pub struct NewMachine {
     pub name: Name,
     /// Its generation.
     pub generation: Generation,
+    /// The center's word that it may run at this site.
+    pub warrant: Warrant,
     /// What from.
     pub origin: Origin,
     /// Memory, if not the image's own (cold boot only).
     pub memory: Option<Mib>,
     /// vCPUs, if not the image's own (cold boot only).
     pub vcpus: Option<u8>,
+    /// The content that the substrate must have (activation only).
+    pub content: Option<Hash>,
 }
+
+/// The generation of a machine whose record at its site is damaged; no machine has it.
+pub const UNKNOWN_GENERATION: Generation = Generation(0);
 
 /// A machine at a site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -77,6 +84,9 @@ pub struct MachineStatus {
     pub name: Name,
     /// Its generation, as this site knows it.
     pub generation: Generation,
+    /// The center's word that it may run at this site; none in what the center sends, and none of a
+    /// machine from before there were any.
+    pub warrant: Option<Warrant>,
     /// Running, stopped, failed, ...; `Moving` for one that is on its way in or out.
     pub state: VmState,
     /// The image below it.
@@ -118,6 +128,8 @@ pub struct SubstrateInfo {
     pub stored_bytes: u64,
     /// When it was docked.
     pub created: UnixMs,
+    /// The hash of all that it is.
+    pub content: Hash,
     /// What docking took, in the answer to the request that docked it.
     pub dock: Option<DockReport>,
 }
@@ -210,6 +222,10 @@ pub struct PoolReport {
     pub stored_bytes: u64,
     /// Bytes that the memory tier holds.
     pub memory_bytes: u64,
+    /// Bytes of tmpfs that sealed memory takes.
+    pub sealed_bytes: u64,
+    /// Bytes that it may take before what no machine maps is dropped.
+    pub sealed_limit_bytes: u64,
     /// Room left on disk in bytes.
     pub free_bytes: u64,
     /// QEMUs that wait for a substrate.
@@ -247,6 +263,8 @@ pub enum SiteRequest {
         vm: VmId,
         /// Its new generation.
         generation: Generation,
+        /// The center's word for that.
+        warrant: Warrant,
     },
     /// Powers a machine off; its disk is kept.
     VmStop {
@@ -322,6 +340,8 @@ pub enum SiteRequest {
         machine: MachineStatus,
         /// Its generation here.
         generation: Generation,
+        /// The center's word that it may run here.
+        warrant: Warrant,
         /// The site it comes from, as in its certificate.
         from: Name,
         /// What the migrate rooms of both sites must agree on, opaque to the center.
@@ -543,7 +563,7 @@ pub enum StreamRequest {
         /// The machine.
         vm: VmId,
     },
-    /// A substrate to read.
+    /// A substrate to read, in the frames of `site/frames.rs`.
     SubstrateExport {
         /// Which.
         id: SubstrateId,
@@ -552,6 +572,8 @@ pub enum StreamRequest {
     SubstrateImport {
         /// Its name here, if not its own.
         name: Option<Name>,
+        /// The content that it must have, unless any will do.
+        content: Option<Hash>,
     },
 }
 
