@@ -134,7 +134,8 @@ fn properties<T: Row>(row: &T) -> String {
     let width = T::COLUMNS.iter().map(|c| c.len()).max().unwrap_or(0);
     let mut out = String::new();
     for (c, v) in T::COLUMNS.iter().zip(row.cells()) {
-        out.push_str(&format!("{:width$}   {}\n", c.to_lowercase(), cell(&v)));
+        let whole = if v.is_empty() { "-".into() } else { short(&v, usize::MAX) };
+        out.push_str(&format!("{:width$}   {whole}\n", c.to_lowercase()));
     }
     out
 }
