@@ -9,8 +9,8 @@ use super::*;
 use crate::error::Fault;
 use crate::ops::Progress;
 use crate::site::{
-    ByteStream, Call, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus, MemoryStand,
-    MoveStand, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
+    ByteStream, Call, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
+    MemoryStand, MoveStand, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
@@ -142,7 +142,7 @@ impl SiteHost for Paper {
                 std::future::pending().await
             }
             SiteRequest::VmExecWait { pid, .. } if pid == 7 => {
-                Ok(SiteReply::Executed(Some(GuestOutput {
+                Ok(SiteReply::Executed(GuestExec::Ended(GuestOutput {
                     exit: Some(3),
                     signal: None,
                     stdout: "moved".into(),
@@ -150,7 +150,7 @@ impl SiteHost for Paper {
                     truncated: false,
                 })))
             }
-            SiteRequest::VmExecWait { .. } => Err(Fault::not_found("told already")),
+            SiteRequest::VmExecWait { .. } => Ok(SiteReply::Executed(GuestExec::Unknown)),
             SiteRequest::MigratePrepare { migration, machine, generation, warrant, .. } => {
                 let mut s = self.status(machine.vm, &machine.name, generation);
                 s.warrant = Some(warrant);
