@@ -84,7 +84,7 @@ pub(super) struct Clones {
 }
 
 /// One line for people, on stdout.
-pub(super) fn say(line: &str) -> anyhow::Result<()> {
+pub(crate) fn say(line: &str) -> anyhow::Result<()> {
     writeln!(std::io::stdout(), "{line}").context("write to stdout")
 }
 

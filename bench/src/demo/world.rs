@@ -186,7 +186,7 @@ impl World {
         self.cli.ask(&["image", "inspect", name.as_str()], START_WITHIN).await
     }
 
-    pub(super) async fn accel(&self) -> anyhow::Result<String> {
+    pub(crate) async fn accel(&self) -> anyhow::Result<String> {
         let sites: Vec<Value> = self.cli.ask(&["site", "list"], START_WITHIN).await?;
         let center = sites.iter().find(|s| s["name"] == CENTER).context("find the center")?;
         let accel = center["report"]["accel"].as_str().or_else(|| center["accel"].as_str());

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use godwit_types::{MoveReport, Name};
 use serde_json::{Value, json};
 
@@ -150,6 +150,6 @@ async fn one(
             tally.words.push(format!("{name} could not be deleted: {e:#}"));
             Ok(())
         }
-        Err(e) => bail!(e.context(format!("delete {name}"))),
+        Err(e) => Err(e.context(format!("delete {name}"))),
     }
 }
