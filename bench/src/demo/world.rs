@@ -86,7 +86,8 @@ impl World {
             Self { cli, root, ram, center: Mutex::new(Some(center)), ap: Mutex::new(None), link };
         world.ready(CENTER).await?;
         let token = world.text(&["site", "token", AP], START_WITHIN).await?;
-        second.args(["ap", "--name", AP, "--link", &there, "--join", token.trim()]);
+        second.args(["ap", "--name", AP, "--link", &there]);
+        second.env("GODWIT_JOIN_TOKEN", token.trim());
         let ap = daemon(second, AP, world.root.path(), world.ram.path())?;
         *world.ap.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(ap);
         world.ready(AP).await?;
