@@ -414,7 +414,7 @@ impl Controller {
         let name = how.name.unwrap_or_else(|| vm.name.clone());
         if self.registry.substrate(name.as_str()).is_ok() {
             return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
-                .hint("name another with --name"));
+                .hint("give it another name with --name"));
         }
         let host = self.host(&vm.site)?;
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);

@@ -20,6 +20,7 @@
 mod arrive;
 pub(crate) mod bring;
 mod depart;
+mod exec;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
@@ -38,6 +39,8 @@ use godwit_types::{Generation, Mib, Name, OpId, SiteKind, SubstrateKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use utoipa::ToSchema;
+
+pub use exec::GuestProcess;
 
 use crate::clock::UnixMs;
 use crate::error::Fault;
