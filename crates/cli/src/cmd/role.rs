@@ -88,6 +88,10 @@ pub(crate) struct CenterRole {
     /// Seconds for which it certifies sites [default: 90 days]
     #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(3..))]
     certificate_life: Option<u64>,
+    /// Memory for substrates that no machine runs from, e.g. 1G; they are made again from the pool
+    /// when it is full [default: half of the tmpfs]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    memory_cache: Option<u64>,
     #[command(flatten)]
     living: Living,
 }
@@ -109,6 +113,10 @@ pub(crate) struct ApRole {
     /// Bytes that the pool may hold on disk, e.g. 20G [default: 64G]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     pool_limit: Option<u64>,
+    /// Memory for substrates that no machine runs from, e.g. 1G; they are made again from the pool
+    /// when it is full [default: half of the tmpfs]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    memory_cache: Option<u64>,
     #[command(flatten)]
     living: Living,
 }
@@ -135,6 +143,7 @@ impl CenterRole {
             advertise: self.advertise,
             client: client.clone(),
             pool_bytes: self.pool_limit,
+            memory_cache_bytes: self.memory_cache,
             link_patience: self.living.link_patience.map(Duration::from_secs),
             tls: self
                 .tls_cert
@@ -193,6 +202,7 @@ impl ApRole {
             dirs,
             link: self.link,
             pool_bytes: self.pool_limit,
+            memory_cache_bytes: self.memory_cache,
             link_patience: self.living.link_patience.map(Duration::from_secs),
             co_schedule: !self.living.no_co_scheduling,
         };

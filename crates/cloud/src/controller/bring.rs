@@ -1,7 +1,7 @@
 //! What the center knows of the substrates that sites hold, and how one comes to a site that lacks
 //! it: through the center, once, however many machines wait for it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError};
 
 use godwit_types::{Code, Name, SiteKind, SubstrateId};
@@ -144,9 +144,8 @@ impl Controller {
         site: &Name,
         info: SubstrateInfo,
     ) -> Result<SubstrateRecord, Fault> {
-        match self.registry.substrate_seen(info.id, site, info.content, info.damage.clone()) {
+        match self.registry.substrate_seen(info.id, site, info.content) {
             Err(RegistryError::NotFound { .. }) => {
-                let damaged = info.damage.map(|why| (site.clone(), why));
                 let record = SubstrateRecord {
                     id: info.id,
                     name: info.name,
@@ -161,7 +160,7 @@ impl Controller {
                     created: info.created,
                     holders: [site.clone()].into(),
                     content: Some(info.content),
-                    damaged: damaged.into_iter().collect(),
+                    damaged: BTreeMap::new(),
                 };
                 self.registry.substrate_add(&record).map_err(registry_fault)?;
                 Ok(record)

@@ -19,6 +19,7 @@
 
 mod arrive;
 pub(crate) mod bring;
+mod depart;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
@@ -41,8 +42,8 @@ use utoipa::ToSchema;
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::Ops;
-use crate::registry::{Registry, SiteRecord, SiteReport, SubstrateRecord, VmRecord};
-use crate::site::{Call, SiteHost, SiteRequest, SubstrateInfo};
+use crate::registry::{Registry, SiteRecord, SiteReport, VmRecord};
+use crate::site::{Call, SiteHost, SiteRequest};
 
 /// How long a site stays usable without a report.
 pub const LEASE: Duration = Duration::from_secs(15);
@@ -284,8 +285,9 @@ impl Controller {
     async fn take_over(&self, host: &Arc<dyn SiteHost>, report: &SiteReport) -> Result<(), Fault> {
         let report = self.adopt_substrates(host, report.clone()).await?;
         self.registry
-            .site_report(host.name(), report, UnixMs::now(), LEASE)
+            .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
             .map_err(registry_fault)?;
+        self.registry.substrates_damaged(host.name(), &report.damaged).map_err(registry_fault)?;
         self.settle_machines(host).await
     }
 

@@ -67,6 +67,9 @@ pub struct SiteReport {
     pub vms: u32,
     /// Substrates whose every page and block is there.
     pub substrates: BTreeSet<SubstrateId>,
+    /// Substrates of which something was found damaged there, and what; a few of them.
+    #[serde(default)]
+    pub damaged: BTreeMap<SubstrateId, String>,
     /// Images that are there.
     pub images: BTreeSet<Name>,
     /// Round trip from the center in milliseconds, once measured.

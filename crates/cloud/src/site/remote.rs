@@ -119,7 +119,9 @@ impl RemoteSite {
 
     fn away(&self, f: Fault) -> Fault {
         let message = format!("site '{}': {}", self.name, f.message);
-        Fault { message, ..f }
+        let lost = f.hint.is_none() && self.link.close_reason().is_some();
+        let hint = lost.then(|| "it reconnects by itself; see: godwit site list".to_owned());
+        Fault { message, hint: f.hint.or(hint), ..f }
     }
 
     async fn lane(&self, kind: LaneKind) -> Result<Lane, Fault> {

@@ -129,8 +129,6 @@ pub struct SubstrateInfo {
     pub created: UnixMs,
     /// The hash of all that it is.
     pub content: Hash,
-    /// What is wrong with it there, if something was found.
-    pub damage: Option<String>,
     /// What docking took, in the answer to the request that docked it.
     pub dock: Option<DockReport>,
 }
@@ -224,6 +222,10 @@ pub struct PoolReport {
     pub stored_bytes: u64,
     /// Bytes that the memory tier holds.
     pub memory_bytes: u64,
+    /// Bytes of tmpfs that sealed memory takes.
+    pub sealed_bytes: u64,
+    /// Bytes that it may take before what no machine maps is dropped.
+    pub sealed_limit_bytes: u64,
     /// Room left on disk in bytes.
     pub free_bytes: u64,
     /// QEMUs that wait for a substrate.

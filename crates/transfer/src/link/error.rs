@@ -202,7 +202,7 @@ pub(crate) fn from_connection(
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LaneError {
     /// The link under it is gone.
-    #[error("the link under the lane is gone")]
+    #[error("the link was lost")]
     Link(#[from] LinkError),
     /// The peer sent what the protocol forbids, or a frame was too long to send.
     #[error("the lane broke the protocol")]

@@ -30,6 +30,10 @@ const BOOT_WITHIN: Duration = Duration::from_secs(300);
 /// How long a guest may take to power itself off before the power is cut.
 const OFF_WITHIN: Duration = Duration::from_secs(40);
 
+/// How long QEMU may take to end in good order, and how long when its end is forced.
+const QUIT_WITHIN: Duration = Duration::from_secs(60);
+const FORCE_WITHIN: Duration = Duration::from_secs(5);
+
 /// Disk that a machine that comes leaves free, in MiB.
 const DISK_MARGIN_MIB: u64 = 16;
 
@@ -68,7 +72,16 @@ impl LocalSite {
                 self.wake_stalled(&mut e).await;
                 life = life_of(&e).await;
             }
-            Some(status_of(&mut e, life).await)
+            let meant = e.record.meant;
+            let status = status_of(&mut e, life).await;
+            if e.record.meant != meant {
+                tracing::info!(vm = %e.record.name, "its guest powered itself off");
+                let kept = e.record.save(&self.dirs.vm(vm));
+                if let Err(f) = kept.and_then(|()| remove_file(&self.dirs.vm_memory(vm))) {
+                    tracing::warn!(error = %f, "what it left behind");
+                }
+            }
+            Some(status)
         });
         futures::future::join_all(looks).await.into_iter().flatten().collect()
     }
@@ -296,6 +309,7 @@ impl LocalSite {
         call: Call,
     ) -> Result<MachineStatus, Fault> {
         self.warranted(vm, generation, &warrant)?;
+        self.quit_move(vm, generation, false).await?;
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
@@ -320,7 +334,7 @@ impl LocalSite {
         e.record.reason = None;
         e.record.unfinished = None;
         e.record.save(&self.dirs.vm(vm))?;
-        let image = self.image_by_hash(&e.record)?;
+        let image = self.sound_image(&e.record).await?;
         // One that did not answer when this daemon came.
         self.end_strays(vm).await;
         let wanted = CancellationToken::new();
@@ -349,6 +363,9 @@ impl LocalSite {
         force: bool,
         call: Call,
     ) -> Result<(), Fault> {
+        if force {
+            self.quit_move(vm, generation, false).await?;
+        }
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
@@ -393,7 +410,12 @@ impl LocalSite {
                     },
                 }
             }
-            machine.quit().await.map_err(coded)?;
+            let quit = machine.quit();
+            // One whose main loop hangs answers nobody.
+            match tokio::time::timeout(if force { FORCE_WITHIN } else { QUIT_WITHIN }, quit).await {
+                Ok(ended) => drop(ended.map_err(coded)?),
+                Err(_) => drop(machine.kill().await),
+            }
             e.machine = None;
         }
         remove_file(&self.dirs.vm_memory(vm))
@@ -401,6 +423,9 @@ impl LocalSite {
 
     /// Ends a machine and removes what it has; its generation is kept as a tombstone.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        if self.entry(vm).await.is_ok() {
+            self.quit_move(vm, generation, true).await?;
+        }
         let Ok(entry) = self.entry(vm).await else { return self.remove_again(vm, generation) };
         let mut e = entry.lock().await;
         if e.record.meant == Meant::Gone {
@@ -482,7 +507,12 @@ impl LocalSite {
 
     /// Refuses when a machine's RAM does not fit into what the host has left.
     pub(super) fn check_room(&self, memory: godwit_types::Mib) -> Result<(), Fault> {
-        let free = report::ram_room_mib(&self.dirs.memory)?;
+        let mut free = report::ram_room_mib(&self.dirs.memory)?;
+        if free < u64::from(memory.0) {
+            // Memory that no machine maps is made again when it is needed.
+            self.pool.reclaim((u64::from(memory.0) - free) << 20);
+            free = report::ram_room_mib(&self.dirs.memory)?;
+        }
         if u64::from(memory.0) <= free {
             return Ok(());
         }
@@ -627,13 +657,12 @@ async fn status_of(e: &mut Entry, life: Option<Life>) -> MachineStatus {
         && let Some(m) = e.machine.take()
         && e.record.meant == Meant::Running
     {
-        let exit = m.exited().await;
-        let last = exit.log.trim().lines().last().unwrap_or("").to_owned();
-        e.record.reason = Some(match (exit.signal, last.is_empty()) {
-            (Some(s), _) => format!("QEMU was ended by signal {s}"),
-            (None, true) => "QEMU ended".into(),
-            (None, false) => format!("QEMU ended: {last}"),
-        });
+        if m.has_powered_off() {
+            e.record.meant = Meant::Stopped;
+            e.record.reason = None;
+        } else {
+            e.record.reason = Some(m.exited().await.brief());
+        }
     }
     if let Some(state) = e.changing() {
         return status_as(&e.record, state);

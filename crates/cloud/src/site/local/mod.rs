@@ -9,11 +9,13 @@ mod dirs;
 mod machines;
 mod moves;
 mod pool;
+mod quit;
 mod record;
 mod relays;
 mod report;
 mod resume;
 mod sched;
+mod scrub;
 mod tombs;
 mod waiting;
 mod warrant;
@@ -28,7 +30,7 @@ use godwit_qemu::{Accel, Machine};
 use godwit_transfer::{Revocations, Trust};
 use godwit_types::{Arch, Code, Generation, Name, VmId, VmState};
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, RwLock};
+use tokio::sync::{Mutex, RwLock, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -80,6 +82,9 @@ pub struct SiteOptions {
     pub pool_bytes: u64,
     /// Bytes of encoded pages that the store keeps in memory.
     pub store_memory_bytes: u64,
+    /// Bytes of tmpfs that sealed memory may take before what no machine maps is dropped; half of
+    /// that tmpfs when left out.
+    pub memory_cache_bytes: Option<u64>,
     /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
@@ -102,6 +107,7 @@ impl SiteOptions {
             relay_program,
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
+            memory_cache_bytes: None,
             waiting: 1,
             co_schedule: false,
             link_patience: godwit_transfer::PATIENCE,
@@ -118,6 +124,8 @@ pub struct LocalSite {
     qemu: String,
     machines: RwLock<BTreeMap<VmId, Arc<Mutex<Entry>>>>,
     tombs: tombs::Tombs,
+    /// Activations that go on at once.
+    turns: Arc<Semaphore>,
     pool: godwit_substrate::Pool,
     shells: godwit_substrate::Shells,
     moves: moves::Moves,
@@ -131,6 +139,11 @@ impl std::fmt::Debug for LocalSite {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("LocalSite").field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+/// How many activations go on at once: each waits for its guest half of the time.
+fn at_once() -> usize {
+    2 * std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 const fn arch_key(arch: Arch) -> &'static str {
@@ -182,6 +195,7 @@ impl LocalSite {
             qemu,
             machines: RwLock::default(),
             tombs,
+            turns: Arc::new(Semaphore::new(at_once())),
             pool,
             shells,
             moves: moves::Moves::default(),
@@ -192,6 +206,7 @@ impl LocalSite {
         });
         site.adopt_all().await?;
         site.sweep_strays().await;
+        scrub::start(&site);
         Ok(site)
     }
 

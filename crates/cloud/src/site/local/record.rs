@@ -227,6 +227,7 @@ mod tests {
             mac: MacAddress([2, 0, 0, 0, 0, 1]),
             below: Below::Image,
             migration: None,
+            warrant: None,
             reason: None,
             unfinished: Some(Unfinished::Activating),
         }
