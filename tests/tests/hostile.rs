@@ -504,7 +504,8 @@ fn a_damaged_substrate_goes_nowhere_and_a_sound_one_crosses_once() {
     let bring = ["vm", "activate", "base", "--name", "a", "--site", "cafe"];
     for command in [&export[..], &bring] {
         let words = cloud.refused(command, 1);
-        for part in ["'base'", unit.as_str(), pack.file_name().unwrap().to_str().unwrap(), "offset"] {
+        for part in ["'base'", unit.as_str(), pack.file_name().unwrap().to_str().unwrap(), "offset"]
+        {
             assert!(words.contains(part), "{part} of {command:?}: {words}");
         }
     }
@@ -573,7 +574,9 @@ fn a_base_that_went_bad_under_a_machine_is_seen_before_it_is_docked_or_moved() {
     let disk = dir.join("disk");
     let middle = std::fs::metadata(&disk).unwrap().len() / 2;
     flip(&disk, middle);
-    for command in [&["vm", "dock", "a", "--name", "s"][..], &["vm", "migrate", "a", "--to", "cafe"]] {
+    for command in
+        [&["vm", "dock", "a", "--name", "s"][..], &["vm", "migrate", "a", "--to", "cafe"]]
+    {
         let words = cloud.refused(command, 1);
         assert!(words.contains(disk.to_str().unwrap()) && words.contains("damaged"), "{words}");
         assert_eq!(cloud.vm("a")["state"], "running");

@@ -83,10 +83,8 @@ impl ImageCache {
         let Ok(target) = std::fs::read_link(&link) else {
             return Err(ImageError::NotBuilt { name: name.clone() });
         };
-        let hash = target
-            .strip_prefix("by-hash")
-            .ok()
-            .and_then(|h| h.to_str()?.parse::<Hash>().ok());
+        let hash =
+            target.strip_prefix("by-hash").ok().and_then(|h| h.to_str()?.parse::<Hash>().ok());
         let Some(hash) = hash else {
             return Err(ImageError::Description {
                 path: link,
@@ -413,7 +411,8 @@ mod tests {
         let out = cache.dir().join("work/out");
         std::fs::create_dir(&out).expect("mkdir");
         for file in ["kernel", "initrd", "disk", "packages.txt"] {
-            std::fs::write(out.join(file), format!("what is in {file}").repeat(999)).expect("write");
+            std::fs::write(out.join(file), format!("what is in {file}").repeat(999))
+                .expect("write");
         }
         let recipe = Recipe::get(&Name::new("tiny").expect("valid")).expect("a recipe");
         let image = publish(&recipe, cache.dir(), &out).expect("published");

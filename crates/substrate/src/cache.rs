@@ -92,9 +92,9 @@ impl Pool {
     /// Bytes that sealed memory takes now, and how many of them are idle.
     #[must_use]
     pub fn sealed_bytes(&self) -> (u64, u64) {
-        self.sealed().iter().fold((0, 0), |(all, idle), s| {
-            (all + s.bytes, idle + if s.idle { s.bytes } else { 0 })
-        })
+        self.sealed()
+            .iter()
+            .fold((0, 0), |(all, idle), s| (all + s.bytes, idle + if s.idle { s.bytes } else { 0 }))
     }
 
     /// Bytes that sealed memory takes beyond its budget; what is in use may.

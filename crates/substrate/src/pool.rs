@@ -120,9 +120,8 @@ impl Pool {
         }
         for name in names(&dirs.memory)? {
             // Of a substrate that was deleted by a daemon that died before it removed this, too.
-            let gone = name
-                .strip_suffix(".mem")
-                .is_some_and(|id| !dirs.substrates.join(id).exists());
+            let gone =
+                name.strip_suffix(".mem").is_some_and(|id| !dirs.substrates.join(id).exists());
             if name.starts_with(".new-") || gone {
                 let path = dirs.memory.join(&name);
                 std::fs::remove_file(&path).map_err(SubstrateError::io("removing", &path))?;
@@ -289,7 +288,10 @@ impl Pool {
         let mut bad: HashMap<Hash, String> =
             store.damaged.iter().map(|d| (d.hash, d.to_string())).collect();
         bad.extend(
-            store.bad_entries.iter().map(|h| (*h, format!("unit {h}: its index entry is malformed"))),
+            store
+                .bad_entries
+                .iter()
+                .map(|h| (*h, format!("unit {h}: its index entry is malformed"))),
         );
         let mut report = PoolCheck { store, ..PoolCheck::default() };
         for id in self.ids()? {
@@ -379,7 +381,11 @@ impl Pool {
     #[must_use]
     pub fn damaged(&self, most: usize, chars: usize) -> BTreeMap<SubstrateId, String> {
         let damaged = lock(&self.inner.damaged);
-        damaged.iter().take(most).map(|(id, d)| (*id, d.why.chars().take(chars).collect())).collect()
+        damaged
+            .iter()
+            .take(most)
+            .map(|(id, d)| (*id, d.why.chars().take(chars).collect()))
+            .collect()
     }
 
     /// What was found wrong with a substrate when it was last checked or used; `None` when nothing

@@ -289,7 +289,8 @@ fn part_of(path: &Path, from: From) -> Result<Part, SubstrateError> {
     }
     let mut hasher = blake3::Hasher::new();
     let mut reader = std::io::BufReader::with_capacity(1 << 20, file);
-    let bytes = std::io::copy(&mut reader, &mut hasher).map_err(SubstrateError::io("reading", path))?;
+    let bytes =
+        std::io::copy(&mut reader, &mut hasher).map_err(SubstrateError::io("reading", path))?;
     Ok(Part { hash: Hash(*hasher.finalize().as_bytes()), bytes })
 }
 

@@ -144,7 +144,8 @@ async fn take_in(
     };
     let host = api.controller.host(&site)?;
     let label = to.name.clone().unwrap_or_else(|| site.clone());
-    let mut into = host.open(StreamRequest::SubstrateImport { name: to.name, content: None }).await?;
+    let mut into =
+        host.open(StreamRequest::SubstrateImport { name: to.name, content: None }).await?;
     let mut taken = 0u64;
     let mut refused = false;
     let silent = |_| Fault::new(Code::TimedOut, "no more of the body came");

@@ -11,9 +11,7 @@ use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source, place};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{
-    Call, ImageInfo, NewMachine, Origin, SiteHost, SiteRequest,
-};
+use crate::site::{Call, ImageInfo, NewMachine, Origin, SiteHost, SiteRequest};
 
 /// A call of a site whose progress is shown by the operation.
 pub(super) fn call_of(op: &OpHandle) -> Call {

@@ -278,9 +278,7 @@ impl Controller {
         self.registry
             .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
             .map_err(registry_fault)?;
-        self.registry
-            .substrates_damaged(host.name(), &report.damaged)
-            .map_err(registry_fault)?;
+        self.registry.substrates_damaged(host.name(), &report.damaged).map_err(registry_fault)?;
         self.settle_machines(host).await
     }
 

@@ -132,7 +132,7 @@ impl Center {
             options.link_patience = patience;
             options.co_schedule = config.co_schedule;
             options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
-        options.memory_cache_bytes = config.memory_cache_bytes;
+            options.memory_cache_bytes = config.memory_cache_bytes;
             let trust = authority.trust().clone();
             LocalSite::open(config.site.clone(), config.dirs.clone(), trust, options).await?
         };

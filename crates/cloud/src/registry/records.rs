@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use godwit_types::{
-    Arch, Code, Generation, Hash, InvalidTransition, Mib, MigrationId, Name, OpId, OpState, SiteKind,
-    SiteState, SubstrateId, SubstrateKind, VmId, VmState,
+    Arch, Code, Generation, Hash, InvalidTransition, Mib, MigrationId, Name, OpId, OpState,
+    SiteKind, SiteState, SubstrateId, SubstrateKind, VmId, VmState,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

@@ -7,9 +7,7 @@ use godwit_substrate::{
     ActivateRequest, Becomes, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
     SubstrateError, activate, dock_convert,
 };
-use godwit_types::{
-    Code, DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId,
-};
+use godwit_types::{DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::Mutex;
 use tokio_util::io::SyncIoBridge;
@@ -154,7 +152,11 @@ impl LocalSite {
         let substrate = self.pool.get(id).map_err(coded)?;
         if let Some(wanted) = new.content.filter(|wanted| *wanted != substrate.content()) {
             let found = substrate.content();
-            return Err(coded(SubstrateError::OtherContent { name: substrate.name, wanted, found }));
+            return Err(coded(SubstrateError::OtherContent {
+                name: substrate.name,
+                wanted,
+                found,
+            }));
         }
         let mac = godwit_qemu::MacAddress::from_seed(mac_seed(new.vm));
         let record = MachineRecord {
@@ -314,6 +316,19 @@ impl LocalSite {
         damaged.extend(found.store.bad_entries.iter().map(named("its index entry is malformed")));
         damaged.extend(found.store.missing.iter().map(named("it is not there")));
         damaged.extend(found.broken.iter().map(|(id, why)| format!("substrate {id}: {why}")));
+        let images = self.images.clone();
+        let check = move || {
+            let all = images.list().map_err(|e| Fault::of(&e))?;
+            Ok::<_, Fault>(
+                all.into_iter()
+                    .filter_map(|image| {
+                        let found = images.scrub(&image).err()?;
+                        Some(format!("image {}: {}", image.name, crate::error::chain(&found)))
+                    })
+                    .collect::<Vec<_>>(),
+            )
+        };
+        damaged.extend(tokio::task::spawn_blocking(check).await.map_err(joined)??);
         Ok(CheckReport { units: found.store.units, damaged })
     }
 

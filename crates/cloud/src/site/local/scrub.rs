@@ -26,13 +26,16 @@ pub(super) fn start(site: &Arc<LocalSite>) {
             let (pool, images) = (site.pool.clone(), site.images.clone());
             drop(site);
             let work = move || {
-                let threads = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
+                let threads =
+                    std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
                 let nice = |_| {
                     // Of this thread alone. Without it the work is only less polite.
                     let _ = rustix::process::setpriority_process(None, NICE);
                 };
-                let workers =
-                    rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(nice).build();
+                let workers = rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .start_handler(nice)
+                    .build();
                 let done = workers.map(|workers| workers.install(|| scrub(&pool, &images)));
                 if let Err(error) = done {
                     tracing::warn!(%error, "nothing was checked in the background");
@@ -48,7 +51,11 @@ pub(super) fn start(site: &Arc<LocalSite>) {
 fn scrub(pool: &godwit_substrate::Pool, images: &godwit_image::ImageCache) {
     match pool.check() {
         Ok(report) if report.is_clean() => {
-            tracing::info!(units = report.store.units, substrates = report.substrates, "the pool is sound");
+            tracing::info!(
+                units = report.store.units,
+                substrates = report.substrates,
+                "the pool is sound"
+            );
         }
         Ok(report) => {
             for damaged in &report.store.damaged {

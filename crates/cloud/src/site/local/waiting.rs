@@ -50,8 +50,7 @@ pub(super) async fn sweep(dirs: &SiteDirs) {
 impl LocalSite {
     /// Lets QEMUs wait for a substrate that was just activated, in the background.
     pub(super) fn keep_waiting(&self, id: SubstrateId, image: Image, accel: Accel) {
-        let (shells, wanted, pool) =
-            (self.shells.clone(), self.options.waiting, self.pool.clone());
+        let (shells, wanted, pool) = (self.shells.clone(), self.options.waiting, self.pool.clone());
         if wanted == 0 {
             return;
         }
