@@ -35,8 +35,11 @@ pub struct ImageCache {
     downloads: PathBuf,
     /// What this process has found of each image: when its files were touched, and which of them
     /// was damaged.
-    seen: Arc<Mutex<HashMap<Hash, (String, Option<String>)>>>,
+    seen: Arc<Mutex<Seen>>,
 }
+
+/// When the files of each image were touched, and which of them was damaged.
+type Seen = HashMap<Hash, (String, Option<String>)>;
 
 /// Before the damaged file in what is kept of an image that was verified.
 const DAMAGED: &str = "damaged ";

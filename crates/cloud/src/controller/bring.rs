@@ -4,14 +4,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError};
 
-use godwit_types::{Code, Name, SubstrateId};
+use godwit_types::{Code, Name, SiteKind, SubstrateId};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 
 use super::{Controller, registry_fault};
 use crate::error::Fault;
-use crate::ops::{OpHandle, Progress};
+use crate::ops::{OpHandle, OpKind, Progress};
 use crate::registry::{RegistryError, SiteReport, SubstrateRecord};
 use crate::site::frames::FrameReader;
 use crate::site::{SiteHost, StreamRequest, SubstrateInfo};
@@ -100,8 +100,15 @@ impl Controller {
         host: &Arc<dyn SiteHost>,
         mut report: SiteReport,
     ) -> Result<SiteReport, Fault> {
+        let trusted = self.registry.site(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
+        let mut unasked = 0u64;
         for s in host.substrates().await? {
             let id = s.id;
+            if !trusted && !self.asked_for(id)? {
+                unasked += 1;
+                report.substrates.remove(&id);
+                continue;
+            }
             if let Err(f) = self.adopt_substrate(host.name(), s) {
                 if f.code != Code::Damaged {
                     return Err(f);
@@ -110,7 +117,25 @@ impl Controller {
                 report.substrates.remove(&id);
             }
         }
+        if unasked > 0 {
+            tracing::warn!(site = %host.name(), unasked, "substrates that nobody asked it to hold are not listed");
+        }
         Ok(report)
+    }
+
+    /// Whether the center knows of a substrate, or has asked for it to be docked: a site publishes
+    /// nothing by itself.
+    fn asked_for(&self, id: SubstrateId) -> Result<bool, Fault> {
+        match self.registry.substrate(&id.to_string()) {
+            Ok(_) => Ok(true),
+            Err(RegistryError::NotFound { .. }) => {
+                let ops = self.ops().list().map_err(registry_fault)?;
+                Ok(ops.iter().any(
+                    |o| matches!(&o.kind, OpKind::VmDock { substrate, .. } if *substrate == id),
+                ))
+            }
+            Err(e) => Err(registry_fault(e)),
+        }
     }
 
     /// Enters a substrate that `site` holds.

@@ -459,7 +459,8 @@ impl Registry {
         site: &Name,
         content: Hash,
     ) -> Result<SubstrateRecord> {
-        let old = self.substrate(&id.to_string())?;
+        let not_found = || RegistryError::NotFound { what: "substrate", key: id.to_string() };
+        let old: SubstrateRecord = self.get(SUBSTRATES, &id.to_string())?.ok_or_else(not_found)?;
         if let Some(wanted) = old.content.filter(|wanted| *wanted != content) {
             if old.holders.contains(site) {
                 self.substrate_holder(id, site, false)?;

@@ -1,6 +1,7 @@
 //! The pool of this host: docking, activating, carrying substrates in and out.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use godwit_qemu::NicBackend;
 use godwit_substrate::{
@@ -25,6 +26,9 @@ use crate::site::{
 
 /// Bytes that a substrate's stream buffers between its two ends.
 const PIPE: usize = 1 << 20;
+
+/// How long an activation keeps others waiting at most.
+const TURN: Duration = Duration::from_secs(3);
 
 /// A substrate to be docked.
 pub(super) struct Dock {
@@ -163,6 +167,7 @@ impl LocalSite {
             vm: new.vm,
             name: new.name.clone(),
             generation: new.generation,
+            warrant: Some(new.warrant),
             meant: Meant::Running,
             image: substrate.image.clone(),
             image_hash: substrate.image_hash,
@@ -186,7 +191,17 @@ impl LocalSite {
             ..Progress::default()
         });
         let made = async {
-            let activated = self.activate_entered(&record, &substrate, image.clone()).await?;
+            let cancel = wanted.child_token();
+            let activating =
+                self.activate_entered(&record, &substrate, image.clone(), cancel.clone());
+            tokio::pin!(activating);
+            let activated = tokio::select! {
+                activated = &mut activating => activated?,
+                () = call.cancel.cancelled() => {
+                    cancel.cancel();
+                    activating.await?
+                }
+            };
             let mut e = entry.lock().await;
             if wanted.is_cancelled() {
                 activated.machine.kill().await;
@@ -235,6 +250,7 @@ impl LocalSite {
         record: &MachineRecord,
         substrate: &Substrate,
         image: godwit_image::Image,
+        cancel: CancellationToken,
     ) -> Result<godwit_substrate::Activated, Fault> {
         let dir = self.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
@@ -260,8 +276,18 @@ impl LocalSite {
             identity,
             nic: Some(NicBackend::Isolated),
             accel: self.accel(record.arch)?,
+            cancel,
         };
-        let activated = activate(&self.pool, Some(&self.shells), request).await.map_err(coded)?;
+        // More at once than the host has CPUs would make each of them slower, and ask the guests
+        // oftener how far they are. One that hangs lets the next one in all the same.
+        let turn = self.turns.clone().acquire_owned().await.map_err(|_| Fault::cancelled())?;
+        let turn = tokio::spawn(async move {
+            tokio::time::sleep(TURN).await;
+            drop(turn);
+        });
+        let activated = activate(&self.pool, Some(&self.shells), request).await.map_err(coded);
+        turn.abort();
+        let activated = activated?;
         godwit_hold::at("activate.plugged").await;
         Ok(activated)
     }
