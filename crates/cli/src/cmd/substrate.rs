@@ -213,7 +213,9 @@ async fn copy<W: tokio::io::AsyncWrite + Unpin>(
     let mut whole = ArchiveEnd::default();
     while let Some(part) = stream.next().await {
         let part = part.map_err(|e| {
-            client.broken(&e).hint("the substrate did not come whole; see: godwit pool check, godwit substrate list")
+            client.broken(&e).hint(
+                "the substrate did not come whole; see: godwit pool check, godwit substrate list",
+            )
         })?;
         whole.push(&part);
         to.write_all(&part).await.map_err(failed)?;
@@ -222,7 +224,9 @@ async fn copy<W: tokio::io::AsyncWrite + Unpin>(
     to.flush().await.map_err(failed)?;
     bar.finish_and_clear();
     if !whole.is_whole() {
-        return Err(Failure::internal("the substrate did not come whole: its checksum is missing or wrong"));
+        return Err(Failure::internal(
+            "the substrate did not come whole: its checksum is missing or wrong",
+        ));
     }
     Ok(())
 }

@@ -4,18 +4,15 @@ use std::sync::{Arc, PoisonError};
 
 use godwit_types::{Arch, Code, Generation, Mib, Name, SubstrateId, SubstrateKind, VmId, VmState};
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::depart::Wanted;
 use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind, Progress};
+use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source, place};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{
-    Call, ImageInfo, NewMachine, Origin, SiteHost, SiteRequest, StreamRequest, SubstrateInfo,
-};
+use crate::site::{Call, ImageInfo, NewMachine, Origin, SiteHost, SiteRequest};
 
 /// A call of a site whose progress is shown by the operation.
 pub(super) fn call_of(op: &OpHandle) -> Call {
@@ -196,7 +193,9 @@ impl Controller {
             moving_to: None,
             reason: None,
             arriving: None,
+            voided: std::collections::BTreeMap::new(),
         };
+        let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
         {
             let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
             self.once(shape.substrate.as_ref())?;
@@ -210,6 +209,7 @@ impl Controller {
             vm: vm.id,
             name: name.clone(),
             generation: vm.generation,
+            warrant,
             origin: shape.origin,
             memory: want.memory_mib,
             vcpus: want.vcpus,
@@ -314,15 +314,17 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
+        let generation = vm.generation.next();
+        let warrant = self.warrant(&vm, generation, &vm.site)?;
         let vm = self.change_vm(&vm, vm.generation, |v| {
             v.become_state(VmState::Starting, UnixMs::now())?;
-            v.generation = v.generation.next();
+            v.reach(generation);
             Ok(())
         })?;
         let kind = OpKind::VmStart { vm: vm.id, name: vm.name.clone() };
         let me = self.clone();
         self.launch(kind, plan, vm, VmState::Running, |vm, op| async move {
-            let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation };
+            let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation, warrant };
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
             me.release_source(&vm).await;
@@ -412,7 +414,7 @@ impl Controller {
         let name = how.name.unwrap_or_else(|| vm.name.clone());
         if self.registry.substrate(name.as_str()).is_ok() {
             return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
-                .hint("name another with --substrate"));
+                .hint("name another with --name"));
         }
         let host = self.host(&vm.site)?;
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);

@@ -153,6 +153,7 @@ impl Controller {
             Ok(request) => request,
             Err(f) => {
                 // Nothing was sent yet.
+                self.void_warrant(&m.vm, m.vm.generation.next(), &m.to);
                 for site in [&m.to, &m.from] {
                     let Ok(host) = self.host(site) else { continue };
                     let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
@@ -189,10 +190,12 @@ impl Controller {
         };
         op.check()?;
         op.begin("prepare", json!({ "migration": m.id, "at": m.to }))?;
+        let warrant = self.warrant(&m.vm, generation.next(), &m.to)?;
         let request = SiteRequest::MigratePrepare {
             migration: m.id,
             machine: status_of(&m.vm),
             generation: generation.next(),
+            warrant,
             from: m.from.clone(),
             manifest,
         };
@@ -216,6 +219,7 @@ impl Controller {
             Ok(report) => report,
             Err(f) => {
                 if !self.has_switched(m)? && !self.find_out(op, m, &f).await? {
+                    self.void_warrant(&m.vm, m.vm.generation.next(), &m.to);
                     let f = self.explained(m, f).await;
                     self.settle_vm(&m.vm, &f).await?;
                     op.undone("send")?;
@@ -370,7 +374,7 @@ impl Controller {
         self.change_vm(&m.vm, m.vm.generation, |v| {
             v.become_state(VmState::Running, UnixMs::now())?;
             v.site = m.to.clone();
-            v.generation = v.generation.next();
+            v.reach(v.generation.next());
             v.arriving = Some(Arriving { migration: m.id, from: m.from.clone(), note: None });
             Ok(())
         })?;
@@ -418,6 +422,7 @@ fn status_of(vm: &VmRecord) -> MachineStatus {
         vm: vm.id,
         name: vm.name.clone(),
         generation: vm.generation,
+        warrant: None,
         state: vm.state,
         image: vm.image.clone(),
         arch: vm.arch,

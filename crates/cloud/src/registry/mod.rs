@@ -16,6 +16,7 @@ mod records;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
@@ -447,8 +448,8 @@ impl Registry {
         })
     }
 
-    /// Takes a holder's word of a substrate: its content, and what is wrong with it there. The
-    /// first to tell of it says what its content is. Writes only what is new.
+    /// Enters `site` as a holder of a substrate with this content. The first to tell of a substrate
+    /// says what its content is. Writes only what is new.
     ///
     /// # Errors
     /// [`RegistryError::OtherContent`]: the site holds something else, and is no holder.
@@ -457,12 +458,9 @@ impl Registry {
         id: SubstrateId,
         site: &Name,
         content: Hash,
-        damage: Option<String>,
     ) -> Result<SubstrateRecord> {
-        let not_found =
-            || RegistryError::NotFound { what: "substrate", key: id.to_string() };
-        let old: SubstrateRecord =
-            self.get(SUBSTRATES, &id.to_string())?.ok_or_else(not_found)?;
+        let not_found = || RegistryError::NotFound { what: "substrate", key: id.to_string() };
+        let old: SubstrateRecord = self.get(SUBSTRATES, &id.to_string())?.ok_or_else(not_found)?;
         if let Some(wanted) = old.content.filter(|wanted| *wanted != content) {
             if old.holders.contains(site) {
                 self.substrate_holder(id, site, false)?;
@@ -470,24 +468,49 @@ impl Registry {
             let (site, name) = (site.clone(), old.name);
             return Err(RegistryError::OtherContent { site, name, wanted, found: content });
         }
-        let seen = |s: &mut SubstrateRecord| {
+        self.substrate_change(id, |s| {
             s.holders.insert(site.clone());
             s.content = Some(content);
-            match damage.clone() {
-                Some(why) => s.damaged.insert(site.clone(), why),
-                None => s.damaged.remove(site),
-            };
-        };
+        })
+    }
+
+    /// Takes a site's word of which substrates are damaged there. Writes only what is new.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn substrates_damaged(
+        &self,
+        site: &Name,
+        damaged: &BTreeMap<SubstrateId, String>,
+    ) -> Result<()> {
+        for s in self.substrates()? {
+            if s.damaged.get(site) != damaged.get(&s.id) {
+                self.substrate_change(s.id, |s| match damaged.get(&s.id) {
+                    Some(why) => drop(s.damaged.insert(site.clone(), why.clone())),
+                    None => drop(s.damaged.remove(site)),
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn substrate_change(
+        &self,
+        id: SubstrateId,
+        change: impl Fn(&mut SubstrateRecord),
+    ) -> Result<SubstrateRecord> {
+        let old = self.substrate(&id.to_string())?;
         let mut new = old.clone();
-        seen(&mut new);
+        change(&mut new);
         if new == old {
             return Ok(old);
         }
         self.write(|tx| {
-            let mut s: SubstrateRecord =
-                take(tx, SUBSTRATES, &id.to_string())?.ok_or_else(not_found)?;
-            seen(&mut s);
-            put(tx, SUBSTRATES, &id.to_string(), &s)?;
+            let key = id.to_string();
+            let mut s: SubstrateRecord = take(tx, SUBSTRATES, &key)?
+                .ok_or_else(|| RegistryError::NotFound { what: "substrate", key: key.clone() })?;
+            change(&mut s);
+            put(tx, SUBSTRATES, &key, &s)?;
             Ok(s)
         })
     }

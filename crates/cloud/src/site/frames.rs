@@ -204,6 +204,9 @@ mod tests {
         to.write_all(b"the first half").unwrap();
         to.end(Err(&why)).unwrap();
         let f = read_all(&sent).await.unwrap_err();
-        assert_eq!((f.code, f.message.as_str()), (Code::Damaged, "site 'cafe': unit 12 in pack 3 is damaged"));
+        assert_eq!(
+            (f.code, f.message.as_str()),
+            (Code::Damaged, "site 'cafe': unit 12 in pack 3 is damaged")
+        );
     }
 }

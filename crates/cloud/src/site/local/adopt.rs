@@ -165,6 +165,7 @@ impl LocalSite {
             vm,
             name: launch.as_ref().map_or_else(unknown, |l| l.name.clone()),
             generation: UNKNOWN_GENERATION,
+            warrant: None,
             meant: Meant::Running,
             image: unknown(),
             image_hash: Hash::of(b""),
@@ -175,6 +176,7 @@ impl LocalSite {
             mac: MacAddress([0; 6]),
             below: Below::Image,
             migration: None,
+            warrant: None,
             reason: Some(format!("its record is damaged: {why}")),
             unfinished: None,
         };

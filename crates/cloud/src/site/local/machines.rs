@@ -9,6 +9,7 @@ use godwit_qemu::{
     BootFile, DiskChain, Launch, Layer, Life, MacAddress, Machine, MachineSpec, MemorySource, Nic,
     NicBackend, Start,
 };
+use godwit_transfer::Warrant;
 use godwit_types::{Code, Generation, VmId, VmState};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -117,6 +118,7 @@ impl LocalSite {
     }
 
     pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
+        self.warranted(new.vm, new.generation, &new.warrant)?;
         let image = match &new.origin {
             Origin::Image(image) => image,
             Origin::Substrate(id) => {
@@ -136,6 +138,7 @@ impl LocalSite {
             vm: new.vm,
             name: new.name,
             generation: new.generation,
+            warrant: Some(new.warrant),
             meant: Meant::Running,
             image: image.name.clone(),
             image_hash: image.hash,
@@ -302,8 +305,10 @@ impl LocalSite {
         &self,
         vm: VmId,
         generation: Generation,
+        warrant: Warrant,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
+        self.warranted(vm, generation, &warrant)?;
         self.quit_move(vm, generation, false).await?;
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
@@ -324,11 +329,12 @@ impl LocalSite {
             e.machine = None;
         }
         e.record.generation = generation;
+        e.record.warrant = Some(warrant);
         e.record.meant = Meant::Running;
         e.record.reason = None;
         e.record.unfinished = None;
         e.record.save(&self.dirs.vm(vm))?;
-        let image = self.image_by_hash(&e.record)?;
+        let image = self.sound_image(&e.record).await?;
         // One that did not answer when this daemon came.
         self.end_strays(vm).await;
         let wanted = CancellationToken::new();
@@ -501,7 +507,12 @@ impl LocalSite {
 
     /// Refuses when a machine's RAM does not fit into what the host has left.
     pub(super) fn check_room(&self, memory: godwit_types::Mib) -> Result<(), Fault> {
-        let free = report::ram_room_mib(&self.dirs.memory)?;
+        let mut free = report::ram_room_mib(&self.dirs.memory)?;
+        if free < u64::from(memory.0) {
+            // Memory that no machine maps is made again when it is needed.
+            self.pool.reclaim((u64::from(memory.0) - free) << 20);
+            free = report::ram_room_mib(&self.dirs.memory)?;
+        }
         if u64::from(memory.0) <= free {
             return Ok(());
         }
@@ -676,6 +687,7 @@ fn status_as(r: &MachineRecord, state: VmState) -> MachineStatus {
         vm: r.vm,
         name: r.name.clone(),
         generation: r.generation,
+        warrant: r.warrant.clone(),
         state,
         image: r.image.clone(),
         arch: r.arch,

@@ -24,6 +24,7 @@ use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole, Rela
 use godwit_qemu::{
     DiskChain, DiskLayer, Layer, Life, Machine, Manifest, MemorySource, Node, Start, VmGenId,
 };
+use godwit_transfer::Warrant;
 use godwit_types::{Code, Generation, Hash, MigrationId, Name, VmId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
@@ -212,9 +213,11 @@ impl LocalSite {
         id: MigrationId,
         machine: MachineStatus,
         generation: Generation,
+        warrant: Warrant,
         from: Name,
         manifest: &[u8],
     ) -> Result<Incoming, Fault> {
+        self.warranted(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
         self.check_room(machine.memory)?;
         self.check_disk_room(manifest.layer_bytes)?;
@@ -222,6 +225,7 @@ impl LocalSite {
             vm: machine.vm,
             name: machine.name,
             generation,
+            warrant: Some(warrant),
             meant: Meant::Running,
             image: machine.image,
             image_hash: manifest.image_hash,

@@ -88,6 +88,8 @@ impl LocalSite {
         command
             .arg("relay")
             .arg(&paths.config)
+            .env_clear()
+            .envs(kept_environment())
             .stdin(std::process::Stdio::null())
             .stdout(log)
             .stderr(err)
@@ -135,6 +137,14 @@ impl LocalSite {
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }
+}
+
+/// What a relay keeps of this daemon's environment, which may hold secrets.
+fn kept_environment() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
+    const KEPT: &[&str] = &["PATH", "GODWIT_LOG", "RUST_BACKTRACE"];
+    // Where tests have processes wait.
+    const TESTED: &[&str] = if cfg!(debug_assertions) { &[godwit_hold::VARIABLE] } else { &[] };
+    KEPT.iter().chain(TESTED).filter_map(|name| Some((*name, std::env::var_os(name)?)))
 }
 
 /// Kills every relay whose configuration is in `dir`, and waits until they are gone.
