@@ -9,7 +9,7 @@ use crate::error::Fault;
 use crate::ops::Progress;
 use crate::site::{
     ByteStream, Call, ImageInfo, Incoming, MachineStatus, MemoryStand, MoveStand, Origin,
-    SiteReply, SiteRequest, StreamRequest,
+    SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
@@ -596,7 +596,6 @@ async fn a_site_publishes_nothing_that_it_was_not_asked_to_hold() {
         stored_bytes: 1,
         created: UnixMs::now(),
         content: godwit_types::Hash::of(n.as_bytes()),
-        damage: None,
         dock: None,
     };
     let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
