@@ -162,8 +162,13 @@ impl Controller {
                     content: Some(info.content),
                     damaged: BTreeMap::new(),
                 };
-                self.registry.substrate_add(&record).map_err(registry_fault)?;
-                Ok(record)
+                let added = self.registry.substrate_add(&record);
+                // The site's report and the answer to its docking may both come now.
+                match (added, self.registry.substrate(&record.id.to_string())) {
+                    (Ok(()), _) => Ok(record),
+                    (Err(_), Ok(there)) => Ok(there),
+                    (Err(e), Err(_)) => Err(registry_fault(e)),
+                }
             }
             seen => seen.map_err(registry_fault),
         }
