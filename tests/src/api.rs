@@ -68,7 +68,7 @@ impl Api {
             roots.add(certificate.expect("a certificate")).expect("a root");
         }
         let roots = Arc::new(roots);
-        let tls = Arc::new(config(&roots, rustls::ALL_VERSIONS));
+        let tls = Arc::new(client(&roots, rustls::ALL_VERSIONS));
         Self { address, token: read("token").trim().to_owned(), roots, tls }
     }
 
@@ -80,7 +80,7 @@ impl Api {
         versions: &[&'static rustls::SupportedProtocolVersion],
         offered: &[&[u8]],
     ) -> Option<Vec<u8>> {
-        let mut tls = config(&self.roots, versions);
+        let mut tls = client(&self.roots, versions);
         tls.alpn_protocols = offered.iter().map(|p| p.to_vec()).collect();
         let mut tcp = TcpStream::connect(&self.address).expect("connecting to the API");
         tcp.set_read_timeout(Some(SILENCE)).expect("time-out");
@@ -161,7 +161,7 @@ impl Api {
     }
 }
 
-fn config(
+fn client(
     roots: &Arc<RootCertStore>,
     versions: &[&'static rustls::SupportedProtocolVersion],
 ) -> ClientConfig {

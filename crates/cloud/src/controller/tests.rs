@@ -141,7 +141,7 @@ impl SiteHost for Paper {
             SiteRequest::VmExecWait { .. } if self.name == name("center") => {
                 std::future::pending().await
             }
-            SiteRequest::VmExecWait { pid, .. } if pid == 7 => {
+            SiteRequest::VmExecWait { pid: 7, .. } => {
                 Ok(SiteReply::Executed(Some(GuestOutput {
                     exit: Some(3),
                     signal: None,
