@@ -90,7 +90,10 @@ impl Cloud {
     /// Lets the AP join.
     pub fn join_ap(&mut self) {
         let token = self.token("cafe");
-        self.spawn(Daemon::Ap, &["--join", &token]);
+        // Not on its command line, which everybody may read.
+        let file = self.file("join-token");
+        std::fs::write(&file, token).expect("a file");
+        self.spawn(Daemon::Ap, &["--join", &format!("@{}", file.display())]);
         self.wait_ap();
     }
 
@@ -154,6 +157,12 @@ impl Cloud {
         };
         let port = if which == Daemon::Center { self.link } else { 0 };
         format!("{host}:{port}")
+    }
+
+    /// Where the center listens for other sites.
+    #[must_use]
+    pub fn center_link(&self) -> std::net::SocketAddr {
+        self.link_address(Daemon::Center).parse().expect("an address")
     }
 
     /// A join token for `site`.
@@ -309,7 +318,7 @@ impl Cloud {
     }
 
     /// Waits until the AP can be asked by its center.
-    fn wait_ap(&self) {
+    pub fn wait_ap(&self) {
         within(BACK_WITHIN, "the AP to be at its center", || {
             let sites = self.json(&["site", "list"])?;
             let cafe = sites.as_array()?.iter().find(|s| s["name"] == "cafe")?.clone();
@@ -404,6 +413,25 @@ impl Cloud {
         run(command, format!("godwit {}", args.join(" ")))
     }
 
+    /// Runs `godwit` with these arguments and this on its standard input.
+    #[must_use]
+    pub fn feed(&self, args: &[&str], input: &[u8]) -> Fed {
+        let mut command = self.command();
+        command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("starting {args:?}: {e}"));
+        let mut to = child.stdin.take().expect("its input");
+        let output = std::thread::scope(|scope| {
+            // One that refuses its input closes it.
+            scope.spawn(move || std::io::Write::write_all(&mut to, input));
+            child.wait_with_output().unwrap_or_else(|e| panic!("waiting for {args:?}: {e}"))
+        });
+        Fed {
+            exit: output.status.code().unwrap_or(-1),
+            stdout: output.stdout,
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
     /// The answer of `godwit ... -o json`, or `None` when it failed.
     #[must_use]
     pub fn json(&self, args: &[&str]) -> Option<Value> {
@@ -492,6 +520,40 @@ impl Cloud {
     pub fn qemu(&self, vm: &Value, at: Daemon) -> Option<i32> {
         let id = vm["id"].as_str().expect("an id").replace('-', "");
         process::recorded(&self.site_dir(at).join("run").join(id))
+    }
+
+    /// The QEMUs of a site that no record in its run directory names.
+    #[must_use]
+    pub fn stray_qemus(&self, at: Daemon) -> Vec<i32> {
+        let run = self.site_dir(at).join("run");
+        let known: Vec<_> = std::fs::read_dir(&run)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|e| process::recorded(&e.path()))
+            .collect();
+        let run = run.to_str().expect("a path");
+        let all = process::with_word(|w| w.contains(run) && !w.ends_with("relay.json"));
+        all.into_iter().filter(|pid| !known.contains(pid) && process::is_qemu(*pid)).collect()
+    }
+
+    /// Every QEMU that was started for a site, whoever knows of it.
+    #[must_use]
+    pub fn qemus(&self, at: Daemon) -> Vec<i32> {
+        let run = self.site_dir(at).join("run/");
+        let run = run.to_str().expect("a path");
+        let mut all = process::with_word(|w| w.contains(run));
+        all.retain(|pid| process::word(*pid, |w| w.starts_with("qemu-system-")).is_some());
+        all
+    }
+
+    /// The QEMUs of a site that wait for an activation.
+    #[must_use]
+    pub fn waits(&self, at: Daemon) -> Vec<i32> {
+        let runs = std::fs::read_dir(self.site_dir(at).join("run")).into_iter().flatten().flatten();
+        runs.filter(|e| e.file_name().to_string_lossy().starts_with("wait-"))
+            .filter_map(|e| process::recorded(&e.path()))
+            .collect()
     }
 
     /// The relays of a site.
@@ -588,6 +650,17 @@ impl Drop for Cloud {
     }
 }
 
+/// How a command ended that was fed, and what it wrote.
+#[derive(Debug, Clone)]
+pub struct Fed {
+    /// Exit code; -1 for a signal.
+    pub exit: i32,
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error.
+    pub stderr: String,
+}
+
 /// A process that ends with the test.
 #[derive(Debug)]
 pub struct Running(pub Child);
@@ -629,8 +702,9 @@ fn program() -> PathBuf {
     let path = std::env::var_os("CARGO_BIN").map_or_else(
         || {
             let me = std::env::current_exe().expect("the path of this program");
-            let dir = me.parent().and_then(Path::parent).expect("a build directory");
-            dir.join("godwit")
+            // Tests lie in a directory below the programs, the tools beside them.
+            let dirs = me.ancestors().skip(1).take(2).map(|dir| dir.join("godwit"));
+            dirs.fold(PathBuf::new(), |found, path| if found.is_file() { found } else { path })
         },
         PathBuf::from,
     );

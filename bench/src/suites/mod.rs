@@ -3,6 +3,7 @@
 mod guest;
 pub mod mainjob;
 pub mod sched;
+pub mod trials;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -15,6 +16,7 @@ use time::format_description::well_known::Rfc3339;
 use crate::harness::{MachineInfo, Results, SCHEMA, git_revision};
 
 pub use guest::{Guest, Witness, first_answer};
+pub(crate) use guest::{SIGNS, WITNESS};
 
 /// What a suite with guests is told.
 #[derive(Debug, Clone)]
@@ -29,12 +31,19 @@ pub struct Plan {
     pub guest: Name,
     /// Memory that the witness program keeps changing, in MiB.
     pub witness_mib: u32,
+    /// The same for rows beside the main ones, so that its own part of every figure is seen.
+    pub witness_beside: Vec<u32>,
     /// Rate of the link in Mbit/s.
     pub rate_mbit: f64,
     /// One-way delay of the link in ms.
     pub delay_ms: f64,
     /// Downtime in ms for which stock QEMU may end its pre-copy; none: its own default.
     pub stock_downtime_ms: Option<u64>,
+}
+
+/// The present time, RFC 3339.
+pub(crate) fn now() -> anyhow::Result<String> {
+    OffsetDateTime::now_utc().format(&Rfc3339).context("write the time")
 }
 
 /// Runs the suite `name`, whose `measure` fills in everything that it finds.
@@ -50,7 +59,7 @@ pub async fn run(
     let mut results = Results {
         schema: SCHEMA,
         suite: name.to_owned(),
-        started: OffsetDateTime::now_utc().format(&Rfc3339).context("write the time")?,
+        started: now()?,
         took_s: 0.0,
         quick,
         machine: MachineInfo::here(),

@@ -18,12 +18,14 @@ use godwit_qemu::{
 };
 use godwit_types::{ActivateReport, Name, Phases, SubstrateId, SubstrateKind, VmId};
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
 use crate::agent::{AFTER_ACTIVATE, run_script};
 use crate::error::SubstrateError;
 use crate::identity::{Identity, environment};
 use crate::manifest::STATE;
-use crate::pool::{Pool, Ready};
+use crate::pool::Pool;
+use crate::ready::Ready;
 use crate::shells::Shells;
 
 /// How long a restored guest may take to answer.
@@ -60,6 +62,8 @@ pub struct ActivateRequest {
     pub nic: Option<NicBackend>,
     /// The accelerator.
     pub accel: Accel,
+    /// Fires when it is not wanted any more; nothing is left then.
+    pub cancel: CancellationToken,
 }
 
 /// A machine that runs.
@@ -186,8 +190,8 @@ impl Shell {
 ///
 /// # Errors
 /// [`SubstrateError::NotFound`], [`SubstrateError::Shape`], [`SubstrateError::WrongImage`], a
-/// damaged or missing page, [`SubstrateError::NoRoom`], and what the machine says. Nothing is
-/// left then.
+/// damaged or missing page, [`SubstrateError::NoRoom`], [`SubstrateError::Cancelled`], and what the
+/// machine says. Nothing is left then.
 pub async fn activate(
     pool: &Pool,
     shells: Option<&Shells>,
@@ -207,7 +211,15 @@ async fn activate_here(
 ) -> Result<Activated, SubstrateError> {
     let mut phases = Phases::start();
     let id = request.substrate;
-    let waiting = shells.and_then(|s| s.take(id));
+    let mut waiting = shells.and_then(|s| s.take(id));
+    if let Some((shell, ready)) = &waiting
+        && !still_sound(pool, ready).await
+    {
+        tracing::error!(%id, run_dir = %shell.place.run_dir.display(), "a waiting QEMU has damaged files open; it is ended");
+        if let Some((shell, _)) = waiting.take() {
+            shell.end().await;
+        }
+    }
     let vm = request.place.vm;
     pool.note_clone(id, vm);
     let done = async {
@@ -216,6 +228,7 @@ async fn activate_here(
             Some((shell, ready)) => {
                 let shell = shell.become_machine(&request).await?;
                 phases.end("rename");
+                godwit_hold::at("activate.renamed").await;
                 (shell, ready)
             }
             None => {
@@ -228,7 +241,11 @@ async fn activate_here(
                 (shell, ready)
             }
         };
-        match bring_up(&shell, &ready, &request, &mut phases).await {
+        let brought = tokio::select! {
+            brought = bring_up(&shell, &ready, &request, &mut phases) => brought,
+            () = request.cancel.cancelled() => Err(SubstrateError::Cancelled),
+        };
+        match brought {
             Ok((identity, running_ms, first_answer_ms)) => {
                 let (phases, _) = phases.finish();
                 let report = ActivateReport {
@@ -284,8 +301,10 @@ async fn bring_up(
         load(machine, ready).await?;
     }
     phases.end("load");
+    godwit_hold::at("activate.loaded").await;
     machine.run().await.map_err(SubstrateError::machine("starting the vCPUs"))?;
     phases.end("run");
+    godwit_hold::at("activate.running").await;
     let running_ms = phases.elapsed().as_secs_f64() * 1e3;
     let mut agent = machine
         .agent()
@@ -295,9 +314,10 @@ async fn bring_up(
     let first_answer_ms = phases.elapsed().as_secs_f64() * 1e3;
     phases.end("answer");
     let env = environment(identity.as_ref())?;
-    run_script(&mut agent, AFTER_ACTIVATE, &env, RENEW_WITHIN).await?;
+    run_script(&mut agent, AFTER_ACTIVATE, &[], &env, RENEW_WITHIN).await?;
     drop(agent);
     phases.end("renew");
+    godwit_hold::at("activate.identity").await;
     // Until now the guest has no card at all. Its drivers take the only vCPU for a while when one
     // appears, which user programs shall not wait for.
     if let Some(backend) = &request.nic {
@@ -326,6 +346,12 @@ pub(crate) async fn prepare(
     tokio::task::spawn_blocking(move || pool.prepare(id, &image))
         .await
         .map_err(|_| SubstrateError::Worker("preparing a substrate"))?
+}
+
+/// Whether what a waiting QEMU has open is untouched, or was touched and is sound.
+async fn still_sound(pool: &Pool, ready: &Ready) -> bool {
+    let (pool, ready) = (pool.clone(), ready.clone());
+    tokio::task::spawn_blocking(move || pool.is_still_sound(&ready)).await.unwrap_or(false)
 }
 
 /// Copies a small file to a place where none may be yet.

@@ -16,11 +16,13 @@ use godwit_qemu::{
 };
 use godwit_store::{Store, StoreOptions};
 use godwit_substrate::{
-    ActivateRequest, Activated, DockRequest, Place, Pool, PoolDirs, Shells, activate, dock_convert,
+    ActivateRequest, Activated, DockRequest, DockStop, Place, Pool, PoolDirs, Shells, activate,
+    dock_convert,
 };
 use godwit_types::{Code, CodedError, Name, SubstrateId, SubstrateKind, VmId};
 use leftover::EndsGuests;
 use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 
 const LONG: Duration = Duration::from_secs(180);
 
@@ -111,6 +113,7 @@ impl Site {
             kind: SubstrateKind::Restricted,
             owner: name("operator"),
             image: self.image.clone(),
+            stop: DockStop::default(),
         }
     }
 
@@ -123,6 +126,7 @@ impl Site {
             identity: None,
             nic: Some(NicBackend::Isolated),
             accel: Accel::Tcg,
+            cancel: CancellationToken::default(),
         }
     }
 }

@@ -1,20 +1,18 @@
 //! Making, starting, stopping, deleting and docking of environments.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use godwit_types::{Arch, Code, Generation, Mib, Name, SubstrateId, SubstrateKind, VmId, VmState};
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::depart::Wanted;
 use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind, Progress};
+use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source, place};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{
-    Call, ImageInfo, NewMachine, Origin, SiteHost, SiteRequest, StreamRequest, SubstrateInfo,
-};
+use crate::site::{Call, ImageInfo, NewMachine, Origin, SiteHost, SiteRequest};
 
 /// A call of a site whose progress is shown by the operation.
 pub(super) fn call_of(op: &OpHandle) -> Call {
@@ -105,6 +103,18 @@ impl Controller {
             .ok_or_else(|| Fault::invalid("give the machine a name"))
     }
 
+    /// Refuses a private substrate that runs already: the second machine would be the same one.
+    fn once(&self, substrate: Option<&SubstrateRecord>) -> Result<(), Fault> {
+        let Some(s) = substrate.filter(|s| s.kind == SubstrateKind::Private) else { return Ok(()) };
+        let all = self.registry.vms().map_err(registry_fault)?;
+        let Some(vm) = all.into_iter().find(|v| v.substrate == Some(s.id)) else { return Ok(()) };
+        Err(Fault::conflict(format!(
+            "substrate '{}' is private and runs once at a time: it is machine '{}' at '{}'",
+            s.name, vm.name, vm.site
+        ))
+        .hint(format!("use that one, or first: godwit vm dock {0}, godwit vm delete {0}", vm.name)))
+    }
+
     /// Makes an environment: cold boot or activation.
     ///
     /// # Errors
@@ -161,6 +171,8 @@ impl Controller {
             ),
             None => format!("boot '{name}' from image '{}' at {}", shape.image, placed.site),
         };
+        self.once(shape.substrate.as_ref())?;
+        self.once(shape.substrate.as_ref())?;
         if mode == Mode::DryRun {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
         }
@@ -181,8 +193,14 @@ impl Controller {
             moving_to: None,
             reason: None,
             arriving: None,
+            voided: std::collections::BTreeMap::new(),
         };
-        self.registry.vm_add(&vm).map_err(registry_fault)?;
+        let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
+        {
+            let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
+            self.once(shape.substrate.as_ref())?;
+            self.registry.vm_add(&vm).map_err(registry_fault)?;
+        }
         let kind = match &shape.substrate {
             Some(s) => OpKind::VmActivate { vm: vm.id, name: name.clone(), substrate: s.id },
             None => OpKind::VmCreate { vm: vm.id, name: name.clone() },
@@ -191,9 +209,11 @@ impl Controller {
             vm: vm.id,
             name: name.clone(),
             generation: vm.generation,
+            warrant,
             origin: shape.origin,
             memory: want.memory_mib,
             vcpus: want.vcpus,
+            content: None,
         };
         let (me, record) = (self.clone(), vm.clone());
         let bring = shape.substrate.filter(|_| !placed.holds);
@@ -216,11 +236,15 @@ impl Controller {
         &self,
         op: &OpHandle,
         host: Arc<dyn SiteHost>,
-        new: NewMachine,
+        mut new: NewMachine,
         bring: Option<SubstrateRecord>,
     ) -> Result<serde_json::Value, Fault> {
         if let Some(s) = bring {
-            self.bring_substrate(op, &s, &host).await?;
+            self.bring_substrate(op, s.id, &host).await?;
+        }
+        if let Origin::Substrate(id) = new.origin {
+            let record = self.registry.substrate(&id.to_string()).map_err(registry_fault)?;
+            new.content = record.content;
         }
         op.check()?;
         op.begin("start", json!({ "site": host.name() }))?;
@@ -235,6 +259,10 @@ impl Controller {
         vm: &VmRecord,
         outcome: Result<serde_json::Value, Fault>,
     ) -> Result<serde_json::Value, Fault> {
+        let outcome = match outcome {
+            Ok(v) => Ok(v),
+            Err(f) => self.settle_create(op, vm, f).await,
+        };
         match outcome {
             Ok(v) => {
                 self.change_vm(vm, vm.generation, |v| {
@@ -243,7 +271,6 @@ impl Controller {
                 Ok(v)
             }
             Err(f) => {
-                self.undo_create(vm, &f).await?;
                 op.undone("start")?;
                 Err(f)
             }
@@ -275,55 +302,6 @@ impl Controller {
         }
     }
 
-    /// Brings a substrate from a site that holds it to `to`, through the center.
-    pub(super) async fn bring_substrate(
-        &self,
-        op: &OpHandle,
-        s: &SubstrateRecord,
-        to: &Arc<dyn SiteHost>,
-    ) -> Result<(), Fault> {
-        // Just docked there: the site's next report says so too.
-        if s.holders.contains(to.name()) {
-            return Ok(());
-        }
-        let from = s
-            .holders
-            .iter()
-            .filter(|n| *n != to.name())
-            .find_map(|n| self.host(n).ok())
-            .ok_or_else(|| {
-                Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
-            })?;
-        op.begin("bring", json!({ "from": from.name(), "to": to.name(), "substrate": s.id }))?;
-        let mut out = from.open(StreamRequest::SubstrateExport { id: s.id }).await?;
-        let mut into = to.open(StreamRequest::SubstrateImport { name: None }).await?;
-        let mut buffer = vec![0u8; 256 << 10];
-        let mut done = 0u64;
-        loop {
-            op.check()?;
-            let n = out.read(&mut buffer).await.map_err(|e| cut("reading", &s.name, &e))?;
-            if n == 0 {
-                break;
-            }
-            // A site that refuses closes its end; its verdict follows.
-            if let Err(e) = into.write_all(&buffer[..n]).await {
-                finish_import(into, &s.name).await?;
-                return Err(cut("writing", &s.name, &e));
-            }
-            done += n as u64;
-            op.progress(Progress {
-                stage: "substrate".into(),
-                done,
-                total: s.stored_bytes.max(done),
-                unit: "bytes".into(),
-                note: format!("{} to {}", from.name(), to.name()),
-            });
-        }
-        let info = finish_import(into, &s.name).await?;
-        self.adopt_substrate(to.name(), info)?;
-        op.done("bring")
-    }
-
     /// Starts a stopped or failed environment from its disk.
     ///
     /// # Errors
@@ -336,15 +314,17 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
+        let generation = vm.generation.next();
+        let warrant = self.warrant(&vm, generation, &vm.site)?;
         let vm = self.change_vm(&vm, vm.generation, |v| {
             v.become_state(VmState::Starting, UnixMs::now())?;
-            v.generation = v.generation.next();
+            v.reach(generation);
             Ok(())
         })?;
         let kind = OpKind::VmStart { vm: vm.id, name: vm.name.clone() };
         let me = self.clone();
         self.launch(kind, plan, vm, VmState::Running, |vm, op| async move {
-            let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation };
+            let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation, warrant };
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
             me.release_source(&vm).await;
@@ -358,6 +338,9 @@ impl Controller {
     /// What refuses it.
     pub fn stop(self: &Arc<Self>, key: &str, force: bool, mode: Mode) -> Result<Accepted, Fault> {
         let vm = self.registry.vm(key).map_err(registry_fault)?;
+        if force && self.is_moving(&vm)? {
+            return self.stop_moving(vm, mode);
+        }
         if vm.state != VmState::Running {
             vm.state.to(VmState::Stopped).map_err(|e| state_fault(&vm, &e))?;
             return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state)));
@@ -381,19 +364,18 @@ impl Controller {
     /// What refuses it.
     pub fn delete(self: &Arc<Self>, key: &str, mode: Mode) -> Result<Accepted, Fault> {
         let vm = self.registry.vm(key).map_err(registry_fault)?;
-        if matches!(vm.state, VmState::Moving | VmState::Docking | VmState::Starting) {
+        // One that no operation works on was left behind: this is the way out.
+        let changing = matches!(vm.state, VmState::Docking | VmState::Starting);
+        if changing && self.ops.works_on(vm.id) {
             return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state))
                 .hint("wait for it or cancel it: godwit op list"));
         }
-        if let (Some(a), VmState::Running) = (&vm.arriving, vm.state) {
-            return Err(Fault::conflict(format!(
-                "machine '{}' is still moving: part of it is at '{}'",
-                vm.name, a.from
-            ))
-            .hint("wait for its end: godwit op list"));
-        }
+        let moving = self.is_moving(&vm)?;
         let host = self.host(&vm.site)?;
-        let plan = format!("delete '{}' at {} with its disk", vm.name, vm.site);
+        let plan = match moving {
+            true => format!("end the move of '{}' and delete it with its disk", vm.name),
+            false => format!("delete '{}' at {} with its disk", vm.name, vm.site),
+        };
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
@@ -402,6 +384,13 @@ impl Controller {
         let op = self
             .ops
             .start(kind, |op| async move {
+                let (vm, host) = if moving {
+                    let now = me.end_move(&op, &vm, Wanted::Nothing).await?;
+                    let host = me.host(&now.site)?;
+                    (now, host)
+                } else {
+                    (vm, host)
+                };
                 op.begin("delete", json!({ "site": vm.site }))?;
                 let request = SiteRequest::VmDelete { vm: vm.id, generation: vm.generation };
                 match host.tell(request, call_of(&op)).await {
@@ -427,7 +416,7 @@ impl Controller {
         let name = how.name.unwrap_or_else(|| vm.name.clone());
         if self.registry.substrate(name.as_str()).is_ok() {
             return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
-                .hint("name another with --substrate"));
+                .hint("give it another name with --name"));
         }
         let host = self.host(&vm.site)?;
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);
@@ -460,9 +449,13 @@ impl Controller {
                     Ok(json!({ "substrate": substrate, "dock": report }))
                 }
                 Err(f) => {
-                    me.settle_vm(&record, &f).await?;
-                    op.undone("dock")?;
-                    Err(f)
+                    let settled = me.settle_dock(&op, &record, substrate, f).await;
+                    if settled.is_ok() {
+                        op.done("dock")?
+                    } else {
+                        op.undone("dock")?
+                    }
+                    settled
                 }
             }
         });
@@ -524,7 +517,16 @@ pub(super) fn dry(plan: String, vm: &VmRecord) -> Accepted {
 }
 
 pub(super) fn state_fault(vm: &VmRecord, e: &godwit_types::InvalidTransition) -> Fault {
-    let f = Fault::conflict(format!("machine '{}': {e}", vm.name));
+    let what = match e.to.as_str() {
+        "moving" => "moved",
+        "docking" => "docked",
+        "starting" => "started",
+        other => other,
+    };
+    let f = Fault::conflict(format!(
+        "machine '{}' is {}, so it cannot be {what} now",
+        vm.name, vm.state
+    ));
     match vm.state {
         VmState::Stopped | VmState::Failed => {
             f.hint(format!("start it first: godwit vm start {}", vm.name))
@@ -534,23 +536,4 @@ pub(super) fn state_fault(vm: &VmRecord, e: &godwit_types::InvalidTransition) ->
         }
         VmState::Running => f,
     }
-}
-
-fn cut(doing: &str, name: &Name, e: &std::io::Error) -> Fault {
-    Fault::unavailable(format!("{doing} substrate '{name}': {e}"))
-}
-
-/// Ends an import: no more bytes, then the site's verdict as JSON.
-///
-/// # Errors
-/// The site's refusal, or a broken stream.
-pub(crate) async fn finish_import(
-    mut into: crate::site::ByteStream,
-    name: &Name,
-) -> Result<SubstrateInfo, Fault> {
-    into.shutdown().await.map_err(|e| cut("writing", name, &e))?;
-    let mut verdict = Vec::new();
-    into.take(64 << 10).read_to_end(&mut verdict).await.map_err(|e| cut("writing", name, &e))?;
-    serde_json::from_slice::<Result<SubstrateInfo, Fault>>(&verdict)
-        .map_err(|e| Fault::new(Code::Damaged, format!("the verdict on '{name}': {e}")))?
 }

@@ -18,28 +18,35 @@
 //! ```
 
 mod arrive;
+pub(crate) mod bring;
+mod depart;
+mod exec;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
 mod recover;
+mod settle;
 #[cfg(test)]
 mod tests;
+mod warrants;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use godwit_transfer::Revocations;
+use godwit_transfer::{Authority, Revocations};
 use godwit_types::{Generation, Mib, Name, OpId, SiteKind, SubstrateKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use utoipa::ToSchema;
 
+pub use exec::GuestProcess;
+
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::Ops;
-use crate::registry::{Registry, SiteRecord, SiteReport, SubstrateRecord, VmRecord};
-use crate::site::{Call, SiteHost, SiteRequest, SubstrateInfo};
+use crate::registry::{Registry, SiteRecord, SiteReport, VmRecord};
+use crate::site::{Call, SiteHost, SiteRequest};
 
 /// How long a site stays usable without a report.
 pub const LEASE: Duration = Duration::from_secs(15);
@@ -115,8 +122,12 @@ struct Sites {
 pub struct Controller {
     registry: Arc<Registry>,
     ops: Arc<Ops>,
+    authority: Arc<Authority>,
     sites: Sites,
+    bringing: bring::Bringing,
     operator: Name,
+    /// One machine at a time is entered: what may run once only is not entered twice.
+    entering: std::sync::Mutex<()>,
     /// How long a machine is waited for that lacks something of a site that is away.
     patience: Duration,
 }
@@ -147,22 +158,30 @@ pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
 }
 
 impl Controller {
-    /// A controller on `registry`; `operator` owns what is made.
+    /// A controller on `registry`; `operator` owns what is made, `authority` signs warrants.
     #[must_use]
-    pub fn new(registry: Arc<Registry>, operator: Name) -> Arc<Self> {
-        Self::with_patience(registry, operator, arrive::RECOVER_LIMIT)
+    pub fn new(registry: Arc<Registry>, operator: Name, authority: Arc<Authority>) -> Arc<Self> {
+        Self::with_patience(registry, operator, authority, arrive::RECOVER_LIMIT)
     }
 
     /// As [`Controller::new`]; a machine that lacks something of a site that is away is waited for
     /// no longer than `patience`.
     #[must_use]
-    pub fn with_patience(registry: Arc<Registry>, operator: Name, patience: Duration) -> Arc<Self> {
+    pub fn with_patience(
+        registry: Arc<Registry>,
+        operator: Name,
+        authority: Arc<Authority>,
+        patience: Duration,
+    ) -> Arc<Self> {
         Arc::new(Self {
             patience,
+            authority,
             ops: Ops::new(registry.clone()),
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
+            bringing: bring::Bringing::default(),
             operator,
+            entering: std::sync::Mutex::default(),
         })
     }
 
@@ -267,12 +286,11 @@ impl Controller {
 
     /// Enters what a site has reported, holds and runs.
     async fn take_over(&self, host: &Arc<dyn SiteHost>, report: &SiteReport) -> Result<(), Fault> {
-        for s in host.substrates().await? {
-            self.adopt_substrate(host.name(), s)?;
-        }
+        let report = self.adopt_substrates(host, report.clone()).await?;
         self.registry
             .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
             .map_err(registry_fault)?;
+        self.registry.substrates_damaged(host.name(), &report.damaged).map_err(registry_fault)?;
         self.settle_machines(host).await
     }
 
@@ -347,38 +365,6 @@ impl Controller {
         match tokio::time::timeout(limit, wait).await {
             Ok(h) => Ok(h),
             Err(_) => self.host(name),
-        }
-    }
-
-    pub(crate) fn adopt_substrate(
-        &self,
-        site: &Name,
-        info: SubstrateInfo,
-    ) -> Result<SubstrateRecord, Fault> {
-        match self.registry.substrate(&info.id.to_string()) {
-            Ok(s) => {
-                self.registry.substrate_holder(s.id, site, true).map_err(registry_fault)?;
-                Ok(s)
-            }
-            Err(crate::registry::RegistryError::NotFound { .. }) => {
-                let record = SubstrateRecord {
-                    id: info.id,
-                    name: info.name,
-                    kind: info.kind,
-                    owner: info.owner,
-                    image: info.image,
-                    arch: info.arch,
-                    memory: info.memory,
-                    vcpus: info.vcpus,
-                    raw_bytes: info.raw_bytes,
-                    stored_bytes: info.stored_bytes,
-                    created: info.created,
-                    holders: [site.clone()].into(),
-                };
-                self.registry.substrate_add(&record).map_err(registry_fault)?;
-                Ok(record)
-            }
-            Err(e) => Err(registry_fault(e)),
         }
     }
 

@@ -16,11 +16,12 @@ mod records;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
-use godwit_types::{Code, CodedError, Generation, Name, OpId, SubstrateId, VmId};
+use godwit_types::{Code, CodedError, Generation, Hash, Name, OpId, SubstrateId, VmId};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -109,6 +110,18 @@ pub enum RegistryError {
     /// The object is in use.
     #[error("{0}")]
     Busy(String),
+    /// A site holds something else under a substrate's id.
+    #[error("site '{site}' holds {found} under the id of substrate '{name}', which is {wanted}")]
+    OtherContent {
+        /// The site.
+        site: Name,
+        /// The substrate.
+        name: Name,
+        /// The content that its id stands for.
+        wanted: Hash,
+        /// What the site has.
+        found: Hash,
+    },
     /// The site is no longer trusted.
     #[error("site '{0}' was revoked")]
     Revoked(Name),
@@ -118,8 +131,13 @@ impl CodedError for RegistryError {
     fn code(&self) -> Code {
         match self {
             Self::Open { source, .. } | Self::Database(source) if is_full(source) => Code::NoRoom,
+            Self::Open { source, .. } | Self::Database(source)
+                if matches!(**source, redb::Error::Corrupted(_)) =>
+            {
+                Code::Damaged
+            }
             Self::Open { .. } | Self::Database(_) => Code::Internal,
-            Self::Format { .. } | Self::Damaged { .. } => Code::Damaged,
+            Self::Format { .. } | Self::Damaged { .. } | Self::OtherContent { .. } => Code::Damaged,
             Self::NotFound { .. } => Code::NotFound,
             Self::Exists { .. } => Code::Exists,
             Self::Fenced { .. } => Code::Fenced,
@@ -209,7 +227,10 @@ impl Registry {
     }
 
     fn open_db(path: &Path) -> Result<Database> {
-        Database::create(path)
+        // Every page has a checksum; without the check redb trusts what it reads.
+        Database::builder()
+            .set_check_integrity_on_open(true)
+            .create(path)
             .map_err(|e| RegistryError::Open { path: path.to_owned(), source: Box::new(e.into()) })
     }
 
@@ -421,8 +442,76 @@ impl Registry {
                 s.holders.insert(site.clone());
             } else {
                 s.holders.remove(site);
+                s.damaged.remove(site);
             }
             put(tx, SUBSTRATES, &id.to_string(), &s)
+        })
+    }
+
+    /// Enters `site` as a holder of a substrate with this content. The first to tell of a substrate
+    /// says what its content is. Writes only what is new.
+    ///
+    /// # Errors
+    /// [`RegistryError::OtherContent`]: the site holds something else, and is no holder.
+    pub fn substrate_seen(
+        &self,
+        id: SubstrateId,
+        site: &Name,
+        content: Hash,
+    ) -> Result<SubstrateRecord> {
+        let not_found = || RegistryError::NotFound { what: "substrate", key: id.to_string() };
+        let old: SubstrateRecord = self.get(SUBSTRATES, &id.to_string())?.ok_or_else(not_found)?;
+        if let Some(wanted) = old.content.filter(|wanted| *wanted != content) {
+            if old.holders.contains(site) {
+                self.substrate_holder(id, site, false)?;
+            }
+            let (site, name) = (site.clone(), old.name);
+            return Err(RegistryError::OtherContent { site, name, wanted, found: content });
+        }
+        self.substrate_change(id, |s| {
+            s.holders.insert(site.clone());
+            s.content = Some(content);
+        })
+    }
+
+    /// Takes a site's word of which substrates are damaged there. Writes only what is new.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn substrates_damaged(
+        &self,
+        site: &Name,
+        damaged: &BTreeMap<SubstrateId, String>,
+    ) -> Result<()> {
+        for s in self.substrates()? {
+            if s.damaged.get(site) != damaged.get(&s.id) {
+                self.substrate_change(s.id, |s| match damaged.get(&s.id) {
+                    Some(why) => drop(s.damaged.insert(site.clone(), why.clone())),
+                    None => drop(s.damaged.remove(site)),
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn substrate_change(
+        &self,
+        id: SubstrateId,
+        change: impl Fn(&mut SubstrateRecord),
+    ) -> Result<SubstrateRecord> {
+        let old = self.substrate(&id.to_string())?;
+        let mut new = old.clone();
+        change(&mut new);
+        if new == old {
+            return Ok(old);
+        }
+        self.write(|tx| {
+            let key = id.to_string();
+            let mut s: SubstrateRecord = take(tx, SUBSTRATES, &key)?
+                .ok_or_else(|| RegistryError::NotFound { what: "substrate", key: key.clone() })?;
+            change(&mut s);
+            put(tx, SUBSTRATES, &key, &s)?;
+            Ok(s)
         })
     }
 

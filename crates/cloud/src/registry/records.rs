@@ -1,10 +1,10 @@
 //! What the registry keeps.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use godwit_types::{
-    Arch, Code, Generation, InvalidTransition, Mib, MigrationId, Name, OpId, OpState, SiteKind,
-    SiteState, SubstrateId, SubstrateKind, VmId, VmState,
+    Arch, Code, Generation, Hash, InvalidTransition, Mib, MigrationId, Name, OpId, OpState,
+    SiteKind, SiteState, SubstrateId, SubstrateKind, VmId, VmState,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -67,6 +67,9 @@ pub struct SiteReport {
     pub vms: u32,
     /// Substrates whose every page and block is there.
     pub substrates: BTreeSet<SubstrateId>,
+    /// Substrates of which something was found damaged there, and what; a few of them.
+    #[serde(default)]
+    pub damaged: BTreeMap<SubstrateId, String>,
     /// Images that are there.
     pub images: BTreeSet<Name>,
     /// Round trip from the center in milliseconds, once measured.
@@ -100,6 +103,12 @@ pub struct SubstrateRecord {
     pub created: UnixMs,
     /// Sites that hold all of it.
     pub holders: BTreeSet<Name>,
+    /// The hash of all that it is; a site that holds anything else under its id does not hold it.
+    #[serde(default)]
+    pub content: Option<Hash>,
+    /// Holders at which something of it was found damaged, and what.
+    #[serde(default)]
+    pub damaged: BTreeMap<Name, String>,
 }
 
 /// An execution environment.
@@ -136,6 +145,11 @@ pub struct VmRecord {
     /// Part of it is still at the site that it moved from.
     #[serde(default)]
     pub arriving: Option<Arriving>,
+    /// Warrants that count no more: sites for which one was made out, and up to which generation.
+    /// The machine never ran there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(value_type = Object)]
+    pub voided: BTreeMap<Name, Generation>,
 }
 
 /// What a machine that runs at its destination still has elsewhere.
@@ -151,6 +165,12 @@ pub struct Arriving {
 }
 
 impl VmRecord {
+    /// From now on the machine has this generation; what is below it needs no mention any more.
+    pub fn reach(&mut self, generation: Generation) {
+        self.generation = generation;
+        self.voided.retain(|_, g| *g > generation);
+    }
+
     /// Changes the state by the table of [`VmState`].
     ///
     /// # Errors

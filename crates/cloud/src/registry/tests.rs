@@ -32,6 +32,7 @@ fn vm(n: &str) -> VmRecord {
         moving_to: None,
         reason: None,
         arriving: None,
+        voided: Default::default(),
     }
 }
 
@@ -60,6 +61,8 @@ fn substrate(n: &str) -> SubstrateRecord {
         stored_bytes: 1,
         created: UnixMs(1),
         holders: BTreeSet::new(),
+        content: None,
+        damaged: std::collections::BTreeMap::new(),
     }
 }
 

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use godwit_transfer::Revocations;
+use bytes::Bytes;
+use godwit_transfer::{Revocations, Warrant};
 use godwit_types::{
     ActivateReport, Arch, DockReport, Generation, Hash, Mib, MigrationId, Name, SubstrateId,
     SubstrateKind, VmId, VmState,
@@ -59,13 +60,20 @@ pub struct NewMachine {
     pub name: Name,
     /// Its generation.
     pub generation: Generation,
+    /// The center's word that it may run at this site.
+    pub warrant: Warrant,
     /// What from.
     pub origin: Origin,
     /// Memory, if not the image's own (cold boot only).
     pub memory: Option<Mib>,
     /// vCPUs, if not the image's own (cold boot only).
     pub vcpus: Option<u8>,
+    /// The content that the substrate must have (activation only).
+    pub content: Option<Hash>,
 }
+
+/// The generation of a machine whose record at its site is damaged; no machine has it.
+pub const UNKNOWN_GENERATION: Generation = Generation(0);
 
 /// A machine at a site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -76,6 +84,9 @@ pub struct MachineStatus {
     pub name: Name,
     /// Its generation, as this site knows it.
     pub generation: Generation,
+    /// The center's word that it may run at this site; none in what the center sends, and none of a
+    /// machine from before there were any.
+    pub warrant: Option<Warrant>,
     /// Running, stopped, failed, ...; `Moving` for one that is on its way in or out.
     pub state: VmState,
     /// The image below it.
@@ -117,6 +128,8 @@ pub struct SubstrateInfo {
     pub stored_bytes: u64,
     /// When it was docked.
     pub created: UnixMs,
+    /// The hash of all that it is.
+    pub content: Hash,
     /// What docking took, in the answer to the request that docked it.
     pub dock: Option<DockReport>,
 }
@@ -171,30 +184,29 @@ pub struct ConsoleTail {
 }
 
 /// A program for a guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestProgram {
     /// Its path in the guest.
     pub path: String,
     /// Its arguments.
-    #[serde(default)]
     pub args: Vec<String>,
-    /// Its standard input, as text.
-    #[serde(default)]
-    pub input: String,
-    /// Seconds that it may take; 60 when left out.
-    pub within_s: Option<u32>,
+    /// Its standard input.
+    pub input: Bytes,
 }
 
 /// What a program in a guest did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestOutput {
     /// Its exit code; none when a signal ended it.
     pub exit: Option<i64>,
-    /// What it printed; bytes that are no UTF-8 are replaced.
-    pub stdout: String,
+    /// The signal that ended it.
+    pub signal: Option<i64>,
+    /// What it printed.
+    pub stdout: Bytes,
     /// What it printed as errors.
-    pub stderr: String,
+    pub stderr: Bytes,
+    /// There was more of one of them than the guest's agent keeps.
+    pub truncated: bool,
 }
 
 /// A site's pool.
@@ -210,6 +222,10 @@ pub struct PoolReport {
     pub stored_bytes: u64,
     /// Bytes that the memory tier holds.
     pub memory_bytes: u64,
+    /// Bytes of tmpfs that sealed memory takes.
+    pub sealed_bytes: u64,
+    /// Bytes that it may take before what no machine maps is dropped.
+    pub sealed_limit_bytes: u64,
     /// Room left on disk in bytes.
     pub free_bytes: u64,
     /// QEMUs that wait for a substrate.
@@ -247,6 +263,8 @@ pub enum SiteRequest {
         vm: VmId,
         /// Its new generation.
         generation: Generation,
+        /// The center's word for that.
+        warrant: Warrant,
     },
     /// Powers a machine off; its disk is kept.
     VmStop {
@@ -298,12 +316,21 @@ pub enum SiteRequest {
         /// What.
         text: String,
     },
-    /// Runs a program in the guest, by its agent.
+    /// Starts a program in the guest, by its agent.
     VmExec {
         /// Which.
         vm: VmId,
         /// What.
         program: GuestProgram,
+    },
+    /// Waits until a program that `VmExec` started has ended. The guest tells that once.
+    VmExecWait {
+        /// Which.
+        vm: VmId,
+        /// The program's process in the guest.
+        pid: u64,
+        /// Milliseconds to wait, at most.
+        within_ms: u32,
     },
     /// Makes ready for a machine that is to come.
     MigratePrepare {
@@ -313,6 +340,8 @@ pub enum SiteRequest {
         machine: MachineStatus,
         /// Its generation here.
         generation: Generation,
+        /// The center's word that it may run here.
+        warrant: Warrant,
         /// The site it comes from, as in its certificate.
         from: Name,
         /// What the migrate rooms of both sites must agree on, opaque to the center.
@@ -423,6 +452,16 @@ pub enum SiteRequest {
     },
     /// Substrates.
     Substrates,
+    /// Removes an image that nothing here uses, with its older builds.
+    ImageDelete {
+        /// Which.
+        name: Name,
+    },
+    /// The machines here that need a substrate.
+    SubstrateUsers {
+        /// Which.
+        id: SubstrateId,
+    },
     /// Removes a substrate.
     SubstrateDelete {
         /// Which.
@@ -460,8 +499,10 @@ pub enum SiteReply {
     Console(ConsoleTail),
     /// To `VmScreenshot`: PNG.
     Screenshot(Vec<u8>),
-    /// To `VmExec`.
-    Executed(GuestOutput),
+    /// To `VmExec`: the program's process in the guest.
+    Executing(u64),
+    /// To `VmExecWait`; none while the program runs.
+    Executed(Option<GuestOutput>),
     /// To `MigrateManifest`.
     Manifest(Vec<u8>),
     /// To `MigratePrepare` and `MigrateResumeIn`.
@@ -472,6 +513,8 @@ pub enum SiteReply {
     Sent(Vec<u8>),
     /// To `MigrateReceived`: what the destination measured, for the migrate room.
     Received(Vec<u8>),
+    /// To `SubstrateUsers`.
+    Names(Vec<Name>),
     /// To `Pool`.
     Pool(PoolReport),
     /// To `PoolCheck`.
@@ -493,12 +536,14 @@ impl SiteReply {
             Self::Substrates(_) => "Substrates",
             Self::Console(_) => "Console",
             Self::Screenshot(_) => "Screenshot",
+            Self::Executing(_) => "Executing",
             Self::Executed(_) => "Executed",
             Self::Manifest(_) => "Manifest",
             Self::Incoming(_) => "Incoming",
             Self::Stand(_) => "Stand",
             Self::Sent(_) => "Sent",
             Self::Received(_) => "Received",
+            Self::Names(_) => "Names",
             Self::Pool(_) => "Pool",
             Self::Checked(_) => "Checked",
         }
@@ -518,7 +563,7 @@ pub enum StreamRequest {
         /// The machine.
         vm: VmId,
     },
-    /// A substrate to read.
+    /// A substrate to read, in the frames of `site/frames.rs`.
     SubstrateExport {
         /// Which.
         id: SubstrateId,
@@ -527,6 +572,8 @@ pub enum StreamRequest {
     SubstrateImport {
         /// Its name here, if not its own.
         name: Option<Name>,
+        /// The content that it must have, unless any will do.
+        content: Option<Hash>,
     },
 }
 

@@ -21,10 +21,12 @@ mod destination;
 mod disk;
 mod error;
 mod frame;
+mod handover;
 mod pacer;
 mod round;
 mod source;
 mod status;
+mod waits;
 mod wire;
 
 pub use config::{RelayConfig, RelayDisk, RelayRole};

@@ -22,6 +22,7 @@ use super::{
     Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayRole,
     RelayStatus, unless_aborted,
 };
+use crate::clock::{self, ClockId, Compare, Exchange};
 
 /// How much is read from QEMU at once, in bytes.
 const READ: usize = 256 << 10;
@@ -38,6 +39,7 @@ pub(super) async fn run(
 ) -> Result<Outcome, RelayError> {
     let listener = super::listen(&config.qemu, "listening for QEMU on")?;
     let mut source = unless_aborted(commands, Source::join(config, endpoint, status)).await?;
+    source.compare_clocks().await?;
     source.publish();
     let worked = source.work(&listener, commands).await;
     let _ = std::fs::remove_file(&config.qemu);
@@ -66,6 +68,7 @@ struct Source<'a> {
     status: &'a watch::Sender<RelayStatus>,
     link: Link,
     core: SourceCore,
+    clocks: Compare,
     packer: Packer,
     steering: (LaneSender, LaneReceiver),
     bulk: LaneSender,
@@ -188,6 +191,7 @@ impl<'a> Source<'a> {
             status,
             link,
             core: SourceCore::new(config.resume, config.memory),
+            clocks: Compare::default(),
             packer: Packer::new(),
             steering,
             bulk,
@@ -204,6 +208,7 @@ impl<'a> Source<'a> {
 
     fn publish(&self) {
         let (phase, counts) = (self.core.phase(), self.core.counts());
+        let clock = self.clocks.best();
         let phase = if self.done && self.main_over { RelayPhase::Done } else { phase };
         let rtt_us = u64::try_from(self.link.rtt().as_micros()).unwrap_or(u64::MAX);
         self.status.send_if_modified(|s| {
@@ -211,11 +216,12 @@ impl<'a> Source<'a> {
             let bytes = BytesMoved { disk: s.counts.bytes.disk, ..counts.bytes };
             let (disk_blocks, disk_left) = (s.counts.disk_blocks, s.counts.disk_left);
             let counts = Counts { bytes, disk_blocks, disk_left, ..counts };
-            let changed = s.phase != phase || s.counts != counts;
+            let changed = s.phase != phase || s.counts != counts || s.clock != clock;
             s.phase = phase;
             s.committed = phase >= RelayPhase::Committed;
             s.counts = counts;
             s.rtt_us = rtt_us;
+            s.clock = clock;
             changed
         });
     }
@@ -240,14 +246,16 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Whether the other side was lost while the machine stands still, so that it is the driver
-    /// who has to find out where it may run.
+    /// Whether the other side was lost while the machine stands still or is about to, so that it is
+    /// the driver who has to find out where it may run. A QEMU whose connection is closed in the
+    /// midst of that can't be taken back.
     fn uncertain(&self, e: &RelayError) -> bool {
         let lost = matches!(
             e,
             RelayError::Lane { .. } | RelayError::PeerAborted(_) | RelayError::Protocol(_)
         );
-        lost && self.core.phase() == RelayPhase::Stopped
+        let switch = RelayPhase::Switching..=RelayPhase::Stopped;
+        lost && switch.contains(&self.core.phase())
     }
 
     /// Handles one event; tells whether everything is over.
@@ -295,16 +303,26 @@ impl<'a> Source<'a> {
                         return Err(RelayError::Aborted(why));
                     }
                     RelayCommand::Reclaim => {
-                        let held = RelayPhase::Switching..=RelayPhase::Stopped;
-                        self.reclaim = held.contains(&self.core.phase());
+                        let phase = self.core.phase();
+                        if phase < RelayPhase::Switching {
+                            // QEMU was not let switch: without a connection its machine runs on.
+                            let _ = answer.send(true);
+                            let why = "the machine is brought back before its switch";
+                            return Err(RelayError::Aborted(why.into()));
+                        }
+                        self.reclaim = phase <= RelayPhase::Stopped;
                         self.reclaim
                     }
                     RelayCommand::Finish => false,
                 };
+                // Before the answer: the driver takes QEMU to be on its way then.
+                self.tell_qemu().await?;
                 let _ = answer.send(accepted);
             }
             Event::Connected(stream) => {
                 if self.main.is_none() {
+                    let number = std::os::fd::AsRawFd::as_raw_fd(&stream);
+                    self.status.send_modify(|s| s.qemu_socket = Some(number));
                     self.main = Some(Channel::new(stream));
                 } else {
                     self.preempt = Some(Channel::new(stream));
@@ -312,18 +330,17 @@ impl<'a> Source<'a> {
                 }
             }
             Event::Main(bytes) if bytes.is_empty() => {
-                if self.core.shut() != Some(0) {
+                if self.core.shut() != Some(0) && !self.core.released() {
                     return Err(RelayError::QemuClosed("the source QEMU"));
                 }
                 self.main = None;
                 self.main_over = true;
             }
             Event::Main(bytes) => {
+                let before = (self.core.phase(), self.core.has_device_state());
                 self.core.on_main(&bytes)?;
-                let asked = self.core.take_asked();
-                if let (false, Some(main)) = (asked.is_empty(), &mut self.main) {
-                    main.write(&asked, "asking QEMU for the first pages").await?;
-                }
+                self.tell_qemu().await?;
+                self.held_at(before).await;
             }
             Event::Preempt(bytes) if bytes.is_empty() => {
                 // QEMU closes it at its end; the main channel tells whether that was in order.
@@ -333,18 +350,24 @@ impl<'a> Source<'a> {
             Event::Preempt(bytes) => self.core.on_preempt(&bytes)?,
             Event::Back(Some(frame)) => {
                 let back = self.core.on_back(&frame)?;
-                if let Some(main) = &mut self.main {
+                if let (Some(main), false) = (&mut self.main, self.core.released()) {
                     main.write(&back, "writing QEMU's return path").await?;
                 }
             }
             Event::Back(None) => return Err(RelayError::Protocol("the return path has ended")),
             Event::Note(Some(Note::Ack(frames))) => {
                 self.core.on_ack(frames.into(), Instant::now());
+                self.compare_clocks().await?;
+            }
+            Event::Note(Some(Note::ClockIs { sent, arrived, replied, clock })) => {
+                let exchange = Exchange { sent, arrived, replied, returned: clock::now() };
+                self.clocks.answer(exchange, clock.same(ClockId::here()));
+                self.compare_clocks().await?;
             }
             Event::Note(Some(Note::DiskAck(frames))) => self.disk_pacer.on_ack(frames.into()),
             Event::Note(Some(Note::Done)) => self.done = true,
             Event::Note(Some(Note::Abort { why, .. })) => return Err(RelayError::PeerAborted(why)),
-            Event::Note(Some(Note::Ready)) => {}
+            Event::Note(Some(Note::Ready | Note::Clock { .. })) => {}
             Event::Note(None) => return Err(RelayError::Protocol("it has left")),
         }
         self.send_all().await?;
@@ -353,6 +376,15 @@ impl<'a> Source<'a> {
             return Ok(true);
         }
         Ok(false)
+    }
+
+    /// Asks the destination for its time, when it is time to.
+    async fn compare_clocks(&mut self) -> Result<(), RelayError> {
+        let sent = clock::now();
+        if self.clocks.ask(sent) {
+            tell(&mut self.steering.0, Note::Clock { sent }).await?;
+        }
+        Ok(())
     }
 
     async fn send_all(&mut self) -> Result<(), RelayError> {
@@ -373,9 +405,28 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
-    /// The destination is lost and the machine stands still. QEMU is held until the driver says
-    /// where it may run: an abort leaves QEMU's post-copy paused, a reclaim takes its stream to
-    /// the end, after which the machine can go on at the source with all it had at STOP.
+    /// The steps at which tests hold a relay. `before` is where it was before it read on.
+    async fn held_at(&self, before: (RelayPhase, bool)) {
+        if !before.1 && self.core.has_device_state() {
+            godwit_hold::at("relay.packaged").await;
+        } else if before.0 < RelayPhase::Stopped && self.core.phase() == RelayPhase::Stopped {
+            godwit_hold::at("relay.stopped").await;
+        }
+    }
+
+    /// Writes what the relay has to say to QEMU of its own accord.
+    async fn tell_qemu(&mut self) -> Result<(), RelayError> {
+        let words = self.core.take_asked();
+        match &mut self.main {
+            Some(main) if !words.is_empty() => main.write(&words, "steering QEMU").await,
+            _ => Ok(()),
+        }
+    }
+
+    /// The destination is lost and the machine stands still, or is about to. QEMU is read until its
+    /// device state is here, since it answers nobody before, and then held until the driver says
+    /// where the machine may run: an abort leaves QEMU's post-copy paused, a reclaim takes its stream
+    /// to the end, after which the machine can go on at the source with all it had at STOP.
     async fn hold(
         &mut self,
         lost: RelayError,
@@ -384,27 +435,49 @@ impl<'a> Source<'a> {
     ) -> Result<Outcome, RelayError> {
         tracing::warn!(error = %lost.in_full(), "the destination was lost before the commit point was seen");
         self.status.send_modify(|s| s.lost = Some(lost.in_full()));
-        while let Some((command, answer)) = commands.recv().await {
-            match command {
-                RelayCommand::Reclaim => {
-                    let _ = answer.send(true);
-                    return self.reclaim(listener).await;
+        loop {
+            let wanted = !self.core.has_device_state();
+            tokio::select! {
+                asked = commands.recv() => match asked {
+                    Some((RelayCommand::Reclaim, answer)) => {
+                        let _ = answer.send(true);
+                        return self.reclaim(listener).await;
+                    }
+                    Some((RelayCommand::Abort { why }, answer)) => {
+                        let _ = answer.send(true);
+                        return Err(RelayError::Aborted(why));
+                    }
+                    Some((_, answer)) => {
+                        let _ = answer.send(false);
+                    }
+                    None => return Err(lost),
+                },
+                bytes = read_some(&mut self.main, "reading QEMU's device state"), if wanted => {
+                    self.drain(&bytes?).await?;
+                    self.publish();
                 }
-                RelayCommand::Abort { why } => {
-                    let _ = answer.send(true);
-                    return Err(RelayError::Aborted(why));
-                }
-                _ => {
-                    let _ = answer.send(false);
+                accepted = listener.accept(), if self.preempt.is_none() => {
+                    if let Ok((stream, _)) = accepted {
+                        self.preempt = Some(Channel::new(stream));
+                    }
                 }
             }
         }
-        Err(lost)
+    }
+
+    /// Takes bytes of QEMU's main channel that go nowhere.
+    async fn drain(&mut self, bytes: &[u8]) -> Result<(), RelayError> {
+        if bytes.is_empty() {
+            return Err(RelayError::QemuClosed("the source QEMU"));
+        }
+        self.core.on_main(bytes)?;
+        while self.core.next_frame().is_some() {}
+        self.tell_qemu().await
     }
 
     async fn reclaim(&mut self, listener: &UnixListener) -> Result<Outcome, RelayError> {
-        let mut said = false;
-        loop {
+        let mut said = self.core.released();
+        while self.main.is_some() {
             tokio::select! {
                 bytes = read_some(&mut self.preempt, "draining QEMU's preempt channel") => {
                     if bytes?.is_empty() {
@@ -418,25 +491,25 @@ impl<'a> Source<'a> {
                 }
                 bytes = read_some(&mut self.main, "draining QEMU's main channel") => {
                     let bytes = bytes?;
-                    if bytes.is_empty() {
-                        return if said {
-                            Ok(Outcome::Reclaimed)
-                        } else {
-                            Err(RelayError::QemuClosed("the source QEMU"))
-                        };
+                    if bytes.is_empty() && said {
+                        self.main = None;
+                    } else {
+                        self.drain(&bytes).await?;
                     }
-                    self.core.on_main(&bytes)?;
                 }
             }
-            while self.core.next_frame().is_some() {}
             if self.core.stream_ended() && !said {
-                let mut shut = Vec::new();
-                ReturnMessage::Shut(0).encode(&mut shut);
-                if let Some(main) = &mut self.main {
-                    main.write(&shut, "ending QEMU's migration").await?;
+                if !self.core.released() {
+                    let mut shut = Vec::new();
+                    ReturnMessage::Shut(0).encode(&mut shut);
+                    if let Some(main) = &mut self.main {
+                        main.write(&shut, "ending QEMU's migration").await?;
+                    }
                 }
                 said = true;
             }
         }
+        // Without a main channel QEMU never began, or has ended in good order.
+        if said { Ok(Outcome::Reclaimed) } else { Err(RelayError::QemuClosed("the source QEMU")) }
     }
 }

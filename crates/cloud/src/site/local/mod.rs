@@ -1,19 +1,26 @@
 //! This host as a site: its machines, images and pool.
 //!
 //! A machine is a QEMU process of its own session. The daemon that started it may end; the next
-//! one finds the machine by its record and adopts it. A record outlives its machine as a
-//! tombstone with the highest generation seen, so that an older one is refused for good.
+//! one finds the machine by its record and adopts it. Of a machine that left, the highest generation
+//! seen stays, so that an older one is refused for good.
 
+mod adopt;
 mod dirs;
+mod exec;
 mod machines;
 mod moves;
 mod pool;
+mod quit;
 mod record;
 mod relays;
 mod report;
 mod resume;
 mod sched;
+mod scrub;
+mod tombs;
+mod users;
 mod waiting;
+mod warrant;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -23,24 +30,48 @@ use async_trait::async_trait;
 use godwit_image::{Image, ImageCache, Recipe};
 use godwit_qemu::{Accel, Machine};
 use godwit_transfer::{Revocations, Trust};
-use godwit_types::{Arch, Code, Generation, Name, VmId};
+use godwit_types::{Arch, Code, Generation, Name, VmId, VmState};
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, RwLock};
+use tokio::sync::{Mutex, RwLock, Semaphore};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     ByteStream, Call, ConsoleTail, ImageInfo, SiteHost, SiteReply, SiteRequest, StreamRequest,
+    UNKNOWN_GENERATION,
 };
 use crate::error::Fault;
 use crate::ops::Progress;
 
 pub use dirs::SiteDirs;
 use record::MachineRecord;
+pub(crate) use users::in_use;
 
 /// One machine of this site. Its lock is held while something changes it, so that two requests
 /// for one machine take turns.
 struct Entry {
     record: MachineRecord,
     machine: Option<Machine>,
+    /// It is being started, without the lock; cancelled when it is not wanted any more.
+    starting: Option<CancellationToken>,
+}
+
+impl Entry {
+    fn new(record: MachineRecord, machine: Option<Machine>) -> Self {
+        Self { record, machine, starting: None }
+    }
+
+    /// The state of a machine that is in a change, whatever its QEMU says; a machine of which
+    /// nothing is known has failed.
+    fn changing(&self) -> Option<VmState> {
+        if self.record.generation == UNKNOWN_GENERATION {
+            return Some(VmState::Failed);
+        }
+        match &self.record.unfinished {
+            _ if self.starting.is_some() => Some(VmState::Starting),
+            Some(record::Unfinished::Docking { .. }) => Some(VmState::Docking),
+            Some(record::Unfinished::Activating) | None => None,
+        }
+    }
 }
 
 /// How a site is run.
@@ -54,6 +85,9 @@ pub struct SiteOptions {
     pub pool_bytes: u64,
     /// Bytes of encoded pages that the store keeps in memory.
     pub store_memory_bytes: u64,
+    /// Bytes of tmpfs that sealed memory may take before what no machine maps is dropped; half of
+    /// that tmpfs when left out.
+    pub memory_cache_bytes: Option<u64>,
     /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
@@ -76,6 +110,7 @@ impl SiteOptions {
             relay_program,
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
+            memory_cache_bytes: None,
             waiting: 1,
             co_schedule: false,
             link_patience: godwit_transfer::PATIENCE,
@@ -91,6 +126,9 @@ pub struct LocalSite {
     accel: BTreeMap<&'static str, Accel>,
     qemu: String,
     machines: RwLock<BTreeMap<VmId, Arc<Mutex<Entry>>>>,
+    tombs: tombs::Tombs,
+    /// Activations that go on at once.
+    turns: Arc<Semaphore>,
     pool: godwit_substrate::Pool,
     shells: godwit_substrate::Shells,
     moves: moves::Moves,
@@ -104,6 +142,11 @@ impl std::fmt::Debug for LocalSite {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("LocalSite").field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+/// How many activations go on at once: each waits for its guest half of the time.
+fn at_once() -> usize {
+    2 * std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 const fn arch_key(arch: Arch) -> &'static str {
@@ -146,6 +189,7 @@ impl LocalSite {
         let sched = std::sync::Mutex::new(options.co_schedule.then(sched::start).flatten());
         waiting::sweep(&dirs).await;
         let shells = waiting::shells(&pool, &dirs);
+        let tombs = tombs::Tombs::open(dirs.tombs())?;
         let site = Arc::new_cyclic(|me| Self {
             name,
             dirs,
@@ -153,6 +197,8 @@ impl LocalSite {
             accel,
             qemu,
             machines: RwLock::default(),
+            tombs,
+            turns: Arc::new(Semaphore::new(at_once())),
             pool,
             shells,
             moves: moves::Moves::default(),
@@ -162,6 +208,8 @@ impl LocalSite {
             me: me.clone(),
         });
         site.adopt_all().await?;
+        site.sweep_strays().await;
+        scrub::start(&site);
         Ok(site)
     }
 
@@ -248,7 +296,7 @@ impl LocalSite {
     /// Takes the center's list of revoked certificates. It counts at once, also when it cannot be
     /// kept for the next daemon.
     fn take_revocations(&self, list: Revocations) -> Result<(), Fault> {
-        if !self.trust.revoke(list.clone()) {
+        if !self.trust.revoke(list.clone()).map_err(|e| Fault::of(&e))? {
             return Ok(());
         }
         tracing::info!(number = list.number, "a newer list of revoked certificates");
@@ -257,6 +305,9 @@ impl LocalSite {
 
     /// Refuses a request with an older generation than the site has seen.
     fn fence(record: &MachineRecord, given: Generation) -> Result<(), Fault> {
+        if !given.is_sane() {
+            return Err(Fault::invalid(format!("no machine has generation {given}")));
+        }
         if given < record.generation {
             return Err(Fault::new(
                 Code::Fenced,
@@ -278,6 +329,13 @@ impl LocalSite {
 pub fn images_of(cache: &ImageCache) -> Result<Vec<ImageInfo>, Fault> {
     let built = cache.list().map_err(|e| Fault::of(&e))?;
     let mut out: Vec<_> = built.iter().map(image_info).collect();
+    for (info, image) in out.iter_mut().zip(&built) {
+        info.fault = match cache.damage(image) {
+            Ok(path) => path.map(|path| format!("{} is damaged; build it again", path.display())),
+            Err(e) => Some(crate::error::chain(&e)),
+        };
+        info.built = info.fault.is_none();
+    }
     for name in Recipe::names() {
         if out.iter().any(|i| i.name == name) {
             continue;
@@ -334,8 +392,10 @@ impl SiteHost for LocalSite {
         let (vm, display) = match request {
             StreamRequest::Console { vm } => (vm, false),
             StreamRequest::Display { vm } => (vm, true),
-            StreamRequest::SubstrateExport { id } => return self.export(id),
-            StreamRequest::SubstrateImport { name } => return Ok(self.import(name)),
+            StreamRequest::SubstrateExport { id } => return self.export(id).await,
+            StreamRequest::SubstrateImport { name, content } => {
+                return Ok(self.import(name, content));
+            }
         };
         let entry = self.entry(vm).await?;
         let entry = entry.lock().await;
@@ -361,8 +421,8 @@ impl LocalSite {
             }
             SiteRequest::Machines => SiteReply::Machines(self.list_machines().await),
             SiteRequest::VmNew(new) => SiteReply::Machine(self.create(new, call).await?),
-            SiteRequest::VmStart { vm, generation } => {
-                SiteReply::Machine(self.restart(vm, generation, call).await?)
+            SiteRequest::VmStart { vm, generation, warrant } => {
+                SiteReply::Machine(self.restart(vm, generation, warrant, call).await?)
             }
             SiteRequest::VmStop { vm, generation, force } => {
                 self.power_off(vm, generation, force, call).await?;
@@ -397,13 +457,21 @@ impl LocalSite {
                 SiteReply::Done
             }
             SiteRequest::VmExec { vm, program } => {
-                SiteReply::Executed(self.exec(vm, program).await?)
+                SiteReply::Executing(self.exec(vm, program).await?)
+            }
+            SiteRequest::VmExecWait { vm, pid, within_ms } => {
+                SiteReply::Executed(self.exec_wait(vm, pid, within_ms).await?)
             }
             SiteRequest::VmDock { vm, generation, substrate, name, kind, owner } => {
                 let want = pool::Dock { vm, generation, substrate, name, kind, owner };
-                SiteReply::Substrate(self.dock(want, call).await?)
+                SiteReply::Substrate(self.whole()?.dock(want, call).await?)
+            }
+            SiteRequest::ImageDelete { name } => {
+                self.image_delete(name).await?;
+                SiteReply::Done
             }
             SiteRequest::Substrates => SiteReply::Substrates(self.substrates()?),
+            SiteRequest::SubstrateUsers { id } => SiteReply::Names(self.substrate_users(id).await),
             SiteRequest::SubstrateDelete { id } => {
                 self.substrate_delete(id).await?;
                 SiteReply::Done
@@ -413,10 +481,17 @@ impl LocalSite {
             SiteRequest::MigrateManifest { vm, generation } => {
                 SiteReply::Manifest(self.manifest(vm, generation).await?)
             }
-            SiteRequest::MigratePrepare { migration, machine, generation, from, manifest } => {
+            SiteRequest::MigratePrepare {
+                migration,
+                machine,
+                generation,
+                warrant,
+                from,
+                manifest,
+            } => {
                 let me = self.whole()?;
                 SiteReply::Incoming(
-                    me.prepare(migration, machine, generation, from, &manifest).await?,
+                    me.prepare(migration, machine, generation, warrant, from, &manifest).await?,
                 )
             }
             SiteRequest::MigrateSend { vm, generation, to, scheme } => {

@@ -1,28 +1,34 @@
 //! The pool of this host: docking, activating, carrying substrates in and out.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use godwit_qemu::NicBackend;
 use godwit_substrate::{
-    ActivateRequest, Becomes, DockRequest, Identity, Place, Pool, PoolDirs, Substrate,
+    ActivateRequest, Becomes, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
     SubstrateError, activate, dock_convert,
 };
-use godwit_types::{DockReport, Generation, Name, SubstrateId, SubstrateKind, VmId};
+use godwit_types::{DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::Mutex;
 use tokio_util::io::SyncIoBridge;
+use tokio_util::sync::CancellationToken;
 
-use super::machines::{coded, joined, status};
-use super::record::{Below, MachineRecord, Meant};
+use super::machines::{coded, joined};
+use super::record::{Below, MachineRecord, Meant, Unfinished};
 use super::{Entry, LocalSite};
 use crate::error::Fault;
 use crate::ops::Progress;
+use crate::site::frames::FrameWriter;
 use crate::site::{
     ByteStream, Call, CheckReport, MachineStatus, NewMachine, PoolReport, SubstrateInfo,
 };
 
 /// Bytes that a substrate's stream buffers between its two ends.
 const PIPE: usize = 1 << 20;
+
+/// How long an activation keeps others waiting at most.
+const TURN: Duration = Duration::from_secs(3);
 
 /// A substrate to be docked.
 pub(super) struct Dock {
@@ -48,17 +54,36 @@ impl LocalSite {
             substrates: dirs.data.join("substrates"),
             memory: dirs.memory.join("substrates"),
         };
-        Pool::open(dirs, store, site.pool_bytes).map_err(coded)
+        let memory = dirs.memory.clone();
+        let pool = Pool::open(dirs, store, site.pool_bytes).map_err(coded)?;
+        let half = rustix::fs::statvfs(&memory)
+            .map(|s| s.f_blocks.saturating_mul(s.f_frsize) / 2)
+            .map_err(|e| Fault::io("asking for the size of", &memory, &e.into()))?;
+        pool.set_memory_budget(site.memory_cache_bytes.unwrap_or(half));
+        Ok(pool)
     }
 
     /// Turns a machine into a substrate. The machine runs on when that fails.
-    pub(super) async fn dock(&self, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
+    pub(super) async fn dock(
+        self: Arc<Self>,
+        want: Dock,
+        call: Call,
+    ) -> Result<SubstrateInfo, Fault> {
+        // On a task of its own: it must come to its end when the caller goes away.
+        tokio::spawn(async move { self.dock_here(want, call).await }).await.map_err(joined)?
+    }
+
+    async fn dock_here(self: &Arc<Self>, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
         let entry = self.entry(want.vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, want.generation)?;
         Self::steady(&e.record)?;
         let machine = super::running(&e)?.clone();
-        let image = self.image_by_hash(&e.record)?;
+        if e.starting.is_some() {
+            return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name)));
+        }
+        // What the guest has read from a damaged base or layer is in its memory, too.
+        let image = self.sound_disk(&e.record).await?;
         call.progress(Progress {
             stage: "dock".into(),
             note: "the guest is being quiesced, then its memory is stored".into(),
@@ -69,11 +94,39 @@ impl LocalSite {
             name: want.name,
             kind: want.kind,
             owner: want.owner,
-            image,
+            image: image.clone(),
+            stop: DockStop::default(),
         };
-        let image = request.image.clone();
-        let (substrate, report) =
-            dock_convert(&machine, &self.pool, request).await.map_err(coded)?;
+        let dir = self.dirs.vm(want.vm);
+        let nics = machine.launch().nics;
+        e.record.unfinished = Some(Unfinished::Docking { substrate: want.substrate, nics });
+        e.record.save(&dir)?;
+        let stop = request.stop.clone();
+        let docked = {
+            let docking = dock_convert(&machine, &self.pool, request);
+            tokio::pin!(docking);
+            tokio::select! {
+                docked = &mut docking => docked,
+                () = call.cancel.cancelled() => {
+                    // Comes to its end either way: undone, or docked when the commit came first.
+                    stop.stop();
+                    docking.await
+                }
+            }
+        };
+        let (substrate, report) = match docked {
+            Ok(docked) => docked,
+            Err(error @ SubstrateError::NotRunningOn { .. }) => {
+                drop(e);
+                self.bring_back(want.vm, machine);
+                return Err(coded(error));
+            }
+            Err(error) => {
+                e.record.unfinished = None;
+                e.record.save(&dir)?;
+                return Err(coded(error));
+            }
+        };
         // What every activation needs is made now, so that the first one does not wait for it.
         let (pool, id) = (self.pool.clone(), substrate.id);
         tokio::task::spawn_blocking(move || {
@@ -84,7 +137,11 @@ impl LocalSite {
         // The machine has ended; what is left of it is its substrate.
         e.machine = None;
         e.record.generation = want.generation;
-        self.bury(&mut e)?;
+        if let Err(error) = self.bury(&mut e).await {
+            tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
+            e.record.meant = Meant::Gone;
+            self.machines.write().await.remove(&want.vm);
+        }
         self.pool.forget_clone(want.vm);
         Ok(info(&substrate, Some(report)))
     }
@@ -97,11 +154,20 @@ impl LocalSite {
         call: Call,
     ) -> Result<MachineStatus, Fault> {
         let substrate = self.pool.get(id).map_err(coded)?;
+        if let Some(wanted) = new.content.filter(|wanted| *wanted != substrate.content()) {
+            let found = substrate.content();
+            return Err(coded(SubstrateError::OtherContent {
+                name: substrate.name,
+                wanted,
+                found,
+            }));
+        }
         let mac = godwit_qemu::MacAddress::from_seed(mac_seed(new.vm));
         let record = MachineRecord {
             vm: new.vm,
             name: new.name.clone(),
             generation: new.generation,
+            warrant: Some(new.warrant),
             meant: Meant::Running,
             image: substrate.image.clone(),
             image_hash: substrate.image_hash,
@@ -113,30 +179,69 @@ impl LocalSite {
             below: Below::Substrate(id),
             migration: None,
             reason: None,
+            unfinished: Some(Unfinished::Activating),
         };
+        self.give_way(record.memory, id).await;
         self.check_room(record.memory)?;
         let image = self.sound_image(&record).await?;
-        let entry = self.enter(record.clone()).await?;
-        let mut locked = entry.lock().await;
+        let (entry, wanted) = self.enter_starting(record.clone()).await?;
         call.progress(Progress {
             stage: "activate".into(),
             note: format!("from substrate {}", substrate.name),
             ..Progress::default()
         });
-        let made = self.activate_entered(&record, &substrate, image.clone()).await;
-        match made {
-            Ok(activated) => {
-                self.keep_waiting(id, image, activated.machine.launch().accel);
-                locked.machine = Some(activated.machine);
-                let mut status = status(&mut locked).await;
-                status.activate = Some(activated.report);
+        let made = async {
+            let cancel = wanted.child_token();
+            let activating =
+                self.activate_entered(&record, &substrate, image.clone(), cancel.clone());
+            tokio::pin!(activating);
+            let activated = tokio::select! {
+                activated = &mut activating => activated?,
+                () = call.cancel.cancelled() => {
+                    cancel.cancel();
+                    activating.await?
+                }
+            };
+            let mut e = entry.lock().await;
+            if wanted.is_cancelled() {
+                activated.machine.kill().await;
+                return Err(Fault::cancelled());
+            }
+            let accel = activated.machine.launch().accel;
+            // Until this is written, a restart of the daemon takes the activation back.
+            e.record.unfinished = None;
+            if let Err(f) = e.record.save(&self.dirs.vm(record.vm)) {
+                activated.machine.kill().await;
+                return Err(f);
+            }
+            e.machine = Some(activated.machine);
+            Ok((activated.report, accel))
+        };
+        match made.await {
+            Ok((report, accel)) => {
+                self.keep_waiting(id, image, accel);
+                let mut status = self.started(&entry).await?;
+                status.activate = Some(report);
                 Ok(status)
             }
             Err(f) => {
-                drop(locked);
-                self.leave(record.vm).await;
+                self.withdraw(&entry, record.vm).await;
                 Err(f)
             }
+        }
+    }
+
+    /// Ends QEMUs that wait for other substrates while there is no room for a machine of `memory`
+    /// beside what they keep in use.
+    async fn give_way(&self, memory: godwit_types::Mib, id: SubstrateId) {
+        let mut others = self.shells.kept();
+        others.retain(|other| *other != id);
+        others.sort_unstable();
+        for other in others {
+            if self.check_room(memory).is_ok() {
+                return;
+            }
+            self.shells.drop_line(other).await;
         }
     }
 
@@ -145,10 +250,13 @@ impl LocalSite {
         record: &MachineRecord,
         substrate: &Substrate,
         image: godwit_image::Image,
+        cancel: CancellationToken,
     ) -> Result<godwit_substrate::Activated, Fault> {
         let dir = self.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
-        record.save(&dir)?;
+        // A crash of the host leaves no machine that it could tell of.
+        record.save_quick(&dir)?;
+        godwit_hold::at("activate.recorded").await;
         let identity = match substrate.kind {
             SubstrateKind::Private => None,
             SubstrateKind::Public | SubstrateKind::Restricted => {
@@ -168,8 +276,33 @@ impl LocalSite {
             identity,
             nic: Some(NicBackend::Isolated),
             accel: self.accel(record.arch)?,
+            cancel,
         };
-        activate(&self.pool, Some(&self.shells), request).await.map_err(coded)
+        // More at once than the host has CPUs would make each of them slower, and ask the guests
+        // oftener how far they are. One that hangs lets the next one in all the same.
+        let turn = self.turns.clone().acquire_owned().await.map_err(|_| Fault::cancelled())?;
+        let turn = tokio::spawn(async move {
+            tokio::time::sleep(TURN).await;
+            drop(turn);
+        });
+        let activated = activate(&self.pool, Some(&self.shells), request).await.map_err(coded);
+        turn.abort();
+        let activated = activated?;
+        godwit_hold::at("activate.plugged").await;
+        Ok(activated)
+    }
+
+    /// The image of a machine that is to be docked or to move, and the layer below it, verified.
+    pub(super) async fn sound_disk(
+        &self,
+        record: &MachineRecord,
+    ) -> Result<godwit_image::Image, Fault> {
+        let image = self.sound_image(record).await?;
+        if let Below::Substrate(id) = record.below {
+            let (pool, here) = (self.pool.clone(), image.clone());
+            blocking(move || pool.prepare_layer(id, &here).map(drop)).await?;
+        }
+        Ok(image)
     }
 
     /// The substrates that are here.
@@ -193,6 +326,8 @@ impl LocalSite {
             raw_bytes: substrates.iter().map(|s| s.sizes.raw_bytes + s.sizes.disk_bytes).sum(),
             stored_bytes: stats.pack_bytes,
             memory_bytes: stats.memory_bytes,
+            sealed_bytes: self.pool.sealed_bytes().0,
+            sealed_limit_bytes: self.pool.memory_budget(),
             free_bytes: super::report::free_mib(&self.dirs.data)? << 20,
             waiting: self.waiting(),
         })
@@ -207,29 +342,48 @@ impl LocalSite {
         damaged.extend(found.store.bad_entries.iter().map(named("its index entry is malformed")));
         damaged.extend(found.store.missing.iter().map(named("it is not there")));
         damaged.extend(found.broken.iter().map(|(id, why)| format!("substrate {id}: {why}")));
+        let images = self.images.clone();
+        let check = move || {
+            let all = images.list().map_err(|e| Fault::of(&e))?;
+            Ok::<_, Fault>(
+                all.into_iter()
+                    .filter_map(|image| {
+                        let found = images.scrub(&image).err()?;
+                        Some(format!("image {}: {}", image.name, crate::error::chain(&found)))
+                    })
+                    .collect::<Vec<_>>(),
+            )
+        };
+        damaged.extend(tokio::task::spawn_blocking(check).await.map_err(joined)??);
         Ok(CheckReport { units: found.store.units, damaged })
     }
 
-    /// A substrate as a stream to read; an archive.
-    pub(super) fn export(&self, id: SubstrateId) -> Result<ByteStream, Fault> {
-        self.pool.get(id).map_err(coded)?;
+    /// A substrate as a stream to read: an archive in frames. Refused before its first byte when
+    /// something of it is damaged.
+    pub(super) async fn export(&self, id: SubstrateId) -> Result<ByteStream, Fault> {
+        let pool = self.pool.clone();
+        blocking(move || pool.verify_units(id)).await?;
         let (near, far) = tokio::io::duplex(PIPE);
         let pool = self.pool.clone();
         tokio::task::spawn_blocking(move || {
-            // A reader that sees the stream end early finds the archive truncated and refuses it.
-            if let Err(e) = pool.export(id, SyncIoBridge::new(far)) {
-                tracing::warn!(%id, error = %crate::error::chain(&e), "an export broke off");
+            let mut to = FrameWriter::new(SyncIoBridge::new(far));
+            let done = pool.export(id, &mut to).map(drop).map_err(coded);
+            if let Err(f) = &done {
+                tracing::warn!(%id, error = %f, "an export broke off");
+            }
+            if let Err(error) = to.end(done.as_ref().copied()) {
+                tracing::info!(%id, %error, "an export has no reader any more");
             }
         });
         Ok(Box::pin(near))
     }
 
     /// A stream to write a substrate to; after its end the site answers with one event.
-    pub(super) fn import(&self, name: Option<Name>) -> ByteStream {
+    pub(super) fn import(&self, name: Option<Name>, content: Option<Hash>) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
         let (pool, site) = (self.pool.clone(), self.name.clone());
         tokio::spawn(async move {
-            let becomes = Becomes { owner: None, name };
+            let becomes = Becomes { owner: None, name, content };
             if let Err(e) = take_in(pool, site, becomes, far).await {
                 tracing::warn!(error = %e, "an import's answer could not be delivered");
             }
@@ -237,28 +391,71 @@ impl LocalSite {
         Box::pin(near)
     }
 
-    /// Enters a machine that is being made; nobody else can make it meanwhile.
+    /// Enters a machine that is being made; nobody else can make it meanwhile. No machine's lock is
+    /// waited for while the list of all is locked.
     pub(super) async fn enter(&self, record: MachineRecord) -> Result<Arc<Mutex<Entry>>, Fault> {
-        let mut all = self.machines.write().await;
-        if let Some(e) = all.get(&record.vm) {
-            let e = e.lock().await;
-            Self::fence(&e.record, record.generation)?;
-            if e.record.meant != Meant::Gone {
-                return Err(Fault::new(
-                    godwit_types::Code::Exists,
-                    format!("machine '{}' is here already", e.record.name),
-                ));
+        let here = |record: &MachineRecord| {
+            Fault::new(
+                godwit_types::Code::Exists,
+                format!("machine '{}' is here already", record.name),
+            )
+        };
+        let entry = Arc::new(Mutex::new(Entry::new(record.clone(), None)));
+        let there = {
+            let mut all = self.machines.write().await;
+            match all.get(&record.vm) {
+                Some(e) => Some(Arc::clone(e)),
+                None => {
+                    // One that left at this generation or a later one does not come back by it.
+                    if let Some(seen) = self.tombs.get(record.vm)
+                        && record.generation <= seen
+                    {
+                        return Err(Fault::new(
+                            godwit_types::Code::Fenced,
+                            format!(
+                                "machine '{}' left '{}' at generation {seen}; generation {} may no \
+                                 longer act",
+                                record.name, self.name, record.generation
+                            ),
+                        ));
+                    }
+                    all.insert(record.vm, Arc::clone(&entry));
+                    None
+                }
             }
-        }
-        let entry = Arc::new(Mutex::new(Entry { record: record.clone(), machine: None }));
-        all.insert(record.vm, entry.clone());
-        Ok(entry)
+        };
+        let Some(there) = there else { return Ok(entry) };
+        let e = there.lock().await;
+        Self::fence(&e.record, record.generation)?;
+        Err(here(&record))
     }
 
-    /// Takes back [`LocalSite::enter`] with all files.
+    /// As [`LocalSite::enter`], a machine that starts until [`LocalSite::started`]; what is also
+    /// returned is cancelled once it is not wanted any more.
+    pub(super) async fn enter_starting(
+        &self,
+        record: MachineRecord,
+    ) -> Result<(Arc<Mutex<Entry>>, CancellationToken), Fault> {
+        let entry = self.enter(record).await?;
+        let wanted = CancellationToken::new();
+        entry.lock().await.starting = Some(wanted.clone());
+        Ok((entry, wanted))
+    }
+
+    /// Takes back [`LocalSite::enter`] with all files; what is known of earlier generations stays.
     pub(super) async fn leave(&self, vm: VmId) {
         self.clear(vm);
         self.machines.write().await.remove(&vm);
+    }
+
+    /// As [`LocalSite::leave`], unless somebody has removed it already.
+    pub(super) async fn withdraw(&self, entry: &Mutex<Entry>, vm: VmId) {
+        let mut e = entry.lock().await;
+        if e.record.meant != Meant::Gone {
+            e.record.meant = Meant::Gone;
+            e.starting = None;
+            self.leave(vm).await;
+        }
     }
 }
 
@@ -306,6 +503,7 @@ pub(super) fn info(s: &Substrate, dock: Option<DockReport>) -> SubstrateInfo {
         raw_bytes: s.sizes.raw_bytes,
         stored_bytes: s.sizes.stored_bytes,
         created: crate::clock::UnixMs(s.docked_unix_ms),
+        content: s.content(),
         dock,
     }
 }
