@@ -18,9 +18,11 @@
 //! ```
 
 mod arrive;
+mod ask;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
+mod rebuild;
 mod recover;
 #[cfg(test)]
 mod tests;
@@ -40,6 +42,9 @@ use crate::error::Fault;
 use crate::ops::Ops;
 use crate::registry::{Registry, SiteRecord, SiteReport, SubstrateRecord, VmRecord};
 use crate::site::{Call, SiteHost, SiteRequest, SubstrateInfo};
+
+pub use ask::{ANSWER_WITHIN, Unanswered};
+pub(crate) use ask::ask_all;
 
 /// How long a site stays usable without a report.
 pub const LEASE: Duration = Duration::from_secs(15);
@@ -199,6 +204,7 @@ impl Controller {
             kind,
             joined: old.map_or(now, |s| s.joined),
             lease_until: now.plus(LEASE),
+            last_seen: now,
             revoked: false,
             report: report.clone(),
         };
@@ -221,6 +227,9 @@ impl Controller {
         if hosts.get(name).is_some_and(|h| Arc::ptr_eq(h, host)) {
             hosts.remove(name);
             drop(hosts);
+            if let Err(error) = self.registry.site_away(name) {
+                tracing::warn!(site = %name, %error, "when it was seen last is not written down");
+            }
             self.sites.changes.send_modify(|n| *n += 1);
             tracing::warn!(site = %name, "not reachable any more");
         }
@@ -236,7 +245,7 @@ impl Controller {
     /// Sends the list of revoked certificates to one site.
     pub async fn tell_revocations(&self, host: &Arc<dyn SiteHost>, list: &Revocations) {
         let request = SiteRequest::Revocations(list.clone());
-        let told = tokio::time::timeout(LEASE, host.tell(request, Call::quiet())).await;
+        let told = tokio::time::timeout(ANSWER_WITHIN, host.tell(request, Call::quiet())).await;
         let told = told.unwrap_or_else(|_| Err(Fault::unavailable("it did not answer")));
         if let Err(error) = told {
             tracing::warn!(site = %host.name(), %error, "not told of revoked certificates");
@@ -267,8 +276,11 @@ impl Controller {
 
     /// Enters what a site has reported, holds and runs.
     async fn take_over(&self, host: &Arc<dyn SiteHost>, report: &SiteReport) -> Result<(), Fault> {
-        for s in host.substrates().await? {
-            self.adopt_substrate(host.name(), s)?;
+        // One that is new there is looked at; the report names the rest.
+        if !self.registry.holds_all(host.name(), &report.substrates) {
+            for s in host.substrates().await? {
+                self.adopt_substrate(host.name(), s)?;
+            }
         }
         self.registry
             .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
@@ -283,8 +295,16 @@ impl Controller {
         let mut missed = 0;
         loop {
             tick.tick().await;
-            match tokio::time::timeout(LEASE, self.refresh(&host)).await {
+            let report = tokio::time::timeout(LEASE, self.refresh(&host));
+            // A site that takes long to tell what it has is there; one that is stopped is not.
+            let (reported, ()) = tokio::join!(report, self.check_answers(&host));
+            match reported {
                 Ok(Ok(_)) => missed = 0,
+                // It is there, and what it says of itself is not used: its lease runs out.
+                Ok(Err(f)) if f.code == godwit_types::Code::Damaged => {
+                    missed = 0;
+                    tracing::warn!(site = %host.name(), error = %f, "its report is refused");
+                }
                 Ok(Err(f)) => {
                     missed += 1;
                     tracing::debug!(site = %host.name(), error = %f, "no report");
@@ -318,7 +338,7 @@ impl Controller {
         Err(Fault::unavailable(format!(
             "site '{}' is not connected (last heard of {})",
             site.name,
-            UnixMs(site.lease_until.0.saturating_sub(LEASE.as_millis() as u64)).rfc3339()
+            site.last_seen.rfc3339()
         ))
         .hint("its daemon reconnects by itself; see: godwit site list"))
     }
@@ -350,6 +370,24 @@ impl Controller {
         }
     }
 
+    /// A substrate that is new to the registry.
+    fn record_of(site: &Name, info: SubstrateInfo) -> SubstrateRecord {
+        SubstrateRecord {
+            id: info.id,
+            name: info.name,
+            kind: info.kind,
+            owner: info.owner,
+            image: info.image,
+            arch: info.arch,
+            memory: info.memory,
+            vcpus: info.vcpus,
+            raw_bytes: info.raw_bytes,
+            stored_bytes: info.stored_bytes,
+            created: info.created,
+            holders: [site.clone()].into(),
+        }
+    }
+
     pub(crate) fn adopt_substrate(
         &self,
         site: &Name,
@@ -361,20 +399,7 @@ impl Controller {
                 Ok(s)
             }
             Err(crate::registry::RegistryError::NotFound { .. }) => {
-                let record = SubstrateRecord {
-                    id: info.id,
-                    name: info.name,
-                    kind: info.kind,
-                    owner: info.owner,
-                    image: info.image,
-                    arch: info.arch,
-                    memory: info.memory,
-                    vcpus: info.vcpus,
-                    raw_bytes: info.raw_bytes,
-                    stored_bytes: info.stored_bytes,
-                    created: info.created,
-                    holders: [site.clone()].into(),
-                };
+                let record = Self::record_of(site, info);
                 self.registry.substrate_add(&record).map_err(registry_fault)?;
                 Ok(record)
             }

@@ -1,5 +1,5 @@
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use godwit_migrate::hybrid::{Received, Sent};
 use godwit_types::{Arch, Code, OpState, SubstrateId, VmId, VmState};
@@ -25,6 +25,11 @@ struct Paper {
     gone: AtomicBool,
     /// It cannot say how a migration stands.
     silent: AtomicBool,
+    /// It answers nothing at all.
+    hung: AtomicBool,
+    /// What its pool holds, and how often it was asked for that.
+    substrates: Mutex<Vec<SubstrateInfo>>,
+    listed: AtomicUsize,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -54,6 +59,9 @@ impl Paper {
             broken: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             silent: AtomicBool::new(false),
+            hung: AtomicBool::new(false),
+            substrates: Mutex::default(),
+            listed: AtomicUsize::new(0),
         })
     }
     fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
@@ -87,6 +95,10 @@ impl SiteHost for Paper {
         Err(Fault::invalid("no streams on paper"))
     }
     async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+        if self.hung.load(SeqCst) {
+            std::future::pending::<()>().await;
+        }
+        let held = self.substrates.lock().expect("lock").clone();
         match request {
             SiteRequest::Report => Ok(SiteReply::Report(SiteReport {
                 cpus: 2,
@@ -94,6 +106,7 @@ impl SiteHost for Paper {
                 ram_files_free_mib: 8000,
                 disk_free_mib: 8000,
                 images: [name("tiny")].into(),
+                substrates: held.iter().map(|s| s.id).collect(),
                 ..SiteReport::default()
             })),
             SiteRequest::Images => Ok(SiteReply::Images(vec![ImageInfo {
@@ -108,8 +121,12 @@ impl SiteHost for Paper {
                 built: true,
                 fault: None,
             }])),
+            SiteRequest::Ping => Ok(SiteReply::Done),
             SiteRequest::Machines => Ok(SiteReply::Machines(self.all())),
-            SiteRequest::Substrates => Ok(SiteReply::Substrates(vec![])),
+            SiteRequest::Substrates => {
+                self.listed.fetch_add(1, SeqCst);
+                Ok(SiteReply::Substrates(held))
+            }
             SiteRequest::VmNew(n) => {
                 if n.origin == Origin::Image(name("broken")) || n.name == name("unlucky") {
                     return Err(Fault::new(Code::NoRoom, "tmpfs is full"));
@@ -538,4 +555,81 @@ async fn a_machine_that_an_operation_left_between_two_states_is_settled() {
     leave(UnixMs(1));
     w.c.refresh(&host).await.expect("report");
     assert_eq!(state(), VmState::Failed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_site_that_does_not_answer_holds_up_nobody() {
+    let w = world(Send::Works).await;
+    w.cafe.hung.store(true, SeqCst);
+    let host: Arc<dyn SiteHost> = w.cafe.clone();
+    let begun = tokio::time::Instant::now();
+    let all = ask_all(w.c.hosts(), async |host| host.images().await).await;
+    let answered: Vec<_> = all.answers.iter().map(|(site, _)| site.as_str()).collect();
+    assert_eq!(answered, ["center"]);
+    assert_eq!(all.unanswered[0].error.message, "site 'cafe' does not answer");
+    assert!(begun.elapsed() <= ANSWER_WITHIN, "{:?}", begun.elapsed());
+    // Nobody waits for the second site when the first has the image.
+    let begun = tokio::time::Instant::now();
+    running(&w, "a").await;
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+    let e = w.c.image(&name("other")).await.expect_err("not there");
+    assert_eq!(e.message, "no image 'other'; site 'cafe' does not answer");
+
+    // It is placed at, too, until it is seen that it does not answer.
+    let want = || CreateVm { image: Some(name("tiny")), ..CreateVm::default() };
+    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
+    w.c.check_answers(&host).await;
+    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    assert!(a.plan.ends_with("at center"), "{}", a.plan);
+    let e = w.c.migrate("a", to("cafe"), Mode::Act).expect_err("silent");
+    assert_eq!(e.code, Code::Unavailable);
+    assert_eq!(e.message, "no site fits: cafe does not answer");
+    // Its next report makes it usable again.
+    w.cafe.hung.store(false, SeqCst);
+    w.c.check_answers(&host).await;
+    w.c.refresh(&host).await.expect("report");
+    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
+}
+
+fn docked(n: usize) -> SubstrateInfo {
+    SubstrateInfo {
+        id: SubstrateId::new(),
+        name: name(&format!("s-{n}")),
+        kind: SubstrateKind::Restricted,
+        owner: name("operator"),
+        image: name("tiny"),
+        arch: Arch::X86_64,
+        memory: Mib(128),
+        vcpus: 1,
+        raw_bytes: 1,
+        stored_bytes: 1,
+        created: UnixMs::now(),
+        dock: None,
+    }
+}
+
+#[tokio::test]
+async fn idle_sites_cost_the_registry_nothing() {
+    let w = world(Send::Works).await;
+    running(&w, "a").await;
+    let hosts = w.c.hosts();
+    let held: Vec<_> = (0..200).map(docked).collect();
+    for at in [&w.center, &w.cafe] {
+        *at.substrates.lock().expect("lock") = held.clone();
+    }
+    for host in &hosts {
+        w.c.refresh(host).await.expect("report");
+    }
+    let of_all = w.c.registry().substrates().expect("list");
+    assert!(of_all.len() == 200 && of_all.iter().all(|s| s.holders.len() == 2));
+    let (commits, listed) = (w.c.registry().commits(), w.cafe.listed.load(SeqCst));
+    for _ in 0..50 {
+        for host in &hosts {
+            w.c.refresh(host).await.expect("report");
+        }
+    }
+    assert_eq!(w.c.registry().commits(), commits, "nothing durable has changed");
+    assert_eq!(w.cafe.listed.load(SeqCst), listed, "and nothing is told twice");
 }

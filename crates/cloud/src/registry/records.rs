@@ -22,8 +22,12 @@ pub struct SiteRecord {
     pub kind: SiteKind,
     /// When it joined.
     pub joined: UnixMs,
-    /// It is reachable until then; each report moves this on.
+    /// It is reachable until then; each report moves this on, and it ends when the site does not
+    /// answer.
     pub lease_until: UnixMs,
+    /// When it reported last.
+    #[serde(default)]
+    pub last_seen: UnixMs,
     /// Its certificate is no longer accepted.
     pub revoked: bool,
     /// What it last reported.

@@ -48,6 +48,8 @@ pub enum Origin {
     Image(Name),
     /// Activation.
     Substrate(SubstrateId),
+    /// Cold boot of the disk that a substrate stores.
+    StoredDisk(SubstrateId),
 }
 
 /// A machine to be made.
@@ -435,6 +437,8 @@ pub enum SiteRequest {
     /// The certificates that are no longer good. An older list than the one that is there
     /// changes nothing.
     Revocations(Revocations),
+    /// Whether the site answers: done at once.
+    Ping,
 }
 
 /// What the site answers.

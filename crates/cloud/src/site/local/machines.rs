@@ -152,6 +152,10 @@ impl LocalSite {
                 let id = *id;
                 return self.activate(new, id, call).await;
             }
+            Origin::StoredDisk(id) => {
+                let id = *id;
+                return self.boot_stored(new, id, call).await;
+            }
         };
         let (cache, name) = (self.images.clone(), image.clone());
         let image = tokio::task::spawn_blocking(move || {
@@ -216,7 +220,7 @@ impl LocalSite {
     }
 
     /// Starts QEMU and waits for the guest's first answer. On failure no QEMU is left.
-    async fn boot(
+    pub(super) async fn boot(
         &self,
         record: &MachineRecord,
         image: &Image,

@@ -13,6 +13,8 @@ mod relays;
 mod report;
 mod resume;
 mod sched;
+mod screens;
+mod stored;
 mod waiting;
 
 use std::collections::BTreeMap;
@@ -96,6 +98,7 @@ pub struct LocalSite {
     moves: moves::Moves,
     trust: Trust,
     options: SiteOptions,
+    screens: screens::Screens,
     sched: std::sync::Mutex<Option<godwit_sched_host::service::Service>>,
     me: std::sync::Weak<Self>,
 }
@@ -158,6 +161,7 @@ impl LocalSite {
             moves: moves::Moves::default(),
             trust,
             options,
+            screens: screens::Screens::new(screens::SCREENS_AT_ONCE),
             sched,
             me: me.clone(),
         });
@@ -337,6 +341,7 @@ impl SiteHost for LocalSite {
             StreamRequest::SubstrateExport { id } => return self.export(id),
             StreamRequest::SubstrateImport { name } => return Ok(self.import(name)),
         };
+        let place = self.screens.place(&self.name)?;
         let entry = self.entry(vm).await?;
         let entry = entry.lock().await;
         let path = if display {
@@ -347,7 +352,7 @@ impl SiteHost for LocalSite {
         let stream = UnixStream::connect(path).await.map_err(|e| {
             Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
         })?;
-        Ok(Box::pin(stream))
+        Ok(Box::pin(screens::Shown::new(stream, place)))
     }
 }
 
@@ -456,6 +461,7 @@ impl LocalSite {
                 self.whole()?.tell_fate(migration, dead).await?;
                 SiteReply::Done
             }
+            SiteRequest::Ping => SiteReply::Done,
             SiteRequest::Revocations(list) => {
                 self.take_revocations(list)?;
                 SiteReply::Done

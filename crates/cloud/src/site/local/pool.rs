@@ -169,7 +169,18 @@ impl LocalSite {
             nic: Some(NicBackend::Isolated),
             accel: self.accel(record.arch)?,
         };
-        activate(&self.pool, Some(&self.shells), request).await.map_err(coded)
+        let activated = activate(&self.pool, Some(&self.shells), request).await;
+        activated.map_err(|e| {
+            let outdated = matches!(e, SubstrateError::Shape { .. });
+            let fault = coded(e);
+            if outdated {
+                let name = &substrate.name;
+                return fault.hint(format!(
+                    "boot its disk and dock it again: godwit substrate rebuild {name}"
+                ));
+            }
+            fault
+        })
     }
 
     /// The substrates that are here.
