@@ -169,6 +169,11 @@ impl Cloud {
         self.wait_ap();
     }
 
+    /// Starts a daemon and waits only until it says that it serves.
+    pub fn serves(&mut self, which: Daemon) {
+        self.spawn(which, &[]);
+    }
+
     /// Starts the center again that was killed.
     pub fn restart_center(&mut self) {
         self.spawn(Daemon::Center, &[]);
@@ -309,7 +314,7 @@ impl Cloud {
     }
 
     /// Waits until the AP can be asked by its center.
-    fn wait_ap(&self) {
+    pub fn wait_ap(&self) {
         within(BACK_WITHIN, "the AP to be at its center", || {
             let sites = self.json(&["site", "list"])?;
             let cafe = sites.as_array()?.iter().find(|s| s["name"] == "cafe")?.clone();
@@ -494,6 +499,40 @@ impl Cloud {
         process::recorded(&self.site_dir(at).join("run").join(id))
     }
 
+    /// The QEMUs of a site that no record in its run directory names.
+    #[must_use]
+    pub fn stray_qemus(&self, at: Daemon) -> Vec<i32> {
+        let run = self.site_dir(at).join("run");
+        let known: Vec<_> = std::fs::read_dir(&run)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|e| process::recorded(&e.path()))
+            .collect();
+        let run = run.to_str().expect("a path");
+        let all = process::with_word(|w| w.contains(run) && !w.ends_with("relay.json"));
+        all.into_iter().filter(|pid| !known.contains(pid) && process::is_qemu(*pid)).collect()
+    }
+
+    /// Every QEMU that was started for a site, whoever knows of it.
+    #[must_use]
+    pub fn qemus(&self, at: Daemon) -> Vec<i32> {
+        let run = self.site_dir(at).join("run/");
+        let run = run.to_str().expect("a path");
+        let mut all = process::with_word(|w| w.contains(run));
+        all.retain(|pid| process::word(*pid, |w| w.starts_with("qemu-system-")).is_some());
+        all
+    }
+
+    /// The QEMUs of a site that wait for an activation.
+    #[must_use]
+    pub fn waits(&self, at: Daemon) -> Vec<i32> {
+        let runs = std::fs::read_dir(self.site_dir(at).join("run")).into_iter().flatten().flatten();
+        runs.filter(|e| e.file_name().to_string_lossy().starts_with("wait-"))
+            .filter_map(|e| process::recorded(&e.path()))
+            .collect()
+    }
+
     /// The relays of a site.
     #[must_use]
     pub fn relays(&self, at: Daemon) -> Vec<i32> {
@@ -629,8 +668,9 @@ fn program() -> PathBuf {
     let path = std::env::var_os("CARGO_BIN").map_or_else(
         || {
             let me = std::env::current_exe().expect("the path of this program");
-            let dir = me.parent().and_then(Path::parent).expect("a build directory");
-            dir.join("godwit")
+            // Tests lie in a directory below the programs, the tools beside them.
+            let dirs = me.ancestors().skip(1).take(2).map(|dir| dir.join("godwit"));
+            dirs.fold(PathBuf::new(), |found, path| if found.is_file() { found } else { path })
         },
         PathBuf::from,
     );

@@ -48,6 +48,11 @@ pub(crate) fn word(pid: i32, is: impl Fn(&str) -> bool) -> Option<String> {
     words(pid).into_iter().find(|w| is(w))
 }
 
+/// Whether a process is a QEMU.
+pub(crate) fn is_qemu(pid: i32) -> bool {
+    words(pid).first().is_some_and(|w| w.contains("qemu-system-"))
+}
+
 /// The processes, other than this one, with a word on their command line that `is` so.
 pub(crate) fn with_word(is: impl Fn(&str) -> bool) -> Vec<i32> {
     let me = i32::try_from(std::process::id()).unwrap_or(0);

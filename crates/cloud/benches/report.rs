@@ -81,7 +81,8 @@ fn status(vm: &VmRecord) -> MachineStatus {
 fn reports(c: &mut Criterion) {
     let dir = tempfile::tempdir().expect("dir");
     let registry = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("runtime");
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("runtime");
     // The rest is elsewhere.
     for here in [100, 1000] {
         let (site, other) = (name(&format!("site-{here}")), name("elsewhere"));

@@ -3,17 +3,20 @@
 //! ```text
 //! <cache>/by-hash/<hash>/image.json, kernel, initrd, disk, packages.txt   never changed
 //! <cache>/<name> -> by-hash/<hash>                                        moved by rename
-//! <cache>/verified/<hash>       that its files were read and have the right hashes
+//! <cache>/verified/<hash>       that its files were read, when they had been touched before that,
+//!                               and which had another hash than it should
 //! <cache>/debs/, apt/<arch>/    fetched packages and lists, shared by all builds
 //! <cache>/work                  builds in progress; left-overs of a crash are removed
 //! ```
 
+use std::collections::HashMap;
 use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use godwit_types::Name;
+use godwit_types::{Hash, Name};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::apt::Apt;
@@ -30,7 +33,13 @@ pub const DEFAULT_CACHE: &str = "/var/cache/godwit/images";
 pub struct ImageCache {
     dir: PathBuf,
     downloads: PathBuf,
+    /// What this process has found of each image: when its files were touched, and which of them
+    /// was damaged.
+    seen: Arc<Mutex<HashMap<Hash, (String, Option<String>)>>>,
 }
+
+/// Before the damaged file in what is kept of an image that was verified.
+const DAMAGED: &str = "damaged ";
 
 impl ImageCache {
     /// Opens the cache in `dir` and creates it where it is missing.
@@ -44,7 +53,7 @@ impl ImageCache {
             std::fs::create_dir_all(&path).map_err(ImageError::io("creating", &path))?;
         }
         let dir = dir.canonicalize().map_err(ImageError::io("opening", &dir))?;
-        Ok(Self { downloads: dir.clone(), dir })
+        Ok(Self { downloads: dir.clone(), dir, seen: Arc::default() })
     }
 
     /// Keeps fetched packages and package lists in `downloads` instead of in the cache itself, so
@@ -77,7 +86,7 @@ impl ImageCache {
         let hash = target
             .strip_prefix("by-hash")
             .ok()
-            .and_then(|h| h.to_str()?.parse::<godwit_types::Hash>().ok());
+            .and_then(|h| h.to_str()?.parse::<Hash>().ok());
         let Some(hash) = hash else {
             return Err(ImageError::Description {
                 path: link,
@@ -95,26 +104,104 @@ impl ImageCache {
     }
 
     /// Reads the files of `image` and compares them with their hashes, unless that was done before
-    /// and none of them was touched since. Blocks, the first time for as long as reading takes.
+    /// and none of them was touched since. Blocks, the first time for as long as reading takes. A
+    /// bit that the disk turned over by itself touches nothing: [`ImageCache::scrub`] finds it.
     ///
     /// # Errors
     /// As [`Image::verify`].
     pub fn check(&self, image: &Image) -> Result<(), ImageError> {
-        let stamp = self.dir.join("verified").join(image.hash.to_string());
         let now = image.touched()?;
-        if std::fs::read_to_string(&stamp).is_ok_and(|then| then == now) {
-            return Ok(());
+        if let Some((then, fault)) = self.known(image)
+            && then == now
+        {
+            return fault.map_or(Ok(()), |why| Err(self.found_damaged(image, why)));
         }
-        image.verify()?;
+        self.verify(image, now)
+    }
+
+    /// The file of `image` that is damaged, if one is, by what [`ImageCache::check`] finds.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`] when a file cannot be read.
+    pub fn damage(&self, image: &Image) -> Result<Option<PathBuf>, ImageError> {
+        let now = image.touched()?;
+        match self.known(image) {
+            Some((then, fault)) if then == now => Ok(fault.map(PathBuf::from)),
+            _ => match self.verify(image, now) {
+                Err(ImageError::Damaged { path, .. }) => Ok(Some(path)),
+                done => done.map(|()| None),
+            },
+        }
+    }
+
+    /// Reads the files of `image` from the disk, as far as the kernel lets go of what it holds of
+    /// them, and compares them with their hashes, whatever was found before.
+    ///
+    /// # Errors
+    /// As [`Image::verify`].
+    pub fn scrub(&self, image: &Image) -> Result<(), ImageError> {
+        image.let_go();
+        self.verify(image, image.touched()?)
+    }
+
+    fn verify(&self, image: &Image, now: String) -> Result<(), ImageError> {
+        let found = image.verify();
+        let fault = match &found {
+            Ok(()) => None,
+            Err(ImageError::Damaged { path, .. }) => Some(path.display().to_string()),
+            Err(_) => return found,
+        };
         // Touched while it was read: the next one reads it again.
         if image.touched()? == now {
-            let kept = std::fs::create_dir_all(self.dir.join("verified"))
-                .and_then(|()| std::fs::write(&stamp, now));
-            if let Err(error) = kept {
-                tracing::info!(%error, path = %stamp.display(), "it will be verified again");
-            }
+            self.note(image, now, fault);
         }
-        Ok(())
+        found
+    }
+
+    /// What was last found of an image, and when its files were touched before that: those of this
+    /// process, or of another that used the cache.
+    fn known(&self, image: &Image) -> Option<(String, Option<String>)> {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = seen.get(&image.hash) {
+            return Some(found.clone());
+        }
+        drop(seen);
+        let text = std::fs::read_to_string(self.stamp(image)).ok()?;
+        Some(match text.split_once(DAMAGED) {
+            Some((then, why)) => (then.to_owned(), Some(why.trim_end().to_owned())),
+            None => (text, None),
+        })
+    }
+
+    fn note(&self, image: &Image, now: String, fault: Option<String>) {
+        let text = match &fault {
+            Some(why) => format!("{now}{DAMAGED}{why}\n"),
+            None => now.clone(),
+        };
+        let stamp = self.stamp(image);
+        let kept = std::fs::create_dir_all(self.dir.join("verified"))
+            .and_then(|()| std::fs::write(&stamp, text));
+        if let Err(error) = kept {
+            tracing::info!(%error, path = %stamp.display(), "other processes verify it again");
+        }
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.insert(image.hash, (now, fault));
+    }
+
+    fn stamp(&self, image: &Image) -> PathBuf {
+        self.dir.join("verified").join(image.hash.to_string())
+    }
+
+    fn found_damaged(&self, image: &Image, path: String) -> ImageError {
+        let path = PathBuf::from(path);
+        let wanted = image
+            .files()
+            .find(|f| path.file_name().is_some_and(|name| name == f.file.as_str()))
+            .map(|f| f.hash);
+        match (wanted, hash_file(&path)) {
+            (Some(wanted), Ok((found, _))) => ImageError::Damaged { path, found, wanted },
+            _ => ImageError::Description { path, why: "it was found damaged".into() },
+        }
     }
 
     /// All built images, by name. One that cannot be opened is left out and logged.
@@ -169,7 +256,9 @@ impl ImageCache {
 
     async fn make(&self, name: &Name, again: bool, to: Listener<'_>) -> Result<Image, ImageError> {
         let recipe = Recipe::get(name)?;
-        let current = || self.get(name).ok().filter(|i| !again && i.recipe == recipe.hash());
+        let sound = |i: &Image| matches!(self.damage(i), Ok(None));
+        let current =
+            || self.get(name).ok().filter(|i| !again && i.recipe == recipe.hash() && sound(i));
         if let Some(image) = current() {
             tell(to, Stage::Done, Some(1.0), "already built");
             return Ok(image);
@@ -222,9 +311,15 @@ impl ImageCache {
 
         tell(to, Stage::Publishing, None, "hashing");
         let (recipe, cache) = (recipe.clone(), self.dir.clone());
-        tokio::task::spawn_blocking(move || publish(&recipe, &cache, &out)).await.map_err(|e| {
-            ImageError::Io { doing: "publishing", path: self.dir.clone(), source: e.into() }
-        })?
+        let published = tokio::task::spawn_blocking(move || publish(&recipe, &cache, &out));
+        let image = published.await.map_err(|e| ImageError::Io {
+            doing: "publishing",
+            path: self.dir.clone(),
+            source: e.into(),
+        })??;
+        // Its files were hashed a moment ago.
+        self.note(&image, image.touched()?, None);
+        Ok(image)
     }
 
     /// Removes what a build that was killed left behind. The lock is held, so none is running.
@@ -278,6 +373,7 @@ fn publish(recipe: &Recipe, cache: &Path, out: &Path) -> Result<Image, ImageErro
         agent: true,
         app: recipe.app.clone(),
         recipe: recipe.hash(),
+        packages: Some(describe("packages.txt")?),
     };
     let description = out.join("image.json");
     std::fs::write(&description, contents.description())
@@ -290,7 +386,7 @@ fn publish(recipe: &Recipe, cache: &Path, out: &Path) -> Result<Image, ImageErro
     let home = cache.join("by-hash").join(&hash);
     std::fs::set_permissions(out, Permissions::from_mode(0o755))
         .map_err(ImageError::io("protecting", out))?;
-    if Image::open(&home).is_err() {
+    if Image::open(&home).and_then(|there| there.verify()).is_err() {
         // Something damaged may lie there; an image of this hash has these bytes and no others.
         let _ = std::fs::remove_dir_all(&home);
         std::fs::rename(out, &home).map_err(ImageError::io("publishing", &home))?;

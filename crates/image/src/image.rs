@@ -59,6 +59,8 @@ pub struct Image {
     pub app: Option<String>,
     /// Hash of the recipe and the files that it was built with.
     pub recipe: Hash,
+    /// The packages that it was made of, one a line; older images do not name the file.
+    pub packages: Option<FileRef>,
     dir: PathBuf,
 }
 
@@ -79,6 +81,9 @@ pub(crate) struct Contents {
     pub(crate) agent: bool,
     pub(crate) app: Option<String>,
     pub(crate) recipe: Hash,
+    /// Left out where it is not known, so that the hash of an older image stays what it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) packages: Option<FileRef>,
 }
 
 /// `image.json`.
@@ -109,9 +114,9 @@ impl Contents {
         if self.format != FORMAT {
             return Some(format!("format {} is not known, {FORMAT} is", self.format));
         }
-        for file in
-            [Some(&self.kernel), self.initrd.as_ref(), self.disk.as_ref()].into_iter().flatten()
-        {
+        let files =
+            [Some(&self.kernel), self.initrd.as_ref(), self.disk.as_ref(), self.packages.as_ref()];
+        for file in files.into_iter().flatten() {
             let mut parts = Path::new(&file.file).components();
             let plain = matches!(parts.next(), Some(Component::Normal(_)))
                 && parts.next().is_none()
@@ -234,6 +239,7 @@ impl Image {
             agent: c.agent,
             app: c.app,
             recipe: c.recipe,
+            packages: c.packages,
             dir,
         }
     }
@@ -264,7 +270,19 @@ impl Image {
 
     /// All files.
     pub fn files(&self) -> impl Iterator<Item = &FileRef> {
-        [Some(&self.kernel), self.initrd.as_ref(), self.disk.as_ref()].into_iter().flatten()
+        [Some(&self.kernel), self.initrd.as_ref(), self.disk.as_ref(), self.packages.as_ref()]
+            .into_iter()
+            .flatten()
+    }
+
+    /// Asks the kernel to let go of what it holds of the files, so that they are read from the disk.
+    pub(crate) fn let_go(&self) {
+        for file in self.files() {
+            if let Ok(file) = File::open(self.dir.join(&file.file)) {
+                // Advice: what is in use stays.
+                let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+            }
+        }
     }
 
     /// Bytes that the files take on the disk; holes of the base image do not count.
@@ -328,6 +346,7 @@ mod tests {
             agent: true,
             app: None,
             recipe: Hash::of(b"recipe"),
+            packages: None,
         }
     }
 

@@ -64,7 +64,7 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     std::fs::remove_file(place.path("source.qcow2")).unwrap();
     assert!(!target.block_nodes().await.unwrap().contains(&"remote".to_owned()));
 
-    let report = report("center", "cafe", &sent, &received).unwrap();
+    let report = report("center", "cafe", &sent, &received, None).unwrap();
     eprintln!("{}", serde_json::to_string_pretty(&report).unwrap());
     eprintln!("pivot {:?}, {:?} {:?}", received.pivot, sent.counts, received.counts);
     assert!(sent.counts.disk_blocks >= 1500, "6 MiB were written");

@@ -158,6 +158,7 @@ impl Launch {
         paths.check(&self.name)?;
         self.prepare(&paths)?;
         let (child, process) = self.start_process(&paths)?;
+        godwit_hold::at("qemu.started").await;
         let record = Record { process, launch: self };
         if let Err(e) = record.write(&paths) {
             record.process.kill();

@@ -28,7 +28,7 @@ mod spec;
 pub mod stream;
 
 pub use accel::Accel;
-pub use agent::{Agent, AgentError, AgentSession, ExecOutput, Vcpus};
+pub use agent::{Agent, AgentError, AgentSession, ExecOutput, GuestCommand, Vcpus};
 pub use disk::{DiskChain, DiskLayer, Layer, Node};
 pub use error::QemuError;
 pub use keys::{Key, KeyStroke, UnknownCharacter, strokes};
@@ -39,6 +39,6 @@ pub use machine::{
 };
 pub use manifest::{Manifest, ManifestMismatch, versions_fit};
 pub use memory::{MemoryFile, MemoryReader};
-pub use process::{Exit, Process};
+pub use process::{Exit, Process, started_below};
 pub use qmp::{Event, EventCursor, Qmp, QmpError};
 pub use spec::{BootFile, MacAddress, MachineSpec, Nic, NicBackend, SpecError};

@@ -89,6 +89,36 @@ impl Process {
     }
 }
 
+/// Every QEMU of this host that was started with a file below one of `dirs`, those that no record
+/// names included. A QEMU of another site has its files elsewhere.
+#[must_use]
+pub fn started_below(dirs: &[&Path]) -> Vec<Process> {
+    let dirs: Vec<String> = dirs.iter().map(|d| format!("{}/", d.display())).collect();
+    let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    all.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            is_qemu_below(&line, &dirs)
+        })
+        .filter_map(|pid| Process::of(pid).ok())
+        .collect()
+}
+
+/// Whether the words of a command line, each ended by a zero byte, start a QEMU with a file below
+/// one of `dirs`, each of which ends in a slash.
+fn is_qemu_below(line: &[u8], dirs: &[String]) -> bool {
+    let mut words = line.split(|b| *b == 0).map(String::from_utf8_lossy);
+    let program = words.next().unwrap_or_default().into_owned();
+    let qemu = program.rsplit('/').next().is_some_and(|n| n.starts_with("qemu-system-"));
+    // A path begins a word or follows one of the marks of an option.
+    let names = |word: &str, dir: &str| {
+        word.match_indices(dir)
+            .any(|(at, _)| at == 0 || matches!(word.as_bytes()[at - 1], b'=' | b',' | b':' | b'"'))
+    };
+    // In an option a comma of a path is written twice.
+    qemu && words.any(|w| dirs.iter().any(|d| names(&w, d) || names(&w, &d.replace(',', ",,"))))
+}
+
 fn boot_id() -> std::io::Result<String> {
     Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
@@ -139,6 +169,20 @@ mod tests {
         assert!(later.handle().is_none());
         let other_boot = Process { boot_id: "x".into(), ..me };
         assert!(!other_boot.is_alive());
+    }
+
+    #[test]
+    fn a_qemu_is_known_by_the_files_that_it_was_started_with() {
+        let dirs = ["/r/site/run/".to_owned(), "/dev/shm/site/".to_owned()];
+        let below = |words: &[&str]| is_qemu_below(words.join("\0").as_bytes(), &dirs);
+        let qemu = "/usr/bin/qemu-system-x86_64";
+        assert!(below(&[qemu, "-chardev", "socket,id=a,path=/r/site/run/1/a.sock,server=on"]));
+        assert!(below(&[qemu, "-object", "memory-backend-file,mem-path=/dev/shm/site/1"]));
+        assert!(below(&["qemu-system-aarch64", "-blockdev", r#"{"filename":"/r/site/run/x"}"#]));
+        // Another root that ends alike, another site that begins alike, another program.
+        assert!(!below(&[qemu, "-chardev", "socket,path=/other/r/site/run/1/a.sock"]));
+        assert!(!below(&[qemu, "-chardev", "socket,path=/r/site/runner/a.sock"]));
+        assert!(!below(&["tail", "/r/site/run/1/qemu.log"]));
     }
 
     #[tokio::test]

@@ -38,6 +38,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Index`]. Damage is no error here but part of the report.
     pub fn check(&self) -> Result<CheckReport, StoreError> {
+        self.inner.index.check()?;
+        self.inner.packs.let_go();
         let mut report = CheckReport::default();
         let mut all: Vec<(Hash, Loc)> = Vec::new();
         self.inner.index.for_each(|h, loc| match loc {

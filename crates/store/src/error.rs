@@ -117,6 +117,9 @@ impl CodedError for StoreError {
             Self::NoRoom { .. } => Code::NoRoom,
             Self::Busy(_) => Code::Conflict,
             Self::BadUnit(_) => Code::Invalid,
+            Self::Index { source, .. } if matches!(**source, redb::Error::Corrupted(_)) => {
+                Code::Damaged
+            }
             Self::Io { .. } | Self::Index { .. } => Code::Internal,
         }
     }

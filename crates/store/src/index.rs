@@ -24,6 +24,9 @@ const HELD: TableDefinition<'_, (&[u8; 16], u64), &[u8]> = TableDefinition::new(
 
 /// Bytes of redb's own page cache.
 const CACHE_BYTES: usize = 64 << 20;
+/// An index of up to so many bytes is read whole and checked when it is opened; a larger one when
+/// the store is checked.
+const CHECKED_AT_OPEN: u64 = 128 << 20;
 const LOC_LEN: usize = 17;
 
 /// Where a unit's record lies.
@@ -94,7 +97,11 @@ impl Index {
     }
 
     fn open_db(path: &Path) -> Result<Database, StoreError> {
-        Database::builder().set_cache_size(CACHE_BYTES).create(path).map_err(|e| match e {
+        // Every page has a checksum; without the check redb trusts what it reads.
+        let small = std::fs::metadata(path).is_ok_and(|m| m.len() <= CHECKED_AT_OPEN);
+        let mut builder = Database::builder();
+        builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(small);
+        builder.create(path).map_err(|e| match e {
             redb::DatabaseError::DatabaseAlreadyOpen => StoreError::Busy(path.to_owned()),
             e => Self::error(path, "opening", e.into()),
         })
@@ -139,6 +146,22 @@ impl Index {
         match Self::open_db(&self.path) {
             Ok(db) => *guard = Some(db),
             Err(e) => tracing::error!(index = %self.path.display(), error = %e, "index not usable"),
+        }
+    }
+
+    /// Compares every page with its checksum; nothing else uses the index meanwhile.
+    pub(crate) fn check(&self) -> Result<(), StoreError> {
+        let mut guard = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        let db = guard.as_mut().ok_or_else(|| boxed(redb::Error::PreviousIo));
+        let found = db.and_then(|db| db.check_integrity().map_err(boxed));
+        drop(guard);
+        match found {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                tracing::error!(index = %self.path.display(), "the store's index was damaged; redb has repaired it");
+                Ok(())
+            }
+            Err(e) => Err(Self::error(&self.path, "checking", *e)),
         }
     }
 

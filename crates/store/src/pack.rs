@@ -171,6 +171,14 @@ impl Packs {
         lock(&self.state).files.get(&number).map(Arc::clone)
     }
 
+    /// Asks the kernel to let go of what it holds of the packs, so that they are read from the disk.
+    pub(crate) fn let_go(&self) {
+        for file in lock(&self.state).files.values() {
+            // Advice: what is dirty or mapped stays.
+            let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
+        }
+    }
+
     /// Whether the pack is there as far as the end of the record at `loc`.
     pub(crate) fn reaches(&self, loc: &Loc) -> bool {
         let s = lock(&self.state);

@@ -23,7 +23,8 @@ use crate::agent::{AFTER_ACTIVATE, run_script};
 use crate::error::SubstrateError;
 use crate::identity::{Identity, environment};
 use crate::manifest::STATE;
-use crate::pool::{Pool, Ready};
+use crate::pool::Pool;
+use crate::ready::Ready;
 use crate::shells::Shells;
 
 /// How long a restored guest may take to answer.
@@ -207,7 +208,15 @@ async fn activate_here(
 ) -> Result<Activated, SubstrateError> {
     let mut phases = Phases::start();
     let id = request.substrate;
-    let waiting = shells.and_then(|s| s.take(id));
+    let mut waiting = shells.and_then(|s| s.take(id));
+    if let Some((shell, ready)) = &waiting
+        && !still_sound(pool, ready).await
+    {
+        tracing::error!(%id, run_dir = %shell.place.run_dir.display(), "a waiting QEMU has damaged files open; it is ended");
+        if let Some((shell, _)) = waiting.take() {
+            shell.end().await;
+        }
+    }
     let vm = request.place.vm;
     pool.note_clone(id, vm);
     let done = async {
@@ -216,6 +225,7 @@ async fn activate_here(
             Some((shell, ready)) => {
                 let shell = shell.become_machine(&request).await?;
                 phases.end("rename");
+                godwit_hold::at("activate.renamed").await;
                 (shell, ready)
             }
             None => {
@@ -284,8 +294,10 @@ async fn bring_up(
         load(machine, ready).await?;
     }
     phases.end("load");
+    godwit_hold::at("activate.loaded").await;
     machine.run().await.map_err(SubstrateError::machine("starting the vCPUs"))?;
     phases.end("run");
+    godwit_hold::at("activate.running").await;
     let running_ms = phases.elapsed().as_secs_f64() * 1e3;
     let mut agent = machine
         .agent()
@@ -295,9 +307,10 @@ async fn bring_up(
     let first_answer_ms = phases.elapsed().as_secs_f64() * 1e3;
     phases.end("answer");
     let env = environment(identity.as_ref())?;
-    run_script(&mut agent, AFTER_ACTIVATE, &env, RENEW_WITHIN).await?;
+    run_script(&mut agent, AFTER_ACTIVATE, &[], &env, RENEW_WITHIN).await?;
     drop(agent);
     phases.end("renew");
+    godwit_hold::at("activate.identity").await;
     // Until now the guest has no card at all. Its drivers take the only vCPU for a while when one
     // appears, which user programs shall not wait for.
     if let Some(backend) = &request.nic {
@@ -326,6 +339,12 @@ pub(crate) async fn prepare(
     tokio::task::spawn_blocking(move || pool.prepare(id, &image))
         .await
         .map_err(|_| SubstrateError::Worker("preparing a substrate"))?
+}
+
+/// Whether what a waiting QEMU has open is untouched, or was touched and is sound.
+async fn still_sound(pool: &Pool, ready: &Ready) -> bool {
+    let (pool, ready) = (pool.clone(), ready.clone());
+    tokio::task::spawn_blocking(move || pool.is_still_sound(&ready)).await.unwrap_or(false)
 }
 
 /// Copies a small file to a place where none may be yet.

@@ -11,14 +11,24 @@ pub(crate) const BEFORE_DOCK: &str = "/usr/lib/godwit/before-dock";
 /// Renews its identity and lets it go on.
 pub(crate) const AFTER_ACTIVATE: &str = "/usr/lib/godwit/after-activate";
 
+/// The guest's shell.
+pub(crate) const SHELL: &str = "/bin/sh";
+/// Its arguments that end a [`BEFORE_DOCK`] of which nobody waits for the end.
+pub(crate) const END_BEFORE_DOCK: [&str; 2] = [
+    "-c",
+    "for p in /proc/[0-9]*; do read -r name <$p/comm && [ \"$name\" = before-dock ] && \
+     kill -9 ${p#/proc/}; done 2>/dev/null; exit 0",
+];
+
 pub(crate) async fn run_script(
     agent: &mut AgentSession<'_>,
     script: &'static str,
+    args: &[&str],
     env: &[String],
     within: Duration,
 ) -> Result<(), SubstrateError> {
     let out = agent
-        .exec(script, &[], env, &[], within)
+        .exec(script, args, env, &[], within)
         .await
         .map_err(|e| SubstrateError::machine("talking to the guest")(QemuError::Agent(e)))?;
     if out.ok() {

@@ -18,6 +18,7 @@ use godwit_types::{Hash, Name, SubstrateId};
 use crate::error::SubstrateError;
 use crate::manifest::{MAX_JSON, Part, Substrate, disk_map, memory_map};
 use crate::pool::{Parts, Pool};
+use crate::turns::Turn;
 
 const MAGIC: &[u8; 4] = b"GWSA";
 const VERSION: u16 = 1;
@@ -42,6 +43,8 @@ pub struct Becomes {
     pub owner: Option<Name>,
     /// Its name. Under a name of its own it is another substrate, with an id of its own.
     pub name: Option<Name>,
+    /// The content that it must have, as [`Substrate::content`] tells it, unless any will do.
+    pub content: Option<Hash>,
 }
 
 /// A substrate that is coming in. Dropped without [`Import::finish`], it leaves nothing behind.
@@ -52,13 +55,15 @@ pub struct Import {
     parts: Parts,
     lacking: HashSet<Hash>,
     writer: Writer,
+    _turn: Turn,
 }
 
 impl Import {
-    /// Checks `bundle` in full.
+    /// Checks `bundle` in full. Blocks while another import of the same substrate goes on.
     ///
     /// # Errors
-    /// [`SubstrateError::Damaged`], [`SubstrateError::Pages`], [`SubstrateError::Exists`].
+    /// [`SubstrateError::Damaged`], [`SubstrateError::Pages`], [`SubstrateError::Exists`],
+    /// [`SubstrateError::OtherContent`].
     pub fn begin(pool: &Pool, bundle: Bundle, becomes: Becomes) -> Result<Self, SubstrateError> {
         let mut substrate = Substrate::parse(&bundle.json, "the substrate's manifest")?;
         let Bundle { state, pages, disk, .. } = bundle;
@@ -76,6 +81,10 @@ impl Import {
                 "a part does not have the hash in the manifest",
             ));
         }
+        let found = substrate.content();
+        if let Some(wanted) = becomes.content.filter(|wanted| *wanted != found) {
+            return Err(SubstrateError::OtherContent { name: substrate.name, wanted, found });
+        }
         let mut hashes = HashSet::new();
         let memory = memory_map(&pages, substrate.shape.memory, "the memory")?;
         let blocks = disk.as_deref().map(|d| disk_map(d, "the disk")).transpose()?;
@@ -90,6 +99,7 @@ impl Import {
             substrate.name = name;
             substrate.id = SubstrateId::new();
         }
+        let turn = pool.turn(substrate.id);
         pool.is_free(substrate.id, &substrate.name)?;
         let hashes: Vec<Hash> = hashes.into_iter().collect();
         let mut writer = pool
@@ -103,6 +113,7 @@ impl Import {
             parts: Parts { state, pages, disk },
             lacking: lacking.into_iter().collect(),
             writer,
+            _turn: turn,
         })
     }
 
@@ -154,7 +165,8 @@ impl Import {
                 format!("{} units are missing, {hash} among them", self.lacking.len()),
             ));
         }
-        self.pool.publish(self.substrate, &self.parts, self.writer)
+        let new = self.pool.import_dir(self.substrate.id);
+        self.pool.publish_by(&new, self.substrate, &self.parts, self.writer)
     }
 }
 
@@ -190,6 +202,13 @@ impl Pool {
     /// # Errors
     /// As [`Pool::bundle`]; a damaged unit; what `out` says.
     pub fn export(&self, id: SubstrateId, out: impl Write) -> Result<u64, SubstrateError> {
+        let name = self.docked(id)?.substrate.name;
+        let done = self.export_units(id, out).map_err(|e| e.of(&name));
+        self.note_use(id, done.as_ref().err());
+        done
+    }
+
+    fn export_units(&self, id: SubstrateId, out: impl Write) -> Result<u64, SubstrateError> {
         let bundle = self.bundle(id)?;
         let units = self.units(id)?;
         let mut out = Hashing { inner: out, hasher: blake3::Hasher::new(), bytes: 0 };
@@ -240,7 +259,7 @@ impl Pool {
     /// [`SubstrateError::Damaged`] for a foreign, truncated or changed file; as [`Import`].
     pub fn import(&self, from: impl Read, becomes: Becomes) -> Result<Substrate, SubstrateError> {
         let mut from = Hashing { inner: from, hasher: blake3::Hasher::new(), bytes: 0 };
-        let bad = |why: &str| SubstrateError::damaged("the archive", why);
+        let (io, bad) = (SubstrateError::io, |why: &str| SubstrateError::damaged("the archive", why));
         if take::<4>(&mut from)? != *MAGIC {
             return Err(bad("it is not an archive of a substrate"));
         }
@@ -275,7 +294,35 @@ impl Pool {
         if take::<32>(&mut from)? != sum {
             return Err(bad("its checksum does not match"));
         }
+        let more = from.inner.read(&mut [0]).map_err(io("reading", Path::new("the archive")))?;
+        if more > 0 {
+            return Err(bad("there is something behind its end"));
+        }
         import.finish()
+    }
+}
+
+/// Tells whether an archive that passes by ends with the checksum of what came before.
+#[derive(Debug, Default)]
+pub struct ArchiveEnd {
+    hasher: blake3::Hasher,
+    /// The last bytes so far, at most as many as the checksum has.
+    last: Vec<u8>,
+}
+
+impl ArchiveEnd {
+    /// Takes the next bytes.
+    pub fn push(&mut self, part: &[u8]) {
+        self.last.extend_from_slice(part);
+        let body = self.last.len().saturating_sub(blake3::OUT_LEN);
+        self.hasher.update(&self.last[..body]);
+        self.last.drain(..body);
+    }
+
+    /// Whether what came is an archive from its first byte to its last.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.last == self.hasher.finalize().as_bytes()
     }
 }
 

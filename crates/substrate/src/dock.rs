@@ -9,6 +9,8 @@
 //!            cont, NICs plugged again, user programs thawed: it runs on
 //! ```
 //!
+//! The same way back is taken when the process that docked is gone: [`run_on`] needs nothing of it.
+//!
 //! While the guest comes to rest its memory is stored already, as far as that gets: of a page that
 //! does not change until the STOP only the hash is computed again while the machine stands.
 //!
@@ -20,7 +22,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use godwit_disk::FrozenChain;
@@ -36,7 +38,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use tokio::task::JoinHandle;
 
-use crate::agent::{AFTER_ACTIVATE, BEFORE_DOCK, run_script};
+use crate::agent::{AFTER_ACTIVATE, BEFORE_DOCK, END_BEFORE_DOCK, SHELL, run_script};
 use crate::error::SubstrateError;
 use crate::manifest::{FORMAT, MAX_STATE, Part, Shape, Sizes, Substrate, read_bounded};
 use crate::memory::{SealedMemory, room};
@@ -51,6 +53,8 @@ const SCRIPT_WITHIN: Duration = Duration::from_secs(120);
 const SMALL_FILES: u64 = 16 << 20;
 /// Bytes of a running machine's memory stored in one go.
 const WINDOW: u64 = 1 << 20;
+/// Bytes of a stopped machine's memory stored before a request to stop is looked at.
+const GO: u64 = 64 << 20;
 /// The nice value of what stores them: the guest comes to rest first.
 const AHEAD_NICE: i32 = 10;
 /// Blocks put into the store in one go.
@@ -69,6 +73,44 @@ pub struct DockRequest {
     pub owner: Name,
     /// The image that the machine stands on.
     pub image: Image,
+    /// By which it is stopped on request.
+    pub stop: DockStop,
+}
+
+/// Stops a docking on request, as long as that is before its commit. Clones are one.
+#[derive(Debug, Clone, Default)]
+pub struct DockStop(Arc<AtomicU8>);
+
+impl DockStop {
+    const WORKING: u8 = 0;
+    const STOPPED: u8 = 1;
+    const COMMITTED: u8 = 2;
+
+    /// Wants it stopped; whether that came before its commit.
+    pub fn stop(&self) -> bool {
+        self.become_state(Self::STOPPED)
+    }
+
+    fn become_state(&self, state: u8) -> bool {
+        let before =
+            self.0.compare_exchange(Self::WORKING, state, Ordering::SeqCst, Ordering::SeqCst);
+        before.is_ok() || before == Err(state)
+    }
+
+    fn check(&self) -> Result<(), SubstrateError> {
+        match self.0.load(Ordering::SeqCst) {
+            Self::STOPPED => Err(SubstrateError::Cancelled),
+            _ => Ok(()),
+        }
+    }
+
+    /// From here on it is not stopped any more.
+    fn commit(&self) -> Result<(), SubstrateError> {
+        match self.become_state(Self::COMMITTED) {
+            true => Ok(()),
+            false => Err(SubstrateError::Cancelled),
+        }
+    }
 }
 
 /// Converts `machine` into a substrate in `pool`. When this succeeds the machine has ended, its
@@ -76,8 +118,13 @@ pub struct DockRequest {
 /// fails the machine runs on and nothing is left in the pool. The work goes on to its end even
 /// when the future is dropped.
 ///
+/// Whoever may be killed meanwhile writes down before that the machine is being docked, as what,
+/// and with which NICs. Afterwards it is a substrate if the pool has that; if not, [`run_on`] makes
+/// it what it was.
+///
 /// # Errors
-/// [`SubstrateError::AgentSilent`], [`SubstrateError::NoRoom`], [`SubstrateError::Exists`], and
+/// [`SubstrateError::NotRunningOn`] when it is to be called to run on again;
+/// [`SubstrateError::Cancelled`], [`SubstrateError::AgentSilent`], [`SubstrateError::NoRoom`], [`SubstrateError::Exists`], and
 /// what the machine, the disk and the store say.
 pub async fn dock_convert(
     machine: &Machine,
@@ -107,15 +154,19 @@ async fn convert(
         }
     };
     let ahead = Ahead::start(pool, &plan);
+    let stop = request.stop.clone();
     let done = async {
         let rested = quiesce(machine, &nics, &mut agent).await;
         drop(agent);
         rested?;
+        godwit_hold::at("dock.quiesced").await;
+        stop.check()?;
         phases.end("quiesce");
         let stopped = phases.elapsed();
         ahead.enough();
         machine.save_state(&plan.stream).await.map_err(SubstrateError::machine("stopping"))?;
         phases.end("device state");
+        godwit_hold::at("dock.stopped").await;
         Ok::<_, SubstrateError>((phases, stopped))
     };
     let stopped = done.await;
@@ -124,7 +175,8 @@ async fn convert(
     let done = async {
         let (phases, stopped) = stopped?;
         let (plan, pool, writer) = (plan.clone(), pool.clone(), writer?);
-        let docked = tokio::task::spawn_blocking(move || plan.store(&pool, writer, phases))
+        let stop = request.stop.clone();
+        let docked = tokio::task::spawn_blocking(move || plan.store(&pool, writer, phases, &stop))
             .await
             .map_err(|_| SubstrateError::Worker("docking"))??;
         Ok::<_, SubstrateError>((docked, stopped))
@@ -137,12 +189,18 @@ async fn convert(
         Ok(done) => done,
         Err(e) => {
             pool.undo(plan.substrate.id);
-            wake(machine, &nics).await;
-            return Err(e);
+            return Err(match run_on(machine, &nics).await {
+                Ok(()) => e,
+                Err(source) => {
+                    SubstrateError::NotRunningOn { why: Box::new(e), source: Box::new(source) }
+                }
+            });
         }
     };
+    godwit_hold::at("dock.published").await;
     // Killed, not asked to quit: after its STOP it must not touch its memory any more.
     machine.kill().await;
+    godwit_hold::at("dock.ended").await;
     if let MemorySource::Shared { path } = &launch.memory {
         let sealed = pool.memory_path(substrate.id);
         if let Err(error) = SealedMemory::hand_over(path, &pages, &sealed) {
@@ -238,17 +296,20 @@ impl Plan {
         pool: &Pool,
         mut writer: Writer,
         mut phases: Phases,
+        stop: &DockStop,
     ) -> Result<(Substrate, PageMap, Phases), SubstrateError> {
+        stop.check()?;
         writer.start_over();
         let memory = self.substrate.shape.memory;
         let (pages, state) = match &self.memory {
             MemorySource::Shared { path } => {
-                let pages = store_file(&mut writer, path, memory)?;
+                let pages = store_file(&mut writer, path, memory, stop)?;
                 (pages, read_bounded(&self.stream, MAX_STATE)?)
             }
             MemorySource::PrivateOf { .. } => store_stream(&mut writer, &self.stream, memory)?,
         };
         phases.end("memory");
+        stop.check()?;
         let disk = match &self.disk {
             Some((base, layers)) => Some(store_disk(&mut writer, base, layers)?),
             None => None,
@@ -259,6 +320,8 @@ impl Plan {
         phases.end("disk");
         let parts =
             Parts { state, pages: pages.encode(), disk: disk.as_ref().map(PageMap::encode) };
+        godwit_hold::at_blocking("dock.saved");
+        stop.commit()?;
         let substrate = pool.publish(self.substrate, &parts, writer)?;
         phases.end("commit");
         Ok((substrate, pages, phases))
@@ -371,37 +434,48 @@ async fn quiesce(
         }
         Ok(())
     };
-    let rest = run_script(agent, BEFORE_DOCK, &[], SCRIPT_WITHIN);
+    let rest = run_script(agent, BEFORE_DOCK, &[], &[], SCRIPT_WITHIN);
     let (unplugged, rested) = tokio::join!(unplug, rest);
     unplugged.and(rested)
 }
 
-/// Lets a machine that was not docked run on. It does what it can; what it cannot is logged.
-async fn wake(machine: &Machine, nics: &[Nic]) {
-    let woken = async {
-        // A save that failed half-way may still be ending.
-        if machine.life().await.map_err(SubstrateError::machine("asking"))? != Life::Running {
-            machine.run().await.map_err(SubstrateError::machine("running on"))?;
-        }
-        let left = machine.launch().nics;
-        for nic in nics.iter().filter(|n| !left.contains(n)) {
-            machine
-                .plug_nic(nic.clone())
-                .await
-                .map_err(SubstrateError::machine("plugging the NIC again"))?;
-        }
-        let agent = machine.agent().connect("guest-exec", SCRIPT_WITHIN).await;
-        let mut agent =
-            agent.map_err(|e| SubstrateError::machine("talking to the guest")(e.into()))?;
-        run_script(&mut agent, AFTER_ACTIVATE, &[], SCRIPT_WITHIN).await
-    };
-    if let Err(error) = woken.await {
-        tracing::error!(%error, "the machine was not docked, and does not run as before");
+/// Lets a machine run on whose docking broke off, at whatever step and in whichever process: its
+/// vCPUs run, its NICs are there, its user programs are thawed. Called again it changes nothing.
+///
+/// # Errors
+/// When QEMU or the guest does not do its part; what was done stays, and it may be called again.
+pub async fn run_on(machine: &Machine, nics: &[Nic]) -> Result<(), SubstrateError> {
+    const DOING: &str = "letting the machine run on";
+    let run_on = SubstrateError::machine;
+    let mut life = machine.life().await.map_err(run_on(DOING))?;
+    if life == Life::Leaving {
+        // A save that nobody waits for any more comes to its end by itself.
+        let _ = machine.wait_life(DOING, Life::PostMigrate, SCRIPT_WITHIN).await;
+        life = machine.life().await.map_err(run_on(DOING))?;
     }
+    if life != Life::Running {
+        machine.run().await.map_err(run_on(DOING))?;
+    }
+    for nic in nics {
+        machine.replug_nic(nic.clone()).await.map_err(run_on("plugging the NIC again"))?;
+    }
+    let agent = machine.agent().connect("guest-exec", SCRIPT_WITHIN).await;
+    let mut agent = agent.map_err(|e| run_on("talking to the guest")(e.into()))?;
+    // What still brings the guest to rest would take from it again what it gets back here. A guest
+    // without a shell has to do without.
+    if let Err(error) = run_script(&mut agent, SHELL, &END_BEFORE_DOCK, &[], SCRIPT_WITHIN).await {
+        tracing::debug!(%error, "not looked for what brings the guest to rest");
+    }
+    run_script(&mut agent, AFTER_ACTIVATE, &[], &[], SCRIPT_WITHIN).await
 }
 
 /// Puts the memory file of a stopped machine into the store, holes left out.
-fn store_file(writer: &mut Writer, path: &Path, memory: Mib) -> Result<PageMap, SubstrateError> {
+fn store_file(
+    writer: &mut Writer,
+    path: &Path,
+    memory: Mib,
+    stop: &DockStop,
+) -> Result<PageMap, SubstrateError> {
     let file = File::open(path).map_err(SubstrateError::io("opening the memory file", path))?;
     let len = file.metadata().map_err(SubstrateError::io("reading", path))?.len();
     if len != memory.bytes() {
@@ -418,6 +492,8 @@ fn store_file(writer: &mut Writer, path: &Path, memory: Mib) -> Result<PageMap, 
     while let Some((from, to)) =
         next_data(&file, at, len).map_err(SubstrateError::io("seeking in", path))?
     {
+        stop.check()?;
+        let to = to.min(from + GO);
         let hashes = writer
             .put_units(&map[from as usize..to as usize])
             .map_err(SubstrateError::store("storing the memory"))?;
@@ -428,7 +504,7 @@ fn store_file(writer: &mut Writer, path: &Path, memory: Mib) -> Result<PageMap, 
 }
 
 /// The next stretch of data at or behind `at`, widened to whole pages.
-fn next_data(file: &File, at: u64, len: u64) -> std::io::Result<Option<(u64, u64)>> {
+pub(crate) fn next_data(file: &File, at: u64, len: u64) -> std::io::Result<Option<(u64, u64)>> {
     const PAGE: u64 = PAGE_SIZE as u64;
     if at >= len {
         return Ok(None);

@@ -44,6 +44,25 @@ pub enum SubstrateError {
         #[source]
         source: Box<ManifestMismatch>,
     },
+    /// Something of one substrate is damaged or missing.
+    #[error("substrate '{name}'")]
+    In {
+        /// The substrate.
+        name: Name,
+        /// What it is.
+        #[source]
+        source: Box<SubstrateError>,
+    },
+    /// What came under the id of a substrate is not that substrate.
+    #[error("substrate '{name}' has the content {found}, and {wanted} is what was registered")]
+    OtherContent {
+        /// The substrate.
+        name: Name,
+        /// The content that its id stands for.
+        wanted: Hash,
+        /// The content that was found.
+        found: Hash,
+    },
     /// A file of a substrate or an archive is not what it should be.
     #[error("{what} is damaged: {why}")]
     Damaged {
@@ -125,6 +144,19 @@ pub enum SubstrateError {
         #[source]
         source: io::Error,
     },
+    /// Stopped on request, before the commit.
+    #[error("stopped on request")]
+    Cancelled,
+    /// The machine was not docked, and does not run on as before yet: [`crate::run_on`] is to be
+    /// called again.
+    #[error("{why}; and the machine does not run on as before yet")]
+    NotRunningOn {
+        /// Why it was not docked.
+        why: Box<SubstrateError>,
+        /// What keeps it from running on.
+        #[source]
+        source: Box<SubstrateError>,
+    },
     /// A worker thread ended by a panic.
     #[error("a worker ended early while {0}")]
     Worker(&'static str),
@@ -148,6 +180,20 @@ impl SubstrateError {
         move |source| Self::Machine { doing, source: Box::new(source) }
     }
 
+    /// The same failure, said of the substrate `name`, unless it says so already.
+    pub(crate) fn of(self, name: &Name) -> Self {
+        match self {
+            Self::In { .. }
+            | Self::NotFound(_)
+            | Self::Exists(_)
+            | Self::InUse { .. }
+            | Self::WrongImage { .. }
+            | Self::OtherContent { .. }
+            | Self::Shape { .. } => self,
+            other => Self::In { name: name.clone(), source: Box::new(other) },
+        }
+    }
+
     pub(crate) fn damaged(what: impl Into<String>, why: impl Into<String>) -> Self {
         Self::Damaged { what: what.into(), why: why.into() }
     }
@@ -165,11 +211,16 @@ impl CodedError for SubstrateError {
             Self::NotFound(_) => Code::NotFound,
             Self::Exists(_) => Code::Exists,
             Self::InUse { .. } | Self::WrongImage { .. } | Self::Shape { .. } => Code::Conflict,
-            Self::Damaged { .. } | Self::Stream(_) => Code::Damaged,
+            Self::Damaged { .. } | Self::Stream(_) | Self::OtherContent { .. } => Code::Damaged,
+            // A unit or a file that a substrate lacks is damage to it.
+            Self::In { source, .. } if source.code() == Code::NotFound => Code::Damaged,
+            Self::In { source, .. } => source.code(),
             Self::Pages { source, .. } => source.code(),
             Self::NoRoom { .. } => Code::NoRoom,
             Self::AgentSilent(_) => Code::Unavailable,
             Self::Script { .. } | Self::Worker(_) => Code::Internal,
+            Self::Cancelled => Code::Cancelled,
+            Self::NotRunningOn { why, .. } => why.code(),
             Self::Machine { source, .. } => source.code(),
             Self::Store { source, .. } => source.code(),
             Self::Disk { source, .. } => source.code(),
@@ -180,4 +231,15 @@ impl CodedError for SubstrateError {
             },
         }
     }
+}
+
+/// `error` and its sources, joined by `: `.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
 }

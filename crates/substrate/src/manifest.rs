@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use godwit_image::Image;
 use godwit_qemu::{BootFile, MacAddress, MachineSpec, Manifest};
 use godwit_store::PageMap;
-use godwit_types::{Arch, BLOCK_SIZE, Hash, Mib, Name, PAGE_SIZE, SubstrateId, SubstrateKind};
+use godwit_types::{
+    Arch, BLOCK_SIZE, Hash, Mib, Name, PAGE_SIZE, SubstrateId, SubstrateKind, unseal,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::error::SubstrateError;
@@ -116,10 +118,12 @@ pub struct Substrate {
 }
 
 impl Substrate {
-    /// The hash of its canonical JSON.
+    /// The hash of all that it is: machine, device state, page map and disk map, id, name, kind
+    /// and owner. Only what storing it cost differs between sites and is left out.
     #[must_use]
-    pub fn hash(&self) -> Hash {
-        Hash::of(&self.to_json())
+    pub fn content(&self) -> Hash {
+        let sizes = Sizes { stored_bytes: 0, ..self.sizes };
+        Hash::of(&Self { sizes, ..self.clone() }.to_json())
     }
 
     pub(crate) fn to_json(&self) -> Vec<u8> {
@@ -228,8 +232,10 @@ pub struct Docked {
 impl Docked {
     pub(crate) fn open(dir: &Path) -> Result<Self, SubstrateError> {
         let path = dir.join(JSON);
-        let text = read_bounded(&path, MAX_JSON)?;
-        let substrate = Substrate::parse(&text, &path.display().to_string())?;
+        let what = path.display().to_string();
+        let file = read_bounded(&path, MAX_JSON)?;
+        let text = unseal(&file).map_err(|e| SubstrateError::damaged(&what, e.to_string()))?;
+        let substrate = Substrate::parse(text, &what)?;
         Ok(Self { substrate, dir: dir.to_owned() })
     }
 

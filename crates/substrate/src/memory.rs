@@ -1,14 +1,21 @@
 //! Sealed memory files: a substrate's memory, laid out once, mapped privately by every clone.
+//! They are on tmpfs, where nothing but this process and whoever may do everything writes; what
+//! they hold is still compared with the page map before it is used.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use godwit_store::{PageMap, Store};
+use godwit_store::{PageMap, Store, is_zero, zero_hash};
 use godwit_types::{Hash, PAGE_SIZE};
+use rayon::prelude::*;
 use rustix::fs::FallocateFlags;
 
+use crate::dock::next_data;
 use crate::error::SubstrateError;
+
+/// Bytes read in one go when a memory file is verified.
+const WINDOW: u64 = 4 << 20;
 
 /// A memory file that nobody writes any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +83,51 @@ impl SealedMemory {
                 .map_err(SubstrateError::io("writing", temp))
         })?;
         Self::seal(&file, temp, path)
+    }
+
+    /// Compares every page with `map`; the number of the first that differs.
+    ///
+    /// # Errors
+    /// [`SubstrateError::Io`] when the file cannot be read.
+    pub(crate) fn first_damage(&self, map: &PageMap) -> Result<Option<u64>, SubstrateError> {
+        const PAGE: u64 = PAGE_SIZE as u64;
+        let path = &self.path;
+        let reading = || SubstrateError::io("reading", path);
+        let file = File::open(path).map_err(SubstrateError::io("opening", path))?;
+        let len = file.metadata().map_err(reading())?.len();
+        if len != map.units() * PAGE {
+            return Ok(Some(map.units().min(len / PAGE)));
+        }
+        let (zero, entries) = (zero_hash(), map.entries());
+        // A page that should have content and is in a hole.
+        let lost = |from: usize, to: usize| {
+            entries[from..to].iter().find(|(_, h)| *h != zero).map(|(number, _)| *number)
+        };
+        let mut buffer = vec![0; WINDOW as usize];
+        let (mut at, mut passed) = (0, 0);
+        while let Some((from, to)) = next_data(&file, at, len).map_err(reading())? {
+            let part = &mut buffer[..(to - from).min(WINDOW) as usize];
+            file.read_exact_at(part, from).map_err(reading())?;
+            at = from + part.len() as u64;
+            let (first, end) = (from / PAGE, at.div_ceil(PAGE));
+            let low = entries.partition_point(|(n, _)| *n < first);
+            let high = entries.partition_point(|(n, _)| *n < end);
+            let wanted = &entries[low..high];
+            let differs = |(i, page): (usize, &[u8])| {
+                let number = first + i as u64;
+                let sound = match wanted.binary_search_by_key(&number, |(n, _)| *n) {
+                    Ok(k) => Hash::of(page) == wanted[k].1,
+                    Err(_) => is_zero(page),
+                };
+                (!sound).then_some(number)
+            };
+            let here = part.par_chunks(PAGE_SIZE).enumerate().with_min_len(32);
+            if let Some(number) = lost(passed, low).or_else(|| here.find_map_first(differs)) {
+                return Ok(Some(number));
+            }
+            passed = high;
+        }
+        Ok(lost(passed, entries.len()))
     }
 
     /// Makes the memory file of a machine that has ended, whose pages are those of `map`, the

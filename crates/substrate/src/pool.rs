@@ -3,8 +3,9 @@
 //!
 //! ```text
 //! substrates/<id>/substrate.json state pages disk   the substrate, never changed
-//! substrates/<id>/ready/         layer.qcow2 top.qcow2   made again from the store when missing
-//! substrates/.new-<id>/          one that is being docked or imported; swept when the pool opens
+//! substrates/<id>/ready/         layer.qcow2 top.qcow2   made again when missing or damaged
+//! substrates/.new-<id>/          one that is being docked; swept when the pool opens
+//! substrates/.new-<id>.<random>/ one that is being imported; likewise
 //! <memory>/<id>.mem              its sealed memory file, made again likewise
 //! ```
 //!
@@ -15,17 +16,13 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use godwit_disk::image::{Backing, create_overlay, inspect, materialise};
-use godwit_image::Image;
-use godwit_store::{CheckReport, PageMap, Store, StoreError, Writer, zero_hash};
-use godwit_types::{BLOCK_SIZE, Hash, Name, SubstrateId, VmId};
+use godwit_store::{CheckReport, PageMap, Store, Writer, zero_hash};
+use godwit_types::{BLOCK_SIZE, Code, CodedError, Hash, Name, SubstrateId, VmId, seal};
 
 use crate::error::SubstrateError;
 use crate::manifest::{DISK, Docked, JSON, PAGES, Part, STATE, Substrate};
-use crate::memory::SealedMemory;
-
-/// Units fetched from the store in one go when a disk layer is made.
-const BATCH: usize = 256;
+use crate::stamp::Verified;
+use crate::turns::{Turn, Turns};
 
 /// Where a pool keeps things.
 #[derive(Debug, Clone)]
@@ -49,34 +46,11 @@ pub(crate) struct Inner {
     limit_bytes: u64,
     clones: Mutex<HashMap<SubstrateId, HashSet<VmId>>>,
     /// One making of ready files at a time for each substrate.
-    making: Mutex<HashMap<SubstrateId, Arc<Mutex<()>>>>,
+    pub(crate) making: Mutex<HashMap<SubstrateId, Arc<Mutex<()>>>>,
+    pub(crate) verified: Verified,
+    damaged: Mutex<HashMap<SubstrateId, Finding>>,
+    turns: Arc<Turns>,
     publishing: Mutex<()>,
-}
-
-/// What an activation needs, made and checked.
-#[derive(Debug, Clone)]
-pub struct Ready {
-    /// The substrate.
-    pub docked: Docked,
-    /// Its memory.
-    pub memory: SealedMemory,
-    /// Its disk layer and the empty image that is copied for each clone.
-    pub(crate) disk: Option<ReadyDisk>,
-}
-
-impl Ready {
-    /// The disk layer on the base image, when the machine has a disk.
-    #[must_use]
-    pub fn layer(&self) -> Option<&Path> {
-        self.disk.as_ref().map(|d| d.layer.as_path())
-    }
-}
-
-#[derive(Debug, Clone)]
-pub(crate) struct ReadyDisk {
-    pub(crate) base: PathBuf,
-    pub(crate) layer: PathBuf,
-    pub(crate) top: PathBuf,
 }
 
 /// What a walk through a pool found.
@@ -106,6 +80,14 @@ pub(crate) struct Parts {
     pub(crate) disk: Option<Vec<u8>>,
 }
 
+/// What was found wrong with a substrate, and when it counts as mended.
+#[derive(Debug, Clone)]
+struct Finding {
+    why: String,
+    /// Until a check finds it whole; otherwise until it can be used again.
+    by_check: bool,
+}
+
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Pool").field("dirs", &self.inner.dirs).finish_non_exhaustive()
@@ -126,7 +108,9 @@ impl Pool {
             let half = name.strip_prefix(".new-").or_else(|| name.strip_prefix(".gone-"));
             if let Some(half) = half {
                 tracing::info!(substrate = half, "left-over of an unfinished change removed");
-                if let Ok(id) = half.parse::<SubstrateId>() {
+                let id = half.split('.').next().and_then(|id| id.parse::<SubstrateId>().ok());
+                // What a published one holds under the same id is its own.
+                if let Some(id) = id.filter(|id| !dirs.substrates.join(id.to_string()).exists()) {
                     store.release(id.into())?;
                 }
                 remove_tree(&dirs.substrates.join(&name))?;
@@ -145,6 +129,9 @@ impl Pool {
                 limit_bytes,
                 clones: Mutex::default(),
                 making: Mutex::default(),
+                verified: Verified::default(),
+                damaged: Mutex::default(),
+                turns: Arc::default(),
                 publishing: Mutex::new(()),
             }),
         })
@@ -224,6 +211,12 @@ impl Pool {
         self.inner.dirs.substrates.join(format!(".new-{id}"))
     }
 
+    /// A directory of its own for one import.
+    pub(crate) fn import_dir(&self, id: SubstrateId) -> PathBuf {
+        let random = uuid::Uuid::new_v4().simple();
+        self.inner.dirs.substrates.join(format!(".new-{id}.{random}"))
+    }
+
     pub(crate) fn memory_path(&self, id: SubstrateId) -> PathBuf {
         self.inner.dirs.memory.join(format!("{id}.mem"))
     }
@@ -274,6 +267,7 @@ impl Pool {
         remove_tree(&gone)?;
         let _ = std::fs::remove_file(self.memory_path(id));
         lock(&self.inner.making).remove(&id);
+        lock(&self.inner.damaged).remove(&id);
         self.inner.store.gc().map_err(SubstrateError::store("giving space back"))?;
         Ok(())
     }
@@ -284,32 +278,100 @@ impl Pool {
     /// [`SubstrateError::Io`], [`SubstrateError::Store`]; damage is part of the report.
     pub fn check(&self) -> Result<PoolCheck, SubstrateError> {
         let store = self.inner.store.check().map_err(SubstrateError::store("checking"))?;
-        let bad: HashSet<Hash> =
-            store.damaged.iter().map(|d| d.hash).chain(store.bad_entries.iter().copied()).collect();
+        let mut bad: HashMap<Hash, String> =
+            store.damaged.iter().map(|d| (d.hash, d.to_string())).collect();
+        bad.extend(
+            store.bad_entries.iter().map(|h| (*h, format!("unit {h}: its index entry is malformed"))),
+        );
         let mut report = PoolCheck { store, ..PoolCheck::default() };
         for id in self.ids()? {
             report.substrates += 1;
-            if let Err(e) = self.check_one(id, &bad) {
-                report.broken.push((id, e.to_string()));
+            let found = self.check_one(id, &bad);
+            let why = found.err().map(|e| crate::error::chain(&e));
+            let mut damaged = lock(&self.inner.damaged);
+            match why {
+                None => {
+                    damaged.remove(&id);
+                }
+                Some(why) => {
+                    damaged.insert(id, Finding { why: why.clone(), by_check: true });
+                    report.broken.push((id, why));
+                }
             }
         }
         Ok(report)
     }
 
-    fn check_one(&self, id: SubstrateId, bad: &HashSet<Hash>) -> Result<(), SubstrateError> {
+    fn check_one(
+        &self,
+        id: SubstrateId,
+        bad: &HashMap<Hash, String>,
+    ) -> Result<(), SubstrateError> {
         let docked = self.docked(id)?;
-        docked.state()?;
-        for map in [Some(docked.pages()?), docked.disk()?].into_iter().flatten() {
-            let hashes: Vec<Hash> = map.entries().iter().map(|(_, h)| *h).collect();
-            let found = self.inner.store.contains_many(&hashes)?;
-            for (h, found) in hashes.iter().zip(found) {
-                if !found || bad.contains(h) {
-                    let why = if found { "damaged" } else { "missing" };
-                    return Err(SubstrateError::damaged(format!("unit {h}"), why));
+        let check = || {
+            docked.state()?;
+            let held = self.inner.store.owned(id.into())?;
+            for map in [Some(docked.pages()?), docked.disk()?].into_iter().flatten() {
+                let hashes: Vec<Hash> = map.entries().iter().map(|(_, h)| *h).collect();
+                let found = self.inner.store.contains_many(&hashes)?;
+                for (h, found) in hashes.iter().zip(found) {
+                    let why = match bad.get(h) {
+                        Some(why) => why.clone(),
+                        None if !found => format!("unit {h} is missing"),
+                        None if *h != zero_hash() && !held.contains(h) => {
+                            format!("unit {h} is not held for it and may be given up")
+                        }
+                        None => continue,
+                    };
+                    return Err(SubstrateError::damaged("its content", why));
                 }
             }
+            self.check_ready(&docked)
+        };
+        check().map_err(|e: SubstrateError| e.of(&docked.substrate.name))
+    }
+
+    /// Whether the units of a substrate are all here and sound, so that it can be sent.
+    ///
+    /// # Errors
+    /// [`SubstrateError::NotFound`]; what is damaged, by substrate, unit, pack and offset.
+    pub fn verify_units(&self, id: SubstrateId) -> Result<(), SubstrateError> {
+        let name = self.docked(id)?.substrate.name;
+        let verify = || {
+            self.bundle(id)?;
+            let units = self.units(id)?;
+            self.inner.store.get_many(&units, |_, _| Ok::<(), SubstrateError>(()))
+        };
+        let done = verify().map_err(|e| e.of(&name));
+        self.note_use(id, done.as_ref().err());
+        done
+    }
+
+    /// Notes that a substrate could be used, or could not because it is damaged.
+    pub(crate) fn note_use(&self, id: SubstrateId, failed: Option<&SubstrateError>) {
+        let mut damaged = lock(&self.inner.damaged);
+        match failed {
+            None if damaged.get(&id).is_some_and(|d| !d.by_check) => {
+                damaged.remove(&id);
+            }
+            Some(e) if e.code() == Code::Damaged => {
+                let why = crate::error::chain(e);
+                damaged.entry(id).or_insert(Finding { why, by_check: false });
+            }
+            _ => {}
         }
-        Ok(())
+    }
+
+    /// What was found wrong with a substrate when it was last checked or used; `None` when nothing
+    /// was.
+    #[must_use]
+    pub fn damage(&self, id: SubstrateId) -> Option<String> {
+        lock(&self.inner.damaged).get(&id).map(|d| d.why.clone())
+    }
+
+    /// Waits until nobody else imports the substrate `id`.
+    pub(crate) fn turn(&self, id: SubstrateId) -> Turn {
+        self.inner.turns.wait(id)
     }
 
     /// Refuses when the store would hold more than the pool's limit with `more` bytes.
@@ -340,15 +402,26 @@ impl Pool {
         }
     }
 
-    /// Makes a substrate part of the pool. Nothing is left when it fails.
+    /// Makes a docked substrate part of the pool. Nothing is left when it fails.
     pub(crate) fn publish(
         &self,
+        substrate: Substrate,
+        parts: &Parts,
+        writer: Writer,
+    ) -> Result<Substrate, SubstrateError> {
+        let new = self.new_dir(substrate.id);
+        self.publish_by(&new, substrate, parts, writer)
+    }
+
+    /// As [`Pool::publish`], with files that are first written to the directory `new`.
+    pub(crate) fn publish_by(
+        &self,
+        new: &Path,
         mut substrate: Substrate,
         parts: &Parts,
         writer: Writer,
     ) -> Result<Substrate, SubstrateError> {
         let id = substrate.id;
-        let new = self.new_dir(id);
         let publish = || {
             let grown = writer.stored().new_bytes;
             self.room_for(grown)?;
@@ -358,116 +431,43 @@ impl Pool {
             substrate.state = Part::of(&parts.state);
             substrate.pages = Part::of(&parts.pages);
             substrate.disk = parts.disk.as_deref().map(Part::of);
-            std::fs::create_dir_all(&new).map_err(SubstrateError::io("making", &new))?;
+            std::fs::create_dir_all(new).map_err(SubstrateError::io("making", new))?;
             write_synced(&new.join(STATE), &parts.state)?;
             write_synced(&new.join(PAGES), &parts.pages)?;
             if let Some(disk) = &parts.disk {
                 write_synced(&new.join(DISK), disk)?;
             }
-            write_synced(&new.join(JSON), &substrate.to_json())?;
-            sync_dir(&new)?;
+            write_synced(&new.join(JSON), &seal(substrate.to_json()))?;
+            sync_dir(new)?;
             writer.commit().map_err(SubstrateError::store("committing the pages"))?;
             let _one = lock(&self.inner.publishing);
             self.is_free(id, &substrate.name)?;
             let dir = self.dir(id);
-            std::fs::rename(&new, &dir).map_err(SubstrateError::io("publishing", &dir))?;
+            std::fs::rename(new, &dir).map_err(SubstrateError::io("publishing", &dir))?;
             sync_dir(&self.inner.dirs.substrates)
         };
         let done = publish();
         if let Err(e) = done {
-            self.undo(id);
+            self.undo_by(new, id);
             return Err(e);
         }
         Ok(substrate)
     }
 
-    /// Removes every trace of a substrate that was not published.
+    /// Removes every trace of a substrate that was not docked.
     pub(crate) fn undo(&self, id: SubstrateId) {
-        if self.dir(id).exists() {
-            return;
+        self.undo_by(&self.new_dir(id), id);
+    }
+
+    fn undo_by(&self, new: &Path, id: SubstrateId) {
+        let mut removed = remove_tree(new);
+        // What a published one holds under the same id is its own.
+        if removed.is_ok() && !self.dir(id).exists() {
+            removed = self.inner.store.release(id.into()).map(drop).map_err(Into::into);
         }
-        let removed = remove_tree(&self.new_dir(id))
-            .and_then(|()| Ok(self.inner.store.release(id.into()).map(drop)?));
         if let Err(error) = removed {
             tracing::error!(%id, %error, "a half-made substrate was not removed; it goes when the pool opens next");
         }
-    }
-
-    /// Makes what is missing of a substrate's sealed memory and disk layer. Blocks; concurrent
-    /// calls for one substrate do the work once.
-    ///
-    /// # Errors
-    /// [`SubstrateError::NotFound`], a damaged or missing unit, no room, another image.
-    pub fn prepare(&self, id: SubstrateId, image: &Image) -> Result<Ready, SubstrateError> {
-        let docked = self.docked(id)?;
-        docked.substrate.spec(image)?;
-        let one = Arc::clone(lock(&self.inner.making).entry(id).or_default());
-        let _one = lock(&one);
-        let bytes = docked.substrate.shape.memory.bytes();
-        let path = self.memory_path(id);
-        let memory = match SealedMemory::find(&path, bytes) {
-            Some(m) => m,
-            None => SealedMemory::lay_out(&self.inner.store, &docked.pages()?, &path)?,
-        };
-        let disk = match docked.substrate.disk {
-            Some(_) => Some(self.ready_disk(&docked, image)?),
-            None => None,
-        };
-        Ok(Ready { docked, memory, disk })
-    }
-
-    fn ready_disk(&self, docked: &Docked, image: &Image) -> Result<ReadyDisk, SubstrateError> {
-        let base = image.disk_path().ok_or_else(|| {
-            SubstrateError::damaged(format!("image {}", image.name), "it has no disk")
-        })?;
-        let dir = docked.dir.join("ready");
-        let ready = ReadyDisk { layer: dir.join("layer.qcow2"), top: dir.join("top.qcow2"), base };
-        let whole = inspect(&ready.layer, Backing::Raw(&ready.base)).is_ok()
-            && inspect(&ready.top, Backing::Qcow2(&ready.layer)).is_ok();
-        if whole {
-            return Ok(ready);
-        }
-        remove_tree(&dir)?;
-        std::fs::create_dir(&dir).map_err(SubstrateError::io("making", &dir))?;
-        let map = docked.disk()?.unwrap_or_default();
-        let bytes = map.units() * BLOCK_SIZE as u64;
-        let blocks = Blocks { store: &self.inner.store, left: map.entries(), now: Vec::new() };
-        materialise(&ready.layer, &ready.base, bytes, blocks)
-            .map_err(SubstrateError::disk("making the disk layer"))?;
-        create_overlay(&ready.top, Backing::Qcow2(&ready.layer), bytes)
-            .map_err(SubstrateError::disk("making the empty top image"))?;
-        Ok(ready)
-    }
-}
-
-/// The blocks of a disk map, fetched batch by batch.
-struct Blocks<'a> {
-    store: &'a Store,
-    left: &'a [(u64, Hash)],
-    now: Vec<(u64, Vec<u8>)>,
-}
-
-impl Iterator for Blocks<'_> {
-    type Item = Result<(u64, Vec<u8>), StoreError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.now.is_empty() {
-            let (batch, left) = self.left.split_at(self.left.len().min(BATCH));
-            self.left = left;
-            let hashes: Vec<Hash> = batch.iter().map(|(_, h)| *h).collect();
-            let slots: Vec<Mutex<Vec<u8>>> = batch.iter().map(|_| Mutex::default()).collect();
-            let done = self.store.get_many(&hashes, |i, bytes| {
-                *lock(&slots[i]) = bytes.to_vec();
-                Ok::<(), StoreError>(())
-            });
-            if let Err(e) = done {
-                self.left = &[];
-                return Some(Err(e));
-            }
-            let bytes = slots.into_iter().map(|m| m.into_inner().unwrap_or_default());
-            self.now = batch.iter().map(|(n, _)| *n).zip(bytes).rev().collect();
-        }
-        self.now.pop().map(Ok)
     }
 }
 

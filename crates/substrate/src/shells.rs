@@ -10,7 +10,8 @@ use godwit_types::{Name, SubstrateId};
 
 use crate::activate::{Place, Shell, prepare};
 use crate::error::SubstrateError;
-use crate::pool::{Pool, Ready, lock};
+use crate::pool::{Pool, lock};
+use crate::ready::Ready;
 
 /// Gives each shell a place to live.
 pub type Places = Box<dyn Fn() -> Place + Send + Sync>;

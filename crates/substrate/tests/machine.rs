@@ -16,7 +16,8 @@ use godwit_qemu::{
 };
 use godwit_store::{Store, StoreOptions};
 use godwit_substrate::{
-    ActivateRequest, Activated, DockRequest, Place, Pool, PoolDirs, Shells, activate, dock_convert,
+    ActivateRequest, Activated, DockRequest, DockStop, Place, Pool, PoolDirs, Shells, activate,
+    dock_convert,
 };
 use godwit_types::{Code, CodedError, Name, SubstrateId, SubstrateKind, VmId};
 use leftover::EndsGuests;
@@ -111,6 +112,7 @@ impl Site {
             kind: SubstrateKind::Restricted,
             owner: name("operator"),
             image: self.image.clone(),
+            stop: DockStop::default(),
         }
     }
 

@@ -8,6 +8,7 @@ mod hash;
 mod ids;
 mod measure;
 mod name;
+mod sealed;
 mod state;
 mod units;
 
@@ -15,9 +16,11 @@ pub use error::{Code, CodedError};
 pub use hash::{Hash, HashParseError};
 pub use ids::{MigrationId, OpId, SubstrateId, VmId};
 pub use measure::{
-    ActivateReport, BytesMoved, DockReport, LinkReport, MovePhase, MoveReport, PhaseSpan, Phases,
+    ActivateReport, BytesMoved, ClockOffset, DockReport, LinkReport, MovePhase, MoveReport,
+    PagesMoved, PhaseSpan, Phases,
 };
 pub use name::{Name, NameError};
+pub use sealed::{SealBroken, seal, unseal};
 pub use state::{
     Arch, Generation, InvalidTransition, OpState, SiteKind, SiteState, SubstrateKind, VmState,
 };

@@ -144,6 +144,37 @@ pub struct LinkReport {
     pub rtt_ms: f64,
 }
 
+/// How far the clocks of two hosts are apart, as measured over the link between them.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ClockOffset {
+    /// The destination's clock minus the source's in milliseconds; 0 where both are one clock.
+    pub offset_ms: f64,
+    /// It is off by no more than this many milliseconds; 0 where both are one clock.
+    pub bound_ms: f64,
+}
+
+/// What became of the machine's pages in a migration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
+pub struct PagesMoved {
+    /// Pages that came with contents.
+    pub data: u64,
+    /// Pages that came as zeros.
+    pub zero: u64,
+    /// Of both, those that had been sent before.
+    pub repeated: u64,
+    /// Of both, those sent because the machine, or the relay for it, asked for them.
+    pub demanded: u64,
+    /// Bytes that the destination was told to forget at the switch, since they had changed.
+    pub discarded_bytes: u64,
+    /// Requests for pages by the machine at the destination.
+    pub requests: u64,
+    /// Time during which it waited for a page that it had asked for, in milliseconds.
+    pub waited_ms: f64,
+    /// The longest that it waited for one page, in milliseconds.
+    pub longest_wait_ms: f64,
+}
+
 /// What a migration took, in the terms of the CloudAP paper, section V.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct MoveReport {
@@ -153,20 +184,44 @@ pub struct MoveReport {
     pub to: String,
     /// Scheme, e.g. `hybrid`.
     pub scheme: String,
-    /// Request to RESUME at the destination.
+    /// From the user's request at the center to RESUME at the destination.
     pub switch_ms: f64,
-    /// True STOP-to-RESUME gap, both taken from QEMU's own event time stamps on hosts whose
-    /// clocks agree, else bounded by the relays.
+    /// True STOP-to-RESUME gap, both taken from QEMU's own event time stamps, the destination's by
+    /// the source's clock.
     pub downtime_ms: f64,
-    /// Request to independence of the source.
+    /// How far the clocks of both hosts are apart; the downtime is off by no more than its bound.
+    /// None where it was not measured: both are then taken to agree.
+    #[serde(default)]
+    pub clock: Option<ClockOffset>,
+    /// From the user's request to independence of the source.
     pub total_ms: f64,
     /// Amount of migrated data.
     pub bytes: BytesMoved,
+    /// What became of the machine's pages.
+    #[serde(default)]
+    pub pages: PagesMoved,
     /// Blocks of the disk that did not travel, since the guest overwrote them first.
     #[serde(default)]
     pub cancelled_blocks: u64,
     /// The phases; they add up to `total_ms`.
     pub phases: Vec<PhaseSpan>,
+}
+
+impl MoveReport {
+    /// How far the downtime may be off, in milliseconds; none where nobody knows.
+    #[must_use]
+    pub fn downtime_bound_ms(&self) -> Option<f64> {
+        self.clock.map(|c| c.bound_ms)
+    }
+
+    /// The downtime for people: `41 ms`, or `41 ms (+-0.4)` where two clocks had a part in it.
+    #[must_use]
+    pub fn downtime_text(&self) -> String {
+        match self.downtime_bound_ms() {
+            Some(bound) if bound >= 0.05 => format!("{:.0} ms (+-{bound:.1})", self.downtime_ms),
+            _ => format!("{:.0} ms", self.downtime_ms),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -184,5 +239,19 @@ mod tests {
         let (spans, total) = p.finish();
         assert_eq!(spans.iter().map(|s| s.ms).collect::<Vec<_>>(), [30.0, 15.0, 0.0]);
         assert!((total - 45.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_report_of_an_earlier_version_is_read_and_a_downtime_carries_its_bound() {
+        let old = serde_json::json!({ "from": "a", "to": "b", "scheme": "hybrid", "switch_ms": 1.0,
+            "downtime_ms": 41.2, "total_ms": 2.0, "phases": [],
+            "bytes": { "memory": 1, "disk": 0, "device_state": 0 } });
+        let mut r: MoveReport = serde_json::from_value(old).expect("read");
+        assert_eq!((r.clock, r.pages), (None, PagesMoved::default()));
+        assert_eq!(r.downtime_text(), "41 ms");
+        r.clock = Some(ClockOffset { offset_ms: -3.0, bound_ms: 0.42 });
+        assert_eq!(r.downtime_text(), "41 ms (+-0.4)");
+        r.clock = Some(ClockOffset { offset_ms: 0.0, bound_ms: 0.0 });
+        assert_eq!(r.downtime_text(), "41 ms");
     }
 }

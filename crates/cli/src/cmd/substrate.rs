@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use futures::StreamExt;
 use godwit_cloud::registry::SubstrateRecord;
+use godwit_substrate::ArchiveEnd;
 use godwit_types::Name;
 use indicatif::ProgressBar;
 use reqwest::Method;
@@ -80,7 +81,11 @@ impl Row for SubstrateRecord {
     ];
     const WIDE: usize = 7;
     fn cells(&self) -> Vec<String> {
-        let holders: Vec<_> = self.holders.iter().map(Name::as_str).collect();
+        let shown = |n: &Name| match self.damaged.contains_key(n) {
+            true => format!("{n} (damaged)"),
+            false => n.to_string(),
+        };
+        let holders: Vec<_> = self.holders.iter().map(shown).collect();
         vec![
             self.name.to_string(),
             self.kind.to_string(),
@@ -172,9 +177,26 @@ async fn export(client: &Client, substrate: &Name, file: &Path) -> Result<()> {
         let answer = client.send(request).await?;
         return copy(client, answer, &mut tokio::io::stdout(), "stdout").await;
     }
+    // Through links to the file that is meant.
+    let file = &std::fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
+    match std::fs::metadata(file) {
+        Ok(m) if m.is_dir() => {
+            return Err(Failure::usage(format!("{} is a directory", file.display())));
+        }
+        // A device or a pipe is written to, not replaced.
+        Ok(m) if !m.is_file() => {
+            let name = file.display().to_string();
+            let failed = |e: std::io::Error| Failure::internal(format!("writing {name}: {e}"));
+            let to = tokio::fs::File::options().write(true).open(file).await;
+            let mut to = to.map_err(failed)?;
+            let answer = client.send(request).await?;
+            return copy(client, answer, &mut to, &name).await;
+        }
+        _ => {}
+    }
     // Under its own name only when it is whole.
     let mut part = file.as_os_str().to_owned();
-    part.push(".part");
+    part.push(format!(".{}.part", std::process::id()));
     let part = PathBuf::from(part);
     let failed = |e: std::io::Error| Failure::internal(format!("writing {}: {e}", part.display()));
     let mut to = tokio::fs::File::create(&part).await.map_err(failed)?;
@@ -204,13 +226,24 @@ async fn copy<W: tokio::io::AsyncWrite + Unpin>(
     let bar = meter(answer.content_length());
     let failed = |e: std::io::Error| Failure::internal(format!("writing {name}: {e}"));
     let mut stream = answer.bytes_stream();
+    let mut whole = ArchiveEnd::default();
     while let Some(part) = stream.next().await {
-        let part = part.map_err(|e| client.broken(&e))?;
+        let part = part.map_err(|e| {
+            client.broken(&e).hint(
+                "the substrate did not come whole; see: godwit pool check, godwit substrate list",
+            )
+        })?;
+        whole.push(&part);
         to.write_all(&part).await.map_err(failed)?;
         bar.inc(part.len() as u64);
     }
     to.flush().await.map_err(failed)?;
     bar.finish_and_clear();
+    if !whole.is_whole() {
+        return Err(Failure::internal(
+            "the substrate did not come whole: its checksum is missing or wrong",
+        ));
+    }
     Ok(())
 }
 

@@ -12,14 +12,14 @@ use futures::StreamExt;
 use godwit_types::{Code, Name};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
-use tokio_util::io::ReaderStream;
 use utoipa::{IntoParams, ToSchema};
 
 use super::{Answer, Api, MAX_IMPORT, Params, Path, accepted, drop_rest, is_type, name};
-use crate::controller::lifecycle::finish_import;
+use crate::controller::bring::finish_import;
 use crate::controller::{Accepted, Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
+use crate::site::frames::FrameReader;
 use crate::site::{Call, PoolReport, SiteReply, SiteRequest, StreamRequest};
 
 /// How long an import may stand still.
@@ -96,16 +96,27 @@ pub(super) async fn rebuild(
     Ok(accepted(api.controller.substrate_rebuild(&s, dry.mode())?))
 }
 
-/// A substrate as one file.
+/// A substrate as one file. Refused when something of it is damaged; a body that is cut off is not
+/// whole, whatever cut it.
 #[utoipa::path(get, path = "/v1/substrates/{substrate}/export", params(("substrate" = String, Path)),
-    responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>)))]
+    responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>),
+    (status = 404, body = Fault), (status = 500, body = Fault), (status = 503, body = Fault)))]
 pub(super) async fn export(State(api): State<Api>, Path(s): Path<String>) -> Answer<Response> {
     let s = api.controller.registry().substrate(&s)?;
     let host = s.holders.iter().find_map(|n| api.controller.host(n).ok()).ok_or_else(|| {
         Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
     })?;
     let stream = host.open(StreamRequest::SubstrateExport { id: s.id }).await?;
-    let body = Body::from_stream(ReaderStream::with_capacity(stream, 256 << 10));
+    let frames = FrameReader::new(stream, host.name().clone());
+    // An error in the stream cuts the body off, so that no client takes it for whole.
+    let body = futures::stream::try_unfold(frames, async |mut frames| match frames.next().await {
+        Ok(part) => Ok(part.map(|part| (part, frames))),
+        Err(f) => {
+            tracing::warn!(error = %f, "an export broke off");
+            Err(f)
+        }
+    });
+    let body = Body::from_stream(body);
     Ok(([(CONTENT_TYPE, "application/octet-stream")], body).into_response())
 }
 
@@ -153,7 +164,8 @@ async fn take_in(
     };
     let host = api.controller.host(&site)?;
     let label = to.name.clone().unwrap_or_else(|| site.clone());
-    let mut into = host.open(StreamRequest::SubstrateImport { name: to.name }).await?;
+    let mut into =
+        host.open(StreamRequest::SubstrateImport { name: to.name, content: None }).await?;
     let mut taken = 0u64;
     let mut refused = false;
     let silent = |_| Fault::new(Code::TimedOut, "no more of the body came");

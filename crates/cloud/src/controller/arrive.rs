@@ -16,7 +16,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_migrate::hybrid::{Received, Sent, report};
+use godwit_migrate::clock::{self, ClockId};
+use godwit_migrate::hybrid::{Received, Request, Sent, report};
 use godwit_types::{Code, MoveReport, Name, VmState, human_bytes};
 use tokio::time::Instant;
 
@@ -80,15 +81,16 @@ impl Controller {
         loop {
             tokio::select! {
                 sent = &mut sending => {
-                    let sent = sent?;
+                    let (sent, request) = sent?;
                     let received = arriving.await?;
-                    return Ok(report(m.from.as_str(), m.to.as_str(), &sent, &received));
+                    return Ok(report(m.from.as_str(), m.to.as_str(), &sent, &received, request));
                 }
                 received = &mut arriving, if !told => match received {
                     Ok(received) => {
                         let sent = tokio::time::timeout(LAST_WORD_WITHIN, sending).await;
-                        let Ok(Ok(sent)) = sent else { return Ok(None) };
-                        return Ok(report(m.from.as_str(), m.to.as_str(), &sent, &received));
+                        let Ok(Ok((sent, request))) = sent else { return Ok(None) };
+                        let (from, to) = (m.from.as_str(), m.to.as_str());
+                        return Ok(report(from, to, &sent, &received, request));
                     }
                     Err(f) if self.has_switched(m)? => return Err(f),
                     Err(f) => {
@@ -110,13 +112,20 @@ impl Controller {
         op: &OpHandle,
         m: &Move,
         first: SiteRequest,
-    ) -> Result<Sent, Fault> {
+    ) -> Result<(Sent, Option<Request>), Fault> {
         let mut request = first;
         loop {
             let host = self.await_site(op, &m.from).await?;
             let call = self.call_of_move(op, m);
+            let asked = clock::now();
             match self.ask_while_there(&host, request, call).await? {
-                Some(SiteReply::Sent(bytes)) => return measured(&host, &bytes),
+                Some(SiteReply::Sent(bytes)) => {
+                    let (returned, clock) = (clock::now(), ClockId::here());
+                    let sent = measured(&host, &bytes)?;
+                    let request =
+                        m.requested.map(|began| Request { began, sent: asked, returned, clock });
+                    return Ok((sent, request));
+                }
                 Some(other) => return Err(odd(&host, &other)),
                 None => request = SiteRequest::MigrateFollow { migration: m.id },
             }

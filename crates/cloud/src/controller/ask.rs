@@ -17,7 +17,7 @@ use crate::registry::SubstrateRecord;
 use crate::site::{Call, ImageInfo, SiteHost, SiteRequest};
 
 /// How long a site may take to tell what it has when several are asked.
-pub const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+pub const ANSWER_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 300 } else { 3000 });
 
 /// A site that gave no answer, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -47,8 +47,8 @@ where
 {
     let asked = hosts.into_iter().map(|host| {
         let name = host.name().clone();
-        let answer = within(&name, ask(host));
-        async move { (answer.await, name) }
+        let answer = ask(host);
+        async move { (within(&name, answer).await, name) }
     });
     let mut all = Answers { answers: Vec::new(), unanswered: Vec::new() };
     for (answer, site) in futures::future::join_all(asked).await {
@@ -64,17 +64,15 @@ where
 }
 
 /// An answer of `site`, or that it does not answer.
-fn within<T>(
+async fn within<T>(
     site: &Name,
     answer: impl Future<Output = Result<T, Fault>>,
-) -> impl Future<Output = Result<T, Fault>> {
-    let late = does_not_answer(site);
-    async move { tokio::time::timeout(ANSWER_WITHIN, answer).await.unwrap_or(Err(late)) }
-}
-
-fn does_not_answer(site: &Name) -> Fault {
-    Fault::unavailable(format!("site '{site}' does not answer"))
-        .hint("is its daemon running? see: godwit site list")
+) -> Result<T, Fault> {
+    let answer = tokio::time::timeout(ANSWER_WITHIN, answer).await;
+    answer.unwrap_or_else(|_| {
+        Err(Fault::unavailable(format!("site '{site}' does not answer"))
+            .hint("is its daemon running? see: godwit site list"))
+    })
 }
 
 impl Controller {
@@ -83,14 +81,13 @@ impl Controller {
     /// # Errors
     /// Not found; conflict when only its recipe is known.
     pub async fn image(&self, name: &Name) -> Result<ImageInfo, Fault> {
-        let mut asked: FuturesUnordered<_> = self
-            .hosts()
-            .into_iter()
-            .map(|host| async move {
-                let site = host.name().clone();
-                (within(&site, host.images()).await, site.clone())
-            })
-            .collect();
+        let mut asked: FuturesUnordered<_> =
+            self.hosts()
+                .into_iter()
+                .map(|host| async move {
+                    (within(host.name(), host.images()).await, host.name().clone())
+                })
+                .collect();
         let (mut recipe, mut silent) = (None::<ImageInfo>, None);
         while let Some((answer, site)) = asked.next().await {
             match answer {
@@ -125,9 +122,10 @@ impl Controller {
                 .hint("see the images with: godwit image list"),
         };
         Err(match silent {
-            Some(site) => {
-                Fault { message: format!("{}; site '{site}' does not answer", fault.message), ..fault }
-            }
+            Some(site) => Fault {
+                message: format!("{}; site '{site}' does not answer", fault.message),
+                ..fault
+            },
             None => fault,
         })
     }

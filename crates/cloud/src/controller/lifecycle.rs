@@ -1,20 +1,17 @@
 //! Making, starting, stopping, deleting and docking of environments.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use godwit_types::{Arch, Code, Generation, Mib, Name, SubstrateId, SubstrateKind, VmId, VmState};
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind, Progress};
+use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{
-    Call, NewMachine, Origin, SiteHost, SiteRequest, StreamRequest, SubstrateInfo,
-};
+use crate::site::{Call, NewMachine, Origin, SiteHost, SiteRequest};
 
 /// A call of a site whose progress is shown by the operation.
 pub(super) fn call_of(op: &OpHandle) -> Call {
@@ -74,6 +71,18 @@ impl Controller {
             .ok_or_else(|| Fault::invalid("give the machine a name"))
     }
 
+    /// Refuses a private substrate that runs already: the second machine would be the same one.
+    fn once(&self, substrate: Option<&SubstrateRecord>) -> Result<(), Fault> {
+        let Some(s) = substrate.filter(|s| s.kind == SubstrateKind::Private) else { return Ok(()) };
+        let all = self.registry.vms().map_err(registry_fault)?;
+        let Some(vm) = all.into_iter().find(|v| v.substrate == Some(s.id)) else { return Ok(()) };
+        Err(Fault::conflict(format!(
+            "substrate '{}' is private and runs once at a time: it is machine '{}' at '{}'",
+            s.name, vm.name, vm.site
+        ))
+        .hint(format!("use that one, or first: godwit vm dock {0}, godwit vm delete {0}", vm.name)))
+    }
+
     /// Makes an environment: cold boot or activation.
     ///
     /// # Errors
@@ -117,6 +126,8 @@ impl Controller {
             ),
             None => format!("boot '{name}' from image '{}' at {}", shape.image, placed.site),
         };
+        self.once(shape.substrate.as_ref())?;
+        self.once(shape.substrate.as_ref())?;
         if mode == Mode::DryRun {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
         }
@@ -138,7 +149,11 @@ impl Controller {
             reason: None,
             arriving: None,
         };
-        self.registry.vm_add(&vm).map_err(registry_fault)?;
+        {
+            let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
+            self.once(shape.substrate.as_ref())?;
+            self.registry.vm_add(&vm).map_err(registry_fault)?;
+        }
         let kind = match &shape.substrate {
             Some(s) => OpKind::VmActivate { vm: vm.id, name: name.clone(), substrate: s.id },
             None => OpKind::VmCreate { vm: vm.id, name: name.clone() },
@@ -150,6 +165,7 @@ impl Controller {
             origin: shape.origin,
             memory: want.memory_mib,
             vcpus: want.vcpus,
+            content: None,
         };
         let (me, record) = (self.clone(), vm.clone());
         let bring = shape.substrate.filter(|_| !placed.holds);
@@ -172,11 +188,15 @@ impl Controller {
         &self,
         op: &OpHandle,
         host: Arc<dyn SiteHost>,
-        new: NewMachine,
+        mut new: NewMachine,
         bring: Option<SubstrateRecord>,
     ) -> Result<serde_json::Value, Fault> {
         if let Some(s) = bring {
-            self.bring_substrate(op, &s, &host).await?;
+            self.bring_substrate(op, s.id, &host).await?;
+        }
+        if let Origin::Substrate(id) = new.origin {
+            let record = self.registry.substrate(&id.to_string()).map_err(registry_fault)?;
+            new.content = record.content;
         }
         op.check()?;
         op.begin("start", json!({ "site": host.name() }))?;
@@ -191,6 +211,10 @@ impl Controller {
         vm: &VmRecord,
         outcome: Result<serde_json::Value, Fault>,
     ) -> Result<serde_json::Value, Fault> {
+        let outcome = match outcome {
+            Ok(v) => Ok(v),
+            Err(f) => self.settle_create(op, vm, f).await,
+        };
         match outcome {
             Ok(v) => {
                 self.change_vm(vm, vm.generation, |v| {
@@ -199,7 +223,6 @@ impl Controller {
                 Ok(v)
             }
             Err(f) => {
-                self.undo_create(vm, &f).await?;
                 op.undone("start")?;
                 Err(f)
             }
@@ -229,55 +252,6 @@ impl Controller {
                 })
                 .map(|_| ()),
         }
-    }
-
-    /// Brings a substrate from a site that holds it to `to`, through the center.
-    pub(super) async fn bring_substrate(
-        &self,
-        op: &OpHandle,
-        s: &SubstrateRecord,
-        to: &Arc<dyn SiteHost>,
-    ) -> Result<(), Fault> {
-        // Just docked there: the site's next report says so too.
-        if s.holders.contains(to.name()) {
-            return Ok(());
-        }
-        let from = s
-            .holders
-            .iter()
-            .filter(|n| *n != to.name())
-            .find_map(|n| self.host(n).ok())
-            .ok_or_else(|| {
-                Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
-            })?;
-        op.begin("bring", json!({ "from": from.name(), "to": to.name(), "substrate": s.id }))?;
-        let mut out = from.open(StreamRequest::SubstrateExport { id: s.id }).await?;
-        let mut into = to.open(StreamRequest::SubstrateImport { name: None }).await?;
-        let mut buffer = vec![0u8; 256 << 10];
-        let mut done = 0u64;
-        loop {
-            op.check()?;
-            let n = out.read(&mut buffer).await.map_err(|e| cut("reading", &s.name, &e))?;
-            if n == 0 {
-                break;
-            }
-            // A site that refuses closes its end; its verdict follows.
-            if let Err(e) = into.write_all(&buffer[..n]).await {
-                finish_import(into, &s.name).await?;
-                return Err(cut("writing", &s.name, &e));
-            }
-            done += n as u64;
-            op.progress(Progress {
-                stage: "substrate".into(),
-                done,
-                total: s.stored_bytes.max(done),
-                unit: "bytes".into(),
-                note: format!("{} to {}", from.name(), to.name()),
-            });
-        }
-        let info = finish_import(into, &s.name).await?;
-        self.adopt_substrate(to.name(), info)?;
-        op.done("bring")
     }
 
     /// Starts a stopped or failed environment from its disk.
@@ -416,9 +390,13 @@ impl Controller {
                     Ok(json!({ "substrate": substrate, "dock": report }))
                 }
                 Err(f) => {
-                    me.settle_vm(&record, &f).await?;
-                    op.undone("dock")?;
-                    Err(f)
+                    let settled = me.settle_dock(&op, &record, substrate, f).await;
+                    if settled.is_ok() {
+                        op.done("dock")?
+                    } else {
+                        op.undone("dock")?
+                    }
+                    settled
                 }
             }
         });
@@ -490,23 +468,4 @@ pub(super) fn state_fault(vm: &VmRecord, e: &godwit_types::InvalidTransition) ->
         }
         VmState::Running => f,
     }
-}
-
-fn cut(doing: &str, name: &Name, e: &std::io::Error) -> Fault {
-    Fault::unavailable(format!("{doing} substrate '{name}': {e}"))
-}
-
-/// Ends an import: no more bytes, then the site's verdict as JSON.
-///
-/// # Errors
-/// The site's refusal, or a broken stream.
-pub(crate) async fn finish_import(
-    mut into: crate::site::ByteStream,
-    name: &Name,
-) -> Result<SubstrateInfo, Fault> {
-    into.shutdown().await.map_err(|e| cut("writing", name, &e))?;
-    let mut verdict = Vec::new();
-    into.take(64 << 10).read_to_end(&mut verdict).await.map_err(|e| cut("writing", name, &e))?;
-    serde_json::from_slice::<Result<SubstrateInfo, Fault>>(&verdict)
-        .map_err(|e| Fault::new(Code::Damaged, format!("the verdict on '{name}': {e}")))?
 }

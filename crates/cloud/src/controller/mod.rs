@@ -19,11 +19,13 @@
 
 mod arrive;
 mod ask;
+pub(crate) mod bring;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
 mod rebuild;
 mod recover;
+mod settle;
 #[cfg(test)]
 mod tests;
 
@@ -40,11 +42,11 @@ use utoipa::ToSchema;
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::Ops;
-use crate::registry::{Registry, SiteRecord, SiteReport, SubstrateRecord, VmRecord};
-use crate::site::{Call, SiteHost, SiteRequest, SubstrateInfo};
+use crate::registry::{Registry, SiteRecord, SiteReport, VmRecord};
+use crate::site::{Call, SiteHost, SiteRequest};
 
-pub use ask::{ANSWER_WITHIN, Unanswered};
 pub(crate) use ask::ask_all;
+pub use ask::{ANSWER_WITHIN, Unanswered};
 
 /// How long a site stays usable without a report.
 pub const LEASE: Duration = Duration::from_secs(15);
@@ -121,7 +123,10 @@ pub struct Controller {
     registry: Arc<Registry>,
     ops: Arc<Ops>,
     sites: Sites,
+    bringing: bring::Bringing,
     operator: Name,
+    /// One machine at a time is entered: what may run once only is not entered twice.
+    entering: std::sync::Mutex<()>,
     /// How long a machine is waited for that lacks something of a site that is away.
     patience: Duration,
 }
@@ -167,7 +172,9 @@ impl Controller {
             ops: Ops::new(registry.clone()),
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
+            bringing: bring::Bringing::default(),
             operator,
+            entering: std::sync::Mutex::default(),
         })
     }
 
@@ -276,14 +283,9 @@ impl Controller {
 
     /// Enters what a site has reported, holds and runs.
     async fn take_over(&self, host: &Arc<dyn SiteHost>, report: &SiteReport) -> Result<(), Fault> {
-        // One that is new there is looked at; the report names the rest.
-        if !self.registry.holds_all(host.name(), &report.substrates) {
-            for s in host.substrates().await? {
-                self.adopt_substrate(host.name(), s)?;
-            }
-        }
+        let report = self.adopt_substrates(host, report.clone()).await?;
         self.registry
-            .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
+            .site_report(host.name(), report, UnixMs::now(), LEASE)
             .map_err(registry_fault)?;
         self.settle_machines(host).await
     }
@@ -367,43 +369,6 @@ impl Controller {
         match tokio::time::timeout(limit, wait).await {
             Ok(h) => Ok(h),
             Err(_) => self.host(name),
-        }
-    }
-
-    /// A substrate that is new to the registry.
-    fn record_of(site: &Name, info: SubstrateInfo) -> SubstrateRecord {
-        SubstrateRecord {
-            id: info.id,
-            name: info.name,
-            kind: info.kind,
-            owner: info.owner,
-            image: info.image,
-            arch: info.arch,
-            memory: info.memory,
-            vcpus: info.vcpus,
-            raw_bytes: info.raw_bytes,
-            stored_bytes: info.stored_bytes,
-            created: info.created,
-            holders: [site.clone()].into(),
-        }
-    }
-
-    pub(crate) fn adopt_substrate(
-        &self,
-        site: &Name,
-        info: SubstrateInfo,
-    ) -> Result<SubstrateRecord, Fault> {
-        match self.registry.substrate(&info.id.to_string()) {
-            Ok(s) => {
-                self.registry.substrate_holder(s.id, site, true).map_err(registry_fault)?;
-                Ok(s)
-            }
-            Err(crate::registry::RegistryError::NotFound { .. }) => {
-                let record = Self::record_of(site, info);
-                self.registry.substrate_add(&record).map_err(registry_fault)?;
-                Ok(record)
-            }
-            Err(e) => Err(registry_fault(e)),
         }
     }
 

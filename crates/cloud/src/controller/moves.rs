@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use godwit_migrate::clock;
 use godwit_migrate::hybrid::SCHEME;
 use godwit_types::{Code, Generation, MigrationId, MoveReport, Name, VmState};
 use serde_json::json;
@@ -34,6 +35,9 @@ pub(super) struct Move {
     pub(super) from: Name,
     pub(super) to: Name,
     pub(super) id: MigrationId,
+    /// When the user asked for it, by the center's clock; since 1970. Unknown to a center that
+    /// came back in between.
+    pub(super) requested: Option<Duration>,
     scheme: String,
 }
 
@@ -45,7 +49,7 @@ impl Move {
             site: from.clone(),
             ..vm.clone()
         };
-        Self { vm: before, from, to: vm.site.clone(), id, scheme: SCHEME.into() }
+        Self { vm: before, from, to: vm.site.clone(), id, requested: None, scheme: SCHEME.into() }
     }
 
     /// A migration that an earlier daemon began, and whose switch it may not have seen.
@@ -58,7 +62,7 @@ impl Move {
     ) -> Self {
         let generation = Generation(generation.0.saturating_sub(1));
         let before = VmRecord { generation, site: from.clone(), ..vm.clone() };
-        Self { vm: before, from, to, id, scheme: SCHEME.into() }
+        Self { vm: before, from, to, id, requested: None, scheme: SCHEME.into() }
     }
 }
 
@@ -73,6 +77,7 @@ impl Controller {
         want: MigrateVm,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
+        let requested = Some(clock::now());
         let vm = self.registry.vm(key).map_err(registry_fault)?;
         if vm.arriving.is_some() {
             return self.migrate_on(vm, &want, mode);
@@ -115,7 +120,7 @@ impl Controller {
         let (me, back) = (self.clone(), vm.clone());
         let started = self.ops.start(kind, |op| async move {
             let (from, id) = (vm.site.clone(), MigrationId::new());
-            let m = Move { vm, from, to, id, scheme };
+            let m = Move { vm, from, to, id, requested, scheme };
             me.run_move(&op, m).await
         });
         match started {

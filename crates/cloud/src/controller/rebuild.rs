@@ -19,9 +19,7 @@ use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{
-    Call, NewMachine, Origin, SiteHost, SiteRequest, SubstrateInfo,
-};
+use crate::site::{Call, NewMachine, Origin, SiteHost, SiteRequest, SubstrateInfo};
 
 /// `base-suffix`, cut to the length that a name may have.
 fn suffixed(base: &Name, suffix: &str) -> Result<Name, Fault> {
@@ -53,8 +51,9 @@ impl Controller {
         let old = self.registry.substrate(key).map_err(registry_fault)?;
         let name = suffixed(&old.name, "rebuild")?;
         if self.registry.vm(name.as_str()).is_ok() {
-            return Err(Fault::new(Code::Exists, format!("machine '{name}' exists already"))
-                .hint(format!("is it being rebuilt? see: godwit op list; else: godwit vm delete {name}")));
+            return Err(Fault::new(Code::Exists, format!("machine '{name}' exists already")).hint(
+                format!("is it being rebuilt? see: godwit op list; else: godwit vm delete {name}"),
+            ));
         }
         if let (godwit_types::SubstrateKind::Private, Some(vm)) =
             (old.kind, self.registry.vm_of(old.id))
@@ -115,8 +114,7 @@ impl Controller {
         };
         self.registry.vm_add(&vm).map_err(registry_fault)?;
         let new = SubstrateId::new();
-        let kind =
-            OpKind::SubstrateRebuild { vm: vm.id, name: old.name.clone(), old: old.id, new };
+        let kind = OpKind::SubstrateRebuild { vm: vm.id, name: old.name.clone(), old: old.id, new };
         let (me, record) = (self.clone(), vm.clone());
         let started = self.ops.start(kind, |op| async move {
             let job = Rebuild { old, new, vm: record };
@@ -150,6 +148,7 @@ impl Controller {
             origin: Origin::StoredDisk(job.old.id),
             memory: None,
             vcpus: None,
+            content: None,
         };
         host.vm_new(machine, call_of(op)).await?;
         for state in [VmState::Running, VmState::Docking] {

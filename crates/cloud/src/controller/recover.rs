@@ -15,7 +15,7 @@ use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::registry::{OpRecord, VmRecord};
-use crate::site::{Call, MachineStatus, SiteHost, SiteRequest};
+use crate::site::{Call, MachineStatus, SiteHost, SiteRequest, UNKNOWN_GENERATION};
 
 /// How long a restarted center waits for a site to come back before it decides without it.
 pub(super) const RETURN_LIMIT: Duration = Duration::from_secs(60);
@@ -51,25 +51,23 @@ impl Controller {
         handle: &OpHandle,
         op: OpRecord,
     ) -> Result<serde_json::Value, Fault> {
-        let again = || {
-            Fault::unavailable("the center was restarted while this ran")
-                .hint("nothing is half done; ask again")
-        };
+        let restarted = || Fault::unavailable("the center was restarted while this ran");
+        let again = || restarted().hint("nothing is half done; ask again");
         match &op.kind {
             OpKind::ImageBuild { .. } | OpKind::SubstrateCopy { .. } | OpKind::PoolCheck { .. } => {
                 Err(again())
             }
             OpKind::VmCreate { vm, .. } | OpKind::VmActivate { vm, .. } => {
-                let Ok(record) = self.registry.vm(&vm.to_string()) else { return Err(again()) };
-                self.await_host(&record.site, RETURN_LIMIT).await?;
-                let now = self.settle_vm(&record, &again()).await?;
-                if now.is_some_and(|v| v.state == VmState::Running) {
-                    return Ok(serde_json::json!({ "site": record.site }));
+                let gone = || restarted().hint("nothing is left of it; ask again");
+                let Ok(record) = self.registry.vm(&vm.to_string()) else { return Err(gone()) };
+                let done = self.settle_create(handle, &record, gone()).await?;
+                // Its site may have told of it already.
+                if self.registry.vm(&vm.to_string()).is_ok_and(|v| v.state != VmState::Running) {
+                    self.change_vm(&record, record.generation, |v| {
+                        Ok(v.become_state(VmState::Running, UnixMs::now())?)
+                    })?;
                 }
-                if let Ok(record) = self.registry.vm(&vm.to_string()) {
-                    self.undo_create(&record, &again()).await?;
-                }
-                Err(again())
+                Ok(done)
             }
             OpKind::VmStart { vm, .. } => self.expect(vm, VmState::Running, again()).await,
             OpKind::VmStop { vm, .. } => self.expect(vm, VmState::Stopped, again()).await,
@@ -91,21 +89,8 @@ impl Controller {
                 let Ok(record) = self.registry.vm(&vm.to_string()) else {
                     return Ok(serde_json::json!({ "substrate": substrate }));
                 };
-                let host = self.await_host(&record.site, RETURN_LIMIT).await?;
-                let there = host.substrates().await?.into_iter().find(|s| &s.id == substrate);
-                match there {
-                    Some(info) => {
-                        self.adopt_substrate(&record.site, info)?;
-                        self.registry
-                            .vm_remove(record.id, record.generation)
-                            .map_err(registry_fault)?;
-                        Ok(serde_json::json!({ "substrate": substrate }))
-                    }
-                    None => {
-                        self.settle_vm(&record, &again()).await?;
-                        Err(again())
-                    }
-                }
+                let why = restarted().hint("dock it again");
+                self.settle_dock(handle, &record, *substrate, why).await
             }
             OpKind::SubstrateRebuild { vm, old, new, .. } => {
                 self.take_up_rebuild((*vm, *old, *new), again()).await
@@ -185,7 +170,9 @@ impl Controller {
         };
         let best = seen
             .into_iter()
-            .filter(|(_, m)| m.generation >= record.generation)
+            .filter(|(_, m)| {
+                m.generation >= record.generation || m.generation == UNKNOWN_GENERATION
+            })
             .max_by_key(|(_, m)| (m.state == VmState::Running, m.generation));
         if best.is_none() && record.state == VmState::Starting && asked_all {
             return Ok(None);
@@ -194,7 +181,9 @@ impl Controller {
         self.change_vm(&record, record.generation, |v| {
             match best {
                 Some((site, m)) => {
-                    v.generation = m.generation;
+                    if m.generation != UNKNOWN_GENERATION {
+                        v.generation = m.generation;
+                    }
                     v.site = site;
                     if v.state != m.state {
                         v.become_state(m.state, now)?;
@@ -264,6 +253,12 @@ impl Controller {
                 }
                 Verdict::Become(m) => {
                     self.change_vm(&vm, vm.generation, |v| {
+                        if m.generation == UNKNOWN_GENERATION {
+                            tracing::warn!(vm = %v.name, site = %host.name(), "its record there is damaged");
+                            v.become_state(m.state, UnixMs::now())?;
+                            v.reason.clone_from(&m.reason);
+                            return Ok(());
+                        }
                         if v.generation != m.generation {
                             tracing::warn!(vm = %v.name, site = %host.name(), generation = %m.generation, "a newer generation runs there");
                         }
@@ -275,6 +270,12 @@ impl Controller {
                         v.reason.clone_from(&m.reason);
                         Ok(())
                     })?;
+                }
+                // Docked while its center was not there to see it.
+                Verdict::Lost
+                    if vm.state == VmState::Docking && self.docked_as(vm.id).is_some() =>
+                {
+                    self.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
                 }
                 Verdict::Lost => {
                     self.change_vm(&vm, vm.generation, |v| {
@@ -303,6 +304,10 @@ impl Controller {
         let free = settled(vm.state) || forsaken;
         let may = |m: &MachineStatus| m.state == vm.state || vm.state.may_become(m.state);
         match here {
+            Some(m) if m.generation == UNKNOWN_GENERATION => {
+                let news = &vm.site == site && free && m.state != vm.state && may(m);
+                if news { Verdict::Become(m) } else { Verdict::Fine }
+            }
             // One that is on its way is the migration's to end; what is left of one that is over
             // has an older generation.
             Some(m)

@@ -310,7 +310,10 @@ fn put_row(tx: &WriteTransaction, row: &Row) -> Result<()> {
 }
 
 fn open_db(path: &Path) -> Result<Database> {
-    Database::create(path)
+    // Every page has a checksum; without the check redb trusts what it reads.
+    Database::builder()
+        .set_check_integrity_on_open(true)
+        .create(path)
         .map_err(|e| RegistryError::Open { path: path.to_owned(), source: Box::new(e.into()) })
 }
 
@@ -348,7 +351,8 @@ fn prepare(db: &Database) -> Result<bool> {
             }
         }
         for (key, row) in rows {
-            let ended = row.lease_until.0.saturating_sub(crate::controller::LEASE.as_millis() as u64);
+            let ended =
+                row.lease_until.0.saturating_sub(crate::controller::LEASE.as_millis() as u64);
             let row = SiteRow { last_seen: UnixMs(ended), ..row };
             let bytes = serde_json::to_vec(&row)
                 .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use godwit_types::{Name, SubstrateId};
+use godwit_types::{Hash, Name, SubstrateId};
 
 use super::tables::SiteRow;
 use super::{SiteRecord, SiteReport};
@@ -77,6 +77,11 @@ impl Live {
 
     pub(super) fn last_seen(&self, name: &Name) -> UnixMs {
         self.inner().sites.get(name).map_or(UnixMs::default(), |s| s.last_seen)
+    }
+
+    /// What the last report said of its substrates.
+    pub(super) fn holdings(&self, name: &Name) -> Option<Hash> {
+        self.inner().sites.get(name).and_then(|s| s.report.holdings)
     }
 
     pub(super) fn holds(&self, id: SubstrateId, site: &Name, now: UnixMs) {

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_types::{Code, CodedError, Generation, Name, OpId, SubstrateId, VmId};
+use godwit_types::{Code, CodedError, Generation, Hash, Name, OpId, SubstrateId, VmId};
 
 use file::File;
 use live::Live;
@@ -104,6 +104,18 @@ pub enum RegistryError {
     /// The object is in use.
     #[error("{0}")]
     Busy(String),
+    /// A site holds something else under a substrate's id.
+    #[error("site '{site}' holds {found} under the id of substrate '{name}', which is {wanted}")]
+    OtherContent {
+        /// The site.
+        site: Name,
+        /// The substrate.
+        name: Name,
+        /// The content that its id stands for.
+        wanted: Hash,
+        /// What the site has.
+        found: Hash,
+    },
     /// The site is no longer trusted.
     #[error("site '{0}' was revoked")]
     Revoked(Name),
@@ -114,8 +126,10 @@ impl CodedError for RegistryError {
         match self {
             Self::Open { source, .. } if is_full(source) => Code::NoRoom,
             Self::Database(source) if is_full(source) => Code::NoRoom,
+            Self::Open { source, .. } if is_corrupt(source) => Code::Damaged,
+            Self::Database(source) if is_corrupt(source) => Code::Damaged,
             Self::Open { .. } | Self::Database(_) => Code::Internal,
-            Self::Format { .. } | Self::Damaged { .. } => Code::Damaged,
+            Self::Format { .. } | Self::Damaged { .. } | Self::OtherContent { .. } => Code::Damaged,
             Self::NotFound { .. } => Code::NotFound,
             Self::Exists { .. } => Code::Exists,
             Self::Fenced { .. } => Code::Fenced,
@@ -128,6 +142,10 @@ impl CodedError for RegistryError {
 fn is_full(e: &redb::Error) -> bool {
     use std::io::ErrorKind::{QuotaExceeded, StorageFull};
     matches!(e, redb::Error::Io(e) if matches!(e.kind(), StorageFull | QuotaExceeded))
+}
+
+fn is_corrupt(e: &redb::Error) -> bool {
+    matches!(e, redb::Error::Corrupted(_))
 }
 
 macro_rules! from_redb {
@@ -195,10 +213,9 @@ impl Registry {
 
     fn missing_or_damaged(t: &Tables, what: &'static str, key: &str) -> RegistryError {
         match t.damaged.get(key) {
-            Some(why) => RegistryError::Damaged {
-                key: shown(key),
-                source: serde::de::Error::custom(why),
-            },
+            Some(why) => {
+                RegistryError::Damaged { key: shown(key), source: serde::de::Error::custom(why) }
+            }
             None => RegistryError::NotFound { what, key: shown(key) },
         }
     }
@@ -277,8 +294,12 @@ impl Registry {
             let mut hold = |id: &SubstrateId, holds| {
                 if let Some(s) = t.substrates.get(id) {
                     let mut s = SubstrateRecord::clone(s);
-                    let changed =
-                        if holds { s.holders.insert(name.clone()) } else { s.holders.remove(name) };
+                    let changed = if holds {
+                        s.holders.insert(name.clone())
+                    } else {
+                        s.damaged.remove(name);
+                        s.holders.remove(name)
+                    };
                     if changed {
                         changes.push(Change::Substrate(*id, Some(Arc::new(s))));
                     }
@@ -303,14 +324,16 @@ impl Registry {
         Ok(self.live.record(&row))
     }
 
-    /// Whether all of these substrates are known, and that the site holds them.
+    /// Whether a report names no substrate that the site is not known to hold, and nothing has
+    /// happened to those since its last report.
     #[must_use]
-    pub fn holds_all(&self, site: &Name, substrates: &std::collections::BTreeSet<SubstrateId>) -> bool {
-        self.file.read(|t| {
-            substrates
-                .iter()
-                .all(|id| t.substrates.get(id).is_some_and(|s| s.holders.contains(site)))
-        })
+    pub fn knows_holdings(&self, site: &Name, report: &SiteReport) -> bool {
+        report.holdings.is_some()
+            && self.live.holdings(site) == report.holdings
+            && self.file.read(|t| {
+                let held = |id| t.substrates.get(id).is_some_and(|s| s.holders.contains(site));
+                report.substrates.iter().all(held)
+            })
     }
 
     /// Ends a site's lease, for it has not answered since `asked`; unless it has reported since.
@@ -453,6 +476,7 @@ impl Registry {
                 self.live.holds(id, site, UnixMs::now());
                 s.holders.insert(site.clone())
             } else {
+                s.damaged.remove(site);
                 s.holders.remove(site)
             };
             if changed {
@@ -460,6 +484,51 @@ impl Registry {
             }
             Ok(())
         })
+    }
+
+    /// Takes a holder's word of a substrate: its content, and what is wrong with it there. The
+    /// first to tell of it says what its content is. Writes only what is new.
+    ///
+    /// # Errors
+    /// [`RegistryError::OtherContent`]: the site holds something else, and is no holder.
+    pub fn substrate_seen(
+        &self,
+        id: SubstrateId,
+        site: &Name,
+        content: Hash,
+        damage: Option<String>,
+    ) -> Result<SubstrateRecord> {
+        let seen = self.file.write(|t, changes| {
+            let old = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
+            let mut s = SubstrateRecord::clone(old);
+            let other = s.content.filter(|wanted| *wanted != content);
+            if other.is_some() {
+                s.holders.remove(site);
+                s.damaged.remove(site);
+            } else {
+                if s.holders.insert(site.clone()) {
+                    self.live.holds(id, site, UnixMs::now());
+                }
+                s.content = Some(content);
+                match damage {
+                    Some(why) => s.damaged.insert(site.clone(), why),
+                    None => s.damaged.remove(site),
+                };
+            }
+            if s != **old {
+                changes.push(Change::Substrate(id, Some(Arc::new(s.clone()))));
+            }
+            Ok((s, other))
+        })?;
+        match seen {
+            (s, None) => Ok(s),
+            (s, Some(wanted)) => Err(RegistryError::OtherContent {
+                site: site.clone(),
+                name: s.name,
+                wanted,
+                found: content,
+            }),
+        }
     }
 
     /// Forgets a substrate that no environment was activated from.

@@ -1,10 +1,10 @@
 //! What the registry keeps.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use godwit_types::{
-    Arch, Code, Generation, InvalidTransition, Mib, MigrationId, Name, OpId, OpState, SiteKind,
-    SiteState, SubstrateId, SubstrateKind, VmId, VmState,
+    Arch, Code, Generation, Hash, InvalidTransition, Mib, MigrationId, Name, OpId, OpState,
+    SiteKind, SiteState, SubstrateId, SubstrateKind, VmId, VmState,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -71,6 +71,9 @@ pub struct SiteReport {
     pub vms: u32,
     /// Substrates whose every page and block is there.
     pub substrates: BTreeSet<SubstrateId>,
+    /// Hash of all that it tells of its substrates; while it is the same, nobody need ask.
+    #[serde(default)]
+    pub holdings: Option<Hash>,
     /// Images that are there.
     pub images: BTreeSet<Name>,
     /// Round trip from the center in milliseconds, once measured.
@@ -104,6 +107,12 @@ pub struct SubstrateRecord {
     pub created: UnixMs,
     /// Sites that hold all of it.
     pub holders: BTreeSet<Name>,
+    /// The hash of all that it is; a site that holds anything else under its id does not hold it.
+    #[serde(default)]
+    pub content: Option<Hash>,
+    /// Holders at which something of it was found damaged, and what.
+    #[serde(default)]
+    pub damaged: BTreeMap<Name, String>,
 }
 
 /// An execution environment.

@@ -61,6 +61,8 @@ fn substrate(n: &str) -> SubstrateRecord {
         stored_bytes: 1,
         created: UnixMs(1),
         holders: BTreeSet::new(),
+        content: None,
+        damaged: std::collections::BTreeMap::new(),
     }
 }
 
@@ -288,7 +290,9 @@ fn reports_that_tell_nothing_new_are_not_written() {
     }
     let sites: Vec<_> = (0..5).map(|i| name(&format!("site-{i}"))).collect();
     let held: BTreeSet<_> = all.iter().map(|s| s.id).collect();
-    let report = |load| SiteReport { substrates: held.clone(), load, ..SiteReport::default() };
+    let holdings = Some(Hash::of(b"all"));
+    let report =
+        |load| SiteReport { substrates: held.clone(), holdings, load, ..SiteReport::default() };
     let ttl = Duration::from_secs(15);
     for n in &sites {
         reg.site_put(&site(n.as_str())).expect("put");
@@ -300,7 +304,7 @@ fn reports_that_tell_nothing_new_are_not_written() {
             let now = UnixMs(i * 4000);
             let s = reg.site_report(n, report(i as f64), now, ttl).expect("report");
             assert_eq!((s.report.load, s.last_seen), (i as f64, now));
-            assert!(reg.holds_all(n, &held));
+            assert!(reg.knows_holdings(n, &report(0.0)));
             for s in &all {
                 reg.substrate_holder(s.id, n, true).expect("held already");
             }

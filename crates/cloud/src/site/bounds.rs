@@ -146,6 +146,9 @@ fn substrate(s: &mut SubstrateInfo) -> Result<(), Fault> {
     size("the stored size of a substrate", s.stored_bytes, MAX_BYTES)?;
     // One from the future would be new for as long as it likes.
     s.created = s.created.min(UnixMs::now());
+    if let Some(damage) = &mut s.damage {
+        tidy(damage, MAX_TEXT);
+    }
     Ok(())
 }
 

@@ -12,6 +12,7 @@
 //! a machine carry its generation; a site remembers the highest it has seen and refuses less.
 
 pub(crate) mod bounds;
+pub(crate) mod frames;
 mod local;
 mod remote;
 mod types;
@@ -33,7 +34,7 @@ pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
     MemoryStand, MoveStand, NewMachine, Origin, PoolReport, SiteEvent, SiteReply, SiteRequest,
-    StreamRequest, SubstrateInfo,
+    StreamRequest, SubstrateInfo, UNKNOWN_GENERATION,
 };
 
 /// The stage that a source reports when the destination runs the machine: the commit point.

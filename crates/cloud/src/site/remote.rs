@@ -252,11 +252,7 @@ async fn arrival<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T, Faul
         .map_err(|_| Fault::new(Code::TimedOut, "a lane with no request"))?
 }
 
-async fn answer(
-    lane: Lane,
-    host: Arc<dyn SiteHost>,
-    room: Arc<Semaphore>,
-) -> Result<(), Fault> {
+async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Result<(), Fault> {
     let (mut to, mut from) = lane.split();
     let request: SiteRequest = arrival(&mut from).await?;
     let turn = takes_turns(&request).then_some(room);

@@ -67,7 +67,12 @@ pub struct NewMachine {
     pub memory: Option<Mib>,
     /// vCPUs, if not the image's own (cold boot only).
     pub vcpus: Option<u8>,
+    /// The content that the substrate must have (activation only).
+    pub content: Option<Hash>,
 }
+
+/// The generation of a machine whose record at its site is damaged; no machine has it.
+pub const UNKNOWN_GENERATION: Generation = Generation(0);
 
 /// A machine at a site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -119,6 +124,10 @@ pub struct SubstrateInfo {
     pub stored_bytes: u64,
     /// When it was docked.
     pub created: UnixMs,
+    /// The hash of all that it is.
+    pub content: Hash,
+    /// What is wrong with it there, if something was found.
+    pub damage: Option<String>,
     /// What docking took, in the answer to the request that docked it.
     pub dock: Option<DockReport>,
 }
@@ -522,7 +531,7 @@ pub enum StreamRequest {
         /// The machine.
         vm: VmId,
     },
-    /// A substrate to read.
+    /// A substrate to read, in the frames of `site/frames.rs`.
     SubstrateExport {
         /// Which.
         id: SubstrateId,
@@ -531,6 +540,8 @@ pub enum StreamRequest {
     SubstrateImport {
         /// Its name here, if not its own.
         name: Option<Name>,
+        /// The content that it must have, unless any will do.
+        content: Option<Hash>,
     },
 }
 
@@ -548,6 +559,7 @@ impl fmt::Display for Origin {
         match self {
             Self::Image(n) => write!(f, "image {n}"),
             Self::Substrate(s) => write!(f, "substrate {s}"),
+            Self::StoredDisk(s) => write!(f, "the disk of substrate {s}"),
         }
     }
 }

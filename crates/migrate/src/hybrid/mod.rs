@@ -25,7 +25,7 @@ mod source;
 
 pub use arrive::{ArrivingDisk, receive};
 pub use destination::{DestinationDriver, DestinationEffect, DestinationEvent, DestinationState};
-pub use measure::{Received, Sent, Timeline, report};
+pub use measure::{Asked, Received, Request, Sent, Timeline, report};
 pub use recover::{follow_outgoing, reclaim, recover_disk, recover_incoming, recover_outgoing};
 pub use run::{Asking, DestinationFate, MoveError, Steering, prepare_incoming, send};
 pub use source::{SourceDriver, SourceEffect, SourceEnd, SourceEvent, SourceState};

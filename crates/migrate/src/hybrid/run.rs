@@ -209,6 +209,7 @@ impl Source<'_> {
         loop {
             let seen = status.borrow_and_update().clone();
             self.sent.counts = self.before.plus(&seen.counts);
+            self.sent.clock = seen.clock.or(self.sent.clock);
             self.apply(SourceEvent::Relay(seen.phase), &ask).await?;
             let word = told.borrow_and_update().clone();
             if let Some(why) = lost(&seen).or(word) {

@@ -97,7 +97,8 @@ impl SourceCore {
 
     pub(crate) fn counts(&self) -> Counts {
         let (round_pages, round_left) = self.round.progress();
-        Counts { round_pages, round_left, ..self.counts }
+        let repeated_pages = self.round.repeated();
+        Counts { round_pages, round_left, repeated_pages, ..self.counts }
     }
 
     /// The value of SHUT once the destination has said that it is done; 0 is success.
@@ -133,9 +134,8 @@ impl SourceCore {
                 Record::Page(page) => {
                     self.count_page(&page.content);
                     self.around.sent(&page.block, page.offset);
-                    if self.phase == RelayPhase::PreCopy
-                        && self.round.sent(&page.block, page.offset)
-                    {
+                    let over = self.round.sent(&page.block, page.offset);
+                    if self.phase == RelayPhase::PreCopy && over {
                         self.advance(RelayPhase::RoundOver);
                     }
                 }
@@ -201,6 +201,7 @@ impl SourceCore {
             if let Record::Page(page) = &record {
                 self.count_page(&page.content);
                 self.counts.demanded_pages += 1;
+                self.round.sent(&page.block, page.offset);
                 self.around.sent(&page.block, page.offset);
             }
             record.encode(&mut raw);

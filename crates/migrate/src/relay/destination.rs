@@ -1,7 +1,8 @@
 //! The relay at the destination.
 
 use std::path::Path;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use godwit_qemu::stream::{PONG_COMMIT, ReturnMessage, ReturnPathParser};
@@ -15,11 +16,13 @@ use super::control::Asked;
 use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
 use super::frame::{Kind, open};
+use super::waits::{Channel, Waits};
 use super::wire::{About, Note, VERSION, hear, tell};
 use super::{
     BlockDevice, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase,
     RelayStatus, unless_aborted,
 };
+use crate::clock::{self, ClockId};
 
 const READ: usize = 64 << 10;
 /// How long the other relay may take to hear that the migration ends.
@@ -156,9 +159,10 @@ async fn work(
 
     let (ack_tx, mut acks) = mpsc::channel(1024);
     let (back_lane, demand_lane) = (&mut demand.0, &mut demand.1);
+    let waits = Mutex::new(Waits::new(config.resume));
     let back = async {
         match main_read {
-            Some(read) => back_path(read, back_lane, status).await,
+            Some(read) => back_path(read, back_lane, &waits, status).await,
             None => Ok(()),
         }
     };
@@ -166,11 +170,11 @@ async fn work(
         if !config.memory {
             return Ok(());
         }
-        demand_channel(demand_lane, &config.qemu, status).await
+        demand_channel(demand_lane, &config.qemu, &waits, status).await
     };
     let bulk = async {
         match main_write {
-            Some(write) => bulk_channel(bulk, write, ack_tx, status).await,
+            Some(write) => bulk_channel(bulk, write, ack_tx, &waits, status).await,
             None => Ok(()),
         }
     };
@@ -203,6 +207,12 @@ async fn work(
             }
             note = hear(&mut steering.1) => match note? {
                 Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
+                Some(Note::Clock { sent }) => {
+                    let arrived = clock::now();
+                    let clock = ClockId::here();
+                    let replied = clock::now();
+                    tell(&mut steering.0, Note::ClockIs { sent, arrived, replied, clock }).await?;
+                }
                 Some(_) => {}
                 None => return Err(RelayError::Protocol("it has left")),
             },
@@ -245,6 +255,7 @@ async fn work(
 async fn back_path(
     mut read: OwnedReadHalf,
     lane: &mut LaneSender,
+    waits: &Mutex<Waits>,
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     let mut parser = ReturnPathParser::new(MAX_BITMAP);
@@ -278,7 +289,14 @@ async fn back_path(
                         });
                     }
                 }
-                ReturnMessage::ReqPages { .. } => status.send_modify(|s| s.counts.requests += 1),
+                ReturnMessage::ReqPages { block, start, .. } => {
+                    waits.lock().unwrap_or_else(PoisonError::into_inner).asked(
+                        block.as_ref(),
+                        start,
+                        Instant::now(),
+                    );
+                    status.send_modify(|s| s.counts.requests += 1);
+                }
                 _ => {}
             }
         }
@@ -304,11 +322,28 @@ fn account(status: &watch::Sender<RelayStatus>, kind: Kind, wire: usize) {
     });
 }
 
+/// Pages have been written to QEMU: whoever waited for one of them goes on.
+fn note_written(
+    waits: &Mutex<Waits>,
+    channel: Channel,
+    raw: &[u8],
+    status: &watch::Sender<RelayStatus>,
+) {
+    let mut waits = waits.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = waits.micros();
+    waits.written(channel, raw, Instant::now());
+    let after = waits.micros();
+    if before != after {
+        status.send_modify(|s| (s.counts.waited_us, s.counts.longest_wait_us) = after);
+    }
+}
+
 /// From the bulk lane to QEMU's main channel; each frame is acknowledged when QEMU has taken it.
 async fn bulk_channel(
     lane: &mut LaneReceiver,
     mut write: OwnedWriteHalf,
     acks: mpsc::Sender<u32>,
+    waits: &Mutex<Waits>,
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     while let Some(frame) =
@@ -320,6 +355,7 @@ async fn bulk_channel(
             what: "writing the destination QEMU's main channel",
             source,
         })?;
+        note_written(waits, Channel::Main, &raw, status);
         if acks.send(1).await.is_err() {
             return Ok(());
         }
@@ -332,6 +368,7 @@ async fn bulk_channel(
 async fn demand_channel(
     lane: &mut LaneReceiver,
     qemu: &Path,
+    waits: &Mutex<Waits>,
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     let mut channel: Option<UnixStream> = None;
@@ -356,6 +393,7 @@ async fn demand_channel(
             what: "writing the destination QEMU's preempt channel",
             source,
         })?;
+        note_written(waits, Channel::Preempt, &raw, status);
     }
     // The channel stays open until QEMU itself closes it at its end.
     if channel.is_some() {

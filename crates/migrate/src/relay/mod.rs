@@ -25,6 +25,7 @@ mod pacer;
 mod round;
 mod source;
 mod status;
+mod waits;
 mod wire;
 
 pub use config::{RelayConfig, RelayDisk, RelayRole};

@@ -17,6 +17,7 @@ pub(crate) struct Round {
     left: u64,
     total: u64,
     over: bool,
+    repeated: u64,
 }
 
 impl Round {
@@ -40,17 +41,23 @@ impl Round {
     pub(crate) fn sent(&mut self, block: &Bytes, offset: u64) -> bool {
         let page = offset / PAGE_SIZE as u64;
         let word = self.blocks.get_mut(block).and_then(|w| w.get_mut((page / 64) as usize));
-        if let (false, Some(word)) = (self.over, word) {
+        if let Some(word) = word {
             let bit = 1 << (page % 64);
             if *word & bit == 0 {
                 *word |= bit;
                 self.left = self.left.saturating_sub(1);
             } else {
+                self.repeated += 1;
                 self.over = true;
             }
             self.over |= self.left == 0;
         }
         self.over
+    }
+
+    /// How often a page was sent that had been sent before.
+    pub(crate) fn repeated(&self) -> u64 {
+        self.repeated
     }
 
     /// Pages of the round in all, and those not sent yet.
@@ -90,5 +97,8 @@ mod tests {
         assert!(!round.sent(&m0, 0));
         assert!(!round.sent(&m0, 1 << 50), "outside of the block: not counted");
         assert!(round.sent(&m0, 0));
+        // Behind the round it goes on counting.
+        assert!(round.sent(&m0, 4096) && round.sent(&m0, 4096));
+        assert_eq!(round.repeated(), 2);
     }
 }

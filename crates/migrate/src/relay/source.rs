@@ -22,6 +22,7 @@ use super::{
     Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayRole,
     RelayStatus, unless_aborted,
 };
+use crate::clock::{self, ClockId, Compare, Exchange};
 
 /// How much is read from QEMU at once, in bytes.
 const READ: usize = 256 << 10;
@@ -38,6 +39,7 @@ pub(super) async fn run(
 ) -> Result<Outcome, RelayError> {
     let listener = super::listen(&config.qemu, "listening for QEMU on")?;
     let mut source = unless_aborted(commands, Source::join(config, endpoint, status)).await?;
+    source.compare_clocks().await?;
     source.publish();
     let worked = source.work(&listener, commands).await;
     let _ = std::fs::remove_file(&config.qemu);
@@ -66,6 +68,7 @@ struct Source<'a> {
     status: &'a watch::Sender<RelayStatus>,
     link: Link,
     core: SourceCore,
+    clocks: Compare,
     packer: Packer,
     steering: (LaneSender, LaneReceiver),
     bulk: LaneSender,
@@ -188,6 +191,7 @@ impl<'a> Source<'a> {
             status,
             link,
             core: SourceCore::new(config.resume, config.memory),
+            clocks: Compare::default(),
             packer: Packer::new(),
             steering,
             bulk,
@@ -204,6 +208,7 @@ impl<'a> Source<'a> {
 
     fn publish(&self) {
         let (phase, counts) = (self.core.phase(), self.core.counts());
+        let clock = self.clocks.best();
         let phase = if self.done && self.main_over { RelayPhase::Done } else { phase };
         let rtt_us = u64::try_from(self.link.rtt().as_micros()).unwrap_or(u64::MAX);
         self.status.send_if_modified(|s| {
@@ -211,11 +216,12 @@ impl<'a> Source<'a> {
             let bytes = BytesMoved { disk: s.counts.bytes.disk, ..counts.bytes };
             let (disk_blocks, disk_left) = (s.counts.disk_blocks, s.counts.disk_left);
             let counts = Counts { bytes, disk_blocks, disk_left, ..counts };
-            let changed = s.phase != phase || s.counts != counts;
+            let changed = s.phase != phase || s.counts != counts || s.clock != clock;
             s.phase = phase;
             s.committed = phase >= RelayPhase::Committed;
             s.counts = counts;
             s.rtt_us = rtt_us;
+            s.clock = clock;
             changed
         });
     }
@@ -340,11 +346,17 @@ impl<'a> Source<'a> {
             Event::Back(None) => return Err(RelayError::Protocol("the return path has ended")),
             Event::Note(Some(Note::Ack(frames))) => {
                 self.core.on_ack(frames.into(), Instant::now());
+                self.compare_clocks().await?;
+            }
+            Event::Note(Some(Note::ClockIs { sent, arrived, replied, clock })) => {
+                let exchange = Exchange { sent, arrived, replied, returned: clock::now() };
+                self.clocks.answer(exchange, clock.same(ClockId::here()));
+                self.compare_clocks().await?;
             }
             Event::Note(Some(Note::DiskAck(frames))) => self.disk_pacer.on_ack(frames.into()),
             Event::Note(Some(Note::Done)) => self.done = true,
             Event::Note(Some(Note::Abort { why, .. })) => return Err(RelayError::PeerAborted(why)),
-            Event::Note(Some(Note::Ready)) => {}
+            Event::Note(Some(Note::Ready | Note::Clock { .. })) => {}
             Event::Note(None) => return Err(RelayError::Protocol("it has left")),
         }
         self.send_all().await?;
@@ -353,6 +365,15 @@ impl<'a> Source<'a> {
             return Ok(true);
         }
         Ok(false)
+    }
+
+    /// Asks the destination for its time, when it is time to.
+    async fn compare_clocks(&mut self) -> Result<(), RelayError> {
+        let sent = clock::now();
+        if self.clocks.ask(sent) {
+            tell(&mut self.steering.0, Note::Clock { sent }).await?;
+        }
+        Ok(())
     }
 
     async fn send_all(&mut self) -> Result<(), RelayError> {

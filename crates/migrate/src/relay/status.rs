@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use godwit_types::{BytesMoved, MigrationId};
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Offset;
+
 /// How far a relay has come. Later ones are greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -58,6 +60,16 @@ pub struct Counts {
     /// only).
     #[serde(default)]
     pub disk_cancelled: u64,
+    /// Pages sent that had been sent before (source only).
+    #[serde(default)]
+    pub repeated_pages: u64,
+    /// Time during which the machine waited for a page that it had asked for, in microseconds
+    /// (destination only).
+    #[serde(default)]
+    pub waited_us: u64,
+    /// The longest that one page was waited for, in microseconds (destination only).
+    #[serde(default)]
+    pub longest_wait_us: u64,
 }
 
 impl Counts {
@@ -82,6 +94,9 @@ impl Counts {
             // A new relay finds again what was overwritten before.
             disk_cancelled: self.disk_cancelled.max(later.disk_cancelled),
             disk_left: if later.disk_blocks > 0 { later.disk_left } else { self.disk_left },
+            repeated_pages: self.repeated_pages + later.repeated_pages,
+            waited_us: self.waited_us + later.waited_us,
+            longest_wait_us: self.longest_wait_us.max(later.longest_wait_us),
         }
     }
 }
@@ -122,6 +137,9 @@ pub struct RelayStatus {
     pub counts: Counts,
     /// Smoothed round trip of the link in microseconds.
     pub rtt_us: u64,
+    /// How far the destination's clock is ahead of the source's (source only).
+    #[serde(default)]
+    pub clock: Option<Offset>,
     /// Source only: the destination was lost while the machine stood still and before the commit
     /// point was seen. QEMU is held; [`super::RelayCommand::Reclaim`] brings the machine back.
     #[serde(default)]
@@ -141,6 +159,7 @@ impl RelayStatus {
             committed: false,
             counts: Counts::default(),
             rtt_us: 0,
+            clock: None,
             lost: None,
             end: None,
         }

@@ -1,5 +1,7 @@
 //! What relays say to each other on the steering lane.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use godwit_transfer::wire::{decode, encode};
 use godwit_transfer::{LaneReceiver, LaneSender};
@@ -7,9 +9,10 @@ use godwit_types::{Generation, MigrationId};
 use serde::{Deserialize, Serialize};
 
 use super::RelayError;
+use crate::clock::ClockId;
 
-/// Version 1: first.
-pub(crate) const VERSION: u16 = 1;
+/// Version 1: first. 2: the clocks of both hosts are compared.
+pub(crate) const VERSION: u16 = 2;
 /// The longest reason that is passed on, in bytes.
 const MAX_WHY: usize = 1000;
 
@@ -42,6 +45,22 @@ pub(crate) enum Note {
         why: String,
         /// Whether PONG 3 had been seen where this comes from.
         committed: bool,
+    },
+    /// What time is it there? Times are since 1970.
+    Clock {
+        /// When this was asked, by the clock of who asks.
+        sent: Duration,
+    },
+    /// The answer to `Clock`.
+    ClockIs {
+        /// As it was asked.
+        sent: Duration,
+        /// When the question arrived, by the clock of who answers.
+        arrived: Duration,
+        /// When the answer left, by the same clock.
+        replied: Duration,
+        /// Which clock that is.
+        clock: ClockId,
     },
 }
 

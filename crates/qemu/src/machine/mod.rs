@@ -148,6 +148,12 @@ impl Machine {
         Self::connect(record, home, exit).await
     }
 
+    /// The process that the record in `run_dir` names, if it lives; it may not answer.
+    #[must_use]
+    pub fn recorded(run_dir: &Path) -> Option<Process> {
+        Record::read(run_dir).ok().map(|r| r.process).filter(Process::is_alive)
+    }
+
     /// Gives the machine another run directory, name and top image: all of them are renamed under
     /// the running QEMU, which holds them open. A waiting QEMU becomes a machine of a name so.
     /// Both directories must be on one file system, `run_dir` must not exist.

@@ -10,6 +10,7 @@ use super::life::Action;
 use crate::args;
 use crate::error::QemuError;
 use crate::launch::check_nic;
+use crate::qmp::QmpError;
 use crate::spec::Nic;
 
 /// How long a guest may take to let a NIC go.
@@ -44,6 +45,59 @@ impl Machine {
             return refuse(format!("NIC port {} is taken", nic.port));
         }
         Ok(())
+    }
+
+    /// Has `nic` in its port and working, whatever was done to that port before and broke off: a NIC
+    /// that is there, or on its way out, is taken away first. Does the same when called again.
+    ///
+    /// # Errors
+    /// A guest that does not let the old one go, or a QEMU that does not take the new one.
+    pub async fn replug_nic(&self, nic: Nic) -> Result<(), QemuError> {
+        {
+            let _one = self.inner.changing.lock().await;
+            self.allowed(Action::Change).await?;
+            let (id, net) = (format!("nic{}", nic.port), format!("net{}", nic.port));
+            let mut events = self.events();
+            let asked = self.qmp("device_del", json!({ "id": id })).await;
+            match asked {
+                Err(QemuError::Qmp(QmpError::Refused { class, .. }))
+                    if class == "DeviceNotFound" => {}
+                // Refused while an earlier request is on its way to the guest.
+                Ok(_) | Err(QemuError::Qmp(QmpError::Refused { .. })) => {
+                    self.wait_unplugged(&mut events, &id).await?;
+                }
+                Err(e) => return Err(e),
+            }
+            match self.qmp("netdev_del", json!({ "id": net })).await {
+                // There was none any more.
+                Ok(_) | Err(QemuError::Qmp(QmpError::Refused { .. })) => {}
+                Err(e) => return Err(e),
+            }
+            self.record(|launch| launch.nics.retain(|n| n.port != nic.port))?;
+        }
+        self.plug_nic(nic).await
+    }
+
+    async fn wait_unplugged(
+        &self,
+        events: &mut crate::qmp::EventCursor,
+        id: &str,
+    ) -> Result<(), QemuError> {
+        // Gone before `events` was taken, or it says so.
+        if !self.has_device(id).await? {
+            return Ok(());
+        }
+        events
+            .wait_for("DEVICE_DELETED", UNPLUG_WITHIN, |e| {
+                e.name == "DEVICE_DELETED" && e.data["device"] == *id
+            })
+            .await?;
+        Ok(())
+    }
+
+    async fn has_device(&self, id: &str) -> Result<bool, QemuError> {
+        let all = self.qmp("qom-list", json!({ "path": "/machine/peripheral" })).await?;
+        Ok(all.as_array().is_some_and(|all| all.iter().any(|d| d["name"] == *id)))
     }
 
     /// Takes the NIC in `port` away. The guest has to agree, so it must run and have booted.

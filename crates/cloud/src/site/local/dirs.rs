@@ -89,6 +89,12 @@ impl SiteDirs {
         self.data.join("vms").join(vm.0.simple().to_string())
     }
 
+    /// The generations of the machines that left.
+    #[must_use]
+    pub fn tombs(&self) -> PathBuf {
+        self.data.join("vms.left")
+    }
+
     /// Sockets of one machine.
     #[must_use]
     pub fn vm_run(&self, vm: VmId) -> PathBuf {

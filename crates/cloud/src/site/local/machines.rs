@@ -1,7 +1,6 @@
-//! The machines of this host: made, started, stopped, removed, adopted.
+//! The machines of this host: made, started, stopped, removed.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_disk::image::{Backing, check_base, create_overlay};
@@ -12,14 +11,17 @@ use godwit_qemu::{
 };
 use godwit_types::{Code, Generation, VmId, VmState};
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
 use super::moves::MID;
 use super::pool::mac_seed;
-use super::record::{Below, End, MachineRecord, Meant};
+use super::record::{Below, End, MachineRecord, Meant, Unfinished};
 use super::{Entry, LocalSite, report};
 use crate::error::Fault;
 use crate::ops::Progress;
-use crate::site::{Call, GuestOutput, GuestProgram, MachineStatus, NewMachine, Origin};
+use crate::site::{
+    Call, GuestOutput, GuestProgram, MachineStatus, NewMachine, Origin, UNKNOWN_GENERATION,
+};
 
 /// How long a guest may take to its agent's first answer.
 const BOOT_WITHIN: Duration = Duration::from_secs(300);
@@ -45,55 +47,6 @@ pub(super) fn joined(e: tokio::task::JoinError) -> Fault {
 }
 
 impl LocalSite {
-    pub(super) async fn adopt_all(self: &Arc<Self>) -> Result<(), Fault> {
-        let dir = self.dirs.data.join("vms");
-        let list = std::fs::read_dir(&dir)
-            .map_err(|e| Fault::internal(format!("reading {}: {e}", dir.display())))?;
-        for item in list.flatten() {
-            let record = match MachineRecord::load(&item.path()) {
-                Ok(Some(r)) => r,
-                Ok(None) => {
-                    // A machine that was being made when the daemon died: nothing knows it yet.
-                    tracing::warn!(path = %item.path().display(), "removing an unfinished machine");
-                    let _ = std::fs::remove_dir_all(item.path());
-                    continue;
-                }
-                Err(f) => {
-                    tracing::error!(error = %f, "a machine's record is left alone");
-                    continue;
-                }
-            };
-            let machine = match Machine::adopt(&self.dirs.vm_run(record.vm)).await {
-                Ok(m) => Some(m),
-                Err(e) => {
-                    tracing::debug!(vm = %record.name, error = %e, "not running");
-                    None
-                }
-            };
-            if let Some(m) = &machine {
-                tracing::info!(vm = %record.name, pid = m.process().pid, "adopted");
-                if record.meant == Meant::Gone {
-                    m.kill().await;
-                }
-            }
-            if let Below::Substrate(id) = record.below
-                && record.meant != Meant::Gone
-            {
-                self.pool.note_clone(id, record.vm);
-            }
-            let travels = machine.clone().filter(|_| record.migration.is_some());
-            let kept = record.clone();
-            self.machines
-                .write()
-                .await
-                .insert(record.vm, Arc::new(Mutex::new(Entry { record, machine })));
-            if let Some(m) = travels {
-                self.find_again(kept, m).await;
-            }
-        }
-        Ok(())
-    }
-
     pub(super) async fn list_machines(&self) -> Vec<MachineStatus> {
         let entries: Vec<_> =
             self.machines.read().await.iter().map(|(vm, e)| (*vm, e.clone())).collect();
@@ -105,6 +58,9 @@ impl LocalSite {
             };
             if e.record.meant == Meant::Gone {
                 return None;
+            }
+            if let Some(state) = e.changing() {
+                return Some(status_as(&e.record, state));
             }
             let mut life = life_of(&e).await;
             if life == Some(Life::Stalled) {
@@ -142,7 +98,9 @@ impl LocalSite {
     /// A machine that a job has at this moment, as its record has it: present, and not settled.
     fn busy_status(&self, vm: VmId) -> Option<MachineStatus> {
         let r = MachineRecord::load(&self.dirs.vm(vm)).ok().flatten()?;
-        (r.meant != Meant::Gone).then(|| status_as(&r, VmState::Starting))
+        let docking = matches!(r.unfinished, Some(Unfinished::Docking { .. }));
+        let state = if docking { VmState::Docking } else { VmState::Starting };
+        (r.meant != Meant::Gone).then(|| status_as(&r, state))
     }
 
     pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
@@ -180,29 +138,36 @@ impl LocalSite {
             below: Below::Image,
             migration: None,
             reason: None,
+            unfinished: None,
         };
         self.check_room(record.memory)?;
-        let entry = self.enter(record.clone()).await?;
-        let mut locked = entry.lock().await;
-        match self.boot_new(&record, &image, &call).await {
-            Ok(machine) => {
-                locked.machine = Some(machine);
-                Ok(status(&mut locked).await)
-            }
+        let (entry, wanted) = self.enter_starting(record.clone()).await?;
+        match self.boot_new(&entry, &record, &image, &call, &wanted).await {
+            Ok(()) => self.started(&entry).await,
             Err(f) => {
-                drop(locked);
-                self.leave(record.vm).await;
+                self.withdraw(&entry, record.vm).await;
                 Err(f)
             }
         }
     }
 
+    /// A machine that was being started runs.
+    pub(super) async fn started(&self, entry: &Mutex<Entry>) -> Result<MachineStatus, Fault> {
+        let mut e = entry.lock().await;
+        if e.starting.take().is_none_or(|wanted| wanted.is_cancelled()) {
+            return Err(Fault::cancelled());
+        }
+        Ok(status(&mut e).await)
+    }
+
     async fn boot_new(
         &self,
+        entry: &Mutex<Entry>,
         record: &MachineRecord,
         image: &Image,
         call: &Call,
-    ) -> Result<Machine, Fault> {
+        wanted: &CancellationToken,
+    ) -> Result<(), Fault> {
         let dir = self.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         record.save(&dir)?;
@@ -216,22 +181,34 @@ impl LocalSite {
             .map_err(joined)?
             .map_err(coded)?;
         }
-        self.boot(record, image, call).await
+        self.boot(entry, record, image, call, wanted).await
     }
 
-    /// Starts QEMU and waits for the guest's first answer. On failure no QEMU is left.
+    /// Starts QEMU and waits for the guest's first answer; its screen and its console can be looked
+    /// at meanwhile. On failure, or once it is not wanted any more, no QEMU is left.
     pub(super) async fn boot(
         &self,
+        entry: &Mutex<Entry>,
         record: &MachineRecord,
         image: &Image,
         call: &Call,
-    ) -> Result<Machine, Fault> {
+        wanted: &CancellationToken,
+    ) -> Result<(), Fault> {
         // Memory of an earlier run is of no use to a boot.
         remove_file(&self.dirs.vm_memory(record.vm))?;
         let machine = self.launch(record, image)?.spawn().await.map_err(coded)?;
+        {
+            let mut e = entry.lock().await;
+            if wanted.is_cancelled() {
+                drop(e);
+                machine.kill().await;
+                return Err(Fault::cancelled());
+            }
+            e.machine = Some(machine.clone());
+        }
         let began = std::time::Instant::now();
         if !image.agent {
-            return Ok(machine);
+            return Ok(());
         }
         let outcome = loop {
             call.progress(Progress {
@@ -243,6 +220,7 @@ impl LocalSite {
             });
             tokio::select! {
                 () = call.cancel.cancelled() => break Err(Fault::cancelled()),
+                () = wanted.cancelled() => break Err(Fault::cancelled()),
                 exit = machine.exited() => {
                     break Err(Fault::internal(format!("QEMU ended during the boot: {}", exit.log)));
                 }
@@ -258,13 +236,14 @@ impl LocalSite {
                 },
             }
         };
-        match outcome {
-            Ok(()) => Ok(machine),
-            Err(f) => {
-                machine.kill().await;
-                Err(f)
+        if outcome.is_err() {
+            machine.kill().await;
+            let mut e = entry.lock().await;
+            if !wanted.is_cancelled() {
+                e.machine = None;
             }
         }
+        outcome
     }
 
     /// The machine that a record describes.
@@ -322,6 +301,10 @@ impl LocalSite {
         if e.record.meant == Meant::Gone {
             return Err(Fault::not_found(format!("machine '{}' is not here", e.record.name)));
         }
+        Self::sound(&e.record)?;
+        if e.starting.is_some() {
+            return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name)));
+        }
         self.end_arrival(&mut e, true).await?;
         if let Some(m) = &e.machine {
             if m.life().await.map_err(coded)? == Life::Running {
@@ -333,16 +316,25 @@ impl LocalSite {
         e.record.generation = generation;
         e.record.meant = Meant::Running;
         e.record.reason = None;
+        e.record.unfinished = None;
         e.record.save(&self.dirs.vm(vm))?;
         let image = self.image_by_hash(&e.record)?;
-        match self.boot(&e.record, &image, &call).await {
-            Ok(machine) => {
-                e.machine = Some(machine);
-                Ok(status(&mut e).await)
-            }
+        // One that did not answer when this daemon came.
+        self.end_strays(vm).await;
+        let wanted = CancellationToken::new();
+        e.starting = Some(wanted.clone());
+        let record = e.record.clone();
+        // Not held while the guest boots: whoever looks at it need not wait.
+        drop(e);
+        match self.boot(&entry, &record, &image, &call, &wanted).await {
+            Ok(()) => self.started(&entry).await,
             Err(f) => {
-                e.record.reason = Some(f.message.clone());
-                e.record.save(&self.dirs.vm(vm))?;
+                let mut e = entry.lock().await;
+                if !wanted.is_cancelled() {
+                    e.starting = None;
+                    e.record.reason = Some(f.message.clone());
+                    e.record.save(&self.dirs.vm(vm))?;
+                }
                 Err(f)
             }
         }
@@ -358,9 +350,20 @@ impl LocalSite {
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
-        Self::steady(&e.record)?;
+        let docking = matches!(e.record.unfinished, Some(Unfinished::Docking { .. }));
+        if !(force && docking) {
+            Self::steady(&e.record)?;
+        }
+        if e.starting.is_some() && !force {
+            return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name))
+                .hint("wait for it, or end it at once with: godwit vm stop --force"));
+        }
+        if let Some(wanted) = e.starting.take() {
+            wanted.cancel();
+        }
         e.record.generation = generation;
         e.record.meant = Meant::Stopped;
+        e.record.unfinished = None;
         e.record.save(&self.dirs.vm(vm))?;
         if let Some(machine) = e.machine.clone() {
             if !force {
@@ -394,33 +397,66 @@ impl LocalSite {
         remove_file(&self.dirs.vm_memory(vm))
     }
 
-    /// Ends a machine and removes what it has; a tombstone with its generation stays.
+    /// Ends a machine and removes what it has; its generation is kept as a tombstone.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
-        let entry = self.entry(vm).await?;
+        let Ok(entry) = self.entry(vm).await else { return self.remove_again(vm, generation) };
         let mut e = entry.lock().await;
+        if e.record.meant == Meant::Gone {
+            return self.remove_again(vm, generation);
+        }
         Self::fence(&e.record, generation)?;
+        if let Some(wanted) = e.starting.take() {
+            wanted.cancel();
+        }
         self.end_arrival(&mut e, false).await?;
         if let Some(m) = e.machine.take() {
             m.kill().await;
         }
+        self.end_strays(vm).await;
         e.record.generation = generation;
-        self.bury(&mut e)?;
+        self.bury(&mut e).await?;
         self.pool.forget_clone(vm);
         Ok(())
     }
 
-    /// Removes all files of a machine whose QEMU has ended, and leaves a tombstone.
-    pub(super) fn bury(&self, e: &mut Entry) -> Result<(), Fault> {
+    /// One that has left already may be removed again, by whoever knows of its last generation.
+    fn remove_again(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        match self.tombs.get(vm) {
+            Some(seen) if generation < seen => Err(Fault::new(
+                Code::Fenced,
+                format!("machine {vm} left at generation {seen}; {generation} may no longer act"),
+            )),
+            Some(_) => self.tombs.add(vm, generation),
+            None => {
+                Err(Fault::not_found(format!("site '{}' does not have machine {vm}", self.name)))
+            }
+        }
+    }
+
+    /// Writes a machine's tombstone, removes all its files and forgets it; its QEMU has ended. When
+    /// the tombstone can't be written the machine stays as it is.
+    pub(super) async fn bury(&self, e: &mut Entry) -> Result<(), Fault> {
+        self.tombs.add(e.record.vm, e.record.generation)?;
         e.record.meant = Meant::Gone;
         e.record.migration = None;
         self.clear(e.record.vm);
-        let dir = self.dirs.vm(e.record.vm);
-        std::fs::create_dir_all(&dir).map_err(|err| Fault::io("making", &dir, &err))?;
-        e.record.save(&dir)
+        self.machines.write().await.remove(&e.record.vm);
+        Ok(())
     }
 
     /// Refuses to change a machine that is on its way.
     pub(super) fn steady(record: &MachineRecord) -> Result<(), Fault> {
+        Self::sound(record)?;
+        if let Some(Unfinished::Docking { .. }) = record.unfinished {
+            return Err(Fault::conflict(format!(
+                "machine '{}' was being docked and is being brought back to run on",
+                record.name
+            ))
+            .hint(format!(
+                "wait for it, or cut its power: godwit vm stop {} --force",
+                record.name
+            )));
+        }
         match &record.migration {
             None => Ok(()),
             Some(m) => Err(Fault::conflict(format!(
@@ -431,6 +467,15 @@ impl LocalSite {
             ))
             .hint("wait for the move to end: godwit op list")),
         }
+    }
+
+    /// Refuses a machine of which nothing is known but that it is here.
+    pub(super) fn sound(record: &MachineRecord) -> Result<(), Fault> {
+        if record.generation != UNKNOWN_GENERATION {
+            return Ok(());
+        }
+        Err(Fault::new(Code::Damaged, record.reason.clone().unwrap_or_default())
+            .hint("it can only be deleted: godwit vm delete"))
     }
 
     /// Refuses when a machine's RAM does not fit into what the host has left.
@@ -587,6 +632,9 @@ async fn status_of(e: &mut Entry, life: Option<Life>) -> MachineStatus {
             (None, true) => "QEMU ended".into(),
             (None, false) => format!("QEMU ended: {last}"),
         });
+    }
+    if let Some(state) = e.changing() {
+        return status_as(&e.record, state);
     }
     let end = e.record.migration.as_ref().map(|m| m.end);
     let given_up = e.record.migration.as_ref().is_some_and(|m| m.given_up.is_some());

@@ -1,9 +1,10 @@
 //! This host as a site: its machines, images and pool.
 //!
 //! A machine is a QEMU process of its own session. The daemon that started it may end; the next
-//! one finds the machine by its record and adopts it. A record outlives its machine as a
-//! tombstone with the highest generation seen, so that an older one is refused for good.
+//! one finds the machine by its record and adopts it. Of a machine that left, the highest generation
+//! seen stays, so that an older one is refused for good.
 
+mod adopt;
 mod dirs;
 mod machines;
 mod moves;
@@ -15,6 +16,7 @@ mod resume;
 mod sched;
 mod screens;
 mod stored;
+mod tombs;
 mod waiting;
 
 use std::collections::BTreeMap;
@@ -25,12 +27,14 @@ use async_trait::async_trait;
 use godwit_image::{Image, ImageCache, Recipe};
 use godwit_qemu::{Accel, Machine};
 use godwit_transfer::{Revocations, Trust};
-use godwit_types::{Arch, Code, Generation, Name, VmId};
+use godwit_types::{Arch, Code, Generation, Name, VmId, VmState};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, RwLock};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     ByteStream, Call, ConsoleTail, ImageInfo, SiteHost, SiteReply, SiteRequest, StreamRequest,
+    UNKNOWN_GENERATION,
 };
 use crate::error::Fault;
 use crate::ops::Progress;
@@ -43,6 +47,27 @@ use record::MachineRecord;
 struct Entry {
     record: MachineRecord,
     machine: Option<Machine>,
+    /// It is being started, without the lock; cancelled when it is not wanted any more.
+    starting: Option<CancellationToken>,
+}
+
+impl Entry {
+    fn new(record: MachineRecord, machine: Option<Machine>) -> Self {
+        Self { record, machine, starting: None }
+    }
+
+    /// The state of a machine that is in a change, whatever its QEMU says; a machine of which
+    /// nothing is known has failed.
+    fn changing(&self) -> Option<VmState> {
+        if self.record.generation == UNKNOWN_GENERATION {
+            return Some(VmState::Failed);
+        }
+        match &self.record.unfinished {
+            _ if self.starting.is_some() => Some(VmState::Starting),
+            Some(record::Unfinished::Docking { .. }) => Some(VmState::Docking),
+            Some(record::Unfinished::Activating) | None => None,
+        }
+    }
 }
 
 /// How a site is run.
@@ -93,6 +118,7 @@ pub struct LocalSite {
     accel: BTreeMap<&'static str, Accel>,
     qemu: String,
     machines: RwLock<BTreeMap<VmId, Arc<Mutex<Entry>>>>,
+    tombs: tombs::Tombs,
     pool: godwit_substrate::Pool,
     shells: godwit_substrate::Shells,
     moves: moves::Moves,
@@ -149,6 +175,7 @@ impl LocalSite {
         let sched = std::sync::Mutex::new(options.co_schedule.then(sched::start).flatten());
         waiting::sweep(&dirs).await;
         let shells = waiting::shells(&pool, &dirs);
+        let tombs = tombs::Tombs::open(dirs.tombs())?;
         let site = Arc::new_cyclic(|me| Self {
             name,
             dirs,
@@ -156,6 +183,7 @@ impl LocalSite {
             accel,
             qemu,
             machines: RwLock::default(),
+            tombs,
             pool,
             shells,
             moves: moves::Moves::default(),
@@ -166,6 +194,7 @@ impl LocalSite {
             me: me.clone(),
         });
         site.adopt_all().await?;
+        site.sweep_strays().await;
         Ok(site)
     }
 
@@ -282,6 +311,13 @@ impl LocalSite {
 pub fn images_of(cache: &ImageCache) -> Result<Vec<ImageInfo>, Fault> {
     let built = cache.list().map_err(|e| Fault::of(&e))?;
     let mut out: Vec<_> = built.iter().map(image_info).collect();
+    for (info, image) in out.iter_mut().zip(&built) {
+        info.fault = match cache.damage(image) {
+            Ok(path) => path.map(|path| format!("{} is damaged; build it again", path.display())),
+            Err(e) => Some(crate::error::chain(&e)),
+        };
+        info.built = info.fault.is_none();
+    }
     for name in Recipe::names() {
         if out.iter().any(|i| i.name == name) {
             continue;
@@ -338,8 +374,10 @@ impl SiteHost for LocalSite {
         let (vm, display) = match request {
             StreamRequest::Console { vm } => (vm, false),
             StreamRequest::Display { vm } => (vm, true),
-            StreamRequest::SubstrateExport { id } => return self.export(id),
-            StreamRequest::SubstrateImport { name } => return Ok(self.import(name)),
+            StreamRequest::SubstrateExport { id } => return self.export(id).await,
+            StreamRequest::SubstrateImport { name, content } => {
+                return Ok(self.import(name, content));
+            }
         };
         let place = self.screens.place(&self.name)?;
         let entry = self.entry(vm).await?;
@@ -406,7 +444,7 @@ impl LocalSite {
             }
             SiteRequest::VmDock { vm, generation, substrate, name, kind, owner } => {
                 let want = pool::Dock { vm, generation, substrate, name, kind, owner };
-                SiteReply::Substrate(self.dock(want, call).await?)
+                SiteReply::Substrate(self.whole()?.dock(want, call).await?)
             }
             SiteRequest::Substrates => SiteReply::Substrates(self.substrates()?),
             SiteRequest::SubstrateDelete { id } => {

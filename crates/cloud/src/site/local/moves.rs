@@ -17,7 +17,7 @@ use std::time::Duration;
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
-    self, ArrivingDisk, Asking, DestinationFate, MoveError, Received, Sent, Steering,
+    self, ArrivingDisk, Asked, Asking, DestinationFate, MoveError, Received, Sent, Steering,
     prepare_incoming, receive,
 };
 use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole, RelayStatus};
@@ -170,7 +170,7 @@ impl LocalSite {
         let e = entry.lock().await;
         Self::fence(&e.record, generation)?;
         let machine = super::running(&e)?;
-        let image = self.image_by_hash(&e.record)?;
+        let image = self.sound_disk(&e.record).await?;
         let disk_bytes = match image.disk_path() {
             Some(base) => Some(check_base(&base).map_err(coded)?),
             None => None,
@@ -215,6 +215,7 @@ impl LocalSite {
             below: Below::Image,
             migration: Some(Migration::new(id, End::Destination, from)),
             reason: None,
+            unfinished: None,
         };
         let image = self.sound_image(&record).await?;
         let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
@@ -513,6 +514,7 @@ impl LocalSite {
     /// Tells the progress of a migration at its source, and ends as it ends. A caller that goes
     /// away stops nothing; one that cancels does.
     pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
+        let asking = Asked::arrives();
         let moving = self.moving(id).ok_or_else(|| {
             Fault::not_found(format!("site '{}' has no migration {id}", self.name))
         })?;
@@ -554,7 +556,8 @@ impl LocalSite {
             Ended::Sent(sent) => {
                 // Told once more: the end may have come before the progress.
                 call.progress(Progress { stage: SWITCHED.into(), ..Progress::default() });
-                serde_json::to_vec(&*sent).map_err(|e| Fault::internal(e.to_string()))
+                let sent = Sent { asking: asking.replies(), ..*sent };
+                serde_json::to_vec(&sent).map_err(|e| Fault::internal(e.to_string()))
             }
             Ended::Received(_) => {
                 Err(Fault::invalid("this site is the destination of that migration"))

@@ -4,19 +4,21 @@ use std::sync::Arc;
 
 use godwit_qemu::NicBackend;
 use godwit_substrate::{
-    ActivateRequest, Becomes, DockRequest, Identity, Place, Pool, PoolDirs, Substrate,
+    ActivateRequest, Becomes, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
     SubstrateError, activate, dock_convert,
 };
-use godwit_types::{DockReport, Generation, Name, SubstrateId, SubstrateKind, VmId};
+use godwit_types::{DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::Mutex;
 use tokio_util::io::SyncIoBridge;
+use tokio_util::sync::CancellationToken;
 
-use super::machines::{coded, joined, status};
-use super::record::{Below, MachineRecord, Meant};
+use super::machines::{coded, joined};
+use super::record::{Below, MachineRecord, Meant, Unfinished};
 use super::{Entry, LocalSite};
 use crate::error::Fault;
 use crate::ops::Progress;
+use crate::site::frames::FrameWriter;
 use crate::site::{
     ByteStream, Call, CheckReport, MachineStatus, NewMachine, PoolReport, SubstrateInfo,
 };
@@ -52,13 +54,26 @@ impl LocalSite {
     }
 
     /// Turns a machine into a substrate. The machine runs on when that fails.
-    pub(super) async fn dock(&self, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
+    pub(super) async fn dock(
+        self: Arc<Self>,
+        want: Dock,
+        call: Call,
+    ) -> Result<SubstrateInfo, Fault> {
+        // On a task of its own: it must come to its end when the caller goes away.
+        tokio::spawn(async move { self.dock_here(want, call).await }).await.map_err(joined)?
+    }
+
+    async fn dock_here(self: &Arc<Self>, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
         let entry = self.entry(want.vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, want.generation)?;
         Self::steady(&e.record)?;
         let machine = super::running(&e)?.clone();
-        let image = self.image_by_hash(&e.record)?;
+        if e.starting.is_some() {
+            return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name)));
+        }
+        // What the guest has read from a damaged base or layer is in its memory, too.
+        let image = self.sound_disk(&e.record).await?;
         call.progress(Progress {
             stage: "dock".into(),
             note: "the guest is being quiesced, then its memory is stored".into(),
@@ -69,11 +84,39 @@ impl LocalSite {
             name: want.name,
             kind: want.kind,
             owner: want.owner,
-            image,
+            image: image.clone(),
+            stop: DockStop::default(),
         };
-        let image = request.image.clone();
-        let (substrate, report) =
-            dock_convert(&machine, &self.pool, request).await.map_err(coded)?;
+        let dir = self.dirs.vm(want.vm);
+        let nics = machine.launch().nics;
+        e.record.unfinished = Some(Unfinished::Docking { substrate: want.substrate, nics });
+        e.record.save(&dir)?;
+        let stop = request.stop.clone();
+        let docked = {
+            let docking = dock_convert(&machine, &self.pool, request);
+            tokio::pin!(docking);
+            tokio::select! {
+                docked = &mut docking => docked,
+                () = call.cancel.cancelled() => {
+                    // Comes to its end either way: undone, or docked when the commit came first.
+                    stop.stop();
+                    docking.await
+                }
+            }
+        };
+        let (substrate, report) = match docked {
+            Ok(docked) => docked,
+            Err(error @ SubstrateError::NotRunningOn { .. }) => {
+                drop(e);
+                self.bring_back(want.vm, machine);
+                return Err(coded(error));
+            }
+            Err(error) => {
+                e.record.unfinished = None;
+                e.record.save(&dir)?;
+                return Err(coded(error));
+            }
+        };
         // What every activation needs is made now, so that the first one does not wait for it.
         let (pool, id) = (self.pool.clone(), substrate.id);
         tokio::task::spawn_blocking(move || {
@@ -84,7 +127,11 @@ impl LocalSite {
         // The machine has ended; what is left of it is its substrate.
         e.machine = None;
         e.record.generation = want.generation;
-        self.bury(&mut e)?;
+        if let Err(error) = self.bury(&mut e).await {
+            tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
+            e.record.meant = Meant::Gone;
+            self.machines.write().await.remove(&want.vm);
+        }
         self.pool.forget_clone(want.vm);
         Ok(info(&substrate, Some(report)))
     }
@@ -97,6 +144,14 @@ impl LocalSite {
         call: Call,
     ) -> Result<MachineStatus, Fault> {
         let substrate = self.pool.get(id).map_err(coded)?;
+        if let Some(wanted) = new.content.filter(|wanted| *wanted != substrate.content()) {
+            let found = substrate.content();
+            return Err(coded(SubstrateError::OtherContent {
+                name: substrate.name,
+                wanted,
+                found,
+            }));
+        }
         let mac = godwit_qemu::MacAddress::from_seed(mac_seed(new.vm));
         let record = MachineRecord {
             vm: new.vm,
@@ -113,28 +168,42 @@ impl LocalSite {
             below: Below::Substrate(id),
             migration: None,
             reason: None,
+            unfinished: Some(Unfinished::Activating),
         };
         self.check_room(record.memory)?;
         let image = self.sound_image(&record).await?;
-        let entry = self.enter(record.clone()).await?;
-        let mut locked = entry.lock().await;
+        let (entry, wanted) = self.enter_starting(record.clone()).await?;
         call.progress(Progress {
             stage: "activate".into(),
             note: format!("from substrate {}", substrate.name),
             ..Progress::default()
         });
-        let made = self.activate_entered(&record, &substrate, image.clone()).await;
-        match made {
-            Ok(activated) => {
-                self.keep_waiting(id, image, activated.machine.launch().accel);
-                locked.machine = Some(activated.machine);
-                let mut status = status(&mut locked).await;
-                status.activate = Some(activated.report);
+        let made = async {
+            let activated = self.activate_entered(&record, &substrate, image.clone()).await?;
+            let mut e = entry.lock().await;
+            if wanted.is_cancelled() {
+                activated.machine.kill().await;
+                return Err(Fault::cancelled());
+            }
+            let accel = activated.machine.launch().accel;
+            // Until this is written, a restart of the daemon takes the activation back.
+            e.record.unfinished = None;
+            if let Err(f) = e.record.save(&self.dirs.vm(record.vm)) {
+                activated.machine.kill().await;
+                return Err(f);
+            }
+            e.machine = Some(activated.machine);
+            Ok((activated.report, accel))
+        };
+        match made.await {
+            Ok((report, accel)) => {
+                self.keep_waiting(id, image, accel);
+                let mut status = self.started(&entry).await?;
+                status.activate = Some(report);
                 Ok(status)
             }
             Err(f) => {
-                drop(locked);
-                self.leave(record.vm).await;
+                self.withdraw(&entry, record.vm).await;
                 Err(f)
             }
         }
@@ -148,7 +217,9 @@ impl LocalSite {
     ) -> Result<godwit_substrate::Activated, Fault> {
         let dir = self.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
-        record.save(&dir)?;
+        // A crash of the host leaves no machine that it could tell of.
+        record.save_quick(&dir)?;
+        godwit_hold::at("activate.recorded").await;
         let identity = match substrate.kind {
             SubstrateKind::Private => None,
             SubstrateKind::Public | SubstrateKind::Restricted => {
@@ -170,7 +241,7 @@ impl LocalSite {
             accel: self.accel(record.arch)?,
         };
         let activated = activate(&self.pool, Some(&self.shells), request).await;
-        activated.map_err(|e| {
+        let activated = activated.map_err(|e| {
             let outdated = matches!(e, SubstrateError::Shape { .. });
             let fault = coded(e);
             if outdated {
@@ -180,13 +251,30 @@ impl LocalSite {
                 ));
             }
             fault
-        })
+        })?;
+        godwit_hold::at("activate.plugged").await;
+        Ok(activated)
+    }
+
+    /// The image of a machine that is to be docked or to move, and the layer below it, verified.
+    pub(super) async fn sound_disk(
+        &self,
+        record: &MachineRecord,
+    ) -> Result<godwit_image::Image, Fault> {
+        let image = self.sound_image(record).await?;
+        if let Below::Substrate(id) = record.below {
+            let (pool, here) = (self.pool.clone(), image.clone());
+            blocking(move || pool.prepare_layer(id, &here).map(drop)).await?;
+        }
+        Ok(image)
     }
 
     /// The substrates that are here.
     pub(super) fn substrates(&self) -> Result<Vec<SubstrateInfo>, Fault> {
         let all = self.pool.list().map_err(coded)?;
-        Ok(all.iter().map(|s| info(s, None)).collect())
+        let with_damage =
+            |s: &Substrate| SubstrateInfo { damage: self.pool.damage(s.id), ..info(s, None) };
+        Ok(all.iter().map(with_damage).collect())
     }
 
     pub(super) async fn substrate_delete(&self, id: SubstrateId) -> Result<(), Fault> {
@@ -221,26 +309,32 @@ impl LocalSite {
         Ok(CheckReport { units: found.store.units, damaged })
     }
 
-    /// A substrate as a stream to read; an archive.
-    pub(super) fn export(&self, id: SubstrateId) -> Result<ByteStream, Fault> {
-        self.pool.get(id).map_err(coded)?;
+    /// A substrate as a stream to read: an archive in frames. Refused before its first byte when
+    /// something of it is damaged.
+    pub(super) async fn export(&self, id: SubstrateId) -> Result<ByteStream, Fault> {
+        let pool = self.pool.clone();
+        blocking(move || pool.verify_units(id)).await?;
         let (near, far) = tokio::io::duplex(PIPE);
         let pool = self.pool.clone();
         tokio::task::spawn_blocking(move || {
-            // A reader that sees the stream end early finds the archive truncated and refuses it.
-            if let Err(e) = pool.export(id, SyncIoBridge::new(far)) {
-                tracing::warn!(%id, error = %crate::error::chain(&e), "an export broke off");
+            let mut to = FrameWriter::new(SyncIoBridge::new(far));
+            let done = pool.export(id, &mut to).map(drop).map_err(coded);
+            if let Err(f) = &done {
+                tracing::warn!(%id, error = %f, "an export broke off");
+            }
+            if let Err(error) = to.end(done.as_ref().copied()) {
+                tracing::info!(%id, %error, "an export has no reader any more");
             }
         });
         Ok(Box::pin(near))
     }
 
     /// A stream to write a substrate to; after its end the site answers with one event.
-    pub(super) fn import(&self, name: Option<Name>) -> ByteStream {
+    pub(super) fn import(&self, name: Option<Name>, content: Option<Hash>) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
         let (pool, site) = (self.pool.clone(), self.name.clone());
         tokio::spawn(async move {
-            let becomes = Becomes { owner: None, name };
+            let becomes = Becomes { owner: None, name, content };
             if let Err(e) = take_in(pool, site, becomes, far).await {
                 tracing::warn!(error = %e, "an import's answer could not be delivered");
             }
@@ -248,28 +342,71 @@ impl LocalSite {
         Box::pin(near)
     }
 
-    /// Enters a machine that is being made; nobody else can make it meanwhile.
+    /// Enters a machine that is being made; nobody else can make it meanwhile. No machine's lock is
+    /// waited for while the list of all is locked.
     pub(super) async fn enter(&self, record: MachineRecord) -> Result<Arc<Mutex<Entry>>, Fault> {
-        let mut all = self.machines.write().await;
-        if let Some(e) = all.get(&record.vm) {
-            let e = e.lock().await;
-            Self::fence(&e.record, record.generation)?;
-            if e.record.meant != Meant::Gone {
-                return Err(Fault::new(
-                    godwit_types::Code::Exists,
-                    format!("machine '{}' is here already", e.record.name),
-                ));
+        let here = |record: &MachineRecord| {
+            Fault::new(
+                godwit_types::Code::Exists,
+                format!("machine '{}' is here already", record.name),
+            )
+        };
+        let entry = Arc::new(Mutex::new(Entry::new(record.clone(), None)));
+        let there = {
+            let mut all = self.machines.write().await;
+            match all.get(&record.vm) {
+                Some(e) => Some(Arc::clone(e)),
+                None => {
+                    // One that left at this generation or a later one does not come back by it.
+                    if let Some(seen) = self.tombs.get(record.vm)
+                        && record.generation <= seen
+                    {
+                        return Err(Fault::new(
+                            godwit_types::Code::Fenced,
+                            format!(
+                                "machine '{}' left '{}' at generation {seen}; generation {} may no \
+                                 longer act",
+                                record.name, self.name, record.generation
+                            ),
+                        ));
+                    }
+                    all.insert(record.vm, Arc::clone(&entry));
+                    None
+                }
             }
-        }
-        let entry = Arc::new(Mutex::new(Entry { record: record.clone(), machine: None }));
-        all.insert(record.vm, entry.clone());
-        Ok(entry)
+        };
+        let Some(there) = there else { return Ok(entry) };
+        let e = there.lock().await;
+        Self::fence(&e.record, record.generation)?;
+        Err(here(&record))
     }
 
-    /// Takes back [`LocalSite::enter`] with all files.
+    /// As [`LocalSite::enter`], a machine that starts until [`LocalSite::started`]; what is also
+    /// returned is cancelled once it is not wanted any more.
+    pub(super) async fn enter_starting(
+        &self,
+        record: MachineRecord,
+    ) -> Result<(Arc<Mutex<Entry>>, CancellationToken), Fault> {
+        let entry = self.enter(record).await?;
+        let wanted = CancellationToken::new();
+        entry.lock().await.starting = Some(wanted.clone());
+        Ok((entry, wanted))
+    }
+
+    /// Takes back [`LocalSite::enter`] with all files; what is known of earlier generations stays.
     pub(super) async fn leave(&self, vm: VmId) {
         self.clear(vm);
         self.machines.write().await.remove(&vm);
+    }
+
+    /// As [`LocalSite::leave`], unless somebody has removed it already.
+    pub(super) async fn withdraw(&self, entry: &Mutex<Entry>, vm: VmId) {
+        let mut e = entry.lock().await;
+        if e.record.meant != Meant::Gone {
+            e.record.meant = Meant::Gone;
+            e.starting = None;
+            self.leave(vm).await;
+        }
     }
 }
 
@@ -317,6 +454,8 @@ pub(super) fn info(s: &Substrate, dock: Option<DockReport>) -> SubstrateInfo {
         raw_bytes: s.sizes.raw_bytes,
         stored_bytes: s.sizes.stored_bytes,
         created: crate::clock::UnixMs(s.docked_unix_ms),
+        content: s.content(),
+        damage: None,
         dock,
     }
 }

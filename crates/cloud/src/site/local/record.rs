@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use godwit_qemu::MacAddress;
+use godwit_qemu::{MacAddress, Nic};
 use godwit_types::{Arch, Generation, Hash, Mib, MigrationId, Name, SubstrateId, VmId};
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +75,21 @@ impl Migration {
     }
 }
 
+/// What is being done to a machine and would leave it half done if the daemon died. Written before
+/// its first step; the next daemon finishes it or takes it back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "doing", rename_all = "kebab-case")]
+pub(crate) enum Unfinished {
+    /// It is being activated, and nobody has been told that it runs: it is removed.
+    Activating,
+    /// It is being docked. If the pool has the substrate, that is what it is; if not, it runs on.
+    Docking {
+        substrate: SubstrateId,
+        /// The NICs that it had.
+        nics: Vec<Nic>,
+    },
+}
+
 /// One machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MachineRecord {
@@ -93,11 +108,48 @@ pub(crate) struct MachineRecord {
     pub(crate) below: Below,
     pub(crate) migration: Option<Migration>,
     pub(crate) reason: Option<String>,
+    #[serde(default)]
+    pub(crate) unfinished: Option<Unfinished>,
+}
+
+/// How a record file begins. What lies between this, 64 hex digits and [`BODY`], and the last brace
+/// of the file, is the record; the digits are its BLAKE3 hash.
+const HEAD: &[u8] = b"{\"check\":\"";
+/// What follows the hash.
+const BODY: &[u8] = b"\",\"record\":";
+/// Hex digits of a hash.
+const DIGITS: usize = 64;
+
+/// A record as it is in its file.
+fn sealed(record: &[u8]) -> Vec<u8> {
+    let check = blake3::hash(record).to_hex();
+    [HEAD, check.as_bytes(), BODY, record, b"}\n"].concat()
+}
+
+/// The record in the bytes of its file, if they are as they were written. One of before there were
+/// hashes is taken as it is.
+fn opened(file: &[u8]) -> Result<&[u8], String> {
+    let Some(rest) = file.strip_prefix(HEAD) else { return Ok(file) };
+    let damaged = || "it is not as it was written".to_owned();
+    let (check, rest) = rest.split_at_checked(DIGITS).ok_or_else(damaged)?;
+    let record =
+        rest.strip_prefix(BODY).and_then(|r| r.strip_suffix(b"}\n")).ok_or_else(damaged)?;
+    if blake3::hash(record).to_hex().as_bytes() == check { Ok(record) } else { Err(damaged()) }
 }
 
 impl MachineRecord {
+    /// Writes it so that the next daemon on this boot of the host finds it; a crash of the host may
+    /// lose it.
+    pub(crate) fn save_quick(&self, dir: &Path) -> Result<(), Fault> {
+        self.write(dir, Durable::No)
+    }
+
     /// Writes it so that a crash leaves the old or the new one.
     pub(crate) fn save(&self, dir: &Path) -> Result<(), Fault> {
+        self.write(dir, Durable::Yes)
+    }
+
+    fn write(&self, dir: &Path, durable: Durable) -> Result<(), Fault> {
         let what = format!("writing the record of machine '{}' in", self.name);
         let fail = |e: std::io::Error| Fault::io(&what, dir, &e);
         let bytes = serde_json::to_vec_pretty(self)
@@ -110,12 +162,22 @@ impl MachineRecord {
             .mode(0o600)
             .open(&temp)
             .map_err(fail)?;
-        file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(fail)?;
+        file.write_all(&sealed(&bytes)).map_err(fail)?;
+        if durable == Durable::Yes {
+            file.sync_all().map_err(fail)?;
+        }
         std::fs::rename(&temp, dir.join(FILE)).map_err(fail)?;
-        std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(fail)
+        match durable {
+            Durable::Yes => {
+                std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(fail)?;
+            }
+            Durable::No => {}
+        }
+        Ok(())
     }
 
-    /// Reads the record in `dir`; `None` when there is none.
+    /// Reads the record in `dir`; `None` when there is none, or when the host crashed before it was
+    /// written.
     pub(crate) fn load(dir: &Path) -> Result<Option<Self>, Fault> {
         let path = dir.join(FILE);
         let damaged = |why: String| {
@@ -124,10 +186,74 @@ impl MachineRecord {
         match std::fs::metadata(&path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(damaged(e.to_string())),
+            Ok(m) if m.len() == 0 => return Ok(None),
             Ok(m) if m.len() > MAX_RECORD => return Err(damaged("too long".into())),
             Ok(_) => {}
         }
         let bytes = std::fs::read(&path).map_err(|e| damaged(e.to_string()))?;
-        serde_json::from_slice(&bytes).map(Some).map_err(|e| damaged(e.to_string()))
+        let record = opened(&bytes).map_err(damaged)?;
+        serde_json::from_slice(record).map(Some).map_err(|e| damaged(e.to_string()))
+    }
+}
+
+/// Whether what is written has to outlive a crash of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Durable {
+    Yes,
+    No,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> MachineRecord {
+        MachineRecord {
+            vm: VmId::new(),
+            name: Name::new("a").expect("name"),
+            generation: Generation::FIRST,
+            meant: Meant::Running,
+            image: Name::new("tiny").expect("name"),
+            image_hash: Hash::of(b"tiny"),
+            substrate: None,
+            arch: Arch::X86_64,
+            memory: Mib(256),
+            vcpus: 1,
+            mac: MacAddress([2, 0, 0, 0, 0, 1]),
+            below: Below::Image,
+            migration: None,
+            reason: None,
+            unfinished: Some(Unfinished::Activating),
+        }
+    }
+
+    #[test]
+    fn a_record_with_any_bit_flipped_is_damaged_and_never_another_one() {
+        let dir = tempfile::tempdir().expect("dir");
+        let record = record();
+        record.save(dir.path()).expect("saved");
+        let path = dir.path().join(FILE);
+        let good = std::fs::read(&path).expect("file");
+        serde_json::from_slice::<serde_json::Value>(&good).expect("it is JSON");
+        assert_eq!(MachineRecord::load(dir.path()).expect("good"), Some(record));
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1 << (at % 8);
+            std::fs::write(&path, &bad).expect("flipped");
+            let read = MachineRecord::load(dir.path());
+            assert_eq!(read.expect_err("damaged").code, godwit_types::Code::Damaged, "byte {at}");
+        }
+        std::fs::write(&path, &good[..good.len() / 2]).expect("cut");
+        let _ = MachineRecord::load(dir.path()).expect_err("damaged");
+    }
+
+    #[test]
+    fn a_record_of_before_there_were_hashes_is_read() {
+        let dir = tempfile::tempdir().expect("dir");
+        let record = MachineRecord { unfinished: None, ..record() };
+        let mut old = serde_json::to_value(&record).expect("json");
+        old.as_object_mut().expect("fields").remove("unfinished");
+        std::fs::write(dir.path().join(FILE), old.to_string()).expect("written");
+        assert_eq!(MachineRecord::load(dir.path()).expect("read"), Some(record));
     }
 }

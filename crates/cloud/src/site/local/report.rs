@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use godwit_qemu::Accel;
+use godwit_types::Hash;
 
 use super::LocalSite;
 use crate::error::Fault;
@@ -14,13 +15,20 @@ impl LocalSite {
     pub(super) async fn report(&self) -> Result<SiteReport, Fault> {
         let (memory_mib, memory_free_mib) = memory()?;
         let images: BTreeSet<_> =
-            self.list_images().await?.into_iter().filter(|i| i.built).map(|i| i.name).collect();
+            // Damaged ones, too: asked for one, the site says what is wrong with it.
+            self.list_images().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
         let vms = self
             .list_machines()
             .await
             .iter()
             .filter(|m| m.state == godwit_types::VmState::Running)
             .count();
+        let me = self.whole()?;
+        let held = tokio::task::spawn_blocking(move || me.substrates())
+            .await
+            .map_err(|e| Fault::internal(e.to_string()))??;
+        let told = postcard::to_stdvec(&held)
+            .map_err(|e| Fault::internal(format!("encoding the substrates: {e}")))?;
         let kvm = self.accel.values().any(|a| *a == Accel::Kvm);
         Ok(SiteReport {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -35,7 +43,8 @@ impl LocalSite {
             disk_free_mib: free_mib(&self.dirs.data)?,
             load: load()?,
             vms: u32::try_from(vms).unwrap_or(u32::MAX),
-            substrates: self.pool.list().map_err(|e| Fault::of(&e))?.iter().map(|s| s.id).collect(),
+            substrates: held.iter().map(|s| s.id).collect(),
+            holdings: Some(Hash::of(&told)),
             images,
             rtt_ms: None,
         })

@@ -88,6 +88,6 @@ mod tests {
         assert_eq!(e.code, godwit_types::Code::Unavailable);
         assert!(e.message.contains("screens and consoles open"), "{e}");
         drop(first);
-        screens.place(&site).expect("room again");
+        drop(screens.place(&site).expect("room again"));
     }
 }

@@ -1,15 +1,17 @@
 //! A machine booted from the disk that a substrate stores: the way out when its saved state can no
 //! longer be loaded.
 
-use godwit_disk::image::{Backing, create_overlay};
+use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_image::Image;
-use godwit_qemu::{MacAddress, Machine};
+use godwit_qemu::MacAddress;
 use godwit_types::SubstrateId;
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
-use super::LocalSite;
-use super::machines::{TOP, coded, joined, status};
+use super::machines::{TOP, coded, joined};
 use super::pool::mac_seed;
 use super::record::{Below, MachineRecord, Meant};
+use super::{Entry, LocalSite};
 use crate::error::Fault;
 use crate::site::{Call, MachineStatus, NewMachine};
 
@@ -37,21 +39,17 @@ impl LocalSite {
             below: Below::Substrate(id),
             migration: None,
             reason: None,
+            unfinished: None,
         };
         self.check_room(record.memory)?;
-        let image = self.sound_image(&record).await?;
-        let entry = self.enter(record.clone()).await?;
-        let mut locked = entry.lock().await;
+        let image = self.sound_disk(&record).await?;
+        let (entry, wanted) = self.enter_starting(record.clone()).await?;
         self.pool.note_clone(id, record.vm);
-        match self.boot_stored_entered(&record, id, &image, &call).await {
-            Ok(machine) => {
-                locked.machine = Some(machine);
-                Ok(status(&mut locked).await)
-            }
+        match self.boot_stored_entered(&entry, &record, &image, (&call, &wanted)).await {
+            Ok(()) => self.started(&entry).await,
             Err(f) => {
                 self.pool.forget_clone(record.vm);
-                drop(locked);
-                self.leave(record.vm).await;
+                self.withdraw(&entry, record.vm).await;
                 Err(f)
             }
         }
@@ -59,27 +57,24 @@ impl LocalSite {
 
     async fn boot_stored_entered(
         &self,
+        entry: &Mutex<Entry>,
         record: &MachineRecord,
-        id: SubstrateId,
         image: &Image,
-        call: &Call,
-    ) -> Result<Machine, Fault> {
+        (call, wanted): (&Call, &CancellationToken),
+    ) -> Result<(), Fault> {
         let dir = self.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         record.save(&dir)?;
         if let Some(base) = image.disk_path() {
-            let (pool, image, top) = (self.pool.clone(), image.clone(), dir.join(TOP));
+            let top = dir.join(TOP);
             tokio::task::spawn_blocking(move || {
-                let ready = pool.prepare(id, &image).map_err(coded)?;
-                let bytes = std::fs::metadata(&base)
-                    .map_err(|e| Fault::io("reading the size of", &base, &e))?
-                    .len();
-                let below = ready.layer().map_or(Backing::Raw(&base), Backing::Qcow2);
-                create_overlay(&top, below, bytes).map_err(coded)
+                let bytes = check_base(&base)?;
+                create_overlay(&top, Backing::None, bytes)
             })
             .await
-            .map_err(joined)??;
+            .map_err(joined)?
+            .map_err(coded)?;
         }
-        self.boot(record, image, call).await
+        self.boot(entry, record, image, call, wanted).await
     }
 }

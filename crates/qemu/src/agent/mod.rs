@@ -13,32 +13,34 @@
 //! 100 ms whether somebody is, which the first question would wait for. After a restore the guest
 //! may still answer a question of before the save, so every session begins with the flush. The
 //! agent answers the mark itself with a parse error; it comes before the answer to the flush, so
-//! nothing is left over once the newest one is answered. What the guest says is hostile: lines and
-//! outputs have bounds.
+//! nothing is left over once the newest one is answered. A question right behind an answer needs no
+//! flush: nothing can be left over then. What the guest says is hostile: lines and outputs have
+//! bounds.
+
+mod exec;
+mod frames;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use godwit_types::{Code, CodedError};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
-/// Longest line taken from a guest, in bytes: the agent's own limit for captured output (16 MiB)
-/// in base64 would not fit, and is cut by [`ExecOutput::MAX_BYTES`] long before.
-const MAX_LINE: usize = 8 << 20;
-/// How often a running program is asked whether it has ended: after an eighth of the time that it
-/// has taken so far, within these bounds. Each question costs the guest some of that time.
-const EXEC_LOOK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+pub use exec::{ExecOutput, GuestCommand};
+use frames::{Frames, next_line};
+
 /// How often the flush is sent again while nobody answers: a guest that boots drops the first.
 const FLUSH_AGAIN: Duration = Duration::from_millis(500);
 /// The same once an earlier flush was answered: the guest is there, only slow.
 const FLUSH_SLOW: Duration = Duration::from_secs(10);
+/// For how long after its last answer a guest is taken to be in step: the next question needs no
+/// flush then. A guest that boots again takes longer than that.
+const IN_STEP_FOR: Duration = Duration::from_millis(500);
 /// How soon a command that is not answered when it is obeyed would be refused.
 const REFUSED_WITHIN: Duration = Duration::from_secs(2);
-/// Room for one read, in bytes.
-const READ: usize = 16 << 10;
 /// The agent's frame mark: never part of UTF-8.
 const MARK: u8 = 0xff;
 
@@ -70,6 +72,25 @@ pub enum AgentError {
         /// Its words, cut to 300 characters.
         desc: String,
     },
+    /// The agent was asked to start a program, and then nothing more was heard.
+    #[error("it is not known whether '{path}' was started in the guest")]
+    Unsure {
+        /// The program.
+        path: String,
+        /// What came instead of an answer.
+        #[source]
+        source: Box<AgentError>,
+    },
+    /// A program has not ended in its time.
+    #[error("'{path}' has not ended within {within:?}; it still runs in the guest (pid {pid})")]
+    RunsOn {
+        /// The program.
+        path: String,
+        /// Its process in the guest.
+        pid: u64,
+        /// The time it had.
+        within: Duration,
+    },
     /// Something that is no answer.
     #[error("the guest agent's answer to '{command}' cannot be used: {why}")]
     Answer {
@@ -84,47 +105,17 @@ impl CodedError for AgentError {
     fn code(&self) -> Code {
         match self {
             Self::Io { .. } => Code::Unavailable,
-            Self::TimedOut { .. } => Code::TimedOut,
+            Self::TimedOut { .. } | Self::RunsOn { .. } => Code::TimedOut,
+            Self::Unsure { .. } => Code::Internal,
             Self::Refused { .. } => Code::Conflict,
             Self::Answer { .. } => Code::Damaged,
         }
     }
 }
 
-/// What a program in the guest did.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExecOutput {
-    /// Exit status; `None` when a signal ended it.
-    pub exit: Option<i64>,
-    /// The signal that ended it.
-    pub signal: Option<i64>,
-    /// Standard output.
-    pub stdout: Vec<u8>,
-    /// Standard error.
-    pub stderr: Vec<u8>,
-    /// Whether the agent cut one of them.
-    pub truncated: bool,
-}
-
-impl ExecOutput {
-    /// Most bytes of each output that are kept.
-    pub const MAX_BYTES: usize = 2 << 20;
-
-    /// Standard output as text.
-    #[must_use]
-    pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.stdout).into_owned()
-    }
-
-    /// Whether the program ended with status 0.
-    #[must_use]
-    pub fn ok(&self) -> bool {
-        self.exit == Some(0)
-    }
-}
-
-/// The agent of one machine. One session at a time: one question, or one program from its start to
-/// its end.
+/// The agent of one machine. One session at a time: one question, or one of the programs of docking
+/// and activating from its start to its end. While [`Agent::exec`] waits for a program, others may
+/// ask.
 #[derive(Debug)]
 pub struct Agent {
     socket: PathBuf,
@@ -136,6 +127,8 @@ pub struct Agent {
 struct Channel {
     last_id: u64,
     wire: Option<Wire>,
+    /// When the guest last answered; `None` while something may be left over.
+    in_step: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -148,7 +141,10 @@ impl Agent {
     pub(crate) fn new(socket: PathBuf) -> Self {
         // Ids of this process and of an earlier daemon must not meet.
         let seed = u64::from(std::process::id()) << 20;
-        Self { socket, one: tokio::sync::Mutex::new(Channel { last_id: seed, wire: None }) }
+        Self {
+            socket,
+            one: tokio::sync::Mutex::new(Channel { last_id: seed, wire: None, in_step: None }),
+        }
     }
 
     /// The socket has another name from now on; a connection stays.
@@ -181,24 +177,6 @@ impl Agent {
     /// [`AgentError::TimedOut`] after `within`.
     pub async fn ping(&self, within: Duration) -> Result<(), AgentError> {
         self.ask("guest-ping", Value::Null, within).await.map(drop)
-    }
-
-    /// Executes the program at `path` in the guest with `args`, environment `env` (`NAME=value`)
-    /// and standard input `input`, and waits until it has ended.
-    ///
-    /// # Errors
-    /// A program that cannot be started, or does not end within `within` (it runs on then).
-    pub async fn exec(
-        &self,
-        path: &str,
-        args: &[&str],
-        env: &[String],
-        input: &[u8],
-        within: Duration,
-    ) -> Result<ExecOutput, AgentError> {
-        let until = Instant::now() + within;
-        let mut session = self.connect("guest-exec", within).await?;
-        session.exec(path, args, env, input, until.saturating_duration_since(Instant::now())).await
     }
 
     /// Waits until the agent answers, and stays in step with it for what is to be done first
@@ -303,6 +281,11 @@ impl Agent {
     async fn session(&self, command: &str) -> Result<AgentSession<'_>, AgentError> {
         let io = |source| AgentError::Io { command: command.to_owned(), source };
         let mut session = AgentSession { channel: self.one.lock().await };
+        let answered = session.channel.in_step;
+        if answered.is_some_and(|at| at.elapsed() < IN_STEP_FOR) {
+            return Ok(session);
+        }
+        session.channel.in_step = None;
         if session.channel.wire.is_some() && session.flush().await.is_ok() {
             return Ok(session);
         }
@@ -320,48 +303,8 @@ pub struct AgentSession<'a> {
 }
 
 impl AgentSession<'_> {
-    /// As [`Agent::exec`].
-    ///
-    /// # Errors
-    /// As [`Agent::exec`].
-    pub async fn exec(
-        &mut self,
-        path: &str,
-        args: &[&str],
-        env: &[String],
-        input: &[u8],
-        within: Duration,
-    ) -> Result<ExecOutput, AgentError> {
-        let mut wanted = json!({ "path": path, "arg": args, "capture-output": true });
-        if !env.is_empty() {
-            wanted["env"] = json!(env);
-        }
-        if !input.is_empty() {
-            wanted["input-data"] = Value::from(base64::encode(input));
-        }
-        let command = format!("guest-exec {path}");
-        let bad = |why| AgentError::Answer { command: command.clone(), why };
-        let run = async {
-            let started = self.ask("guest-exec", &wanted).await?;
-            let pid = started["pid"].as_u64().ok_or_else(|| bad("no pid"))?;
-            let began = Instant::now();
-            loop {
-                let status = self.ask("guest-exec-status", &json!({ "pid": pid })).await?;
-                if status["exited"] == true {
-                    return output(&status).ok_or_else(|| bad("output that is not base64"));
-                }
-                let look = (began.elapsed() / 8).clamp(EXEC_LOOK.0, EXEC_LOOK.1);
-                tokio::time::sleep(look).await;
-            }
-        };
-        match tokio::time::timeout(within, run).await {
-            Ok(done) => done,
-            Err(_) => Err(AgentError::TimedOut { command, within }),
-        }
-    }
-
     async fn flush(&mut self) -> std::io::Result<()> {
-        let Channel { last_id, wire } = &mut *self.channel;
+        let Channel { last_id, wire, in_step } = &mut *self.channel;
         let Wire { stream, frames } = wire.as_mut().ok_or(std::io::ErrorKind::NotConnected)?;
         let first = *last_id + 1;
         let mut patience = FLUSH_AGAIN;
@@ -378,7 +321,10 @@ impl AgentSession<'_> {
                 let next = next_line(stream, frames);
                 let Ok(line) = tokio::time::timeout_at(again, next).await else { break };
                 match sync_answer(&line?) {
-                    Some(id) if id == newest => return Ok(()),
+                    Some(id) if id == newest => {
+                        *in_step = Some(Instant::now());
+                        return Ok(());
+                    }
                     Some(id) if (first..newest).contains(&id) => {
                         // The newest is on its way to the guest and will not be dropped.
                         patience = FLUSH_SLOW;
@@ -399,11 +345,13 @@ impl AgentSession<'_> {
         }
         let mut line = ask.to_string().into_bytes();
         line.push(b'\n');
-        let wire = self.channel.wire.as_mut();
+        let Channel { wire, in_step, .. } = &mut *self.channel;
         let Wire { stream, frames } =
-            wire.ok_or_else(|| io(std::io::ErrorKind::NotConnected.into()))?;
+            wire.as_mut().ok_or_else(|| io(std::io::ErrorKind::NotConnected.into()))?;
+        *in_step = None;
         stream.write_all(&line).await.map_err(io)?;
         let line = next_line(stream, frames).await.map_err(io)?;
+        *in_step = Some(Instant::now());
         let answer: Value = serde_json::from_slice(&line).map_err(|_| bad("it is not JSON"))?;
         if let Some(desc) = answer["error"]["desc"].as_str() {
             let desc = desc.chars().filter(|c| !c.is_control()).take(300).collect();
@@ -422,105 +370,10 @@ pub enum Vcpus {
     Offline,
 }
 
-/// Bytes from the guest, cut into lines.
-#[derive(Debug, Default)]
-struct Frames {
-    buf: Vec<u8>,
-    scanned: usize,
-}
-
-impl Frames {
-    fn next(&mut self) -> std::io::Result<Option<Vec<u8>>> {
-        let end = self.buf[self.scanned..].iter().position(|&b| b == b'\n');
-        match end.map(|at| at + self.scanned) {
-            Some(at) => {
-                let mut line: Vec<u8> = self.buf.drain(..=at).collect();
-                self.scanned = 0;
-                line.pop();
-                Ok(Some(line))
-            }
-            None if self.buf.len() > MAX_LINE => Err(std::io::Error::new(
-                std::io::ErrorKind::InvalidData,
-                "the guest sends a line without end",
-            )),
-            None => {
-                self.scanned = self.buf.len();
-                Ok(None)
-            }
-        }
-    }
-}
-
-/// The next line; nothing is lost when it is given up and called again.
-async fn next_line(stream: &mut UnixStream, frames: &mut Frames) -> std::io::Result<Vec<u8>> {
-    loop {
-        if let Some(line) = frames.next()? {
-            return Ok(line);
-        }
-        frames.buf.reserve(READ);
-        if stream.read_buf(&mut frames.buf).await? == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
-        }
-    }
-}
-
 /// The id that `line` answers, if it is the marked answer to a flush.
 fn sync_answer(line: &[u8]) -> Option<u64> {
     let mark = line.iter().rposition(|&b| b == MARK)?;
     serde_json::from_slice::<Value>(&line[mark + 1..]).ok()?["return"].as_u64()
-}
-
-fn output(status: &Value) -> Option<ExecOutput> {
-    let bytes = |key: &str| match status[key].as_str() {
-        None => Some(Vec::new()),
-        Some(text) => base64::decode(text).map(|mut b| {
-            b.truncate(ExecOutput::MAX_BYTES);
-            b
-        }),
-    };
-    Some(ExecOutput {
-        exit: status["exitcode"].as_i64(),
-        signal: status["signal"].as_i64(),
-        stdout: bytes("out-data")?,
-        stderr: bytes("err-data")?,
-        truncated: status["out-truncated"] == true || status["err-truncated"] == true,
-    })
-}
-
-/// RFC 4648, section 4.
-mod base64 {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-
-    pub(super) fn encode(data: &[u8]) -> String {
-        let mut out = String::with_capacity(data.len().div_ceil(3) * 4);
-        for part in data.chunks(3) {
-            let n = part.iter().fold(0u32, |n, &b| n << 8 | u32::from(b)) << (8 * (3 - part.len()));
-            for digit in 0..4 {
-                out.push(match digit <= part.len() {
-                    true => char::from(DIGITS[(n >> (18 - 6 * digit) & 63) as usize]),
-                    false => '=',
-                });
-            }
-        }
-        out
-    }
-
-    pub(super) fn decode(text: &str) -> Option<Vec<u8>> {
-        let digits = text.trim_end_matches('=').as_bytes();
-        if !text.len().is_multiple_of(4) || text.len() - digits.len() > 2 {
-            return None;
-        }
-        let mut out = Vec::with_capacity(digits.len() / 4 * 3 + 2);
-        for part in digits.chunks(4) {
-            let mut n = 0u32;
-            for &d in part {
-                n = n << 6 | u32::try_from(DIGITS.iter().position(|&x| x == d)?).ok()?;
-            }
-            n <<= 6 * (4 - part.len());
-            out.extend_from_slice(&n.to_be_bytes()[1..part.len()]);
-        }
-        Some(out)
-    }
 }
 
 #[cfg(test)]
@@ -529,25 +382,7 @@ mod tests {
     use proptest::prelude::*;
     use tokio::net::UnixListener;
 
-    #[test]
-    fn base64_is_that_of_the_rfc() {
-        for (plain, text) in
-            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")]
-        {
-            assert_eq!(base64::encode(plain.as_bytes()), text);
-            assert_eq!(base64::decode(text).unwrap(), plain.as_bytes());
-        }
-        for bad in ["Z", "Zg=", "Z===", "Zm9v!", "====", "Zm 9"] {
-            assert_eq!(base64::decode(bad), None, "{bad}");
-        }
-    }
-
     proptest! {
-        #[test]
-        fn base64_round_trips(data in proptest::collection::vec(any::<u8>(), 0..100)) {
-            prop_assert_eq!(base64::decode(&base64::encode(&data)).unwrap(), data);
-        }
-
         #[test]
         fn hostile_lines_are_no_sync_answers(line in proptest::collection::vec(any::<u8>(), 0..60)) {
             prop_assert_eq!(sync_answer(&line), None);

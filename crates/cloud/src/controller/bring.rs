@@ -1,0 +1,174 @@
+//! What the center knows of the substrates that sites hold, and how one comes to a site that lacks
+//! it: through the center, once, however many machines wait for it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError};
+
+use godwit_types::{Code, Name, SubstrateId};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Mutex;
+
+use super::{Controller, registry_fault};
+use crate::error::Fault;
+use crate::ops::{OpHandle, Progress};
+use crate::registry::{RegistryError, SiteReport, SubstrateRecord};
+use crate::site::frames::FrameReader;
+use crate::site::{SiteHost, StreamRequest, SubstrateInfo};
+
+/// The substrates that are on their way, by where they go.
+pub(super) type Bringing = std::sync::Mutex<HashMap<(SubstrateId, Name), Arc<Mutex<()>>>>;
+
+impl Controller {
+    /// Brings a substrate to `to` from a site that holds it. Whoever wants the same meanwhile
+    /// waits for the first, and finds it there.
+    pub(super) async fn bring_substrate(
+        &self,
+        op: &OpHandle,
+        id: SubstrateId,
+        to: &Arc<dyn SiteHost>,
+    ) -> Result<(), Fault> {
+        let key = (id, to.name().clone());
+        let one = {
+            let mut all = self.bringing.lock().unwrap_or_else(PoisonError::into_inner);
+            all.retain(|k, one| *k == key || Arc::strong_count(one) > 1);
+            Arc::clone(all.entry(key).or_default())
+        };
+        let _one = tokio::select! {
+            one = one.lock() => one,
+            () = op.cancel().cancelled() => return Err(Fault::cancelled()),
+        };
+        let s = self.registry.substrate(&id.to_string()).map_err(registry_fault)?;
+        // Brought by another, or just docked there: the site's next report says so too.
+        if s.holders.contains(to.name()) {
+            return Ok(());
+        }
+        let mut sources: Vec<_> = s.holders.iter().filter_map(|n| self.host(n).ok()).collect();
+        sources.sort_by_key(|host| s.damaged.contains_key(host.name()));
+        let from = sources.into_iter().next().ok_or_else(|| {
+            Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
+        })?;
+        op.begin("bring", json!({ "from": from.name(), "to": to.name(), "substrate": s.id }))?;
+        let info = match self.carry(op, &s, &from, to).await {
+            // A bring that an earlier daemon of the center began has come to its end meanwhile.
+            Err(f) if f.code == Code::Exists => {
+                let there = to.substrates().await?.into_iter().find(|i| i.id == id);
+                there.ok_or(f)?
+            }
+            done => done?,
+        };
+        self.adopt_substrate(to.name(), info)?;
+        op.done("bring")
+    }
+
+    async fn carry(
+        &self,
+        op: &OpHandle,
+        s: &SubstrateRecord,
+        from: &Arc<dyn SiteHost>,
+        to: &Arc<dyn SiteHost>,
+    ) -> Result<SubstrateInfo, Fault> {
+        let out = from.open(StreamRequest::SubstrateExport { id: s.id }).await?;
+        let mut out = FrameReader::new(out, from.name().clone());
+        let request = StreamRequest::SubstrateImport { name: None, content: s.content };
+        let mut into = to.open(request).await?;
+        let mut done = 0u64;
+        // When the source gives up `into` is dropped, and the site takes nothing in.
+        while let Some(part) = out.next().await? {
+            op.check()?;
+            // A site that refuses closes its end; its verdict follows.
+            if let Err(e) = into.write_all(&part).await {
+                finish_import(into, &s.name).await?;
+                return Err(cut("writing", &s.name, &e));
+            }
+            done += part.len() as u64;
+            op.progress(Progress {
+                stage: "substrate".into(),
+                done,
+                total: s.stored_bytes.max(done),
+                unit: "bytes".into(),
+                note: format!("{} to {}", from.name(), to.name()),
+            });
+        }
+        finish_import(into, &s.name).await
+    }
+
+    /// Enters what a site holds. What it holds under the id of something else is taken out of its
+    /// report.
+    pub(super) async fn adopt_substrates(
+        &self,
+        host: &Arc<dyn SiteHost>,
+        mut report: SiteReport,
+    ) -> Result<SiteReport, Fault> {
+        if self.registry.knows_holdings(host.name(), &report) {
+            return Ok(report);
+        }
+        for s in host.substrates().await? {
+            let id = s.id;
+            if let Err(f) = self.adopt_substrate(host.name(), s) {
+                if f.code != Code::Damaged {
+                    return Err(f);
+                }
+                tracing::warn!(%id, "{f}");
+                report.substrates.remove(&id);
+            }
+        }
+        Ok(report)
+    }
+
+    /// A substrate that is new to the registry, as its first holder tells of it.
+    pub(super) fn record_of(site: &Name, info: SubstrateInfo) -> SubstrateRecord {
+        let damaged = info.damage.map(|why| (site.clone(), why));
+        SubstrateRecord {
+            id: info.id,
+            name: info.name,
+            kind: info.kind,
+            owner: info.owner,
+            image: info.image,
+            arch: info.arch,
+            memory: info.memory,
+            vcpus: info.vcpus,
+            raw_bytes: info.raw_bytes,
+            stored_bytes: info.stored_bytes,
+            created: info.created,
+            holders: [site.clone()].into(),
+            content: Some(info.content),
+            damaged: damaged.into_iter().collect(),
+        }
+    }
+
+    /// Enters a substrate that `site` holds.
+    pub(crate) fn adopt_substrate(
+        &self,
+        site: &Name,
+        info: SubstrateInfo,
+    ) -> Result<SubstrateRecord, Fault> {
+        match self.registry.substrate_seen(info.id, site, info.content, info.damage.clone()) {
+            Err(RegistryError::NotFound { .. }) => {
+                let record = Self::record_of(site, info);
+                self.registry.substrate_add(&record).map_err(registry_fault)?;
+                Ok(record)
+            }
+            seen => seen.map_err(registry_fault),
+        }
+    }
+}
+
+fn cut(doing: &str, name: &Name, e: &std::io::Error) -> Fault {
+    Fault::unavailable(format!("{doing} substrate '{name}': {e}"))
+}
+
+/// Ends an import: no more bytes, then the site's verdict as JSON.
+///
+/// # Errors
+/// The site's refusal, or a broken stream.
+pub(crate) async fn finish_import(
+    mut into: crate::site::ByteStream,
+    name: &Name,
+) -> Result<SubstrateInfo, Fault> {
+    into.shutdown().await.map_err(|e| cut("writing", name, &e))?;
+    let mut verdict = Vec::new();
+    into.take(64 << 10).read_to_end(&mut verdict).await.map_err(|e| cut("writing", name, &e))?;
+    serde_json::from_slice::<Result<SubstrateInfo, Fault>>(&verdict)
+        .map_err(|e| Fault::new(Code::Damaged, format!("the verdict on '{name}': {e}")))?
+}

@@ -1,0 +1,150 @@
+//! How long the destination's machine waits for pages that it asked for.
+//!
+//! A vCPU that touches a missing page stands still from its QEMU's request until the page is
+//! written to that QEMU. Several may wait at once: what counts is the time during which anybody
+//! waits, and the longest wait of one page.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use godwit_qemu::stream::{Limits, Record, StreamParser};
+
+/// The most pages that are followed at once; a guest has far fewer vCPUs.
+const MAX_WAITING: usize = 4096;
+
+/// A channel on which pages come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Channel {
+    Main,
+    Preempt,
+}
+
+#[derive(Debug)]
+pub(crate) struct Waits {
+    /// What is read of each channel; none once it could not be.
+    main: Option<StreamParser>,
+    preempt: Option<StreamParser>,
+    /// The block of the request before.
+    block: Option<Bytes>,
+    waiting: HashMap<(Bytes, u64), Instant>,
+    /// Since when somebody waits.
+    since: Option<Instant>,
+    waited: Duration,
+    longest: Duration,
+}
+
+impl Waits {
+    pub(crate) fn new(resumed: bool) -> Self {
+        let limits = Limits::default();
+        let main = if resumed { StreamParser::resumed(limits) } else { StreamParser::main(limits) };
+        Self {
+            main: Some(main),
+            preempt: Some(StreamParser::preempt(limits)),
+            block: None,
+            waiting: HashMap::new(),
+            since: None,
+            waited: Duration::ZERO,
+            longest: Duration::ZERO,
+        }
+    }
+
+    /// QEMU has asked for the page at `start` of `block` (`None`: that of the request before).
+    pub(crate) fn asked(&mut self, block: Option<&Bytes>, start: u64, now: Instant) {
+        if let Some(name) = block {
+            self.block = Some(name.clone());
+        }
+        let Some(name) = self.block.clone() else { return };
+        if self.waiting.len() < MAX_WAITING {
+            self.waiting.entry((name, start)).or_insert(now);
+            self.since.get_or_insert(now);
+        }
+    }
+
+    /// Bytes of a channel were written to QEMU.
+    pub(crate) fn written(&mut self, channel: Channel, bytes: &[u8], now: Instant) {
+        let parser = match channel {
+            Channel::Main => &mut self.main,
+            Channel::Preempt => &mut self.preempt,
+        };
+        let Some(reading) = parser else { return };
+        reading.push(bytes);
+        let mut came = Vec::new();
+        loop {
+            match reading.next() {
+                Ok(Some(Record::Page(page))) if !self.waiting.is_empty() => {
+                    came.push((page.block.clone(), page.offset));
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                // The source's relay and QEMU read it as well, and say what is wrong.
+                Err(_) => {
+                    *parser = None;
+                    break;
+                }
+            }
+        }
+        for page in came {
+            self.came(&page, now);
+        }
+    }
+
+    fn came(&mut self, page: &(Bytes, u64), now: Instant) {
+        let Some(asked) = self.waiting.remove(page) else { return };
+        self.longest = self.longest.max(now.saturating_duration_since(asked));
+        if self.waiting.is_empty()
+            && let Some(since) = self.since.take()
+        {
+            self.waited += now.saturating_duration_since(since);
+        }
+    }
+
+    /// Time during which anybody waited, and the longest wait of one page, both in microseconds.
+    pub(crate) fn micros(&self) -> (u64, u64) {
+        let us = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        (us(self.waited), us(self.longest))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_counts_once_however_many_wait() {
+        let mut w = Waits::new(false);
+        let t = Instant::now();
+        let at = |ms| t + Duration::from_millis(ms);
+        let m0 = Bytes::from_static(b"m0");
+        w.asked(None, 0, at(0));
+        assert_eq!(w.micros(), (0, 0), "a request without a block");
+        w.asked(Some(&m0), 4096, at(10));
+        w.asked(None, 8192, at(20));
+        w.asked(None, 8192, at(25));
+        w.came(&(m0.clone(), 4096), at(40));
+        w.came(&(m0.clone(), 1 << 30), at(45));
+        assert_eq!(w.micros(), (0, 30_000));
+        w.came(&(m0.clone(), 8192), at(70));
+        assert_eq!(w.micros(), (60_000, 50_000));
+        w.asked(None, 0, at(100));
+        w.came(&(m0, 0), at(101));
+        assert_eq!(w.micros(), (61_000, 50_000));
+    }
+
+    #[test]
+    fn pages_of_both_channels_are_seen_and_nonsense_is_not_read() {
+        let mut w = Waits::new(true);
+        let t = Instant::now();
+        let m0 = Bytes::from_static(b"m0");
+        w.asked(Some(&m0), 0x2000, t);
+        let mut raw = Vec::new();
+        // A zero page as QEMU writes it: address and flags, the block's name, the fill.
+        raw.extend_from_slice(&(0x2000u64 | 0x02).to_be_bytes());
+        raw.extend_from_slice(&[2, b'm', b'0', 0]);
+        w.written(Channel::Preempt, &raw, t + Duration::from_millis(35));
+        assert_eq!(w.micros(), (35_000, 35_000));
+        w.written(Channel::Main, &[0xff; 64], t);
+        assert!(w.main.is_none());
+        w.written(Channel::Main, &[0xff; 64], t);
+    }
+}
