@@ -8,7 +8,7 @@ OUT ?= target/demo
 DEMO_FLAGS ?=
 FUZZ_SECONDS ?= 60
 
-.PHONY: setup build demo test test-unit lint bench bench-sched fuzz
+.PHONY: setup build demo test test-unit lint bench bench-sched figures fuzz
 
 setup:
 	@scripts/setup
@@ -39,6 +39,15 @@ test-unit:
 bench: build
 	target/release/godwit image build $(GUEST) --local
 	target/release/godwit-bench mainjob --guest $(GUEST) --out target/bench
+
+# The figures of SPECIFICATION.md: measured, kept in docs/figures.json, written as tables.
+figures: build
+	target/release/godwit image build $(GUEST) --local
+	target/release/godwit image build tiny --local
+	target/release/godwit-bench demo --guest $(GUEST) --out target/figures/demo $(DEMO_FLAGS)
+	target/release/godwit-bench mainjob --guest tiny --out target/figures/mainjob
+	target/release/godwit-bench burst --out target/figures/burst
+	target/release/godwit-bench spec docs/figures.json --take target/figures --out target/figures/figures.md
 
 # Co-scheduling: the simulator, a guest's kernel and this host's, with the stand-ins. About an hour.
 bench-sched: build

@@ -31,6 +31,12 @@ enum What {
     Timeline(suites::sched::Timeline),
     /// Cold boot, dock, activate and move an environment, beside stock QEMU.
     Mainjob(SuiteArgs),
+    /// Fill in the figures of SPECIFICATION.md from the files of runs, and write them as tables.
+    Spec(SpecArgs),
+    /// Move freshly activated, idle machines to the AP and back, and count those that hang.
+    IdleMoves(IdleMovesArgs),
+    /// Activate many machines of one substrate at once.
+    Burst(BurstArgs),
     /// Co-scheduling of sibling vCPUs: the dissertation's tables and figures in the simulator, and
     /// on real kernels where asked.
     Sched(SchedArgs),
@@ -136,8 +142,9 @@ struct SuiteArgs {
     /// Directory of the image cache.
     #[arg(long, env = "GODWIT_IMAGES", default_value = "/var/cache/godwit/images")]
     images: PathBuf,
-    /// Memory that a program in the guest keeps changing, in MiB.
-    #[arg(long, default_value_t = 32)]
+    /// Memory that a program in the guest keeps changing, in MiB; it is noise, so that much of every
+    /// figure is its own.
+    #[arg(long, default_value_t = 8)]
     witness_mib: u32,
     /// Rate of the link each way in Mbit/s.
     #[arg(long, default_value_t = 100.0)]
@@ -162,8 +169,9 @@ struct DemoArgs {
     /// One-way delay of the link in ms.
     #[arg(long, default_value_t = 17.5)]
     delay: f64,
-    /// Memory that a program in the guest keeps changing, in MiB.
-    #[arg(long, default_value_t = 32)]
+    /// Memory that a program in the guest keeps changing, in MiB; it is noise, so that much of every
+    /// figure is its own.
+    #[arg(long, default_value_t = 8)]
     witness_mib: u32,
     /// Directory for report.json and the pictures.
     #[arg(long, default_value = "target/demo", value_name = "DIR")]
@@ -175,10 +183,7 @@ struct DemoArgs {
 
 impl DemoArgs {
     fn play(self) -> anyhow::Result<()> {
-        let program = match self.program {
-            Some(p) => p,
-            None => suites::mainjob::godwit::program()?,
-        };
+        let program = program_or_beside(self.program)?;
         let demo = godwit_bench::demo::Demo {
             guest: self.guest,
             rate_mbit: self.rate,
@@ -189,6 +194,128 @@ impl DemoArgs {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(godwit_bench::demo::play(&demo))
+    }
+}
+
+#[derive(Debug, Args)]
+struct IdleMovesArgs {
+    /// Moves in all.
+    #[arg(long, default_value_t = 1000)]
+    count: usize,
+    /// Guest image; built already.
+    #[arg(long, default_value = "tiny")]
+    guest: Name,
+    /// Rate of the link each way in Mbit/s.
+    #[arg(long, default_value_t = 1000.0)]
+    rate: f64,
+    /// One-way delay of the link in ms.
+    #[arg(long, default_value_t = 0.1)]
+    delay: f64,
+    /// Both sites on this host's loopback, without a link.
+    #[arg(long, conflicts_with_all = ["rate", "delay"])]
+    loopback: bool,
+    /// How long a machine is left alone before each move, in ms.
+    #[arg(long, default_value_t = 1000)]
+    idle_ms: u64,
+    /// A move without an answer for this many seconds is a hang.
+    #[arg(long, default_value_t = 120)]
+    limit_s: u64,
+    /// Directory for results.json and the report; made if need be.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// The godwit program [default: beside this one].
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct BurstArgs {
+    /// Activations at once.
+    #[arg(long, default_value_t = 64)]
+    count: usize,
+    /// Guest image; built already.
+    #[arg(long, default_value = "tiny")]
+    guest: Name,
+    /// Directory for results.json and the report; made if need be.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// The godwit program [default: beside this one].
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct SpecArgs {
+    /// The figures; changed when something is taken.
+    #[arg(default_value = "docs/figures.json", value_name = "FILE")]
+    figures: PathBuf,
+    /// Take figures from every results.json and report.json below this folder, later ones by name
+    /// over earlier ones.
+    #[arg(long, value_name = "DIR")]
+    take: Vec<PathBuf>,
+    /// Where the tables go [default: stdout]
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+impl SpecArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let mut all = harness::figures::Figures::read(&self.figures)?;
+        for dir in &self.take {
+            for (path, run) in harness::figures::runs_below(dir)? {
+                let taken = all.take(&run);
+                tracing::info!("{taken} figures from {}", path.display());
+            }
+        }
+        let page = all.markdown()?;
+        let put = |path: &std::path::Path, text: &str| {
+            std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
+        };
+        if !self.take.is_empty() {
+            put(&self.figures, &all.json()?)?;
+        }
+        match &self.out {
+            Some(path) => put(path, &page),
+            None => std::io::stdout().write_all(page.as_bytes()).context("write to stdout"),
+        }
+    }
+}
+
+fn program_or_beside(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+    given.map_or_else(suites::mainjob::godwit::program, Ok)
+}
+
+impl IdleMovesArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let trial = suites::trials::IdleMoves {
+            count: self.count,
+            guest: self.guest,
+            link: (!self.loopback).then_some((self.rate, self.delay)),
+            idle: Duration::from_millis(self.idle_ms),
+            limit: Duration::from_secs(self.limit_s),
+            program: program_or_beside(self.program)?,
+        };
+        let mut bad = 0;
+        suite("idle-moves", false, &self.out, async |r| {
+            bad = suites::trials::idle_moves(&trial, r).await?;
+            Ok(())
+        })?;
+        anyhow::ensure!(bad == 0, "{bad} of {} moves hung or failed", trial.count);
+        Ok(())
+    }
+}
+
+impl BurstArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let program = program_or_beside(self.program)?;
+        let trial = suites::trials::Burst { count: self.count, guest: self.guest, program };
+        let mut failed = 0;
+        suite("burst", false, &self.out, async |r| {
+            failed = suites::trials::burst(&trial, r).await?;
+            Ok(())
+        })?;
+        anyhow::ensure!(failed == 0, "{failed} of {} activations failed", trial.count);
+        Ok(())
     }
 }
 
@@ -253,9 +380,15 @@ pub(crate) fn main() -> ExitCode {
         What::Timeline(args) => args.draw(),
         What::Mainjob(args) => {
             let plan = args.plan();
-            suite("mainjob", &args.run, async |r| suites::mainjob::run(&plan, r).await)
+            let measure = async |r: &mut Results| suites::mainjob::run(&plan, r).await;
+            suite("mainjob", args.run.quick, &args.run.out, measure)
         }
-        What::Sched(args) => suite("sched", &args.run, async |r| args.measure(r)),
+        What::Spec(args) => args.run(),
+        What::IdleMoves(args) => args.run(),
+        What::Burst(args) => args.run(),
+        What::Sched(args) => {
+            suite("sched", args.run.quick, &args.run.out, async |r| args.measure(r))
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -283,14 +416,14 @@ impl SuiteArgs {
 
 fn suite(
     name: &str,
-    args: &RunArgs,
+    quick: bool,
+    out: &std::path::Path,
     measure: impl AsyncFnOnce(&mut Results) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let results = runtime.block_on(suites::run(name, args.quick, measure))?;
-    harness::write(&results, &args.out)?;
-    writeln!(std::io::stdout(), "{}", args.out.join("report.md").display())
-        .context("write to stdout")
+    let results = runtime.block_on(suites::run(name, quick, measure))?;
+    harness::write(&results, out)?;
+    writeln!(std::io::stdout(), "{}", out.join("report.md").display()).context("write to stdout")
 }
 
 fn show(value: &impl serde::Serialize) -> anyhow::Result<()> {

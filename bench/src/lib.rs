@@ -4,5 +4,6 @@
 pub mod demo;
 pub mod harness;
 pub mod link;
+pub mod prober;
 pub mod rng;
 pub mod suites;

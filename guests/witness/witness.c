@@ -1,9 +1,12 @@
 /* godwit-witness: a program whose memory and file prove that nothing was lost or mixed up.
  *
- *   run --memory-mib N --file F   keeps a changing, checkable pattern in N MiB of memory and
- *                                 appends numbered, checksummed lines to F, each made durable
+ *   run --memory-mib N --file F [--signs T]
+ *                                 keeps a changing, checkable pattern in N MiB of memory and
+ *                                 appends numbered, checksummed lines to F, each made durable;
+ *                                 shows signs of life on the terminal T
  *   status [--reset]              asks the running one; prints {"steps","lines","memory_ok",
- *                                 "last_gap_ms","max_gap_ms"}; --reset starts max_gap_ms anew
+ *                                 "last_gap_ms","max_gap_ms","memory_bytes","written_bytes"};
+ *                                 --reset starts max_gap_ms and written_bytes anew
  *   check --file F                verifies every line of F; prints {"lines","ok","error"}
  *
  * Memory: every page carries its number, the step that wrote it, words drawn from both, and a
@@ -11,6 +14,10 @@
  * pages says which step each must be from, so a page that is old but whole is found too.
  * Time: a thread of its own beats every two milliseconds and keeps the largest gap between two beats
  * on CLOCK_MONOTONIC: how long the program could not run.
+ * Signs of life, for somebody outside who has a clock of his own: a '.' every 20 ms by that thread,
+ * a '+' by the program after every other step of its work.
+ * Its own share of what a move carries: the pattern is noise that nothing packs. memory_bytes is all
+ * of it, written_bytes what was rewritten of it, page after page in turn, since the last reset.
  * File: "NUMBER STEP UNIX_NS CHECKSUM\n", numbers from 1 without a hole.
  */
 #define _GNU_SOURCE
@@ -36,6 +43,8 @@ enum {
     PAGES_PER_STEP = 8,
     STEP_MS = 10,
     STEPS_PER_LINE = 10,
+    STEPS_PER_SIGN = 2,
+    BEATS_PER_SIGN = 10,
     LINE_MAX_BYTES = 128,
 };
 
@@ -45,7 +54,8 @@ struct page {
 
 static struct page *pages;
 static uint64_t *page_step; /* the step each page must be from */
-static uint64_t page_count, steps, lines;
+static uint64_t page_count, steps, lines, steps_at_reset;
+static int signs = -1; /* where signs of life go */
 static _Atomic int64_t last_gap_ns, max_gap_ns;
 
 static void die(const char *what) {
@@ -161,12 +171,18 @@ static void append_line(int fd) {
     lines++;
 }
 
+/* A terminal that is full or gone is nobody's business here. */
+static void sign(char of) {
+    if (signs >= 0) (void)!write(signs, &of, 1);
+}
+
 static void *beat(void *unused) {
     int64_t last = now_ns(CLOCK_MONOTONIC);
     const struct timespec pause = {.tv_nsec = 2000000};
     (void)unused;
-    for (;;) {
+    for (uint64_t beats = 1;; beats++) {
         nanosleep(&pause, NULL);
+        if (beats % BEATS_PER_SIGN == 0) sign('.');
         int64_t now = now_ns(CLOCK_MONOTONIC), gap = now - last;
         last = now;
         atomic_store(&last_gap_ns, gap);
@@ -176,11 +192,13 @@ static void *beat(void *unused) {
 }
 
 static void status_json(int fd, int memory_ok) {
+    uint64_t written = (steps - steps_at_reset) * PAGES_PER_STEP;
     dprintf(fd,
             "{\"steps\":%" PRIu64 ",\"lines\":%" PRIu64
-            ",\"memory_ok\":%s,\"last_gap_ms\":%.3f,\"max_gap_ms\":%.3f}\n",
+            ",\"memory_ok\":%s,\"last_gap_ms\":%.3f,\"max_gap_ms\":%.3f,"
+            "\"memory_bytes\":%" PRIu64 ",\"written_bytes\":%" PRIu64 "}\n",
             steps, lines, memory_ok ? "true" : "false", atomic_load(&last_gap_ns) / 1e6,
-            atomic_load(&max_gap_ns) / 1e6);
+            atomic_load(&max_gap_ns) / 1e6, page_count * PAGE, written * PAGE);
 }
 
 static int status_socket(struct sockaddr_un *address) {
@@ -199,12 +217,15 @@ static void answer(int listener, int memory_ok) {
     struct pollfd ready = {.fd = fd, .events = POLLIN};
     if (poll(&ready, 1, 1000) == 1 && read(fd, request, sizeof request - 1) > 0) {
         status_json(fd, memory_ok && all_pages_ok());
-        if (request[0] == 'r') atomic_store(&max_gap_ns, 0);
+        if (request[0] == 'r') {
+            atomic_store(&max_gap_ns, 0);
+            steps_at_reset = steps;
+        }
     }
     close(fd);
 }
 
-static int run(uint64_t memory_mib, const char *path) {
+static int run(uint64_t memory_mib, const char *path, const char *terminal) {
     const char *why;
     if (access(path, F_OK) == 0) {
         lines = check_file(path, &why);
@@ -215,6 +236,11 @@ static int run(uint64_t memory_mib, const char *path) {
     }
     int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
     if (fd < 0) die(path);
+
+    if (terminal) {
+        signs = open(terminal, O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+        if (signs < 0) die(terminal);
+    }
 
     page_count = memory_mib * (1024 * 1024 / PAGE);
     pages = mmap(NULL, page_count * PAGE, PROT_READ | PROT_WRITE,
@@ -242,6 +268,7 @@ static int run(uint64_t memory_mib, const char *path) {
             stamp(next, steps);
         }
         if (steps % STEPS_PER_LINE == 0) append_line(fd);
+        if (steps % STEPS_PER_SIGN == 0) sign('+');
         if (poll(&ready, 1, STEP_MS) == 1) answer(listener, memory_ok);
     }
 }
@@ -276,19 +303,21 @@ static int check(const char *path) {
 }
 
 static int usage(void) {
-    fprintf(stderr, "usage: godwit-witness run --memory-mib N --file F | status [--reset] | "
-                    "check --file F\n");
+    fprintf(stderr, "usage: godwit-witness run --memory-mib N --file F [--signs T] | "
+                    "status [--reset] | check --file F\n");
     return 2;
 }
 
 int main(int argc, char **argv) {
-    const char *file = NULL;
+    const char *file = NULL, *terminal = NULL;
     uint64_t memory_mib = 0;
     int reset = 0;
     if (argc < 2) return usage();
     for (int i = 2; i < argc; i++) {
         if (!strcmp(argv[i], "--file") && i + 1 < argc) {
             file = argv[++i];
+        } else if (!strcmp(argv[i], "--signs") && i + 1 < argc) {
+            terminal = argv[++i];
         } else if (!strcmp(argv[i], "--memory-mib") && i + 1 < argc) {
             char *end;
             memory_mib = strtoull(argv[++i], &end, 10);
@@ -299,7 +328,7 @@ int main(int argc, char **argv) {
             return usage();
         }
     }
-    if (!strcmp(argv[1], "run") && file && memory_mib) return run(memory_mib, file);
+    if (!strcmp(argv[1], "run") && file && memory_mib) return run(memory_mib, file, terminal);
     if (!strcmp(argv[1], "status") && !file) return status(reset);
     if (!strcmp(argv[1], "check") && file) return check(file);
     return usage();

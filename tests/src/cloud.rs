@@ -90,7 +90,10 @@ impl Cloud {
     /// Lets the AP join.
     pub fn join_ap(&mut self) {
         let token = self.token("cafe");
-        self.spawn(Daemon::Ap, &["--join", &token]);
+        // Not on its command line, which everybody may read.
+        let file = self.file("join-token");
+        std::fs::write(&file, token).expect("a file");
+        self.spawn(Daemon::Ap, &["--join", &format!("@{}", file.display())]);
         self.wait_ap();
     }
 
@@ -154,6 +157,12 @@ impl Cloud {
         };
         let port = if which == Daemon::Center { self.link } else { 0 };
         format!("{host}:{port}")
+    }
+
+    /// Where the center listens for other sites.
+    #[must_use]
+    pub fn center_link(&self) -> std::net::SocketAddr {
+        self.link_address(Daemon::Center).parse().expect("an address")
     }
 
     /// A join token for `site`.

@@ -3,11 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use godwit_tests::{Cloud, Daemon, Setup, exists, kill, pause, resume, within};
+use godwit_tests::{Cloud, Daemon, Setup, exists, kill, within};
 use serde_json::Value;
-
-/// How often a move may be over before its bad luck came.
-const TRIES: usize = 5;
 
 /// How long a move may take to find out that it has failed.
 const FAIL_WITHIN: Duration = Duration::from_secs(120);
@@ -24,22 +21,6 @@ fn new_vm(cloud: &Cloud, name: &str, site: &str) -> u64 {
     let guest = cloud.guest(name);
     guest.fill_memory(120);
     guest.intact(0)
-}
-
-/// Starts a move to the AP and returns its operation once memory is on its way.
-fn start_move(cloud: &Cloud, vm: &str) -> String {
-    let begun = cloud.ok(&["vm", "migrate", vm, "--to", "cafe", "--no-wait"]);
-    let op = begun["op"].as_str().unwrap().to_owned();
-    within(Duration::from_secs(60), "memory on its way", || {
-        let o = cloud.op(&op);
-        let sent = o["progress"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .any(|p| p["stage"] == "memory" && p["done"].as_u64().unwrap() > 0);
-        (sent || o["state"] != "running").then_some(())
-    });
-    op
 }
 
 /// How the operation ended.
@@ -67,95 +48,204 @@ fn stays(cloud: &Cloud, name: &str, lines: u64, op: &str) {
     });
 }
 
-/// Moves a machine and does `harm` after the move has begun and before the switch; then it must
-/// run on at its source, and be able to move for good.
-fn harmed(harm: impl Fn(&Cloud, &Value, &str)) -> Value {
-    let cloud = busy();
-    for turn in 0..TRIES {
-        let name = format!("m{turn}");
-        let lines = new_vm(&cloud, &name, "center");
-        let before = cloud.vm(&name);
-        let op = start_move(&cloud, &name);
-        // Held where it is, the source's relay sends nothing on, and no switch can begin.
-        let held = cloud.relays(Daemon::Center);
-        held.iter().copied().for_each(pause);
-        if held.is_empty() || cloud.vm(&name)["generation"] != before["generation"] {
-            held.iter().copied().for_each(resume);
-            let _ = ended(&cloud, &op);
-            let _ = cloud.ok(&["vm", "delete", &name]);
-            continue;
-        }
-        harm(&cloud, &before, &op);
-        held.iter().copied().for_each(resume);
-        let end = ended(&cloud, &op);
-        if cloud.vm(&name)["generation"] != before["generation"] {
-            // The switch had begun unseen.
-            let _ = cloud.ok(&["vm", "delete", &name]);
-            continue;
-        }
-        assert_ne!(end["state"], "done", "{end}");
-        stays(&cloud, &name, lines, &op);
-        // Another try goes well.
-        let _ = cloud.ok(&["vm", "migrate", &name, "--to", "cafe"]);
-        cloud.runs_at(&name, "cafe");
-        cloud.guest(&name).intact(lines);
-        return end;
+/// Starts a move that is held at `step`, and does `harm` there. Gives how the move ended.
+fn harmed(
+    cloud: &mut Cloud,
+    vm: &str,
+    step: &str,
+    harm: impl FnOnce(&mut Cloud, &Value, &str),
+) -> (String, Value) {
+    let before = cloud.vm(vm);
+    cloud.hold(step);
+    let begun = cloud.ok(&["vm", "migrate", vm, "--to", "cafe", "--no-wait"]);
+    let op = begun["op"].as_str().unwrap().to_owned();
+    let _ = cloud.held(step);
+    harm(cloud, &before, &op);
+    cloud.let_go(step);
+    let end = ended(cloud, &op);
+    (op, end)
+}
+
+#[test]
+fn whatever_is_killed_before_the_switch_the_machine_stays_where_it_is() {
+    type Harm = fn(&mut Cloud, &Value, &str);
+    let mut cloud = Setup::new().patience(8).start();
+    cloud.bring_substrate();
+    let _ = cloud.ok(&["vm", "activate", "base", "--name", "m", "--site", "center"]);
+    let mut lines = cloud.guest("m").intact(0);
+    let harms: [(&str, &str, Harm); 5] = [
+        ("the source's relay", "move.precopy", |c, _, _| {
+            c.relays(Daemon::Center).into_iter().for_each(kill)
+        }),
+        ("the source's relay, as QEMU is told to switch", "move.switching", |c, _, _| {
+            c.relays(Daemon::Center).into_iter().for_each(kill);
+        }),
+        ("the destination's relay", "move.precopy", |c, _, _| {
+            c.relays(Daemon::Ap).into_iter().for_each(kill)
+        }),
+        ("the destination's QEMU", "move.switching", |c, vm, _| {
+            kill(c.qemu(vm, Daemon::Ap).expect("a waiting QEMU"));
+        }),
+        ("a cancel", "move.precopy", |c, _, op| {
+            let _ = c.ok(&["op", "cancel", op]);
+        }),
+    ];
+    for (what, step, harm) in harms {
+        let (op, end) = harmed(&mut cloud, "m", step, harm);
+        assert_ne!(end["state"], "done", "{what}: {end}");
+        assert_eq!(end["state"] == "cancelled", what == "a cancel", "{end}");
+        assert!(end["error"]["message"].as_str().is_some_and(|m| !m.is_empty()), "{end}");
+        stays(&cloud, "m", lines, &op);
+        lines = cloud.guest("m").intact(lines);
     }
-    panic!("each of {TRIES} moves was over before it could be harmed");
+    // Another try goes well.
+    let _ = cloud.ok(&["vm", "migrate", "m", "--to", "cafe"]);
+    cloud.runs_at("m", "cafe");
+    cloud.guest("m").intact(lines);
 }
 
 #[test]
-fn the_source_relay_is_killed_before_the_switch() {
-    let end = harmed(|cloud, _, _| cloud.relays(Daemon::Center).into_iter().for_each(kill));
-    assert!(end["error"]["message"].as_str().is_some_and(|m| !m.is_empty()), "{end}");
+fn a_source_that_ends_in_a_move_can_be_started_and_deleted() {
+    type Harm = fn(&mut Cloud, &Value, &str);
+    let mut cloud = Setup::new().patience(8).start();
+    cloud.bring_substrate();
+    let _ = cloud.ok(&["vm", "activate", "base", "--name", "m", "--site", "center"]);
+    let mut lines = cloud.guest("m").intact(0);
+    let kill_qemu: Harm = |c, vm, _| kill(c.qemu(vm, Daemon::Center).expect("its QEMU"));
+    let off: Harm = |c, vm, _| {
+        let pid = c.qemu(vm, Daemon::Center).expect("its QEMU");
+        // The answer is lost with the guest.
+        let _ = c.guest("m").try_sh("sync; poweroff -f");
+        within(Duration::from_secs(60), "the guest to be off", || (!exists(pid)).then_some(()));
+    };
+    for (step, harm, state) in [
+        ("move.precopy", kill_qemu, "failed"),
+        ("move.precopy", off, "stopped"),
+        ("move.switching", kill_qemu, "failed"),
+        ("relay.stopped", kill_qemu, "failed"),
+    ] {
+        let (_, end) = harmed(&mut cloud, "m", step, harm);
+        assert_eq!(end["state"], "failed", "{step}: {end}");
+        let words = end["error"]["message"].as_str().unwrap();
+        let why = if state == "failed" { "signal 9" } else { "powered itself off" };
+        assert!(words.contains(why), "{step}: {words}");
+        let vm = within(Duration::from_secs(30), &format!("{step}: it to be {state}"), || {
+            let vm = cloud.vm("m");
+            (vm["state"] == state).then_some(vm)
+        });
+        let reason = vm["reason"].as_str().unwrap_or_default();
+        assert!(reason.len() < 200 && (state == "stopped") == reason.is_empty(), "{vm}");
+        let _ = cloud.ok(&["vm", "start", "m"]);
+        cloud.runs_at("m", "center");
+        let guest = cloud.guest("m");
+        guest.answers();
+        // Every line that was written is on the disk, which is whole.
+        let check = guest.sh("/usr/lib/godwit/godwit-witness check --file /data/lines");
+        let check: Value = serde_json::from_str(&check).unwrap();
+        assert!(check["ok"] == true && check["lines"].as_u64() >= Some(lines), "{check}");
+        guest.start_witness();
+        lines = guest.intact(lines);
+    }
+    let (op, _) = harmed(&mut cloud, "m", "move.precopy", kill_qemu);
+    let vm = cloud.vm("m");
+    let _ = cloud.ok(&["vm", "delete", "m"]);
+    assert!(!cloud.vm_memory(&vm, Daemon::Center).exists(), "{op}");
+    assert!(cloud.relays(Daemon::Center).is_empty() && cloud.relays(Daemon::Ap).is_empty());
 }
 
 #[test]
-fn the_destination_relay_is_killed_before_the_switch() {
-    let end = harmed(|cloud, _, _| cloud.relays(Daemon::Ap).into_iter().for_each(kill));
-    assert!(end["error"]["message"].as_str().is_some_and(|m| !m.is_empty()), "{end}");
-}
-
-#[test]
-fn the_destination_machine_is_killed_before_the_switch() {
-    let end = harmed(|cloud, vm, _| {
-        kill(cloud.qemu(vm, Daemon::Ap).expect("a waiting QEMU"));
+fn a_guest_that_powers_itself_off_is_stopped() {
+    let cloud = Cloud::start();
+    let _ = cloud.ok(&["vm", "create", "--image", "tiny", "--name", "m", "--site", "cafe"]);
+    cloud.guest("m").answers();
+    let _ = cloud.guest("m").try_sh("poweroff -f");
+    let vm = within(Duration::from_secs(30), "it to be stopped", || {
+        let vm = cloud.vm("m");
+        (vm["state"] != "running").then_some(vm)
     });
-    assert!(end["error"]["message"].as_str().is_some_and(|m| !m.is_empty()), "{end}");
+    assert_eq!((vm["state"].as_str(), vm["reason"].as_str()), (Some("stopped"), None), "{vm}");
+    assert!(!cloud.vm_memory(&vm, Daemon::Ap).exists());
+    let _ = cloud.ok(&["vm", "start", "m"]);
+    cloud.runs_at("m", "cafe");
 }
 
 #[test]
-fn a_cancelled_move_leaves_the_machine_where_it_is() {
-    let end = harmed(|cloud, _, op| {
-        let _ = cloud.ok(&["op", "cancel", op]);
+fn a_daemon_of_the_ap_that_is_killed_in_a_move_leaves_one_machine_and_nothing_else() {
+    let mut cloud = Setup::new().patience(8).start();
+    cloud.bring_substrate();
+    let _ = cloud.ok(&["vm", "activate", "base", "--name", "m", "--site", "center"]);
+    let mut lines = cloud.guest("m").intact(0);
+    // Held by itself: it has prepared, and nobody knows of it.
+    for step in ["move.prepared", "move.precopy", "relay.packaged"] {
+        let (op, end) = harmed(&mut cloud, "m", step, |cloud, _, _| {
+            cloud.kill(Daemon::Ap);
+            cloud.restart(Daemon::Ap);
+        });
+        let there = end["state"] == "done";
+        let words = end["error"]["message"].as_str().unwrap_or_default();
+        assert!(there || !words.contains("no migration") && words.contains("cafe"), "{end}");
+        if there {
+            cloud.runs_at("m", "cafe");
+            lines = cloud.guest("m").intact(lines);
+            let _ = cloud.ok(&["vm", "migrate", "m", "--to", "center"]);
+            cloud.runs_at("m", "center");
+            lines = cloud.guest("m").intact(lines);
+        } else {
+            cloud.runs_at("m", "center");
+        }
+        nothing_left(&cloud, &op);
+    }
+    // As the source, it drives the move, and is held by itself.
+    let _ = cloud.ok(&["vm", "migrate", "m", "--to", "cafe"]);
+    for step in ["move.precopy", "move.switching"] {
+        cloud.hold(step);
+        let begun = cloud.ok(&["vm", "migrate", "m", "--to", "center", "--no-wait"]);
+        let op = begun["op"].as_str().unwrap().to_owned();
+        let _ = cloud.held(step);
+        cloud.kill(Daemon::Ap);
+        cloud.let_go(step);
+        cloud.restart(Daemon::Ap);
+        let end = ended(&cloud, &op);
+        assert_eq!(end["state"], "failed", "{step}: {end}");
+        let words = end["error"]["message"].as_str().unwrap();
+        assert!(words.contains("restarted before the switch"), "{words}");
+        cloud.runs_at("m", "cafe");
+        lines = cloud.guest("m").intact(lines);
+        nothing_left(&cloud, &op);
+    }
+}
+
+/// Neither site has a relay or a directory of a move.
+fn nothing_left(cloud: &Cloud, op: &str) {
+    within(Duration::from_secs(60), &format!("nothing to be left of the move {op}"), || {
+        let clean = |at| {
+            let run = std::fs::read_dir(cloud.site_dir(at).join("run")).unwrap();
+            let mut names = run.map(|e| e.unwrap().file_name().into_string().unwrap());
+            cloud.relays(at).is_empty() && !names.any(|n| n.starts_with("mig-"))
+        };
+        (clean(Daemon::Center) && clean(Daemon::Ap)).then_some(())
     });
-    assert_eq!(end["state"], "cancelled", "{end}");
 }
 
 #[test]
 fn two_moves_of_one_machine_at_once_are_refused() {
     let cloud = busy();
-    for turn in 0..TRIES {
-        let name = format!("m{turn}");
-        let lines = new_vm(&cloud, &name, "center");
-        let first = cloud.ok(&["vm", "migrate", &name, "--to", "cafe", "--no-wait"]);
-        let first = first["op"].as_str().unwrap().to_owned();
-        let second = cloud.run(&["vm", "migrate", &name, "--to", "cafe"]);
-        let stop = cloud.run(&["vm", "stop", &name]);
-        let still = cloud.op(&first)["state"] == "running";
-        let end = ended(&cloud, &first);
-        assert_eq!(end["state"], "done", "{end}");
-        cloud.runs_at(&name, "cafe");
-        if !still {
-            continue;
-        }
-        assert_eq!(second.exit, 5, "{}{}", second.stdout, second.stderr);
-        assert!(second.stderr.contains("moving"), "{}", second.stderr);
-        assert_eq!(stop.exit, 5, "{}{}", stop.stdout, stop.stderr);
-        cloud.guest(&name).intact(lines);
-        return;
+    let lines = new_vm(&cloud, "m", "center");
+    cloud.hold("move.switching");
+    let first = cloud.ok(&["vm", "migrate", "m", "--to", "cafe", "--no-wait"]);
+    let first = first["op"].as_str().unwrap().to_owned();
+    let _ = cloud.held("move.switching");
+    for refused in
+        [&["vm", "migrate", "m", "--to", "cafe"][..], &["vm", "stop", "m"], &["vm", "dock", "m"]]
+    {
+        let words = cloud.refused(refused, 5);
+        assert!(words.contains("'m' is moving"), "{words}");
     }
-    panic!("each of {TRIES} moves was over before a second was asked for");
+    cloud.let_go("move.switching");
+    let end = ended(&cloud, &first);
+    assert_eq!(end["state"], "done", "{end}");
+    cloud.runs_at("m", "cafe");
+    cloud.guest("m").intact(lines);
 }
 
 #[test]

@@ -254,3 +254,32 @@ fn a_move_to_a_full_site_is_refused_and_the_machine_runs_on() {
     cloud.runs_at("a", "cafe");
     cloud.guest("a").intact(lines);
 }
+
+#[test]
+fn memory_of_idle_substrates_stays_within_its_budget_and_all_can_be_activated() {
+    const BUDGET: u64 = 150 << 20;
+    let cloud = Setup::new().flag(Daemon::Center, "--memory-cache=150M").center_only();
+    cloud.bring_substrate();
+    let archive = cloud.substrate_archive();
+    let names: Vec<String> = (0..6).map(|n| format!("s{n}")).collect();
+    for name in &names {
+        let _ = cloud.ok(&["substrate", "import", archive.to_str().unwrap(), "--name", name]);
+    }
+    let sealed = || cloud.ok(&["pool", "status"])[0]["sealed_bytes"].as_u64().unwrap();
+    let mut largest = 0;
+    for name in names.iter().chain(&names[..2]) {
+        let _ = cloud.ok(&["vm", "activate", name, "--name", "a"]);
+        cloud.guest("a").intact(0);
+        let _ = cloud.ok(&["vm", "delete", "a"]);
+        // A QEMU that waits keeps what it has mapped until another is wanted more.
+        let now = within(Duration::from_secs(30), "the memory to be within its budget", || {
+            Some(sealed()).filter(|bytes| *bytes <= BUDGET)
+        });
+        largest = largest.max(now);
+    }
+    assert!(largest > 0);
+    let tmpfs = cloud.memory_dir(Daemon::Center).join("substrates");
+    let files = std::fs::read_dir(tmpfs).unwrap().count();
+    assert!((1..names.len()).contains(&files), "{files} files");
+    clean(&cloud);
+}

@@ -3,8 +3,9 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use godwit_tests::{Body, Cloud, Daemon, Reply, Setup, flip};
+use godwit_tests::{Body, Cloud, Daemon, Reply, Setup, flip, within};
 use godwit_types::Hash;
 use serde_json::{Value, json};
 
@@ -422,6 +423,171 @@ fn a_flipped_bit_in_memory_disk_or_device_state_starts_no_machine() {
     let _ = cloud.ok(&activate);
     cloud.guest("a").intact(0);
     let _ = cloud.ok(&["pool", "check", "--site", "center"]);
+}
+
+/// The one substrate of a site.
+fn substrate_dir(cloud: &Cloud, at: Daemon) -> PathBuf {
+    let substrates = cloud.site_dir(at).join("data/substrates");
+    std::fs::read_dir(substrates).unwrap().flatten().next().unwrap().path()
+}
+
+/// Turns a bit over in a file that its owner may not write to.
+fn flip_sealed(path: &Path, at: u64) {
+    use std::os::unix::fs::PermissionsExt;
+    let was = std::fs::metadata(path).unwrap().permissions();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    flip(path, at);
+    std::fs::set_permissions(path, was).unwrap();
+}
+
+#[test]
+fn damage_in_what_clones_share_is_named_and_mended() {
+    let cloud = Cloud::center_only();
+    cloud.bring_substrate();
+    let _ = cloud.ok(&["vm", "activate", "base", "--name", "a"]);
+    let dir = substrate_dir(&cloud, Daemon::Center);
+    let id = dir.file_name().unwrap().to_str().unwrap().to_owned();
+    let layer = dir.join("ready/layer.qcow2");
+    let memory = cloud.memory_dir(Daemon::Center).join(format!("substrates/{id}.mem"));
+    // A QEMU that has both open waits for the next activation.
+    within(Duration::from_secs(60), "a QEMU to wait", || {
+        (cloud.ok(&["pool", "status"])[0]["waiting"] == 1).then_some(())
+    });
+    let check = ["pool", "check", "--site", "center"];
+    let _ = cloud.ok(&check);
+    let bytes = std::fs::read(&layer).unwrap();
+    let data = (bytes.len() / 4096 * 4096 - 4096..).find(|at| bytes[*at] != 0).unwrap() as u64;
+    let bytes = std::fs::read(&memory).unwrap();
+    let page = (bytes.len() / 2..).find(|at| bytes[*at] != 0).unwrap() as u64;
+    for (n, (file, at)) in [(&layer, data), (&memory, page)].into_iter().enumerate() {
+        flip_sealed(file, at);
+        let words = cloud.refused(&check, 1);
+        assert!(words.contains("'base'") && words.contains(file.to_str().unwrap()), "{words}");
+        within(Duration::from_secs(20), "the damage to be in the list", || {
+            let s = cloud.ok(&["substrate", "get", "base"]);
+            s["damaged"]["center"].is_string().then_some(())
+        });
+        assert!(cloud.run(&["substrate", "list"]).stdout.contains("center (damaged)"));
+        let vm = format!("after{n}");
+        let _ = cloud.ok(&["vm", "activate", "base", "--name", &vm]);
+        cloud.guest(&vm).intact(0);
+        let _ = cloud.ok(&check);
+        within(Duration::from_secs(20), "the damage to be gone", || {
+            let s = cloud.ok(&["substrate", "get", "base"]);
+            s["damaged"].as_object().is_none_or(serde_json::Map::is_empty).then_some(())
+        });
+        // Without a check before: the activation sees it, also where a QEMU waits.
+        within(Duration::from_secs(60), "a QEMU to wait", || {
+            (cloud.ok(&["pool", "status"])[0]["waiting"] == 1).then_some(())
+        });
+        flip_sealed(file, at);
+        let vm = format!("unchecked{n}");
+        let _ = cloud.ok(&["vm", "activate", "base", "--name", &vm]);
+        cloud.guest(&vm).intact(0);
+        let _ = cloud.ok(&check);
+    }
+}
+
+#[test]
+fn a_damaged_substrate_goes_nowhere_and_a_sound_one_crosses_once() {
+    let mut cloud = Cloud::start();
+    cloud.bring_substrate();
+    let dir = substrate_dir(&cloud, Daemon::Center);
+    let store = packs(&cloud.site_dir(Daemon::Center).join("data/store"));
+    let (pack, at, unit) = stored(&store, &hashes(&dir.join("pages")));
+    // What was just brought is in memory still.
+    cloud.kill(Daemon::Center);
+    cloud.restart(Daemon::Center);
+    flip(&pack, at);
+    let file = cloud.file("out.gwsa");
+    let export = ["substrate", "export", "base", file.to_str().unwrap()];
+    let bring = ["vm", "activate", "base", "--name", "a", "--site", "cafe"];
+    for command in [&export[..], &bring] {
+        let words = cloud.refused(command, 1);
+        for part in ["'base'", unit.as_str(), pack.file_name().unwrap().to_str().unwrap(), "offset"]
+        {
+            assert!(words.contains(part), "{part} of {command:?}: {words}");
+        }
+    }
+    let left = |name: &str| {
+        let all = std::fs::read_dir(cloud.root()).unwrap().flatten();
+        all.filter(|e| e.file_name().to_string_lossy().starts_with(name)).count()
+    };
+    assert_eq!(left("out.gwsa"), 0);
+    assert_eq!(cloud.ok(&["vm", "list"]), json!([]));
+    flip(&pack, at);
+
+    // What is no plain file is written to and stays what it is.
+    let full = cloud.file("full");
+    let made = std::process::Command::new("mknod").arg(&full).args(["c", "1", "7"]).status();
+    assert!(made.unwrap().success());
+    let words = cloud.refused(&["substrate", "export", "base", full.to_str().unwrap()], 1);
+    assert!(words.contains("No space left"), "{words}");
+    let kind = std::fs::metadata(&full).unwrap().file_type();
+    assert!(std::os::unix::fs::FileTypeExt::is_char_device(&kind));
+    assert_eq!(left("full"), 1);
+    let good = cloud.run_export("base", &file);
+    assert_eq!(good.exit, 0);
+    let mut junk = std::fs::read(&file).unwrap();
+    junk.extend_from_slice(b"junk");
+    std::fs::write(&file, &junk).unwrap();
+    let import = ["substrate", "import", file.to_str().unwrap(), "--name", "copy"];
+    let words = cloud.refused(&import, 1);
+    assert!(words.contains("behind its end"), "{words}");
+
+    // Two that need it at once.
+    let both: Vec<_> = ["a", "b"]
+        .iter()
+        .map(|vm| cloud.begin(&["vm", "activate", "base", "--name", vm, "--site", "cafe"]))
+        .collect();
+    for mut child in both {
+        assert!(child.0.wait().unwrap().success());
+    }
+    cloud.guest("a").intact(0);
+    cloud.guest("b").intact(0);
+    let ops = cloud.ok(&["op", "list"]);
+    let brought = |o: &&Value| {
+        let steps = o["journal"].as_array().unwrap();
+        steps.iter().any(|s| s["name"] == "bring" && s["state"] == "done")
+    };
+    assert_eq!(ops.as_array().unwrap().iter().filter(brought).count(), 1, "{ops}");
+    let at_rest = || {
+        let dirs = std::fs::read_dir(cloud.site_dir(Daemon::Ap).join("data/substrates")).unwrap();
+        dirs.flatten().filter(|e| e.file_name().to_string_lossy().starts_with('.')).count()
+    };
+    assert_eq!(at_rest(), 0);
+    cloud.kill(Daemon::Ap);
+    cloud.restart(Daemon::Ap);
+    let _ = cloud.ok(&["pool", "check", "--site", "cafe"]);
+    cloud.guest("a").intact(0);
+    let _ = cloud.ok(&["vm", "activate", "base", "--name", "c", "--site", "cafe"]);
+}
+
+#[test]
+fn a_base_that_went_bad_under_a_machine_is_seen_before_it_is_docked_or_moved() {
+    let images = tempfile::tempdir().unwrap();
+    let dir = own_images(images.path());
+    let flag = format!("--images={}", images.path().display());
+    let cloud = Setup::new().flag(Daemon::Center, &flag).start();
+    cloud.bring_substrate();
+    let _ = cloud.ok(&["vm", "activate", "base", "--name", "a"]);
+    let disk = dir.join("disk");
+    let middle = std::fs::metadata(&disk).unwrap().len() / 2;
+    flip(&disk, middle);
+    for command in
+        [&["vm", "dock", "a", "--name", "s"][..], &["vm", "migrate", "a", "--to", "cafe"]]
+    {
+        let words = cloud.refused(command, 1);
+        assert!(words.contains(disk.to_str().unwrap()) && words.contains("damaged"), "{words}");
+        assert_eq!(cloud.vm("a")["state"], "running");
+        cloud.guest("a").intact(0);
+    }
+    let images = cloud.ok(&["image", "list", "--site", "center"]);
+    let tiny = images.as_array().unwrap().iter().find(|i| i["name"] == "tiny").unwrap().clone();
+    assert_eq!(tiny["built"], false, "{tiny}");
+    assert!(tiny["fault"].as_str().unwrap().contains(disk.to_str().unwrap()), "{tiny}");
+    flip(&disk, middle);
+    let _ = cloud.ok(&["vm", "dock", "a", "--name", "s"]);
 }
 
 /// The directory below the store that holds its packs.

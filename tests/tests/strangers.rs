@@ -4,9 +4,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use godwit_tests::{Cloud, Daemon, within};
-use godwit_transfer::Authority;
+use godwit_tests::{Cloud, Daemon, Setup, within};
 use godwit_transfer::keys::PendingIdentity;
+use godwit_transfer::{Authority, Endpoint, EndpointOptions, Identity, Peer, Revocations, Trust};
 use godwit_types::{Name, SiteKind};
 use serde_json::Value;
 
@@ -198,8 +198,117 @@ fn an_older_generation_does_not_take_a_machine_back() {
     assert_eq!(cloud.qemu(&vm, Daemon::Ap), Some(qemu));
     assert_eq!(cloud.qemu(&vm, Daemon::Center), None);
     lines = cloud.guest("a").intact(lines);
+
+    // A site that makes a generation up takes nothing: it has no warrant for that.
+    cloud.kill(Daemon::Ap);
+    let record = dir.join("environment.json");
+    let honest = std::fs::read(&record).unwrap();
+    let mut forged: Value = serde_json::from_slice(&honest).unwrap();
+    forged["record"]["generation"] = (first + 40).into();
+    // As it is without its hash, which anybody could compute.
+    std::fs::write(&record, forged["record"].to_string()).unwrap();
+    let said = cloud.said(Daemon::Center).len();
+    cloud.restart(Daemon::Ap);
+    within(TOLD_WITHIN, "the claim to be refused", || {
+        let log = cloud.said(Daemon::Center);
+        log[said..].contains("claim to a machine is not believed").then_some(())
+    });
+    assert_eq!(cloud.vm("a")["generation"].as_u64().unwrap(), first + 2);
+    cloud.kill(Daemon::Ap);
+    std::fs::write(&record, honest).unwrap();
+    cloud.restart(Daemon::Ap);
+    assert_eq!(cloud.qemu(&vm, Daemon::Ap), Some(qemu));
+    lines = cloud.guest("a").intact(lines);
     // And it moves on under generations that nobody has seen.
     let _ = cloud.ok(&["vm", "migrate", "a", "--to", "center"]);
     assert_eq!(cloud.vm("a")["generation"].as_u64().unwrap(), first + 3);
+    cloud.guest("a").intact(lines);
+}
+
+#[test]
+fn the_certificate_of_another_site_makes_no_center() {
+    let mut cloud = Cloud::start();
+    // A site of this very cloud that was stolen.
+    let token = cloud.file("token");
+    std::fs::write(&token, cloud.token("bar")).unwrap();
+    let token = format!("@{}", token.display());
+    let _ = cloud.ok(&["site", "join", &token, "--root", cloud.root()]);
+    let bar = Path::new(cloud.root()).join("bar/data/keys/identity");
+    let address = cloud.center_link();
+    cloud.kill(Daemon::Ap);
+    cloud.kill(Daemon::Center);
+
+    // It answers where the center was.
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let rogue = runtime.block_on(async {
+        let bar = Identity::load(&bar).unwrap();
+        let trust = Trust::new(bar.authority(), Revocations::default()).unwrap();
+        Endpoint::bind(address, bar, trust, EndpointOptions::default()).unwrap()
+    });
+    let said = cloud.said(Daemon::Ap).len();
+    let daemon = cloud.start_unwanted(Daemon::Ap);
+    within(TOLD_WITHIN, "the AP to find out who answers", || {
+        let words = "ap 'bar' answers where the center should";
+        cloud.said(Daemon::Ap)[said..].contains(words).then_some(())
+    });
+    // It tries again and again, and there is never a link to ask anything over.
+    let linked = async { tokio::time::timeout(Duration::from_secs(1), rogue.accept()).await };
+    assert!(runtime.block_on(linked).is_err(), "a link to a site that is no center");
+    drop(daemon);
+    runtime.block_on(rogue.close("done"));
+    drop((rogue, runtime));
+    cloud.restart_both();
+}
+
+/// What the certificate of a daemon's site says at this moment.
+fn certificate(cloud: &Cloud, at: Daemon) -> Peer {
+    let dir = cloud.site_dir(at).join("data/keys/identity");
+    Identity::load(&dir).unwrap().me().clone()
+}
+
+/// The names in a process's environment, sorted.
+fn environment(pid: i32) -> Vec<String> {
+    let all = std::fs::read(format!("/proc/{pid}/environ")).unwrap();
+    let words = all.split(|b| *b == 0).filter(|w| !w.is_empty());
+    let name = |w: &[u8]| w.split(|b| *b == b'=').next().unwrap_or_default().to_vec();
+    let mut names: Vec<_> = words.map(|w| String::from_utf8(name(w)).unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn certificates_are_renewed_over_the_link_and_relays_use_the_new_ones() {
+    let mut cloud = Setup::new().flag(Daemon::Center, "--certificate-life=24").start();
+    cloud.bring_substrate();
+    let _ = cloud.ok(&["vm", "activate", "base", "--name", "a", "--site", "center"]);
+    let both = [Daemon::Center, Daemon::Ap];
+    let first = both.map(|at| certificate(&cloud, at));
+    let lines = cloud.guest("a").intact(0);
+    within(TOLD_WITHIN, "both certificates to be renewed", || {
+        let now = both.map(|at| certificate(&cloud, at).serial);
+        (now[0] != first[0].serial && now[1] != first[1].serial).then_some(())
+    });
+    let mut moving = cloud.begin(&["vm", "migrate", "a", "--to", "cafe"]);
+    let relay = loop {
+        if let [relay] = cloud.relays(Daemon::Center)[..] {
+            break relay;
+        }
+        assert!(moving.0.try_wait().unwrap().is_none(), "it moved without a relay");
+    };
+    // Neither gets what the daemon has in its environment: secrets of whoever started it.
+    let named = environment(relay);
+    assert!(named.iter().all(|n| ["PATH", "GODWIT_HOLD", "GODWIT_LOG"].contains(&n.as_str())));
+    assert!(moving.0.wait().unwrap().success());
+    let qemu = cloud.qemu(&cloud.vm("a"), Daemon::Ap).expect("its QEMU");
+    assert_eq!(environment(qemu), ["GODWIT_MACHINE", "PATH"]);
+    let lines = cloud.guest("a").intact(lines);
+    // The first ones end. Who showed them is linked by the later ones, and comes back with them.
+    let last = first.iter().map(|c| c.not_after).max().unwrap();
+    within(TOLD_WITHIN, "the first certificates to end", || {
+        (godwit_transfer::unix_now() > last + 1).then_some(())
+    });
+    cloud.kill(Daemon::Ap);
+    cloud.restart(Daemon::Ap);
+    cloud.runs_at("a", "cafe");
     cloud.guest("a").intact(lines);
 }

@@ -1,15 +1,15 @@
 //! What the demo looks at in a guest: its screen, its witness, its heartbeat, its identity.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::world::{AP, CENTER, World};
+use super::world::World;
+use crate::suites::mainjob::godwit::GodwitCli;
+use crate::suites::{self, SIGNS};
 
 const LIB: &str = "/usr/lib/godwit";
 /// Pixels that may differ on a screen at rest: a blinking caret.
@@ -17,7 +17,7 @@ const CARET_PIXELS: usize = 200;
 /// A screen that stays the same for this long is at rest.
 const REST: Duration = Duration::from_secs(4);
 /// Time between two looks at a screen.
-const LOOK: Duration = Duration::from_millis(20);
+const LOOK: Duration = Duration::from_millis(200);
 /// Colours that a drawn desktop has at least; a text console and an empty desktop have fewer.
 const DESKTOP_COLOURS: usize = 150;
 
@@ -81,7 +81,7 @@ impl Screen {
                 Instant::now() < deadline,
                 "the screen of {vm} did not come to rest within {within:?}"
             );
-            tokio::time::sleep(LOOK * 10).await;
+            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -120,13 +120,6 @@ pub(super) struct Witness {
 }
 
 #[derive(Debug, Deserialize)]
-struct Status {
-    steps: u64,
-    lines: u64,
-    memory_ok: bool,
-}
-
-#[derive(Debug, Deserialize)]
 struct Check {
     lines: u64,
     ok: bool,
@@ -147,7 +140,8 @@ impl Witness {
 
     async fn run(&self, world: &World, vm: &str) -> anyhow::Result<()> {
         let script = format!(
-            "{LIB}/user-run {LIB}/godwit-witness run --memory-mib {} --file {} >/dev/null 2>&1; \
+            "{SIGNS}; {LIB}/user-run {LIB}/godwit-witness run --memory-mib {} --file {} \
+             --signs $tty >/dev/null 2>&1; \
              n=0; until {LIB}/godwit-witness status 2>/dev/null | grep -q '\"lines\":[1-9]'; do \
              n=$((n+1)); [ $n -lt 300 ] || exit 9; sleep 0.2; done",
             self.memory_mib, self.file
@@ -155,15 +149,21 @@ impl Witness {
         world.exec(vm, &["/bin/sh", "-c", &script]).await.context("start the witness").map(drop)
     }
 
-    async fn status(&self, world: &World, vm: &str) -> anyhow::Result<Status> {
-        let text = world.exec(vm, &[&format!("{LIB}/godwit-witness"), "status"]).await?;
+    async fn status(&self, world: &World, vm: &str) -> anyhow::Result<suites::Witness> {
+        let text = world.exec(vm, &[suites::WITNESS, "status"]).await?;
         serde_json::from_str(&text).with_context(|| format!("read the witness's {text:?}"))
     }
 
-    pub(super) async fn healthy(&self, world: &World, vm: &str) -> anyhow::Result<()> {
+    /// Begins to count what it writes.
+    pub(super) async fn reset(&self, world: &World, vm: &str) -> anyhow::Result<()> {
+        world.exec(vm, &[suites::WITNESS, "status", "--reset"]).await.map(drop)
+    }
+
+    /// What it says of itself, once it is known to be whole.
+    pub(super) async fn healthy(&self, world: &World, vm: &str) -> anyhow::Result<suites::Witness> {
         let s = self.status(world, vm).await?;
         ensure!(s.memory_ok, "the memory pattern is damaged after {} steps", s.steps);
-        Ok(())
+        Ok(s)
     }
 
     /// Whether memory is whole, and how many lines of the file are, each compared.
@@ -202,63 +202,16 @@ impl Witness {
     }
 }
 
-/// A line on the serial console every 20 ms, seen from outside: a guest's own clocks stand still
-/// while its vCPUs do.
-pub(super) struct Heartbeat {
-    stop: Arc<AtomicBool>,
-    watcher: std::thread::JoinHandle<f64>,
-}
-
-const BEAT: &str = "/tmp/godwit-heartbeat";
-
-impl Heartbeat {
-    pub(super) async fn start(world: &World, vm: &str) -> anyhow::Result<Self> {
-        let script = format!(
-            "tty=/dev/ttyS0; [ -e $tty ] || tty=/dev/ttyAMA0; : > {BEAT}; \
-             ( while [ -e {BEAT} ]; do echo . > $tty; sleep 0.02; done ) </dev/null >/dev/null 2>&1 &"
-        );
-        world.exec(vm, &["/bin/sh", "-c", &script]).await.context("start the heartbeat")?;
-        let list: Value = world.ask(&["vm", "get", vm], Duration::from_secs(30)).await?;
-        let id = list["id"]
-            .as_str()
-            .or_else(|| list["vm"]["id"].as_str())
-            .context("the machine's id")?;
-        let dir = id.replace('-', "");
-        let logs: Vec<PathBuf> =
-            [CENTER, AP].iter().map(|s| world.run_dir(s).join(&dir).join("console.log")).collect();
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let watcher = std::thread::spawn(move || watch(&logs, &stopped));
-        Ok(Self { stop, watcher })
-    }
-
-    /// Ends it; the longest silence in ms.
-    pub(super) async fn stop(self, world: &World, vm: &str) -> anyhow::Result<f64> {
-        self.stop.store(true, Ordering::Relaxed);
-        let gap = self.watcher.join().map_err(|_| anyhow::anyhow!("the watcher failed"))?;
-        world.exec(vm, &["/bin/rm", "-f", BEAT]).await?;
-        Ok(gap)
-    }
-}
-
-fn watch(logs: &[PathBuf], stop: &AtomicBool) -> f64 {
-    let mut sizes = vec![0u64; logs.len()];
-    let (mut last, mut worst) = (None::<Instant>, Duration::ZERO);
-    while !stop.load(Ordering::Relaxed) {
-        for (log, size) in logs.iter().zip(&mut sizes) {
-            let now = std::fs::metadata(log).map_or(*size, |m| m.len());
-            if now != *size {
-                *size = now;
-                let at = Instant::now();
-                if let Some(before) = last {
-                    worst = worst.max(at - before);
-                }
-                last = Some(at);
-            }
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    worst.as_secs_f64() * 1e3
+/// The console logs that the machine `vm` has at both sites.
+pub(crate) async fn consoles(
+    cli: &GodwitCli,
+    runs: &[PathBuf],
+    vm: &str,
+) -> anyhow::Result<Vec<PathBuf>> {
+    let all: Value = cli.ask(&["vm", "get", vm], Duration::from_secs(30)).await?;
+    let id = all["id"].as_str().or_else(|| all["vm"]["id"].as_str()).context("the machine's id")?;
+    let dir = id.replace('-', "");
+    Ok(runs.iter().map(|run| run.join(&dir).join("console.log")).collect())
 }
 
 /// Who a guest is.

@@ -7,20 +7,28 @@
 //!
 //! Everything goes through the `godwit` command, as a user would do it.
 
-mod guest;
-mod report;
+mod display;
+mod glyph;
+pub(crate) mod guest;
+pub(crate) mod report;
 pub(crate) mod world;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use godwit_types::{ActivateReport, DockReport, MoveReport, Name};
 use serde_json::Value;
 
-use guest::{Heartbeat, Screen, Witness};
+use display::Display;
+use guest::{Screen, Witness};
 use report::{Activation, Clones, Intact, Link, Move, Report};
-use world::{AP, CENTER, World};
+use world::{AP, Between, CENTER, World};
+
+use crate::harness::git_revision;
+use crate::prober::Prober;
+use crate::suites;
+use crate::suites::mainjob::godwit::PASSES;
 
 /// How long one command may take; a desktop boots slowly under emulation.
 const PATIENCE: Duration = Duration::from_secs(570);
@@ -51,7 +59,8 @@ pub struct Demo {
 /// The first thing that does not work, in words. What was started is ended either way.
 pub async fn play(demo: &Demo) -> anyhow::Result<()> {
     std::fs::create_dir_all(&demo.out).with_context(|| format!("make {}", demo.out.display()))?;
-    let world = World::start(demo).await?;
+    let between = Between::Link { rate_mbit: demo.rate_mbit, delay_ms: demo.delay_ms };
+    let world = World::start(&demo.program, between).await?;
     let played = scenes(demo, &world).await;
     if let Err(e) = &played {
         world.keep_logs(&demo.out);
@@ -74,10 +83,14 @@ async fn scenes(demo: &Demo, world: &World) -> anyhow::Result<Report> {
             PATIENCE,
         )
         .await?;
-    if display {
-        Screen::settled(world, "first", PATIENCE).await?;
-    }
-    let cold_boot_ms = ms(began);
+    let (cold_boot_ms, glyph) = match display {
+        true => {
+            let mut screen = Display::open(world, "first").await?;
+            let (seen, glyph) = screen.first_letter(PATIENCE).await?;
+            (seen.duration_since(began).as_secs_f64() * 1e3, Some(glyph))
+        }
+        false => (ms(began), None),
+    };
 
     report::say("dock: the machine becomes a substrate")?;
     let witness = Witness::start(world, "first", demo.witness_mib).await?;
@@ -94,14 +107,13 @@ async fn scenes(demo: &Demo, world: &World) -> anyhow::Result<Report> {
     let activate: ActivateReport = world
         .ask(&["vm", "activate", "demo", "--name", "report", "--site", CENTER], PATIENCE)
         .await?;
-    let screen_ms = match display {
-        true => {
-            let before = Screen::take(world, "report").await?;
-            world.tell(&["vm", "type", "report", "G"], PATIENCE).await?;
-            before.changed(world, "report", Duration::from_secs(60)).await?;
-            Some(ms(began))
+    let screen_ms = match &glyph {
+        Some(glyph) => {
+            let mut screen = Display::open(world, "report").await?;
+            let seen = screen.type_letter(glyph).await?;
+            Some(seen.duration_since(began).as_secs_f64() * 1e3)
         }
-        false => None,
+        None => None,
     };
     let warm_running_ms = warm_activation(world).await?;
     let activation = Activation {
@@ -109,6 +121,7 @@ async fn scenes(demo: &Demo, world: &World) -> anyhow::Result<Report> {
         warm_running_ms: Some(warm_running_ms),
         first_answer_ms: activate.first_answer_ms,
         screen_ms,
+        faster_than_cold_boot: screen_ms.map(|ms| cold_boot_ms / ms),
     };
 
     let typed = match display {
@@ -122,8 +135,7 @@ async fn scenes(demo: &Demo, world: &World) -> anyhow::Result<Report> {
     let mut moves = Vec::new();
     for (from, to) in [(CENTER, AP), (AP, CENTER)] {
         report::say(&format!("move it live from {from} to {to}"))?;
-        moves.push(move_once(world, from, to).await?);
-        witness.healthy(world, "report").await?;
+        moves.push(move_once(world, &witness, from, to).await?);
     }
 
     report::say("the AP is stopped and what it kept is removed")?;
@@ -144,6 +156,9 @@ async fn scenes(demo: &Demo, world: &World) -> anyhow::Result<Report> {
     let clones = clone_many(world).await?;
 
     let report = Report {
+        suite: "demo",
+        started: suites::now()?,
+        git_rev: std::env::current_dir().ok().and_then(|d| git_revision(&d)),
         guest: demo.guest.to_string(),
         accel: world.accel().await?,
         emulated:
@@ -176,7 +191,7 @@ impl Typed {
     async fn type_in(world: &World) -> anyhow::Result<Self> {
         report::say("type into the editor")?;
         let blank = Screen::take(world, "report").await?;
-        let text = "odwit carries this text from site to site while you read it.\nEvery word is where it was.";
+        let text = "Godwit carries this text from site to site while you read it.\nEvery word is where it was.";
         world.tell(&["vm", "type", "report", text], PATIENCE).await?;
         blank.changed(world, "report", Duration::from_secs(60)).await?;
         Ok(Self { before: Screen::settled(world, "report", Duration::from_secs(120)).await? })
@@ -203,27 +218,27 @@ async fn warm_activation(world: &World) -> anyhow::Result<f64> {
     Ok(report.running_ms)
 }
 
-async fn move_once(world: &World, from: &str, to: &str) -> anyhow::Result<Move> {
-    let heartbeat = Heartbeat::start(world, "report").await?;
+async fn move_once(world: &World, witness: &Witness, from: &str, to: &str) -> anyhow::Result<Move> {
+    witness.reset(world, "report").await?;
+    let began = Instant::now();
+    let consoles = guest::consoles(&world.cli(), &world.run_dirs(), "report").await?;
+    let consoles: Vec<&Path> = consoles.iter().map(PathBuf::as_path).collect();
+    let prober = Prober::start(&consoles).await?;
+    let before = world.link_bytes();
     let report: MoveReport = world.ask(&["vm", "migrate", "report", "--to", to], PATIENCE).await?;
-    let guest_gap_ms = heartbeat.stop(world, "report").await?;
+    let link_bytes = world.link_bytes().zip(before).map(|(after, before)| after - before);
+    let signs = prober.stop().await?;
+    let watched = began.elapsed();
+    let after = witness.healthy(world, "report").await?;
+    let witness_bytes = after.share(watched, report.until_stop(), PASSES);
     report::say(&format!(
-        "switched after {:.2} s, down {:.0} ms, independent after {:.2} s",
+        "switched after {:.2} s, down {}, longest stall {:.0} ms, independent after {:.2} s",
         report.switch_ms / 1e3,
-        report.downtime_ms,
+        report.downtime_text(),
+        signs.longest_stall_ms,
         report.total_ms / 1e3
     ))?;
-    Ok(Move {
-        from: from.into(),
-        to: to.into(),
-        scheme: report.scheme,
-        switch_ms: report.switch_ms,
-        downtime_ms: report.downtime_ms,
-        guest_gap_ms,
-        total_ms: report.total_ms,
-        bytes: report.bytes,
-        phases: report.phases,
-    })
+    Ok(Move { from: from.into(), to: to.into(), report, signs, link_bytes, witness_bytes })
 }
 
 async fn clone_many(world: &World) -> anyhow::Result<Clones> {

@@ -4,18 +4,27 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::Context;
-use godwit_types::{BytesMoved, DockReport, PhaseSpan, human_bytes};
+use godwit_types::{DockReport, MoveReport, human_bytes};
 use serde::Serialize;
 
 use super::guest::GuestIdentity;
+use crate::prober::Signs;
 
 /// The whole of `report.json`.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
+    /// `demo`.
+    pub(super) suite: &'static str,
+    /// Start of the run, RFC 3339.
+    pub(super) started: String,
+    /// Commit of the tree it was run from, where known.
+    pub(super) git_rev: Option<String>,
     pub(super) guest: String,
     pub(super) accel: String,
     pub(super) emulated: String,
     pub(super) link: Link,
+    /// From the request to the first picture that shows a typed letter or, without a display, to
+    /// the first answer.
     pub(super) cold_boot_ms: f64,
     pub(super) dock: DockReport,
     pub(super) activate: Activation,
@@ -35,22 +44,24 @@ pub(super) struct Activation {
     pub(super) running_ms: f64,
     pub(super) warm_running_ms: Option<f64>,
     pub(super) first_answer_ms: Option<f64>,
-    /// From the request to the first picture that a key stroke changed; none without a display.
+    /// From the request to the first picture that shows a typed letter; none without a display.
     pub(super) screen_ms: Option<f64>,
+    /// By how much that is faster than by a cold boot.
+    pub(super) faster_than_cold_boot: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
 pub(super) struct Move {
     pub(super) from: String,
     pub(super) to: String,
-    pub(super) scheme: String,
-    pub(super) switch_ms: f64,
-    pub(super) downtime_ms: f64,
-    /// Longest silence of a guest program that writes every 20 ms, seen from outside.
-    pub(super) guest_gap_ms: f64,
-    pub(super) total_ms: f64,
-    pub(super) bytes: BytesMoved,
-    pub(super) phases: Vec<PhaseSpan>,
+    /// What Godwit says of it.
+    pub(super) report: MoveReport,
+    /// What somebody outside saw meanwhile.
+    pub(super) signs: Signs,
+    /// Bytes that both ends put on the link meanwhile, headers and what was lost included.
+    pub(super) link_bytes: Option<u64>,
+    /// What of the memory that moved is the witness's own noise, at most, before packing.
+    pub(super) witness_bytes: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -73,7 +84,7 @@ pub(super) struct Clones {
 }
 
 /// One line for people, on stdout.
-pub(super) fn say(line: &str) -> anyhow::Result<()> {
+pub(crate) fn say(line: &str) -> anyhow::Result<()> {
     writeln!(std::io::stdout(), "{line}").context("write to stdout")
 }
 
@@ -91,9 +102,18 @@ impl Report {
             ("guest".into(), format!("{}, accelerator {}", self.guest, self.accel)),
             (
                 "link".into(),
-                format!("{} Mbit/s, {} ms RTT (emulated)", self.link.rate_mbit, self.link.rtt_ms),
+                format!(
+                    "{} Mbit/s, {} ms round trip (emulated)",
+                    self.link.rate_mbit, self.link.rtt_ms
+                ),
             ),
-            ("cold boot".into(), ms(self.cold_boot_ms)),
+            (
+                match self.activate.screen_ms {
+                    Some(_) => "cold boot, key on screen".into(),
+                    None => "cold boot, first answer".into(),
+                },
+                ms(self.cold_boot_ms),
+            ),
             (
                 "dock".into(),
                 format!(
@@ -110,38 +130,51 @@ impl Report {
         if let Some(v) = self.activate.first_answer_ms {
             rows.push(("activate, first answer".into(), ms(v)));
         }
-        if let Some(v) = self.activate.screen_ms {
+        if let Some((v, times)) = self.activate.screen_ms.zip(self.activate.faster_than_cold_boot) {
             rows.push((
                 "activate, key on screen".into(),
-                format!("{} ({:.0} times sooner than cold)", ms(v), self.cold_boot_ms / v),
+                format!("{} ({times:.0} times faster than a cold boot)", ms(v)),
             ));
         }
-        for m in &self.moves {
+        for Move { from, to, report: m, signs, link_bytes, witness_bytes } in &self.moves {
             rows.push((
-                format!("{} to {}", m.from, m.to),
+                format!("{from} to {to}"),
                 format!(
-                    "switch {}, down {}, guest silent {}, total {}",
+                    "switch {}, down {}, longest stall {}, independent after {}",
                     ms(m.switch_ms),
-                    ms(m.downtime_ms),
-                    ms(m.guest_gap_ms),
+                    m.downtime_text(),
+                    ms(signs.longest_stall_ms),
                     ms(m.total_ms)
                 ),
             ));
-            rows.push((
-                String::new(),
-                format!(
-                    "memory {}, disk {}, device state {}",
-                    human_bytes(m.bytes.memory),
-                    human_bytes(m.bytes.disk),
-                    human_bytes(m.bytes.device_state)
-                ),
+            let mut more = |text: String| rows.push((String::new(), text));
+            more(format!(
+                "program stalled {}, pings lost {} of {} (10/s)",
+                ms(signs.program_stall_ms),
+                signs.pings_lost,
+                signs.pings
             ));
+            let link = link_bytes.map_or_else(|| "unknown".into(), human_bytes);
+            more(format!(
+                "on the link {link}: memory {}, disk {}, device state {}",
+                human_bytes(m.bytes.memory),
+                human_bytes(m.bytes.disk),
+                human_bytes(m.bytes.device_state)
+            ));
+            more(format!(
+                "pages: {} requests, waited {} for them, {} sent twice, {} discarded",
+                m.pages.requests,
+                ms(m.pages.waited_ms),
+                m.pages.repeated,
+                human_bytes(m.pages.discarded_bytes)
+            ));
+            more(format!("of it the witness's noise: at most {}", human_bytes(*witness_bytes)));
         }
         let word = |ok: bool| if ok { "yes" } else { "NO" };
         rows.push((
             "intact".into(),
             format!(
-                "memory {}, disk {} ({} lines), text {}, free of its source {}",
+                "memory {}, disk {} ({} lines), text {}, independent of the source: {}",
                 word(self.intact.memory),
                 word(self.intact.disk),
                 self.intact.lines,
@@ -152,7 +185,7 @@ impl Report {
         rows.push((
             format!("{} clones at once", self.clones.count),
             format!(
-                "all run after {}, own identities {}",
+                "running after {}, own identities: {}",
                 ms(self.clones.all_running_ms),
                 word(self.clones.distinct_identity)
             ),

@@ -1,4 +1,5 @@
-//! The two sites of the demo: a center and an AP in network namespaces, joined by a link.
+//! The two sites of the demo: a center and an AP in network namespaces, joined by a link, or both
+//! on this host's loopback.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -10,7 +11,6 @@ use godwit_types::Name;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::Demo;
 use crate::link::{Link, LinkHandle, LinkSpec, Side};
 use crate::suites::mainjob::godwit::GodwitCli;
 
@@ -18,6 +18,20 @@ pub(crate) const CENTER: &str = "center";
 pub(crate) const AP: &str = "cafe";
 
 const START_WITHIN: Duration = Duration::from_secs(60);
+
+/// What lies between the two sites.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Between {
+    /// An emulated link.
+    Link {
+        /// Rate each way in Mbit/s.
+        rate_mbit: f64,
+        /// One-way delay in ms.
+        delay_ms: f64,
+    },
+    /// Nothing: both are on this host's loopback.
+    Loopback,
+}
 
 /// Both sites, from start to removal.
 pub(crate) struct World {
@@ -27,13 +41,19 @@ pub(crate) struct World {
     center: Mutex<Option<Child>>,
     ap: Mutex<Option<Child>>,
     // Last: the namespaces go when nobody is in them any more.
-    link: LinkHandle,
+    link: Option<LinkHandle>,
 }
 
 impl World {
-    pub(crate) async fn start(demo: &Demo) -> anyhow::Result<Self> {
-        let name = Name::new(&format!("demo-{}", std::process::id())).context("name the link")?;
-        let link = Link::create(LinkSpec::new(name, demo.rate_mbit, demo.delay_ms))?;
+    pub(crate) async fn start(program: &Path, between: Between) -> anyhow::Result<Self> {
+        let link = match between {
+            Between::Link { rate_mbit, delay_ms } => {
+                let name = Name::new(&format!("demo-{}", std::process::id()));
+                let spec = LinkSpec::new(name.context("name the link")?, rate_mbit, delay_ms);
+                Some(Link::create(spec)?)
+            }
+            Between::Loopback => None,
+        };
         let root = tempfile::Builder::new().prefix("gwd").tempdir().context("make a place")?;
         let ram = tempfile::Builder::new()
             .prefix("godwit-demo-")
@@ -41,42 +61,75 @@ impl World {
             .context("make a place for guest memory")?;
         let config = root.path().join("config");
         let cli = GodwitCli {
-            program: demo.program.clone(),
-            namespace: Some(link.ns_a()),
+            program: program.to_owned(),
+            namespace: link.as_ref().map(LinkHandle::ns_a),
             env: vec![("GODWIT_CONFIG".into(), config.display().to_string())],
         };
-        let (a, b) = (link.addr_a(), link.addr_b());
-        let mut command = link.command(Side::A, &demo.program);
-        command.args(["center", "--name", CENTER, "--api", "127.0.0.1:7700"]);
-        command.args(["--link", &format!("{a}:7701"), "--config"]).arg(&config);
-        let center = daemon(command, CENTER, root.path(), ram.path())?;
+        let [api, here, there] = match &link {
+            Some(l) => [
+                "127.0.0.1:7700".into(),
+                format!("{}:7701", l.addr_a()),
+                format!("{}:7701", l.addr_b()),
+            ],
+            None => free_ports()?.map(|port| format!("127.0.0.1:{port}")),
+        };
+        let command = |side| match &link {
+            Some(l) => l.command(side, program),
+            None => std::process::Command::new(program),
+        };
+        let mut first = command(Side::A);
+        first.args(["center", "--name", CENTER, "--api", &api]);
+        first.args(["--link", &here, "--config"]).arg(&config);
+        let center = daemon(first, CENTER, root.path(), ram.path())?;
+        let mut second = command(Side::B);
         let world =
             Self { cli, root, ram, center: Mutex::new(Some(center)), ap: Mutex::new(None), link };
         world.ready(CENTER).await?;
         let token = world.text(&["site", "token", AP], START_WITHIN).await?;
-        let mut command = world.link.command(Side::B, &demo.program);
-        command.args(["ap", "--name", AP, "--link", &format!("{b}:7701")]);
-        command.args(["--join", token.trim()]);
-        let ap = daemon(command, AP, world.root.path(), world.ram.path())?;
+        second.args(["ap", "--name", AP, "--link", &there]);
+        second.env("GODWIT_JOIN_TOKEN", token.trim());
+        let ap = daemon(second, AP, world.root.path(), world.ram.path())?;
         *world.ap.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(ap);
         world.ready(AP).await?;
-        super::report::say(&format!(
-            "center and AP are up; link {} Mbit/s, {} ms there and back",
-            demo.rate_mbit,
-            2.0 * demo.delay_ms
-        ))?;
+        let words = match between {
+            Between::Link { rate_mbit, delay_ms } => {
+                format!("link {rate_mbit} Mbit/s, {} ms round trip", 2.0 * delay_ms)
+            }
+            Between::Loopback => "both on this host's loopback".into(),
+        };
+        super::report::say(&format!("center and AP are up; {words}"))?;
         Ok(world)
     }
 
-    pub(crate) fn link(&self) -> &LinkHandle {
-        &self.link
+    /// The link between the sites.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(crate) fn link(&self) -> anyhow::Result<&LinkHandle> {
+        self.link.as_ref().context("the sites are not joined by a link of ours")
+    }
+
+    /// Connects to an address of the center's loopback.
+    pub(crate) fn connect(&self, to: std::net::SocketAddr) -> anyhow::Result<std::net::TcpStream> {
+        let connect = || std::net::TcpStream::connect(to);
+        let stream = match &self.link {
+            Some(link) => link.enter(Side::A, connect)?,
+            None => connect(),
+        };
+        stream.with_context(|| format!("connect to {to}"))
+    }
+
+    /// Bytes that both ends have put on the link so far, headers and what was lost included; none
+    /// on loopback.
+    pub(crate) fn link_bytes(&self) -> Option<u64> {
+        self.link.as_ref().map(|l| l.counters().offered_bytes())
     }
 
     pub(crate) fn cli(&self) -> GodwitCli {
         self.cli.clone()
     }
 
-    pub(super) async fn ask<T: DeserializeOwned>(
+    pub(crate) async fn ask<T: DeserializeOwned>(
         &self,
         args: &[&str],
         within: Duration,
@@ -85,18 +138,18 @@ impl World {
     }
 
     /// Runs a command that answers nothing.
-    pub(super) async fn tell(&self, args: &[&str], within: Duration) -> anyhow::Result<()> {
+    pub(crate) async fn tell(&self, args: &[&str], within: Duration) -> anyhow::Result<()> {
         self.text(args, within).await.map(drop)
     }
 
     /// Runs a command and gives what it prints.
-    pub(super) async fn text(&self, args: &[&str], within: Duration) -> anyhow::Result<String> {
+    pub(crate) async fn text(&self, args: &[&str], within: Duration) -> anyhow::Result<String> {
         let out = self.cli.run(args, within).await?;
         Ok(String::from_utf8_lossy(&out).into_owned())
     }
 
     /// Runs a program in a guest; its standard output.
-    pub(super) async fn exec(&self, vm: &str, program: &[&str]) -> anyhow::Result<String> {
+    pub(crate) async fn exec(&self, vm: &str, program: &[&str]) -> anyhow::Result<String> {
         let mut args = vec!["vm", "exec", "--within", "120", vm, "--"];
         args.extend(program);
         self.text(&args, Duration::from_secs(150)).await
@@ -134,7 +187,7 @@ impl World {
         self.cli.ask(&["image", "inspect", name.as_str()], START_WITHIN).await
     }
 
-    pub(super) async fn accel(&self) -> anyhow::Result<String> {
+    pub(crate) async fn accel(&self) -> anyhow::Result<String> {
         let sites: Vec<Value> = self.cli.ask(&["site", "list"], START_WITHIN).await?;
         let center = sites.iter().find(|s| s["name"] == CENTER).context("find the center")?;
         let accel = center["report"]["accel"].as_str().or_else(|| center["accel"].as_str());
@@ -142,8 +195,13 @@ impl World {
     }
 
     /// Where a site has the sockets and logs of its machines.
-    pub(super) fn run_dir(&self, site: &str) -> PathBuf {
+    pub(crate) fn run_dir(&self, site: &str) -> PathBuf {
         self.root.path().join(site).join("run")
+    }
+
+    /// Where both sites have those of their machines.
+    pub(crate) fn run_dirs(&self) -> [PathBuf; 2] {
+        [CENTER, AP].map(|site| self.run_dir(site))
     }
 
     /// Stops the AP's daemon and removes all that it kept.
@@ -157,7 +215,7 @@ impl World {
     }
 
     /// Copies the daemons' logs to where somebody will look.
-    pub(super) fn keep_logs(&self, out: &Path) {
+    pub(crate) fn keep_logs(&self, out: &Path) {
         for site in [CENTER, AP] {
             let name = format!("{site}.log");
             let _ = std::fs::copy(self.root.path().join(&name), out.join(&name));
@@ -174,6 +232,21 @@ impl Drop for World {
         end(&self.ap);
         end(&self.center);
     }
+}
+
+/// Ports that nobody listens on now, all different.
+fn free_ports() -> anyhow::Result<[u16; 3]> {
+    let mut held = Vec::new();
+    let mut ports = [0; 3];
+    for port in &mut ports {
+        // The links are UDP, the API is TCP; a port that is free for both serves either.
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").context("find a free port")?;
+        let at = tcp.local_addr().context("find a free port")?;
+        let udp = std::net::UdpSocket::bind(at).context("find a free port")?;
+        *port = at.port();
+        held.push((tcp, udp));
+    }
+    Ok(ports)
 }
 
 fn end(child: &Mutex<Option<Child>>) {

@@ -1,5 +1,6 @@
 //! What every suite needs: statistics, results with all raw values, plots and a report.
 
+pub mod figures;
 mod machine;
 mod plot;
 mod report;

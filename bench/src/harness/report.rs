@@ -76,7 +76,7 @@ pub fn write(results: &Results, dir: &Path) -> Result<(), WriteError> {
 }
 
 /// A value with the digits that mean something.
-fn figure(v: f64) -> String {
+pub(super) fn figure(v: f64) -> String {
     let digits = if v == 0.0 { 0 } else { (2 - v.abs().log10().floor() as i32).clamp(0, 3) };
     format!("{v:.*}", usize::try_from(digits).unwrap_or(0))
 }

@@ -13,6 +13,9 @@ use serde::Deserialize;
 
 /// Where the witness keeps its file in a guest.
 const WITNESS_FILE: &str = "/data/witness.log";
+/// Shell words that set `tty` to the guest's serial console, where the witness shows its signs of
+/// life.
+pub(crate) const SIGNS: &str = "tty=/dev/ttyS0; [ -e $tty ] || tty=/dev/ttyAMA0";
 /// The witness program in a guest.
 pub(crate) const WITNESS: &str = "/usr/lib/godwit/godwit-witness";
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -99,8 +102,12 @@ pub struct Witness {
     pub lines: u64,
     /// Whether every page holds what it must.
     pub memory_ok: bool,
-    /// Largest gap between two heartbeats since the last reset, in ms.
+    /// Largest gap between two heartbeats since the last reset, in ms, by the guest's own clock.
     pub max_gap_ms: f64,
+    /// Memory that it keeps changing: noise, which nothing packs.
+    pub memory_bytes: u64,
+    /// Bytes of it that it has rewritten since the last reset.
+    pub written_bytes: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -120,11 +127,21 @@ impl Witness {
              read -r _ u n s i _ </proc/stat; was=$((u+n+s)); idle=$i; sleep 2; \
              read -r _ u n s i _ </proc/stat; \
              [ $((u+n+s-was)) -gt $(((i-idle)/9)) ] || busy=0; done; \
-             mkdir -p /data; \
+             mkdir -p /data; {SIGNS}; \
              /usr/lib/godwit/user-run {WITNESS} run --memory-mib {memory_mib} \
-             --file {WITNESS_FILE} >/dev/null 2>&1; \
+             --file {WITNESS_FILE} --signs $tty >/dev/null 2>&1; \
              until {WITNESS} status --reset | grep -q '\"lines\":[1-9]'; do sleep 0.1; done"
         )
+    }
+
+    /// What of a move's bytes is its own, at most: all of its memory once, and again what it changed
+    /// until the machine stopped, no page more than `passes` times in all. `watched` is the time
+    /// since the last reset, `until_stop` that of pre-copy.
+    #[must_use]
+    pub fn share(&self, watched: Duration, until_stop: Duration, passes: u64) -> u64 {
+        let rate = self.written_bytes as f64 / watched.as_secs_f64().max(1e-3);
+        let again = (rate * until_stop.as_secs_f64()) as u64;
+        self.memory_bytes + again.min(self.memory_bytes * passes.saturating_sub(1))
     }
 
     /// Starts the program with `memory_mib` MiB of changing memory and waits until it works.
@@ -176,4 +193,22 @@ async fn ask<T: serde::de::DeserializeOwned>(
     };
     serde_json::from_slice(&out.stdout)
         .with_context(|| format!("read the witness program's answer {:?}", out.text()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_witness_tells_its_own_share() {
+        let text = r#"{"steps":9,"lines":1,"memory_ok":true,"last_gap_ms":2.0,"max_gap_ms":3.0,
+            "memory_bytes":8000000,"written_bytes":30000000}"#;
+        let w: Witness = serde_json::from_str(text).expect("read");
+        let s = Duration::from_secs;
+        // 3 MB/s.
+        assert_eq!(w.share(s(10), s(2), 2), 14_000_000);
+        assert_eq!(w.share(s(10), s(60), 2), 16_000_000, "no page is counted more than twice");
+        assert_eq!(w.share(s(10), s(5), 9), 23_000_000);
+        assert_eq!(w.share(s(10), s(0), 2), 8_000_000);
+    }
 }

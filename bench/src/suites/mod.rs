@@ -3,6 +3,7 @@
 mod guest;
 pub mod mainjob;
 pub mod sched;
+pub mod trials;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -15,6 +16,7 @@ use time::format_description::well_known::Rfc3339;
 use crate::harness::{MachineInfo, Results, SCHEMA, git_revision};
 
 pub use guest::{Guest, Witness, first_answer};
+pub(crate) use guest::{SIGNS, WITNESS};
 
 /// What a suite with guests is told.
 #[derive(Debug, Clone)]
@@ -37,6 +39,11 @@ pub struct Plan {
     pub stock_downtime_ms: Option<u64>,
 }
 
+/// The present time, RFC 3339.
+pub(crate) fn now() -> anyhow::Result<String> {
+    OffsetDateTime::now_utc().format(&Rfc3339).context("write the time")
+}
+
 /// Runs the suite `name`, whose `measure` fills in everything that it finds.
 ///
 /// # Errors
@@ -50,7 +57,7 @@ pub async fn run(
     let mut results = Results {
         schema: SCHEMA,
         suite: name.to_owned(),
-        started: OffsetDateTime::now_utc().format(&Rfc3339).context("write the time")?,
+        started: now()?,
         took_s: 0.0,
         quick,
         machine: MachineInfo::here(),

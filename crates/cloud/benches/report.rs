@@ -12,6 +12,7 @@ use godwit_cloud::registry::{Registry, SiteReport, VmRecord};
 use godwit_cloud::site::{
     ByteStream, Call, MachineStatus, SiteHost, SiteReply, SiteRequest, StreamRequest,
 };
+use godwit_transfer::Authority;
 use godwit_types::{Arch, Generation, Mib, Name, SiteKind, VmId, VmState};
 
 const MACHINES: usize = 100_000;
@@ -60,6 +61,7 @@ fn record(i: usize, site: &Name) -> VmRecord {
         moving_to: None,
         reason: None,
         arriving: None,
+        voided: std::collections::BTreeMap::new(),
     }
 }
 
@@ -74,6 +76,7 @@ fn status(vm: &VmRecord) -> MachineStatus {
         memory: vm.memory,
         vcpus: vm.vcpus,
         reason: None,
+        warrant: None,
         activate: None,
     }
 }
@@ -99,7 +102,9 @@ fn reports(c: &mut Criterion) {
         });
         let machines = vms.iter().filter(|v| v.site == site).map(status).collect();
         let host: Arc<dyn SiteHost> = Arc::new(Listed { name: site, machines });
-        let controller = Controller::new(registry.clone(), name("operator"));
+        let authority = Authority::create(&dir.path().join(host.name().as_str()));
+        let authority = Arc::new(authority.expect("authority"));
+        let controller = Controller::new(registry.clone(), name("operator"), authority);
         runtime.block_on(controller.attach(host.clone(), SiteKind::Ap)).expect("attach");
         let commits = registry.commits();
         c.bench_function(&format!("report of {here} machines among {MACHINES}"), |b| {

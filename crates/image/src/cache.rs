@@ -35,7 +35,7 @@ pub struct ImageCache {
     downloads: PathBuf,
     /// What this process has found of each image: when its files were touched, and which of them
     /// was damaged.
-    seen: Arc<Mutex<HashMap<Hash, (String, Option<String>)>>>,
+    seen: Arc<Mutex<Seen>>,
 }
 
 /// Before the damaged file in what is kept of an image that was verified.
@@ -83,10 +83,8 @@ impl ImageCache {
         let Ok(target) = std::fs::read_link(&link) else {
             return Err(ImageError::NotBuilt { name: name.clone() });
         };
-        let hash = target
-            .strip_prefix("by-hash")
-            .ok()
-            .and_then(|h| h.to_str()?.parse::<Hash>().ok());
+        let hash =
+            target.strip_prefix("by-hash").ok().and_then(|h| h.to_str()?.parse::<Hash>().ok());
         let Some(hash) = hash else {
             return Err(ImageError::Description {
                 path: link,
@@ -398,4 +396,55 @@ fn publish(recipe: &Recipe, cache: &Path, out: &Path) -> Result<Image, ImageErro
     let name = cache.join(recipe.name.as_str());
     std::fs::rename(&link, &name).map_err(ImageError::io("publishing", &name))?;
     Image::open(&home)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt as _;
+
+    use super::*;
+
+    /// A cache with an image that no guest boots.
+    fn built() -> (ImageCache, Image, tempfile::TempDir) {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let cache = ImageCache::open(dir.path()).expect("cache");
+        let out = cache.dir().join("work/out");
+        std::fs::create_dir(&out).expect("mkdir");
+        for file in ["kernel", "initrd", "disk", "packages.txt"] {
+            std::fs::write(out.join(file), format!("what is in {file}").repeat(999))
+                .expect("write");
+        }
+        let recipe = Recipe::get(&Name::new("tiny").expect("valid")).expect("a recipe");
+        let image = publish(&recipe, cache.dir(), &out).expect("published");
+        (cache, image, dir)
+    }
+
+    fn flip(path: &Path) {
+        std::fs::set_permissions(path, Permissions::from_mode(0o644)).expect("writable");
+        let file = File::options().read(true).write(true).open(path).expect("opened");
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 1000).expect("read");
+        file.write_all_at(&[byte[0] ^ 1], 1000).expect("written");
+    }
+
+    #[test]
+    fn a_bit_flipped_in_any_file_is_found_and_remembered_until_it_is_touched_again() {
+        let (cache, image, dir) = built();
+        cache.check(&image).expect("sound");
+        assert_eq!(cache.damage(&image).expect("readable"), None);
+        for file in ["kernel", "initrd", "disk", "packages.txt"] {
+            let path = image.dir().join(file);
+            flip(&path);
+            assert_eq!(cache.damage(&image).expect("readable"), Some(path.clone()));
+            // By what is known, by another process, and read anew.
+            let other = ImageCache::open(dir.path()).expect("cache");
+            for e in [cache.check(&image), other.check(&image), cache.scrub(&image)] {
+                let e = e.expect_err("damaged");
+                assert!(matches!(&e, ImageError::Damaged { path: p, .. } if *p == path), "{e}");
+            }
+            assert_eq!(other.damage(&image).expect("readable"), Some(path.clone()));
+            flip(&path);
+            cache.check(&image).expect("sound again");
+        }
+    }
 }

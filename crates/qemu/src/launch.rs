@@ -23,6 +23,12 @@ use crate::spec::{MachineSpec, Nic, NicBackend};
 /// host's other programs whose machine it is.
 pub const MACHINE_VARIABLE: &str = "GODWIT_MACHINE";
 
+/// What QEMU keeps of this process's environment: where programs are. It may hold secrets, and
+/// whoever breaks out of a guest reads it.
+fn kept_environment() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
+    ["PATH"].into_iter().filter_map(|name| Some((name, std::env::var_os(name)?)))
+}
+
 /// Where a machine's memory comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -246,6 +252,8 @@ impl Launch {
         let mut command = Command::new(program);
         command
             .args(crate::args::command_line(self, paths, &fds))
+            .env_clear()
+            .envs(kept_environment())
             .env(MACHINE_VARIABLE, self.name.as_str())
             .current_dir("/")
             .stdin(Stdio::null())

@@ -19,16 +19,15 @@ impl MemoryFile {
     /// # Errors
     /// A file of another size, or no room.
     pub fn create(path: &Path, size: Mib) -> Result<(), QemuError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .map_err(QemuError::file("making the memory file", path))?;
-        let len = file.metadata().map_err(QemuError::file("reading the size of", path))?.len();
-        match len {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        if !is_descriptor(path) {
+            options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32);
+        }
+        let file = options.open(path).map_err(QemuError::file("making the memory file", path))?;
+        let meta = file.metadata().map_err(QemuError::file("reading the size of", path))?;
+        own(path, &meta)?;
+        match meta.len() {
             0 => file.set_len(size.bytes()).map_err(QemuError::file("sizing", path)),
             _ => Self::check(path, size),
         }
@@ -39,8 +38,12 @@ impl MemoryFile {
     /// # Errors
     /// When it is not there or of another size.
     pub fn check(path: &Path, size: Mib) -> Result<(), QemuError> {
-        let meta = std::fs::metadata(path)
-            .map_err(QemuError::file("looking for the memory file", path))?;
+        let meta = match is_descriptor(path) {
+            true => std::fs::metadata(path),
+            false => std::fs::symlink_metadata(path),
+        };
+        let meta = meta.map_err(QemuError::file("looking for the memory file", path))?;
+        own(path, &meta)?;
         if meta.len() == size.bytes() {
             return Ok(());
         }
@@ -49,6 +52,29 @@ impl MemoryFile {
             why: format!("{} holds {} bytes, not {size}", path.display(), meta.len()),
         })
     }
+}
+
+/// Whether a path leads to an open file of a process, by a link of the kernel's own.
+fn is_descriptor(path: &Path) -> bool {
+    path.starts_with("/proc")
+}
+
+/// Refuses what is no memory file of ours: something that another user has put there, or made
+/// reachable under a second name.
+fn own(path: &Path, meta: &std::fs::Metadata) -> Result<(), QemuError> {
+    let me = rustix::process::geteuid().as_raw();
+    let why = if !meta.file_type().is_file() {
+        "is no file"
+    } else if meta.uid() != me {
+        "belongs to another user"
+    } else if meta.mode() & 0o022 != 0 {
+        "may be written by others"
+    } else if meta.nlink() > 1 {
+        "has a second name"
+    } else {
+        return Ok(());
+    };
+    Err(QemuError::Unexpected { what: "the memory file", why: format!("{} {why}", path.display()) })
 }
 
 /// Reads the memory of a machine from outside. What it gives is stable only while the machine is
@@ -193,6 +219,27 @@ mod tests {
         assert_eq!(page, [0; 16]);
         assert!(reader.read_at((2 << 20) - 8, &mut page).is_err());
         assert!(reader.read_at(u64::MAX, &mut page).is_err());
+    }
+
+    #[test]
+    fn a_memory_file_that_another_put_there_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (real, link) = (dir.path().join("real"), dir.path().join("m"));
+        std::fs::write(&real, vec![0; 2 << 20]).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        assert!(MemoryFile::create(&link, Mib(2)).is_err());
+        let err = MemoryFile::check(&link, Mib(2)).expect_err("a link");
+        assert!(err.to_string().contains("is no file"), "{err}");
+        let second = dir.path().join("n");
+        std::fs::hard_link(&real, &second).unwrap();
+        let err = MemoryFile::create(&second, Mib(2)).expect_err("a second name");
+        assert!(err.to_string().contains("second name"), "{err}");
+        std::fs::remove_file(&real).unwrap();
+        MemoryFile::check(&second, Mib(2)).unwrap();
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+        std::fs::set_permissions(&second, open).unwrap();
+        let err = MemoryFile::create(&second, Mib(2)).expect_err("open to others");
+        assert!(err.to_string().contains("by others"), "{err}");
     }
 
     #[test]

@@ -47,6 +47,26 @@ impl fmt::Display for Exit {
     }
 }
 
+impl Exit {
+    /// The longest piece of QEMU's own words in [`Exit::brief`], in characters.
+    const BRIEF: usize = 160;
+
+    /// How it ended in half a line: the last thing that it said, and no more of it.
+    #[must_use]
+    pub fn brief(&self) -> String {
+        if let Some(signal) = self.signal {
+            return format!("its QEMU was ended by signal {signal}");
+        }
+        let last = self.log.rsplit(" | ").next().unwrap_or_default().trim();
+        if last.is_empty() {
+            return "its QEMU ended".to_owned();
+        }
+        let cut: String = last.chars().take(Self::BRIEF).collect();
+        let more = if cut.len() < last.len() { "..." } else { "" };
+        format!("its QEMU ended: {cut}{more}")
+    }
+}
+
 impl Process {
     /// Describes the process `pid`.
     ///
@@ -169,6 +189,16 @@ mod tests {
         assert!(later.handle().is_none());
         let other_boot = Process { boot_id: "x".into(), ..me };
         assert!(!other_boot.is_alive());
+    }
+
+    #[test]
+    fn the_end_of_a_qemu_is_told_in_half_a_line() {
+        let noise = "qemu: ram_block_discard_range: Discarding RAM is not supported | ".repeat(30);
+        let exit = |signal, log: String| Exit { code: None, signal, log }.brief();
+        assert_eq!(exit(Some(9), noise.clone()), "its QEMU was ended by signal 9");
+        assert_eq!(exit(None, format!("{noise}bad disk")), "its QEMU ended: bad disk");
+        assert_eq!(exit(None, String::new()), "its QEMU ended");
+        assert!(exit(None, "x".repeat(2000)).len() < 200);
     }
 
     #[test]

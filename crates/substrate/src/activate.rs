@@ -18,6 +18,7 @@ use godwit_qemu::{
 };
 use godwit_types::{ActivateReport, Name, Phases, SubstrateId, SubstrateKind, VmId};
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
 use crate::agent::{AFTER_ACTIVATE, run_script};
 use crate::error::SubstrateError;
@@ -61,6 +62,8 @@ pub struct ActivateRequest {
     pub nic: Option<NicBackend>,
     /// The accelerator.
     pub accel: Accel,
+    /// Fires when it is not wanted any more; nothing is left then.
+    pub cancel: CancellationToken,
 }
 
 /// A machine that runs.
@@ -187,8 +190,8 @@ impl Shell {
 ///
 /// # Errors
 /// [`SubstrateError::NotFound`], [`SubstrateError::Shape`], [`SubstrateError::WrongImage`], a
-/// damaged or missing page, [`SubstrateError::NoRoom`], and what the machine says. Nothing is
-/// left then.
+/// damaged or missing page, [`SubstrateError::NoRoom`], [`SubstrateError::Cancelled`], and what the
+/// machine says. Nothing is left then.
 pub async fn activate(
     pool: &Pool,
     shells: Option<&Shells>,
@@ -238,7 +241,11 @@ async fn activate_here(
                 (shell, ready)
             }
         };
-        match bring_up(&shell, &ready, &request, &mut phases).await {
+        let brought = tokio::select! {
+            brought = bring_up(&shell, &ready, &request, &mut phases) => brought,
+            () = request.cancel.cancelled() => Err(SubstrateError::Cancelled),
+        };
+        match brought {
             Ok((identity, running_ms, first_answer_ms)) => {
                 let (phases, _) = phases.finish();
                 let report = ActivateReport {

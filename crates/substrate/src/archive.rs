@@ -259,7 +259,8 @@ impl Pool {
     /// [`SubstrateError::Damaged`] for a foreign, truncated or changed file; as [`Import`].
     pub fn import(&self, from: impl Read, becomes: Becomes) -> Result<Substrate, SubstrateError> {
         let mut from = Hashing { inner: from, hasher: blake3::Hasher::new(), bytes: 0 };
-        let (io, bad) = (SubstrateError::io, |why: &str| SubstrateError::damaged("the archive", why));
+        let (io, bad) =
+            (SubstrateError::io, |why: &str| SubstrateError::damaged("the archive", why));
         if take::<4>(&mut from)? != *MAGIC {
             return Err(bad("it is not an archive of a substrate"));
         }

@@ -17,6 +17,7 @@
 mod activate;
 mod agent;
 mod archive;
+mod cache;
 mod dock;
 mod error;
 mod identity;

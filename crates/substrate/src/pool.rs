@@ -12,13 +12,14 @@
 //! A substrate is there once its directory has its name: that rename is the commit point. The
 //! store holds its units on behalf of its id before that.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use godwit_store::{CheckReport, PageMap, Store, Writer, zero_hash};
 use godwit_types::{BLOCK_SIZE, Code, CodedError, Hash, Name, SubstrateId, VmId, seal};
 
+use crate::cache::MemoryCache;
 use crate::error::SubstrateError;
 use crate::manifest::{DISK, Docked, JSON, PAGES, Part, STATE, Substrate};
 use crate::stamp::Verified;
@@ -48,6 +49,7 @@ pub(crate) struct Inner {
     /// One making of ready files at a time for each substrate.
     pub(crate) making: Mutex<HashMap<SubstrateId, Arc<Mutex<()>>>>,
     pub(crate) verified: Verified,
+    pub(crate) cache: MemoryCache,
     damaged: Mutex<HashMap<SubstrateId, Finding>>,
     turns: Arc<Turns>,
     publishing: Mutex<()>,
@@ -117,7 +119,10 @@ impl Pool {
             }
         }
         for name in names(&dirs.memory)? {
-            if name.starts_with(".new-") {
+            // Of a substrate that was deleted by a daemon that died before it removed this, too.
+            let gone =
+                name.strip_suffix(".mem").is_some_and(|id| !dirs.substrates.join(id).exists());
+            if name.starts_with(".new-") || gone {
                 let path = dirs.memory.join(&name);
                 std::fs::remove_file(&path).map_err(SubstrateError::io("removing", &path))?;
             }
@@ -130,6 +135,7 @@ impl Pool {
                 clones: Mutex::default(),
                 making: Mutex::default(),
                 verified: Verified::default(),
+                cache: MemoryCache::default(),
                 damaged: Mutex::default(),
                 turns: Arc::default(),
                 publishing: Mutex::new(()),
@@ -268,6 +274,7 @@ impl Pool {
         let _ = std::fs::remove_file(self.memory_path(id));
         lock(&self.inner.making).remove(&id);
         lock(&self.inner.damaged).remove(&id);
+        self.inner.cache.forget(id);
         self.inner.store.gc().map_err(SubstrateError::store("giving space back"))?;
         Ok(())
     }
@@ -281,12 +288,20 @@ impl Pool {
         let mut bad: HashMap<Hash, String> =
             store.damaged.iter().map(|d| (d.hash, d.to_string())).collect();
         bad.extend(
-            store.bad_entries.iter().map(|h| (*h, format!("unit {h}: its index entry is malformed"))),
+            store
+                .bad_entries
+                .iter()
+                .map(|h| (*h, format!("unit {h}: its index entry is malformed"))),
         );
         let mut report = PoolCheck { store, ..PoolCheck::default() };
         for id in self.ids()? {
             report.substrates += 1;
             let found = self.check_one(id, &bad);
+            if !self.dir(id).exists() {
+                // Deleted meanwhile.
+                report.substrates -= 1;
+                continue;
+            }
             let why = found.err().map(|e| crate::error::chain(&e));
             let mut damaged = lock(&self.inner.damaged);
             match why {
@@ -360,6 +375,17 @@ impl Pool {
             }
             _ => {}
         }
+    }
+
+    /// What was found wrong, of at most `most` substrates and cut to `chars` characters each.
+    #[must_use]
+    pub fn damaged(&self, most: usize, chars: usize) -> BTreeMap<SubstrateId, String> {
+        let damaged = lock(&self.inner.damaged);
+        damaged
+            .iter()
+            .take(most)
+            .map(|(id, d)| (*id, d.why.chars().take(chars).collect()))
+            .collect()
     }
 
     /// What was found wrong with a substrate when it was last checked or used; `None` when nothing

@@ -21,6 +21,7 @@ use godwit_types::{BLOCK_SIZE, Hash, SubstrateId, seal, unseal};
 use rustix::fs::Advice;
 use serde::{Deserialize, Serialize};
 
+use crate::cache::{InUse, bytes_of};
 use crate::error::SubstrateError;
 use crate::manifest::{Docked, MAX_JSON, Part, read_bounded};
 use crate::memory::SealedMemory;
@@ -45,6 +46,7 @@ pub struct Ready {
     pub(crate) disk: Option<ReadyDisk>,
     /// The files as they were when this was given out.
     opened: Vec<(PathBuf, Stamp)>,
+    _in_use: InUse,
 }
 
 impl Ready {
@@ -91,6 +93,7 @@ impl Pool {
         docked.substrate.spec(image)?;
         let one = Arc::clone(lock(&self.inner.making).entry(id).or_default());
         let _one = lock(&one);
+        let in_use = self.inner.cache.used(id);
         let prepare = || {
             let memory = self.ready_memory(&docked)?;
             let disk = match docked.substrate.disk {
@@ -103,7 +106,7 @@ impl Pool {
                 .flatten()
                 .map(|p| Ok((p.to_owned(), Stamp::of(p)?)))
                 .collect::<Result<_, SubstrateError>>()?;
-            Ok(Ready { docked, memory, disk, opened })
+            Ok(Ready { docked, memory, disk, opened, _in_use: in_use })
         };
         let done = prepare().map_err(|e: SubstrateError| e.of(&name));
         self.note_use(id, done.as_ref().err());
@@ -154,7 +157,13 @@ impl Pool {
             disk.then(|| dir.join(LAYER)),
             disk.then(|| dir.join(TOP)),
         ];
-        for path in files.into_iter().flatten() {
+        for path in files.into_iter().flatten().filter(|p| p.exists()) {
+            if self.verify_file(docked, &path, From::Disk).is_ok() {
+                continue;
+            }
+            // Damaged, or replaced or dropped while it was read.
+            let one = Arc::clone(lock(&self.inner.making).entry(docked.substrate.id).or_default());
+            let _one = lock(&one);
             if path.exists() {
                 self.verify_file(docked, &path, From::Disk)?;
             }
@@ -187,6 +196,7 @@ impl Pool {
     fn ready_memory(&self, docked: &Docked) -> Result<SealedMemory, SubstrateError> {
         let path = self.memory_path(docked.substrate.id);
         if let Some(there) = SealedMemory::find(&path, docked.substrate.shape.memory.bytes()) {
+            self.make_room(docked, 0);
             if self.inner.verified.knows(&path) {
                 return Ok(there);
             }
@@ -203,7 +213,9 @@ impl Pool {
                 }
             }
         }
-        let memory = SealedMemory::lay_out(&self.inner.store, &docked.pages()?, &path)?;
+        let pages = docked.pages()?;
+        self.make_room(docked, bytes_of(pages.entries().len()));
+        let memory = SealedMemory::lay_out(&self.inner.store, &pages, &path)?;
         self.inner.verified.note(&path, Stamp::of(&path)?);
         Ok(memory)
     }
@@ -277,7 +289,8 @@ fn part_of(path: &Path, from: From) -> Result<Part, SubstrateError> {
     }
     let mut hasher = blake3::Hasher::new();
     let mut reader = std::io::BufReader::with_capacity(1 << 20, file);
-    let bytes = std::io::copy(&mut reader, &mut hasher).map_err(SubstrateError::io("reading", path))?;
+    let bytes =
+        std::io::copy(&mut reader, &mut hasher).map_err(SubstrateError::io("reading", path))?;
     Ok(Part { hash: Hash(*hasher.finalize().as_bytes()), bytes })
 }
 

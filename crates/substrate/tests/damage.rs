@@ -81,7 +81,8 @@ fn one_bit_flipped_in_anything_stored_is_named_mended_or_without_effect() {
     for (file, [named, mended, harmless]) in &seen {
         println!("{file}: named {named}, mended {mended}, without effect {harmless}");
     }
-    for file in [".pack", "substrate.json", "ID/state", "ID/pages", "ID/disk", ".mem", "layer.qcow2"]
+    for file in
+        [".pack", "substrate.json", "ID/state", "ID/pages", "ID/disk", ".mem", "layer.qcow2"]
     {
         let found: Vec<_> = seen.iter().filter(|(f, _)| f.contains(file)).collect();
         assert!(!found.is_empty(), "{file}");
@@ -109,7 +110,10 @@ fn check_and_use(root: &Path, id: SubstrateId, image: &Image, what: &str) -> Tol
     let clean = report.is_clean();
     if !clean {
         let said = format!("{report:?}");
-        assert!(["clean", "pack", "unit", &id.to_string()].iter().any(|w| said.contains(w)), "{what}: {said}");
+        assert!(
+            ["clean", "pack", "unit", &id.to_string()].iter().any(|w| said.contains(w)),
+            "{what}: {said}"
+        );
         assert!(pool.damage(id).is_some() || report.broken.is_empty(), "{what}");
     }
     // Not by the daemon that has just read everything.
@@ -185,8 +189,10 @@ fn a_damaged_substrate_is_not_exported_and_says_substrate_unit_pack_and_offset()
 fn an_archive_with_something_behind_its_end_is_refused() {
     let dir = tempfile::tempdir().expect("tempdir");
     let image = image(&dir.path().join("image"));
-    let (here, there) =
-        (open(&dir.path().join("here")).expect("pool"), open(&dir.path().join("there")).expect("pool"));
+    let (here, there) = (
+        open(&dir.path().join("here")).expect("pool"),
+        open(&dir.path().join("there")).expect("pool"),
+    );
     let id = SubstrateId::new();
     fill(&here, id, &image);
     let mut file = Vec::new();
@@ -202,8 +208,10 @@ fn an_archive_with_something_behind_its_end_is_refused() {
 fn a_substrate_of_another_content_is_refused_under_the_id() {
     let dir = tempfile::tempdir().expect("tempdir");
     let image = image(&dir.path().join("image"));
-    let (here, there) =
-        (open(&dir.path().join("here")).expect("pool"), open(&dir.path().join("there")).expect("pool"));
+    let (here, there) = (
+        open(&dir.path().join("here")).expect("pool"),
+        open(&dir.path().join("there")).expect("pool"),
+    );
     let id = SubstrateId::new();
     let content = fill(&here, id, &image).content();
     let with = |content| Becomes { content: Some(content), ..Becomes::default() };

@@ -22,6 +22,7 @@ use godwit_substrate::{
 use godwit_types::{Code, CodedError, Name, SubstrateId, SubstrateKind, VmId};
 use leftover::EndsGuests;
 use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 
 const LONG: Duration = Duration::from_secs(180);
 
@@ -125,6 +126,7 @@ impl Site {
             identity: None,
             nic: Some(NicBackend::Isolated),
             accel: Accel::Tcg,
+            cancel: CancellationToken::default(),
         }
     }
 }

@@ -20,10 +20,13 @@ pub mod rpc;
 pub mod window;
 pub mod wire;
 
-pub use keys::{Authority, Identity, JoinToken, KeyError, Peer, Revocations, Serial, Trust};
+pub use keys::{
+    Authority, Expected, Identity, JoinToken, KeyError, Peer, PendingIdentity, Renewal,
+    Revocations, Serial, Trust, Warrant, unix_now,
+};
 pub use link::{
-    BulkReceiver, BulkSender, Endpoint, EndpointOptions, JoinError, JoinRefusal, Lane, LaneError,
-    LaneReceiver, LaneSender, Link, LinkError, LinkStats, PATIENCE, join,
+    BulkReceiver, BulkSender, Endpoint, EndpointOptions, JoinError, JoinRefusal, Joined, Lane,
+    LaneError, LaneReceiver, LaneSender, Link, LinkError, LinkStats, PATIENCE, join,
 };
 pub use rpc::{Fault, Router, RpcError};
 pub use window::{Window, WindowConfig};

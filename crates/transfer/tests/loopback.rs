@@ -9,8 +9,8 @@ use bytes::Bytes;
 use common::{Cloud, Forwarder, name, within};
 use godwit_transfer::rpc::{Fault, Router};
 use godwit_transfer::{
-    BulkReceiver, BulkSender, Endpoint, EndpointOptions, JoinError, JoinRefusal, LaneError,
-    LaneKind, LinkError, MAX_FRAME, Priority, RpcError, Versions, WindowConfig, join,
+    BulkReceiver, BulkSender, Endpoint, EndpointOptions, Expected, JoinError, JoinRefusal,
+    LaneError, LaneKind, LinkError, MAX_FRAME, Priority, RpcError, Versions, WindowConfig, join,
 };
 use godwit_types::{Code, CodedError, SiteKind};
 
@@ -24,7 +24,7 @@ async fn a_site_joins_by_token_and_its_link_carries_frames_and_calls() {
         .authority
         .invite(&name("cafe"), SiteKind::Ap, &address.to_string(), 60)
         .expect("invite");
-    let identity = within(join(&token)).await.expect("join");
+    let identity = within(join(&token)).await.expect("join").identity;
     assert_eq!(identity.name(), &name("cafe"));
     assert_eq!(identity.me().kind, SiteKind::Ap);
     let dir = cloud.dir.path().join("cafe");
@@ -151,7 +151,7 @@ async fn strangers_revoked_sites_and_wrong_names_are_told_apart() {
     let link = within(ap.connect(address, None)).await.expect("connect");
     let _far = within(center.accept()).await.expect("accept");
     let list = cloud.authority.revoke_site(&name("cafe")).expect("revoke");
-    assert_eq!(list.number, 1);
+    assert_eq!(list.serials.len(), 1);
     let closed = within(link.closed()).await;
     assert!(matches!(closed, LinkError::WeAreRevoked), "{closed:?}");
     let error = within(ap.connect(address, None)).await.expect_err("revoked");
@@ -162,6 +162,13 @@ async fn strangers_revoked_sites_and_wrong_names_are_told_apart() {
         .revocations();
     assert_eq!(*kept, list, "a revocation outlives the center's process");
 
+    // A certificate that ends while its link is up.
+    let (short, _) = cloud.endpoint(cloud.identity_for("short", SiteKind::Ap, 2));
+    let link = within(short.connect(address, None)).await.expect("connect");
+    let _far = within(center.accept()).await.expect("accept");
+    let closed = within(link.closed()).await;
+    assert!(matches!(closed, LinkError::WeAreExpired), "{closed:?}");
+
     // A certificate that has ended.
     let ended = cloud.identity_for("bar", SiteKind::Ap, 0);
     let unix = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -171,6 +178,38 @@ async fn strangers_revoked_sites_and_wrong_names_are_told_apart() {
     let (ended, _) = cloud.endpoint(ended);
     let error = within(ended.connect(address, None)).await.expect_err("expired");
     assert!(matches!(error, LinkError::WeAreExpired), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_a_center_answers_where_the_center_should() {
+    let cloud = Cloud::new();
+    let (ap, _) = cloud.endpoint(cloud.identity("cafe", SiteKind::Ap));
+    let known = Expected::Center(Some(name("center")));
+    // Sites of this very cloud, a device and one that is called like the center among them.
+    for (site, kind) in
+        [("bar", SiteKind::Ap), ("phone", SiteKind::Device), ("center", SiteKind::Ap)]
+    {
+        let (rogue, address) = cloud.endpoint(cloud.identity(site, kind));
+        for expected in [&known, &Expected::Center(None)] {
+            let error = within(ap.connect_to(address, expected)).await.expect_err("no center");
+            assert!(matches!(error, LinkError::NotTheCenter { .. }), "{error:?}");
+            let words = error.to_string();
+            assert!(words.contains(&format!("{kind} '{site}'")), "{words}");
+        }
+        rogue.close("done").await;
+    }
+    // Nor does the center of that authority under another name.
+    let (other, address) = cloud.endpoint(cloud.identity("other", SiteKind::Center));
+    let error = within(ap.connect_to(address, &known)).await.expect_err("another center");
+    assert!(error.to_string().contains("center 'other', not 'center'"), "{error}");
+    other.close("done").await;
+    let (center, address) = cloud.center();
+    within(ap.connect_to(address, &known)).await.expect("the center");
+    // Nobody gets a token that would make him one.
+    let invite = |site, kind| cloud.authority.invite(&name(site), kind, &address.to_string(), 60);
+    assert!(invite("second", SiteKind::Center).is_err());
+    assert!(invite("center", SiteKind::Ap).is_err());
+    center.close("done").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -214,6 +214,14 @@ impl MoveReport {
         self.clock.map(|c| c.bound_ms)
     }
 
+    /// From the beginning of the pre-copy round to the machine's STOP: how long its memory was
+    /// written while it was sent.
+    #[must_use]
+    pub fn until_stop(&self) -> Duration {
+        let spans = self.phases.iter().filter(|p| p.name == "pre-copy" || p.name == "drain");
+        Duration::try_from_secs_f64(spans.map(|p| p.ms).sum::<f64>() / 1e3).unwrap_or_default()
+    }
+
     /// The downtime for people: `41 ms`, or `41 ms (+-0.4)` where two clocks had a part in it.
     #[must_use]
     pub fn downtime_text(&self) -> String {

@@ -45,10 +45,20 @@ impl Generation {
     /// The generation of a machine that never moved.
     pub const FIRST: Self = Self(1);
 
-    /// The generation after this one.
+    /// The highest that is taken for one: no machine comes that far. More is nonsense, or somebody
+    /// wants to be the last word on a machine.
+    pub const LAST: Self = Self(u64::MAX / 2);
+
+    /// The generation after this one; after the last there is none.
     #[must_use]
     pub const fn next(self) -> Self {
-        Self(self.0 + 1)
+        if self.0 >= Self::LAST.0 { Self::LAST } else { Self(self.0 + 1) }
+    }
+
+    /// Whether it can be one.
+    #[must_use]
+    pub const fn is_sane(self) -> bool {
+        self.0 <= Self::LAST.0
     }
 }
 

@@ -1,13 +1,16 @@
 //! Godwit's side, through its command line and nothing else.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use godwit_types::{ActivateReport, DockReport, MoveReport};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::demo::guest::consoles;
+use crate::link::LinkHandle;
+use crate::prober::{Prober, Signs};
 use crate::suites::guest::{WITNESS, Witness};
 
 /// The `godwit` program, speaking to a center.
@@ -49,6 +52,17 @@ impl GodwitCli {
     /// As [`GodwitCli::ask`].
     pub async fn run(&self, args: &[&str], within: Duration) -> anyhow::Result<Vec<u8>> {
         let shown = args.join(" ");
+        let out = tokio::time::timeout(within, self.command(args).output())
+            .await
+            .with_context(|| format!("`godwit {shown}` took longer than {within:?}"))?
+            .with_context(|| format!("run {}", self.program.display()))?;
+        let said = String::from_utf8_lossy(&out.stderr);
+        ensure!(out.status.success(), "`godwit {shown}` failed: {}", said.trim());
+        Ok(out.stdout)
+    }
+
+    /// The command `godwit ARGS...`, not started yet; it ends with who holds it.
+    pub(crate) fn command(&self, args: &[&str]) -> tokio::process::Command {
         let mut command = match &self.namespace {
             Some(ns) => {
                 let mut c = tokio::process::Command::new("ip");
@@ -58,13 +72,7 @@ impl GodwitCli {
             None => tokio::process::Command::new(&self.program),
         };
         command.args(args).envs(self.env.iter().cloned()).kill_on_drop(true);
-        let out = tokio::time::timeout(within, command.output())
-            .await
-            .with_context(|| format!("`godwit {shown}` took longer than {within:?}"))?
-            .with_context(|| format!("run {}", self.program.display()))?;
-        let said = String::from_utf8_lossy(&out.stderr);
-        ensure!(out.status.success(), "`godwit {shown}` failed: {}", said.trim());
-        Ok(out.stdout)
+        command
     }
 
     /// `godwit vm dock VM --name SUBSTRATE`.
@@ -122,6 +130,9 @@ pub fn program() -> anyhow::Result<PathBuf> {
     })
 }
 
+/// How often scheme `hybrid` sends a page at most.
+pub(crate) const PASSES: u64 = 2;
+
 /// What one round with Godwit found.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct GodwitRound {
@@ -133,8 +144,12 @@ pub struct GodwitRound {
     pub activate: ActivateReport,
     /// Center to AP, then back.
     pub moves: [MoveReport; 2],
-    /// Largest gap in the guest's own heartbeat during the move to the AP, by its own clock.
-    pub guest_gap_ms: f64,
+    /// What somebody outside saw of the guest during the move to the AP.
+    pub signs: Signs,
+    /// Bytes that both ends put on the link during that move, headers and what was lost included.
+    pub link_bytes: u64,
+    /// What of the memory that moved is the witness's own noise, at most, before packing.
+    pub witness_bytes: u64,
 }
 
 /// One round: boots `image` cold at the center, docks it, activates it, and moves it to the site
@@ -145,12 +160,13 @@ pub struct GodwitRound {
 /// The first command that fails.
 pub async fn round(
     sites: &super::Sites,
+    link: &LinkHandle,
     image: &str,
     witness_mib: u32,
     round: usize,
     within: Duration,
 ) -> anyhow::Result<GodwitRound> {
-    let super::Sites { cli, center, ap } = sites;
+    let super::Sites { cli, center, ap, runs } = sites;
     let (first, substrate, moved) =
         (format!("cold-{round}"), format!("bench-{round}"), format!("moved-{round}"));
     let asked = std::time::Instant::now();
@@ -166,15 +182,24 @@ pub async fn round(
     let activate: ActivateReport = cli.ask(&activate, within).await?;
     let reset = ["vm", "exec", &moved, "--", WITNESS, "status", "--reset"];
     cli.run(&reset, within).await.context("ask the witness before the move")?;
+    let watched = Instant::now();
+    let logs = consoles(cli, runs, &moved).await?;
+    let logs: Vec<&Path> = logs.iter().map(PathBuf::as_path).collect();
+    let prober = Prober::start(&logs).await?;
+    let before = link.counters().offered_bytes();
     let there = cli.migrate(&moved, ap, within).await?;
+    let link_bytes = link.counters().offered_bytes() - before;
+    let signs = prober.stop().await?;
+    let watched = watched.elapsed();
     let status = cli.run(&["vm", "exec", &moved, "--", WITNESS, "status"], within).await?;
     let status: Witness = serde_json::from_slice(&status)
         .with_context(|| format!("read the witness's {:?}", String::from_utf8_lossy(&status)))?;
     ensure!(status.memory_ok, "the guest's memory is damaged by its move");
-    let guest_gap_ms = status.max_gap_ms;
+    let witness_bytes = status.share(watched, there.until_stop(), PASSES);
     let back = cli.migrate(&moved, center, within).await?;
     cli.delete(&moved, within).await?;
-    Ok(GodwitRound { cold_boot_ms, dock, activate, moves: [there, back], guest_gap_ms })
+    let moves = [there, back];
+    Ok(GodwitRound { cold_boot_ms, dock, activate, moves, signs, link_bytes, witness_bytes })
 }
 
 #[cfg(test)]

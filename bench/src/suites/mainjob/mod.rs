@@ -12,10 +12,10 @@ use godwit_qemu::{Accel, Binaries, Start, accel};
 use godwit_types::Name;
 
 use super::{Guest, Plan, Witness, first_answer};
-use crate::demo::Demo;
-use crate::demo::world::{AP, CENTER, World};
+use crate::demo::world::{AP, Between, CENTER, World};
 use crate::harness::{Better, Experiment, LinkInfo, Results};
 use crate::link::{Link, LinkHandle, LinkSpec, Side};
+use crate::prober::{Prober, Signs};
 use godwit::{GodwitCli, GodwitRound};
 use stock::StockReport;
 
@@ -32,9 +32,10 @@ pub struct StockRound {
     /// The move from A to B.
     #[serde(rename = "move")]
     pub moved: StockReport,
-    /// Largest gap in the guest's own heartbeat during the move, by its own clock, which stands
-    /// still while the vCPUs do.
-    pub guest_gap_ms: f64,
+    /// What somebody outside saw of the guest during the move.
+    pub signs: Signs,
+    /// What of the memory that moved is the witness's own noise, at most.
+    pub witness_bytes: u64,
     /// Whether memory and file were found whole at the destination.
     pub intact: bool,
 }
@@ -48,6 +49,8 @@ pub struct Sites {
     pub center: String,
     /// Name of the site in the link's namespace B.
     pub ap: String,
+    /// Where either site has the sockets and logs of its machines.
+    pub runs: Vec<PathBuf>,
 }
 
 /// The suite.
@@ -56,17 +59,11 @@ pub struct Sites {
 /// When the guest image is missing or the link cannot be made.
 pub async fn run(plan: &Plan, results: &mut Results) -> anyhow::Result<()> {
     let program = godwit::program()?;
-    let demo = Demo {
-        guest: plan.guest.clone(),
-        rate_mbit: plan.rate_mbit,
-        delay_ms: plan.delay_ms,
-        witness_mib: plan.witness_mib,
-        out: PathBuf::new(),
-        program,
-    };
-    let world = World::start(&demo).await?;
-    let sites = Sites { cli: world.cli(), center: CENTER.into(), ap: AP.into() };
-    run_with(plan, world.link(), Some(&sites), results).await
+    let between = Between::Link { rate_mbit: plan.rate_mbit, delay_ms: plan.delay_ms };
+    let world = World::start(&program, between).await?;
+    let runs = world.run_dirs().to_vec();
+    let sites = Sites { cli: world.cli(), center: CENTER.into(), ap: AP.into(), runs };
+    run_with(plan, world.link()?, Some(&sites), results).await
 }
 
 /// The suite without Godwit's side.
@@ -107,7 +104,7 @@ pub async fn run_with(
     for round in 0..rounds {
         if let Some(s) = sites {
             let image = guest.image.name.as_str();
-            match godwit::round(s, image, plan.witness_mib, round, WITHIN).await {
+            match godwit::round(s, link, image, plan.witness_mib, round, WITHIN).await {
                 Ok(r) => {
                     sheet.godwit(&r);
                     keep(results, GODWIT, &r)?;
@@ -177,15 +174,23 @@ pub async fn stock_round(
         let there = link.within(Side::B, waiting.spawn())?.await??;
         let moved = async {
             Witness::status(&source, true).await?;
+            let watched = Instant::now();
+            let logs = [&source, &there].map(|m| m.launch().run_dir.join("console.log"));
+            let prober = Prober::start(&logs.each_ref().map(PathBuf::as_path)).await?;
             let moved =
                 stock::migrate(link, &source, &there, plan.stock_downtime_ms, WITHIN).await?;
+            let signs = prober.stop().await?;
+            let watched = watched.elapsed();
             source.quit().await?;
             let witness = Witness::status(&there, false).await?;
+            let witness_bytes =
+                witness.share(watched, moved.report.until_stop(), moved.bitmap_syncs + 1);
             let lines = Witness::check_file(&there).await?;
             anyhow::Ok(StockRound {
                 cold_boot_ms,
                 moved,
-                guest_gap_ms: witness.max_gap_ms,
+                signs,
+                witness_bytes,
                 intact: witness.memory_ok && lines >= witness.lines,
             })
         }
@@ -216,9 +221,12 @@ struct Sheet {
     first_answer: Experiment,
     switch: Experiment,
     downtime: Experiment,
-    gap: Experiment,
+    stall: Experiment,
+    program_stall: Experiment,
+    pings_lost: Experiment,
     total: Experiment,
-    payload: Experiment,
+    link_bytes: Experiment,
+    witness: Experiment,
 }
 
 impl Sheet {
@@ -241,14 +249,30 @@ impl Sheet {
                 "downtime",
                 "STOP at the source to RESUME at the destination, by QEMU's own event time stamps.",
             ),
-            gap: ms(
-                "guest-gap",
-                "Largest gap in the heartbeat of a program in the guest during the move, by the guest's own clock, which stands still with the vCPUs: what it stalls beside the downtime.",
+            stall: ms(
+                "longest-stall",
+                "Longest time without a sign of life of the guest during the move, as somebody outside sees it by the host's clock, downtime included.",
+            ),
+            program_stall: ms(
+                "program-stall",
+                "The same of the program that changes memory and appends to its file.",
+            ),
+            pings_lost: Experiment::new(
+                "pings-lost",
+                "Pings at ten a second during the move that no sign of life answered before the next; there is no network to the guest, and a sign on its serial console is the answer.",
+                "pings",
+                Better::Lower,
             ),
             total: ms("total", "From the request to independence of the source."),
-            payload: Experiment::new(
-                "payload",
-                "Amount of migrated data: memory, disk and device state.",
+            link_bytes: Experiment::new(
+                "link-bytes",
+                "What both ends put on the link during the move, headers and acknowledgements included.",
+                "MB",
+                Better::Lower,
+            ),
+            witness: Experiment::new(
+                "witness-share",
+                "What of the memory that moved is the noise of the program that measures, at most.",
                 "MB",
                 Better::Lower,
             ),
@@ -268,9 +292,8 @@ impl Sheet {
         let there = &r.moves[0];
         self.switch.push(GODWIT, there.switch_ms);
         self.downtime.push(GODWIT, there.downtime_ms);
-        self.gap.push(GODWIT, r.guest_gap_ms);
         self.total.push(GODWIT, there.total_ms);
-        self.payload.push(GODWIT, there.bytes.total() as f64 / 1e6);
+        self.seen(GODWIT, &r.signs, r.link_bytes, r.witness_bytes);
     }
 
     fn stock(&mut self, r: &StockRound) {
@@ -278,9 +301,16 @@ impl Sheet {
         self.cold_boot.push(STOCK, r.cold_boot_ms);
         self.switch.push(STOCK, m.switch_ms);
         self.downtime.push(STOCK, m.downtime_ms);
-        self.gap.push(STOCK, r.guest_gap_ms);
         self.total.push(STOCK, m.total_ms);
-        self.payload.push(STOCK, m.bytes.total() as f64 / 1e6);
+        self.seen(STOCK, &r.signs, r.moved.wire_bytes, r.witness_bytes);
+    }
+
+    fn seen(&mut self, subject: &str, signs: &Signs, link_bytes: u64, witness_bytes: u64) {
+        self.stall.push(subject, signs.longest_stall_ms);
+        self.program_stall.push(subject, signs.program_stall_ms);
+        self.pings_lost.push(subject, signs.pings_lost as f64);
+        self.link_bytes.push(subject, link_bytes as f64 / 1e6);
+        self.witness.push(subject, witness_bytes as f64 / 1e6);
     }
 
     /// `desktop`: whether the guest has a display; it may take longer to start.
@@ -298,9 +328,12 @@ impl Sheet {
             self.first_answer,
             self.switch,
             self.downtime,
-            self.gap,
+            self.stall,
+            self.program_stall,
+            self.pings_lost,
             self.total,
-            self.payload,
+            self.link_bytes,
+            self.witness,
         ]
     }
 }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use godwit_qemu::{Capability, Machine, MigrationStatus, Parameters};
-use godwit_types::{BytesMoved, MovePhase, MoveReport, Phases};
+use godwit_types::{BytesMoved, ClockOffset, MovePhase, MoveReport, PagesMoved, Phases};
 use serde_json::{Value, json};
 
 use crate::link::{Counters, LinkHandle};
@@ -161,7 +161,14 @@ pub async fn migrate(
             switch_ms,
             downtime_ms: resumed.at.saturating_sub(stopped).as_secs_f64() * 1e3,
             total_ms,
+            // Both ends are processes of one host here.
+            clock: Some(ClockOffset { offset_ms: 0.0, bound_ms: 0.0 }),
             bytes: BytesMoved { memory: info.transferred, disk: disk_bytes, device_state: 0 },
+            pages: PagesMoved {
+                data: stats["ram"]["normal"].as_u64().unwrap_or(0),
+                zero: stats["ram"]["duplicate"].as_u64().unwrap_or(0),
+                ..PagesMoved::default()
+            },
             cancelled_blocks: 0,
             phases,
         },

@@ -15,7 +15,9 @@ use std::time::Duration;
 
 use clap::Args;
 use godwit_cloud::Fault;
-use godwit_cloud::daemon::{Agent, AgentConfig, Center, CenterConfig, ClientFiles, join_site};
+use godwit_cloud::daemon::{
+    Agent, AgentConfig, Center, CenterConfig, ClientFiles, TlsFiles, join_site,
+};
 use godwit_cloud::site::SiteDirs;
 use godwit_migrate::relay::{RelayConfig, run_relay};
 use godwit_transfer::JoinToken;
@@ -76,6 +78,20 @@ pub(crate) struct CenterRole {
     /// Bytes that the pool may hold on disk, e.g. 20G [default: 64G]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     pool_limit: Option<u64>,
+    /// The API's certificate, with those that signed it (PEM); read again when it changes, or at
+    /// SIGHUP [default: one of its own making]
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The key of `--tls-cert` (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Seconds for which it certifies sites [default: 90 days]
+    #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(3..))]
+    certificate_life: Option<u64>,
+    /// Memory for substrates that no machine runs from, e.g. 1G; they are made again from the pool
+    /// when it is full [default: half of the tmpfs]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    memory_cache: Option<u64>,
     #[command(flatten)]
     living: Living,
 }
@@ -88,8 +104,8 @@ pub(crate) struct ApRole {
     name: Option<Name>,
     #[command(flatten)]
     places: Places,
-    /// At the first start: the join token, `@FILE`, or `-` for stdin
-    #[arg(long, env = "GODWIT_JOIN_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    /// At the first start: where the join token is, `@FILE` or `-` for stdin
+    #[arg(long, env = "GODWIT_JOIN_TOKEN", hide_env_values = true, value_name = "@FILE")]
     join: Option<String>,
     /// Where it listens for other sites (UDP); port 0 picks one
     #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDR:PORT")]
@@ -97,6 +113,10 @@ pub(crate) struct ApRole {
     /// Bytes that the pool may hold on disk, e.g. 20G [default: 64G]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     pool_limit: Option<u64>,
+    /// Memory for substrates that no machine runs from, e.g. 1G; they are made again from the pool
+    /// when it is full [default: half of the tmpfs]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    memory_cache: Option<u64>,
     #[command(flatten)]
     living: Living,
 }
@@ -123,7 +143,13 @@ impl CenterRole {
             advertise: self.advertise,
             client: client.clone(),
             pool_bytes: self.pool_limit,
+            memory_cache_bytes: self.memory_cache,
             link_patience: self.living.link_patience.map(Duration::from_secs),
+            tls: self
+                .tls_cert
+                .zip(self.tls_key)
+                .map(|(certificate, key)| TlsFiles { certificate, key }),
+            certificate_life: self.certificate_life,
             co_schedule: !self.living.no_co_scheduling,
         };
         let center = tokio::select! {
@@ -167,7 +193,7 @@ impl ApRole {
             let Some(token) = token else {
                 return Err(Failure::new(Code::Conflict, format!("site '{name}' has not joined"))
                     .hint(format!(
-                        "at the center: godwit site token {name}; then give it here with --join"
+                        "at the center: godwit site token {name} > FILE; then here: --join @FILE"
                     )));
             };
             join_site(&token, &dirs).await?;
@@ -176,6 +202,7 @@ impl ApRole {
             dirs,
             link: self.link,
             pool_bytes: self.pool_limit,
+            memory_cache_bytes: self.memory_cache,
             link_patience: self.living.link_patience.map(Duration::from_secs),
             co_schedule: !self.living.no_co_scheduling,
         };
@@ -269,8 +296,15 @@ pub(super) fn identity_of(dirs: &SiteDirs) -> PathBuf {
     dirs.keys().join("identity")
 }
 
-/// A join token as given: itself, `@FILE`, or `-` for stdin.
+/// A join token as given: itself, `@FILE`, or `-` for stdin. One that is a word of this process's
+/// command line is taken, with a warning: everybody on this machine could read it.
 pub(super) fn read_join_token(text: &str) -> Result<String> {
+    if text.starts_with("gwj") && std::env::args().any(|word| word.contains(text)) {
+        crate::out::talk(
+            "warning: everybody on this machine can read a token on a command line; \
+             give it as @FILE, as - (standard input), or in GODWIT_JOIN_TOKEN",
+        );
+    }
     let mut out = String::new();
     let read = |mut from: Box<dyn Read>, out: &mut String| from.read_to_string(out);
     let done = match (text, text.strip_prefix('@')) {

@@ -54,7 +54,7 @@ enum Verb {
     },
     /// Let this machine join a center as the site that the token names
     Join {
-        /// The token, `@FILE`, or `-` for stdin
+        /// Where the token is: `@FILE`, or `-` for stdin
         token: String,
         /// Join anew where the site has joined before, as after it was revoked
         #[arg(long)]
@@ -224,7 +224,9 @@ impl Noun {
                 let client = Client::open(&self.talk.connect)?;
                 let t = token(&client, &site, kind, lifetime).await?;
                 out::action(format, &t.token, &t.token, &json!(t))?;
-                out::talk(&format!("on the machine that is to be {site}: godwit site join TOKEN"));
+                out::talk(&format!(
+                    "on the machine that is to be {site}: godwit site join - (and paste it there)"
+                ));
             }
             Verb::Join { token, replace, places } => {
                 let text = read_join_token(&token)?;

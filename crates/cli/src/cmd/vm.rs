@@ -356,7 +356,7 @@ impl Site {
             words.push_str(&format!(
                 "   switched after {}, down {}, independent after {}   {} moved",
                 millis(r.switch_ms),
-                millis(r.downtime_ms),
+                r.downtime_text(),
                 millis(r.total_ms),
                 size(r.bytes.total())
             ));

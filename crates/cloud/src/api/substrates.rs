@@ -103,7 +103,9 @@ pub(super) async fn rebuild(
     (status = 404, body = Fault), (status = 500, body = Fault), (status = 503, body = Fault)))]
 pub(super) async fn export(State(api): State<Api>, Path(s): Path<String>) -> Answer<Response> {
     let s = api.controller.registry().substrate(&s)?;
-    let host = s.holders.iter().find_map(|n| api.controller.host(n).ok()).ok_or_else(|| {
+    let mut holders: Vec<_> = s.holders.iter().collect();
+    holders.sort_by_key(|n| s.damaged.contains_key(*n));
+    let host = holders.into_iter().find_map(|n| api.controller.host(n).ok()).ok_or_else(|| {
         Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
     })?;
     let stream = host.open(StreamRequest::SubstrateExport { id: s.id }).await?;

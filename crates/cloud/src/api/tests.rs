@@ -39,7 +39,9 @@ impl Gatekeeper for NoGate {
 fn api() -> (tempfile::TempDir, Router) {
     let dir = tempfile::tempdir().expect("dir");
     let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
-    let c = Controller::new(reg, Name::new("operator").expect("name"));
+    let authority = godwit_transfer::Authority::create(&dir.path().join("authority"));
+    let authority = Arc::new(authority.expect("authority"));
+    let c = Controller::new(reg, Name::new("operator").expect("name"), authority);
     (dir, Api::new(c, Arc::new(NoGate), "secret").router())
 }
 

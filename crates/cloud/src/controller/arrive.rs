@@ -185,11 +185,18 @@ impl Controller {
 
     fn call_of_move(self: &Arc<Self>, op: &OpHandle, m: &Move) -> Call {
         let (me, shown, at_switch) = (Arc::clone(self), op.clone(), m.clone());
+        let deciding = Arc::new(tokio::sync::Mutex::new(()));
         Call::new(
             move |p| {
-                if p.stage == UNCERTAIN {
+                // It asks until it is answered; one answer at a time is looked for.
+                if p.stage == UNCERTAIN
+                    && let Ok(turn) = Arc::clone(&deciding).try_lock_owned()
+                {
                     let (me, lost) = (me.clone(), at_switch.clone());
-                    tokio::spawn(async move { me.decide_fate(&lost).await });
+                    tokio::spawn(async move {
+                        me.decide_fate(&lost).await;
+                        drop(turn);
+                    });
                 }
                 if p.stage == SWITCHED {
                     // The site has passed the point; a cancel that came too late is not undone.

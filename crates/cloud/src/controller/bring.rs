@@ -1,17 +1,17 @@
 //! What the center knows of the substrates that sites hold, and how one comes to a site that lacks
 //! it: through the center, once, however many machines wait for it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError};
 
-use godwit_types::{Code, Name, SubstrateId};
+use godwit_types::{Code, Name, SiteKind, SubstrateId};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 
 use super::{Controller, registry_fault};
 use crate::error::Fault;
-use crate::ops::{OpHandle, Progress};
+use crate::ops::{OpHandle, OpKind, Progress};
 use crate::registry::{RegistryError, SiteReport, SubstrateRecord};
 use crate::site::frames::FrameReader;
 use crate::site::{SiteHost, StreamRequest, SubstrateInfo};
@@ -103,8 +103,15 @@ impl Controller {
         if self.registry.knows_holdings(host.name(), &report) {
             return Ok(report);
         }
+        let trusted = self.registry.site(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
+        let mut unasked = 0u64;
         for s in host.substrates().await? {
             let id = s.id;
+            if !trusted && !self.asked_for(id)? {
+                unasked += 1;
+                report.substrates.remove(&id);
+                continue;
+            }
             if let Err(f) = self.adopt_substrate(host.name(), s) {
                 if f.code != Code::Damaged {
                     return Err(f);
@@ -113,12 +120,14 @@ impl Controller {
                 report.substrates.remove(&id);
             }
         }
+        if unasked > 0 {
+            tracing::warn!(site = %host.name(), unasked, "substrates that nobody asked it to hold are not listed");
+        }
         Ok(report)
     }
 
     /// A substrate that is new to the registry, as its first holder tells of it.
     pub(super) fn record_of(site: &Name, info: SubstrateInfo) -> SubstrateRecord {
-        let damaged = info.damage.map(|why| (site.clone(), why));
         SubstrateRecord {
             id: info.id,
             name: info.name,
@@ -133,7 +142,23 @@ impl Controller {
             created: info.created,
             holders: [site.clone()].into(),
             content: Some(info.content),
-            damaged: damaged.into_iter().collect(),
+            damaged: BTreeMap::new(),
+        }
+    }
+
+    /// Whether the center knows of a substrate, or has asked for it to be docked: a site publishes
+    /// nothing by itself.
+    fn asked_for(&self, id: SubstrateId) -> Result<bool, Fault> {
+        match self.registry.substrate(&id.to_string()) {
+            Ok(_) => Ok(true),
+            Err(RegistryError::NotFound { .. }) => {
+                let ops = self.ops().list().map_err(registry_fault)?;
+                Ok(ops.iter().any(
+                    |o| matches!(&o.kind, OpKind::VmDock { substrate: made, .. }
+                        | OpKind::SubstrateRebuild { new: made, .. } if *made == id),
+                ))
+            }
+            Err(e) => Err(registry_fault(e)),
         }
     }
 
@@ -143,7 +168,7 @@ impl Controller {
         site: &Name,
         info: SubstrateInfo,
     ) -> Result<SubstrateRecord, Fault> {
-        match self.registry.substrate_seen(info.id, site, info.content, info.damage.clone()) {
+        match self.registry.substrate_seen(info.id, site, info.content) {
             Err(RegistryError::NotFound { .. }) => {
                 let record = Self::record_of(site, info);
                 self.registry.substrate_add(&record).map_err(registry_fault)?;

@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError};
 use godwit_types::{Arch, Code, Generation, Mib, Name, SubstrateId, SubstrateKind, VmId, VmState};
 use serde_json::json;
 
+use super::depart::Wanted;
 use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
@@ -148,7 +149,9 @@ impl Controller {
             moving_to: None,
             reason: None,
             arriving: None,
+            voided: std::collections::BTreeMap::new(),
         };
+        let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
         {
             let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
             self.once(shape.substrate.as_ref())?;
@@ -162,6 +165,7 @@ impl Controller {
             vm: vm.id,
             name: name.clone(),
             generation: vm.generation,
+            warrant,
             origin: shape.origin,
             memory: want.memory_mib,
             vcpus: want.vcpus,
@@ -266,15 +270,17 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
+        let generation = vm.generation.next();
+        let warrant = self.warrant(&vm, generation, &vm.site)?;
         let vm = self.change_vm(&vm, vm.generation, |v| {
             v.become_state(VmState::Starting, UnixMs::now())?;
-            v.generation = v.generation.next();
+            v.reach(generation);
             Ok(())
         })?;
         let kind = OpKind::VmStart { vm: vm.id, name: vm.name.clone() };
         let me = self.clone();
         self.launch(kind, plan, vm, VmState::Running, |vm, op| async move {
-            let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation };
+            let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation, warrant };
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
             me.release_source(&vm).await;
@@ -288,6 +294,9 @@ impl Controller {
     /// What refuses it.
     pub fn stop(self: &Arc<Self>, key: &str, force: bool, mode: Mode) -> Result<Accepted, Fault> {
         let vm = self.registry.vm(key).map_err(registry_fault)?;
+        if force && self.is_moving(&vm)? {
+            return self.stop_moving(vm, mode);
+        }
         if vm.state != VmState::Running {
             vm.state.to(VmState::Stopped).map_err(|e| state_fault(&vm, &e))?;
             return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state)));
@@ -311,19 +320,16 @@ impl Controller {
     /// What refuses it.
     pub fn delete(self: &Arc<Self>, key: &str, mode: Mode) -> Result<Accepted, Fault> {
         let vm = self.registry.vm(key).map_err(registry_fault)?;
-        if matches!(vm.state, VmState::Moving | VmState::Docking | VmState::Starting) {
+        if matches!(vm.state, VmState::Docking | VmState::Starting) {
             return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state))
                 .hint("wait for it or cancel it: godwit op list"));
         }
-        if let (Some(a), VmState::Running) = (&vm.arriving, vm.state) {
-            return Err(Fault::conflict(format!(
-                "machine '{}' is still moving: part of it is at '{}'",
-                vm.name, a.from
-            ))
-            .hint("wait for its end: godwit op list"));
-        }
+        let moving = self.is_moving(&vm)?;
         let host = self.host(&vm.site)?;
-        let plan = format!("delete '{}' at {} with its disk", vm.name, vm.site);
+        let plan = match moving {
+            true => format!("end the move of '{}' and delete it with its disk", vm.name),
+            false => format!("delete '{}' at {} with its disk", vm.name, vm.site),
+        };
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
@@ -332,6 +338,13 @@ impl Controller {
         let op = self
             .ops
             .start(kind, |op| async move {
+                let (vm, host) = if moving {
+                    let now = me.end_move(&op, &vm, Wanted::Nothing).await?;
+                    let host = me.host(&now.site)?;
+                    (now, host)
+                } else {
+                    (vm, host)
+                };
                 op.begin("delete", json!({ "site": vm.site }))?;
                 let request = SiteRequest::VmDelete { vm: vm.id, generation: vm.generation };
                 match host.tell(request, call_of(&op)).await {
@@ -357,7 +370,7 @@ impl Controller {
         let name = how.name.unwrap_or_else(|| vm.name.clone());
         if self.registry.substrate(name.as_str()).is_ok() {
             return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
-                .hint("name another with --substrate"));
+                .hint("name another with --name"));
         }
         let host = self.host(&vm.site)?;
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);
@@ -458,7 +471,16 @@ pub(super) fn dry(plan: String, vm: &VmRecord) -> Accepted {
 }
 
 pub(super) fn state_fault(vm: &VmRecord, e: &godwit_types::InvalidTransition) -> Fault {
-    let f = Fault::conflict(format!("machine '{}': {e}", vm.name));
+    let what = match e.to.as_str() {
+        "moving" => "moved",
+        "docking" => "docked",
+        "starting" => "started",
+        other => other,
+    };
+    let f = Fault::conflict(format!(
+        "machine '{}' is {}, so it cannot be {what} now",
+        vm.name, vm.state
+    ));
     match vm.state {
         VmState::Stopped | VmState::Failed => {
             f.hint(format!("start it first: godwit vm start {}", vm.name))

@@ -20,6 +20,7 @@
 mod arrive;
 mod ask;
 pub(crate) mod bring;
+mod depart;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
@@ -28,12 +29,13 @@ mod recover;
 mod settle;
 #[cfg(test)]
 mod tests;
+mod warrants;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use godwit_transfer::Revocations;
+use godwit_transfer::{Authority, Revocations};
 use godwit_types::{Generation, Mib, Name, OpId, SiteKind, SubstrateKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -122,6 +124,7 @@ struct Sites {
 pub struct Controller {
     registry: Arc<Registry>,
     ops: Arc<Ops>,
+    authority: Arc<Authority>,
     sites: Sites,
     bringing: bring::Bringing,
     operator: Name,
@@ -157,18 +160,24 @@ pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
 }
 
 impl Controller {
-    /// A controller on `registry`; `operator` owns what is made.
+    /// A controller on `registry`; `operator` owns what is made, `authority` signs warrants.
     #[must_use]
-    pub fn new(registry: Arc<Registry>, operator: Name) -> Arc<Self> {
-        Self::with_patience(registry, operator, arrive::RECOVER_LIMIT)
+    pub fn new(registry: Arc<Registry>, operator: Name, authority: Arc<Authority>) -> Arc<Self> {
+        Self::with_patience(registry, operator, authority, arrive::RECOVER_LIMIT)
     }
 
     /// As [`Controller::new`]; a machine that lacks something of a site that is away is waited for
     /// no longer than `patience`.
     #[must_use]
-    pub fn with_patience(registry: Arc<Registry>, operator: Name, patience: Duration) -> Arc<Self> {
+    pub fn with_patience(
+        registry: Arc<Registry>,
+        operator: Name,
+        authority: Arc<Authority>,
+        patience: Duration,
+    ) -> Arc<Self> {
         Arc::new(Self {
             patience,
+            authority,
             ops: Ops::new(registry.clone()),
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
@@ -285,8 +294,9 @@ impl Controller {
     async fn take_over(&self, host: &Arc<dyn SiteHost>, report: &SiteReport) -> Result<(), Fault> {
         let report = self.adopt_substrates(host, report.clone()).await?;
         self.registry
-            .site_report(host.name(), report, UnixMs::now(), LEASE)
+            .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
             .map_err(registry_fault)?;
+        self.registry.substrates_damaged(host.name(), &report.damaged).map_err(registry_fault)?;
         self.settle_machines(host).await
     }
 

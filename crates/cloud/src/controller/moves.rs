@@ -25,6 +25,9 @@ const ABORT_WITHIN: Duration = Duration::from_secs(60);
 /// How long a destination may take to say why its end of a migration was given up.
 const EXPLAIN_WITHIN: Duration = Duration::from_secs(5);
 
+/// How long such a destination is asked for once the move was asked to end.
+const CANCEL_LIMIT: Duration = Duration::from_secs(15);
+
 /// The pause between two questions.
 const FATE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -143,6 +146,7 @@ impl Controller {
             Ok(request) => request,
             Err(f) => {
                 // Nothing was sent yet.
+                self.void_warrant(&m.vm, m.vm.generation.next(), &m.to);
                 for site in [&m.to, &m.from] {
                     let Ok(host) = self.host(site) else { continue };
                     let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
@@ -179,10 +183,12 @@ impl Controller {
         };
         op.check()?;
         op.begin("prepare", json!({ "migration": m.id, "at": m.to }))?;
+        let warrant = self.warrant(&m.vm, generation.next(), &m.to)?;
         let request = SiteRequest::MigratePrepare {
             migration: m.id,
             machine: status_of(&m.vm),
             generation: generation.next(),
+            warrant,
             from: m.from.clone(),
             manifest,
         };
@@ -206,6 +212,7 @@ impl Controller {
             Ok(report) => report,
             Err(f) => {
                 if !self.has_switched(m)? && !self.find_out(op, m, &f).await? {
+                    self.void_warrant(&m.vm, m.vm.generation.next(), &m.to);
                     let f = self.explained(m, f).await;
                     self.settle_vm(&m.vm, &f).await?;
                     op.undone("send")?;
@@ -234,20 +241,25 @@ impl Controller {
     ) -> Result<bool, Fault> {
         let deadline = tokio::time::Instant::now() + FATE_LIMIT;
         let mut told = false;
+        let mut asked: Option<tokio::time::Instant> = None;
         loop {
             let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
-            let at_home = self.runs_at_source(m).await;
+            let home = self.state_at_source(m).await;
+            let at_home = home.is_some();
             let fenced = match self.host(&m.to) {
                 Ok(dst) => tokio::time::timeout(ABORT_WITHIN, dst.tell(abort, Call::quiet())).await,
                 Err(f) => Ok(Err(f)),
             };
             match fenced {
-                Ok(Ok(())) if at_home => return Ok(false),
+                Ok(Ok(())) if home == Some(VmState::Running) => return Ok(false),
                 Ok(Ok(())) => {
                     // The source waits for this word, or has nobody left who could take it.
                     if let Ok(src) = self.host(&m.from) {
                         let fate = SiteRequest::MigrateFate { migration: m.id, dead: true };
                         match src.tell(fate, Call::quiet()).await {
+                            // It has ended, and its site has cleared up after the move.
+                            Err(_) if at_home => return Ok(false),
+                            Ok(()) if at_home => return Ok(false),
                             Err(e) if e.code == Code::Damaged => return Err(self.cut_off(m, e)?),
                             Err(e) => {
                                 tracing::info!(vm = %m.vm.name, error = %e, "telling its fate");
@@ -274,13 +286,20 @@ impl Controller {
                 note: format!("finding out where it runs: {}", why.message),
                 ..Progress::default()
             });
-            if tokio::time::Instant::now() >= deadline {
+            // Who wants it ended does not wait for a site that may never come back.
+            let tired = op.cancel().is_cancelled()
+                && asked.get_or_insert_with(tokio::time::Instant::now).elapsed() >= CANCEL_LIMIT;
+            if tired || tokio::time::Instant::now() >= deadline {
                 return if told {
                     Ok(false)
                 } else {
                     Err(Fault::unavailable(format!(
-                        "nobody can tell where machine '{}' runs: {}",
-                        m.vm.name, why.message
+                        "site '{}' is away, and only it can tell whether machine '{}' runs there: {}",
+                        m.to, m.vm.name, why.message
+                    ))
+                    .hint(format!(
+                        "wait for that site, or stop it where it was: godwit vm stop --force {}",
+                        m.vm.name
                     )))
                 };
             }
@@ -297,13 +316,13 @@ impl Controller {
         Ok(why.hint(format!("start it from its disk: godwit vm start {}", m.vm.name)))
     }
 
-    async fn runs_at_source(&self, m: &Move) -> bool {
-        let Ok(src) = self.host(&m.from) else { return false };
-        let Ok(Ok(all)) = tokio::time::timeout(ABORT_WITHIN, src.machines()).await else {
-            return false;
-        };
-        let same = |s: &MachineStatus| s.vm == m.vm.id && s.generation == m.vm.generation;
-        all.iter().any(|s| same(s) && matches!(s.state, VmState::Running | VmState::Failed))
+    /// What a machine is at its source, if it is there and settled.
+    async fn state_at_source(&self, m: &Move) -> Option<VmState> {
+        let src = self.host(&m.from).ok()?;
+        let all = tokio::time::timeout(ABORT_WITHIN, src.machines()).await.ok()?.ok()?;
+        let same = |s: &&MachineStatus| s.vm == m.vm.id && s.generation == m.vm.generation;
+        let state = all.iter().find(same)?.state;
+        matches!(state, VmState::Running | VmState::Failed | VmState::Stopped).then_some(state)
     }
 
     /// Tells a source that lost its destination during the switch what became of it. Whoever
@@ -348,7 +367,7 @@ impl Controller {
         self.change_vm(&m.vm, m.vm.generation, |v| {
             v.become_state(VmState::Running, UnixMs::now())?;
             v.site = m.to.clone();
-            v.generation = v.generation.next();
+            v.reach(v.generation.next());
             v.arriving = Some(Arriving { migration: m.id, from: m.from.clone(), note: None });
             Ok(())
         })?;
@@ -396,6 +415,7 @@ fn status_of(vm: &VmRecord) -> MachineStatus {
         vm: vm.id,
         name: vm.name.clone(),
         generation: vm.generation,
+        warrant: None,
         state: vm.state,
         image: vm.image.clone(),
         arch: vm.arch,

@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 
+use godwit_transfer::Warrant;
 use godwit_types::{Code, Generation, Name, SubstrateId, VmId, VmState};
 use serde_json::json;
 
@@ -111,14 +112,16 @@ impl Controller {
             moving_to: None,
             reason: None,
             arriving: None,
+            voided: std::collections::BTreeMap::new(),
         };
+        let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
         self.registry.vm_add(&vm).map_err(registry_fault)?;
         let new = SubstrateId::new();
         let kind = OpKind::SubstrateRebuild { vm: vm.id, name: old.name.clone(), old: old.id, new };
         let (me, record) = (self.clone(), vm.clone());
         let started = self.ops.start(kind, |op| async move {
             let job = Rebuild { old, new, vm: record };
-            let outcome = me.run_rebuild(&op, &job, &host).await;
+            let outcome = me.run_rebuild(&op, &job, warrant, &host).await;
             if let Err(f) = &outcome {
                 me.undo_rebuild(&job.vm, f).await?;
                 op.undone("rebuild")?;
@@ -138,6 +141,7 @@ impl Controller {
         &self,
         op: &OpHandle,
         job: &Rebuild,
+        warrant: Warrant,
         host: &Arc<dyn SiteHost>,
     ) -> Result<serde_json::Value, Fault> {
         op.begin("rebuild", json!({ "site": job.vm.site }))?;
@@ -145,6 +149,7 @@ impl Controller {
             vm: job.vm.id,
             name: job.vm.name.clone(),
             generation: job.vm.generation,
+            warrant,
             origin: Origin::StoredDisk(job.old.id),
             memory: None,
             vcpus: None,

@@ -1,7 +1,8 @@
 //! Finding the truth again: after a failure, a restart of the center, or a site's return.
 //!
 //! The sites know what runs; the registry knows what was meant. Of two sites that both have a
-//! machine, the one with the higher generation that runs it is right.
+//! machine, the one with the higher generation that runs it is right, if it has the center's
+//! warrant for that generation: a claim alone moves nothing.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -105,6 +106,7 @@ impl Controller {
                         self.await_host(site, RETURN_LIMIT).await?;
                     }
                     self.undo_prepare(&op, &record).await;
+                    self.void_warrant(&record, *generation, to);
                     self.settle_vm(&record, &again()).await?;
                     return Err(again().hint("the machine is where it was; ask again"));
                 };
@@ -170,9 +172,7 @@ impl Controller {
         };
         let best = seen
             .into_iter()
-            .filter(|(_, m)| {
-                m.generation >= record.generation || m.generation == UNKNOWN_GENERATION
-            })
+            .filter(|(site, m)| self.believed(&record, site, m))
             .max_by_key(|(_, m)| (m.state == VmState::Running, m.generation));
         if best.is_none() && record.state == VmState::Starting && asked_all {
             return Ok(None);
@@ -182,7 +182,7 @@ impl Controller {
             match best {
                 Some((site, m)) => {
                     if m.generation != UNKNOWN_GENERATION {
-                        v.generation = m.generation;
+                        v.reach(m.generation);
                     }
                     v.site = site;
                     if v.state != m.state {
@@ -263,7 +263,7 @@ impl Controller {
                             tracing::warn!(vm = %v.name, site = %host.name(), generation = %m.generation, "a newer generation runs there");
                         }
                         v.site = host.name().clone();
-                        v.generation = m.generation;
+                        v.reach(m.generation);
                         if v.state != m.state {
                             v.become_state(m.state, UnixMs::now())?;
                         }
@@ -320,7 +320,8 @@ impl Controller {
             Some(_) if vm.arriving.as_ref().is_some_and(|a| &a.from == site) => Verdict::Fine,
             Some(_) if !free => Verdict::Fine,
             Some(m) if m.generation > vm.generation => {
-                if m.state == VmState::Running && may(m) {
+                let ran = matches!(m.state, VmState::Running | VmState::Stopped);
+                if ran && may(m) && self.believed(vm, site, m) {
                     Verdict::Become(m)
                 } else {
                     Verdict::Fine

@@ -16,6 +16,7 @@ use crate::site::{
 struct Paper {
     name: Name,
     machines: Mutex<Vec<MachineStatus>>,
+    substrates: Mutex<Vec<SubstrateInfo>>,
     /// What `MigrateSend` does.
     send: Send,
     peer: Mutex<Option<Arc<Paper>>>,
@@ -27,8 +28,7 @@ struct Paper {
     silent: AtomicBool,
     /// It answers nothing at all.
     hung: AtomicBool,
-    /// What its pool holds, and how often it was asked for that.
-    substrates: Mutex<Vec<SubstrateInfo>>,
+    /// How often it was asked what its pool holds.
     listed: AtomicUsize,
 }
 
@@ -54,13 +54,13 @@ impl Paper {
         Arc::new(Self {
             name: name(n),
             machines: Mutex::default(),
+            substrates: Mutex::default(),
             send,
             peer: Mutex::default(),
             broken: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             silent: AtomicBool::new(false),
             hung: AtomicBool::new(false),
-            substrates: Mutex::default(),
             listed: AtomicUsize::new(0),
         })
     }
@@ -69,6 +69,7 @@ impl Paper {
             vm,
             name: n.clone(),
             generation,
+            warrant: None,
             state: VmState::Running,
             image: name("tiny"),
             arch: Arch::X86_64,
@@ -132,7 +133,8 @@ impl SiteHost for Paper {
                 if n.origin == Origin::Image(name("broken")) || n.name == name("unlucky") {
                     return Err(Fault::new(Code::NoRoom, "tmpfs is full"));
                 }
-                let s = self.status(n.vm, &n.name, n.generation);
+                let mut s = self.status(n.vm, &n.name, n.generation);
+                s.warrant = Some(n.warrant);
                 self.machines.lock().expect("lock").push(s.clone());
                 Ok(SiteReply::Machine(s))
             }
@@ -147,8 +149,9 @@ impl SiteHost for Paper {
                 Ok(SiteReply::Done)
             }
             SiteRequest::MigrateManifest { .. } => Ok(SiteReply::Manifest(vec![1])),
-            SiteRequest::MigratePrepare { migration, machine, generation, .. } => {
+            SiteRequest::MigratePrepare { migration, machine, generation, warrant, .. } => {
                 let mut s = self.status(machine.vm, &machine.name, generation);
+                s.warrant = Some(warrant);
                 s.state = VmState::Moving;
                 self.machines.lock().expect("lock").push(s);
                 let address = "127.0.0.1:1".parse().expect("address");
@@ -264,6 +267,7 @@ impl SiteHost for Paper {
 
 struct World {
     _dir: tempfile::TempDir,
+    authority: Arc<Authority>,
     c: Arc<Controller>,
     center: Arc<Paper>,
     cafe: Arc<Paper>,
@@ -276,13 +280,14 @@ async fn world(send: Send) -> World {
 async fn world_with(send: Send, patience: Duration) -> World {
     let dir = tempfile::tempdir().expect("dir");
     let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
-    let c = Controller::with_patience(reg, name("operator"), patience);
+    let authority = Arc::new(Authority::create(&dir.path().join("authority")).expect("authority"));
+    let c = Controller::with_patience(reg, name("operator"), authority.clone(), patience);
     let (center, cafe) = (Paper::new("center", send), Paper::new("cafe", Send::Works));
     *center.peer.lock().expect("lock") = Some(cafe.clone());
     *cafe.peer.lock().expect("lock") = Some(center.clone());
     c.attach(center.clone(), SiteKind::Center).await.expect("center");
     c.attach(cafe.clone(), SiteKind::Ap).await.expect("cafe");
-    World { _dir: dir, c, center, cafe }
+    World { _dir: dir, authority, c, center, cafe }
 }
 
 async fn running(w: &World, n: &str) -> VmRecord {
@@ -296,6 +301,13 @@ async fn running(w: &World, n: &str) -> VmRecord {
     let end = w.c.ops().wait(a.op.expect("op")).await.expect("ends");
     assert_eq!(end.state, OpState::Done, "{end:?}");
     w.c.registry().vm(n).expect("there")
+}
+
+/// A machine as cafe claims to run it, with the center's warrant for that.
+fn warranted(w: &World, vm: &VmRecord, generation: Generation) -> MachineStatus {
+    let warrant = w.authority.warrant(vm.id, generation, &w.cafe.name).expect("signed");
+    let status = w.cafe.status(vm.id, &vm.name, generation);
+    MachineStatus { warrant: Some(warrant), ..status }
 }
 
 fn to(n: &str) -> MigrateVm {
@@ -451,9 +463,9 @@ async fn a_center_that_was_killed_during_a_move_finds_the_machine() {
     let mut seen = w.c.ops().watch(op).expect("watch");
     seen.wait_for(|o| o.journal.iter().any(|s| s.name == "send")).await.expect("sending");
     // The daemon dies here; the sites finish the move without it.
-    let second = Controller::new(w.c.registry().clone(), name("operator"));
+    let second = Controller::new(w.c.registry().clone(), name("operator"), w.authority.clone());
     w.cafe.machines.lock().expect("lock").clear();
-    w.cafe.machines.lock().expect("lock").push(w.cafe.status(vm.id, &vm.name, Generation(2)));
+    w.cafe.machines.lock().expect("lock").push(warranted(&w, &vm, Generation(2)));
     for m in w.center.machines.lock().expect("lock").iter_mut() {
         m.state = VmState::Stopped;
     }
@@ -510,16 +522,13 @@ async fn unknown_things_are_named_with_advice() {
 }
 
 #[tokio::test]
-async fn of_two_generations_the_newer_that_runs_is_right() {
+async fn of_two_generations_the_newer_that_runs_by_warrant_is_right() {
     let w = world(Send::Works).await;
     let vm = running(&w, "a").await;
-    let put = |at: &Arc<Paper>, generation| {
-        let status = at.status(vm.id, &vm.name, generation);
-        at.machines.lock().expect("lock").push(status);
-    };
     let host: Arc<dyn SiteHost> = w.cafe.clone();
     // The registry was restored from before the machine moved.
-    put(&w.cafe, vm.generation.next());
+    let claim = warranted(&w, &vm, vm.generation.next());
+    w.cafe.machines.lock().expect("lock").push(claim);
     w.c.refresh(&host).await.expect("report");
     let now = w.c.registry().vm("a").expect("there");
     assert_eq!((now.site.as_str(), now.generation), ("cafe", vm.generation.next()));
@@ -529,6 +538,106 @@ async fn of_two_generations_the_newer_that_runs_is_right() {
     w.c.refresh(&center).await.expect("report");
     assert!(w.center.all().is_empty());
     assert_eq!(w.c.registry().vm("a").expect("there").site.as_str(), "cafe");
+}
+
+#[tokio::test]
+async fn a_claim_without_the_centers_warrant_moves_nothing_and_ends_nothing() {
+    let w = world(Send::Works).await;
+    let vm = running(&w, "a").await;
+    let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
+    let elsewhere = tempfile::tempdir().expect("dir");
+    let other = Authority::create(elsewhere.path()).expect("authority");
+    let sign = |a: &Authority, generation, site| a.warrant(vm.id, generation, &name(site));
+    let next = vm.generation.next();
+    let claim = |generation, warrant| MachineStatus {
+        warrant,
+        ..w.cafe.status(vm.id, &vm.name, generation)
+    };
+    let good = warranted(&w, &vm, next);
+    let claims = [
+        claim(next, None),
+        // Another authority's, another site's, another generation's, another machine's.
+        claim(next, sign(&other, next, "cafe").ok()),
+        claim(next, sign(&w.authority, next, "center").ok()),
+        claim(Generation(40), good.warrant.clone()),
+        claim(next, w.authority.warrant(VmId::new(), next, &w.cafe.name).ok()),
+        // Whoever is the last word on a machine can never be outdone.
+        claim(Generation(u64::MAX), sign(&w.authority, Generation(u64::MAX), "cafe").ok()),
+        claim(Generation(u64::MAX), None),
+    ];
+    for claim in claims {
+        *w.cafe.machines.lock().expect("lock") = vec![claim.clone()];
+        w.c.refresh(&cafe).await.expect("report");
+        w.c.refresh(&center).await.expect("report");
+        assert_eq!(w.c.registry().vm("a").expect("there"), vm, "{claim:?}");
+        assert_eq!(w.center.all().len(), 1, "the true one lives: {claim:?}");
+    }
+    // And it can still be moved, to the very site.
+    w.cafe.machines.lock().expect("lock").clear();
+    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Done);
+}
+
+#[tokio::test]
+async fn a_warrant_of_a_move_that_never_switched_is_void() {
+    let w = world(Send::FailsBefore).await;
+    let vm = running(&w, "a").await;
+    let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
+    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
+    // The site that was to have it has kept what it was given.
+    w.cafe.machines.lock().expect("lock").push(warranted(&w, &vm, vm.generation.next()));
+    w.c.refresh(&cafe).await.expect("report");
+    w.c.refresh(&center).await.expect("report");
+    let now = w.c.registry().vm("a").expect("there");
+    assert_eq!((now.site.as_str(), now.generation), ("center", vm.generation));
+    assert_eq!(w.center.all().len(), 1, "the true one lives");
+}
+
+#[tokio::test]
+async fn a_site_publishes_nothing_that_it_was_not_asked_to_hold() {
+    let w = world(Send::Works).await;
+    let own = |n: &str| SubstrateInfo {
+        id: SubstrateId::new(),
+        name: name(n),
+        kind: SubstrateKind::Public,
+        owner: name("operator"),
+        image: name("tiny"),
+        arch: Arch::X86_64,
+        memory: Mib(128),
+        vcpus: 1,
+        raw_bytes: 1,
+        stored_bytes: 1,
+        created: UnixMs::now(),
+        content: godwit_types::Hash::of(n.as_bytes()),
+        dock: None,
+    };
+    let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
+    w.cafe.substrates.lock().expect("lock").push(own("abiword"));
+    w.c.refresh(&cafe).await.expect("report");
+    assert!(w.c.registry().substrates().expect("list").is_empty(), "taken for a user's own");
+    // What the center's own site holds is the center's own word.
+    w.center.substrates.lock().expect("lock").push(own("abiword"));
+    w.c.refresh(&center).await.expect("report");
+    let all = w.c.registry().substrates().expect("list");
+    assert_eq!((all.len(), all[0].holders.contains(&name("center"))), (1, true));
+}
+
+#[tokio::test]
+async fn generations_neither_wrap_nor_panic() {
+    let w = world(Send::Works).await;
+    let vm = running(&w, "a").await;
+    assert_eq!(Generation::LAST.next(), Generation::LAST);
+    assert_eq!(Generation(u64::MAX).next(), Generation::LAST);
+    let last = |v: &mut VmRecord| {
+        v.generation = Generation::LAST;
+        v.state = VmState::Stopped;
+        Ok(())
+    };
+    w.c.registry().vm_update(vm.id, vm.generation, last).expect("written");
+    let e = w.c.start("a", Mode::Act).expect_err("no generation is left");
+    assert!(e.message.contains("has had all generations"), "{e}");
+    assert_eq!(w.c.registry().vm("a").expect("there").generation, Generation::LAST);
 }
 
 #[tokio::test]
@@ -608,7 +717,6 @@ fn docked(n: usize) -> SubstrateInfo {
         stored_bytes: 1,
         created: UnixMs::now(),
         content: Hash::of(&n.to_le_bytes()),
-        damage: None,
         dock: None,
     }
 }
@@ -622,7 +730,8 @@ async fn idle_sites_cost_the_registry_nothing() {
     for at in [&w.center, &w.cafe] {
         *at.substrates.lock().expect("lock") = held.clone();
     }
-    for host in &hosts {
+    // The first round lets the center's own site tell of them.
+    for host in hosts.iter().chain(&hosts) {
         w.c.refresh(host).await.expect("report");
     }
     let of_all = w.c.registry().substrates().expect("list");

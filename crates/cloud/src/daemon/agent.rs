@@ -2,30 +2,38 @@
 //!
 //! The site opens the link and keeps it open; the center asks over it. When the link breaks, the
 //! agent opens another, for as long as it lives. Its machines do not notice.
+//!
+//! It obeys a certificate of kind center with the name of the center that it joined, and nobody
+//! else, whatever address that one answers at; a link that another site opens to it is closed.
+//! Its own certificate is renewed over the link ([`godwit_transfer::Renewal`]).
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_transfer::{
-    Endpoint, EndpointOptions, Identity, JoinToken, PATIENCE, Revocations, Trust,
+    Endpoint, EndpointOptions, Expected, Identity, JoinToken, Link, PATIENCE, PendingIdentity,
+    Renewal, Revocations, Trust, unix_now,
 };
-use godwit_types::Name;
+use godwit_types::{Code, Name};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::Ready;
 use super::secrets::{make_dir, write_private};
+use super::{RENEW, Ready};
 use crate::error::Fault;
 use crate::site::{LocalSite, SiteDirs, SiteOptions, serve};
 
 /// First and longest pause between two tries to reach the center.
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
 
-/// Name of the file with the center's `host:port`.
+/// Name of the file with the center's `host:port` and, in its second line, its name.
 const CENTER_FILE: &str = "center";
+
+/// How long the center may take to sign a certificate.
+const SIGNED_WITHIN: Duration = Duration::from_secs(30);
 
 /// What an agent needs to know.
 #[derive(Debug, Clone)]
@@ -36,6 +44,8 @@ pub struct AgentConfig {
     pub link: SocketAddr,
     /// Bytes that the pool's store may hold; the usual limit when left out.
     pub pool_bytes: Option<u64>,
+    /// Bytes of tmpfs for sealed memory that no machine maps; half of it when left out.
+    pub memory_cache_bytes: Option<u64>,
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
     /// out.
     pub link_patience: Option<Duration>,
@@ -53,7 +63,8 @@ pub async fn join_site(token: &str, dirs: &SiteDirs) -> Result<Name, Fault> {
         Fault::of(&e)
     })?;
     dirs.make()?;
-    let identity = godwit_transfer::join(&token).await.map_err(|e| Fault::of(&e))?;
+    let joined = godwit_transfer::join(&token).await.map_err(|e| Fault::of(&e))?;
+    let identity = joined.identity;
     let keys = dirs.keys();
     make_dir(&keys)?;
     identity.save(&keys.join("identity")).map_err(|e| Fault::of(&e))?;
@@ -64,8 +75,39 @@ pub async fn join_site(token: &str, dirs: &SiteDirs) -> Result<Name, Fault> {
         }
         _ => {}
     }
-    write_private(&keys.join(CENTER_FILE), token.center.as_bytes())?;
+    let center = KnownCenter { address: token.center, name: Some(joined.center) };
+    center.save(&keys)?;
     Ok(identity.name().clone())
+}
+
+/// The center that a site belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct KnownCenter {
+    /// Its `host:port`.
+    address: String,
+    /// Its name; unknown where an earlier version joined, until it is reached.
+    name: Option<Name>,
+}
+
+impl KnownCenter {
+    fn load(keys: &Path) -> Result<Self, Fault> {
+        let text = std::fs::read_to_string(keys.join(CENTER_FILE)).map_err(|e| {
+            Fault::conflict(format!("this site does not know its center: {e}"))
+                .hint("join again: godwit site join @FILE")
+        })?;
+        let mut lines = text.lines();
+        let address = lines.next().unwrap_or_default().trim().to_owned();
+        let name = lines.next().map(|n| Name::new(n.trim())).transpose().map_err(|e| {
+            let file = keys.join(CENTER_FILE);
+            Fault::new(Code::Damaged, format!("the center's name in {}: {e}", file.display()))
+        })?;
+        Ok(Self { address, name })
+    }
+
+    fn save(&self, keys: &Path) -> Result<(), Fault> {
+        let name = self.name.as_ref().map(|n| format!("\n{n}")).unwrap_or_default();
+        write_private(&keys.join(CENTER_FILE), format!("{}{name}", self.address).as_bytes())
+    }
 }
 
 /// A running agent.
@@ -88,10 +130,7 @@ impl Agent {
         let keys = config.dirs.keys();
         let identity = load_identity(&keys.join("identity"))?;
         let name = identity.name().clone();
-        let center = std::fs::read_to_string(keys.join(CENTER_FILE)).map_err(|e| {
-            Fault::conflict(format!("this site does not know its center: {e}"))
-                .hint("join again: godwit site join TOKEN")
-        })?;
+        let center = KnownCenter::load(&keys)?;
         let revoked = Revocations::load(&config.dirs.revoked()).unwrap_or_else(|error| {
             tracing::warn!(%error, "no list of revoked certificates until the center sends it");
             Revocations::default()
@@ -102,15 +141,20 @@ impl Agent {
         let endpoint = Endpoint::bind(config.link, identity, trust.clone(), endpoint_options)
             .map_err(|e| Fault::of(&e))?;
         let link = endpoint.local_address().map_err(|e| Fault::of(&e))?;
-        let mut options = SiteOptions::new(own_address(link.ip(), &center).await?)?;
+        let mut options = SiteOptions::new(own_address(link.ip(), &center.address).await?)?;
         options.link_patience = patience;
         options.co_schedule = config.co_schedule;
         options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
+        options.memory_cache_bytes = config.memory_cache_bytes;
         let site = LocalSite::open(name.clone(), config.dirs, trust, options).await?;
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let (now, linked) = watch::channel(None);
         let (told, connected) = watch::channel(false);
-        let work = stay_connected(endpoint.clone(), center, site.clone(), told);
+        let work = stay_connected(endpoint.clone(), center, keys.clone(), site.clone(), now, told);
         tasks.spawn(stop.clone().run_until_cancelled_owned(work));
+        let renewing = keep_certificate(endpoint.clone(), keys.join("identity"), linked);
+        tasks.spawn(stop.clone().run_until_cancelled_owned(renewing));
+        tasks.spawn(stop.clone().run_until_cancelled_owned(turn_away(endpoint.clone())));
         let ready = Ready { site: name, api: None, link: Some(link) };
         Ok(Self { ready, endpoint, site, connected, stop, tasks })
     }
@@ -161,22 +205,34 @@ async fn own_address(listening: IpAddr, center: &str) -> Result<IpAddr, Fault> {
 
 async fn stay_connected(
     endpoint: Endpoint,
-    center: String,
+    mut center: KnownCenter,
+    keys: PathBuf,
     site: Arc<LocalSite>,
+    now: watch::Sender<Option<Link>>,
     told: watch::Sender<bool>,
 ) {
     let mut pause = RETRY.0;
     loop {
         match reach(&endpoint, &center).await {
             Ok(link) => {
-                tracing::info!(center = %center, "connected");
+                let name = link.peer().name.clone();
+                tracing::info!(center = %name, address = %center.address, "connected");
+                if center.name.is_none() {
+                    center.name = Some(name.clone());
+                    if let Err(error) = center.save(&keys) {
+                        tracing::warn!(%error, "the center's name is not kept");
+                    }
+                }
+                now.send_replace(Some(link.clone()));
                 told.send_replace(true);
                 pause = RETRY.0;
-                serve(link, site.clone()).await;
+                serve(link, &name, site.clone()).await;
+                now.send_replace(None);
                 told.send_replace(false);
             }
             Err(error) => {
-                tracing::warn!(center = %center, %error, "the center is not reached; trying again");
+                let center = &center.address;
+                tracing::warn!(%center, %error, "the center is not reached; trying again");
             }
         }
         tokio::time::sleep(pause).await;
@@ -184,11 +240,110 @@ async fn stay_connected(
     }
 }
 
-async fn reach(endpoint: &Endpoint, center: &str) -> Result<godwit_transfer::Link, Fault> {
-    let address = tokio::net::lookup_host(center)
+async fn reach(endpoint: &Endpoint, center: &KnownCenter) -> Result<Link, Fault> {
+    let address = tokio::net::lookup_host(&center.address)
         .await
         .ok()
         .and_then(|mut a| a.next())
-        .ok_or_else(|| Fault::unavailable(format!("'{center}' has no address")))?;
-    endpoint.connect(address, None).await.map_err(|e| Fault::of(&e))
+        .ok_or_else(|| Fault::unavailable(format!("'{}' has no address", center.address)))?;
+    let center = Expected::Center(center.name.clone());
+    endpoint.connect_to(address, &center).await.map_err(|e| Fault::of(&e))
+}
+
+/// Closes the links that others open: an agent serves its center alone, to which it opens the link
+/// itself.
+async fn turn_away(endpoint: Endpoint) {
+    while let Some(link) = endpoint.accept().await {
+        tracing::warn!(peer = %link.peer().name, from = %link.remote_address(), "turned away");
+        link.close("this site serves its center alone");
+    }
+}
+
+/// Has the certificate renewed whenever it is due, as long as there is a link then.
+async fn keep_certificate(
+    endpoint: Endpoint,
+    dir: PathBuf,
+    mut linked: watch::Receiver<Option<Link>>,
+) {
+    let mut renewal = Renewal::of(endpoint.identity().me());
+    loop {
+        tokio::time::sleep(renewal.wait(unix_now())).await;
+        if !renewal.is_due(unix_now()) {
+            continue;
+        }
+        let link = match linked.wait_for(Option::is_some).await {
+            Ok(link) => link.clone(),
+            Err(_) => return,
+        };
+        let Some(link) = link else { continue };
+        match renew(&endpoint, &link, &dir).await {
+            Ok(()) => renewal = Renewal::of(endpoint.identity().me()),
+            Err(error) => {
+                tracing::warn!(%error, "this site's certificate is not renewed; trying again");
+                renewal.failed(unix_now());
+            }
+        }
+    }
+}
+
+/// Has a new key certified, and uses it from now on; relays that start read it from `dir`.
+async fn renew(endpoint: &Endpoint, link: &Link, dir: &Path) -> Result<(), Fault> {
+    let old = endpoint.identity();
+    let pending = PendingIdentity::make(old.name(), old.me().kind).map_err(|e| Fault::of(&e))?;
+    let request = pending.request().to_vec();
+    let certificate: Vec<u8> =
+        link.call(RENEW, &request, SIGNED_WITHIN).await.map_err(|e| Fault::of(&e))?;
+    let identity = pending.complete(&certificate, old.authority()).map_err(|e| Fault::of(&e))?;
+    endpoint.trust().check_own(&certificate, unix_now()).map_err(|e| Fault::of(&e))?;
+    identity.save(dir).map_err(|e| Fault::of(&e))?;
+    let (serial, ends) = (identity.me().serial.clone(), identity.me().not_after);
+    endpoint.set_identity(identity).map_err(|e| Fault::of(&e))?;
+    tracing::info!(%serial, ends, "this site's certificate was renewed");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_types::SiteKind;
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_link_that_another_site_opens_is_closed_and_not_served() {
+        let dir = tempfile::tempdir().expect("dir");
+        let authority = godwit_transfer::Authority::create(dir.path()).expect("authority");
+        let bind = |name: &str, kind| {
+            let name = Name::new(name).expect("name");
+            let pending = PendingIdentity::make(&name, kind).expect("key");
+            let der = authority.issue(pending.request(), &name, kind).expect("issue");
+            let identity = pending.complete(&der, authority.certificate()).expect("identity");
+            let (any, trust) = ("127.0.0.1:0".parse().expect("address"), authority.trust());
+            let options = EndpointOptions::default();
+            Endpoint::bind(any, identity, trust.clone(), options).expect("bind")
+        };
+        let site = bind("cafe", SiteKind::Ap);
+        tokio::spawn(turn_away(site.clone()));
+        // Even the center's certificate does not open a link here: the site opens it.
+        for (name, kind) in [("bar", SiteKind::Device), ("center", SiteKind::Center)] {
+            let peer = bind(name, kind);
+            let link = peer.connect(site.local_address().expect("address"), None).await;
+            let closed = link.expect("a link").closed().await;
+            assert!(closed.to_string().contains("serves its center alone"), "{closed}");
+        }
+    }
+
+    #[test]
+    fn the_center_is_kept_by_address_and_name() {
+        let dir = tempfile::tempdir().expect("dir");
+        let name = Name::new("center").expect("name");
+        let center = KnownCenter { address: "10.0.0.1:7701".into(), name: Some(name) };
+        center.save(dir.path()).expect("saved");
+        assert_eq!(KnownCenter::load(dir.path()).expect("loads"), center);
+        // As an earlier version wrote it.
+        std::fs::write(dir.path().join(CENTER_FILE), "10.0.0.1:7701").expect("write");
+        let old = KnownCenter::load(dir.path()).expect("loads");
+        assert_eq!(old, KnownCenter { name: None, ..center });
+        std::fs::write(dir.path().join(CENTER_FILE), "10.0.0.1:7701\n../x").expect("write");
+        assert_eq!(KnownCenter::load(dir.path()).expect_err("no name").code, Code::Damaged);
+    }
 }

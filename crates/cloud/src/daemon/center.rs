@@ -1,20 +1,23 @@
 //! The center: registry, controller, API, its own site, and the door for other sites.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum_server::Handle;
 use godwit_transfer::keys::TokenInfo;
 use godwit_transfer::{
-    Authority, Endpoint, EndpointOptions, KeyError, PATIENCE, Peer, Revocations, Trust,
+    Authority, Endpoint, EndpointOptions, Fault as LinkFault, KeyError, PATIENCE, Peer, Renewal,
+    Revocations, Router, Trust, unix_now,
 };
-use godwit_types::{Name, SiteKind};
+use godwit_types::{Code, Name, SiteKind};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{ClientFiles, Ready, secrets, tls};
+use super::guard::{Guard, impatient};
+use super::tls::{self, TlsFiles};
+use super::{ClientFiles, RENEW, Ready, secrets};
 use crate::api::{Api, Gatekeeper};
 use crate::controller::Controller;
 use crate::error::Fault;
@@ -26,6 +29,12 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// How long the head of a request may take to come.
 const HEAD_WITHIN: Duration = Duration::from_secs(30);
+
+/// Requests of one connection at once, by HTTP/2.
+const STREAMS: u32 = 64;
+
+/// The longest head of a request by HTTP/2, in bytes.
+const HEAD_BYTES: u32 = 64 << 10;
 
 /// What a center needs to know.
 #[derive(Debug, Clone)]
@@ -44,9 +53,15 @@ pub struct CenterConfig {
     pub client: ClientFiles,
     /// Bytes that the pool's store may hold; the usual limit when left out.
     pub pool_bytes: Option<u64>,
+    /// Bytes of tmpfs for sealed memory that no machine maps; half of it when left out.
+    pub memory_cache_bytes: Option<u64>,
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
     /// out.
     pub link_patience: Option<Duration>,
+    /// The operator's own certificate for the API; a self-signed one is made when left out.
+    pub tls: Option<TlsFiles>,
+    /// Seconds for which it issues certificates; 90 days when left out.
+    pub certificate_life: Option<u64>,
     /// Whether it looks after the siblings among its vCPUs.
     pub co_schedule: bool,
 }
@@ -107,12 +122,14 @@ impl Center {
         let registry = Registry::open(&config.dirs.data.join("registry.redb"))
             .map_err(|e| Fault::of(&e).hint("one center at a time uses a registry"))?;
         let operator = Name::new("operator").map_err(|e| Fault::internal(e.to_string()))?;
-        let controller = Controller::new(Arc::new(registry), operator);
-
         let keys = config.dirs.keys();
-        let authority = Authority::open_or_create(&keys.join("authority"))
-            .map(Arc::new)
-            .map_err(|e| Fault::of(&e))?;
+        let mut authority =
+            Authority::open_or_create(&keys.join("authority")).map_err(|e| Fault::of(&e))?;
+        if let Some(seconds) = config.certificate_life {
+            authority = authority.with_life(seconds);
+        }
+        let authority = Arc::new(authority);
+        let controller = Controller::new(Arc::new(registry), operator, authority.clone());
         let identity = authority
             .own_identity(&keys.join("identity"), &config.site)
             .map_err(|e| Fault::of(&e))?;
@@ -130,6 +147,7 @@ impl Center {
             options.link_patience = patience;
             options.co_schedule = config.co_schedule;
             options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
+            options.memory_cache_bytes = config.memory_cache_bytes;
             let trust = authority.trust().clone();
             LocalSite::open(config.site.clone(), config.dirs.clone(), trust, options).await?
         };
@@ -139,9 +157,10 @@ impl Center {
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let kept: Arc<dyn SiteHost> = own.clone();
         tasks.spawn(stop.clone().run_until_cancelled_owned(controller.clone().keep(kept)));
-        tasks.spawn(
-            stop.clone().run_until_cancelled_owned(welcome(endpoint.clone(), controller.clone())),
-        );
+        let work = welcome(endpoint.clone(), controller.clone(), authority.clone());
+        tasks.spawn(stop.clone().run_until_cancelled_owned(work));
+        let work = keep_certificate(endpoint.clone(), authority.clone(), keys.join("identity"));
+        tasks.spawn(stop.clone().run_until_cancelled_owned(work));
 
         let token = secrets::token_or_new(&keys.join("operator-token"))?;
         let door = Door {
@@ -149,7 +168,7 @@ impl Center {
             center: config.advertise.clone().unwrap_or_else(|| link.to_string()),
         };
         let (api, address) =
-            serve_api(&config, &controller, Arc::new(door), &token, &keys, &tasks).await?;
+            serve_api(&config, &controller, Arc::new(door), &token, &keys, &stop, &tasks).await?;
         tracing::info!(site = %config.site, api = %address, link = %link, "center ready");
         let ready = Ready { site: config.site, api: Some(address), link: Some(link) };
         Ok(Self { ready, controller, endpoint, own, api, stop, tasks })
@@ -186,6 +205,7 @@ async fn serve_api(
     door: Arc<Door>,
     token: &str,
     keys: &Path,
+    stop: &CancellationToken,
     tasks: &TaskTracker,
 ) -> Result<(Handle<SocketAddr>, SocketAddr), Fault> {
     let listener = std::net::TcpListener::bind(config.api).map_err(|e| {
@@ -195,17 +215,35 @@ async fn serve_api(
     let failed = |e: std::io::Error| Fault::internal(format!("the API's socket: {e}"));
     listener.set_nonblocking(true).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    let (pem, tls) = tls::server(&keys.join("api"), address)?;
+    let (pem, tls) = match &config.tls {
+        Some(files) => files.server()?,
+        None => tls::server(&keys.join("api"), address)?,
+    };
+    if let Some(files) = config.tls.clone() {
+        tasks.spawn(stop.clone().run_until_cancelled_owned(files.keep(tls.clone())));
+    }
     let router = Api::new(controller.clone(), door, token).router();
+    let router = router.layer(axum::middleware::map_request(impatient));
     let handle = Handle::new();
-    let mut server =
-        axum_server::from_tcp_rustls(listener, tls).map_err(failed)?.handle(handle.clone());
+    let mut server = axum_server::from_tcp_rustls(listener, tls)
+        .map_err(failed)?
+        .map(|tls| tls.acceptor(Guard::new()))
+        .handle(handle.clone());
     // Whoever connects and says nothing is not waited for.
     server
         .http_builder()
         .http1()
         .timer(hyper_util::rt::TokioTimer::new())
         .header_read_timeout(HEAD_WITHIN);
+    server
+        .http_builder()
+        .http2()
+        .timer(hyper_util::rt::TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .max_pending_accept_reset_streams(STREAMS as usize)
+        .max_header_list_size(HEAD_BYTES)
+        .keep_alive_interval(HEAD_WITHIN)
+        .keep_alive_timeout(HEAD_WITHIN);
     tasks.spawn(async move {
         if let Err(error) = server.serve(router.into_make_service()).await {
             tracing::error!(%error, "the API ended");
@@ -216,10 +254,18 @@ async fn serve_api(
     Ok((handle, address))
 }
 
-/// Takes in the sites that connect.
-async fn welcome(endpoint: Endpoint, controller: Arc<Controller>) {
+/// Takes in the sites that connect. Each is the site of its certificate, whatever it says.
+async fn welcome(endpoint: Endpoint, controller: Arc<Controller>, authority: Arc<Authority>) {
     while let Some(link) = endpoint.accept().await {
         let (controller, trust) = (controller.clone(), endpoint.trust().clone());
+        let own = endpoint.identity();
+        if link.peer().kind == SiteKind::Center || link.peer().name == *own.name() {
+            let peer = link.peer();
+            tracing::error!(peer = %peer.name, from = %link.remote_address(), "a second center is turned away");
+            link.close("there is one center");
+            continue;
+        }
+        let calls = Arc::new(calls(authority.clone()));
         tokio::spawn(async move {
             let kind = link.peer().kind;
             let site: Arc<dyn SiteHost> = Arc::new(RemoteSite::new(link.clone()));
@@ -231,6 +277,7 @@ async fn welcome(endpoint: Endpoint, controller: Arc<Controller>) {
                     controller.tell_revocations(&site, &list).await;
                     tokio::select! {
                         () = controller.clone().keep(site.clone()) => {}
+                        () = link.serve(calls) => controller.detach(&site),
                         why = link.closed() => {
                             tracing::info!(site = %site.name(), %why, "link closed");
                             controller.detach(&site);
@@ -243,6 +290,54 @@ async fn welcome(endpoint: Endpoint, controller: Arc<Controller>) {
                 }
             }
         });
+    }
+}
+
+/// What a site may call at its center.
+fn calls(authority: Arc<Authority>) -> Router {
+    Router::new().on(RENEW, move |peer, request: Vec<u8>| {
+        let authority = authority.clone();
+        async move {
+            let name = peer.name.clone();
+            let signed =
+                tokio::task::spawn_blocking(move || authority.renew(&peer, &request)).await;
+            let signed = signed
+                .map_err(|_| LinkFault::new(Code::Internal, "the center failed; see its log"))?;
+            match &signed {
+                Ok(_) => tracing::info!(site = %name, "its certificate is renewed"),
+                Err(error) => tracing::warn!(site = %name, %error, "no certificate for it"),
+            }
+            Ok(signed?)
+        }
+    })
+}
+
+/// Renews the center's own certificate whenever it is due.
+async fn keep_certificate(endpoint: Endpoint, authority: Arc<Authority>, dir: PathBuf) {
+    let mut renewal = Renewal::of(endpoint.identity().me());
+    loop {
+        tokio::time::sleep(renewal.wait(unix_now())).await;
+        if !renewal.is_due(unix_now()) {
+            continue;
+        }
+        let (authority, dir, name) =
+            (authority.clone(), dir.clone(), endpoint.identity().name().clone());
+        let made = tokio::task::spawn_blocking(move || authority.own_identity(&dir, &name)).await;
+        let done = match made {
+            Ok(Ok(identity)) => endpoint.set_identity(identity).map_err(|e| Fault::of(&e)),
+            Ok(Err(e)) => Err(Fault::of(&e)),
+            Err(e) => Err(Fault::internal(e.to_string())),
+        };
+        match done {
+            Ok(()) => {
+                tracing::info!("the center's certificate was renewed");
+                renewal = Renewal::of(endpoint.identity().me());
+            }
+            Err(error) => {
+                tracing::error!(%error, "the center's certificate is not renewed; trying again");
+                renewal.failed(unix_now());
+            }
+        }
     }
 }
 

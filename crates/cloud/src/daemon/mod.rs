@@ -5,6 +5,7 @@
 
 mod agent;
 mod center;
+mod guard;
 mod secrets;
 mod tls;
 
@@ -15,6 +16,11 @@ use godwit_types::Name;
 pub use agent::{Agent, AgentConfig, join_site};
 pub use center::{Center, CenterConfig};
 pub use secrets::{ClientFiles, read_token};
+pub use tls::TlsFiles;
+
+/// The call by which a site has its certificate renewed: a certificate request, answered with a
+/// certificate (DER both).
+const RENEW: &str = "renew";
 
 /// A daemon that serves.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -23,6 +23,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -305,7 +306,7 @@ impl Registry {
                     }
                 }
             };
-            let known: std::collections::BTreeSet<_> = t.held_at(name).collect();
+            let known: BTreeSet<_> = t.held_at(name).collect();
             for id in report.substrates.iter().filter(|id| !known.contains(id)) {
                 self.live.holds(*id, name, now);
                 hold(id, true);
@@ -486,8 +487,8 @@ impl Registry {
         })
     }
 
-    /// Takes a holder's word of a substrate: its content, and what is wrong with it there. The
-    /// first to tell of it says what its content is. Writes only what is new.
+    /// Enters `site` as a holder of a substrate with this content. The first to tell of a substrate
+    /// says what its content is. Writes only what is new.
     ///
     /// # Errors
     /// [`RegistryError::OtherContent`]: the site holds something else, and is no holder.
@@ -496,7 +497,6 @@ impl Registry {
         id: SubstrateId,
         site: &Name,
         content: Hash,
-        damage: Option<String>,
     ) -> Result<SubstrateRecord> {
         let seen = self.file.write(|t, changes| {
             let old = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
@@ -510,10 +510,6 @@ impl Registry {
                     self.live.holds(id, site, UnixMs::now());
                 }
                 s.content = Some(content);
-                match damage {
-                    Some(why) => s.damaged.insert(site.clone(), why),
-                    None => s.damaged.remove(site),
-                };
             }
             if s != **old {
                 changes.push(Change::Substrate(id, Some(Arc::new(s.clone()))));
@@ -529,6 +525,33 @@ impl Registry {
                 found: content,
             }),
         }
+    }
+
+    /// Takes a site's word of which substrates are damaged there. Writes only what is new.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn substrates_damaged(
+        &self,
+        site: &Name,
+        damaged: &BTreeMap<SubstrateId, String>,
+    ) -> Result<()> {
+        self.file.write(|t, changes| {
+            let held: BTreeSet<_> = t.held_at(site).chain(damaged.keys()).copied().collect();
+            for s in held.iter().filter_map(|id| t.substrates.get(id)) {
+                let why = damaged.get(&s.id);
+                if s.damaged.get(site) == why {
+                    continue;
+                }
+                let mut s = SubstrateRecord::clone(s);
+                match why {
+                    Some(why) => s.damaged.insert(site.clone(), why.clone()),
+                    None => s.damaged.remove(site),
+                };
+                changes.push(Change::Substrate(s.id, Some(Arc::new(s))));
+            }
+            Ok(())
+        })
     }
 
     /// Forgets a substrate that no environment was activated from.

@@ -74,6 +74,9 @@ pub struct SiteReport {
     /// Hash of all that it tells of its substrates; while it is the same, nobody need ask.
     #[serde(default)]
     pub holdings: Option<Hash>,
+    /// Substrates of which something was found damaged there, and what; a few of them.
+    #[serde(default)]
+    pub damaged: BTreeMap<SubstrateId, String>,
     /// Images that are there.
     pub images: BTreeSet<Name>,
     /// Round trip from the center in milliseconds, once measured.
@@ -149,6 +152,11 @@ pub struct VmRecord {
     /// Part of it is still at the site that it moved from.
     #[serde(default)]
     pub arriving: Option<Arriving>,
+    /// Warrants that count no more: sites for which one was made out, and up to which generation.
+    /// The machine never ran there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(value_type = Object)]
+    pub voided: BTreeMap<Name, Generation>,
 }
 
 /// What a machine that runs at its destination still has elsewhere.
@@ -164,6 +172,12 @@ pub struct Arriving {
 }
 
 impl VmRecord {
+    /// From now on the machine has this generation; what is below it needs no mention any more.
+    pub fn reach(&mut self, generation: Generation) {
+        self.generation = generation;
+        self.voided.retain(|_, g| *g > generation);
+    }
+
     /// Changes the state by the table of [`VmState`].
     ///
     /// # Errors

@@ -32,6 +32,7 @@ fn vm(n: &str) -> VmRecord {
         moving_to: None,
         reason: None,
         arriving: None,
+        voided: Default::default(),
     }
 }
 

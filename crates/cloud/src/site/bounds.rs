@@ -20,6 +20,9 @@ const MAX_SUBSTRATES: usize = 20_000;
 /// Images in one answer.
 const MAX_IMAGES: usize = 1_000;
 
+/// Damaged substrates that a report names.
+const MAX_DAMAGED_SUBSTRATES: usize = 1_000;
+
 /// Damaged things named by one check.
 const MAX_DAMAGED: usize = 10_000;
 
@@ -78,7 +81,10 @@ pub(super) fn fault(mut f: Fault) -> Fault {
 /// An answer within its bounds.
 pub(super) fn checked(mut reply: SiteReply) -> Result<SiteReply, Fault> {
     match &mut reply {
-        SiteReply::Report(r) => report(r)?,
+        SiteReply::Report(r) => {
+            report(r)?;
+            r.damaged.values_mut().for_each(|why| tidy(why, MAX_TEXT));
+        }
         SiteReply::Images(all) => {
             at_most("images", all.len(), MAX_IMAGES)?;
             all.iter_mut().try_for_each(image)?;
@@ -114,6 +120,7 @@ fn report(r: &SiteReport) -> Result<(), Fault> {
     word("its accelerator", &r.accel)?;
     word("its QEMU's version", &r.qemu)?;
     at_most("substrates", r.substrates.len(), MAX_SUBSTRATES)?;
+    at_most("damaged substrates", r.damaged.len(), MAX_DAMAGED_SUBSTRATES)?;
     at_most("images", r.images.len(), MAX_IMAGES)?;
     at_most("machines", r.vms as usize, MAX_MACHINES)?;
     for (what, mib) in [
@@ -146,9 +153,6 @@ fn substrate(s: &mut SubstrateInfo) -> Result<(), Fault> {
     size("the stored size of a substrate", s.stored_bytes, MAX_BYTES)?;
     // One from the future would be new for as long as it likes.
     s.created = s.created.min(UnixMs::now());
-    if let Some(damage) = &mut s.damage {
-        tidy(damage, MAX_TEXT);
-    }
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use godwit_transfer::{Lane, LaneError, LaneKind, LaneReceiver, LaneSender, Link};
+use godwit_transfer::{Expected, Lane, LaneError, LaneKind, LaneReceiver, LaneSender, Link, Peer};
 use godwit_types::{Code, Name};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -121,7 +121,9 @@ impl RemoteSite {
 
     fn away(&self, f: Fault) -> Fault {
         let message = format!("site '{}': {}", self.name, f.message);
-        Fault { message, ..f }
+        let lost = f.hint.is_none() && self.link.close_reason().is_some();
+        let hint = lost.then(|| "it reconnects by itself; see: godwit site list".to_owned());
+        Fault { message, hint: f.hint.or(hint), ..f }
     }
 
     async fn lane(&self, kind: LaneKind) -> Result<Lane, Fault> {
@@ -205,8 +207,20 @@ async fn inward<W: tokio::io::AsyncWrite + Unpin>(mut from: LaneReceiver, mut wr
     let _ = write.shutdown().await;
 }
 
-/// Answers the center's requests until the link is closed.
-pub async fn serve(link: Link, host: Arc<dyn SiteHost>) {
+/// Whether the peer may ask a site for anything: it is a center, and the one that the site joined.
+fn obeyed(peer: &Peer, center: &Name) -> bool {
+    Expected::Center(Some(center.clone())).is(peer)
+}
+
+/// Answers the requests of the center of that name until the link is closed. A link to anybody
+/// else is closed at once.
+pub async fn serve(link: Link, center: &Name, host: Arc<dyn SiteHost>) {
+    if !obeyed(link.peer(), center) {
+        let peer = link.peer();
+        tracing::error!(peer = %peer.name, kind = %peer.kind, "only the center is obeyed");
+        link.close("only the center is obeyed");
+        return;
+    }
     let room = Arc::new(Semaphore::new(AT_ONCE));
     loop {
         let lane = match link.accept_lane().await {
@@ -321,5 +335,85 @@ async fn answer_stream(lane: Lane, host: Arc<dyn SiteHost>) -> Result<(), Fault>
             send_message(&mut to, &Err::<(), Fault>(f)).await?;
             to.finish().await.map_err(|e| Fault::of(&e))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use godwit_transfer::{Authority, Endpoint, EndpointOptions, PendingIdentity};
+    use godwit_types::SiteKind;
+
+    use super::*;
+
+    /// Counts what it is asked.
+    struct Counting {
+        name: Name,
+        asked: AtomicUsize,
+    }
+
+    #[async_trait]
+    impl SiteHost for Counting {
+        fn name(&self) -> &Name {
+            &self.name
+        }
+        async fn ask(&self, _: SiteRequest, _: Call) -> Result<SiteReply, Fault> {
+            self.asked.fetch_add(1, SeqCst);
+            Ok(SiteReply::Machines(vec![]))
+        }
+        async fn open(&self, _: StreamRequest) -> Result<ByteStream, Fault> {
+            self.asked.fetch_add(1, SeqCst);
+            Err(Fault::invalid("no streams here"))
+        }
+    }
+
+    fn name(text: &str) -> Name {
+        Name::new(text).expect("name")
+    }
+
+    fn endpoint(authority: &Authority, site: &str, kind: SiteKind) -> (Endpoint, SocketAddr) {
+        let pending = PendingIdentity::make(&name(site), kind).expect("key");
+        let der = authority.issue(pending.request(), &name(site), kind).expect("issue");
+        let identity = pending.complete(&der, authority.certificate()).expect("identity");
+        let (any, trust) = ("127.0.0.1:0".parse().expect("address"), authority.trust().clone());
+        let bound = Endpoint::bind(any, identity, trust, EndpointOptions::default()).expect("bind");
+        let address = bound.local_address().expect("address");
+        (bound, address)
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn only_the_center_that_was_joined_is_obeyed() {
+        let dir = tempfile::tempdir().expect("dir");
+        let authority = Authority::create(dir.path()).expect("authority");
+        let (site, _) = endpoint(&authority, "cafe", SiteKind::Ap);
+        let host = Arc::new(Counting { name: name("cafe"), asked: AtomicUsize::new(0) });
+        // Certificates of this very cloud, one of a site that is called like the center.
+        let rogues = [("bar", SiteKind::Ap), ("phone", SiteKind::Device), ("center", SiteKind::Ap)];
+        for (who, kind) in rogues {
+            let (rogue, address) = endpoint(&authority, who, kind);
+            // A link as one would have it that did not look whom it reached.
+            let near = site.connect(address, None).await.expect("a link");
+            let far = rogue.accept().await.expect("a link");
+            let served: Arc<dyn SiteHost> = host.clone();
+            let center = name("center");
+            let serving = tokio::spawn(async move { serve(near, &center, served).await });
+            let rogue = RemoteSite::new(far);
+            let machines = (&rogue as &dyn SiteHost).machines().await;
+            assert!(machines.is_err(), "{who}: {machines:?}");
+            let vm = godwit_types::VmId::new();
+            assert!(rogue.open(StreamRequest::Display { vm }).await.is_err(), "{who}");
+            serving.await.expect("ended");
+        }
+        assert_eq!(host.asked.load(SeqCst), 0, "nothing came through");
+        let (center, address) = endpoint(&authority, "center", SiteKind::Center);
+        let near = site.connect(address, None).await.expect("a link");
+        let far = center.accept().await.expect("a link");
+        let served: Arc<dyn SiteHost> = host.clone();
+        tokio::spawn(async move { serve(near, &name("center"), served).await });
+        let remote = RemoteSite::new(far);
+        (&remote as &dyn SiteHost).machines().await.expect("obeyed");
+        assert_eq!(host.asked.load(SeqCst), 1);
     }
 }

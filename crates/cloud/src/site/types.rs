@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use godwit_transfer::Revocations;
+use godwit_transfer::{Revocations, Warrant};
 use godwit_types::{
     ActivateReport, Arch, DockReport, Generation, Hash, Mib, MigrationId, Name, SubstrateId,
     SubstrateKind, VmId, VmState,
@@ -61,6 +61,8 @@ pub struct NewMachine {
     pub name: Name,
     /// Its generation.
     pub generation: Generation,
+    /// The center's word that it may run at this site.
+    pub warrant: Warrant,
     /// What from.
     pub origin: Origin,
     /// Memory, if not the image's own (cold boot only).
@@ -83,6 +85,9 @@ pub struct MachineStatus {
     pub name: Name,
     /// Its generation, as this site knows it.
     pub generation: Generation,
+    /// The center's word that it may run at this site; none in what the center sends, and none of a
+    /// machine from before there were any.
+    pub warrant: Option<Warrant>,
     /// Running, stopped, failed, ...; `Moving` for one that is on its way in or out.
     pub state: VmState,
     /// The image below it.
@@ -126,8 +131,6 @@ pub struct SubstrateInfo {
     pub created: UnixMs,
     /// The hash of all that it is.
     pub content: Hash,
-    /// What is wrong with it there, if something was found.
-    pub damage: Option<String>,
     /// What docking took, in the answer to the request that docked it.
     pub dock: Option<DockReport>,
 }
@@ -221,6 +224,10 @@ pub struct PoolReport {
     pub stored_bytes: u64,
     /// Bytes that the memory tier holds.
     pub memory_bytes: u64,
+    /// Bytes of tmpfs that sealed memory takes.
+    pub sealed_bytes: u64,
+    /// Bytes that it may take before what no machine maps is dropped.
+    pub sealed_limit_bytes: u64,
     /// Room left on disk in bytes.
     pub free_bytes: u64,
     /// QEMUs that wait for a substrate.
@@ -258,6 +265,8 @@ pub enum SiteRequest {
         vm: VmId,
         /// Its new generation.
         generation: Generation,
+        /// The center's word for that.
+        warrant: Warrant,
     },
     /// Powers a machine off; its disk is kept.
     VmStop {
@@ -324,6 +333,8 @@ pub enum SiteRequest {
         machine: MachineStatus,
         /// Its generation here.
         generation: Generation,
+        /// The center's word that it may run here.
+        warrant: Warrant,
         /// The site it comes from, as in its certificate.
         from: Name,
         /// What the migrate rooms of both sites must agree on, opaque to the center.

@@ -2,14 +2,14 @@
 //! post-copy, the disk post-copied as a cow image on a base that both sites hold.
 //!
 //! ```text
-//!            round over     drained        PONG 3       memory there      disk there
-//! Prepare -> PreCopy -----> Drain ------> Freeze ----> PostCopy ----> Release ----> (moved)
-//!    |          |             |             |  lost       | lost
-//!    +----------+-------------+             v             v
-//!               | cancel, lost            Uncertain     (interrupted: the relays are started anew)
-//!               v                           | the destination is dead
-//!           Cancelling -> (runs at source)  v
-//!                                       Reclaiming -> (runs at source, from the hand-over instant)
+//!            round over     drained     armed      PONG 3       memory there      disk there
+//! Prepare -> PreCopy -----> Drain ------> Arm --> Freeze ----> PostCopy ----> Release --> (moved)
+//!    |          |             |            |        |  lost       | lost
+//!    +----------+-------------+------------+        v             v
+//!               | cancel, lost                    Uncertain     (interrupted: new relays are started)
+//!               v                                   | the destination is dead
+//!           Cancelling -> (runs at source)          v
+//!                                               Reclaiming -> (runs at source, as it was at STOP)
 //! ```
 //!
 //! [`SourceDriver`] and [`DestinationDriver`] are tables without I/O; [`send`] and [`receive`]
@@ -18,6 +18,7 @@
 
 mod arrive;
 mod destination;
+mod keeper;
 mod measure;
 mod recover;
 mod run;

@@ -11,6 +11,7 @@ use godwit_qemu::{Machine, MigrationStatus, QemuError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
+use super::keeper::Keeper;
 use super::run::{EVENT_WITHIN, Source, lost, qemu, relay};
 use super::{Asking, DestinationFate, MoveError, Sent, SourceDriver, Steering};
 use crate::relay::{RelayClient, RelayError, RelayPhase};
@@ -18,7 +19,7 @@ use crate::relay::{RelayClient, RelayError, RelayPhase};
 /// How long a QEMU may take to notice that its connection is gone.
 const BREAK_WITHIN: Duration = Duration::from_secs(30);
 /// How long QEMU may take to end a migration whose every page it is told to have been received.
-const RECLAIM_WITHIN: Duration = Duration::from_secs(60);
+pub(super) const RECLAIM_WITHIN: Duration = Duration::from_secs(60);
 
 /// Waits until post-copy is paused. A QEMU whose main loop waits for a page may tell nothing; then
 /// it is taken at its word that comes with the command itself.
@@ -110,7 +111,21 @@ fn found<'a>(
     sent: &'a mut Sent,
 ) -> Source<'a> {
     let (before, events) = (sent.counts, machine.events());
-    Source { machine, client, socket, driver, sent, before, events, late: true, rings: Vec::new() }
+    // One that was found again in the switch is beyond what a relay's death could spoil, or soon.
+    let keeper = Keeper::take(&client.status(), machine)
+        .filter(|_| !driver.is_beyond() && client.status().phase <= RelayPhase::Stopped);
+    Source {
+        machine,
+        client,
+        socket,
+        driver,
+        sent,
+        before,
+        events,
+        late: true,
+        rings: Vec::new(),
+        keeper,
+    }
 }
 
 /// Brings a machine back whose relay was lost in the switch, when its destination is known never
@@ -122,7 +137,11 @@ fn found<'a>(
 /// [`MoveError::Relay`], after which it may be tried again.
 pub async fn reclaim(machine: &Machine, socket: &Path) -> Result<(), MoveError> {
     const DOING: &str = "bringing the machine back";
-    let wanted = [MigrationStatus::PostcopyPaused, MigrationStatus::Failed];
+    if let Some(why) = super::run::end_of(machine).await {
+        return Err(MoveError::Ended { why });
+    }
+    let wanted =
+        [MigrationStatus::PostcopyPaused, MigrationStatus::Failed, MigrationStatus::Completed];
     let info = match machine.wait_migration(DOING, &wanted, BREAK_WITHIN).await {
         Ok(info) => info,
         Err(QemuError::TimedOut { .. }) => {
@@ -137,8 +156,8 @@ pub async fn reclaim(machine: &Machine, socket: &Path) -> Result<(), MoveError> 
         }
         Err(e) => return Err(qemu(DOING)(e)),
     };
-    if info.status == MigrationStatus::Failed {
-        // It gave up before it had sent the machine off.
+    if matches!(info.status, MigrationStatus::Failed | MigrationStatus::Completed) {
+        // It gave up before it had sent the machine off, or was told that it has, and has all of it.
         return Ok(());
     }
     let blocks = machine.ram_blocks().await.map_err(qemu(DOING))?;

@@ -10,6 +10,7 @@ use godwit_types::{Code, CodedError, InvalidTransition};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::keeper::Keeper;
 use super::measure::now;
 use super::{Sent, SourceDriver, SourceEffect, SourceEnd, SourceEvent, SourceState, recover};
 use crate::relay::{Counts, RelayClient, RelayCommand, RelayEnd, RelayError, RelayStatus};
@@ -50,6 +51,13 @@ pub enum MoveError {
         /// Why.
         why: String,
     },
+    /// The machine's QEMU ended at its source, and it never ran at the destination. Its disk is
+    /// whole.
+    #[error("the machine ended at its source before it had moved: {why}")]
+    Ended {
+        /// How it ended.
+        why: String,
+    },
     /// The destination was lost while the machine stood still; it runs at the source again.
     #[error(
         "the destination was lost during the switch, and the machine runs on at its source: {why}"
@@ -86,7 +94,7 @@ impl CodedError for MoveError {
         match self {
             Self::Qemu { source, .. } => source.code(),
             Self::Relay { source, .. } => source.code(),
-            Self::Stuck => Code::Damaged,
+            Self::Stuck | Self::Ended { .. } => Code::Damaged,
             Self::RelayRefused(_) | Self::State(_) => Code::Conflict,
             Self::Cancelled { .. } => Code::Cancelled,
             Self::Reclaimed { .. } | Self::Interrupted { .. } | Self::Uncertain { .. } => {
@@ -94,6 +102,28 @@ impl CodedError for MoveError {
             }
         }
     }
+}
+
+impl MoveError {
+    /// Whether the source keeps what it has of the machine after this: it may still be needed, or
+    /// nobody knows yet where the machine runs.
+    #[must_use]
+    pub const fn keeps_source(&self) -> bool {
+        !matches!(self, Self::Cancelled { .. } | Self::Reclaimed { .. } | Self::Ended { .. })
+    }
+}
+
+/// How a QEMU ended, in half a line; `None` while it is there.
+pub(super) async fn end_of(machine: &Machine) -> Option<String> {
+    if !matches!(machine.life().await, Ok(Life::Exited)) {
+        return None;
+    }
+    let exit = machine.exited().await;
+    Some(if machine.has_powered_off() {
+        "its guest powered itself off".to_owned()
+    } else {
+        exit.brief()
+    })
 }
 
 pub(super) fn qemu(what: &'static str) -> impl Fn(QemuError) -> MoveError {
@@ -122,6 +152,14 @@ pub type Asking = std::pin::Pin<Box<dyn Future<Output = DestinationFate> + Send>
 /// Capabilities of both ends of a hybrid migration.
 const CAPABILITIES: [Capability; 3] =
     [Capability::PostcopyRam, Capability::PostcopyPreempt, Capability::ReturnPath];
+/// Those of the source: it must not end by itself while its relay does not read, for it holds its
+/// main lock then.
+const AT_SOURCE: [Capability; 4] = [
+    Capability::PostcopyRam,
+    Capability::PostcopyPreempt,
+    Capability::ReturnPath,
+    Capability::SwitchoverAck,
+];
 
 /// Lets the waiting `machine` listen on the unix socket `socket` for its relay.
 ///
@@ -165,6 +203,8 @@ pub(super) struct Source<'a> {
     pub(super) late: bool,
     /// Pages that hold the machine's virtio queues.
     pub(super) rings: Vec<u64>,
+    /// QEMU's connection, held beside the relay during the switch.
+    pub(super) keeper: Option<Keeper>,
 }
 
 /// Sends the running `machine` through the source relay behind `client`, whose QEMU socket is
@@ -193,6 +233,7 @@ pub async fn send(
         events: machine.events(),
         late: false,
         rings: Vec::new(),
+        keeper: None,
     };
     source.drive(steering, ask).await
 }
@@ -207,20 +248,23 @@ impl Source<'_> {
         let mut told = told.clone();
         let mut status = self.client.watch();
         loop {
+            if cancel.is_cancelled() && self.driver.can_cancel() {
+                self.apply(SourceEvent::Cancel { why: "on request".into() }, &ask).await?;
+            }
             let seen = status.borrow_and_update().clone();
             self.sent.counts = self.before.plus(&seen.counts);
             self.sent.clock = seen.clock.or(self.sent.clock);
             self.apply(SourceEvent::Relay(seen.phase), &ask).await?;
+            if self.driver.is_beyond() {
+                // From here on QEMU is to notice when its relay is gone.
+                self.keeper = None;
+            }
             let word = told.borrow_and_update().clone();
             if let Some(why) = lost(&seen).or(word) {
                 self.lost(why, &ask).await?;
             }
             if let SourceState::Ended(end) = self.driver.state() {
                 return self.ended(end.clone()).await;
-            }
-            if cancel.is_cancelled() && self.driver.can_cancel() {
-                self.apply(SourceEvent::Cancel { why: "on request".into() }, &ask).await?;
-                continue;
             }
             let may_cancel = self.driver.can_cancel();
             tokio::select! {
@@ -256,10 +300,9 @@ impl Source<'_> {
             self.machine.stop().await.map_err(qemu("holding the machine that has left"))?;
         }
         if event.migration_status() == Some("failed") {
-            let info =
-                self.machine.query_migrate().await.map_err(qemu("asking QEMU what failed"))?;
-            let why = info.error.unwrap_or_else(|| "QEMU's migration failed".into());
-            self.lost(why, ask).await?;
+            // It fails, too, when QEMU ends.
+            let why = self.machine.query_migrate().await.ok().and_then(|i| i.error);
+            self.lost(why.unwrap_or_else(|| "QEMU's migration failed".into()), ask).await?;
         }
         Ok(())
     }
@@ -273,7 +316,8 @@ impl Source<'_> {
         let mut todo =
             std::collections::VecDeque::from(self.driver.on(event).map_err(MoveError::State)?);
         let at = now();
-        if before != SourceState::Drain && *self.driver.state() == SourceState::Drain {
+        let drains = |s: &SourceState| matches!(s, SourceState::Drain | SourceState::Arm);
+        if !drains(&before) && drains(self.driver.state()) {
             self.sent.round_over.get_or_insert(at);
         }
         while let Some(effect) = todo.pop_front() {
@@ -306,13 +350,15 @@ impl Source<'_> {
                 let fast = Parameters {
                     max_bandwidth: Some(0),
                     max_postcopy_bandwidth: Some(0),
-                    // QEMU shall leave the switch to us, not finish pre-copy by itself.
+                    // A byte, so that QEMU ends as pre-copy only when nothing at all is dirty.
                     downtime_limit_ms: Some(1),
+                    avail_switchover_bandwidth: Some(1000),
                 };
-                self.machine.set_capabilities(&CAPABILITIES).await.map_err(&doing)?;
+                self.machine.set_capabilities(&AT_SOURCE).await.map_err(&doing)?;
                 self.machine.set_parameters(fast).await.map_err(&doing)?;
                 self.machine.migrate_to(self.socket).await.map_err(&doing)?;
                 self.sent.began = Some(now());
+                godwit_hold::at("move.precopy").await;
                 // The guest's drivers laid them out long ago. Without them only the switch is slower.
                 self.rings = self.machine.ring_pages().await.unwrap_or_else(|error| {
                     tracing::info!(%error, "where the virtio queues lie is not known");
@@ -320,11 +366,14 @@ impl Source<'_> {
                 });
             }
             SourceEffect::StartPostcopy => {
+                godwit_hold::at("move.switching").await;
                 self.sent.switched = Some(now());
                 self.machine.start_postcopy().await.map_err(qemu("telling QEMU to switch"))?;
+                return Ok(Some(SourceEvent::Armed));
             }
             SourceEffect::Proceed => {
                 let first = std::mem::take(&mut self.rings);
+                self.keeper = Keeper::take(&self.client.status(), self.machine);
                 self.tell(&RelayCommand::Proceed { first }, "read on").await?;
             }
             SourceEffect::AbortRelay { why } => {
@@ -335,9 +384,15 @@ impl Source<'_> {
                 self.undo().await?;
                 return Ok(Some(SourceEvent::Undone));
             }
-            SourceEffect::AskDestination => match ask().await {
+            SourceEffect::AskDestination => match {
+                self.settle().await;
+                ask().await
+            } {
                 DestinationFate::Runs => return Ok(Some(SourceEvent::DestinationRuns)),
                 DestinationFate::Dead => {
+                    if let Some(why) = end_of(self.machine).await {
+                        return Err(MoveError::Ended { why });
+                    }
                     let info = self
                         .machine
                         .query_migrate()
@@ -361,7 +416,10 @@ impl Source<'_> {
             },
             SourceEffect::Reclaim => {
                 if !self.reclaim_by_relay().await? {
-                    recover::reclaim(self.machine, self.socket).await?;
+                    match self.keeper.take() {
+                        Some(keeper) => keeper.finish(self.machine).await?,
+                        None => recover::reclaim(self.machine, self.socket).await?,
+                    }
                     return Ok(Some(SourceEvent::Reclaimed));
                 }
                 self.machine
@@ -381,6 +439,15 @@ impl Source<'_> {
         Ok(None)
     }
 
+    /// A QEMU whose relay is gone is read until it answers: its main lock may be held by a write.
+    async fn settle(&mut self) {
+        let gone = self.client.watch().has_changed().is_err();
+        if let (Some(keeper), true) = (&mut self.keeper, gone || self.client.status().end.is_some())
+        {
+            keeper.settle(self.machine).await;
+        }
+    }
+
     /// Lets the relay take QEMU's stream to its end. `false` when there is no relay that could.
     async fn reclaim_by_relay(&self) -> Result<bool, MoveError> {
         match self.client.command(&RelayCommand::Reclaim).await {
@@ -390,8 +457,9 @@ impl Source<'_> {
             }
             Ok(false) | Err(_) => return Ok(false),
         }
-        let after = self.client.wait(|s| s.end.is_some()).await;
-        Ok(after.is_ok_and(|s| s.end == Some(RelayEnd::Reclaimed)))
+        let after = self.client.wait(|s| s.end.is_some());
+        let after = tokio::time::timeout(recover::RECLAIM_WITHIN, after).await;
+        Ok(after.is_ok_and(|a| a.is_ok_and(|s| s.end == Some(RelayEnd::Reclaimed))))
     }
 
     async fn tell(&self, command: &RelayCommand, what: &'static str) -> Result<(), MoveError> {
@@ -400,16 +468,26 @@ impl Source<'_> {
         if accepted { Ok(()) } else { Err(MoveError::RelayRefused(what)) }
     }
 
+    /// Cancels QEMU's migration and lets the machine run on. It is at its source whatever comes of
+    /// this: nothing that could run was sent.
     async fn undo(&self) -> Result<(), MoveError> {
-        let doing = qemu("undoing the migration");
-        let status = self.machine.query_migrate().await.map_err(&doing)?.status;
-        if !status.is_final() && status != MigrationStatus::None {
-            self.machine.migrate_cancel().await.map_err(&doing)?;
+        let undone = async {
+            let status = self.machine.query_migrate().await?.status;
+            if !status.is_final() && status != MigrationStatus::None {
+                self.machine.migrate_cancel().await?;
+            }
+            if self.machine.life().await? != Life::Running {
+                self.machine.run().await?;
+            }
+            Ok::<_, QemuError>(())
+        };
+        let Err(e) = undone.await else { return Ok(()) };
+        if let Some(why) = end_of(self.machine).await {
+            return Err(MoveError::Ended { why });
         }
-        if self.machine.life().await.map_err(&doing)? != Life::Running {
-            self.machine.run().await.map_err(&doing)?;
-        }
-        Ok(())
+        let SourceState::Cancelling { why } = self.driver.state() else { return Ok(()) };
+        let why = format!("{why}; the machine's QEMU does not do what it is told: {}", in_full(&e));
+        Err(MoveError::Cancelled { why })
     }
 
     async fn ended(&mut self, end: SourceEnd) -> Result<(), MoveError> {
@@ -420,6 +498,7 @@ impl Source<'_> {
             SourceEnd::Interrupted { why } => return Err(MoveError::Interrupted { why }),
         }
         self.sent.released = Some(now());
+        godwit_hold::at("move.released").await;
         self.machine
             .wait_migration("ending the migration", &[MigrationStatus::Completed], EVENT_WITHIN)
             .await

@@ -15,7 +15,9 @@ pub enum SourceState {
     PreCopy,
     /// What is on the wire is let through.
     Drain,
-    /// QEMU was told to switch: the machine stops, its device state leaves.
+    /// QEMU is told to switch, and does not before the relay says so, too.
+    Arm,
+    /// The relay reads on, so QEMU switches: the machine stops, its device state leaves.
     Freeze,
     /// The machine runs at the destination; memory and disk follow.
     PostCopy,
@@ -69,6 +71,7 @@ impl fmt::Display for SourceState {
             Self::Prepare => "prepare",
             Self::PreCopy => "pre-copy",
             Self::Drain => "drain",
+            Self::Arm => "arm",
             Self::Freeze => "freeze",
             Self::PostCopy => "post-copy",
             Self::Release => "release",
@@ -95,6 +98,8 @@ pub enum SourceEvent {
         /// Why.
         why: String,
     },
+    /// QEMU has taken the word to switch.
+    Armed,
     /// QEMU's migration is undone.
     Undone,
     /// The destination says (or the center, for it) that the machine never ran there and never
@@ -180,7 +185,8 @@ impl SourceDriver {
     /// Whether a cancel would be taken now.
     #[must_use]
     pub fn can_cancel(&self) -> bool {
-        matches!(self.state, SourceState::Prepare | SourceState::PreCopy | SourceState::Drain)
+        use SourceState::{Arm, Drain, PreCopy, Prepare};
+        matches!(self.state, Prepare | PreCopy | Drain | Arm)
     }
 
     /// Takes an event; gives what is to be done, in order.
@@ -204,7 +210,13 @@ impl SourceDriver {
                 todo.push(Do::AbortRelay { why: why.clone() });
                 At::Ended(SourceEnd::Cancelled { why })
             }
-            (At::PreCopy | At::Drain, On::Cancel { why } | On::Lost { why }) => {
+            (At::Arm, On::Armed) => {
+                todo.push(Do::Proceed);
+                At::Freeze
+            }
+            // Undone meanwhile.
+            (At::Cancelling { why }, On::Armed) => At::Cancelling { why: why.clone() },
+            (At::PreCopy | At::Drain | At::Arm, On::Cancel { why } | On::Lost { why }) => {
                 todo.extend([Do::AbortRelay { why: why.clone() }, Do::Undo]);
                 At::Cancelling { why }
             }
@@ -245,6 +257,7 @@ impl SourceDriver {
             (state, event) => {
                 let to = match event {
                     On::Cancel { .. } => "cancelled: it is beyond the switch to the destination",
+                    On::Armed => "switched",
                     On::Undone => "undone",
                     On::DestinationDead | On::Reclaimed => "reclaimed",
                     On::DestinationRuns | On::Lost { .. } | On::Relay(_) => "interrupted",
@@ -270,11 +283,12 @@ impl SourceDriver {
             }
             At::PreCopy if phase >= RelayPhase::RoundOver => Some(At::Drain),
             At::Drain if phase >= RelayPhase::Drained => {
-                // Pre-copy that finished by itself leaves nothing to switch.
                 if phase < RelayPhase::Switching {
-                    todo.extend([SourceEffect::StartPostcopy, SourceEffect::Proceed]);
+                    todo.push(SourceEffect::StartPostcopy);
+                    Some(At::Arm)
+                } else {
+                    Some(At::Freeze)
                 }
-                Some(At::Freeze)
             }
             At::Freeze if phase >= RelayPhase::Committed => Some(At::PostCopy),
             At::PostCopy if phase >= RelayPhase::MemoryDone => Some(At::Release),
@@ -304,6 +318,9 @@ mod tests {
             if p <= phase {
                 driver.on(SourceEvent::Relay(p)).unwrap();
             }
+            if *driver.state() == SourceState::Arm && phase > RelayPhase::Drained {
+                driver.on(SourceEvent::Armed).unwrap();
+            }
         }
         driver
     }
@@ -322,23 +339,25 @@ mod tests {
         assert_eq!(d.on(SourceEvent::Relay(RelayPhase::Waiting)).unwrap(), [SourceEffect::Migrate]);
         assert_eq!(d.on(SourceEvent::Relay(RelayPhase::RoundOver)).unwrap(), []);
         assert_eq!(*d.state(), SourceState::Drain);
-        let switch = [SourceEffect::StartPostcopy, SourceEffect::Proceed];
-        assert_eq!(d.on(SourceEvent::Relay(RelayPhase::Drained)).unwrap(), switch);
-        assert_eq!(d.on(SourceEvent::Relay(RelayPhase::Drained)).unwrap(), []);
+        let drained = SourceEvent::Relay(RelayPhase::Drained);
+        assert_eq!(d.on(drained.clone()).unwrap(), [SourceEffect::StartPostcopy]);
+        assert_eq!(d.on(drained).unwrap(), []);
+        assert!(d.can_cancel(), "QEMU does not switch before the relay reads on");
+        assert_eq!(d.on(SourceEvent::Armed).unwrap(), [SourceEffect::Proceed]);
         assert_eq!(d.on(SourceEvent::Relay(RelayPhase::Done)).unwrap(), []);
         assert_eq!(*d.state(), SourceState::Ended(SourceEnd::Moved));
     }
 
     #[test]
     fn a_cancel_is_taken_before_the_switch_and_refused_after_it() {
-        for phase in [RelayPhase::Waiting, RelayPhase::RoundOver] {
+        for phase in [RelayPhase::Waiting, RelayPhase::RoundOver, RelayPhase::Drained] {
             let mut d = to(phase);
             let todo = d.on(cancel()).unwrap();
             assert!(todo.contains(&SourceEffect::Undo));
             d.on(SourceEvent::Undone).unwrap();
             assert!(matches!(d.state(), SourceState::Ended(SourceEnd::Cancelled { .. })));
         }
-        for phase in [RelayPhase::Drained, RelayPhase::Stopped, RelayPhase::Committed] {
+        for phase in [RelayPhase::Switching, RelayPhase::Stopped, RelayPhase::Committed] {
             let mut d = to(phase);
             assert!(!d.can_cancel());
             let e = d.on(cancel()).unwrap_err();
@@ -383,6 +402,7 @@ mod tests {
             1 => proptest::sample::select(vec![
                 lost(),
                 cancel(),
+                SourceEvent::Armed,
                 SourceEvent::Undone,
                 SourceEvent::DestinationDead,
                 SourceEvent::DestinationRuns,

@@ -78,6 +78,17 @@ impl Around {
         }
     }
 
+    /// After a break: the destination says which pages of `block` it has, a bit each in
+    /// little-endian words. For a block of a multiple of 64 pages, as the machine's memory is.
+    pub(crate) fn received(&mut self, block: &Bytes, bitmap: &[u8]) {
+        let (words, _) = bitmap.as_chunks::<8>();
+        let pages = words.len() as u64 * 64;
+        if pages <= MAX_PAGES {
+            let bits = words.iter().map(|w| !u64::from_le_bytes(*w)).collect();
+            self.blocks.insert(block.clone(), Missing { pages, bits });
+        }
+    }
+
     /// A page was sent.
     pub(crate) fn sent(&mut self, block: &Bytes, offset: u64) {
         if let Some(missing) = self.blocks.get_mut(block) {
@@ -198,6 +209,17 @@ mod tests {
         assert!(a.first(&m0, &[4, 5, 19]).is_empty(), "once");
         assert!(a.first(&Bytes::from_static(b"x"), &[1]).is_empty());
         assert_eq!(pages(&a.asked(Some(&m0), 3 * PAGE)), [(18, 19)]);
+    }
+
+    #[test]
+    fn after_a_break_what_the_destination_lacks_is_known_from_its_own_word() {
+        let (m0, mut a) = (Bytes::from_static(b"m0"), Around::default());
+        // Pages 70 and 71 of 128 are missing.
+        let words = [u64::MAX, !(0b11 << 6)];
+        let bitmap: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        a.received(&m0, &bitmap);
+        assert_eq!(pages(&a.asked(Some(&m0), 70 * PAGE)), [(71, 72)]);
+        assert_eq!(pages(&a.asked(None, 127 * PAGE)), []);
     }
 
     #[test]

@@ -16,6 +16,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{RelayError, RelayStatus};
 
 const MAX_LINE: u64 = 64 << 10;
+/// How long a relay may take to answer a command.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// A status is sent at most this often while only counts change.
 const PROGRESS: Duration = Duration::from_millis(50);
 
@@ -267,7 +269,15 @@ impl RelayClient {
         text.push(b'\n');
         let mut both = self.write.lock().await;
         both.0.write_all(&text).await.map_err(fail)?;
-        both.1.recv().await.ok_or_else(|| self.gone())
+        match tokio::time::timeout(ANSWER_WITHIN, both.1.recv()).await {
+            Ok(answer) => answer.ok_or_else(|| self.gone()),
+            Err(_) => {
+                // A late answer would be taken for that of the next command.
+                self.reader.abort();
+                both.1.close();
+                Err(fail(std::io::ErrorKind::TimedOut.into()))
+            }
+        }
     }
 
     fn gone(&self) -> RelayError {

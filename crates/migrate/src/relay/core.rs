@@ -5,8 +5,13 @@
 //!                         |            |           |            |           |
 //!                         |   QEMU is not read     |            |           +- PONG 3 on the return path
 //!                         +- all pages sent once   |            +- SWITCHOVER_START, discards, PACKAGED
-//!                            or one came twice     +- the driver said `proceed`
+//!                            or one came twice     +- the driver said `proceed`: SWITCHOVER_ACK
 //! ```
+//!
+//! Without SWITCHOVER_ACK QEMU neither switches nor ends by itself, so it may be left unread. From
+//! its STOP until the device state has come whole it holds its main lock while it writes, so then it
+//! is read whatever the link does. A QEMU that ends as pre-copy all the same is told at once that
+//! this went well, and its stream becomes one of post-copy ([`super::handover`]).
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -14,12 +19,13 @@ use std::time::Instant;
 use bytes::Bytes;
 use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{
-    Command, Content, Limits, PONG_COMMIT, Record, ReturnMessage, ReturnPathParser, StreamError,
-    StreamParser,
+    Command, Content, Limits, PONG_COMMIT, Page, Record, ReturnMessage, ReturnPathParser,
+    StreamError, StreamParser,
 };
 
 use super::around::Around;
 use super::frame::{Kind, MAX_RAW};
+use super::handover::OpenState;
 use super::pacer::Pacer;
 use super::round::Round;
 use super::status::{Counts, RelayPhase};
@@ -58,10 +64,30 @@ pub(crate) struct SourceCore {
     counts: Counts,
     shut: Option<u32>,
     ended: bool,
+    /// Where QEMU is with the device state.
+    state: DeviceState,
+    /// The page that came last on the main channel.
+    last: Option<Page>,
     /// Pages that the destination needs before all others.
     first: Vec<u64>,
-    /// Requests for them, to be written to QEMU's return path.
+    /// What QEMU is to read on its return path of the relay's own accord.
     asked: Vec<u8>,
+}
+
+/// How far the device state has come from QEMU.
+#[derive(Debug)]
+enum DeviceState {
+    /// The machine runs.
+    Ahead,
+    /// It stands still, and QEMU holds its main lock while it writes.
+    Under,
+    /// As [`DeviceState::Under`], and QEMU ends as pre-copy.
+    Open(OpenState),
+    /// It came in a package; QEMU sends the rest of memory.
+    Packaged,
+    /// It came in the open, and QEMU was told that the destination has everything: it keeps what it
+    /// has, and can run the machine again.
+    Released,
 }
 
 impl SourceCore {
@@ -86,6 +112,8 @@ impl SourceCore {
             counts: Counts::default(),
             shut: None,
             ended: false,
+            state: if resumed { DeviceState::Packaged } else { DeviceState::Ahead },
+            last: None,
             first: Vec::new(),
             asked: Vec::new(),
         }
@@ -111,10 +139,34 @@ impl SourceCore {
         self.ended
     }
 
-    /// Whether the main channel may be read: the window has room, and nothing is being drained.
+    /// Whether the whole device state has come from QEMU. Until then it must be read on.
+    pub(crate) fn has_device_state(&self) -> bool {
+        matches!(self.state, DeviceState::Packaged | DeviceState::Released)
+    }
+
+    /// Whether QEMU was told that the destination has everything, and needs no more words.
+    pub(crate) fn released(&self) -> bool {
+        matches!(self.state, DeviceState::Released)
+    }
+
+    /// Whether the main channel may be read: nothing is being drained, and the window has room or
+    /// QEMU must not be kept waiting.
     pub(crate) fn may_read(&self) -> bool {
-        let held = matches!(self.phase, RelayPhase::RoundOver | RelayPhase::Drained);
-        !held && self.pacer.has_room()
+        match self.state {
+            DeviceState::Under | DeviceState::Open(_) => true,
+            _ => {
+                let held = matches!(self.phase, RelayPhase::RoundOver | RelayPhase::Drained);
+                !held && self.pacer.has_room()
+            }
+        }
+    }
+
+    /// The machine stands still; its device state comes next.
+    fn stopped(&mut self) {
+        self.advance(RelayPhase::Stopped);
+        if matches!(self.state, DeviceState::Ahead) {
+            self.state = DeviceState::Under;
+        }
     }
 
     fn advance(&mut self, to: RelayPhase) {
@@ -134,18 +186,20 @@ impl SourceCore {
                 Record::Page(page) => {
                     self.count_page(&page.content);
                     self.around.sent(&page.block, page.offset);
+                    self.last = Some(page.clone());
                     let over = self.round.sent(&page.block, page.offset);
                     if self.phase == RelayPhase::PreCopy && over {
                         self.advance(RelayPhase::RoundOver);
                     }
                 }
-                Record::Command(Command::SwitchoverStart) => self.advance(RelayPhase::Stopped),
+                Record::Command(Command::SwitchoverStart) => self.stopped(),
                 Record::Command(Command::RamDiscard { block, ranges, .. }) => {
                     self.around.discarded(block, ranges);
                     self.counts.discarded_bytes += ranges.iter().map(|r| r.len).sum::<u64>();
                 }
                 Record::Command(Command::Packaged(_)) => {
-                    self.advance(RelayPhase::Stopped);
+                    self.stopped();
+                    self.state = DeviceState::Packaged;
                     self.flush(Kind::Memory);
                     record.encode(&mut self.batch);
                     self.flush(Kind::Device);
@@ -159,12 +213,15 @@ impl SourceCore {
                     }
                     continue;
                 }
+                Record::SectionEnd { id } if !self.has_device_state() => {
+                    // QEMU ends as pre-copy. Its destination is to have memory without an end yet.
+                    self.stopped();
+                    self.state = DeviceState::Open(OpenState::new(*id));
+                    Record::SectionPart { id: *id }.encode(&mut self.batch);
+                    continue;
+                }
                 Record::Opaque(piece) => {
-                    // Pre-copy finished by itself: this is device state.
-                    self.advance(RelayPhase::Stopped);
-                    self.flush(Kind::Memory);
-                    self.batch.extend_from_slice(piece);
-                    self.flush(Kind::Device);
+                    self.on_open_state(piece)?;
                     continue;
                 }
                 Record::Eof => self.ended = true,
@@ -177,6 +234,47 @@ impl SourceCore {
         }
         self.flush(Kind::Memory);
         Ok(())
+    }
+
+    /// Bytes behind memory that are no commands: device state in the open.
+    fn on_open_state(&mut self, piece: &[u8]) -> Result<(), StreamError> {
+        if matches!(self.state, DeviceState::Packaged) {
+            // What follows the end of a stream of post-copy, if QEMU should send such a thing.
+            self.batch.extend_from_slice(piece);
+            return Ok(());
+        }
+        let malformed = |what| StreamError::Malformed { at: 0, what };
+        let (DeviceState::Open(state), Some(last)) = (&mut self.state, &self.last) else {
+            return Err(malformed("a device's state where memory is expected"));
+        };
+        state.push(piece)?;
+        let Some(handover) = state.finish(last) else { return Ok(()) };
+        self.flush(Kind::Memory);
+        self.batch = handover.memory;
+        self.flush(Kind::Memory);
+        // QEMU would have opened it in post-copy, and the destination waits for it at its end.
+        self.on_preempt_open();
+        let mut over = Vec::new();
+        Record::Eos.encode(&mut over);
+        self.demand(over);
+        self.device_frames(handover.device.into());
+        // Told before anything of it leaves: whatever happens from here on, QEMU does not run the
+        // machine by itself.
+        ReturnMessage::Shut(0).encode(&mut self.asked);
+        self.state = DeviceState::Released;
+        self.ended = true;
+        Ok(())
+    }
+
+    /// Cuts device state into frames so that its end is parted by nothing: the last one is whole.
+    fn device_frames(&mut self, mut raw: Bytes) {
+        let first = raw.len() % MAX_RAW;
+        let mut size = if first == 0 { MAX_RAW } else { first };
+        while !raw.is_empty() {
+            let piece = raw.split_to(size.min(raw.len()));
+            self.out.push_back(Outgoing { channel: Channel::Main, kind: Kind::Device, raw: piece });
+            size = MAX_RAW;
+        }
     }
 
     /// What QEMU is to read on its return path of the relay's own accord.
@@ -286,6 +384,7 @@ impl SourceCore {
         let held = matches!(self.phase, RelayPhase::RoundOver | RelayPhase::Drained);
         if held {
             self.first = first;
+            ReturnMessage::SwitchoverAck.encode(&mut self.asked);
             self.advance(RelayPhase::Switching);
         }
         held
@@ -305,6 +404,9 @@ impl SourceCore {
                     if value == 0 {
                         self.advance(RelayPhase::MemoryDone);
                     }
+                }
+                ReturnMessage::RecvBitmap { block, bitmap } if block == RAM_BLOCK => {
+                    self.around.received(&block, &bitmap);
                 }
                 ReturnMessage::ReqPages { block, start, .. } => {
                     self.counts.requests += 1;

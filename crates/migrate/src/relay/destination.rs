@@ -276,10 +276,13 @@ async fn back_path(
         parser.push(&buf);
         while let Some(message) = parser.next()? {
             match message {
-                ReturnMessage::Pong(PONG_COMMIT) => status.send_modify(|s| {
-                    s.committed = true;
-                    s.phase = s.phase.max(RelayPhase::Committed);
-                }),
+                ReturnMessage::Pong(PONG_COMMIT) => {
+                    status.send_modify(|s| {
+                        s.committed = true;
+                        s.phase = s.phase.max(RelayPhase::Committed);
+                    });
+                    godwit_hold::at("relay.committed").await;
+                }
                 ReturnMessage::Shut(value) => {
                     shut = Some(value);
                     if value == 0 {

@@ -21,6 +21,7 @@ mod destination;
 mod disk;
 mod error;
 mod frame;
+mod handover;
 mod pacer;
 mod round;
 mod source;

@@ -246,14 +246,16 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Whether the other side was lost while the machine stands still, so that it is the driver
-    /// who has to find out where it may run.
+    /// Whether the other side was lost while the machine stands still or is about to, so that it is
+    /// the driver who has to find out where it may run. A QEMU whose connection is closed in the
+    /// midst of that can't be taken back.
     fn uncertain(&self, e: &RelayError) -> bool {
         let lost = matches!(
             e,
             RelayError::Lane { .. } | RelayError::PeerAborted(_) | RelayError::Protocol(_)
         );
-        lost && self.core.phase() == RelayPhase::Stopped
+        let switch = RelayPhase::Switching..=RelayPhase::Stopped;
+        lost && switch.contains(&self.core.phase())
     }
 
     /// Handles one event; tells whether everything is over.
@@ -301,16 +303,26 @@ impl<'a> Source<'a> {
                         return Err(RelayError::Aborted(why));
                     }
                     RelayCommand::Reclaim => {
-                        let held = RelayPhase::Switching..=RelayPhase::Stopped;
-                        self.reclaim = held.contains(&self.core.phase());
+                        let phase = self.core.phase();
+                        if phase < RelayPhase::Switching {
+                            // QEMU was not let switch: without a connection its machine runs on.
+                            let _ = answer.send(true);
+                            let why = "the machine is brought back before its switch";
+                            return Err(RelayError::Aborted(why.into()));
+                        }
+                        self.reclaim = phase <= RelayPhase::Stopped;
                         self.reclaim
                     }
                     RelayCommand::Finish => false,
                 };
+                // Before the answer: the driver takes QEMU to be on its way then.
+                self.tell_qemu().await?;
                 let _ = answer.send(accepted);
             }
             Event::Connected(stream) => {
                 if self.main.is_none() {
+                    let number = std::os::fd::AsRawFd::as_raw_fd(&stream);
+                    self.status.send_modify(|s| s.qemu_socket = Some(number));
                     self.main = Some(Channel::new(stream));
                 } else {
                     self.preempt = Some(Channel::new(stream));
@@ -318,18 +330,17 @@ impl<'a> Source<'a> {
                 }
             }
             Event::Main(bytes) if bytes.is_empty() => {
-                if self.core.shut() != Some(0) {
+                if self.core.shut() != Some(0) && !self.core.released() {
                     return Err(RelayError::QemuClosed("the source QEMU"));
                 }
                 self.main = None;
                 self.main_over = true;
             }
             Event::Main(bytes) => {
+                let before = (self.core.phase(), self.core.has_device_state());
                 self.core.on_main(&bytes)?;
-                let asked = self.core.take_asked();
-                if let (false, Some(main)) = (asked.is_empty(), &mut self.main) {
-                    main.write(&asked, "asking QEMU for the first pages").await?;
-                }
+                self.tell_qemu().await?;
+                self.held_at(before).await;
             }
             Event::Preempt(bytes) if bytes.is_empty() => {
                 // QEMU closes it at its end; the main channel tells whether that was in order.
@@ -339,7 +350,7 @@ impl<'a> Source<'a> {
             Event::Preempt(bytes) => self.core.on_preempt(&bytes)?,
             Event::Back(Some(frame)) => {
                 let back = self.core.on_back(&frame)?;
-                if let Some(main) = &mut self.main {
+                if let (Some(main), false) = (&mut self.main, self.core.released()) {
                     main.write(&back, "writing QEMU's return path").await?;
                 }
             }
@@ -394,9 +405,28 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
-    /// The destination is lost and the machine stands still. QEMU is held until the driver says
-    /// where it may run: an abort leaves QEMU's post-copy paused, a reclaim takes its stream to
-    /// the end, after which the machine can go on at the source with all it had at STOP.
+    /// The steps at which tests hold a relay. `before` is where it was before it read on.
+    async fn held_at(&self, before: (RelayPhase, bool)) {
+        if !before.1 && self.core.has_device_state() {
+            godwit_hold::at("relay.packaged").await;
+        } else if before.0 < RelayPhase::Stopped && self.core.phase() == RelayPhase::Stopped {
+            godwit_hold::at("relay.stopped").await;
+        }
+    }
+
+    /// Writes what the relay has to say to QEMU of its own accord.
+    async fn tell_qemu(&mut self) -> Result<(), RelayError> {
+        let words = self.core.take_asked();
+        match &mut self.main {
+            Some(main) if !words.is_empty() => main.write(&words, "steering QEMU").await,
+            _ => Ok(()),
+        }
+    }
+
+    /// The destination is lost and the machine stands still, or is about to. QEMU is read until its
+    /// device state is here, since it answers nobody before, and then held until the driver says
+    /// where the machine may run: an abort leaves QEMU's post-copy paused, a reclaim takes its stream
+    /// to the end, after which the machine can go on at the source with all it had at STOP.
     async fn hold(
         &mut self,
         lost: RelayError,
@@ -405,27 +435,49 @@ impl<'a> Source<'a> {
     ) -> Result<Outcome, RelayError> {
         tracing::warn!(error = %lost.in_full(), "the destination was lost before the commit point was seen");
         self.status.send_modify(|s| s.lost = Some(lost.in_full()));
-        while let Some((command, answer)) = commands.recv().await {
-            match command {
-                RelayCommand::Reclaim => {
-                    let _ = answer.send(true);
-                    return self.reclaim(listener).await;
+        loop {
+            let wanted = !self.core.has_device_state();
+            tokio::select! {
+                asked = commands.recv() => match asked {
+                    Some((RelayCommand::Reclaim, answer)) => {
+                        let _ = answer.send(true);
+                        return self.reclaim(listener).await;
+                    }
+                    Some((RelayCommand::Abort { why }, answer)) => {
+                        let _ = answer.send(true);
+                        return Err(RelayError::Aborted(why));
+                    }
+                    Some((_, answer)) => {
+                        let _ = answer.send(false);
+                    }
+                    None => return Err(lost),
+                },
+                bytes = read_some(&mut self.main, "reading QEMU's device state"), if wanted => {
+                    self.drain(&bytes?).await?;
+                    self.publish();
                 }
-                RelayCommand::Abort { why } => {
-                    let _ = answer.send(true);
-                    return Err(RelayError::Aborted(why));
-                }
-                _ => {
-                    let _ = answer.send(false);
+                accepted = listener.accept(), if self.preempt.is_none() => {
+                    if let Ok((stream, _)) = accepted {
+                        self.preempt = Some(Channel::new(stream));
+                    }
                 }
             }
         }
-        Err(lost)
+    }
+
+    /// Takes bytes of QEMU's main channel that go nowhere.
+    async fn drain(&mut self, bytes: &[u8]) -> Result<(), RelayError> {
+        if bytes.is_empty() {
+            return Err(RelayError::QemuClosed("the source QEMU"));
+        }
+        self.core.on_main(bytes)?;
+        while self.core.next_frame().is_some() {}
+        self.tell_qemu().await
     }
 
     async fn reclaim(&mut self, listener: &UnixListener) -> Result<Outcome, RelayError> {
-        let mut said = false;
-        loop {
+        let mut said = self.core.released();
+        while self.main.is_some() {
             tokio::select! {
                 bytes = read_some(&mut self.preempt, "draining QEMU's preempt channel") => {
                     if bytes?.is_empty() {
@@ -439,25 +491,25 @@ impl<'a> Source<'a> {
                 }
                 bytes = read_some(&mut self.main, "draining QEMU's main channel") => {
                     let bytes = bytes?;
-                    if bytes.is_empty() {
-                        return if said {
-                            Ok(Outcome::Reclaimed)
-                        } else {
-                            Err(RelayError::QemuClosed("the source QEMU"))
-                        };
+                    if bytes.is_empty() && said {
+                        self.main = None;
+                    } else {
+                        self.drain(&bytes).await?;
                     }
-                    self.core.on_main(&bytes)?;
                 }
             }
-            while self.core.next_frame().is_some() {}
             if self.core.stream_ended() && !said {
-                let mut shut = Vec::new();
-                ReturnMessage::Shut(0).encode(&mut shut);
-                if let Some(main) = &mut self.main {
-                    main.write(&shut, "ending QEMU's migration").await?;
+                if !self.core.released() {
+                    let mut shut = Vec::new();
+                    ReturnMessage::Shut(0).encode(&mut shut);
+                    if let Some(main) = &mut self.main {
+                        main.write(&shut, "ending QEMU's migration").await?;
+                    }
                 }
                 said = true;
             }
         }
+        // Without a main channel QEMU never began, or has ended in good order.
+        if said { Ok(Outcome::Reclaimed) } else { Err(RelayError::QemuClosed("the source QEMU")) }
     }
 }

@@ -144,6 +144,12 @@ pub struct RelayStatus {
     /// point was seen. QEMU is held; [`super::RelayCommand::Reclaim`] brings the machine back.
     #[serde(default)]
     pub lost: Option<String>,
+    /// The relay's process.
+    #[serde(default)]
+    pub pid: Option<i32>,
+    /// Source only: the number of its descriptor of QEMU's main channel.
+    #[serde(default)]
+    pub qemu_socket: Option<i32>,
     /// Set when nothing more will happen.
     pub end: Option<RelayEnd>,
 }
@@ -161,6 +167,8 @@ impl RelayStatus {
             rtt_us: 0,
             clock: None,
             lost: None,
+            pid: i32::try_from(std::process::id()).ok(),
+            qemu_socket: None,
             end: None,
         }
     }

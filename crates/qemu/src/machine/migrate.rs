@@ -39,15 +39,19 @@ pub enum Capability {
     ReturnPath,
     /// The source waits between stopping and sending device state (`migrate-continue`).
     PauseBeforeSwitchover,
+    /// The source neither switches nor ends pre-copy by itself before it has read SWITCHOVER_ACK on
+    /// its return path. Set at the source alone, so that only the relay beside it says when.
+    SwitchoverAck,
 }
 
 impl Capability {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::IgnoreShared,
         Self::PostcopyRam,
         Self::PostcopyPreempt,
         Self::ReturnPath,
         Self::PauseBeforeSwitchover,
+        Self::SwitchoverAck,
     ];
 
     /// QEMU's name for it.
@@ -59,6 +63,7 @@ impl Capability {
             Self::PostcopyPreempt => "postcopy-preempt",
             Self::ReturnPath => "return-path",
             Self::PauseBeforeSwitchover => "pause-before-switchover",
+            Self::SwitchoverAck => "switchover-ack",
         }
     }
 }
@@ -72,6 +77,9 @@ pub struct Parameters {
     pub max_postcopy_bandwidth: Option<u64>,
     /// Pre-copy ends when the rest takes less than this.
     pub downtime_limit_ms: Option<u64>,
+    /// The bandwidth that QEMU reckons with for the rest, in bytes per second; 0 is what it has
+    /// measured.
+    pub avail_switchover_bandwidth: Option<u64>,
 }
 
 /// QEMU's migration status.
@@ -197,6 +205,7 @@ impl Machine {
             ("max-bandwidth", p.max_bandwidth),
             ("max-postcopy-bandwidth", p.max_postcopy_bandwidth),
             ("downtime-limit", p.downtime_limit_ms),
+            ("avail-switchover-bandwidth", p.avail_switchover_bandwidth),
         ] {
             if let Some(value) = value {
                 object.insert(key.to_owned(), Value::from(value));
@@ -366,6 +375,16 @@ impl Machine {
     #[must_use]
     pub fn has_reported(&self, name: &str) -> bool {
         self.inner.qmp.newest_event(|e| (e.name == name).then_some(())).is_some()
+    }
+
+    /// Whether its guest has powered itself off, as QEMU has told since it was connected to.
+    #[must_use]
+    pub fn has_powered_off(&self) -> bool {
+        let by_guest = |e: &crate::qmp::Event| {
+            let off = || e.data["guest"] == true && e.data["reason"] == "guest-shutdown";
+            (e.name == "SHUTDOWN").then(off)
+        };
+        self.inner.qmp.newest_event(by_guest) == Some(true)
     }
 
     /// The RAM blocks of the machine with the bytes that each has in use.

@@ -14,16 +14,17 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use godwit_types::{Hash, Name, SiteKind};
+use godwit_types::{Generation, Hash, Name, SiteKind, VmId};
 use rcgen::PublicKeyData;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+use super::signed::statement;
 use super::token::valid_address;
 use super::{
-    Identity, JoinToken, KeyError, Peer, PendingIdentity, Revocations, Secret, Serial, Trust,
-    make_key_dir, read_bounded, read_key, site_uri, unix_now, write_private,
+    Identity, JoinToken, KeyError, Peer, PendingIdentity, Renewal, Revocations, Secret, Serial,
+    Trust, Warrant, make_key_dir, read_bounded, read_key, site_uri, unix_now, write_private,
 };
 use crate::link::{JoinRefusal, JoinRequest};
 
@@ -35,10 +36,14 @@ const STATE_FILE: &str = "authority.json";
 const SITE_SECONDS: u64 = 90 * 86_400;
 /// How long the authority's own lasts: 20 years, in seconds.
 const AUTHORITY_SECONDS: u64 = 20 * 365 * 86_400;
-/// Certificates begin this many seconds in the past, because clocks differ.
+/// Certificates begin this many seconds in the past, because clocks differ; short ones a tenth of
+/// their life.
 const CLOCK_SLACK: u64 = 86_400;
 /// Tokens are forgotten this many seconds after their end.
 const KEEP_TOKENS: u64 = 30 * 86_400;
+/// How many good certificates a site may have at once; renewed at a third of their life it has
+/// three or four.
+const MAX_LIVE: usize = 16;
 /// The longest certificate request in bytes.
 const MAX_REQUEST: usize = 8 << 10;
 
@@ -101,6 +106,7 @@ pub struct Authority {
     issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
     certificate: CertificateDer<'static>,
     trust: Trust,
+    life: u64,
     state: Mutex<State>,
 }
 
@@ -169,7 +175,7 @@ impl Authority {
         let certificate = CertificateDer::from(read_bounded(&dir.join(CERT_FILE))?);
         let key = read_key(&dir.join(KEY_FILE))?;
         let state_file = dir.join(STATE_FILE);
-        let state: State = serde_json::from_slice(&read_bounded(&state_file)?)
+        let mut state: State = serde_json::from_slice(&read_bounded(&state_file)?)
             .map_err(|e| KeyError::Damaged { path: state_file, why: e.to_string() })?;
         let damaged = |why: &str| KeyError::Damaged { path: dir.join(CERT_FILE), why: why.into() };
         if super::public_key_of(&certificate).is_none_or(|k| k != key.subject_public_key_info()) {
@@ -177,8 +183,15 @@ impl Authority {
         }
         let issuer = rcgen::Issuer::from_ca_cert_der(&certificate, key)
             .map_err(|_| damaged("it is not a certificate"))?;
+        let sign = |body: &[u8]| sign_with(issuer.key(), Revocations::KIND, body);
+        if state.revoked.signature.is_empty() {
+            // Kept by a version that did not sign it.
+            state.revoked.signature = sign(&state.revoked.body())?;
+        }
         let trust = Trust::new(&certificate, state.revoked.clone())?;
-        Ok(Self { dir: dir.to_owned(), issuer, certificate, trust, state: Mutex::new(state) })
+        let life = SITE_SECONDS;
+        let state = Mutex::new(state);
+        Ok(Self { dir: dir.to_owned(), issuer, certificate, trust, life, state })
     }
 
     /// Opens the authority in `dir`, or makes it when there is none.
@@ -187,6 +200,13 @@ impl Authority {
     /// As [`Authority::open`] and [`Authority::create`].
     pub fn open_or_create(dir: &Path) -> Result<Self, KeyError> {
         if dir.join(CERT_FILE).exists() { Self::open(dir) } else { Self::create(dir) }
+    }
+
+    /// Issues certificates for `seconds` instead of 90 days.
+    #[must_use]
+    pub const fn with_life(mut self, seconds: u64) -> Self {
+        self.life = seconds;
+        self
     }
 
     /// The trust that the center's own endpoint uses; a revocation here takes effect on it at
@@ -222,6 +242,9 @@ impl Authority {
         if !valid_address(center) {
             return Err(KeyError::BadRequest { why: "the center's address is not host:port" });
         }
+        if kind == SiteKind::Center {
+            return Err(KeyError::BadRequest { why: "nobody joins as a center" });
+        }
         let now = unix_now();
         let token = JoinToken {
             center: center.to_owned(),
@@ -233,6 +256,9 @@ impl Authority {
             expires: now.saturating_add(lifetime),
         };
         let mut state = self.lock();
+        if state.issued.iter().any(|i| i.kind == SiteKind::Center && i.name == *site) {
+            return Err(KeyError::BadRequest { why: "it is the name of the center's own site" });
+        }
         state.tokens.retain(|_, t| t.expires.saturating_add(KEEP_TOKENS) > now);
         state.tokens.insert(
             token.id.clone(),
@@ -313,7 +339,8 @@ impl Authority {
         }
         token.state = TokenState::Used { key };
         let (name, kind) = (token.site.clone(), token.kind);
-        let (der, issued) = self.sign(&public_key, &name, kind, SITE_SECONDS).map_err(internal)?;
+        let (der, issued) = self.sign(&public_key, &name, kind, self.life).map_err(internal)?;
+        state.issued.retain(|i| i.not_after.saturating_add(CLOCK_SLACK) > unix_now());
         state.issued.push(issued);
         self.save(&state).map_err(internal)?;
         Ok(der)
@@ -324,7 +351,7 @@ impl Authority {
     /// # Errors
     /// [`KeyError::BadRequest`], [`KeyError::Make`], [`KeyError::File`].
     pub fn issue(&self, csr: &[u8], name: &Name, kind: SiteKind) -> Result<Vec<u8>, KeyError> {
-        self.issue_for(csr, name, kind, SITE_SECONDS)
+        self.issue_for(csr, name, kind, self.life)
     }
 
     /// As [`Authority::issue`], with a lifetime in seconds.
@@ -339,12 +366,21 @@ impl Authority {
         lifetime: u64,
     ) -> Result<Vec<u8>, KeyError> {
         let (public_key, _) = parse_request(csr)?;
-        let (der, issued) = self.sign(&public_key, name, kind, lifetime)?;
-        let now = unix_now();
-        let mut state = self.lock();
-        state.issued.retain(|i| i.not_after > now);
+        self.issue_entered(&mut self.lock(), &public_key, name, kind, lifetime)
+    }
+
+    fn issue_entered(
+        &self,
+        state: &mut State,
+        public_key: &rcgen::PublicKey,
+        name: &Name,
+        kind: SiteKind,
+        lifetime: u64,
+    ) -> Result<Vec<u8>, KeyError> {
+        let (der, issued) = self.sign(public_key, name, kind, lifetime)?;
+        state.issued.retain(|i| i.not_after.saturating_add(CLOCK_SLACK) > unix_now());
         state.issued.push(issued);
-        self.save(&state)?;
+        self.save(state)?;
         Ok(der)
     }
 
@@ -352,16 +388,27 @@ impl Authority {
     /// one stays good until its end.
     ///
     /// # Errors
-    /// As [`Authority::issue`].
+    /// As [`Authority::issue`]; a site that has [`MAX_LIVE`] good ones gets no more.
     pub fn renew(&self, peer: &Peer, csr: &[u8]) -> Result<Vec<u8>, KeyError> {
-        if self.trust.is_revoked(&peer.serial) {
+        let (public_key, _) = parse_request(csr)?;
+        let now = unix_now();
+        // Under the lock, so that a revocation comes before or sees the new one.
+        let mut state = self.lock();
+        if state.revoked.serials.contains(&peer.serial) {
             return Err(KeyError::BadRequest { why: "the present certificate is revoked" });
         }
-        self.issue(csr, &peer.name, peer.kind)
+        if now >= peer.not_after {
+            return Err(KeyError::BadRequest { why: "the present certificate has ended" });
+        }
+        let live = state.issued.iter().filter(|i| i.name == peer.name && i.not_after > now);
+        if live.count() >= MAX_LIVE {
+            return Err(KeyError::BadRequest { why: "the site has too many that are good" });
+        }
+        self.issue_entered(&mut state, &public_key, &peer.name, peer.kind, self.life)
     }
 
-    /// The identity of the center itself: loaded from `dir`, or made there, or renewed when less
-    /// than a third of its time is left.
+    /// The identity of the center itself: loaded from `dir`, or made there, or renewed when it is
+    /// due ([`Renewal`]).
     ///
     /// # Errors
     /// [`KeyError`].
@@ -371,7 +418,7 @@ impl Authority {
                 if identity.name() == name
                     && identity.authority() == &self.certificate
                     && !self.trust.is_revoked(&identity.me().serial)
-                    && !identity.ends_within(SITE_SECONDS / 3) =>
+                    && !Renewal::of(identity.me()).is_due(unix_now()) =>
             {
                 return Ok(identity);
             }
@@ -395,22 +442,26 @@ impl Authority {
     /// [`KeyError::File`]; then nothing is revoked.
     pub fn revoke_site(&self, name: &Name) -> Result<Revocations, KeyError> {
         let mut state = self.lock();
+        let now = unix_now();
+        state.issued.retain(|i| i.not_after.saturating_add(CLOCK_SLACK) > now);
+        let mut revoked = state.revoked.clone();
+        // A certificate that has ended needs no place on the list; one that may be good keeps it.
+        revoked.serials.retain(|s| state.issued.iter().any(|i| i.serial == *s));
+        let of_site = state.issued.iter().filter(|i| i.name == *name);
+        revoked.serials.extend(of_site.map(|i| i.serial.clone()));
+        revoked.number = revoked.number.saturating_add(1).max(now);
+        revoked.signature = self.sign_statement(Revocations::KIND, &revoked.body())?;
         let tokens = state.tokens.clone();
         for token in state.tokens.values_mut().filter(|t| t.site == *name) {
             token.state = TokenState::Withdrawn;
         }
-        let serials: Vec<_> =
-            state.issued.iter().filter(|i| i.name == *name).map(|i| i.serial.clone()).collect();
-        let mut revoked = state.revoked.clone();
-        revoked.serials.extend(serials);
-        revoked.number += 1;
         let before = std::mem::replace(&mut state.revoked, revoked.clone());
         if let Err(error) = self.save(&state) {
             state.revoked = before;
             state.tokens = tokens;
             return Err(error);
         }
-        self.trust.revoke(revoked.clone());
+        self.trust.revoke(revoked.clone())?;
         Ok(revoked)
     }
 
@@ -418,6 +469,25 @@ impl Authority {
     #[must_use]
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
+    }
+
+    /// The word of this authority that `site` may run `vm` under `generation`.
+    ///
+    /// # Errors
+    /// [`KeyError::Make`].
+    pub fn warrant(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        site: &Name,
+    ) -> Result<Warrant, KeyError> {
+        let body = Warrant::body(vm, generation, site);
+        let signature = self.sign_statement(Warrant::KIND, &body)?;
+        Ok(Warrant { vm, generation, site: site.clone(), signature })
+    }
+
+    fn sign_statement(&self, kind: &str, body: &[u8]) -> Result<Vec<u8>, KeyError> {
+        sign_with(self.issuer.key(), kind, body)
     }
 
     fn sign(
@@ -450,12 +520,17 @@ impl Authority {
             not_after,
         };
         params.serial_number = Some(serial);
-        params.not_before = date(now.saturating_sub(CLOCK_SLACK));
+        params.not_before = date(now.saturating_sub(CLOCK_SLACK.min(lifetime / 10)));
         params.not_after = date(not_after);
         let signed =
             params.signed_by(public_key, &self.issuer).map_err(make("sign a certificate"))?;
         Ok((signed.der().to_vec(), issued))
     }
+}
+
+fn sign_with(key: &rcgen::KeyPair, kind: &str, body: &[u8]) -> Result<Vec<u8>, KeyError> {
+    use rcgen::SigningKey;
+    key.sign(&statement(kind, body)).map_err(make("sign a statement"))
 }
 
 /// Checks a request's own signature and gives its public key and that key's hash.

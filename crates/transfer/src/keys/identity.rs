@@ -10,6 +10,8 @@ use super::{
 };
 
 const KEY_FILE: &str = "site.key";
+/// A key that waits for its certificate to be put in place.
+const NEXT_KEY_FILE: &str = "next.key";
 const CERT_FILE: &str = "site.der";
 const CA_FILE: &str = "ca.der";
 
@@ -98,12 +100,18 @@ impl Identity {
         use rcgen::PublicKeyData;
         let certificate = read_bounded(&dir.join(CERT_FILE))?;
         let authority = read_bounded(&dir.join(CA_FILE))?;
-        let key = read_key(&dir.join(KEY_FILE))?;
         let me = Peer::of_certificate(&certificate)
             .map_err(|e| KeyError::Damaged { path: dir.join(CERT_FILE), why: e.to_string() })?;
-        if public_key_of(&certificate).is_none_or(|k| k != key.subject_public_key_info()) {
-            return Err(KeyError::ForeignCertificate);
-        }
+        let public = public_key_of(&certificate);
+        let fits = |key: &rcgen::KeyPair| public.as_ref() == Some(&key.subject_public_key_info());
+        let key = match read_key(&dir.join(KEY_FILE)) {
+            Ok(key) if fits(&key) => key,
+            // A renewal was cut off between its two steps, or is between them.
+            other => match read_key(&dir.join(NEXT_KEY_FILE)) {
+                Ok(next) if fits(&next) => next,
+                _ => return other.and(Err(KeyError::ForeignCertificate)),
+            },
+        };
         Ok(Self {
             me,
             key_pem: key.serialize_pem(),
@@ -114,15 +122,19 @@ impl Identity {
     }
 
     /// Writes the identity into `dir` (made when absent, mode 0700), the files with mode 0600.
-    /// The certificate is written last, so that a half-written identity does not load.
+    /// Whenever this is cut off, the earlier identity or this one loads.
     ///
     /// # Errors
     /// [`KeyError::File`].
     pub fn save(&self, dir: &Path) -> Result<(), KeyError> {
         make_key_dir(dir)?;
         write_private(&dir.join(CA_FILE), &self.authority)?;
-        write_private(&dir.join(KEY_FILE), self.key_pem.as_bytes())?;
-        write_private(&dir.join(CERT_FILE), &self.certificate)
+        write_private(&dir.join(NEXT_KEY_FILE), self.key_pem.as_bytes())?;
+        write_private(&dir.join(CERT_FILE), &self.certificate)?;
+        let (next, key) = (dir.join(NEXT_KEY_FILE), dir.join(KEY_FILE));
+        std::fs::rename(&next, &key)
+            .and_then(|()| std::fs::File::open(dir)?.sync_all())
+            .map_err(|source| KeyError::File { doing: "put in place", path: key, source })
     }
 
     /// What the certificate says.
@@ -143,12 +155,6 @@ impl Identity {
         &self.authority
     }
 
-    /// Whether less than `seconds` are left of the certificate.
-    #[must_use]
-    pub fn ends_within(&self, seconds: u64) -> bool {
-        super::unix_now().saturating_add(seconds) >= self.me.not_after
-    }
-
     /// The chain that is shown to peers: the certificate and the authority's.
     pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
         vec![self.certificate.clone(), self.authority.clone()]
@@ -156,5 +162,39 @@ impl Identity {
 
     pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
         PrivatePkcs8KeyDer::from(self.key_der.clone()).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Authority, Trust};
+    use super::*;
+
+    #[test]
+    fn a_renewal_that_is_cut_off_leaves_one_of_the_two_identities() {
+        let dir = tempfile::tempdir().expect("dir");
+        let authority = Authority::create(&dir.path().join("authority")).expect("authority");
+        let name = Name::new("cafe").expect("name");
+        let identity = || {
+            let pending = PendingIdentity::make(&name, SiteKind::Ap).expect("key");
+            let der = authority.issue(pending.request(), &name, SiteKind::Ap).expect("issue");
+            pending.complete(&der, authority.certificate()).expect("identity")
+        };
+        let (first, second) = (identity(), identity());
+        let at = dir.path().join("cafe");
+        first.save(&at).expect("save");
+        let loads = |as_it: &Identity| {
+            let found = Identity::load(&at).expect("loads");
+            assert_eq!(found.me(), as_it.me());
+        };
+        // Each step of the second one's save.
+        write_private(&at.join(NEXT_KEY_FILE), second.key_pem.as_bytes()).expect("key");
+        loads(&first);
+        write_private(&at.join(CERT_FILE), &second.certificate).expect("certificate");
+        loads(&second);
+        second.save(&at).expect("again, whole");
+        loads(&second);
+        assert!(!at.join(NEXT_KEY_FILE).exists());
+        Trust::new(second.authority(), Default::default()).expect("trust");
     }
 }

@@ -5,6 +5,8 @@
 
 mod authority;
 mod identity;
+mod renewal;
+mod signed;
 mod token;
 mod trust;
 
@@ -15,12 +17,15 @@ use serde::{Deserialize, Serialize};
 
 pub use authority::{Authority, Issued, TokenInfo, TokenState};
 pub use identity::{Identity, PendingIdentity};
+pub use renewal::Renewal;
+pub use signed::Warrant;
 pub use token::{JoinToken, Secret, TokenError};
+pub use trust::{Expected, Revocations, Trust};
 pub(crate) use trust::{JoinVerifier, PeerVerifier};
-pub use trust::{Revocations, Trust};
 
 /// Seconds since 1970 on the system's clock. Used for certificates and tokens only.
-pub(crate) fn unix_now() -> u64 {
+#[must_use]
+pub fn unix_now() -> u64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
@@ -92,6 +97,12 @@ pub enum KeyError {
         /// Why.
         why: &'static str,
     },
+    /// Somebody handed over a statement that the authority never made.
+    #[error("this cloud's authority has not signed this {what}")]
+    Unsigned {
+        /// Which statement.
+        what: &'static str,
+    },
     /// TLS could not be set up with these keys.
     #[error("cannot set up TLS")]
     Tls(#[source] rustls::Error),
@@ -107,7 +118,9 @@ impl CodedError for KeyError {
             Self::Damaged { .. } => Code::Damaged,
             Self::Exists { .. } => Code::Exists,
             Self::OpenKey { .. } | Self::TokenUsed(_) => Code::Conflict,
-            Self::NotASite { .. } | Self::ForeignCertificate => Code::Unauthenticated,
+            Self::NotASite { .. } | Self::ForeignCertificate | Self::Unsigned { .. } => {
+                Code::Unauthenticated
+            }
             Self::NoSuchToken(_) => Code::NotFound,
             Self::BadRequest { .. } => Code::Invalid,
         }
@@ -149,6 +162,8 @@ pub struct Peer {
     pub kind: SiteKind,
     /// The serial number of its certificate.
     pub serial: Serial,
+    /// When the certificate begins, seconds since 1970.
+    pub not_before: u64,
     /// When the certificate ends, seconds since 1970.
     pub not_after: u64,
 }
@@ -176,8 +191,11 @@ impl Peer {
             .ok_or_else(|| not("its alternative name is not godwit://<kind>/<name>"))?;
         let kind = kind_from_text(kind).ok_or_else(|| not("its kind of site is unknown"))?;
         let name = Name::new(name).map_err(|_| not("its site name is not valid"))?;
-        let not_after = u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0);
-        Ok(Self { name, kind, serial: Serial::from_bytes(cert.raw_serial()), not_after })
+        let unix = |t: x509_parser::time::ASN1Time| u64::try_from(t.timestamp()).unwrap_or(0);
+        let (not_before, not_after) =
+            (unix(cert.validity().not_before), unix(cert.validity().not_after));
+        let serial = Serial::from_bytes(cert.raw_serial());
+        Ok(Self { name, kind, serial, not_before, not_after })
     }
 }
 
@@ -224,13 +242,20 @@ pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), KeyError> {
     Ok(())
 }
 
+/// The longest file of keys or certificates that is read, in bytes: 16 MiB.
+const MAX_FILE: u64 = 16 << 20;
+
 /// Reads a file of at most 16 MiB.
 pub(crate) fn read_bounded(path: &Path) -> Result<Vec<u8>, KeyError> {
     use std::io::Read;
     let file_error = |source| KeyError::File { doing: "read", path: path.to_owned(), source };
     let file = std::fs::File::open(path).map_err(file_error)?;
     let mut bytes = Vec::new();
-    file.take(16 << 20).read_to_end(&mut bytes).map_err(file_error)?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(file_error)?;
+    if bytes.len() as u64 > MAX_FILE {
+        // Never cut: what is left out may be what was revoked.
+        return Err(file_error(std::io::Error::other("it is longer than 16 MiB")));
+    }
     Ok(bytes)
 }
 

@@ -16,18 +16,42 @@ use rustls::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::{KeyError, Peer, Serial, read_bounded, write_private};
+use super::signed::{is_signed_by, statement};
+use super::{KeyError, Peer, Serial, Warrant, read_bounded, write_private};
 
 /// Certificates that are no longer good. The center keeps the list and sends it to the sites.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Revocations {
-    /// Grows with each change; a list with a lower number never replaces one with a higher.
+    /// Grows with each change, and is at least the second of it since 1970, so that a center
+    /// restored from a copy goes on above what it has sent out since. A list with a lower number
+    /// never replaces one with a higher.
     pub number: u64,
     /// The serial numbers.
     pub serials: BTreeSet<Serial>,
+    /// By the authority, over number and serials: no site can make a list, whatever its number.
+    #[serde(with = "hex::serde", default)]
+    pub(super) signature: Vec<u8>,
 }
 
 impl Revocations {
+    /// Which kind of statement it is.
+    pub(super) const KIND: &'static str = "revocations";
+    /// The version of its form: 1, the first.
+    const FORM: u8 = 1;
+
+    /// What is signed: form, 8 bytes of the number (big-endian), the serials, each led by its
+    /// length (4 bytes).
+    pub(super) fn body(&self) -> Vec<u8> {
+        let mut body = vec![Self::FORM];
+        body.extend_from_slice(&self.number.to_be_bytes());
+        for serial in &self.serials {
+            let text = serial.as_str().as_bytes();
+            body.extend_from_slice(&u32::try_from(text.len()).unwrap_or(u32::MAX).to_be_bytes());
+            body.extend_from_slice(text);
+        }
+        body
+    }
+
     /// Reads the list that [`Revocations::save`] wrote; an empty one when there is none.
     ///
     /// # Errors
@@ -64,12 +88,16 @@ pub struct Trust {
 }
 
 impl Trust {
-    /// Trust in `authority` (certificate, DER).
+    /// Trust in `authority` (certificate, DER). What `revoked` names counts, whoever wrote it down;
+    /// its number does only when the authority signed it.
     ///
     /// # Errors
     /// [`KeyError::Tls`] when the certificate does not parse.
-    pub fn new(authority: &CertificateDer<'_>, revoked: Revocations) -> Result<Self, KeyError> {
+    pub fn new(authority: &CertificateDer<'_>, mut revoked: Revocations) -> Result<Self, KeyError> {
         let authority = authority.clone().into_owned();
+        if !is_list_of(&authority, &revoked) {
+            revoked.number = 0;
+        }
         let mut roots = RootCertStore::empty();
         roots.add(authority.clone()).map_err(KeyError::Tls)?;
         let (revocations, _) = watch::channel(Arc::new(revoked));
@@ -84,14 +112,33 @@ impl Trust {
 
     /// Takes a newer list; links of sites that are on it are closed. An older list is ignored
     /// (returns `false`).
-    pub fn revoke(&self, newer: Revocations) -> bool {
-        self.revocations.send_if_modified(|now| {
+    ///
+    /// # Errors
+    /// [`KeyError::Unsigned`] for a list that the authority did not sign.
+    pub fn revoke(&self, newer: Revocations) -> Result<bool, KeyError> {
+        if !is_list_of(&self.authority, &newer) {
+            return Err(KeyError::Unsigned { what: "list of revoked certificates" });
+        }
+        Ok(self.revocations.send_if_modified(|now| {
             let take = newer.number > now.number;
             if take {
                 *now = Arc::new(newer);
             }
             take
-        })
+        }))
+    }
+
+    /// Checks that the authority has signed a warrant.
+    ///
+    /// # Errors
+    /// [`KeyError::Unsigned`].
+    pub fn check_warrant(&self, warrant: &Warrant) -> Result<(), KeyError> {
+        let body = Warrant::body(warrant.vm, warrant.generation, &warrant.site);
+        if is_signed_by(&self.authority, &statement(Warrant::KIND, &body), &warrant.signature) {
+            Ok(())
+        } else {
+            Err(KeyError::Unsigned { what: "warrant" })
+        }
     }
 
     /// The present list.
@@ -110,6 +157,16 @@ impl Trust {
         self.revocations.subscribe()
     }
 
+    /// Checks a certificate of this site that its center has just sent: signature, dates,
+    /// revocation and form.
+    ///
+    /// # Errors
+    /// [`KeyError::Tls`].
+    pub fn check_own(&self, certificate: &[u8], now: u64) -> Result<Peer, KeyError> {
+        let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(now));
+        self.check(&CertificateDer::from(certificate), now).map_err(KeyError::Tls)
+    }
+
     /// Checks signature, dates, revocation and form.
     fn check(&self, leaf: &CertificateDer<'_>, now: UnixTime) -> Result<Peer, Error> {
         check_signed(leaf, &self.roots, now)?;
@@ -120,6 +177,10 @@ impl Trust {
         }
         Ok(peer)
     }
+}
+
+fn is_list_of(authority: &[u8], list: &Revocations) -> bool {
+    is_signed_by(authority, &statement(Revocations::KIND, &list.body()), &list.signature)
 }
 
 /// Site certificates carry both key usages, so one check serves both directions.
@@ -157,18 +218,44 @@ fn no_tls12() -> Result<HandshakeSignatureValid, Error> {
     Err(Error::General("TLS 1.2 is not used between sites".into()))
 }
 
+/// Who may be at the other side of a link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Expected {
+    /// Any site of this cloud.
+    AnySite,
+    /// The site of that name.
+    Site(Name),
+    /// The center, whose name is known once the site has joined. The certificate of another site
+    /// is not enough, whatever name is in it.
+    Center(Option<Name>),
+}
+
+impl Expected {
+    /// Whether a peer with such a certificate is the one.
+    #[must_use]
+    pub fn is(&self, peer: &Peer) -> bool {
+        match self {
+            Self::AnySite => true,
+            Self::Site(name) => *name == peer.name,
+            Self::Center(name) => {
+                peer.kind == SiteKind::Center && name.as_ref().is_none_or(|n| *n == peer.name)
+            }
+        }
+    }
+}
+
 /// Checks the other side of a link.
 #[derive(Debug)]
 pub(crate) struct PeerVerifier {
     pub(crate) trust: Trust,
-    /// Who must answer, where the caller knows.
-    pub(crate) expected: Option<Name>,
+    /// Who must be there.
+    pub(crate) expected: Expected,
     /// What the certificate said, for the error's words.
     pub(crate) seen: std::sync::Mutex<Option<Peer>>,
 }
 
 impl PeerVerifier {
-    pub(crate) fn new(trust: Trust, expected: Option<Name>) -> Self {
+    pub(crate) fn new(trust: Trust, expected: Expected) -> Self {
         Self { trust, expected, seen: std::sync::Mutex::new(None) }
     }
 }
@@ -183,7 +270,7 @@ impl ServerCertVerifier for PeerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let peer = self.trust.check(end_entity, now)?;
-        let other = self.expected.as_ref().is_some_and(|name| *name != peer.name);
+        let other = !self.expected.is(&peer);
         if let Ok(mut seen) = self.seen.lock() {
             *seen = Some(peer);
         }
@@ -264,6 +351,14 @@ impl ClientCertVerifier for PeerVerifier {
 #[derive(Debug)]
 pub(crate) struct JoinVerifier {
     pub(crate) authority: Hash,
+    /// What the center's certificate said.
+    pub(crate) seen: std::sync::Mutex<Option<Peer>>,
+}
+
+impl JoinVerifier {
+    pub(crate) fn new(authority: Hash) -> Self {
+        Self { authority, seen: std::sync::Mutex::new(None) }
+    }
 }
 
 impl ServerCertVerifier for JoinVerifier {
@@ -283,7 +378,12 @@ impl ServerCertVerifier for JoinVerifier {
         roots.add(authority.clone().into_owned())?;
         check_signed(end_entity, &roots, now)?;
         match Peer::of_certificate(end_entity) {
-            Ok(peer) if peer.kind == SiteKind::Center => Ok(ServerCertVerified::assertion()),
+            Ok(peer) if peer.kind == SiteKind::Center => {
+                if let Ok(mut seen) = self.seen.lock() {
+                    *seen = Some(peer);
+                }
+                Ok(ServerCertVerified::assertion())
+            }
             _ => Err(Error::InvalidCertificate(CertificateError::NotValidForName)),
         }
     }

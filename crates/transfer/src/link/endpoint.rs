@@ -12,7 +12,7 @@ use tokio::sync::{Mutex, Semaphore, mpsc};
 use super::error::{Attempt, CLOSE_NO_CERTIFICATE, CLOSE_REFUSED};
 use super::lane::Lane;
 use super::{LaneError, Link, LinkError, from_connection, join};
-use crate::keys::{Authority, Identity, KeyError, Peer, PeerVerifier, Trust};
+use crate::keys::{Authority, Expected, Identity, KeyError, Peer, PeerVerifier, Trust};
 use crate::wire::{
     ALPN_JOIN, ALPN_LINK, Greeting, Hello, LaneHeader, LaneKind, Priority, Versions, WireError,
     decode_open, encode,
@@ -250,6 +250,19 @@ impl Endpoint {
         address: SocketAddr,
         expected: Option<&Name>,
     ) -> Result<Link, LinkError> {
+        let expected = expected.map_or(Expected::AnySite, |name| Expected::Site(name.clone()));
+        self.connect_to(address, &expected).await
+    }
+
+    /// As [`Endpoint::connect`], to whoever `expected` allows.
+    ///
+    /// # Errors
+    /// [`LinkError`]: who refused whom, and why.
+    pub async fn connect_to(
+        &self,
+        address: SocketAddr,
+        expected: &Expected,
+    ) -> Result<Link, LinkError> {
         let work = self.inner.connect(address, expected);
         tokio::time::timeout(GREETING_TIMEOUT, work).await.map_err(|_| LinkError::Silent)?
     }
@@ -276,7 +289,7 @@ fn server_config(
     let mut tls = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(tls_error)?
-        .with_client_cert_verifier(Arc::new(PeerVerifier::new(trust.clone(), None)))
+        .with_client_cert_verifier(Arc::new(PeerVerifier::new(trust.clone(), Expected::AnySite)))
         .with_single_cert(identity.chain(), identity.key())
         .map_err(tls_error)?;
     tls.alpn_protocols = vec![ALPN_LINK.to_vec()];
@@ -306,14 +319,10 @@ impl Shared {
         }
     }
 
-    async fn connect(
-        &self,
-        address: SocketAddr,
-        expected: Option<&Name>,
-    ) -> Result<Link, LinkError> {
+    async fn connect(&self, address: SocketAddr, expected: &Expected) -> Result<Link, LinkError> {
         let tls_error = |e| keys(KeyError::Tls(e));
         let identity = self.identity();
-        let verifier = Arc::new(PeerVerifier::new(self.trust.clone(), expected.cloned()));
+        let verifier = Arc::new(PeerVerifier::new(self.trust.clone(), expected.clone()));
         let mut tls = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(tls_error)?
@@ -325,8 +334,8 @@ impl Shared {
         tls.resumption = rustls::client::Resumption::disabled();
         let config = quic_client(tls, &self.options)?;
         let attempt = |e| {
-            let found = verifier.seen.lock().ok().and_then(|s| s.clone()).map(|p| p.name);
-            from_connection(e, Some(Attempt { expected: expected.cloned(), found }))
+            let found = verifier.seen.lock().ok().and_then(|s| s.clone());
+            from_connection(e, Some(Attempt { expected: expected.clone(), found }))
         };
         let connection = self
             .endpoint

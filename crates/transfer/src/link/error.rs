@@ -2,10 +2,10 @@
 
 use std::net::SocketAddr;
 
-use godwit_types::{Code, CodedError, Name};
+use godwit_types::{Code, CodedError, Name, SiteKind};
 
 use super::JoinRefusal;
-use crate::keys::KeyError;
+use crate::keys::{Expected, KeyError, Peer};
 use crate::wire::WireError;
 
 /// Close codes of a connection.
@@ -13,6 +13,7 @@ pub(crate) const CLOSE_DONE: u32 = 0;
 pub(crate) const CLOSE_REVOKED: u32 = 1;
 pub(crate) const CLOSE_NO_CERTIFICATE: u32 = 2;
 pub(crate) const CLOSE_REFUSED: u32 = 3;
+pub(crate) const CLOSE_ENDED: u32 = 4;
 /// Stop codes of a stream.
 pub(crate) const STOP_BUSY: u32 = 1;
 pub(crate) const STOP_UNKNOWN: u32 = 2;
@@ -72,6 +73,14 @@ pub enum LinkError {
         /// Who does.
         found: Option<Name>,
     },
+    /// A site answers where the center should.
+    #[error("{} answers where the center should: it is believed nothing", found_words(.expected.as_ref(), .found.as_ref()))]
+    NotTheCenter {
+        /// The center's name, where it is known.
+        expected: Option<Name>,
+        /// Who answers.
+        found: Option<Peer>,
+    },
     /// The peer found another site than it looked for.
     #[error("the peer looked for another site at this address")]
     WeAreNotWanted,
@@ -108,6 +117,7 @@ impl CodedError for LinkError {
             | Self::WeAreRevoked
             | Self::Expired
             | Self::WeAreExpired
+            | Self::NotTheCenter { .. }
             | Self::NoCertificate => Code::Unauthenticated,
             Self::WrongName { .. } | Self::WeAreNotWanted | Self::OtherProtocol => Code::Conflict,
             Self::Refused(_) => Code::Conflict,
@@ -122,8 +132,18 @@ impl CodedError for LinkError {
 
 /// What is known about an attempt when it fails.
 pub(crate) struct Attempt {
-    pub(crate) expected: Option<Name>,
-    pub(crate) found: Option<Name>,
+    pub(crate) expected: Expected,
+    pub(crate) found: Option<Peer>,
+}
+
+fn found_words(expected: Option<&Name>, found: Option<&Peer>) -> String {
+    match (found, expected) {
+        (Some(peer), Some(name)) if peer.kind == SiteKind::Center => {
+            format!("center '{}', not '{name}',", peer.name)
+        }
+        (Some(peer), _) => format!("{} '{}'", peer.kind, peer.name),
+        (None, _) => "another site".into(),
+    }
 }
 
 /// Turns QUIC's words into ours. TLS alerts arrive as the codes 0x100 + alert.
@@ -145,8 +165,11 @@ pub(crate) fn from_connection(
             Some(44) => LinkError::Revoked,
             Some(45) => LinkError::Expired,
             Some(42) => match attempt {
-                Some(Attempt { expected: Some(expected), found }) => {
-                    LinkError::WrongName { expected, found }
+                Some(Attempt { expected: Expected::Site(expected), found }) => {
+                    LinkError::WrongName { expected, found: found.map(|p| p.name) }
+                }
+                Some(Attempt { expected: Expected::Center(expected), found }) => {
+                    LinkError::NotTheCenter { expected, found }
                 }
                 _ => LinkError::NoCertificate,
             },
@@ -166,6 +189,7 @@ pub(crate) fn from_connection(
                 String::from_utf8_lossy(&e.reason).escape_debug().take(400).collect();
             match u32::try_from(u64::from(e.error_code)) {
                 Ok(CLOSE_REVOKED) => LinkError::WeAreRevoked,
+                Ok(CLOSE_ENDED) => LinkError::WeAreExpired,
                 Ok(CLOSE_NO_CERTIFICATE | CLOSE_REFUSED) => LinkError::Refused(words),
                 _ => LinkError::Closed(words),
             }
@@ -178,7 +202,7 @@ pub(crate) fn from_connection(
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LaneError {
     /// The link under it is gone.
-    #[error("the link under the lane is gone")]
+    #[error("the link was lost")]
     Link(#[from] LinkError),
     /// The peer sent what the protocol forbids, or a frame was too long to send.
     #[error("the lane broke the protocol")]

@@ -11,14 +11,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_types::{Code, CodedError};
+use godwit_types::{Code, CodedError, Name};
 use serde::{Deserialize, Serialize};
 
 use super::endpoint::client_endpoint;
 use super::error::Attempt;
 use super::lane::Lane;
 use super::{JoinError, LaneError, LinkError, from_connection};
-use crate::keys::{Authority, Identity, JoinToken, JoinVerifier, PendingIdentity, unix_now};
+use crate::keys::{
+    Authority, Expected, Identity, JoinToken, JoinVerifier, PendingIdentity, unix_now,
+};
 use crate::wire::{ALPN_JOIN, LaneHeader, LaneKind, Priority, decode_open, encode};
 
 /// What a site asks for.
@@ -83,16 +85,25 @@ pub(crate) enum JoinReply {
 /// How long the whole exchange may take.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// What a site has once it has joined.
+#[derive(Debug, Clone)]
+pub struct Joined {
+    /// Its key and certificate.
+    pub identity: Identity,
+    /// Name of the center, as in its certificate: the only one that the site obeys.
+    pub center: Name,
+}
+
 /// Joins the cloud that made `token`: makes a key, has the center certify it, and returns the
 /// identity, which the caller saves.
 ///
 /// # Errors
 /// [`JoinError`]; [`JoinError::Refused`] says which way the token is not good.
-pub async fn join(token: &JoinToken) -> Result<Identity, JoinError> {
+pub async fn join(token: &JoinToken) -> Result<Joined, JoinError> {
     tokio::time::timeout(JOIN_TIMEOUT, exchange(token)).await.map_err(|_| JoinError::TimedOut)?
 }
 
-async fn exchange(token: &JoinToken) -> Result<Identity, JoinError> {
+async fn exchange(token: &JoinToken) -> Result<Joined, JoinError> {
     let resolve = |source| JoinError::Resolve { address: token.center.clone(), source };
     let address = tokio::net::lookup_host(&token.center)
         .await
@@ -100,19 +111,20 @@ async fn exchange(token: &JoinToken) -> Result<Identity, JoinError> {
         .next()
         .ok_or_else(|| resolve(std::io::Error::from(std::io::ErrorKind::NotFound)))?;
     let failed = |source| match source {
-        LinkError::Stranger | LinkError::WrongName { .. } => {
+        LinkError::Stranger | LinkError::WrongName { .. } | LinkError::NotTheCenter { .. } => {
             JoinError::OtherCenter { address: token.center.clone() }
         }
         source => JoinError::Link { address: token.center.clone(), source },
     };
-    let verifier = Arc::new(JoinVerifier { authority: token.authority });
-    let (endpoint, config) = client_endpoint(address, verifier, ALPN_JOIN).map_err(failed)?;
+    let verifier = Arc::new(JoinVerifier::new(token.authority));
+    let (endpoint, config) =
+        client_endpoint(address, verifier.clone(), ALPN_JOIN).map_err(failed)?;
     let connection = endpoint
         .connect_with(config, address, "site.godwit")
         .map_err(|e| failed(LinkError::Connect { address, why: e.to_string() }))?
         .await
         .map_err(|e| {
-            let attempt = Attempt { expected: Some(token.site.clone()), found: None };
+            let attempt = Attempt { expected: Expected::Center(None), found: None };
             failed(from_connection(e, Some(attempt)))
         })?;
     let (send, recv) = connection.open_bi().await.map_err(|e| failed(from_connection(e, None)))?;
@@ -134,7 +146,10 @@ async fn exchange(token: &JoinToken) -> Result<Identity, JoinError> {
             if godwit_types::Hash::of(&authority) != token.authority {
                 return Err(JoinError::OtherCenter { address: token.center.clone() });
             }
-            Ok(pending.complete(&certificate, &authority)?)
+            let center = verifier.seen.lock().ok().and_then(|s| s.clone()).map(|p| p.name);
+            let other = || JoinError::OtherCenter { address: token.center.clone() };
+            let identity = pending.complete(&certificate, &authority)?;
+            Ok(Joined { identity, center: center.ok_or_else(other)? })
         }
         JoinReply::Refused(why) => Err(JoinError::Refused(why)),
     }

@@ -3,7 +3,8 @@
 //! ```text
 //!  connect/accept --> handshake --> greeting --> up ----------> closed
 //!                         |            |          |  peer closes, 30 s of silence,
-//!                         v            v          |  a revocation, close()
+//!                         v            v          |  a revocation, the end of the peer's
+//!                         |            |          |  certificate, close()
 //!                      refused      refused       +--> closed
 //! ```
 //! A link survives an outage shorter than its idle time-out (30 s): QUIC sends again what was
@@ -22,13 +23,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{Mutex, mpsc};
 
-use crate::keys::{Peer, Trust};
+use crate::keys::{Peer, Trust, unix_now};
 use crate::wire::{LaneHeader, LaneKind, MAX_ABOUT, Priority, WireError, encode};
 
 pub use endpoint::{Endpoint, EndpointOptions, PATIENCE};
-pub(crate) use error::{CLOSE_DONE, CLOSE_REVOKED, STOP_BUSY, STOP_UNKNOWN, from_connection};
+pub(crate) use error::{
+    CLOSE_DONE, CLOSE_ENDED, CLOSE_REVOKED, STOP_BUSY, STOP_UNKNOWN, from_connection,
+};
 pub use error::{JoinError, LaneError, LinkError};
-pub use join::{JoinRefusal, JoinRequest, join};
+pub use join::{JoinRefusal, JoinRequest, Joined, join};
 pub use lane::{Lane, LaneReceiver, LaneSender};
 pub use paced::{BulkReceiver, BulkSender};
 
@@ -101,7 +104,7 @@ impl Link {
         let acceptor =
             tokio::spawn(accept_streams(connection.clone(), lane_tx, call_tx)).abort_handle();
         let watcher =
-            tokio::spawn(watch_revocation(connection.clone(), trust.clone(), peer.clone()))
+            tokio::spawn(watch_certificate(connection.clone(), trust.clone(), peer.clone()))
                 .abort_handle();
         Self {
             inner: Arc::new(Inner {
@@ -256,10 +259,32 @@ async fn accept_streams(
     }
 }
 
-/// Closes the connection when the peer's certificate is revoked.
-async fn watch_revocation(connection: quinn::Connection, trust: Trust, peer: Peer) {
+/// How often the end of a certificate is looked at: clocks are set, hosts sleep.
+const LOOK_AT_END: Duration = Duration::from_secs(60);
+
+/// Returns when a certificate has ended.
+async fn ended(peer: &Peer) {
+    loop {
+        let left = peer.not_after.saturating_sub(unix_now());
+        if left == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_secs(left).min(LOOK_AT_END)).await;
+    }
+}
+
+/// Closes the connection when the peer's certificate is revoked or has ended. A site that has
+/// renewed its own connects anew with that.
+async fn watch_certificate(connection: quinn::Connection, trust: Trust, peer: Peer) {
     let mut list = trust.watch();
-    let revoked = list.wait_for(|list| list.serials.contains(&peer.serial)).await.is_ok();
+    let revoked = tokio::select! {
+        listed = list.wait_for(|list| list.serials.contains(&peer.serial)) => listed.is_ok(),
+        () = ended(&peer) => {
+            tracing::info!(peer = %peer.name, serial = %peer.serial, "closing a link whose certificate has ended");
+            connection.close(CLOSE_ENDED.into(), b"the certificate of this site has ended");
+            return;
+        }
+    };
     if revoked {
         tracing::warn!(peer = %peer.name, serial = %peer.serial, "closing the link of a site whose certificate was revoked");
         connection.close(CLOSE_REVOKED.into(), b"the certificate of this site was revoked");

@@ -51,6 +51,7 @@ impl LocalSite {
                 Err(f) => self.adopt_damaged(vm, &f.message).await,
             }
         }
+        self.sweep_moves().await;
         Ok(())
     }
 
@@ -99,12 +100,15 @@ impl LocalSite {
         }
         let entry = Entry::new(record.clone(), machine.clone());
         self.machines.write().await.insert(vm, Arc::new(Mutex::new(entry)));
-        let Some(machine) = machine else { return Ok(()) };
+        let Some(machine) = machine else {
+            self.find_again(record, None).await;
+            return Ok(());
+        };
         tracing::info!(vm = %record.name, pid = machine.process().pid, "adopted");
         if record.unfinished.is_some() {
             self.bring_back(vm, machine);
         } else if record.migration.is_some() {
-            self.find_again(record, machine).await;
+            self.find_again(record, Some(machine)).await;
         }
         Ok(())
     }
@@ -161,6 +165,7 @@ impl LocalSite {
             vm,
             name: launch.as_ref().map_or_else(unknown, |l| l.name.clone()),
             generation: UNKNOWN_GENERATION,
+            warrant: None,
             meant: Meant::Running,
             image: unknown(),
             image_hash: Hash::of(b""),
@@ -171,6 +176,7 @@ impl LocalSite {
             mac: MacAddress([0; 6]),
             below: Below::Image,
             migration: None,
+            warrant: None,
             reason: Some(format!("its record is damaged: {why}")),
             unfinished: None,
         };

@@ -11,6 +11,44 @@ use crate::error::Fault;
 /// How the run directory of a waiting QEMU begins; what follows is an id.
 pub(super) const WAITING: &str = "wait-";
 
+/// Makes sure that a directory is this user's alone, and that nobody else can put another in its
+/// place: guest memory, keys and disks are below it.
+fn private(dir: &Path) -> Result<(), Fault> {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let looking = |e: std::io::Error| Fault::io("looking at", dir, &e);
+    let refuse = |at: &Path, why: &str| {
+        Err(Fault::conflict(format!("{} {why}: {} is not safe there", at.display(), dir.display()))
+            .hint("remove it or change its owner and mode, or name another place with --root"))
+    };
+    let me = rustix::process::geteuid().as_raw();
+    let meta = std::fs::symlink_metadata(dir).map_err(looking)?;
+    let real = std::fs::canonicalize(dir).map_err(looking)?;
+    if meta.file_type().is_dir() {
+        if meta.uid() != me {
+            return refuse(dir, "belongs to another user");
+        }
+        if meta.mode() & 0o077 != 0 {
+            // Such as a file system of its own that is mounted there.
+            std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+                .map_err(looking)?;
+        }
+    } else if meta.uid() != me {
+        return refuse(dir, "is another user's link");
+    }
+    for above in real.ancestors().skip(1) {
+        let meta = std::fs::metadata(above).map_err(looking)?;
+        // In a sticky directory others cannot rename what is not theirs.
+        let sticky = meta.mode() & 0o1000 != 0;
+        if meta.uid() != me && meta.uid() != 0 {
+            return refuse(above, "belongs to another user");
+        }
+        if meta.mode() & 0o022 != 0 && !sticky {
+            return refuse(above, "may be written by others");
+        }
+    }
+    Ok(())
+}
+
 /// The directories of one site.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SiteDirs {
@@ -67,6 +105,7 @@ impl SiteDirs {
                 Fault::internal(format!("making {}: {e}", dir.display()))
                     .hint("run as root, or name another place with --root")
             })?;
+            private(dir)?;
         }
         Ok(())
     }
@@ -117,5 +156,37 @@ impl SiteDirs {
     #[must_use]
     pub fn vm_memory(&self, vm: VmId) -> PathBuf {
         self.memory.join(vm.0.simple().to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_place_that_others_can_change_is_refused() {
+        let root = tempfile::tempdir().expect("dir");
+        let mode = |path: &Path, mode| {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("chmod");
+        };
+        let dirs = SiteDirs::below(&root.path().join("site"));
+        dirs.make().expect("fresh");
+        // Mounted with the mode that a tmpfs has.
+        mode(&dirs.memory, 0o1777);
+        dirs.make().expect("ours to close");
+        let now = std::fs::metadata(&dirs.memory).expect("there").permissions().mode();
+        assert_eq!(now & 0o7777, 0o700);
+        mode(root.path(), 0o777);
+        let f = dirs.make().expect_err("anybody can put another in its place");
+        assert!(f.message.contains("may be written by others"), "{f}");
+        mode(root.path(), 0o1777);
+        dirs.make().expect("as below /tmp");
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&dirs.memory, Some(65_534), None).expect("chown");
+            let f = dirs.make().expect_err("made by somebody else before us");
+            assert!(f.message.contains("belongs to another user"), "{f}");
+        }
     }
 }

@@ -9,6 +9,7 @@ use godwit_qemu::{
     BootFile, DiskChain, Launch, Layer, Life, MacAddress, Machine, MachineSpec, MemorySource, Nic,
     NicBackend, Start,
 };
+use godwit_transfer::Warrant;
 use godwit_types::{Code, Generation, VmId, VmState};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +29,10 @@ const BOOT_WITHIN: Duration = Duration::from_secs(300);
 
 /// How long a guest may take to power itself off before the power is cut.
 const OFF_WITHIN: Duration = Duration::from_secs(40);
+
+/// How long QEMU may take to end in good order, and how long when its end is forced.
+const QUIT_WITHIN: Duration = Duration::from_secs(60);
+const FORCE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Disk that a machine that comes leaves free, in MiB.
 const DISK_MARGIN_MIB: u64 = 16;
@@ -67,7 +72,16 @@ impl LocalSite {
                 self.wake_stalled(&mut e).await;
                 life = life_of(&e).await;
             }
-            Some(status_of(&mut e, life).await)
+            let meant = e.record.meant;
+            let status = status_of(&mut e, life).await;
+            if e.record.meant != meant {
+                tracing::info!(vm = %e.record.name, "its guest powered itself off");
+                let kept = e.record.save(&self.dirs.vm(vm));
+                if let Err(f) = kept.and_then(|()| remove_file(&self.dirs.vm_memory(vm))) {
+                    tracing::warn!(error = %f, "what it left behind");
+                }
+            }
+            Some(status)
         });
         futures::future::join_all(looks).await.into_iter().flatten().collect()
     }
@@ -104,6 +118,7 @@ impl LocalSite {
     }
 
     pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
+        self.warranted(new.vm, new.generation, &new.warrant)?;
         let image = match &new.origin {
             Origin::Image(image) => image,
             Origin::Substrate(id) => {
@@ -127,6 +142,7 @@ impl LocalSite {
             vm: new.vm,
             name: new.name,
             generation: new.generation,
+            warrant: Some(new.warrant),
             meant: Meant::Running,
             image: image.name.clone(),
             image_hash: image.hash,
@@ -293,8 +309,11 @@ impl LocalSite {
         &self,
         vm: VmId,
         generation: Generation,
+        warrant: Warrant,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
+        self.warranted(vm, generation, &warrant)?;
+        self.quit_move(vm, generation, false).await?;
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
@@ -314,11 +333,12 @@ impl LocalSite {
             e.machine = None;
         }
         e.record.generation = generation;
+        e.record.warrant = Some(warrant);
         e.record.meant = Meant::Running;
         e.record.reason = None;
         e.record.unfinished = None;
         e.record.save(&self.dirs.vm(vm))?;
-        let image = self.image_by_hash(&e.record)?;
+        let image = self.sound_image(&e.record).await?;
         // One that did not answer when this daemon came.
         self.end_strays(vm).await;
         let wanted = CancellationToken::new();
@@ -347,6 +367,9 @@ impl LocalSite {
         force: bool,
         call: Call,
     ) -> Result<(), Fault> {
+        if force {
+            self.quit_move(vm, generation, false).await?;
+        }
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
@@ -391,7 +414,12 @@ impl LocalSite {
                     },
                 }
             }
-            machine.quit().await.map_err(coded)?;
+            let quit = machine.quit();
+            // One whose main loop hangs answers nobody.
+            match tokio::time::timeout(if force { FORCE_WITHIN } else { QUIT_WITHIN }, quit).await {
+                Ok(ended) => drop(ended.map_err(coded)?),
+                Err(_) => drop(machine.kill().await),
+            }
             e.machine = None;
         }
         remove_file(&self.dirs.vm_memory(vm))
@@ -399,6 +427,9 @@ impl LocalSite {
 
     /// Ends a machine and removes what it has; its generation is kept as a tombstone.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        if self.entry(vm).await.is_ok() {
+            self.quit_move(vm, generation, true).await?;
+        }
         let Ok(entry) = self.entry(vm).await else { return self.remove_again(vm, generation) };
         let mut e = entry.lock().await;
         if e.record.meant == Meant::Gone {
@@ -480,7 +511,12 @@ impl LocalSite {
 
     /// Refuses when a machine's RAM does not fit into what the host has left.
     pub(super) fn check_room(&self, memory: godwit_types::Mib) -> Result<(), Fault> {
-        let free = report::ram_room_mib(&self.dirs.memory)?;
+        let mut free = report::ram_room_mib(&self.dirs.memory)?;
+        if free < u64::from(memory.0) {
+            // Memory that no machine maps is made again when it is needed.
+            self.pool.reclaim((u64::from(memory.0) - free) << 20);
+            free = report::ram_room_mib(&self.dirs.memory)?;
+        }
         if u64::from(memory.0) <= free {
             return Ok(());
         }
@@ -625,13 +661,12 @@ async fn status_of(e: &mut Entry, life: Option<Life>) -> MachineStatus {
         && let Some(m) = e.machine.take()
         && e.record.meant == Meant::Running
     {
-        let exit = m.exited().await;
-        let last = exit.log.trim().lines().last().unwrap_or("").to_owned();
-        e.record.reason = Some(match (exit.signal, last.is_empty()) {
-            (Some(s), _) => format!("QEMU was ended by signal {s}"),
-            (None, true) => "QEMU ended".into(),
-            (None, false) => format!("QEMU ended: {last}"),
-        });
+        if m.has_powered_off() {
+            e.record.meant = Meant::Stopped;
+            e.record.reason = None;
+        } else {
+            e.record.reason = Some(m.exited().await.brief());
+        }
     }
     if let Some(state) = e.changing() {
         return status_as(&e.record, state);
@@ -656,6 +691,7 @@ fn status_as(r: &MachineRecord, state: VmState) -> MachineStatus {
         vm: r.vm,
         name: r.name.clone(),
         generation: r.generation,
+        warrant: r.warrant.clone(),
         state,
         image: r.image.clone(),
         arch: r.arch,

@@ -9,6 +9,7 @@ mod dirs;
 mod machines;
 mod moves;
 mod pool;
+mod quit;
 mod record;
 mod relays;
 mod report;
@@ -16,8 +17,10 @@ mod resume;
 mod sched;
 mod screens;
 mod stored;
+mod scrub;
 mod tombs;
 mod waiting;
+mod warrant;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -29,7 +32,7 @@ use godwit_qemu::{Accel, Machine};
 use godwit_transfer::{Revocations, Trust};
 use godwit_types::{Arch, Code, Generation, Name, VmId, VmState};
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, RwLock};
+use tokio::sync::{Mutex, RwLock, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -81,6 +84,9 @@ pub struct SiteOptions {
     pub pool_bytes: u64,
     /// Bytes of encoded pages that the store keeps in memory.
     pub store_memory_bytes: u64,
+    /// Bytes of tmpfs that sealed memory may take before what no machine maps is dropped; half of
+    /// that tmpfs when left out.
+    pub memory_cache_bytes: Option<u64>,
     /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
@@ -103,6 +109,7 @@ impl SiteOptions {
             relay_program,
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
+            memory_cache_bytes: None,
             waiting: 1,
             co_schedule: false,
             link_patience: godwit_transfer::PATIENCE,
@@ -119,6 +126,8 @@ pub struct LocalSite {
     qemu: String,
     machines: RwLock<BTreeMap<VmId, Arc<Mutex<Entry>>>>,
     tombs: tombs::Tombs,
+    /// Activations that go on at once.
+    turns: Arc<Semaphore>,
     pool: godwit_substrate::Pool,
     shells: godwit_substrate::Shells,
     moves: moves::Moves,
@@ -133,6 +142,11 @@ impl std::fmt::Debug for LocalSite {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("LocalSite").field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+/// How many activations go on at once: each waits for its guest half of the time.
+fn at_once() -> usize {
+    2 * std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 const fn arch_key(arch: Arch) -> &'static str {
@@ -184,6 +198,7 @@ impl LocalSite {
             qemu,
             machines: RwLock::default(),
             tombs,
+            turns: Arc::new(Semaphore::new(at_once())),
             pool,
             shells,
             moves: moves::Moves::default(),
@@ -195,6 +210,7 @@ impl LocalSite {
         });
         site.adopt_all().await?;
         site.sweep_strays().await;
+        scrub::start(&site);
         Ok(site)
     }
 
@@ -281,7 +297,7 @@ impl LocalSite {
     /// Takes the center's list of revoked certificates. It counts at once, also when it cannot be
     /// kept for the next daemon.
     fn take_revocations(&self, list: Revocations) -> Result<(), Fault> {
-        if !self.trust.revoke(list.clone()) {
+        if !self.trust.revoke(list.clone()).map_err(|e| Fault::of(&e))? {
             return Ok(());
         }
         tracing::info!(number = list.number, "a newer list of revoked certificates");
@@ -290,6 +306,9 @@ impl LocalSite {
 
     /// Refuses a request with an older generation than the site has seen.
     fn fence(record: &MachineRecord, given: Generation) -> Result<(), Fault> {
+        if !given.is_sane() {
+            return Err(Fault::invalid(format!("no machine has generation {given}")));
+        }
         if given < record.generation {
             return Err(Fault::new(
                 Code::Fenced,
@@ -404,8 +423,8 @@ impl LocalSite {
             }
             SiteRequest::Machines => SiteReply::Machines(self.list_machines().await),
             SiteRequest::VmNew(new) => SiteReply::Machine(self.create(new, call).await?),
-            SiteRequest::VmStart { vm, generation } => {
-                SiteReply::Machine(self.restart(vm, generation, call).await?)
+            SiteRequest::VmStart { vm, generation, warrant } => {
+                SiteReply::Machine(self.restart(vm, generation, warrant, call).await?)
             }
             SiteRequest::VmStop { vm, generation, force } => {
                 self.power_off(vm, generation, force, call).await?;
@@ -456,10 +475,17 @@ impl LocalSite {
             SiteRequest::MigrateManifest { vm, generation } => {
                 SiteReply::Manifest(self.manifest(vm, generation).await?)
             }
-            SiteRequest::MigratePrepare { migration, machine, generation, from, manifest } => {
+            SiteRequest::MigratePrepare {
+                migration,
+                machine,
+                generation,
+                warrant,
+                from,
+                manifest,
+            } => {
                 let me = self.whole()?;
                 SiteReply::Incoming(
-                    me.prepare(migration, machine, generation, from, &manifest).await?,
+                    me.prepare(migration, machine, generation, warrant, from, &manifest).await?,
                 )
             }
             SiteRequest::MigrateSend { vm, generation, to, scheme } => {

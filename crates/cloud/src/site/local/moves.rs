@@ -24,6 +24,7 @@ use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole, Rela
 use godwit_qemu::{
     DiskChain, DiskLayer, Layer, Life, Machine, Manifest, MemorySource, Node, Start, VmGenId,
 };
+use godwit_transfer::Warrant;
 use godwit_types::{Code, Generation, Hash, MigrationId, Name, VmId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
@@ -31,6 +32,7 @@ use tracing::{info, warn};
 
 use super::LocalSite;
 use super::machines::{TOP, coded, joined, layer_bytes};
+use super::quit::NotSent;
 use super::record::{Below, End, MachineRecord, Meant, Migration};
 use super::relays::{MovePaths, Part};
 use super::resume::forget_measured;
@@ -39,11 +41,15 @@ use crate::ops::Progress;
 use crate::site::{Call, Incoming, MachineStatus, SWITCHED, UNCERTAIN};
 
 /// How long an end may take to undo its part when it is told to.
-const UNDO_WITHIN: Duration = Duration::from_secs(40);
+pub(super) const UNDO_WITHIN: Duration = Duration::from_secs(40);
 /// How long QEMU may take to say how it is.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 /// How often progress is told.
 const TELL_EVERY: Duration = Duration::from_millis(200);
+/// How long it is asked for once the move was asked to end.
+const CANCEL_LIMIT: Duration = Duration::from_secs(15);
+/// How often the center is asked what became of a lost destination.
+const ASK_EVERY: Duration = Duration::from_secs(2);
 /// The longest manifest that is read, in bytes.
 const MAX_MANIFEST: usize = 256 << 10;
 
@@ -91,14 +97,27 @@ impl Moving {
     }
 
     /// Asks the center, through whoever follows, what became of a lost destination. The machine is
-    /// held until somebody knows.
+    /// held until somebody knows; the question is put again and again until it is answered.
     pub(super) async fn ask_fate(&self) -> DestinationFate {
         let (tell, told) = oneshot::channel();
         *self.fate.lock().unwrap_or_else(PoisonError::into_inner) = Some(tell);
         self.asking.send_replace(true);
-        let fate = told.await.unwrap_or(DestinationFate::Unknown);
+        let tired = async {
+            self.cancel.cancelled().await;
+            tokio::time::sleep(CANCEL_LIMIT).await;
+        };
+        let fate = tokio::select! {
+            fate = told => fate.unwrap_or(DestinationFate::Unknown),
+            () = tired => DestinationFate::Unknown,
+        };
         self.asking.send_replace(false);
         fate
+    }
+
+    /// Answers that question; tells whether it was put.
+    pub(super) fn answer(&self, fate: DestinationFate) -> bool {
+        let waiting = self.fate.lock().unwrap_or_else(PoisonError::into_inner).take();
+        waiting.is_some_and(|tell| tell.send(fate).is_ok())
     }
 }
 
@@ -194,9 +213,11 @@ impl LocalSite {
         id: MigrationId,
         machine: MachineStatus,
         generation: Generation,
+        warrant: Warrant,
         from: Name,
         manifest: &[u8],
     ) -> Result<Incoming, Fault> {
+        self.warranted(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
         self.check_room(machine.memory)?;
         self.check_disk_room(manifest.layer_bytes)?;
@@ -204,6 +225,7 @@ impl LocalSite {
             vm: machine.vm,
             name: machine.name,
             generation,
+            warrant: Some(warrant),
             meant: Meant::Running,
             image: machine.image,
             image_hash: manifest.image_hash,
@@ -226,15 +248,13 @@ impl LocalSite {
             Ok((qemu, relay, address)) => {
                 e.machine = Some(qemu.clone());
                 drop(e);
+                godwit_hold::at("move.prepared").await;
                 self.take_in(record, qemu, relay, Received::default(), false);
                 Ok(Incoming { migration: id, address, peer: self.name.clone() })
             }
             Err(f) => {
                 drop(e);
-                if let Some(m) = &record.migration {
-                    self.end_relay(m).await;
-                }
-                self.leave(record.vm).await;
+                self.undo_in(&record).await;
                 Err(f)
             }
         }
@@ -320,7 +340,6 @@ impl LocalSite {
                 }
                 Err(e @ MoveError::Cancelled { .. }) => {
                     let fault = me.blame_room(Fault::of(&e));
-                    me.end_relay(&migration).await;
                     me.undo_in(&record).await;
                     Err(fault)
                 }
@@ -366,20 +385,6 @@ impl LocalSite {
         Ok(())
     }
 
-    /// A machine never ran here: nothing of it stays.
-    pub(super) async fn undo_in(&self, record: &MachineRecord) {
-        if let Ok(entry) = self.entry(record.vm).await {
-            let machine = entry.lock().await.machine.take();
-            if let Some(m) = machine {
-                m.kill().await;
-            }
-        }
-        self.leave(record.vm).await;
-        if let Ok(paths) = self.move_paths(record) {
-            let _ = std::fs::remove_dir_all(&paths.dir);
-        }
-    }
-
     /// Waits until a machine that comes in is whole.
     pub(super) async fn received(&self, id: MigrationId) -> Result<Vec<u8>, Fault> {
         match self.ended(id).await? {
@@ -391,9 +396,7 @@ impl LocalSite {
     }
 
     pub(super) async fn ended(&self, id: MigrationId) -> Result<Ended, Fault> {
-        let moving = self.moving(id).ok_or_else(|| {
-            Fault::not_found(format!("site '{}' has no migration {id}", self.name))
-        })?;
+        let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
         let mut outcome = moving.outcome.subscribe();
         let ended = outcome
             .wait_for(Option::is_some)
@@ -438,7 +441,7 @@ impl LocalSite {
         to: &Incoming,
         moving: &Arc<Moving>,
         sent: &mut Sent,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), NotSent> {
         let disk = self.source_disk(record, machine.launch().disk)?;
         let role = RelayRole::Source { destination: to.address };
         let relay = self.start_relay(record, role, disk, Part::Whole).await?;
@@ -449,9 +452,7 @@ impl LocalSite {
             let asking = Arc::clone(&asking);
             Box::pin(async move { asking.ask_fate().await })
         };
-        hybrid::send(machine, &relay, &paths.qemu, sent, &moving.steering(), ask)
-            .await
-            .map_err(|e| Fault::of(&e))?;
+        hybrid::send(machine, &relay, &paths.qemu, sent, &moving.steering(), ask).await?;
         let _ = relay.command(&RelayCommand::Finish).await;
         Ok(())
     }
@@ -478,46 +479,11 @@ impl LocalSite {
         Ok(Some(RelayDisk::Source { base, layers }))
     }
 
-    /// What a source writes down when its part has ended, well or not.
-    pub(super) async fn after_leaving(
-        &self,
-        record: &MachineRecord,
-        machine: &Machine,
-        done: Result<(), Fault>,
-        sent: Sent,
-    ) -> Result<Ended, Fault> {
-        let migration = record.migration.as_ref();
-        // A machine that is still needed, or of which nobody knows where it runs, stays marked.
-        let keep = match &done {
-            Ok(()) => false,
-            Err(f) => {
-                warn!(vm = %record.name, error = %f, "a machine did not leave whole");
-                let there = f.code == Code::Unavailable
-                    || machine.life().await.is_ok_and(|l| l != Life::Exited);
-                there && !runs(Some(machine)).await
-            }
-        };
-        if keep {
-            self.keep_sent(record.vm, &sent).await;
-        } else {
-            self.unmark(record.vm).await;
-        }
-        if let (Err(_), Some(m)) = (&done, migration) {
-            self.end_relay(m).await;
-        }
-        if let (Ok(paths), false) = (self.move_paths(record), keep) {
-            let _ = std::fs::remove_dir_all(&paths.dir);
-        }
-        done.map(|()| Ended::Sent(Box::new(sent)))
-    }
-
     /// Tells the progress of a migration at its source, and ends as it ends. A caller that goes
     /// away stops nothing; one that cancels does.
     pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
         let asking = Asked::arrives();
-        let moving = self.moving(id).ok_or_else(|| {
-            Fault::not_found(format!("site '{}' has no migration {id}", self.name))
-        })?;
+        let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
         let show = async {
             let mut shown = moving.shown.subscribe();
             let status = shown.wait_for(Option::is_some).await.ok().and_then(|s| s.clone());
@@ -535,7 +501,9 @@ impl LocalSite {
                         .into(),
                     ..Progress::default()
                 });
-                if asking.wait_for(|a| !*a).await.is_err() {
+                // The question may be dropped on its way, and so may the answer.
+                if let Ok(Err(_)) = tokio::time::timeout(ASK_EVERY, asking.wait_for(|a| !*a)).await
+                {
                     break;
                 }
             }
@@ -567,9 +535,7 @@ impl LocalSite {
 
     /// The destination of a migration is lost, as the center knows before the relay.
     pub(super) fn tell_lost(&self, id: MigrationId, why: String) -> Result<(), Fault> {
-        let moving = self.moving(id).ok_or_else(|| {
-            Fault::not_found(format!("site '{}' has no migration {id}", self.name))
-        })?;
+        let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
         moving.lost.send_replace(Some(why));
         Ok(())
     }
@@ -580,18 +546,14 @@ impl LocalSite {
         id: MigrationId,
         dead: bool,
     ) -> Result<(), Fault> {
-        let waiting = self
-            .moving(id)
-            .and_then(|m| m.fate.lock().unwrap_or_else(PoisonError::into_inner).take());
         let fate = if dead { DestinationFate::Dead } else { DestinationFate::Runs };
-        match waiting {
-            Some(tell) => {
-                let _ = tell.send(fate);
-                Ok(())
-            }
-            None if dead => self.reclaim(id).await,
-            None => Err(Fault::conflict("the source of that migration does not ask")),
+        if self.moving(id).is_some_and(|m| m.answer(fate)) {
+            return Ok(());
         }
+        if dead {
+            return self.reclaim(id).await;
+        }
+        Err(Fault::conflict("the source of that move does not ask where the machine runs"))
     }
 
     /// Takes back what was done for a migration, as long as the machine does not run here because
@@ -618,7 +580,7 @@ impl LocalSite {
                 self.end_relay(&migration).await;
                 if self.moving(id).is_some() {
                     // The task that follows the arrival undoes it.
-                    let _ = self.ended(id).await;
+                    let _ = tokio::time::timeout(UNDO_WITHIN, self.ended(id)).await;
                 }
                 self.undo_in(&record).await;
                 Ok(())
@@ -639,16 +601,6 @@ impl LocalSite {
 
     fn runs_already(&self, record: &MachineRecord) -> Fault {
         Fault::conflict(format!("machine '{}' runs at '{}' already", record.name, self.name))
-    }
-
-    pub(super) async fn unmark(&self, vm: VmId) {
-        let Ok(entry) = self.entry(vm).await else { return };
-        let mut e = entry.lock().await;
-        e.record.migration = None;
-        if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
-            warn!(error = %f, "a record was not written");
-        }
-        forget_measured(&self.dirs.vm(vm));
     }
 
     pub(super) fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {

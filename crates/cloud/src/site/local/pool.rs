@@ -1,13 +1,14 @@
 //! The pool of this host: docking, activating, carrying substrates in and out.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use godwit_qemu::NicBackend;
 use godwit_substrate::{
     ActivateRequest, Becomes, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
     SubstrateError, activate, dock_convert,
 };
-use godwit_types::{DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
+use godwit_types::{Code, DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::Mutex;
 use tokio_util::io::SyncIoBridge;
@@ -25,6 +26,9 @@ use crate::site::{
 
 /// Bytes that a substrate's stream buffers between its two ends.
 const PIPE: usize = 1 << 20;
+
+/// How long an activation keeps others waiting at most.
+const TURN: Duration = Duration::from_secs(3);
 
 /// A substrate to be docked.
 pub(super) struct Dock {
@@ -50,7 +54,13 @@ impl LocalSite {
             substrates: dirs.data.join("substrates"),
             memory: dirs.memory.join("substrates"),
         };
-        Pool::open(dirs, store, site.pool_bytes).map_err(coded)
+        let memory = dirs.memory.clone();
+        let pool = Pool::open(dirs, store, site.pool_bytes).map_err(coded)?;
+        let half = rustix::fs::statvfs(&memory)
+            .map(|s| s.f_blocks.saturating_mul(s.f_frsize) / 2)
+            .map_err(|e| Fault::io("asking for the size of", &memory, &e.into()))?;
+        pool.set_memory_budget(site.memory_cache_bytes.unwrap_or(half));
+        Ok(pool)
     }
 
     /// Turns a machine into a substrate. The machine runs on when that fails.
@@ -157,6 +167,7 @@ impl LocalSite {
             vm: new.vm,
             name: new.name.clone(),
             generation: new.generation,
+            warrant: Some(new.warrant),
             meant: Meant::Running,
             image: substrate.image.clone(),
             image_hash: substrate.image_hash,
@@ -170,6 +181,7 @@ impl LocalSite {
             reason: None,
             unfinished: Some(Unfinished::Activating),
         };
+        self.give_way(record.memory, id).await;
         self.check_room(record.memory)?;
         let image = self.sound_image(&record).await?;
         let (entry, wanted) = self.enter_starting(record.clone()).await?;
@@ -179,7 +191,17 @@ impl LocalSite {
             ..Progress::default()
         });
         let made = async {
-            let activated = self.activate_entered(&record, &substrate, image.clone()).await?;
+            let cancel = wanted.child_token();
+            let activating =
+                self.activate_entered(&record, &substrate, image.clone(), cancel.clone());
+            tokio::pin!(activating);
+            let activated = tokio::select! {
+                activated = &mut activating => activated?,
+                () = call.cancel.cancelled() => {
+                    cancel.cancel();
+                    activating.await?
+                }
+            };
             let mut e = entry.lock().await;
             if wanted.is_cancelled() {
                 activated.machine.kill().await;
@@ -209,11 +231,26 @@ impl LocalSite {
         }
     }
 
+    /// Ends QEMUs that wait for other substrates while there is no room for a machine of `memory`
+    /// beside what they keep in use.
+    async fn give_way(&self, memory: godwit_types::Mib, id: SubstrateId) {
+        let mut others = self.shells.kept();
+        others.retain(|other| *other != id);
+        others.sort_unstable();
+        for other in others {
+            if self.check_room(memory).is_ok() {
+                return;
+            }
+            self.shells.drop_line(other).await;
+        }
+    }
+
     async fn activate_entered(
         &self,
         record: &MachineRecord,
         substrate: &Substrate,
         image: godwit_image::Image,
+        cancel: CancellationToken,
     ) -> Result<godwit_substrate::Activated, Fault> {
         let dir = self.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
@@ -239,8 +276,17 @@ impl LocalSite {
             identity,
             nic: Some(NicBackend::Isolated),
             accel: self.accel(record.arch)?,
+            cancel,
         };
+        // More at once than the host has CPUs would make each of them slower, and ask the guests
+        // oftener how far they are. One that hangs lets the next one in all the same.
+        let turn = self.turns.clone().acquire_owned().await.map_err(|_| Fault::cancelled())?;
+        let turn = tokio::spawn(async move {
+            tokio::time::sleep(TURN).await;
+            drop(turn);
+        });
         let activated = activate(&self.pool, Some(&self.shells), request).await;
+        turn.abort();
         let activated = activated.map_err(|e| {
             let outdated = matches!(e, SubstrateError::Shape { .. });
             let fault = coded(e);
@@ -272,9 +318,7 @@ impl LocalSite {
     /// The substrates that are here.
     pub(super) fn substrates(&self) -> Result<Vec<SubstrateInfo>, Fault> {
         let all = self.pool.list().map_err(coded)?;
-        let with_damage =
-            |s: &Substrate| SubstrateInfo { damage: self.pool.damage(s.id), ..info(s, None) };
-        Ok(all.iter().map(with_damage).collect())
+        Ok(all.iter().map(|s| info(s, None)).collect())
     }
 
     pub(super) async fn substrate_delete(&self, id: SubstrateId) -> Result<(), Fault> {
@@ -292,6 +336,8 @@ impl LocalSite {
             raw_bytes: substrates.iter().map(|s| s.sizes.raw_bytes + s.sizes.disk_bytes).sum(),
             stored_bytes: stats.pack_bytes,
             memory_bytes: stats.memory_bytes,
+            sealed_bytes: self.pool.sealed_bytes().0,
+            sealed_limit_bytes: self.pool.memory_budget(),
             free_bytes: super::report::free_mib(&self.dirs.data)? << 20,
             waiting: self.waiting(),
         })
@@ -455,7 +501,6 @@ pub(super) fn info(s: &Substrate, dock: Option<DockReport>) -> SubstrateInfo {
         stored_bytes: s.sizes.stored_bytes,
         created: crate::clock::UnixMs(s.docked_unix_ms),
         content: s.content(),
-        damage: None,
         dock,
     }
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use godwit_qemu::{MacAddress, Nic};
+use godwit_transfer::Warrant;
 use godwit_types::{Arch, Generation, Hash, Mib, MigrationId, Name, SubstrateId, VmId};
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +97,9 @@ pub(crate) struct MachineRecord {
     pub(crate) vm: VmId,
     pub(crate) name: Name,
     pub(crate) generation: Generation,
+    /// The center's word for this generation here; none of a machine from before there were any.
+    #[serde(default)]
+    pub(crate) warrant: Option<Warrant>,
     pub(crate) meant: Meant,
     pub(crate) image: Name,
     /// Content hash of the image: a rebuilt one of the same name is another.
@@ -209,6 +213,7 @@ mod tests {
 
     fn record() -> MachineRecord {
         MachineRecord {
+            warrant: None,
             vm: VmId::new(),
             name: Name::new("a").expect("name"),
             generation: Generation::FIRST,
@@ -222,6 +227,7 @@ mod tests {
             mac: MacAddress([2, 0, 0, 0, 0, 1]),
             below: Below::Image,
             migration: None,
+            warrant: None,
             reason: None,
             unfinished: Some(Unfinished::Activating),
         }

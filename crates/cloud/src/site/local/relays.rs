@@ -88,6 +88,8 @@ impl LocalSite {
         command
             .arg("relay")
             .arg(&paths.config)
+            .env_clear()
+            .envs(kept_environment())
             .stdin(std::process::Stdio::null())
             .stdout(log)
             .stderr(err)
@@ -137,17 +139,44 @@ impl LocalSite {
     }
 }
 
+/// What a relay keeps of this daemon's environment, which may hold secrets.
+fn kept_environment() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
+    const KEPT: &[&str] = &["PATH", "GODWIT_LOG", "RUST_BACKTRACE"];
+    // Where tests have processes wait.
+    const TESTED: &[&str] = if cfg!(debug_assertions) { &[godwit_hold::VARIABLE] } else { &[] };
+    KEPT.iter().chain(TESTED).filter_map(|name| Some((*name, std::env::var_os(name)?)))
+}
+
+/// Kills every relay whose configuration is in `dir`, and waits until they are gone.
+pub(super) async fn end_all_below(dir: &Path) {
+    let deadline = tokio::time::Instant::now() + END_WITHIN;
+    let found = || relay_process(|config| Path::new(config).parent() == Some(dir));
+    while let Some(pid) = found()
+        && tokio::time::Instant::now() < deadline
+    {
+        if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
 /// The relay that was started with this configuration, if it lives.
 fn process_of(config: &Path) -> Option<i32> {
+    relay_process(|c| Path::new(c) == config)
+}
+
+/// A relay that lives and was started with a configuration that `is` so.
+fn relay_process(is: impl Fn(&std::ffi::OsStr) -> bool) -> Option<i32> {
     use std::os::unix::ffi::OsStrExt;
-    let wanted = config.as_os_str().as_bytes();
     let entries = std::fs::read_dir("/proc").ok()?;
     entries.flatten().find_map(|e| {
         let pid: i32 = e.file_name().to_str()?.parse().ok()?;
         // A zombie has no command line.
         let line = std::fs::read(e.path().join("cmdline")).ok()?;
         let mut words = line.split(|b| *b == 0).skip(1);
-        (words.next() == Some(b"relay") && words.next() == Some(wanted)).then_some(pid)
+        let relay = words.next() == Some(b"relay");
+        (relay && words.next().is_some_and(|c| is(std::ffi::OsStr::from_bytes(c)))).then_some(pid)
     })
 }
 

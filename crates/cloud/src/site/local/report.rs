@@ -10,6 +10,10 @@ use super::LocalSite;
 use crate::error::Fault;
 use crate::registry::SiteReport;
 
+/// Damaged substrates that a report names, and characters that it says of each.
+const MOST_DAMAGED: usize = 64;
+const DAMAGE_CHARS: usize = 400;
+
 impl LocalSite {
     /// Resources and holdings at this moment.
     pub(super) async fn report(&self) -> Result<SiteReport, Fault> {
@@ -38,13 +42,14 @@ impl LocalSite {
                 .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
             memory_mib,
             memory_free_mib,
-            ram_files_free_mib: free_mib(&self.dirs.memory)?
+            ram_files_free_mib: (free_mib(&self.dirs.memory)? + (self.pool.sealed_bytes().1 >> 20))
                 .saturating_sub(promised_mib(&self.dirs.memory)?),
             disk_free_mib: free_mib(&self.dirs.data)?,
             load: load()?,
             vms: u32::try_from(vms).unwrap_or(u32::MAX),
             substrates: held.iter().map(|s| s.id).collect(),
             holdings: Some(Hash::of(&told)),
+            damaged: self.pool.damaged(MOST_DAMAGED, DAMAGE_CHARS),
             images,
             rtt_ms: None,
         })

@@ -28,6 +28,7 @@ use tracing::{info, warn};
 
 use super::machines::coded;
 use super::moves::{Ended, MID, listening, runs};
+use super::quit::NotSent;
 use super::record::{Below, End, MachineRecord, Meant, Migration};
 use super::relays::{MovePaths, Part};
 use super::{Entry, LocalSite};
@@ -103,8 +104,22 @@ impl LocalSite {
     }
 
     /// After the daemon's return: takes up a machine that is in a migration.
-    pub(super) async fn find_again(self: &Arc<Self>, record: MachineRecord, machine: Machine) {
+    pub(super) async fn find_again(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        machine: Option<Machine>,
+    ) {
         let Some(migration) = record.migration.clone() else { return };
+        let Some(machine) = machine else {
+            self.end_relay(&migration).await;
+            if migration.end == End::Destination && !migration.runs {
+                warn!(vm = %record.name, "its QEMU is gone before it ran here");
+                self.undo_in(&record).await;
+            } else {
+                self.interrupted(&record, &migration, "its QEMU is gone");
+            }
+            return;
+        };
         let paths = MovePaths::of(&self.dirs.run, &migration);
         let relay = RelayClient::attach(&paths.control).await;
         match migration.end {
@@ -122,6 +137,11 @@ impl LocalSite {
     ) {
         let has_run = migration.runs || runs(Some(&machine)).await;
         match relay {
+            Ok(relay) if !has_run && relay.status().phase == RelayPhase::Joining => {
+                // Its source may never come: the answer that it waits here may be lost.
+                warn!(vm = %record.name, "nothing of it had come when the daemon ended");
+                self.undo_in(&record).await;
+            }
             Ok(relay) => {
                 info!(vm = %record.name, "its arrival goes on");
                 let received = get(&self.dirs.vm(record.vm), RECEIVED);
@@ -142,8 +162,8 @@ impl LocalSite {
         machine: Machine,
         relay: Result<RelayClient, godwit_migrate::RelayError>,
     ) {
-        // Its driver may have told QEMU to switch with its last breath.
-        let switching = relay.as_ref().is_ok_and(|r| r.status().phase >= RelayPhase::Drained);
+        // QEMU switches as soon as the relay has been told to read on.
+        let switching = relay.as_ref().is_ok_and(|r| r.status().phase >= RelayPhase::Switching);
         if switching {
             let _ = tokio::time::timeout(STOP_WITHIN, async {
                 while runs(Some(&machine)).await {
@@ -176,7 +196,7 @@ impl LocalSite {
                     let socket = &paths.qemu;
                     let done =
                         follow_outgoing(&machine, &relay, socket, &mut sent, &steering, ask).await;
-                    let done = done.map_err(|e| Fault::of(&e));
+                    let done = done.map_err(NotSent::from);
                     if done.is_ok() {
                         let _ = relay.command(&RelayCommand::Finish).await;
                     }
@@ -203,6 +223,7 @@ impl LocalSite {
         self.unmark(record.vm).await;
         if let Some(m) = &record.migration {
             self.end_relay(m).await;
+            let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, m).dir);
         }
     }
 
@@ -210,10 +231,10 @@ impl LocalSite {
     /// relay is left that could.
     pub(super) async fn reclaim(self: &Arc<Self>, id: MigrationId) -> Result<(), Fault> {
         let (record, machine) = self.traveller(id).await?;
-        let migration = record.migration.clone().filter(|m| m.end == End::Source);
-        let (Some(migration), Some(machine)) = (migration, machine) else {
+        let Some(migration) = record.migration.clone().filter(|m| m.end == End::Source) else {
             return Err(Fault::conflict("this site is not the source of that migration"));
         };
+        let Some(machine) = machine else { return Err(self.ended_here(&record).await) };
         if runs(Some(&machine)).await {
             self.unmark(record.vm).await;
             return Ok(());
@@ -223,7 +244,7 @@ impl LocalSite {
         std::fs::create_dir_all(&paths.dir)
             .map_err(|e| Fault::internal(format!("making {}: {e}", paths.dir.display())))?;
         if let Err(e) = reclaim(&machine, &paths.qemu).await {
-            if matches!(e, MoveError::Stuck) {
+            if matches!(e, MoveError::Stuck | MoveError::Ended { .. }) {
                 // Nothing is left to decide: it may be started from its disk, or removed.
                 self.unmark(record.vm).await;
             }
@@ -245,7 +266,7 @@ impl LocalSite {
                 return Ok((e.record.clone(), e.machine.clone()));
             }
         }
-        Err(Fault::not_found(format!("site '{}' has no migration {id}", self.name)))
+        Err(self.no_such_move(id))
     }
 
     /// How far a migration has come here.
@@ -578,10 +599,12 @@ impl LocalSite {
     }
 
     /// Before a machine that arrived in part is started from its disk, or removed: ends what is
-    /// left of its migration. Only what was given up is taken away.
+    /// left of its migration. Only what was given up is taken away, or what is removed anyway.
     pub(super) async fn end_arrival(&self, e: &mut Entry, keep_disk: bool) -> Result<(), Fault> {
         let Some(m) = e.record.migration.clone() else { return Ok(()) };
-        let Some(why) = m.given_up.as_ref().filter(|_| m.end == End::Destination) else {
+        let whatever = if keep_disk { None } else { Some(String::new()) };
+        let Some(why) = m.given_up.clone().or(whatever).filter(|_| m.end == End::Destination)
+        else {
             return Self::steady(&e.record);
         };
         let dir = self.dirs.vm(e.record.vm);

@@ -28,6 +28,7 @@ impl LocalSite {
             vm: new.vm,
             name: new.name,
             generation: new.generation,
+            warrant: Some(new.warrant),
             meant: Meant::Running,
             image: substrate.image.clone(),
             image_hash: substrate.image_hash,
@@ -41,6 +42,7 @@ impl LocalSite {
             reason: None,
             unfinished: None,
         };
+        self.give_way(record.memory, id).await;
         self.check_room(record.memory)?;
         let image = self.sound_disk(&record).await?;
         let (entry, wanted) = self.enter_starting(record.clone()).await?;

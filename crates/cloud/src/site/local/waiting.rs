@@ -50,7 +50,7 @@ pub(super) async fn sweep(dirs: &SiteDirs) {
 impl LocalSite {
     /// Lets QEMUs wait for a substrate that was just activated, in the background.
     pub(super) fn keep_waiting(&self, id: SubstrateId, image: Image, accel: Accel) {
-        let (shells, wanted) = (self.shells.clone(), self.options.waiting);
+        let (shells, wanted, pool) = (self.shells.clone(), self.options.waiting, self.pool.clone());
         if wanted == 0 {
             return;
         }
@@ -59,8 +59,14 @@ impl LocalSite {
             let mut others = shells.kept();
             others.retain(|kept| *kept != id);
             others.sort_unstable();
-            for old in others.iter().take((others.len() + 1).saturating_sub(MOST_LINES)) {
+            let too_many = (others.len() + 1).saturating_sub(MOST_LINES);
+            for (n, old) in others.iter().enumerate() {
+                // What waits keeps memory in use that may be wanted for what runs.
+                if n >= too_many && pool.over_budget() == 0 {
+                    break;
+                }
                 shells.drop_line(*old).await;
+                pool.reclaim(pool.over_budget());
             }
             if let Err(error) = shells.keep(id, image, accel, wanted).await {
                 tracing::warn!(%id, %error, "no QEMU waits for a substrate");

@@ -35,6 +35,12 @@ fn part(pages: impl IntoIterator<Item = u64>) -> Vec<Record> {
     out
 }
 
+fn words(messages: &[ReturnMessage]) -> Vec<u8> {
+    let mut out = Vec::new();
+    messages.iter().for_each(|m| m.encode(&mut out));
+    out
+}
+
 /// Takes what is to be sent; the far side gets it at once but acknowledges nothing.
 fn take(core: &mut SourceCore, main: &mut Vec<u8>, now: Instant) -> u64 {
     let mut frames = 0;
@@ -73,8 +79,10 @@ fn a_migration_goes_through_its_phases_and_every_byte_through_the_relay() {
     core.on_ack(frames, now);
     assert_eq!(core.phase(), RelayPhase::Drained);
 
+    assert!(core.take_asked().is_empty(), "QEMU may not switch yet");
     assert!(core.proceed(vec![1, 9]));
     assert!(!core.proceed(Vec::new()), "only once");
+    assert_eq!(core.take_asked(), words(&[ReturnMessage::SwitchoverAck]));
     assert!(core.may_read());
     let tail = [
         Record::Command(Command::SwitchoverStart),
@@ -164,4 +172,147 @@ fn a_drain_can_be_asked_for_before_the_round_is_over() {
     take(&mut core, &mut Vec::new(), Instant::now());
     core.on_ack(1, Instant::now());
     assert_eq!(core.phase(), RelayPhase::Drained);
+}
+
+/// A core that was let switch after `pages` pages.
+fn switching(pages: u64) -> SourceCore {
+    let mut core = SourceCore::new(false, true);
+    core.on_main(&encode(&setup(pages))).expect("valid");
+    core.on_main(&encode(&part(0..pages))).expect("valid");
+    let frames = take(&mut core, &mut Vec::new(), Instant::now());
+    core.on_ack(frames, Instant::now());
+    assert!(core.proceed(Vec::new()));
+    assert_eq!(core.take_asked(), words(&[ReturnMessage::SwitchoverAck]));
+    core
+}
+
+/// Device state in the open, as QEMU ends pre-copy: pages, the end of memory, devices, the end.
+fn open_end(devices: &[u8]) -> Vec<u8> {
+    let mut wire =
+        encode(&[Record::Command(Command::SwitchoverStart), Record::SectionEnd { id: 2 }]);
+    wire.extend(encode(&[page(1, true), page(3, false), Record::Eos, Record::Footer { id: 2 }]));
+    wire.extend_from_slice(devices);
+    let text = br#"{"page_size": 4096, "devices": []}"#;
+    wire.extend_from_slice(&[0, 6, 0, 0, 0, text.len() as u8]);
+    wire.extend_from_slice(text);
+    wire
+}
+
+/// What the destination must get for it, frame by frame of the main channel.
+fn converted(devices: &[u8]) -> Vec<u8> {
+    let mut blob = encode(&[Record::Command(Command::PostcopyListen)]);
+    blob.extend_from_slice(devices);
+    blob.extend(encode(&[
+        Record::Command(Command::Ping(PONG_COMMIT)),
+        Record::Command(Command::PostcopyRun),
+    ]));
+    let block = Bytes::from_static(M0);
+    let ranges = vec![Discard { start: 3 << 12, len: 4096 }];
+    encode(&[
+        Record::Command(Command::SwitchoverStart),
+        Record::SectionPart { id: 2 },
+        page(1, true),
+        page(3, false),
+        Record::Eos,
+        Record::Footer { id: 2 },
+        Record::Command(Command::RamDiscard { version: 0, block, ranges }),
+        Record::SectionPart { id: 2 },
+        page(3, true),
+        Record::Eos,
+        Record::Footer { id: 2 },
+        Record::Command(Command::Ping(2)),
+        Record::Command(Command::Packaged(blob.into())),
+        Record::SectionEnd { id: 2 },
+        Record::Eos,
+        Record::Footer { id: 2 },
+        Record::Eof,
+    ])
+}
+
+#[test]
+fn a_qemu_that_ends_as_pre_copy_looks_like_post_copy_wherever_its_bytes_are_cut() {
+    let now = Instant::now();
+    let devices = [&[4, 0, 0, 0, 9, 5, b't', b'i', b'm', b'e', b'r'][..], &[7; 300]].concat();
+    let (wire, due) = (open_end(&devices), converted(&devices));
+    for cut in 0..wire.len() {
+        let mut core = switching(4);
+        let mut got = Vec::new();
+        for piece in [&wire[..cut], &wire[cut..]] {
+            assert!(!core.released());
+            core.on_main(piece).expect("valid");
+            // QEMU waits for nobody while it holds its lock, however full the window is.
+            assert!(core.may_read());
+            let _ = take(&mut core, &mut got, now);
+        }
+        assert_eq!(got, due, "cut at {cut}");
+        assert!(core.released() && core.stream_ended() && core.has_device_state());
+        // QEMU is done; the destination is not.
+        assert_eq!(core.take_asked(), words(&[ReturnMessage::Shut(0)]));
+        assert_eq!((core.phase(), core.shut()), (RelayPhase::Stopped, None));
+        core.on_back(&words(&[ReturnMessage::Pong(2), ReturnMessage::Pong(3)])).expect("valid");
+        assert_eq!(core.phase(), RelayPhase::Committed);
+        core.on_back(&words(&[ReturnMessage::Shut(0)])).expect("valid");
+        assert_eq!(core.phase(), RelayPhase::MemoryDone);
+    }
+}
+
+#[test]
+fn post_copy_is_passed_on_as_it_is_wherever_its_bytes_are_cut() {
+    let now = Instant::now();
+    let block = Bytes::from_static(M0);
+    let mut wire = encode(&[
+        Record::Command(Command::SwitchoverStart),
+        Record::Command(Command::RamDiscard {
+            version: 0,
+            block,
+            ranges: vec![Discard { start: 0, len: 8192 }],
+        }),
+        Record::Command(Command::Ping(2)),
+        Record::Command(Command::Packaged(Bytes::from(vec![9; 300]))),
+        Record::Command(Command::Ping(4)),
+    ]);
+    wire.extend(encode(&part([0, 1])));
+    wire.extend(encode(&[
+        Record::SectionEnd { id: 2 },
+        Record::Eos,
+        Record::Footer { id: 2 },
+        Record::Eof,
+    ]));
+    for cut in 0..wire.len() {
+        let mut core = switching(4);
+        let mut got = Vec::new();
+        for piece in [&wire[..cut], &wire[cut..]] {
+            core.on_main(piece).expect("valid");
+            let _ = take(&mut core, &mut got, now);
+        }
+        assert_eq!(got, wire, "cut at {cut}");
+        assert!(!core.released() && core.has_device_state() && core.stream_ended());
+        assert!(core.take_asked().is_empty());
+    }
+}
+
+#[test]
+fn the_end_of_memory_is_never_parted_from_a_package_that_lets_the_machine_run() {
+    // Lengths around one frame: the last frame alone decides whether the destination may run.
+    let around = MAX_RAW - 60..MAX_RAW + 60;
+    for len in around.step_by(7) {
+        let mut devices = vec![7; len];
+        devices[0] = 4;
+        let mut core = switching(4);
+        core.on_main(&open_end(&devices)).expect("valid");
+        let frames: Vec<_> = std::iter::from_fn(|| core.next_frame())
+            .filter(|o| o.kind == Kind::Device)
+            .map(|o| o.raw)
+            .collect();
+        let last = frames.last().expect("frames");
+        assert!(last.len() > 60 || frames.len() == 1, "{len}: {:?}", frames.len());
+        assert!(frames.iter().all(|f| f.len() <= MAX_RAW));
+    }
+}
+
+#[test]
+fn device_state_before_the_end_of_memory_ends_the_move_before_its_switch() {
+    let mut core = SourceCore::new(false, true);
+    core.on_main(&encode(&setup(4))).expect("valid");
+    assert!(core.on_main(&[4, 0, 0, 0, 9, 5, b't', b'i', b'm', b'e', b'r', 0]).is_err());
 }

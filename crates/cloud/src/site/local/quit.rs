@@ -1,0 +1,189 @@
+//! Ways out of a move at this site: how a source ends its part, how a destination leaves no trace,
+//! and how a person's word ends either whatever state it is in.
+
+use godwit_migrate::hybrid::{DestinationFate, MoveError, Sent};
+use godwit_qemu::Machine;
+use godwit_types::{Code, Generation, MigrationId, VmId};
+use tracing::{info, warn};
+
+use super::moves::{Ended, UNDO_WITHIN, runs};
+use super::record::{End, MachineRecord};
+use super::relays::MovePaths;
+use super::resume::forget_measured;
+use super::{Entry, LocalSite};
+use crate::error::Fault;
+
+/// Why a machine did not leave, and whether the source may still be needed.
+#[derive(Debug)]
+pub(super) struct NotSent {
+    fault: Fault,
+    keep: bool,
+}
+
+impl From<Fault> for NotSent {
+    /// Before QEMU was asked for anything.
+    fn from(fault: Fault) -> Self {
+        Self { fault, keep: false }
+    }
+}
+
+impl From<MoveError> for NotSent {
+    fn from(e: MoveError) -> Self {
+        Self { keep: e.keeps_source(), fault: Fault::of(&e) }
+    }
+}
+
+impl LocalSite {
+    /// What a source writes down when its part has ended, well or not.
+    pub(super) async fn after_leaving(
+        &self,
+        record: &MachineRecord,
+        machine: &Machine,
+        done: Result<(), NotSent>,
+        sent: Sent,
+    ) -> Result<Ended, Fault> {
+        // A machine that is still needed, or of which nobody knows where it runs, stays marked.
+        let keep = match &done {
+            Ok(()) => false,
+            Err(e) => {
+                warn!(vm = %record.name, error = %e.fault, "a machine did not leave whole");
+                e.keep && !runs(Some(machine)).await
+            }
+        };
+        if keep {
+            self.keep_sent(record.vm, &sent).await;
+        } else {
+            self.unmark(record.vm).await;
+        }
+        if let (Err(_), Some(m)) = (&done, &record.migration) {
+            self.end_relay(m).await;
+        }
+        if let (Ok(paths), false) = (self.move_paths(record), keep) {
+            let _ = std::fs::remove_dir_all(&paths.dir);
+        }
+        done.map(|()| Ended::Sent(Box::new(sent))).map_err(|e| e.fault)
+    }
+
+    /// The machine is in no move any more.
+    pub(super) async fn unmark(&self, vm: VmId) {
+        let Ok(entry) = self.entry(vm).await else { return };
+        self.unmark_entry(&mut *entry.lock().await);
+    }
+
+    fn unmark_entry(&self, e: &mut Entry) {
+        e.record.migration = None;
+        let dir = self.dirs.vm(e.record.vm);
+        if let Err(f) = e.record.save(&dir) {
+            warn!(error = %f, "a record was not written");
+        }
+        forget_measured(&dir);
+    }
+
+    /// A machine never ran here: nothing of it stays.
+    pub(super) async fn undo_in(&self, record: &MachineRecord) {
+        if let Ok(entry) = self.entry(record.vm).await {
+            let machine = entry.lock().await.machine.take();
+            if let Some(m) = machine {
+                m.kill().await;
+            }
+        }
+        if let Some(m) = &record.migration {
+            self.end_relay(m).await;
+            let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, m).dir);
+        }
+        self.leave(record.vm).await;
+    }
+
+    /// Ends this site's part of a move because a person wants the machine off, started anew or gone,
+    /// whatever state the move is in. A source's QEMU is killed, its disk is whole; a destination's
+    /// is ended only `for_good`, for it may have all there is of the machine.
+    pub(super) async fn quit_move(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        for_good: bool,
+    ) -> Result<(), Fault> {
+        let entry = self.entry(vm).await?;
+        let (record, machine) = {
+            let e = entry.lock().await;
+            Self::fence(&e.record, generation)?;
+            (e.record.clone(), e.machine.clone())
+        };
+        let Some(migration) = &record.migration else { return Ok(()) };
+        if migration.end == End::Destination && !for_good {
+            return Ok(());
+        }
+        info!(vm = %record.name, end = ?migration.end, "its move is ended by force");
+        let moving = self.moving(migration.id);
+        if let Some(moving) = &moving {
+            moving.cancel.cancel();
+        }
+        if let Some(m) = &machine {
+            m.kill().await;
+        }
+        super::relays::end_all_below(&MovePaths::of(&self.dirs.run, migration).dir).await;
+        if let Some(moving) = &moving {
+            moving.answer(DestinationFate::Dead);
+            if tokio::time::timeout(UNDO_WITHIN, self.ended(migration.id)).await.is_err() {
+                warn!(vm = %record.name, "the task of its move does not end");
+            }
+        }
+        let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, migration).dir);
+        // An arrival that never ran here is gone by now.
+        if let Ok(entry) = self.entry(vm).await {
+            let mut e = entry.lock().await;
+            let same = e.record.migration.as_ref().is_some_and(|m| m.id == migration.id);
+            if same && migration.end == End::Source {
+                e.machine = None;
+                self.unmark_entry(&mut e);
+            }
+        }
+        Ok(())
+    }
+
+    /// What became of a source whose QEMU is gone, when the machine never ran elsewhere.
+    pub(super) async fn ended_here(&self, record: &MachineRecord) -> Fault {
+        self.unmark(record.vm).await;
+        if let Some(m) = &record.migration {
+            self.end_relay(m).await;
+            let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, m).dir);
+        }
+        let why = record.reason.clone().unwrap_or_else(|| "its QEMU is gone".into());
+        Fault::new(
+            Code::Damaged,
+            format!(
+                "machine '{}' ended at '{}' before it had moved: {why}",
+                record.name, self.name
+            ),
+        )
+    }
+
+    /// After a start: ends relays and removes files of moves that no machine here is in.
+    pub(super) async fn sweep_moves(&self) {
+        let mut wanted = Vec::new();
+        for entry in self.machines.read().await.values() {
+            if let Some(m) = &entry.lock().await.record.migration {
+                wanted.push(MovePaths::of(&self.dirs.run, m).dir);
+            }
+        }
+        let Ok(found) = std::fs::read_dir(&self.dirs.run) else { return };
+        for dir in found.flatten().map(|f| f.path()) {
+            let move_of =
+                dir.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"mig-"));
+            if move_of && !wanted.contains(&dir) {
+                info!(dir = %dir.display(), "a move that is over left this behind");
+                super::relays::end_all_below(&dir).await;
+                let _ = std::fs::remove_dir_all(&dir);
+            }
+        }
+    }
+
+    /// Why this site can't follow a move.
+    pub(super) fn no_such_move(&self, id: MigrationId) -> Fault {
+        Fault::unavailable(format!(
+            "the move was given up: the daemon of site '{}' was restarted before the switch ({id})",
+            self.name
+        ))
+        .hint("see where the machine runs: godwit vm list")
+    }
+}

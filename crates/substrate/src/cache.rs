@@ -1,0 +1,175 @@
+//! Sealed memory as a cache on tmpfs: what no machine maps is dropped, least recently used first, and
+//! made again from the store at the next activation.
+//!
+//! ```text
+//! in use: a machine maps it, or a QEMU that waits, or one is being started from it
+//! idle  --- the budget is exceeded, or tmpfs is full ---> dropped --- activation ---> made again
+//! ```
+//!
+//! The budget bounds what is idle: memory that is in use is never taken away, and counts.
+
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, TryLockError};
+
+use godwit_types::{PAGE_SIZE, SubstrateId};
+
+use crate::manifest::Docked;
+use crate::pool::{Pool, lock};
+
+/// Which sealed memory was used when, and what is in use now.
+#[derive(Debug)]
+pub(crate) struct MemoryCache {
+    budget_bytes: AtomicU64,
+    uses: Mutex<Uses>,
+}
+
+#[derive(Debug, Default)]
+struct Uses {
+    count: u64,
+    by_id: HashMap<SubstrateId, Use>,
+}
+
+#[derive(Debug, Default)]
+struct Use {
+    last: u64,
+    users: Arc<()>,
+}
+
+/// Keeps the sealed memory of one substrate from being dropped.
+#[derive(Debug, Clone)]
+pub(crate) struct InUse(#[allow(dead_code, reason = "it is counted")] Arc<()>);
+
+impl Default for MemoryCache {
+    fn default() -> Self {
+        Self { budget_bytes: AtomicU64::new(u64::MAX), uses: Mutex::default() }
+    }
+}
+
+impl MemoryCache {
+    /// Notes a use, which lasts until what is given is dropped.
+    pub(crate) fn used(&self, id: SubstrateId) -> InUse {
+        let mut uses = lock(&self.uses);
+        uses.count += 1;
+        let count = uses.count;
+        let one = uses.by_id.entry(id).or_default();
+        one.last = count;
+        InUse(Arc::clone(&one.users))
+    }
+
+    pub(crate) fn forget(&self, id: SubstrateId) {
+        lock(&self.uses).by_id.remove(&id);
+    }
+
+    /// When it was last used, and whether it is in use.
+    fn state(&self, id: SubstrateId) -> (u64, bool) {
+        let uses = lock(&self.uses);
+        uses.by_id.get(&id).map_or((0, false), |u| (u.last, Arc::strong_count(&u.users) > 1))
+    }
+}
+
+/// The sealed memory of one substrate.
+struct Sealed {
+    id: SubstrateId,
+    bytes: u64,
+    last: u64,
+    idle: bool,
+}
+
+impl Pool {
+    /// Sets how many bytes sealed memory may take before idle ones are dropped.
+    pub fn set_memory_budget(&self, bytes: u64) {
+        self.inner.cache.budget_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// How many bytes sealed memory may take before idle ones are dropped.
+    #[must_use]
+    pub fn memory_budget(&self) -> u64 {
+        self.inner.cache.budget_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that sealed memory takes now, and how many of them are idle.
+    #[must_use]
+    pub fn sealed_bytes(&self) -> (u64, u64) {
+        self.sealed()
+            .iter()
+            .fold((0, 0), |(all, idle), s| (all + s.bytes, idle + if s.idle { s.bytes } else { 0 }))
+    }
+
+    /// Bytes that sealed memory takes beyond its budget; what is in use may.
+    #[must_use]
+    pub fn over_budget(&self) -> u64 {
+        self.sealed_bytes().0.saturating_sub(self.memory_budget())
+    }
+
+    /// Drops idle sealed memory, least recently used first, until `bytes` are free; how many came
+    /// free.
+    pub fn reclaim(&self, bytes: u64) -> u64 {
+        self.drop_idle(bytes, None)
+    }
+
+    fn sealed(&self) -> Vec<Sealed> {
+        let names = std::fs::read_dir(&self.inner.dirs.memory).into_iter().flatten().flatten();
+        names
+            .filter_map(|entry| {
+                let name = entry.file_name();
+                let id: SubstrateId = name.to_str()?.strip_suffix(".mem")?.parse().ok()?;
+                // One that goes away meanwhile takes nothing.
+                let bytes = entry.metadata().ok()?.blocks() * 512;
+                let (last, in_use) = self.inner.cache.state(id);
+                Some(Sealed { id, bytes, last, idle: !in_use && self.clones(id) == 0 })
+            })
+            .collect()
+    }
+
+    /// Makes room for the sealed memory of a substrate, or for the one it has, within the budget
+    /// and on tmpfs. What is in use stays; whether that leaves room shows when it is made.
+    pub(crate) fn make_room(&self, docked: &Docked, more: u64) {
+        let id = docked.substrate.id;
+        let here: u64 = self.sealed().iter().map(|s| s.bytes).sum();
+        let over = (here + more).saturating_sub(self.memory_budget());
+        let free = rustix::fs::statvfs(&self.inner.dirs.memory)
+            .map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize));
+        let lacking = more.saturating_sub(free);
+        self.drop_idle(over.max(lacking), Some(id));
+    }
+
+    fn drop_idle(&self, bytes: u64, but: Option<SubstrateId>) -> u64 {
+        if bytes == 0 {
+            return 0;
+        }
+        let mut all = self.sealed();
+        all.retain(|s| s.idle && Some(s.id) != but);
+        all.sort_by_key(|s| (s.last, s.id));
+        let mut freed = 0;
+        for s in all {
+            if freed >= bytes {
+                break;
+            }
+            let making = lock(&self.inner.making).get(&s.id).map(Arc::clone);
+            // One that is being prepared at this moment is about to be used.
+            let one = making.as_ref().map(|m| m.try_lock());
+            let busy = matches!(one, Some(Err(TryLockError::WouldBlock)));
+            if busy || self.inner.cache.state(s.id).1 {
+                continue;
+            }
+            let path = self.memory_path(s.id);
+            match std::fs::remove_file(&path) {
+                Ok(()) => {
+                    tracing::info!(id = %s.id, bytes = s.bytes, "idle sealed memory dropped");
+                    freed += s.bytes;
+                }
+                Err(error) => tracing::warn!(path = %path.display(), %error, "not dropped"),
+            }
+            self.inner.verified.forget(&path);
+            self.inner.cache.forget(s.id);
+        }
+        freed
+    }
+}
+
+/// Bytes that the sealed memory with `pages` pages takes.
+pub(crate) fn bytes_of(pages: usize) -> u64 {
+    pages as u64 * PAGE_SIZE as u64
+}
