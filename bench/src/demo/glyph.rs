@@ -156,18 +156,20 @@ mod tests {
         let caret = bar(10, 1, 14, 0);
         let letter = bar(10, 8, 10, 0x20_20_20);
         let moved = bar(20, 1, 14, 0);
-        assert_eq!(Glyph::learn(&paper(), &drawn(&[caret.clone()]), &[]), None);
+        assert_eq!(Glyph::learn(&paper(), &drawn(std::slice::from_ref(&caret)), &[]), None);
         assert_eq!(Glyph::learn(&paper(), &paper(), &[]), None);
         assert_eq!(Glyph::learn(&paper(), &drawn(&[bar(0, 100, 40, 7)]), &[]), None, "a window");
 
         // Before, the caret is where the letter will be; behind it, it may be on or off.
         let mut restless = vec![false; 6000];
         (20..34).for_each(|y| restless[y * 100 + 20] = true);
-        let before = drawn(&[caret.clone()]);
+        let before = drawn(std::slice::from_ref(&caret));
         let after = drawn(&[letter.clone(), moved.clone()]);
         let glyph = Glyph::learn(&before, &after, &restless).expect("a letter");
-        assert!(glyph.on(&after) && glyph.on(&drawn(&[letter.clone()])));
-        for without in [paper(), drawn(&[caret.clone()]), drawn(&[moved.clone()])] {
+        assert!(glyph.on(&after) && glyph.on(&drawn(std::slice::from_ref(&letter))));
+        for without in
+            [paper(), drawn(std::slice::from_ref(&caret)), drawn(std::slice::from_ref(&moved))]
+        {
             assert!(glyph.off(&without) && !glyph.on(&without));
         }
 
@@ -179,7 +181,8 @@ mod tests {
     #[test]
     fn a_screen_of_another_size_shows_no_letter_and_patches_stay_inside() {
         let letter = bar(10, 8, 10, 0);
-        let glyph = Glyph::learn(&paper(), &drawn(&[letter.clone()]), &[]).expect("a letter");
+        let glyph =
+            Glyph::learn(&paper(), &drawn(std::slice::from_ref(&letter)), &[]).expect("a letter");
         let grown = Update { at: Instant::now(), patches: Vec::new(), size: Some((120, 50)) };
         let mut f = drawn(&[letter]);
         f.draw(&grown, |_| {});

@@ -38,6 +38,9 @@ pub struct ImageCache {
     seen: Arc<Mutex<Seen>>,
 }
 
+/// When the files of each image were touched, and which of them was damaged.
+type Seen = HashMap<Hash, (String, Option<String>)>;
+
 /// Before the damaged file in what is kept of an image that was verified.
 const DAMAGED: &str = "damaged ";
 

@@ -1,6 +1,8 @@
 //! One flipped bit in anything that a pool keeps: refused and named, mended, or without effect;
 //! never a wrong byte in a machine.
 
+#![allow(clippy::print_stderr, reason = "a test tells what it found")]
+
 mod common;
 
 use std::os::unix::fs::FileExt;
@@ -79,7 +81,7 @@ fn one_bit_flipped_in_anything_stored_is_named_mended_or_without_effect() {
         }
     }
     for (file, [named, mended, harmless]) in &seen {
-        println!("{file}: named {named}, mended {mended}, without effect {harmless}");
+        eprintln!("{file}: named {named}, mended {mended}, without effect {harmless}");
     }
     for file in
         [".pack", "substrate.json", "ID/state", "ID/pages", "ID/disk", ".mem", "layer.qcow2"]

@@ -384,36 +384,39 @@ impl Source<'_> {
                 self.undo().await?;
                 return Ok(Some(SourceEvent::Undone));
             }
-            SourceEffect::AskDestination => match {
+            SourceEffect::AskDestination => {
                 self.settle().await;
-                ask().await
-            } {
-                DestinationFate::Runs => return Ok(Some(SourceEvent::DestinationRuns)),
-                DestinationFate::Dead => {
-                    if let Some(why) = end_of(self.machine).await {
-                        return Err(MoveError::Ended { why });
+                let fate = ask().await;
+                match fate {
+                    DestinationFate::Runs => return Ok(Some(SourceEvent::DestinationRuns)),
+                    DestinationFate::Dead => {
+                        if let Some(why) = end_of(self.machine).await {
+                            return Err(MoveError::Ended { why });
+                        }
+                        let info = self
+                            .machine
+                            .query_migrate()
+                            .await
+                            .map_err(qemu("asking QEMU how its migration stands"))?;
+                        // QEMU lets the machine run again when it fails before it has sent it off.
+                        let failed = matches!(
+                            info.status,
+                            MigrationStatus::Failed | MigrationStatus::Cancelled
+                        );
+                        return Ok(Some(if failed {
+                            SourceEvent::Undone
+                        } else {
+                            SourceEvent::DestinationDead
+                        }));
                     }
-                    let info = self
-                        .machine
-                        .query_migrate()
-                        .await
-                        .map_err(qemu("asking QEMU how its migration stands"))?;
-                    // QEMU lets the machine run again when it fails before it has sent it off.
-                    let failed =
-                        matches!(info.status, MigrationStatus::Failed | MigrationStatus::Cancelled);
-                    return Ok(Some(if failed {
-                        SourceEvent::Undone
-                    } else {
-                        SourceEvent::DestinationDead
-                    }));
+                    DestinationFate::Unknown => {
+                        let SourceState::Uncertain { why } = self.driver.state().clone() else {
+                            return Ok(None);
+                        };
+                        return Err(MoveError::Uncertain { why });
+                    }
                 }
-                DestinationFate::Unknown => {
-                    let SourceState::Uncertain { why } = self.driver.state().clone() else {
-                        return Ok(None);
-                    };
-                    return Err(MoveError::Uncertain { why });
-                }
-            },
+            }
             SourceEffect::Reclaim => {
                 if !self.reclaim_by_relay().await? {
                     match self.keeper.take() {

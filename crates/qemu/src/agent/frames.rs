@@ -72,7 +72,7 @@ mod tests {
         let mut frames = Frames::default();
         let part = vec![b'x'; 1 << 20];
         let mut refused = 0;
-        for _ in 0..(2 * MAX_LINE >> 20) {
+        for _ in 0..((2 * MAX_LINE) >> 20) {
             frames.buf.extend_from_slice(&part);
             refused += usize::from(frames.next().is_err());
         }

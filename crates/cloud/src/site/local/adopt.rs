@@ -176,7 +176,6 @@ impl LocalSite {
             mac: MacAddress([0; 6]),
             below: Below::Image,
             migration: None,
-            warrant: None,
             reason: Some(format!("its record is damaged: {why}")),
             unfinished: None,
         };

@@ -8,7 +8,7 @@ use godwit_substrate::{
     ActivateRequest, Becomes, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
     SubstrateError, activate, dock_convert,
 };
-use godwit_types::{Code, DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
+use godwit_types::{DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::Mutex;
 use tokio_util::io::SyncIoBridge;

@@ -227,7 +227,6 @@ mod tests {
             mac: MacAddress([2, 0, 0, 0, 0, 1]),
             below: Below::Image,
             migration: None,
-            warrant: None,
             reason: None,
             unfinished: Some(Unfinished::Activating),
         }
