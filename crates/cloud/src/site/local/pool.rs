@@ -233,7 +233,7 @@ impl LocalSite {
 
     /// Ends QEMUs that wait for other substrates while there is no room for a machine of `memory`
     /// beside what they keep in use.
-    async fn give_way(&self, memory: godwit_types::Mib, id: SubstrateId) {
+    pub(super) async fn give_way(&self, memory: godwit_types::Mib, id: SubstrateId) {
         let mut others = self.shells.kept();
         others.retain(|other| *other != id);
         others.sort_unstable();
