@@ -247,6 +247,7 @@ mod tests {
             kind: SiteKind::Ap,
             joined: UnixMs(0),
             lease_until: UnixMs(1000),
+            last_seen: UnixMs(0),
             revoked: false,
             report: SiteReport {
                 cpus: 2,

@@ -233,7 +233,7 @@ impl LocalSite {
 
     /// Ends QEMUs that wait for other substrates while there is no room for a machine of `memory`
     /// beside what they keep in use.
-    async fn give_way(&self, memory: godwit_types::Mib, id: SubstrateId) {
+    pub(super) async fn give_way(&self, memory: godwit_types::Mib, id: SubstrateId) {
         let mut others = self.shells.kept();
         others.retain(|other| *other != id);
         others.sort_unstable();
@@ -285,9 +285,19 @@ impl LocalSite {
             tokio::time::sleep(TURN).await;
             drop(turn);
         });
-        let activated = activate(&self.pool, Some(&self.shells), request).await.map_err(coded);
+        let activated = activate(&self.pool, Some(&self.shells), request).await;
         turn.abort();
-        let activated = activated?;
+        let activated = activated.map_err(|e| {
+            let outdated = matches!(e, SubstrateError::Shape { .. });
+            let fault = coded(e);
+            if outdated {
+                let name = &substrate.name;
+                return fault.hint(format!(
+                    "boot its disk and dock it again: godwit substrate rebuild {name}"
+                ));
+            }
+            fault
+        })?;
         godwit_hold::at("activate.plugged").await;
         Ok(activated)
     }
