@@ -178,6 +178,11 @@ impl Cloud {
         self.wait_ap();
     }
 
+    /// Starts a daemon and waits only until it says that it serves.
+    pub fn serves(&mut self, which: Daemon) {
+        self.spawn(which, &[]);
+    }
+
     /// Starts the center again that was killed.
     pub fn restart_center(&mut self) {
         self.spawn(Daemon::Center, &[]);

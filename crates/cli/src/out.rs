@@ -63,6 +63,13 @@ pub(crate) fn talk_bytes(data: &[u8]) {
     let _ = io::stderr().lock().write_all(data);
 }
 
+/// Names on stderr the sites that gave no answer.
+pub(crate) fn unanswered(sites: &[godwit_cloud::controller::Unanswered]) {
+    for site in sites {
+        talk(&format!("warning: {}", plain(&site.error.message)));
+    }
+}
+
 /// Whether bars and spinners may be drawn.
 pub(crate) fn shows_progress() -> bool {
     io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|t| t != "dumb")

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use godwit_cloud::Fault;
+use godwit_cloud::controller::Unanswered;
 use godwit_cloud::site::{ImageInfo, image_info, images_of};
 use godwit_image::{Image, ImageCache, ImageError, Recipe};
 use godwit_types::{Code, Name, SiteKind};
@@ -85,6 +86,13 @@ struct Held {
     image: ImageInfo,
 }
 
+/// What the center answers.
+#[derive(Debug, Deserialize)]
+struct Listed {
+    images: Vec<Held>,
+    unanswered: Vec<Unanswered>,
+}
+
 impl Row for Held {
     const COLUMNS: &'static [&'static str] =
         &["NAME", "SITE", "BUILT", "ARCH", "MEMORY", "SIZE", "APP", "VCPUS", "DISPLAY", "HASH"];
@@ -152,7 +160,9 @@ impl Noun {
             }
             (Verb::List { site }, Some(client)) => {
                 let at = site.map(|s| format!("?site={s}")).unwrap_or_default();
-                let mut all: Vec<Held> = client.get(&format!("/v1/images{at}")).await?;
+                let listed: Listed = client.get(&format!("/v1/images{at}")).await?;
+                let mut all = listed.images;
+                out::unanswered(&listed.unanswered);
                 all.sort_by(|a, b| (&a.image.name, &a.site).cmp(&(&b.image.name, &b.site)));
                 out::list(format, &all)?;
                 Ok(Outcome::Done)

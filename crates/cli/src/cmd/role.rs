@@ -211,13 +211,15 @@ impl ApRole {
             a = Box::pin(Agent::start(config)) => a?,
             () = ends.wait() => return Ok(Outcome::Done),
         };
-        let stopped = tokio::select! {
-            () = agent.connected() => false,
-            () = ends.wait() => true,
-        };
-        if !stopped {
-            notify("READY=1");
-            ends.wait().await;
+        // It serves its machines; the center may be away for as long as it likes.
+        notify("READY=1");
+        notify("STATUS=looking for the center");
+        tokio::select! {
+            () = agent.follow(|connected| {
+                let status = if connected { "at its center" } else { "looking for the center" };
+                notify(&format!("STATUS={status}"));
+            }) => {}
+            () = ends.wait() => {}
         }
         notify("STOPPING=1");
         agent.stop().await;

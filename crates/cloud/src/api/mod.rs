@@ -135,6 +135,7 @@ impl Api {
             .route("/v1/substrates/{substrate}", get(substrates::one))
             .route("/v1/substrates/{substrate}", delete(substrates::remove))
             .route("/v1/substrates/{substrate}/export", get(substrates::export))
+            .route("/v1/substrates/{substrate}/rebuild", post(substrates::rebuild))
             .route("/v1/ops", get(operations::list))
             .route("/v1/ops/{id}", get(operations::one))
             .route("/v1/ops/{id}/events", get(operations::events))
@@ -366,6 +367,7 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         substrates::list,
         substrates::one,
         substrates::remove,
+        substrates::rebuild,
         substrates::export,
         substrates::import,
         substrates::pool,

@@ -179,13 +179,16 @@ impl Controller {
                     SiteReply::Checked(r) => Err(Fault::new(
                         Code::Damaged,
                         format!(
-                            "{} of {} units are damaged: {}",
+                            "{} found damaged, {} units read: {}",
                             r.damaged.len(),
                             r.units,
-                            r.damaged.join(", ")
+                            r.damaged.join("; ")
                         ),
                     )
-                    .hint("delete the substrates that use them, or import them again")),
+                    .hint(
+                        "what is made again mends itself; delete substrates with damaged units and \
+                         import them again; build damaged images again",
+                    )),
                     other => Err(Fault::internal(format!("the site answered {}", other.label()))),
                 }
             })

@@ -11,6 +11,7 @@
 //! In the center's own process the same requests go to the site directly. Requests that act on
 //! a machine carry its generation; a site remembers the highest it has seen and refuses less.
 
+pub(crate) mod bounds;
 pub(crate) mod frames;
 mod local;
 mod remote;

@@ -49,6 +49,8 @@ pub enum Origin {
     Image(Name),
     /// Activation.
     Substrate(SubstrateId),
+    /// Cold boot of the disk that a substrate stores.
+    StoredDisk(SubstrateId),
 }
 
 /// A machine to be made.
@@ -485,6 +487,8 @@ pub enum SiteRequest {
     /// The certificates that are no longer good. An older list than the one that is there
     /// changes nothing.
     Revocations(Revocations),
+    /// Whether the site answers: done at once.
+    Ping,
 }
 
 /// What the site answers.
@@ -602,6 +606,7 @@ impl fmt::Display for Origin {
         match self {
             Self::Image(n) => write!(f, "image {n}"),
             Self::Substrate(s) => write!(f, "substrate {s}"),
+            Self::StoredDisk(s) => write!(f, "the disk of substrate {s}"),
         }
     }
 }

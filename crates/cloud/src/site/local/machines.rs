@@ -123,6 +123,10 @@ impl LocalSite {
                 let id = *id;
                 return self.activate(new, id, call).await;
             }
+            Origin::StoredDisk(id) => {
+                let id = *id;
+                return self.boot_stored(new, id, call).await;
+            }
         };
         let (cache, name) = (self.images.clone(), image.clone());
         let image = tokio::task::spawn_blocking(move || {
@@ -196,7 +200,7 @@ impl LocalSite {
 
     /// Starts QEMU and waits for the guest's first answer; its screen and its console can be looked
     /// at meanwhile. On failure, or once it is not wanted any more, no QEMU is left.
-    async fn boot(
+    pub(super) async fn boot(
         &self,
         entry: &Mutex<Entry>,
         record: &MachineRecord,

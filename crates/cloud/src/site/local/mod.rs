@@ -16,7 +16,9 @@ mod relays;
 mod report;
 mod resume;
 mod sched;
+mod screens;
 mod scrub;
+mod stored;
 mod tombs;
 mod users;
 mod waiting;
@@ -134,6 +136,7 @@ pub struct LocalSite {
     moves: moves::Moves,
     trust: Trust,
     options: SiteOptions,
+    screens: screens::Screens,
     sched: std::sync::Mutex<Option<godwit_sched_host::service::Service>>,
     me: std::sync::Weak<Self>,
 }
@@ -204,6 +207,7 @@ impl LocalSite {
             moves: moves::Moves::default(),
             trust,
             options,
+            screens: screens::Screens::new(screens::SCREENS_AT_ONCE),
             sched,
             me: me.clone(),
         });
@@ -397,6 +401,7 @@ impl SiteHost for LocalSite {
                 return Ok(self.import(name, content));
             }
         };
+        let place = self.screens.place(&self.name)?;
         let entry = self.entry(vm).await?;
         let entry = entry.lock().await;
         let path = if display {
@@ -407,7 +412,7 @@ impl SiteHost for LocalSite {
         let stream = UnixStream::connect(path).await.map_err(|e| {
             Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
         })?;
-        Ok(Box::pin(stream))
+        Ok(Box::pin(screens::Shown::new(stream, place)))
     }
 }
 
@@ -531,6 +536,7 @@ impl LocalSite {
                 self.whole()?.tell_fate(migration, dead).await?;
                 SiteReply::Done
             }
+            SiteRequest::Ping => SiteReply::Done,
             SiteRequest::Revocations(list) => {
                 self.take_revocations(list)?;
                 SiteReply::Done
