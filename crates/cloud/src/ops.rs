@@ -12,7 +12,7 @@
 //! starts and finds operations that have not ended, the controller reads their journals and
 //! finishes or undoes them. Progress lives in memory only: it is worth nothing after a restart.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -111,6 +111,17 @@ pub enum OpKind {
         /// The site that gets it.
         to: Name,
     },
+    /// Boots a substrate's stored disk and docks it again in its place.
+    SubstrateRebuild {
+        /// The machine that it is booted as.
+        vm: VmId,
+        /// The substrate's name.
+        name: Name,
+        /// The substrate as it was.
+        old: SubstrateId,
+        /// The substrate that takes its place.
+        new: SubstrateId,
+    },
     /// Reads every stored page and block of a pool and compares it with its hash.
     PoolCheck {
         /// Whose pool.
@@ -132,6 +143,7 @@ impl OpKind {
             Self::VmDock { .. } => "vm dock",
             Self::VmMigrate { .. } => "vm migrate",
             Self::SubstrateCopy { .. } => "substrate copy",
+            Self::SubstrateRebuild { .. } => "substrate rebuild",
             Self::PoolCheck { .. } => "pool check",
         }
     }
@@ -146,7 +158,8 @@ impl OpKind {
             | Self::VmStop { vm, .. }
             | Self::VmDelete { vm, .. }
             | Self::VmDock { vm, .. }
-            | Self::VmMigrate { vm, .. } => Some(*vm),
+            | Self::VmMigrate { vm, .. }
+            | Self::SubstrateRebuild { vm, .. } => Some(*vm),
             Self::ImageBuild { .. } | Self::SubstrateCopy { .. } | Self::PoolCheck { .. } => None,
         }
     }
@@ -163,7 +176,8 @@ impl OpKind {
             | Self::VmDelete { name, .. }
             | Self::VmDock { name, .. }
             | Self::VmMigrate { name, .. }
-            | Self::SubstrateCopy { name, .. } => name,
+            | Self::SubstrateCopy { name, .. }
+            | Self::SubstrateRebuild { name, .. } => name,
             Self::PoolCheck { site } => site,
         }
     }
@@ -186,6 +200,9 @@ pub struct Progress {
 
 /// Stages an operation may show; more are dropped, so that a peer cannot fill the memory.
 const MAX_STAGES: usize = 16;
+
+/// Steps that an operation's journal keeps; beyond these, the oldest that has ended goes.
+const MAX_STEPS: usize = 256;
 
 struct Live {
     view: watch::Sender<OpRecord>,
@@ -307,10 +324,10 @@ impl Ops {
     /// # Errors
     /// When the registry fails.
     pub fn abandoned(&self) -> Result<Vec<OpRecord>, RegistryError> {
-        let mut ops = self.registry.ops()?;
+        let ops = self.registry.ops_shared();
         let live = self.live();
-        ops.retain(|o| !o.state.is_final() && !live.contains_key(&o.id));
-        Ok(ops)
+        let left = ops.into_iter().filter(|o| !o.state.is_final() && !live.contains_key(&o.id));
+        Ok(left.map(Arc::unwrap_or_clone).collect())
     }
 
     /// All operations, oldest first, running ones with their present progress.
@@ -326,6 +343,19 @@ impl Ops {
             }
         }
         Ok(ops)
+    }
+
+    /// Operations by kind and state.
+    #[must_use]
+    pub fn counts(&self) -> BTreeMap<(&'static str, String), u32> {
+        let mut counts = BTreeMap::new();
+        let kept = self.registry.ops_shared();
+        let live = self.live();
+        for op in kept {
+            let state = live.get(&op.id).map_or(op.state, |l| l.view.borrow().state);
+            *counts.entry((op.kind.verb(), state.to_string())).or_default() += 1;
+        }
+        counts
     }
 
     /// Follows one operation. The receiver's value is the present state; it changes no more
@@ -415,8 +445,12 @@ impl OpHandle {
         Ok(())
     }
 
-    /// Shows how far a stage is.
-    pub fn progress(&self, p: Progress) {
+    /// Shows how far a stage is. Whoever watches sees the latest; nobody is waited for.
+    pub fn progress(&self, mut p: Progress) {
+        // A site made it.
+        for (text, limit) in [(&mut p.stage, 64), (&mut p.unit, 64), (&mut p.note, 1024)] {
+            crate::site::bounds::tidy(text, limit);
+        }
         if let Some(l) = self.ops.live().get(&self.id) {
             l.view.send_modify(|o| {
                 if let Some(q) = o.progress.iter_mut().find(|q| q.stage == p.stage) {
@@ -434,6 +468,12 @@ impl OpHandle {
     /// When the registry fails; then the step must not be taken.
     pub fn begin(&self, step: &str, data: Value) -> Result<(), Fault> {
         self.journal(|j| {
+            // A step that was taken again and again says no more than its last times.
+            if j.len() >= MAX_STEPS
+                && let Some(old) = j.iter().position(|s| s.state != StepState::Begun)
+            {
+                j.remove(old);
+            }
             j.push(Step { name: step.to_owned(), state: StepState::Begun, data });
         })
     }

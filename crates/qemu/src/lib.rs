@@ -37,7 +37,7 @@ pub use machine::{
     Action, BlockStats, Capability, Life, Machine, MigrationInfo, MigrationStatus, Parameters,
     RAM_BLOCK, Refused, RunPaths, Screenshot,
 };
-pub use manifest::{Manifest, ManifestMismatch};
+pub use manifest::{Manifest, ManifestMismatch, versions_fit};
 pub use memory::{MemoryFile, MemoryReader};
 pub use process::{Exit, Process, started_below};
 pub use qmp::{Event, EventCursor, Qmp, QmpError};

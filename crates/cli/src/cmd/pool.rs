@@ -1,6 +1,7 @@
 //! `godwit pool`: what the sites' stores hold.
 
 use clap::{Args, Subcommand};
+use godwit_cloud::controller::Unanswered;
 use godwit_cloud::site::PoolReport;
 use godwit_types::Name;
 use reqwest::Method;
@@ -53,6 +54,13 @@ struct SitePool {
     pool: PoolReport,
 }
 
+/// What the center answers.
+#[derive(Debug, Deserialize)]
+struct Listed {
+    pools: Vec<SitePool>,
+    unanswered: Vec<Unanswered>,
+}
+
 impl Row for SitePool {
     const COLUMNS: &'static [&'static str] =
         &["SITE", "SUBSTRATES", "UNITS", "RAW", "STORED", "SAVED", "FREE", "WAITING", "IN-MEMORY"];
@@ -85,7 +93,9 @@ impl Row for SitePool {
 impl Noun {
     pub(crate) async fn run(self) -> Result {
         let client = Client::open(&self.talk.connect)?;
-        let all: Vec<SitePool> = client.get("/v1/pool").await?;
+        let listed: Listed = client.get("/v1/pool").await?;
+        let all = listed.pools;
+        out::unanswered(&listed.unanswered);
         match self.verb {
             Verb::Status => out::list(self.talk.output, &all)?,
             Verb::Check { site, how } => {

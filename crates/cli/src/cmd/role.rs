@@ -67,7 +67,8 @@ pub(crate) struct CenterRole {
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
     /// Where token, certificate and address for clients are written [default: ~/.config/godwit]
-    #[arg(long, env = "GODWIT_CONFIG", hide_env_values = true, value_name = "DIR")]
+    /// [env: GODWIT_CONFIG]
+    #[arg(long, value_name = "DIR")]
     config: Option<PathBuf>,
     /// Also write the operator token here
     #[arg(long, value_name = "FILE")]
@@ -210,13 +211,15 @@ impl ApRole {
             a = Box::pin(Agent::start(config)) => a?,
             () = ends.wait() => return Ok(Outcome::Done),
         };
-        let stopped = tokio::select! {
-            () = agent.connected() => false,
-            () = ends.wait() => true,
-        };
-        if !stopped {
-            notify("READY=1");
-            ends.wait().await;
+        // It serves its machines; the center may be away for as long as it likes.
+        notify("READY=1");
+        notify("STATUS=looking for the center");
+        tokio::select! {
+            () = agent.follow(|connected| {
+                let status = if connected { "at its center" } else { "looking for the center" };
+                notify(&format!("STATUS={status}"));
+            }) => {}
+            () = ends.wait() => {}
         }
         notify("STOPPING=1");
         agent.stop().await;

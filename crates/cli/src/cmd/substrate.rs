@@ -46,6 +46,14 @@ enum Verb {
         #[command(flatten)]
         how: Change,
     },
+    /// Boot the disk that a substrate stores and dock it again in its place, when its saved state
+    /// can no longer be loaded
+    Rebuild {
+        /// Name or id
+        substrate: Name,
+        #[command(flatten)]
+        how: Change,
+    },
     /// Write a substrate to one file
     Export {
         /// Name or id
@@ -126,6 +134,14 @@ impl Noun {
                     tell,
                 )
                 .await;
+            }
+            Verb::Rebuild { substrate, how } => {
+                let path = format!("/v1/substrates/{substrate}/rebuild");
+                let words = format!("{substrate}   rebuilt");
+                let tell = (substrate.as_str(), words.as_str());
+                let request = (Method::POST, path.as_str());
+                let body = serde_json::json!({});
+                return change_and_tell(&client, &self.talk, &how, request, &body, tell).await;
             }
             Verb::Export { substrate, file } => export(&client, &substrate, &file).await?,
             Verb::Import { file, name, site } => {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{Answer, Api, Params, Path, accepted, name};
-use crate::controller::Mode;
+use crate::controller::{Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::site::ImageInfo;
 
@@ -22,6 +22,15 @@ pub(super) struct SiteImage {
     image: ImageInfo,
 }
 
+/// The images of the sites that answered.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(super) struct ImageList {
+    /// What they have.
+    images: Vec<SiteImage>,
+    /// The sites that did not answer.
+    unanswered: Vec<Unanswered>,
+}
+
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -33,24 +42,22 @@ pub(super) struct At {
     dry_run: bool,
 }
 
-/// All images at all sites.
-#[utoipa::path(get, path = "/v1/images", params(At), responses((status = 200, body = Vec<SiteImage>)))]
+/// All images at all sites. A site that does not answer in time is named beside them.
+#[utoipa::path(get, path = "/v1/images", params(At), responses((status = 200, body = ImageList)))]
 pub(super) async fn list(
     State(api): State<Api>,
     Params(at): Params<At>,
-) -> Answer<Json<Vec<SiteImage>>> {
+) -> Answer<Json<ImageList>> {
     let hosts = match &at.site {
         Some(s) => vec![api.controller.host(s)?],
         None => api.controller.hosts(),
     };
-    let mut out = Vec::new();
-    for host in hosts {
-        let site = host.name().clone();
-        out.extend(
-            host.images().await?.into_iter().map(|image| SiteImage { site: site.clone(), image }),
-        );
-    }
-    Ok(Json(out))
+    let all = ask_all(hosts, async |host| host.images().await).await;
+    let at = |(site, images): (Name, Vec<ImageInfo>)| {
+        images.into_iter().map(move |image| SiteImage { site: site.clone(), image })
+    };
+    let images = all.answers.into_iter().flat_map(at).collect();
+    Ok(Json(ImageList { images, unanswered: all.unanswered }))
 }
 
 /// One image, as the first site that has it tells.
@@ -61,6 +68,19 @@ pub(super) async fn one(
     Path(image): Path<String>,
 ) -> Answer<Json<ImageInfo>> {
     Ok(Json(api.controller.image(&name(&image)?).await?))
+}
+
+/// Removes an image from a site, or from every site, with its older builds.
+#[utoipa::path(delete, path = "/v1/images/{name}", params(("name" = String, Path), At),
+    responses((status = 200, body = crate::controller::Accepted), (status = 404, body = Fault),
+    (status = 409, body = Fault)))]
+pub(super) async fn remove(
+    State(api): State<Api>,
+    Path(image): Path<String>,
+    Params(at): Params<At>,
+) -> Answer<Response> {
+    let mode = if at.dry_run { Mode::DryRun } else { Mode::Act };
+    Ok(accepted(api.controller.image_delete(&name(&image)?, at.site, mode).await?))
 }
 
 /// Builds an image from its recipe, at the center unless a site is named.

@@ -90,10 +90,19 @@ pub(super) async fn metrics(State(api): State<Api>) -> Answer<impl IntoResponse>
         "Substrates in the pools.",
         vec![(String::new(), substrates.len() as f64)],
     );
-    let mut ops: BTreeMap<(&'static str, String), u32> = BTreeMap::new();
-    for op in api.controller.ops().list()? {
-        *ops.entry((op.kind.verb(), op.state.to_string())).or_default() += 1;
-    }
+    family(
+        "godwit_registry_commits_total",
+        "counter",
+        "Write transactions of the registry since the daemon started.",
+        vec![(String::new(), registry.commits() as f64)],
+    );
+    family(
+        "godwit_registry_damaged_entries",
+        "gauge",
+        "Entries of the registry that do not parse and are left out.",
+        vec![(String::new(), registry.damaged().len() as f64)],
+    );
+    let ops = api.controller.ops().counts();
     family(
         "godwit_operations",
         "gauge",

@@ -16,7 +16,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{Answer, Api, MAX_IMPORT, Params, Path, accepted, drop_rest, is_type, name};
 use crate::controller::bring::finish_import;
-use crate::controller::{Accepted, Mode};
+use crate::controller::{Accepted, Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
 use crate::site::frames::FrameReader;
@@ -43,6 +43,15 @@ pub(super) struct SitePool {
     /// What it holds.
     #[serde(flatten)]
     pool: PoolReport,
+}
+
+/// The pools of the sites that answered.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(super) struct PoolList {
+    /// What they hold.
+    pools: Vec<SitePool>,
+    /// The sites that did not answer.
+    unanswered: Vec<Unanswered>,
 }
 
 /// All substrates.
@@ -72,6 +81,19 @@ pub(super) async fn remove(
     Params(dry): Params<super::DryRun>,
 ) -> Answer<Response> {
     Ok(accepted(api.controller.substrate_delete(&s, dry.mode()).await?))
+}
+
+/// Boots the disk that a substrate stores and docks the machine in its place: for one whose saved
+/// state no QEMU loads any more.
+#[utoipa::path(post, path = "/v1/substrates/{substrate}/rebuild",
+    params(("substrate" = String, Path), super::DryRun),
+    responses((status = 202, body = Accepted), (status = 404, body = Fault), (status = 409, body = Fault)))]
+pub(super) async fn rebuild(
+    State(api): State<Api>,
+    Path(s): Path<String>,
+    Params(dry): Params<super::DryRun>,
+) -> Answer<Response> {
+    Ok(accepted(api.controller.substrate_rebuild(&s, dry.mode())?))
 }
 
 /// A substrate as one file. Refused when something of it is damaged; a body that is cut off is not
@@ -185,19 +207,18 @@ fn too_large() -> Fault {
     Fault::new(Code::TooLarge, "the substrate is over 64 GiB")
 }
 
-/// The pools of all sites.
-#[utoipa::path(get, path = "/v1/pool", responses((status = 200, body = Vec<SitePool>)))]
-pub(super) async fn pool(State(api): State<Api>) -> Answer<Json<Vec<SitePool>>> {
-    let mut out = Vec::new();
-    for host in api.controller.hosts() {
+/// The pools of all sites. A site that does not answer in time is named beside them.
+#[utoipa::path(get, path = "/v1/pool", responses((status = 200, body = PoolList)))]
+pub(super) async fn pool(State(api): State<Api>) -> Answer<Json<PoolList>> {
+    let all = ask_all(api.controller.hosts(), async |host| {
         match host.ask(SiteRequest::Pool, Call::quiet()).await? {
-            SiteReply::Pool(pool) => out.push(SitePool { site: host.name().clone(), pool }),
-            other => {
-                return Err(Fault::internal(format!("the site answered {}", other.label())).into());
-            }
+            SiteReply::Pool(pool) => Ok(pool),
+            other => Err(Fault::internal(format!("the site answered {}", other.label()))),
         }
-    }
-    Ok(Json(out))
+    });
+    let all = all.await;
+    let pools = all.answers.into_iter().map(|(site, pool)| SitePool { site, pool }).collect();
+    Ok(Json(PoolList { pools, unanswered: all.unanswered }))
 }
 
 /// Reads every page and block of a pool and compares it with its hash.

@@ -100,6 +100,9 @@ impl Controller {
         host: &Arc<dyn SiteHost>,
         mut report: SiteReport,
     ) -> Result<SiteReport, Fault> {
+        if self.registry.knows_holdings(host.name(), &report) {
+            return Ok(report);
+        }
         let trusted = self.registry.site(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
         let mut unasked = 0u64;
         for s in host.substrates().await? {
@@ -123,6 +126,26 @@ impl Controller {
         Ok(report)
     }
 
+    /// A substrate that is new to the registry, as its first holder tells of it.
+    pub(super) fn record_of(site: &Name, info: SubstrateInfo) -> SubstrateRecord {
+        SubstrateRecord {
+            id: info.id,
+            name: info.name,
+            kind: info.kind,
+            owner: info.owner,
+            image: info.image,
+            arch: info.arch,
+            memory: info.memory,
+            vcpus: info.vcpus,
+            raw_bytes: info.raw_bytes,
+            stored_bytes: info.stored_bytes,
+            created: info.created,
+            holders: [site.clone()].into(),
+            content: Some(info.content),
+            damaged: BTreeMap::new(),
+        }
+    }
+
     /// Whether the center knows of a substrate, or has asked for it to be docked: a site publishes
     /// nothing by itself.
     fn asked_for(&self, id: SubstrateId) -> Result<bool, Fault> {
@@ -130,9 +153,10 @@ impl Controller {
             Ok(_) => Ok(true),
             Err(RegistryError::NotFound { .. }) => {
                 let ops = self.ops().list().map_err(registry_fault)?;
-                Ok(ops.iter().any(
-                    |o| matches!(&o.kind, OpKind::VmDock { substrate, .. } if *substrate == id),
-                ))
+                Ok(ops.iter().any(|o| {
+                    matches!(&o.kind, OpKind::VmDock { substrate: made, .. }
+                        | OpKind::SubstrateRebuild { new: made, .. } if *made == id)
+                }))
             }
             Err(e) => Err(registry_fault(e)),
         }
@@ -146,22 +170,7 @@ impl Controller {
     ) -> Result<SubstrateRecord, Fault> {
         match self.registry.substrate_seen(info.id, site, info.content) {
             Err(RegistryError::NotFound { .. }) => {
-                let record = SubstrateRecord {
-                    id: info.id,
-                    name: info.name,
-                    kind: info.kind,
-                    owner: info.owner,
-                    image: info.image,
-                    arch: info.arch,
-                    memory: info.memory,
-                    vcpus: info.vcpus,
-                    raw_bytes: info.raw_bytes,
-                    stored_bytes: info.stored_bytes,
-                    created: info.created,
-                    holders: [site.clone()].into(),
-                    content: Some(info.content),
-                    damaged: BTreeMap::new(),
-                };
+                let record = Self::record_of(site, info);
                 let added = self.registry.substrate_add(&record);
                 // The site's report and the answer to its docking may both come now.
                 match (added, self.registry.substrate(&record.id.to_string())) {

@@ -10,9 +10,9 @@ use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
-use crate::placement::{Demand, Source, place};
+use crate::placement::{Demand, Source};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{Call, ImageInfo, NewMachine, Origin, SiteHost, SiteRequest};
+use crate::site::{Call, NewMachine, Origin, SiteHost, SiteRequest};
 
 /// A call of a site whose progress is shown by the operation.
 pub(super) fn call_of(op: &OpHandle) -> Call {
@@ -30,37 +30,6 @@ struct Shape {
 }
 
 impl Controller {
-    /// Finds an image at any attached site.
-    ///
-    /// # Errors
-    /// Not found; conflict when only its recipe is known.
-    pub async fn image(&self, name: &Name) -> Result<ImageInfo, Fault> {
-        let mut recipe = None;
-        for host in self.hosts() {
-            match host.images().await {
-                Ok(all) => {
-                    for i in all.into_iter().filter(|i| &i.name == name) {
-                        if i.built {
-                            return Ok(i);
-                        }
-                        recipe = Some(i);
-                    }
-                }
-                Err(f) => tracing::debug!(site = %host.name(), error = %f, "images not listed"),
-            }
-        }
-        if let Some(why) = recipe.as_ref().and_then(|i| i.fault.as_ref()) {
-            Err(Fault::new(Code::Damaged, format!("image '{name}' cannot be used: {why}"))
-                .hint(format!("build it again: godwit image build {name}")))
-        } else if recipe.is_some() {
-            Err(Fault::conflict(format!("image '{name}' has not been built"))
-                .hint(format!("build it with: godwit image build {name}")))
-        } else {
-            Err(Fault::not_found(format!("no image '{name}'"))
-                .hint("see the images with: godwit image list"))
-        }
-    }
-
     async fn shape(&self, want: &CreateVm) -> Result<Shape, Fault> {
         match (&want.image, &want.substrate) {
             (Some(image), None) => {
@@ -141,26 +110,13 @@ impl Controller {
             vcpus: shape.vcpus,
             source: match &shape.origin {
                 Origin::Image(i) => Source::Image(i.clone()),
-                Origin::Substrate(s) => Source::Substrate(*s),
+                Origin::Substrate(s) | Origin::StoredDisk(s) => Source::Substrate(*s),
             },
             only: want.site,
             not: None,
         };
         let now = UnixMs::now();
-        let mut sites = self.registry.sites().map_err(registry_fault)?;
-        // What was docked or brought a moment ago is in no report yet.
-        if let Some(s) = &shape.substrate {
-            for site in sites.iter_mut().filter(|site| s.holders.contains(&site.name)) {
-                site.report.substrates.insert(s.id);
-            }
-        }
-        let placed = place(&demand, &sites, now).map_err(|r| {
-            let f = Fault::of(&r);
-            match r.hint() {
-                Some(h) => f.hint(h),
-                None => f,
-            }
-        })?;
+        let placed = self.choose(&demand, shape.substrate.as_ref())?;
         let plan = match &shape.substrate {
             Some(s) if placed.holds => {
                 format!("activate '{name}' from substrate '{}' at {}", s.name, placed.site)
@@ -364,7 +320,9 @@ impl Controller {
     /// What refuses it.
     pub fn delete(self: &Arc<Self>, key: &str, mode: Mode) -> Result<Accepted, Fault> {
         let vm = self.registry.vm(key).map_err(registry_fault)?;
-        if matches!(vm.state, VmState::Docking | VmState::Starting) {
+        // One that no operation works on was left behind: this is the way out.
+        let changing = matches!(vm.state, VmState::Docking | VmState::Starting);
+        if changing && self.ops.works_on(vm.id) {
             return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state))
                 .hint("wait for it or cancel it: godwit op list"));
         }
@@ -414,7 +372,7 @@ impl Controller {
         let name = how.name.unwrap_or_else(|| vm.name.clone());
         if self.registry.substrate(name.as_str()).is_ok() {
             return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
-                .hint("name another with --name"));
+                .hint("give it another name with --name"));
         }
         let host = self.host(&vm.site)?;
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);

@@ -18,11 +18,14 @@
 //! ```
 
 mod arrive;
+mod ask;
 pub(crate) mod bring;
 mod depart;
+mod exec;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
+mod rebuild;
 mod recover;
 mod settle;
 #[cfg(test)]
@@ -39,11 +42,16 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use utoipa::ToSchema;
 
+pub use exec::GuestProcess;
+
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::Ops;
 use crate::registry::{Registry, SiteRecord, SiteReport, VmRecord};
 use crate::site::{Call, SiteHost, SiteRequest};
+
+pub(crate) use ask::ask_all;
+pub use ask::{ANSWER_WITHIN, Unanswered};
 
 /// How long a site stays usable without a report.
 pub const LEASE: Duration = Duration::from_secs(15);
@@ -215,6 +223,7 @@ impl Controller {
             kind,
             joined: old.map_or(now, |s| s.joined),
             lease_until: now.plus(LEASE),
+            last_seen: now,
             revoked: false,
             report: report.clone(),
         };
@@ -237,6 +246,9 @@ impl Controller {
         if hosts.get(name).is_some_and(|h| Arc::ptr_eq(h, host)) {
             hosts.remove(name);
             drop(hosts);
+            if let Err(error) = self.registry.site_away(name) {
+                tracing::warn!(site = %name, %error, "when it was seen last is not written down");
+            }
             self.sites.changes.send_modify(|n| *n += 1);
             tracing::warn!(site = %name, "not reachable any more");
         }
@@ -252,7 +264,7 @@ impl Controller {
     /// Sends the list of revoked certificates to one site.
     pub async fn tell_revocations(&self, host: &Arc<dyn SiteHost>, list: &Revocations) {
         let request = SiteRequest::Revocations(list.clone());
-        let told = tokio::time::timeout(LEASE, host.tell(request, Call::quiet())).await;
+        let told = tokio::time::timeout(ANSWER_WITHIN, host.tell(request, Call::quiet())).await;
         let told = told.unwrap_or_else(|_| Err(Fault::unavailable("it did not answer")));
         if let Err(error) = told {
             tracing::warn!(site = %host.name(), %error, "not told of revoked certificates");
@@ -298,8 +310,16 @@ impl Controller {
         let mut missed = 0;
         loop {
             tick.tick().await;
-            match tokio::time::timeout(LEASE, self.refresh(&host)).await {
+            let report = tokio::time::timeout(LEASE, self.refresh(&host));
+            // A site that takes long to tell what it has is there; one that is stopped is not.
+            let (reported, ()) = tokio::join!(report, self.check_answers(&host));
+            match reported {
                 Ok(Ok(_)) => missed = 0,
+                // It is there, and what it says of itself is not used: its lease runs out.
+                Ok(Err(f)) if f.code == godwit_types::Code::Damaged => {
+                    missed = 0;
+                    tracing::warn!(site = %host.name(), error = %f, "its report is refused");
+                }
                 Ok(Err(f)) => {
                     missed += 1;
                     tracing::debug!(site = %host.name(), error = %f, "no report");
@@ -333,7 +353,7 @@ impl Controller {
         Err(Fault::unavailable(format!(
             "site '{}' is not connected (last heard of {})",
             site.name,
-            UnixMs(site.lease_until.0.saturating_sub(LEASE.as_millis() as u64)).rfc3339()
+            site.last_seen.rfc3339()
         ))
         .hint("its daemon reconnects by itself; see: godwit site list"))
     }

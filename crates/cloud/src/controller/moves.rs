@@ -13,7 +13,7 @@ use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
-use crate::placement::{Demand, Source, place};
+use crate::placement::{Demand, Source};
 use crate::registry::{Arriving, VmRecord};
 use crate::site::{Call, MachineStatus, SiteHost, SiteReply, SiteRequest, UNCERTAIN};
 
@@ -98,14 +98,7 @@ impl Controller {
             only: want.to,
             not: Some(vm.site.clone()),
         };
-        let sites = self.registry.sites().map_err(registry_fault)?;
-        let to = place(&demand, &sites, UnixMs::now())
-            .map_err(|r| {
-                let mut f = Fault::of(&r);
-                f.hint = r.hint();
-                f
-            })?
-            .site;
+        let to = self.choose(&demand, None)?.site;
         for site in [&vm.site, &to] {
             let _ = self.host(site)?;
         }

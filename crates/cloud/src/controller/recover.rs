@@ -4,6 +4,7 @@
 //! machine, the one with the higher generation that runs it is right, if it has the center's
 //! warrant for that generation: a claim alone moves nothing.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::registry::{OpRecord, VmRecord};
 use crate::site::{Call, MachineStatus, SiteHost, SiteRequest, UNKNOWN_GENERATION};
 
 /// How long a restarted center waits for a site to come back before it decides without it.
-const RETURN_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const RETURN_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long it waits for a migration that goes on between two sites without it.
 const MOVE_LIMIT: Duration = Duration::from_secs(600);
@@ -91,6 +92,9 @@ impl Controller {
                 };
                 let why = restarted().hint("dock it again");
                 self.settle_dock(handle, &record, *substrate, why).await
+            }
+            OpKind::SubstrateRebuild { vm, old, new, .. } => {
+                self.take_up_rebuild((*vm, *old, *new), again()).await
             }
             OpKind::VmMigrate { vm, from, to, generation, .. } => {
                 let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
@@ -226,15 +230,20 @@ impl Controller {
     /// runs there under a newer generation is found there, and one of an older generation is
     /// ended.
     pub(super) async fn settle_machines(&self, host: &Arc<dyn SiteHost>) -> Result<(), Fault> {
-        let known = self.registry.vms().map_err(registry_fault)?;
+        let asked_at = self.registry.revision();
         let machines = host.machines().await?;
+        let machines: HashMap<_, _> = machines.iter().map(|m| (m.vm, m)).collect();
+        // What has changed meanwhile may be newer than the answer.
+        let known = self.registry.vms_about(host.name(), machines.keys().copied(), asked_at);
         for vm in known {
-            // What has changed meanwhile may be newer than the answer.
-            if self.registry.vm(&vm.id.to_string()).ok().as_ref() != Some(&vm) {
+            let here = machines.get(&vm.id).copied();
+            let verdict = self.verdict(&vm, host.name(), here);
+            if matches!(verdict, Verdict::Fine)
+                || self.registry.vm(&vm.id.to_string()).ok().as_ref() != Some(&*vm)
+            {
                 continue;
             }
-            let here = machines.iter().find(|m| m.vm == vm.id);
-            match self.verdict(&vm, host.name(), here) {
+            match verdict {
                 Verdict::Fine => {}
                 Verdict::End => {
                     let release =

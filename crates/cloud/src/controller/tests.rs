@@ -1,15 +1,16 @@
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
+use bytes::Bytes;
 use godwit_migrate::hybrid::{Received, Sent};
-use godwit_types::{Arch, Code, OpState, SubstrateId, VmId, VmState};
+use godwit_types::{Arch, Code, Hash, OpState, SubstrateId, VmId, VmState};
 
 use super::*;
 use crate::error::Fault;
 use crate::ops::Progress;
 use crate::site::{
-    ByteStream, Call, ImageInfo, Incoming, MachineStatus, MemoryStand, MoveStand, Origin,
-    SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
+    ByteStream, Call, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus, MemoryStand,
+    MoveStand, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
@@ -26,6 +27,10 @@ struct Paper {
     gone: AtomicBool,
     /// It cannot say how a migration stands.
     silent: AtomicBool,
+    /// It answers nothing at all.
+    hung: AtomicBool,
+    /// How often it was asked what its pool holds.
+    listed: AtomicUsize,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -56,6 +61,8 @@ impl Paper {
             broken: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             silent: AtomicBool::new(false),
+            hung: AtomicBool::new(false),
+            listed: AtomicUsize::new(0),
         })
     }
     fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
@@ -90,6 +97,10 @@ impl SiteHost for Paper {
         Err(Fault::invalid("no streams on paper"))
     }
     async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+        if self.hung.load(SeqCst) {
+            std::future::pending::<()>().await;
+        }
+        let held = self.substrates.lock().expect("lock").clone();
         match request {
             SiteRequest::Report => Ok(SiteReply::Report(SiteReport {
                 cpus: 2,
@@ -97,6 +108,8 @@ impl SiteHost for Paper {
                 ram_files_free_mib: 8000,
                 disk_free_mib: 8000,
                 images: [name("tiny")].into(),
+                substrates: held.iter().map(|s| s.id).collect(),
+                holdings: Some(Hash::of(&postcard::to_stdvec(&held).expect("encoded"))),
                 ..SiteReport::default()
             })),
             SiteRequest::Images => Ok(SiteReply::Images(vec![ImageInfo {
@@ -111,9 +124,11 @@ impl SiteHost for Paper {
                 built: true,
                 fault: None,
             }])),
+            SiteRequest::Ping => Ok(SiteReply::Done),
             SiteRequest::Machines => Ok(SiteReply::Machines(self.all())),
             SiteRequest::Substrates => {
-                Ok(SiteReply::Substrates(self.substrates.lock().expect("lock").clone()))
+                self.listed.fetch_add(1, SeqCst);
+                Ok(SiteReply::Substrates(held))
             }
             SiteRequest::VmNew(n) => {
                 if n.origin == Origin::Image(name("broken")) || n.name == name("unlucky") {
@@ -135,6 +150,19 @@ impl SiteHost for Paper {
                 Ok(SiteReply::Done)
             }
             SiteRequest::MigrateManifest { .. } => Ok(SiteReply::Manifest(vec![1])),
+            SiteRequest::VmExec { .. } => Ok(SiteReply::Executing(7)),
+            // The guest stands still here, as in a switch, and answers at the other site.
+            SiteRequest::VmExecWait { .. } if self.name == name("center") => {
+                std::future::pending().await
+            }
+            SiteRequest::VmExecWait { pid: 7, .. } => Ok(SiteReply::Executed(Some(GuestOutput {
+                exit: Some(3),
+                signal: None,
+                stdout: "moved".into(),
+                stderr: "".into(),
+                truncated: false,
+            }))),
+            SiteRequest::VmExecWait { .. } => Err(Fault::not_found("told already")),
             SiteRequest::MigratePrepare { migration, machine, generation, warrant, .. } => {
                 let mut s = self.status(machine.vm, &machine.name, generation);
                 s.warrant = Some(warrant);
@@ -328,6 +356,39 @@ async fn a_machine_is_made_moved_stopped_and_deleted() {
     w.c.ops().wait(a.op.expect("op")).await.expect("ends");
     assert_eq!(w.c.registry().vm("report").expect_err("gone").to_string(), "no machine 'report'");
     assert!(w.cafe.all().is_empty());
+}
+
+#[tokio::test]
+async fn a_program_is_asked_for_where_its_machine_has_gone() {
+    let w = world(Send::Works).await;
+    running(&w, "a").await;
+    let program = GuestProgram { path: "/x".into(), args: vec![], input: Bytes::new() };
+    let minute = Duration::from_secs(60);
+    let process = w.c.exec("a", program.clone(), minute).await.expect("started");
+    let waits = w.c.exec_wait(&process, minute);
+    let moves = async {
+        let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+        w.c.ops().wait(op).await.expect("ends");
+    };
+    let (ended, ()) = tokio::join!(waits, moves);
+    let ended = ended.expect("found");
+    assert_eq!((ended.exit, &ended.stdout[..]), (Some(3), &b"moved"[..]));
+    let unknown = GuestProcess { pid: 8, ..process.clone() };
+    assert_eq!(w.c.exec_wait(&unknown, minute).await.expect_err("unknown").code, Code::NotFound);
+
+    // One that is stopped is not waited for.
+    let op = w.c.stop("a", true, Mode::Act).expect("accepted").op.expect("op");
+    w.c.ops().wait(op).await.expect("ends");
+    for f in [
+        w.c.exec("a", program, minute).await.expect_err("stopped"),
+        w.c.exec_wait(&process, minute).await.expect_err("stopped"),
+    ] {
+        assert!(f.code == Code::Conflict && f.message.contains("is stopped"), "{f}");
+    }
+    let op = w.c.delete("a", Mode::Act).expect("accepted").op.expect("op");
+    w.c.ops().wait(op).await.expect("ends");
+    let f = w.c.exec_wait(&process, minute).await.expect_err("gone");
+    assert!(f.message.contains("was deleted while the program ran (pid 7)"), "{f}");
 }
 
 #[tokio::test]
@@ -651,4 +712,83 @@ async fn a_machine_that_an_operation_left_between_two_states_is_settled() {
     leave(UnixMs(1));
     w.c.refresh(&host).await.expect("report");
     assert_eq!(state(), VmState::Failed);
+}
+
+#[tokio::test]
+async fn a_site_that_does_not_answer_holds_up_nobody() {
+    let w = world(Send::Works).await;
+    w.cafe.hung.store(true, SeqCst);
+    let host: Arc<dyn SiteHost> = w.cafe.clone();
+    let begun = tokio::time::Instant::now();
+    let all = ask_all(w.c.hosts(), async |host| host.images().await).await;
+    let answered: Vec<_> = all.answers.iter().map(|(site, _)| site.as_str()).collect();
+    assert_eq!(answered, ["center"]);
+    assert_eq!(all.unanswered[0].error.message, "site 'cafe' does not answer");
+    assert!(begun.elapsed() < ANSWER_WITHIN * 2, "{:?}", begun.elapsed());
+    // Nobody waits for the second site when the first has the image.
+    let begun = tokio::time::Instant::now();
+    running(&w, "a").await;
+    assert!(begun.elapsed() < ANSWER_WITHIN, "{:?}", begun.elapsed());
+    let e = w.c.image(&name("other")).await.expect_err("not there");
+    assert_eq!(e.message, "no image 'other'; site 'cafe' does not answer");
+
+    // It is placed at, too, until it is seen that it does not answer.
+    let want = || CreateVm { image: Some(name("tiny")), ..CreateVm::default() };
+    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
+    w.c.check_answers(&host).await;
+    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    assert!(a.plan.ends_with("at center"), "{}", a.plan);
+    let e = w.c.migrate("a", to("cafe"), Mode::Act).expect_err("silent");
+    assert_eq!(e.code, Code::Unavailable);
+    assert_eq!(e.message, "no site fits: cafe does not answer");
+    // Its next report makes it usable again.
+    w.cafe.hung.store(false, SeqCst);
+    w.c.check_answers(&host).await;
+    w.c.refresh(&host).await.expect("report");
+    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
+}
+
+fn docked(n: usize) -> SubstrateInfo {
+    SubstrateInfo {
+        id: SubstrateId::new(),
+        name: name(&format!("s-{n}")),
+        kind: SubstrateKind::Restricted,
+        owner: name("operator"),
+        image: name("tiny"),
+        arch: Arch::X86_64,
+        memory: Mib(128),
+        vcpus: 1,
+        raw_bytes: 1,
+        stored_bytes: 1,
+        created: UnixMs::now(),
+        content: Hash::of(&n.to_le_bytes()),
+        dock: None,
+    }
+}
+
+#[tokio::test]
+async fn idle_sites_cost_the_registry_nothing() {
+    let w = world(Send::Works).await;
+    running(&w, "a").await;
+    let hosts = w.c.hosts();
+    let held: Vec<_> = (0..200).map(docked).collect();
+    for at in [&w.center, &w.cafe] {
+        *at.substrates.lock().expect("lock") = held.clone();
+    }
+    // The first round lets the center's own site tell of them.
+    for host in hosts.iter().chain(&hosts) {
+        w.c.refresh(host).await.expect("report");
+    }
+    let of_all = w.c.registry().substrates().expect("list");
+    assert!(of_all.len() == 200 && of_all.iter().all(|s| s.holders.len() == 2));
+    let (commits, listed) = (w.c.registry().commits(), w.cafe.listed.load(SeqCst));
+    for _ in 0..50 {
+        for host in &hosts {
+            w.c.refresh(host).await.expect("report");
+        }
+    }
+    assert_eq!(w.c.registry().commits(), commits, "nothing durable has changed");
+    assert_eq!(w.cafe.listed.load(SeqCst), listed, "and nothing is told twice");
 }

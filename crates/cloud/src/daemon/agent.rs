@@ -165,10 +165,11 @@ impl Agent {
         &self.ready
     }
 
-    /// Waits until the center has been reached.
-    pub async fn connected(&mut self) {
-        // Fails only when the agent ends, and then nobody waits.
-        let _ = self.connected.wait_for(|c| *c).await;
+    /// Tells each time that the center is reached or lost; returns when the agent ends.
+    pub async fn follow(&mut self, tell: impl Fn(bool)) {
+        while self.connected.changed().await.is_ok() {
+            tell(*self.connected.borrow_and_update());
+        }
     }
 
     /// Ends the agent in good order; its machines run on.

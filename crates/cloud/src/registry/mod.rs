@@ -1,49 +1,44 @@
 //! The registry: sites, substrates, execution environments and operations, in one
-//! embedded database file (redb).
+//! embedded database file (redb) and, as it is there, in memory.
 //!
-//! Every change is one transaction that is on disk when the call returns, so a daemon that is
-//! killed at any moment finds a whole state. A change of an execution environment carries the
-//! generation its author believes in; an older one is refused ([`RegistryError::Fenced`]), which
-//! is what keeps a machine from being claimed by two places.
+//! Every change is on disk when the call returns, so a daemon that is killed at any moment finds a
+//! whole state; changes that come at the same time share one transaction. A change of an execution
+//! environment carries the generation its author believes in; an older one is refused
+//! ([`RegistryError::Fenced`]), which is what keeps a machine from being claimed by two places.
+//!
+//! What sites report all the time (that they are there, their load and room) is kept in memory
+//! only: nothing is written while nothing changes. Questions are answered from memory.
 //!
 //! After an input or output error, as on a full disk, the database is opened anew and comes up
 //! with the last change that is whole: the call fails, and the next one finds a registry.
 //!
 //! Values are JSON: new optional fields do not break an older file, and an operator can read it.
-//! Calls block for one `fsync`; they are short and never made while a machine stands still.
+//! A change waits for one `fsync` of a thread of its own; a worker thread of a runtime hands its
+//! other tasks over meanwhile.
 
+mod file;
+mod live;
 mod records;
+mod tables;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_types::{Code, CodedError, Generation, Hash, Name, OpId, SubstrateId, VmId};
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+
+use file::File;
+use live::Live;
+use tables::{Change, SiteRow, Tables};
 
 pub use records::{
     Arriving, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord, VmRecord,
 };
 
 use crate::clock::UnixMs;
-
-type Table = TableDefinition<'static, &'static str, &'static [u8]>;
-
-const META: Table = TableDefinition::new("meta");
-const SITES: Table = TableDefinition::new("sites");
-const SUBSTRATES: Table = TableDefinition::new("substrates");
-const SUBSTRATE_NAMES: Table = TableDefinition::new("substrate-names");
-const VMS: Table = TableDefinition::new("vms");
-const VM_NAMES: Table = TableDefinition::new("vm-names");
-const OPS: Table = TableDefinition::new("ops");
-
-/// Version of the layout. 1: the first.
-const FORMAT: &[u8] = b"1";
 
 /// Finished operations that are kept; the oldest go first.
 pub const KEPT_OPS: usize = 1000;
@@ -61,14 +56,14 @@ pub enum RegistryError {
         source: Box<redb::Error>,
     },
     /// The file was written by a version with another layout.
-    #[error("the registry has format {found}, this version knows format 1")]
+    #[error("the registry has format {found}, this version knows formats 1 and 2")]
     Format {
         /// What the file says.
         found: String,
     },
     /// The database failed.
     #[error("reading or writing the registry")]
-    Database(#[source] Box<redb::Error>),
+    Database(#[source] Arc<redb::Error>),
     /// A value does not parse.
     #[error("the registry's entry '{key}' is damaged")]
     Damaged {
@@ -130,12 +125,10 @@ pub enum RegistryError {
 impl CodedError for RegistryError {
     fn code(&self) -> Code {
         match self {
-            Self::Open { source, .. } | Self::Database(source) if is_full(source) => Code::NoRoom,
-            Self::Open { source, .. } | Self::Database(source)
-                if matches!(**source, redb::Error::Corrupted(_)) =>
-            {
-                Code::Damaged
-            }
+            Self::Open { source, .. } if is_full(source) => Code::NoRoom,
+            Self::Database(source) if is_full(source) => Code::NoRoom,
+            Self::Open { source, .. } if is_corrupt(source) => Code::Damaged,
+            Self::Database(source) if is_corrupt(source) => Code::Damaged,
             Self::Open { .. } | Self::Database(_) => Code::Internal,
             Self::Format { .. } | Self::Damaged { .. } | Self::OtherContent { .. } => Code::Damaged,
             Self::NotFound { .. } => Code::NotFound,
@@ -152,10 +145,14 @@ fn is_full(e: &redb::Error) -> bool {
     matches!(e, redb::Error::Io(e) if matches!(e.kind(), StorageFull | QuotaExceeded))
 }
 
+fn is_corrupt(e: &redb::Error) -> bool {
+    matches!(e, redb::Error::Corrupted(_))
+}
+
 macro_rules! from_redb {
     ($($t:ty),+) => { $(
         impl From<$t> for RegistryError {
-            fn from(e: $t) -> Self { Self::Database(Box::new(e.into())) }
+            fn from(e: $t) -> Self { Self::Database(Arc::new(e.into())) }
         }
     )+ };
 }
@@ -169,127 +166,59 @@ from_redb!(
 
 type Result<T> = std::result::Result<T, RegistryError>;
 
+impl RegistryError {
+    /// The same failure for another whose change was in the same transaction.
+    fn again(&self) -> Self {
+        match self {
+            Self::Database(e) => Self::Database(e.clone()),
+            _ => Self::Database(Arc::new(redb::Error::PreviousIo)),
+        }
+    }
+}
+
 /// The registry of one center.
 #[derive(Debug)]
 pub struct Registry {
-    path: PathBuf,
-    /// None while it could not be opened anew.
-    db: RwLock<Option<Database>>,
-}
-
-fn put<T: Serialize>(tx: &WriteTransaction, table: Table, key: &str, value: &T) -> Result<()> {
-    let bytes = serde_json::to_vec(value)
-        .map_err(|source| RegistryError::Damaged { key: key.to_owned(), source })?;
-    tx.open_table(table)?.insert(key, bytes.as_slice())?;
-    Ok(())
-}
-
-fn take<T: DeserializeOwned>(tx: &WriteTransaction, table: Table, key: &str) -> Result<Option<T>> {
-    tx.open_table(table)?.get(key)?.map(|v| parse(key, v.value())).transpose()
-}
-
-fn parse<T: DeserializeOwned>(key: &str, bytes: &[u8]) -> Result<T> {
-    serde_json::from_slice(bytes)
-        .map_err(|source| RegistryError::Damaged { key: key.to_owned(), source })
+    file: File,
+    live: Live,
 }
 
 /// The oldest that a report may be when it arrives, in milliseconds.
 const REPORT_AGE_MS: u64 = 30_000;
 
+fn missing(what: &'static str, key: &impl ToString) -> RegistryError {
+    RegistryError::NotFound { what, key: key.to_string() }
+}
+
 impl Registry {
-    /// Opens the file, making it if it is not there.
+    /// Opens the file, making it if it is not there. One of the earlier format is brought to the
+    /// present one.
     ///
     /// # Errors
     /// When the file is held by another daemon, damaged, or of another format.
     pub fn open(path: &Path) -> Result<Self> {
-        let db = Self::open_db(path)?;
-        let tx = db.begin_write()?;
-        {
-            let mut meta = tx.open_table(META)?;
-            let found = meta.get("format")?.map(|v| v.value().to_vec());
-            match found {
-                Some(f) if f != FORMAT => {
-                    return Err(RegistryError::Format {
-                        found: String::from_utf8_lossy(&f).escape_debug().to_string(),
-                    });
-                }
-                Some(_) => {}
-                None => {
-                    meta.insert("format", FORMAT)?;
-                }
+        Ok(Self { file: File::open(path)?, live: Live::default() })
+    }
+
+    /// Write transactions that were made since it was opened: each costs an `fsync`.
+    #[must_use]
+    pub fn commits(&self) -> u64 {
+        self.file.commits()
+    }
+
+    /// Keys of entries that do not parse and were left out.
+    #[must_use]
+    pub fn damaged(&self) -> Vec<String> {
+        self.file.read(|t| t.damaged.keys().cloned().collect())
+    }
+
+    fn missing_or_damaged(t: &Tables, what: &'static str, key: &str) -> RegistryError {
+        match t.damaged.get(key) {
+            Some(why) => {
+                RegistryError::Damaged { key: shown(key), source: serde::de::Error::custom(why) }
             }
-            for t in [SITES, SUBSTRATES, SUBSTRATE_NAMES, VMS, VM_NAMES, OPS] {
-                tx.open_table(t)?;
-            }
+            None => RegistryError::NotFound { what, key: shown(key) },
         }
-        tx.commit()?;
-        Ok(Self { path: path.to_owned(), db: RwLock::new(Some(db)) })
-    }
-
-    fn open_db(path: &Path) -> Result<Database> {
-        // Every page has a checksum; without the check redb trusts what it reads.
-        Database::builder()
-            .set_check_integrity_on_open(true)
-            .create(path)
-            .map_err(|e| RegistryError::Open { path: path.to_owned(), source: Box::new(e.into()) })
-    }
-
-    fn run<T>(&self, f: impl FnOnce(&Database) -> Result<T>) -> Result<T> {
-        if self.opened().is_none() {
-            self.reopen()?;
-        }
-        let result = match self.opened().as_ref() {
-            Some(db) => f(db),
-            None => Err(RegistryError::Database(Box::new(redb::Error::PreviousIo))),
-        };
-        if let Err(RegistryError::Database(e)) = &result
-            && matches!(**e, redb::Error::Io(_) | redb::Error::PreviousIo)
-            && let Err(error) = self.reopen()
-        {
-            tracing::error!(%error, "the registry is not usable for now");
-        }
-        result
-    }
-
-    fn opened(&self) -> std::sync::RwLockReadGuard<'_, Option<Database>> {
-        self.db.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Opens the database anew.
-    fn reopen(&self) -> Result<()> {
-        let mut guard = self.db.write().unwrap_or_else(PoisonError::into_inner);
-        // It holds a lock on the file.
-        drop(guard.take());
-        *guard = Some(Self::open_db(&self.path)?);
-        Ok(())
-    }
-
-    fn get<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>> {
-        self.run(|db| {
-            let tx = db.begin_read()?;
-            tx.open_table(table)?.get(key)?.map(|v| parse(key, v.value())).transpose()
-        })
-    }
-
-    fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<T>> {
-        self.run(|db| {
-            let tx = db.begin_read()?;
-            let mut out = Vec::new();
-            for entry in tx.open_table(table)?.iter()? {
-                let (k, v) = entry?;
-                out.push(parse(k.value(), v.value())?);
-            }
-            Ok(out)
-        })
-    }
-
-    fn write<T>(&self, f: impl FnOnce(&WriteTransaction) -> Result<T>) -> Result<T> {
-        self.run(|db| {
-            let tx = db.begin_write()?;
-            let out = f(&tx)?;
-            tx.commit()?;
-            Ok(out)
-        })
     }
 
     // ---- sites -------------------------------------------------------------------------
@@ -299,7 +228,8 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub fn sites(&self) -> Result<Vec<SiteRecord>> {
-        self.all(SITES)
+        let rows: Vec<_> = self.file.read(|t| t.sites.values().cloned().collect());
+        Ok(rows.iter().map(|r| self.live.record(r)).collect())
     }
 
     /// One site.
@@ -307,8 +237,13 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn site(&self, name: &Name) -> Result<SiteRecord> {
-        self.get(SITES, name.as_str())?
-            .ok_or_else(|| RegistryError::NotFound { what: "site", key: name.to_string() })
+        let row = self.file.read(|t| {
+            t.sites
+                .get(name)
+                .cloned()
+                .ok_or_else(|| Self::missing_or_damaged(t, "site", name.as_str()))
+        })?;
+        Ok(self.live.record(&row))
     }
 
     /// Enters a site, or renews the entry of one that joins again.
@@ -316,11 +251,31 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub fn site_put(&self, site: &SiteRecord) -> Result<()> {
-        self.write(|tx| put(tx, SITES, site.name.as_str(), site))
+        let row = SiteRow {
+            name: site.name.clone(),
+            kind: site.kind,
+            joined: site.joined,
+            revoked: site.revoked,
+            last_seen: site.last_seen,
+            lease_until: UnixMs::default(),
+        };
+        self.file.write(|t, changes| {
+            // When it was seen last is written when it goes away.
+            let same = t.sites.get(&row.name).is_some_and(|old| {
+                (old.kind, old.joined, old.revoked) == (row.kind, row.joined, row.revoked)
+            });
+            if !same {
+                changes.push(Change::Site(row.name.clone(), Some(Arc::new(row))));
+            }
+            Ok(())
+        })?;
+        self.live.put(site);
+        Ok(())
     }
 
     /// Takes a site's report and gives it a fresh lease of `ttl` from `now`. A report cannot
-    /// shorten a lease, and a revoked site gets none.
+    /// shorten a lease, and a revoked site gets none. Nothing is written unless the site holds
+    /// other substrates than before.
     ///
     /// # Errors
     /// [`RegistryError::NotFound`]; [`RegistryError::Revoked`].
@@ -331,35 +286,72 @@ impl Registry {
         now: UnixMs,
         ttl: Duration,
     ) -> Result<SiteRecord> {
-        self.write(|tx| {
-            let mut site: SiteRecord = take(tx, SITES, name.as_str())?
-                .ok_or_else(|| RegistryError::NotFound { what: "site", key: name.to_string() })?;
-            if site.revoked {
+        // What a site holds is known from its own word; the substrate table follows it.
+        let row = self.file.write(|t, changes| {
+            let row = t.sites.get(name).cloned().ok_or_else(|| missing("site", name))?;
+            if row.revoked {
                 return Err(RegistryError::Revoked(name.clone()));
             }
-            site.lease_until = site.lease_until.max(now.plus(ttl));
-            // What a site holds is known from its own word; the substrate table follows it.
-            let mut rows: Vec<SubstrateRecord> = Vec::new();
-            for entry in tx.open_table(SUBSTRATES)?.iter()? {
-                let (k, v) = entry?;
-                rows.push(parse(k.value(), v.value())?);
+            let mut hold = |id: &SubstrateId, holds| {
+                if let Some(s) = t.substrates.get(id) {
+                    let mut s = SubstrateRecord::clone(s);
+                    let changed = if holds {
+                        s.holders.insert(name.clone())
+                    } else {
+                        s.damaged.remove(name);
+                        s.holders.remove(name)
+                    };
+                    if changed {
+                        changes.push(Change::Substrate(*id, Some(Arc::new(s))));
+                    }
+                }
+            };
+            let known: BTreeSet<_> = t.held_at(name).collect();
+            for id in report.substrates.iter().filter(|id| !known.contains(id)) {
+                self.live.holds(*id, name, now);
+                hold(id, true);
             }
-            for mut s in rows {
-                let changed = if report.substrates.contains(&s.id) {
-                    s.holders.insert(name.clone())
-                } else if now.0.saturating_sub(s.created.0) < REPORT_AGE_MS {
-                    // The report may have been made before the substrate was.
-                    false
-                } else {
-                    s.holders.remove(name)
-                };
-                if changed {
-                    put(tx, SUBSTRATES, &s.id.to_string(), &s)?;
+            for id in known.into_iter().filter(|id| !report.substrates.contains(id)) {
+                // The report may have been made before the substrate was, or came there.
+                let since = t.substrates.get(id).map_or(UnixMs::default(), |s| s.created);
+                let since = since.max(self.live.held_since(*id, name));
+                if now.0.saturating_sub(since.0) >= REPORT_AGE_MS {
+                    hold(id, false);
                 }
             }
-            site.report = report;
-            put(tx, SITES, name.as_str(), &site)?;
-            Ok(site)
+            Ok(row)
+        })?;
+        self.live.report(name, report, now, ttl);
+        Ok(self.live.record(&row))
+    }
+
+    /// Whether a report names no substrate that the site is not known to hold, and nothing has
+    /// happened to those since its last report.
+    #[must_use]
+    pub fn knows_holdings(&self, site: &Name, report: &SiteReport) -> bool {
+        report.holdings.is_some()
+            && self.live.holdings(site) == report.holdings
+            && self.file.read(|t| {
+                let held = |id| t.substrates.get(id).is_some_and(|s| s.holders.contains(site));
+                report.substrates.iter().all(held)
+            })
+    }
+
+    /// Ends a site's lease, for it has not answered since `asked`; unless it has reported since.
+    /// Answers whether there was a lease to end.
+    pub fn site_silent(&self, name: &Name, asked: UnixMs) -> bool {
+        self.live.silent(name, asked)
+    }
+
+    /// Ends a site's lease for it has gone away, and writes down when it was seen last.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`], or when the database fails.
+    pub fn site_away(&self, name: &Name) -> Result<()> {
+        self.live.silent(name, UnixMs(u64::MAX));
+        let seen = self.live.last_seen(name);
+        self.site_change(name, |row| {
+            row.last_seen = row.last_seen.max(seen);
         })
     }
 
@@ -368,7 +360,7 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn site_revoke(&self, name: &Name) -> Result<()> {
-        self.site_trust(name, false)
+        self.site_change(name, |row| row.revoked = true)
     }
 
     /// Marks a revoked site as trusted again: it has joined anew.
@@ -376,15 +368,18 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn site_readmit(&self, name: &Name) -> Result<()> {
-        self.site_trust(name, true)
+        self.site_change(name, |row| row.revoked = false)
     }
 
-    fn site_trust(&self, name: &Name, trusted: bool) -> Result<()> {
-        self.write(|tx| {
-            let mut site: SiteRecord = take(tx, SITES, name.as_str())?
-                .ok_or_else(|| RegistryError::NotFound { what: "site", key: name.to_string() })?;
-            site.revoked = !trusted;
-            put(tx, SITES, name.as_str(), &site)
+    fn site_change(&self, name: &Name, change: impl FnOnce(&mut SiteRow)) -> Result<()> {
+        self.file.write(|t, changes| {
+            let old = t.sites.get(name).ok_or_else(|| missing("site", name))?;
+            let mut row = SiteRow::clone(old);
+            change(&mut row);
+            if row != **old {
+                changes.push(Change::Site(name.clone(), Some(Arc::new(row))));
+            }
+            Ok(())
         })
     }
 
@@ -395,7 +390,8 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub fn substrates(&self) -> Result<Vec<SubstrateRecord>> {
-        self.all(SUBSTRATES)
+        let rows: Vec<_> = self.file.read(|t| t.substrates.values().cloned().collect());
+        Ok(rows.into_iter().map(Arc::unwrap_or_clone).collect())
     }
 
     /// A substrate by name or id.
@@ -403,12 +399,12 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn substrate(&self, key: &str) -> Result<SubstrateRecord> {
-        let missing = || RegistryError::NotFound { what: "substrate", key: shown(key) };
-        let id = match key.parse::<SubstrateId>() {
-            Ok(id) => id,
-            Err(_) => self.get(SUBSTRATE_NAMES, key)?.ok_or_else(missing)?,
-        };
-        self.get(SUBSTRATES, &id.to_string())?.ok_or_else(missing)
+        self.file.read(|t| {
+            let id = key.parse::<SubstrateId>().ok().or_else(|| t.substrate_named(key));
+            id.and_then(|id| t.substrates.get(&id))
+                .map(|s| SubstrateRecord::clone(s))
+                .ok_or_else(|| Self::missing_or_damaged(t, "substrate", key))
+        })
     }
 
     /// Enters a new substrate.
@@ -416,14 +412,56 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Exists`] when the name or id is taken.
     pub fn substrate_add(&self, s: &SubstrateRecord) -> Result<()> {
-        self.write(|tx| {
-            if take::<SubstrateId>(tx, SUBSTRATE_NAMES, s.name.as_str())?.is_some()
-                || take::<SubstrateRecord>(tx, SUBSTRATES, &s.id.to_string())?.is_some()
-            {
+        self.file.write(|t, changes| {
+            if t.substrate_named(s.name.as_str()).is_some() || t.substrates.contains_key(&s.id) {
                 return Err(RegistryError::Exists { what: "substrate", key: s.name.to_string() });
             }
-            put(tx, SUBSTRATE_NAMES, s.name.as_str(), &s.id)?;
-            put(tx, SUBSTRATES, &s.id.to_string(), s)
+            for site in &s.holders {
+                self.live.holds(s.id, site, UnixMs::now());
+            }
+            changes.push(Change::Substrate(s.id, Some(Arc::new(s.clone()))));
+            Ok(())
+        })
+    }
+
+    /// Enters a new substrate in place of `old`, which it takes the name of; `vm`, the machine that
+    /// it was docked from, is gone with that. When another environment was activated from the old
+    /// one, that is kept under `aside`, and given back.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`] without `old`; [`RegistryError::Exists`] when `aside` is needed
+    /// and taken; as [`Registry::vm_remove`].
+    pub fn substrate_replace(
+        &self,
+        old: SubstrateId,
+        new: &SubstrateRecord,
+        aside: &Name,
+        vm: (VmId, Generation),
+    ) -> Result<Option<SubstrateRecord>> {
+        self.file.write(|t, changes| {
+            let before = t.substrates.get(&old).ok_or_else(|| missing("substrate", &old))?;
+            Self::fence(t, vm.0, vm.1)?;
+            changes.push(Change::Vm(vm.0, None));
+            let kept = if t.vms_of(old).any(|id| *id != vm.0) {
+                if t.substrate_named(aside.as_str()).is_some() {
+                    let key = aside.to_string();
+                    return Err(RegistryError::Exists { what: "substrate", key });
+                }
+                Some(SubstrateRecord { name: aside.clone(), ..SubstrateRecord::clone(before) })
+            } else {
+                None
+            };
+            changes.push(Change::Substrate(old, kept.clone().map(Arc::new)));
+            let mut new = SubstrateRecord { name: before.name.clone(), ..new.clone() };
+            // A report may have told of it already.
+            if let Some(known) = t.substrates.get(&new.id) {
+                new.holders.extend(known.holders.iter().cloned());
+            }
+            for site in &new.holders {
+                self.live.holds(new.id, site, UnixMs::now());
+            }
+            changes.push(Change::Substrate(new.id, Some(Arc::new(new))));
+            Ok(kept)
         })
     }
 
@@ -432,19 +470,20 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn substrate_holder(&self, id: SubstrateId, site: &Name, holds: bool) -> Result<()> {
-        self.write(|tx| {
-            let mut s: SubstrateRecord =
-                take(tx, SUBSTRATES, &id.to_string())?.ok_or_else(|| RegistryError::NotFound {
-                    what: "substrate",
-                    key: id.to_string(),
-                })?;
-            if holds {
-                s.holders.insert(site.clone());
+        self.file.write(|t, changes| {
+            let s = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
+            let mut s = SubstrateRecord::clone(s);
+            let changed = if holds {
+                self.live.holds(id, site, UnixMs::now());
+                s.holders.insert(site.clone())
             } else {
-                s.holders.remove(site);
                 s.damaged.remove(site);
+                s.holders.remove(site)
+            };
+            if changed {
+                changes.push(Change::Substrate(id, Some(Arc::new(s))));
             }
-            put(tx, SUBSTRATES, &id.to_string(), &s)
+            Ok(())
         })
     }
 
@@ -459,19 +498,33 @@ impl Registry {
         site: &Name,
         content: Hash,
     ) -> Result<SubstrateRecord> {
-        let not_found = || RegistryError::NotFound { what: "substrate", key: id.to_string() };
-        let old: SubstrateRecord = self.get(SUBSTRATES, &id.to_string())?.ok_or_else(not_found)?;
-        if let Some(wanted) = old.content.filter(|wanted| *wanted != content) {
-            if old.holders.contains(site) {
-                self.substrate_holder(id, site, false)?;
+        let seen = self.file.write(|t, changes| {
+            let old = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
+            let mut s = SubstrateRecord::clone(old);
+            let other = s.content.filter(|wanted| *wanted != content);
+            if other.is_some() {
+                s.holders.remove(site);
+                s.damaged.remove(site);
+            } else {
+                if s.holders.insert(site.clone()) {
+                    self.live.holds(id, site, UnixMs::now());
+                }
+                s.content = Some(content);
             }
-            let (site, name) = (site.clone(), old.name);
-            return Err(RegistryError::OtherContent { site, name, wanted, found: content });
+            if s != **old {
+                changes.push(Change::Substrate(id, Some(Arc::new(s.clone()))));
+            }
+            Ok((s, other))
+        })?;
+        match seen {
+            (s, None) => Ok(s),
+            (s, Some(wanted)) => Err(RegistryError::OtherContent {
+                site: site.clone(),
+                name: s.name,
+                wanted,
+                found: content,
+            }),
         }
-        self.substrate_change(id, |s| {
-            s.holders.insert(site.clone());
-            s.content = Some(content);
-        })
     }
 
     /// Takes a site's word of which substrates are damaged there. Writes only what is new.
@@ -483,35 +536,21 @@ impl Registry {
         site: &Name,
         damaged: &BTreeMap<SubstrateId, String>,
     ) -> Result<()> {
-        for s in self.substrates()? {
-            if s.damaged.get(site) != damaged.get(&s.id) {
-                self.substrate_change(s.id, |s| match damaged.get(&s.id) {
-                    Some(why) => drop(s.damaged.insert(site.clone(), why.clone())),
-                    None => drop(s.damaged.remove(site)),
-                })?;
+        self.file.write(|t, changes| {
+            let held: BTreeSet<_> = t.held_at(site).chain(damaged.keys()).copied().collect();
+            for s in held.iter().filter_map(|id| t.substrates.get(id)) {
+                let why = damaged.get(&s.id);
+                if s.damaged.get(site) == why {
+                    continue;
+                }
+                let mut s = SubstrateRecord::clone(s);
+                match why {
+                    Some(why) => s.damaged.insert(site.clone(), why.clone()),
+                    None => s.damaged.remove(site),
+                };
+                changes.push(Change::Substrate(s.id, Some(Arc::new(s))));
             }
-        }
-        Ok(())
-    }
-
-    fn substrate_change(
-        &self,
-        id: SubstrateId,
-        change: impl Fn(&mut SubstrateRecord),
-    ) -> Result<SubstrateRecord> {
-        let old = self.substrate(&id.to_string())?;
-        let mut new = old.clone();
-        change(&mut new);
-        if new == old {
-            return Ok(old);
-        }
-        self.write(|tx| {
-            let key = id.to_string();
-            let mut s: SubstrateRecord = take(tx, SUBSTRATES, &key)?
-                .ok_or_else(|| RegistryError::NotFound { what: "substrate", key: key.clone() })?;
-            change(&mut s);
-            put(tx, SUBSTRATES, &key, &s)?;
-            Ok(s)
+            Ok(())
         })
     }
 
@@ -520,31 +559,19 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Busy`] that names an environment which still maps its memory.
     pub fn substrate_remove(&self, id: SubstrateId) -> Result<()> {
-        self.write(|tx| {
-            let s: SubstrateRecord = take(tx, SUBSTRATES, &id.to_string())?.ok_or_else(|| {
-                RegistryError::NotFound { what: "substrate", key: id.to_string() }
-            })?;
-            if let Some(vm) = Self::vm_using(tx, id)? {
+        self.file.write(|t, changes| {
+            let s = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
+            if let Some(vm) = t.vm_of(id) {
                 return Err(RegistryError::Busy(format!(
-                    "substrate '{}' is in use by machine '{vm}'",
-                    s.name
+                    "substrate '{}' is in use by machine '{}'",
+                    s.name, vm.name
                 )));
             }
-            tx.open_table(SUBSTRATES)?.remove(id.to_string().as_str())?;
-            tx.open_table(SUBSTRATE_NAMES)?.remove(s.name.as_str())?;
+            changes.push(Change::Substrate(id, None));
             Ok(())
-        })
-    }
-
-    fn vm_using(tx: &WriteTransaction, id: SubstrateId) -> Result<Option<Name>> {
-        for entry in tx.open_table(VMS)?.iter()? {
-            let (k, v) = entry?;
-            let vm: VmRecord = parse(k.value(), v.value())?;
-            if vm.substrate == Some(id) {
-                return Ok(Some(vm.name));
-            }
-        }
-        Ok(None)
+        })?;
+        self.live.forget(id);
+        Ok(())
     }
 
     // ---- execution environments --------------------------------------------------------
@@ -554,7 +581,8 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub fn vms(&self) -> Result<Vec<VmRecord>> {
-        self.all(VMS)
+        let rows: Vec<_> = self.file.read(|t| t.vms.values().map(|e| e.vm.clone()).collect());
+        Ok(rows.into_iter().map(Arc::unwrap_or_clone).collect())
     }
 
     /// An execution environment by name or id.
@@ -562,12 +590,44 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn vm(&self, key: &str) -> Result<VmRecord> {
-        let missing = || RegistryError::NotFound { what: "machine", key: shown(key) };
-        let id = match key.parse::<VmId>() {
-            Ok(id) => id,
-            Err(_) => self.get(VM_NAMES, key)?.ok_or_else(missing)?,
-        };
-        self.get(VMS, &id.to_string())?.ok_or_else(missing)
+        self.file.read(|t| {
+            let id = key.parse::<VmId>().ok().or_else(|| t.vm_named(key));
+            id.and_then(|id| t.vms.get(&id))
+                .map(|e| VmRecord::clone(&e.vm))
+                .ok_or_else(|| Self::missing_or_damaged(t, "machine", key))
+        })
+    }
+
+    /// An environment that was activated from a substrate, if there is one.
+    #[must_use]
+    pub fn vm_of(&self, substrate: SubstrateId) -> Option<VmRecord> {
+        self.file.read(|t| t.vm_of(substrate).map(|vm| VmRecord::clone(vm)))
+    }
+
+    /// Counts the changes of environments, for [`Registry::vms_about`].
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.file.read(|t| t.revision)
+    }
+
+    /// The environments of a site and those of `others` that are known, without those that have
+    /// changed after `revision`.
+    #[must_use]
+    pub fn vms_about(
+        &self,
+        site: &Name,
+        others: impl IntoIterator<Item = VmId>,
+        revision: u64,
+    ) -> Vec<Arc<VmRecord>> {
+        self.file.read(|t| {
+            let elsewhere = others.into_iter().filter_map(|id| t.vms.get(&id));
+            t.vms_at(site)
+                .filter_map(|id| t.vms.get(id))
+                .chain(elsewhere.filter(|e| e.vm.site != *site))
+                .filter(|e| e.changed_by <= revision)
+                .map(|e| e.vm.clone())
+                .collect()
+        })
     }
 
     /// Enters a new execution environment.
@@ -575,17 +635,17 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Exists`] when the name is taken.
     pub fn vm_add(&self, vm: &VmRecord) -> Result<()> {
-        self.write(|tx| {
-            if take::<VmId>(tx, VM_NAMES, vm.name.as_str())?.is_some() {
+        self.file.write(|t, changes| {
+            if t.vm_named(vm.name.as_str()).is_some() {
                 return Err(RegistryError::Exists { what: "machine", key: vm.name.to_string() });
             }
-            put(tx, VM_NAMES, vm.name.as_str(), &vm.id)?;
-            put(tx, VMS, &vm.id.to_string(), vm)
+            changes.push(Change::Vm(vm.id, Some(Arc::new(vm.clone()))));
+            Ok(())
         })
     }
 
     /// Changes an execution environment, if `generation` is the one the registry has. `change`
-    /// may fail, and then nothing is written.
+    /// may fail, and then nothing is written; nor is a change that changes nothing.
     ///
     /// # Errors
     /// [`RegistryError::Fenced`] for another generation; whatever `change` refuses.
@@ -595,19 +655,21 @@ impl Registry {
         generation: Generation,
         change: impl FnOnce(&mut VmRecord) -> Result<()>,
     ) -> Result<VmRecord> {
-        self.write(|tx| {
-            let mut vm = Self::fence(tx, id, generation)?;
-            let (key, name) = (vm.id, vm.name.clone());
+        self.file.write(|t, changes| {
+            let old = Self::fence(t, id, generation)?;
+            let mut vm = VmRecord::clone(old);
             change(&mut vm)?;
-            debug_assert!(vm.id == key && vm.name == name, "identity of a machine is fixed");
+            debug_assert!(vm.id == id && vm.name == old.name, "identity of a machine is fixed");
             if vm.generation < generation {
                 return Err(RegistryError::Fenced {
-                    name,
+                    name: vm.name,
                     current: generation,
                     given: vm.generation,
                 });
             }
-            put(tx, VMS, &id.to_string(), &vm)?;
+            if vm != **old {
+                changes.push(Change::Vm(id, Some(Arc::new(vm.clone()))));
+            }
             Ok(vm)
         })
     }
@@ -617,21 +679,20 @@ impl Registry {
     /// # Errors
     /// As [`Registry::vm_update`].
     pub fn vm_remove(&self, id: VmId, generation: Generation) -> Result<()> {
-        self.write(|tx| {
-            let vm = Self::fence(tx, id, generation)?;
-            tx.open_table(VMS)?.remove(id.to_string().as_str())?;
-            tx.open_table(VM_NAMES)?.remove(vm.name.as_str())?;
+        self.file.write(|t, changes| {
+            Self::fence(t, id, generation)?;
+            changes.push(Change::Vm(id, None));
             Ok(())
         })
     }
 
-    fn fence(tx: &WriteTransaction, id: VmId, given: Generation) -> Result<VmRecord> {
-        let vm: VmRecord = take(tx, VMS, &id.to_string())?
-            .ok_or_else(|| RegistryError::NotFound { what: "machine", key: id.to_string() })?;
+    fn fence(t: &Tables, id: VmId, given: Generation) -> Result<&Arc<VmRecord>> {
+        let vm = t.vms.get(&id).map(|e| &e.vm).ok_or_else(|| missing("machine", &id))?;
         if vm.generation == given {
             Ok(vm)
         } else {
-            Err(RegistryError::Fenced { name: vm.name, current: vm.generation, given })
+            let (name, current) = (vm.name.clone(), vm.generation);
+            Err(RegistryError::Fenced { name, current, given })
         }
     }
 
@@ -642,7 +703,13 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub fn ops(&self) -> Result<Vec<OpRecord>> {
-        self.all(OPS)
+        Ok(self.ops_shared().into_iter().map(Arc::unwrap_or_clone).collect())
+    }
+
+    /// As [`Registry::ops`], without a copy of each.
+    #[must_use]
+    pub fn ops_shared(&self) -> Vec<Arc<OpRecord>> {
+        self.file.read(|t| t.ops.values().cloned().collect())
     }
 
     /// One operation.
@@ -650,8 +717,12 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn op(&self, id: OpId) -> Result<OpRecord> {
-        self.get(OPS, &id.to_string())?
-            .ok_or_else(|| RegistryError::NotFound { what: "operation", key: id.to_string() })
+        self.file.read(|t| {
+            t.ops
+                .get(&id)
+                .map(|o| OpRecord::clone(o))
+                .ok_or_else(|| Self::missing_or_damaged(t, "operation", &id.to_string()))
+        })
     }
 
     /// Writes an operation as it is now. When one ends, the oldest finished ones beyond
@@ -660,22 +731,13 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub fn op_put(&self, op: &OpRecord) -> Result<()> {
-        self.write(|tx| {
-            put(tx, OPS, &op.id.to_string(), op)?;
+        self.file.write(|t, changes| {
+            changes.push(Change::Op(op.id, Some(Arc::new(op.clone()))));
             if op.state.is_final() {
-                let mut finished = Vec::new();
-                for entry in tx.open_table(OPS)?.iter()? {
-                    let (k, v) = entry?;
-                    let o: OpRecord = parse(k.value(), v.value())?;
-                    if o.state.is_final() {
-                        finished.push(o.id);
-                    }
-                }
-                let drop = finished.len().saturating_sub(KEPT_OPS);
-                let mut table = tx.open_table(OPS)?;
-                for id in finished.into_iter().take(drop) {
-                    table.remove(id.to_string().as_str())?;
-                }
+                // With this one there is one more, unless it had ended before.
+                let before = t.ops.get(&op.id).is_some_and(|o| o.state.is_final());
+                let old = t.ended_beyond(KEPT_OPS - usize::from(!before));
+                changes.extend(old.filter(|id| **id != op.id).map(|id| Change::Op(*id, None)));
             }
             Ok(())
         })

@@ -22,8 +22,12 @@ pub struct SiteRecord {
     pub kind: SiteKind,
     /// When it joined.
     pub joined: UnixMs,
-    /// It is reachable until then; each report moves this on.
+    /// It is reachable until then; each report moves this on, and it ends when the site does not
+    /// answer.
     pub lease_until: UnixMs,
+    /// When it reported last.
+    #[serde(default)]
+    pub last_seen: UnixMs,
     /// Its certificate is no longer accepted.
     pub revoked: bool,
     /// What it last reported.
@@ -67,6 +71,9 @@ pub struct SiteReport {
     pub vms: u32,
     /// Substrates whose every page and block is there.
     pub substrates: BTreeSet<SubstrateId>,
+    /// Hash of all that it tells of its substrates; while it is the same, nobody need ask.
+    #[serde(default)]
+    pub holdings: Option<Hash>,
     /// Substrates of which something was found damaged there, and what; a few of them.
     #[serde(default)]
     pub damaged: BTreeMap<SubstrateId, String>,

@@ -42,6 +42,7 @@ fn site(n: &str) -> SiteRecord {
         kind: SiteKind::Ap,
         joined: UnixMs(0),
         lease_until: UnixMs(0),
+        last_seen: UnixMs(0),
         revoked: false,
         report: SiteReport::default(),
     }
@@ -187,15 +188,15 @@ fn old_finished_operations_make_room() {
     let running = op(OpState::Running);
     reg.op_put(&running).expect("put");
     let first = op(OpState::Done);
-    reg.write(|tx| {
-        put(tx, OPS, &first.id.to_string(), &first)?;
+    let fill = |_: &Tables, changes: &mut Vec<Change>| {
+        changes.push(Change::Op(first.id, Some(Arc::new(first.clone()))));
         for _ in 1..KEPT_OPS {
             let o = op(OpState::Done);
-            put(tx, OPS, &o.id.to_string(), &o)?;
+            changes.push(Change::Op(o.id, Some(Arc::new(o))));
         }
         Ok(())
-    })
-    .expect("fill");
+    };
+    reg.file.write(fill).expect("fill");
     reg.op_put(&op(OpState::Failed)).expect("put");
     let all = reg.ops().expect("list");
     assert_eq!(all.len(), KEPT_OPS + 1);
@@ -209,14 +210,228 @@ fn a_file_of_another_format_or_in_use_is_refused() {
     let path = dir.path().join("r.redb");
     let reg = Registry::open(&path).expect("open");
     assert!(matches!(Registry::open(&path), Err(RegistryError::Open { .. })), "held");
-    reg.write(|tx| {
-        tx.open_table(META)?.insert("format", b"9".as_slice())?;
+    drop(reg);
+    let db = redb::Database::create(&path).expect("closed");
+    put_raw(&db, file::META, "format", b"9");
+    drop(db);
+    let e = Registry::open(&path).expect_err("format");
+    assert_eq!(e.to_string(), "the registry has format 9, this version knows formats 1 and 2");
+}
+
+fn put_raw(
+    db: &redb::Database,
+    table: redb::TableDefinition<'static, &'static str, &'static [u8]>,
+    key: &str,
+    value: &[u8],
+) {
+    let tx = db.begin_write().expect("transaction");
+    tx.open_table(table).expect("table").insert(key, value).expect("written");
+    tx.commit().expect("commit");
+}
+
+#[test]
+fn a_file_of_the_first_format_opens_and_is_brought_to_this_one() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("r.redb");
+    let (v, s) = (vm("report"), substrate("abiword"));
+    {
+        let db = redb::Database::create(&path).expect("made");
+        put_raw(&db, file::META, "format", b"1");
+        let old = serde_json::json!({
+            "name": "cafe", "kind": "ap", "joined": 5, "lease_until": 95_000, "revoked": true,
+            "report": SiteReport { cpus: 7, ..SiteReport::default() },
+        });
+        put_raw(&db, file::SITES, "cafe", old.to_string().as_bytes());
+        put_raw(&db, file::VMS, &v.id.to_string(), &serde_json::to_vec(&v).expect("json"));
+        put_raw(&db, file::SUBSTRATES, &s.id.to_string(), &serde_json::to_vec(&s).expect("json"));
+        for names in ["substrate-names", "vm-names"] {
+            put_raw(&db, redb::TableDefinition::new(names), "report", b"\"x\"");
+        }
+        let tx = db.begin_write().expect("transaction");
+        tx.open_table(file::OPS).expect("table");
+        tx.commit().expect("commit");
+    }
+    for commits in [1, 0] {
+        let reg = Registry::open(&path).expect("opens");
+        assert_eq!(reg.commits(), commits, "it is rewritten once");
+        assert_eq!(reg.vm("report").expect("there"), v);
+        assert_eq!(reg.substrate("abiword").expect("there"), s);
+        let cafe = reg.site(&name("cafe")).expect("there");
+        let seen = UnixMs(95_000 - crate::controller::LEASE.as_millis() as u64);
+        assert_eq!((cafe.joined, cafe.revoked, cafe.last_seen), (UnixMs(5), true, seen));
+        assert_eq!(cafe.state(UnixMs(0)), SiteState::Unreachable);
+    }
+}
+
+#[test]
+fn an_entry_that_does_not_parse_is_named_and_the_rest_is_there() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("r.redb");
+    let (good, bad) = (vm("good"), vm("bad"));
+    let reg = Registry::open(&path).expect("open");
+    reg.vm_add(&good).expect("add");
+    drop(reg);
+    let db = redb::Database::create(&path).expect("closed");
+    put_raw(&db, file::VMS, &bad.id.to_string(), b"{\"id\": 7}");
+    drop(db);
+    let reg = Registry::open(&path).expect("opens");
+    assert_eq!(reg.vms().expect("list"), [good]);
+    assert_eq!(reg.damaged(), [bad.id.to_string()]);
+    let e = reg.vm(&bad.id.to_string()).expect_err("damaged");
+    assert_eq!(e.code(), Code::Damaged);
+    assert!(e.to_string().contains(&bad.id.to_string()), "{e}");
+}
+
+#[test]
+fn reports_that_tell_nothing_new_are_not_written() {
+    let (_d, reg) = open();
+    let all: Vec<_> = (0..200).map(|i| substrate(&format!("s-{i}"))).collect();
+    for s in &all {
+        reg.substrate_add(s).expect("add");
+    }
+    let sites: Vec<_> = (0..5).map(|i| name(&format!("site-{i}"))).collect();
+    let held: BTreeSet<_> = all.iter().map(|s| s.id).collect();
+    let holdings = Some(Hash::of(b"all"));
+    let report =
+        |load| SiteReport { substrates: held.clone(), holdings, load, ..SiteReport::default() };
+    let ttl = Duration::from_secs(15);
+    for n in &sites {
+        reg.site_put(&site(n.as_str())).expect("put");
+        reg.site_report(n, report(0.0), UnixMs(1), ttl).expect("report");
+    }
+    let before = reg.commits();
+    for i in 1..100 {
+        for n in &sites {
+            let now = UnixMs(i * 4000);
+            let s = reg.site_report(n, report(i as f64), now, ttl).expect("report");
+            assert_eq!((s.report.load, s.last_seen), (i as f64, now));
+            assert!(reg.knows_holdings(n, &report(0.0)));
+            for s in &all {
+                reg.substrate_holder(s.id, n, true).expect("held already");
+            }
+            reg.site_put(&s).expect("as it is");
+        }
+    }
+    assert_eq!(reg.commits(), before, "nothing durable has changed");
+}
+
+#[test]
+fn a_site_that_goes_away_loses_its_lease_and_is_remembered() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("r.redb");
+    let reg = Registry::open(&path).expect("open");
+    reg.site_put(&site("cafe")).expect("put");
+    let ttl = Duration::from_secs(15);
+    reg.site_report(&name("cafe"), SiteReport::default(), UnixMs(7000), ttl).expect("report");
+    assert!(!reg.site_silent(&name("cafe"), UnixMs(6999)), "it has reported since");
+    assert!(reg.site_silent(&name("cafe"), UnixMs(7001)));
+    assert_eq!(reg.site(&name("cafe")).expect("there").state(UnixMs(7001)), SiteState::Unreachable);
+    let s = reg.site_report(&name("cafe"), SiteReport::default(), UnixMs(8000), ttl).expect("back");
+    assert_eq!(s.state(UnixMs(8001)), SiteState::Ready);
+    reg.site_away(&name("cafe")).expect("written");
+    drop(reg);
+    let reg = Registry::open(&path).expect("open");
+    let s = reg.site(&name("cafe")).expect("there");
+    assert_eq!((s.last_seen, s.state(UnixMs(8001))), (UnixMs(8000), SiteState::Unreachable));
+}
+
+#[test]
+fn changes_that_come_together_share_a_transaction() {
+    let (_d, reg) = open();
+    let before = reg.commits();
+    std::thread::scope(|s| {
+        for i in 0..64 {
+            let reg = &reg;
+            s.spawn(move || reg.vm_add(&vm(&format!("vm-{i}"))).expect("add"));
+        }
+    });
+    assert_eq!(reg.vms().expect("list").len(), 64);
+    let made = reg.commits() - before;
+    assert!((1..64).contains(&made), "{made} transactions for 64 changes");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_change_does_not_hold_up_the_other_tasks_of_a_runtime() {
+    let (_d, reg) = open();
+    let reg = Arc::new(reg);
+    // The writer is kept from its file: readers of what is on disk are.
+    let durable = reg.clone();
+    let (locked, is_locked) = std::sync::mpsc::channel();
+    let (free, freed) = std::sync::mpsc::channel::<()>();
+    let reader = std::thread::spawn(move || {
+        durable.file.read(|_| {
+            locked.send(()).expect("waits");
+            freed.recv().expect("told");
+        });
+    });
+    is_locked.recv().expect("locked");
+    let change = tokio::spawn({
+        let reg = reg.clone();
+        async move { reg.vm_add(&vm("a")) }
+    });
+    // On the only worker, which waits for the change.
+    let other = tokio::spawn(async { tokio::task::yield_now().await });
+    tokio::time::timeout(Duration::from_secs(20), other).await.expect("runs").expect("ran");
+    assert!(!change.is_finished());
+    free.send(()).expect("waits");
+    change.await.expect("ran").expect("added");
+    reader.join().expect("ended");
+}
+
+#[test]
+fn the_machines_of_a_site_are_found_by_it_and_what_changed_since_is_left_out() {
+    let (_d, reg) = open();
+    let (a, b, c) = (vm("a"), VmRecord { site: name("cafe"), ..vm("b") }, vm("c"));
+    for v in [&a, &b, &c] {
+        reg.vm_add(v).expect("add");
+    }
+    let at = |site: &str, others: Vec<VmId>, since| {
+        let found = reg.vms_about(&name(site), others, since);
+        let mut names: Vec<_> = found.iter().map(|v| v.name.to_string()).collect();
+        names.sort();
+        names.join(" ")
+    };
+    let before = reg.revision();
+    assert_eq!(at("center", vec![], before), "a c");
+    assert_eq!(at("cafe", vec![a.id, b.id, VmId::new()], before), "a b");
+    reg.vm_update(a.id, a.generation, |v| {
+        v.site = name("cafe");
         Ok(())
     })
-    .expect("write");
-    drop(reg);
-    let e = Registry::open(&path).expect_err("format");
-    assert_eq!(e.to_string(), "the registry has format 9, this version knows format 1");
+    .expect("moved");
+    assert_eq!(at("center", vec![], before), "c");
+    assert_eq!(at("cafe", vec![], before), "b");
+    assert_eq!(at("cafe", vec![], reg.revision()), "a b");
+    reg.vm_remove(c.id, c.generation).expect("removed");
+    assert_eq!(at("center", vec![c.id], reg.revision()), "");
+}
+
+#[test]
+fn a_rebuilt_substrate_takes_the_name_and_one_in_use_is_kept_aside() {
+    let (_d, reg) = open();
+    let (old, new, third) = (substrate("abiword"), substrate("new"), substrate("third"));
+    let aside = name("abiword-old");
+    let made = |n: &str, of: &SubstrateRecord| {
+        let v = VmRecord { substrate: Some(of.id), ..vm(n) };
+        reg.vm_add(&v).expect("add");
+        (v.id, v.generation)
+    };
+    reg.substrate_add(&old).expect("add");
+    let booted = made("abiword-rebuild", &old);
+    let kept = reg.substrate_replace(old.id, &new, &aside, booted).expect("replaced");
+    assert_eq!(kept, None);
+    assert_eq!(reg.substrate("abiword").expect("there").id, new.id);
+    assert_eq!(reg.substrate(&old.id.to_string()).expect_err("gone").code(), Code::NotFound);
+    assert!(reg.vms().expect("list").is_empty());
+    made("a", &new);
+    let booted = made("abiword-rebuild", &new);
+    let kept = reg.substrate_replace(new.id, &third, &aside, booted).expect("replaced");
+    let kept = kept.expect("kept");
+    assert_eq!((kept.id, &kept.name), (new.id, &aside));
+    assert_eq!(reg.substrate("abiword").expect("there").id, third.id);
+    assert_eq!(reg.substrate("abiword-old").expect("there").id, new.id);
+    let e = reg.substrate_remove(new.id).expect_err("in use");
+    assert_eq!(e.to_string(), "substrate 'abiword-old' is in use by machine 'a'");
 }
 
 /// The child of the test below: adds machines until it is killed, telling each one that is in.

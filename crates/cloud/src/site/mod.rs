@@ -11,6 +11,7 @@
 //! In the center's own process the same requests go to the site directly. Requests that act on
 //! a machine carry its generation; a site remembers the highest it has seen and refuses less.
 
+pub(crate) mod bounds;
 pub(crate) mod frames;
 mod local;
 mod remote;
@@ -28,6 +29,7 @@ use crate::error::Fault;
 use crate::ops::Progress;
 use crate::registry::SiteReport;
 
+pub(crate) use local::in_use;
 pub use local::{LocalSite, SiteDirs, SiteOptions, image_info, images_of};
 pub use remote::{RemoteSite, serve};
 pub use types::{

@@ -24,11 +24,12 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::{Semaphore, mpsc};
 
+use super::bounds;
 use super::{ByteStream, Call, SiteEvent, SiteHost, SiteReply, SiteRequest, StreamRequest};
 use crate::error::Fault;
 
-/// The longest message in bytes: a screenshot in PNG.
-const MAX_MESSAGE: usize = 32 << 20;
+/// The longest message in bytes: what a program in a guest printed, 16 MiB of each kind.
+const MAX_MESSAGE: usize = 33 << 20;
 
 /// Bytes of a message in one frame.
 const PIECE: usize = 512 << 10;
@@ -36,7 +37,8 @@ const PIECE: usize = 512 << 10;
 /// Bytes of a stream in one frame.
 const STREAM_PIECE: usize = 64 << 10;
 
-/// Requests and streams of one link that are worked on at once.
+/// Requests of one link for guests and tools, which may take long, that are worked on at once.
+/// Whatever a site is asked besides does not wait for them.
 const AT_ONCE: usize = 64;
 
 /// How long a request may take to arrive after its lane was opened.
@@ -86,7 +88,7 @@ async fn recv_message<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T,
             .split_first()
             .ok_or_else(|| Fault::new(Code::Damaged, "an empty frame in a message"))?;
         if all.len() + piece.len() > MAX_MESSAGE {
-            return Err(Fault::new(Code::Damaged, "a message over 32 MiB"));
+            return Err(Fault::new(Code::Damaged, "a message over 33 MiB"));
         }
         all.extend_from_slice(piece);
         match *mark {
@@ -152,7 +154,8 @@ impl SiteHost for RemoteSite {
             match event {
                 SiteEvent::Progress(p) => call.progress(p),
                 SiteEvent::Done(outcome) => {
-                    let mut reply = outcome.map_err(|f| self.away(f))?;
+                    let reply = outcome.map_err(bounds::fault).and_then(bounds::checked);
+                    let mut reply = reply.map_err(|f| self.away(f))?;
                     if measured && let SiteReply::Report(r) = &mut reply {
                         r.rtt_ms = Some(self.link.rtt().as_secs_f64() * 1000.0);
                     }
@@ -165,7 +168,8 @@ impl SiteHost for RemoteSite {
     async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
         let (mut to, mut from) = self.lane(LaneKind::Pipe).await?.split();
         send_message(&mut to, &request).await.map_err(|f| self.away(f))?;
-        recv_message::<Result<(), Fault>>(&mut from).await?.map_err(|f| self.away(f))?;
+        let taken = recv_message::<Result<(), Fault>>(&mut from).await?;
+        taken.map_err(|f| self.away(bounds::fault(f)))?;
         let (near, far) = tokio::io::duplex(4 * STREAM_PIECE);
         tokio::spawn(pump(far, to, from));
         Ok(Box::pin(near))
@@ -219,7 +223,6 @@ pub async fn serve(link: Link, center: &Name, host: Arc<dyn SiteHost>) {
     }
     let room = Arc::new(Semaphore::new(AT_ONCE));
     loop {
-        let Ok(permit) = room.clone().acquire_owned().await else { return };
         let lane = match link.accept_lane().await {
             Ok(lane) => lane,
             Err(error) => {
@@ -227,10 +230,10 @@ pub async fn serve(link: Link, center: &Name, host: Arc<dyn SiteHost>) {
                 return;
             }
         };
-        let host = host.clone();
+        let (host, room) = (host.clone(), room.clone());
         tokio::spawn(async move {
             let outcome = match lane.kind() {
-                LaneKind::Steering => answer(lane, host).await,
+                LaneKind::Steering => answer(lane, host, room).await,
                 LaneKind::Pipe => answer_stream(lane, host).await,
                 other => {
                     lane.abort();
@@ -240,9 +243,21 @@ pub async fn serve(link: Link, center: &Name, host: Arc<dyn SiteHost>) {
             if let Err(error) = outcome {
                 tracing::debug!(%error, "a request could not be answered");
             }
-            drop(permit);
         });
     }
+}
+
+/// Whether a request waits for a guest or a tool, for as long as that takes.
+const fn takes_turns(request: &SiteRequest) -> bool {
+    matches!(
+        request,
+        SiteRequest::ImageBuild { .. }
+            | SiteRequest::PoolCheck
+            | SiteRequest::VmConsole { .. }
+            | SiteRequest::VmExec { .. }
+            | SiteRequest::VmScreenshot { .. }
+            | SiteRequest::VmType { .. }
+    )
 }
 
 async fn arrival<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T, Fault> {
@@ -251,9 +266,10 @@ async fn arrival<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T, Faul
         .map_err(|_| Fault::new(Code::TimedOut, "a lane with no request"))?
 }
 
-async fn answer(lane: Lane, host: Arc<dyn SiteHost>) -> Result<(), Fault> {
+async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Result<(), Fault> {
     let (mut to, mut from) = lane.split();
     let request: SiteRequest = arrival(&mut from).await?;
+    let turn = takes_turns(&request).then_some(room);
     // Progress that comes faster than the link takes it is dropped but for the latest.
     let (tx, mut news) = mpsc::channel(32);
     let call = Call::new(
@@ -269,7 +285,14 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>) -> Result<(), Fault> {
         tokio_util::sync::CancellationToken::new(),
     );
     let cancel = call.cancel.clone();
-    let mut work = tokio::spawn(async move { host.ask(request, call).await });
+    let mut work = tokio::spawn(async move {
+        // Closed never; and one that was cancelled while it waited is told so by the site.
+        let _turn = match turn {
+            Some(room) => room.acquire_owned().await.ok(),
+            None => None,
+        };
+        host.ask(request, call).await
+    });
     let mut listening = true;
     let mut linked = true;
     let outcome = loop {

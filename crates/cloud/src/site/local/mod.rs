@@ -6,6 +6,7 @@
 
 mod adopt;
 mod dirs;
+mod exec;
 mod machines;
 mod moves;
 mod pool;
@@ -15,8 +16,11 @@ mod relays;
 mod report;
 mod resume;
 mod sched;
+mod screens;
 mod scrub;
+mod stored;
 mod tombs;
+mod users;
 mod waiting;
 mod warrant;
 
@@ -42,6 +46,7 @@ use crate::ops::Progress;
 
 pub use dirs::SiteDirs;
 use record::MachineRecord;
+pub(crate) use users::in_use;
 
 /// One machine of this site. Its lock is held while something changes it, so that two requests
 /// for one machine take turns.
@@ -131,6 +136,7 @@ pub struct LocalSite {
     moves: moves::Moves,
     trust: Trust,
     options: SiteOptions,
+    screens: screens::Screens,
     sched: std::sync::Mutex<Option<godwit_sched_host::service::Service>>,
     me: std::sync::Weak<Self>,
 }
@@ -201,6 +207,7 @@ impl LocalSite {
             moves: moves::Moves::default(),
             trust,
             options,
+            screens: screens::Screens::new(screens::SCREENS_AT_ONCE),
             sched,
             me: me.clone(),
         });
@@ -394,6 +401,7 @@ impl SiteHost for LocalSite {
                 return Ok(self.import(name, content));
             }
         };
+        let place = self.screens.place(&self.name)?;
         let entry = self.entry(vm).await?;
         let entry = entry.lock().await;
         let path = if display {
@@ -404,7 +412,7 @@ impl SiteHost for LocalSite {
         let stream = UnixStream::connect(path).await.map_err(|e| {
             Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
         })?;
-        Ok(Box::pin(stream))
+        Ok(Box::pin(screens::Shown::new(stream, place)))
     }
 }
 
@@ -454,13 +462,21 @@ impl LocalSite {
                 SiteReply::Done
             }
             SiteRequest::VmExec { vm, program } => {
-                SiteReply::Executed(self.exec(vm, program).await?)
+                SiteReply::Executing(self.exec(vm, program).await?)
+            }
+            SiteRequest::VmExecWait { vm, pid, within_ms } => {
+                SiteReply::Executed(self.exec_wait(vm, pid, within_ms).await?)
             }
             SiteRequest::VmDock { vm, generation, substrate, name, kind, owner } => {
                 let want = pool::Dock { vm, generation, substrate, name, kind, owner };
                 SiteReply::Substrate(self.whole()?.dock(want, call).await?)
             }
+            SiteRequest::ImageDelete { name } => {
+                self.image_delete(name).await?;
+                SiteReply::Done
+            }
             SiteRequest::Substrates => SiteReply::Substrates(self.substrates()?),
+            SiteRequest::SubstrateUsers { id } => SiteReply::Names(self.substrate_users(id).await),
             SiteRequest::SubstrateDelete { id } => {
                 self.substrate_delete(id).await?;
                 SiteReply::Done
@@ -520,6 +536,7 @@ impl LocalSite {
                 self.whole()?.tell_fate(migration, dead).await?;
                 SiteReply::Done
             }
+            SiteRequest::Ping => SiteReply::Done,
             SiteRequest::Revocations(list) => {
                 self.take_revocations(list)?;
                 SiteReply::Done

@@ -233,7 +233,7 @@ impl LocalSite {
 
     /// Ends QEMUs that wait for other substrates while there is no room for a machine of `memory`
     /// beside what they keep in use.
-    async fn give_way(&self, memory: godwit_types::Mib, id: SubstrateId) {
+    pub(super) async fn give_way(&self, memory: godwit_types::Mib, id: SubstrateId) {
         let mut others = self.shells.kept();
         others.retain(|other| *other != id);
         others.sort_unstable();
@@ -285,9 +285,19 @@ impl LocalSite {
             tokio::time::sleep(TURN).await;
             drop(turn);
         });
-        let activated = activate(&self.pool, Some(&self.shells), request).await.map_err(coded);
+        let activated = activate(&self.pool, Some(&self.shells), request).await;
         turn.abort();
-        let activated = activated?;
+        let activated = activated.map_err(|e| {
+            let outdated = matches!(e, SubstrateError::Shape { .. });
+            let fault = coded(e);
+            if outdated {
+                let name = &substrate.name;
+                return fault.hint(format!(
+                    "boot its disk and dock it again: godwit substrate rebuild {name}"
+                ));
+            }
+            fault
+        })?;
         godwit_hold::at("activate.plugged").await;
         Ok(activated)
     }
@@ -342,6 +352,19 @@ impl LocalSite {
         damaged.extend(found.store.bad_entries.iter().map(named("its index entry is malformed")));
         damaged.extend(found.store.missing.iter().map(named("it is not there")));
         damaged.extend(found.broken.iter().map(|(id, why)| format!("substrate {id}: {why}")));
+        let images = self.images.clone();
+        let check = move || {
+            let all = images.list().map_err(|e| Fault::of(&e))?;
+            Ok::<_, Fault>(
+                all.into_iter()
+                    .filter_map(|image| {
+                        let found = images.scrub(&image).err()?;
+                        Some(format!("image {}: {}", image.name, crate::error::chain(&found)))
+                    })
+                    .collect::<Vec<_>>(),
+            )
+        };
+        damaged.extend(tokio::task::spawn_blocking(check).await.map_err(joined)??);
         Ok(CheckReport { units: found.store.units, damaged })
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use godwit_qemu::Accel;
+use godwit_types::Hash;
 
 use super::LocalSite;
 use crate::error::Fault;
@@ -26,6 +27,12 @@ impl LocalSite {
             .iter()
             .filter(|m| m.state == godwit_types::VmState::Running)
             .count();
+        let me = self.whole()?;
+        let held = tokio::task::spawn_blocking(move || me.substrates())
+            .await
+            .map_err(|e| Fault::internal(e.to_string()))??;
+        let told = postcard::to_stdvec(&held)
+            .map_err(|e| Fault::internal(format!("encoding the substrates: {e}")))?;
         let kvm = self.accel.values().any(|a| *a == Accel::Kvm);
         Ok(SiteReport {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -40,7 +47,8 @@ impl LocalSite {
             disk_free_mib: free_mib(&self.dirs.data)?,
             load: load()?,
             vms: u32::try_from(vms).unwrap_or(u32::MAX),
-            substrates: self.pool.list().map_err(|e| Fault::of(&e))?.iter().map(|s| s.id).collect(),
+            substrates: held.iter().map(|s| s.id).collect(),
+            holdings: Some(Hash::of(&told)),
             damaged: self.pool.damaged(MOST_DAMAGED, DAMAGE_CHARS),
             images,
             rtt_ms: None,

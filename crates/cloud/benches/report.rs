@@ -1,0 +1,122 @@
+//! What one site's report costs the center when the registry has 100,000 machines.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::Duration;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use godwit_cloud::Fault;
+use godwit_cloud::clock::UnixMs;
+use godwit_cloud::controller::Controller;
+use godwit_cloud::registry::{Registry, SiteReport, VmRecord};
+use godwit_cloud::site::{
+    ByteStream, Call, MachineStatus, SiteHost, SiteReply, SiteRequest, StreamRequest,
+};
+use godwit_transfer::Authority;
+use godwit_types::{Arch, Generation, Mib, Name, SiteKind, VmId, VmState};
+
+const MACHINES: usize = 100_000;
+
+fn name(text: &str) -> Name {
+    Name::new(text).expect("name")
+}
+
+/// A site that answers from a list.
+struct Listed {
+    name: Name,
+    machines: Vec<MachineStatus>,
+}
+
+#[async_trait::async_trait]
+impl SiteHost for Listed {
+    fn name(&self) -> &Name {
+        &self.name
+    }
+    async fn ask(&self, request: SiteRequest, _: Call) -> Result<SiteReply, Fault> {
+        Ok(match request {
+            SiteRequest::Report => SiteReply::Report(SiteReport::default()),
+            SiteRequest::Machines => SiteReply::Machines(self.machines.clone()),
+            _ => SiteReply::Done,
+        })
+    }
+    async fn open(&self, _: StreamRequest) -> Result<ByteStream, Fault> {
+        Err(Fault::invalid("no streams"))
+    }
+}
+
+fn record(i: usize, site: &Name) -> VmRecord {
+    VmRecord {
+        id: VmId::new(),
+        name: name(&format!("vm-{i}")),
+        state: VmState::Running,
+        site: site.clone(),
+        generation: Generation::FIRST,
+        image: name("tiny"),
+        substrate: None,
+        arch: Arch::X86_64,
+        memory: Mib(128),
+        vcpus: 1,
+        created: UnixMs::now(),
+        changed: UnixMs::now(),
+        moving_to: None,
+        reason: None,
+        arriving: None,
+        voided: std::collections::BTreeMap::new(),
+    }
+}
+
+fn status(vm: &VmRecord) -> MachineStatus {
+    MachineStatus {
+        vm: vm.id,
+        name: vm.name.clone(),
+        generation: vm.generation,
+        state: vm.state,
+        image: vm.image.clone(),
+        arch: vm.arch,
+        memory: vm.memory,
+        vcpus: vm.vcpus,
+        reason: None,
+        warrant: None,
+        activate: None,
+    }
+}
+
+fn reports(c: &mut Criterion) {
+    let dir = tempfile::tempdir().expect("dir");
+    let registry = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("runtime");
+    // The rest is elsewhere.
+    for here in [100, 1000] {
+        let (site, other) = (name(&format!("site-{here}")), name("elsewhere"));
+        let have = registry.vms().expect("list").len();
+        let vms: Vec<_> = (0..here)
+            .map(|i| record(have + i, &site))
+            .chain((here..MACHINES.saturating_sub(have)).map(|i| record(have + i, &other)))
+            .collect();
+        std::thread::scope(|s| {
+            for part in vms.chunks(vms.len().div_ceil(256)) {
+                let registry = &registry;
+                s.spawn(move || part.iter().for_each(|vm| registry.vm_add(vm).expect("add")));
+            }
+        });
+        let machines = vms.iter().filter(|v| v.site == site).map(status).collect();
+        let host: Arc<dyn SiteHost> = Arc::new(Listed { name: site, machines });
+        let authority = Authority::create(&dir.path().join(host.name().as_str()));
+        let authority = Arc::new(authority.expect("authority"));
+        let controller = Controller::new(registry.clone(), name("operator"), authority);
+        runtime.block_on(controller.attach(host.clone(), SiteKind::Ap)).expect("attach");
+        let commits = registry.commits();
+        c.bench_function(&format!("report of {here} machines among {MACHINES}"), |b| {
+            b.iter(|| black_box(runtime.block_on(controller.refresh(&host)).expect("report")));
+        });
+        assert_eq!(registry.commits(), commits, "a report that tells nothing new is not written");
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().measurement_time(Duration::from_secs(3));
+    targets = reports
+}
+criterion_main!(benches);

@@ -1,0 +1,397 @@
+//! The registry's file (redb) and the thread that writes it.
+//!
+//! ```text
+//! callers                              writer thread
+//!   | change of `next`, rows queued --> | takes all that is queued: one transaction, one fsync
+//!   | wait                              | makes the change in `durable`
+//!   | <-------------------------------- | answers each
+//! ```
+//!
+//! Changes that come while a transaction is under way share the next one. Readers see what is on
+//! disk only. When a transaction fails, so does every change that was made on top of it, and the
+//! database is opened anew with what it holds.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, mpsc};
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::tables::{Change, SiteRow, Tables};
+use super::{RegistryError, Result};
+use crate::clock::UnixMs;
+
+type Table = TableDefinition<'static, &'static str, &'static [u8]>;
+
+pub(super) const META: Table = TableDefinition::new("meta");
+pub(super) const SITES: Table = TableDefinition::new("sites");
+pub(super) const SUBSTRATES: Table = TableDefinition::new("substrates");
+pub(super) const VMS: Table = TableDefinition::new("vms");
+pub(super) const OPS: Table = TableDefinition::new("ops");
+/// Format 1: ids by name. Names are read from the rows since.
+const OLD_NAMES: [Table; 2] =
+    [TableDefinition::new("substrate-names"), TableDefinition::new("vm-names")];
+
+/// Version of the layout. 1: the first, with each site's last report in its row and tables of
+/// names. 2: what sites report is not written down.
+const FORMAT: &[u8] = b"2";
+
+/// A row as it is written.
+struct Row {
+    table: Table,
+    key: String,
+    value: Option<Vec<u8>>,
+}
+
+struct Job {
+    rows: Vec<Row>,
+    changes: Vec<Change>,
+    done: mpsc::SyncSender<Result<()>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    /// `durable` with all that is queued or being written.
+    next: Tables,
+    jobs: Vec<Job>,
+    writing: bool,
+    closed: bool,
+}
+
+/// What callers and writer share.
+struct Shared {
+    queue: Mutex<Queue>,
+    wake: Condvar,
+    durable: RwLock<Tables>,
+    commits: AtomicU64,
+}
+
+/// The tables, in memory and on disk.
+pub(super) struct File {
+    shared: Arc<Shared>,
+    writer: Option<std::thread::JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for File {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("File").field("commits", &self.commits()).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        // Changes are made whole between any two statements that could panic.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl File {
+    /// Opens the file, making it if it is not there, and brings one of format 1 to this one.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let db = open_db(path)?;
+        let commits = u64::from(prepare(&db)?);
+        let tables = load(&db)?;
+        for (key, why) in &tables.damaged {
+            tracing::error!(%key, %why, "an entry of the registry is damaged and left out");
+        }
+        let shared = Arc::new(Shared {
+            queue: Mutex::new(Queue { next: tables.clone(), ..Queue::default() }),
+            wake: Condvar::new(),
+            durable: RwLock::new(tables),
+            commits: AtomicU64::new(commits),
+        });
+        let writer = Writer { path: path.to_owned(), db: Some(db), shared: shared.clone() };
+        let thread = std::thread::Builder::new().name("registry".into());
+        let writer = thread.spawn(move || writer.run()).map_err(|e| RegistryError::Open {
+            path: path.to_owned(),
+            source: Box::new(redb::Error::Io(e)),
+        })?;
+        Ok(Self { shared, writer: Some(writer) })
+    }
+
+    /// Write transactions made so far.
+    pub(super) fn commits(&self) -> u64 {
+        self.shared.commits.load(Ordering::Relaxed)
+    }
+
+    /// Looks at what is on disk.
+    pub(super) fn read<T>(&self, look: impl FnOnce(&Tables) -> T) -> T {
+        look(&self.shared.durable.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Makes the changes that `plan` names and returns when they are on disk. A plan that fails
+    /// changes nothing; one that names no change costs no transaction.
+    pub(super) fn write<T>(
+        &self,
+        plan: impl FnOnce(&Tables, &mut Vec<Change>) -> Result<T>,
+    ) -> Result<T> {
+        let mut queue = self.shared.queue();
+        let mut changes = Vec::new();
+        let out = plan(&queue.next, &mut changes)?;
+        if changes.is_empty() && !queue.writing && queue.jobs.is_empty() {
+            return Ok(out);
+        }
+        // With no change of its own it waits for those that it has seen.
+        let rows = changes.iter().map(row).collect::<Result<Vec<_>>>()?;
+        for change in &changes {
+            queue.next.apply(change);
+        }
+        let (done, end) = mpsc::sync_channel(1);
+        queue.jobs.push(Job { rows, changes, done });
+        drop(queue);
+        self.shared.wake.notify_one();
+        wait(&end)?;
+        Ok(out)
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        self.shared.queue().closed = true;
+        self.shared.wake.notify_one();
+        if let Some(writer) = self.writer.take()
+            && writer.join().is_err()
+        {
+            tracing::error!("the registry's writer ended by a panic");
+        }
+    }
+}
+
+/// Waits for the writer; a worker thread of a runtime hands its other tasks to another meanwhile.
+fn wait(end: &mpsc::Receiver<Result<()>>) -> Result<()> {
+    use tokio::runtime::{Handle, RuntimeFlavor};
+    let gone = |_| Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)));
+    let wait = || end.recv().unwrap_or_else(gone);
+    match Handle::try_current() {
+        Ok(h) if h.runtime_flavor() == RuntimeFlavor::MultiThread => {
+            tokio::task::block_in_place(wait)
+        }
+        _ => wait(),
+    }
+}
+
+fn row(change: &Change) -> Result<Row> {
+    fn made<T: Serialize>(table: Table, key: String, value: Option<&Arc<T>>) -> Result<Row> {
+        let value = value
+            .map(|v| serde_json::to_vec(&**v))
+            .transpose()
+            .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;
+        Ok(Row { table, key, value })
+    }
+    match change {
+        Change::Site(name, v) => made(SITES, name.to_string(), v.as_ref()),
+        Change::Substrate(id, v) => made(SUBSTRATES, id.to_string(), v.as_ref()),
+        Change::Vm(id, v) => made(VMS, id.to_string(), v.as_ref()),
+        Change::Op(id, v) => made(OPS, id.to_string(), v.as_ref()),
+    }
+}
+
+struct Writer {
+    path: PathBuf,
+    /// None while it could not be opened anew.
+    db: Option<Database>,
+    shared: Arc<Shared>,
+}
+
+impl Writer {
+    fn run(mut self) {
+        loop {
+            let jobs = {
+                let mut queue = self.shared.queue();
+                while queue.jobs.is_empty() && !queue.closed {
+                    queue = self.shared.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                }
+                if queue.jobs.is_empty() {
+                    return;
+                }
+                queue.writing = true;
+                std::mem::take(&mut queue.jobs)
+            };
+            match self.commit(&jobs) {
+                Ok(()) => self.succeeded(jobs),
+                Err(e) => self.failed(jobs, &e),
+            }
+        }
+    }
+
+    fn commit(&mut self, jobs: &[Job]) -> Result<()> {
+        if jobs.iter().all(|j| j.rows.is_empty()) {
+            return Ok(());
+        }
+        if self.db.is_none() {
+            self.reopen()?;
+        }
+        let Some(db) = &self.db else {
+            return Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)));
+        };
+        self.shared.commits.fetch_add(1, Ordering::Relaxed);
+        let tx = db.begin_write()?;
+        for row in jobs.iter().flat_map(|j| &j.rows) {
+            put_row(&tx, row)?;
+        }
+        tx.commit()?;
+        Ok(())
+    }
+
+    fn succeeded(&self, jobs: Vec<Job>) {
+        {
+            let mut durable = self.shared.durable.write().unwrap_or_else(PoisonError::into_inner);
+            for change in jobs.iter().flat_map(|j| &j.changes) {
+                durable.apply(change);
+            }
+        }
+        self.shared.queue().writing = false;
+        for job in jobs {
+            // Fails only when the caller is gone.
+            let _ = job.done.send(Ok(()));
+        }
+    }
+
+    /// Everything that was queued meanwhile was planned on top of what failed.
+    fn failed(&mut self, mut jobs: Vec<Job>, error: &RegistryError) {
+        self.db = None;
+        let mut queue = self.shared.queue();
+        jobs.append(&mut queue.jobs);
+        let reopened = open_db(&self.path).and_then(|db| load(&db).map(|tables| (db, tables)));
+        let mut durable = self.shared.durable.write().unwrap_or_else(PoisonError::into_inner);
+        match reopened {
+            Ok((db, tables)) => {
+                self.db = Some(db);
+                if !tables.same_rows(&durable) {
+                    // No number that a reader has seen stands for these rows.
+                    let revision = durable.revision;
+                    *durable = tables;
+                    durable.renumber(revision + 1);
+                }
+            }
+            Err(error) => {
+                let error = crate::error::chain(&error);
+                tracing::error!(%error, "the registry is not usable for now");
+            }
+        }
+        queue.next = durable.clone();
+        queue.writing = false;
+        drop((durable, queue));
+        for job in jobs {
+            let _ = job.done.send(Err(error.again()));
+        }
+    }
+
+    /// Opens the database anew; what it holds must be what is believed.
+    fn reopen(&mut self) -> Result<()> {
+        let db = open_db(&self.path)?;
+        let tables = load(&db)?;
+        let same = {
+            let durable = self.shared.durable.read().unwrap_or_else(PoisonError::into_inner);
+            tables.same_rows(&durable)
+        };
+        if !same {
+            // `failed` reads it again.
+            return Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)));
+        }
+        self.db = Some(db);
+        Ok(())
+    }
+}
+
+fn put_row(tx: &WriteTransaction, row: &Row) -> Result<()> {
+    let mut table = tx.open_table(row.table)?;
+    match &row.value {
+        Some(bytes) => {
+            table.insert(row.key.as_str(), bytes.as_slice())?;
+        }
+        None => {
+            table.remove(row.key.as_str())?;
+        }
+    }
+    Ok(())
+}
+
+fn open_db(path: &Path) -> Result<Database> {
+    // Every page has a checksum; without the check redb trusts what it reads.
+    Database::builder()
+        .set_check_integrity_on_open(true)
+        .create(path)
+        .map_err(|e| RegistryError::Open { path: path.to_owned(), source: Box::new(e.into()) })
+}
+
+/// Makes the tables of a new file and rewrites one of format 1. Answers whether it wrote.
+fn prepare(db: &Database) -> Result<bool> {
+    let found = {
+        let tx = db.begin_read()?;
+        match tx.open_table(META) {
+            Ok(meta) => meta.get("format")?.map(|v| v.value().to_vec()),
+            Err(redb::TableError::TableDoesNotExist(_)) => None,
+            Err(e) => return Err(e.into()),
+        }
+    };
+    match found.as_deref() {
+        Some(FORMAT) => return Ok(false),
+        None | Some(b"1") => {}
+        Some(other) => {
+            return Err(RegistryError::Format {
+                found: String::from_utf8_lossy(other).escape_debug().to_string(),
+            });
+        }
+    }
+    let tx = db.begin_write()?;
+    for t in [SITES, SUBSTRATES, VMS, OPS] {
+        tx.open_table(t)?;
+    }
+    {
+        let mut sites = tx.open_table(SITES)?;
+        let mut rows = Vec::new();
+        for entry in sites.iter()? {
+            let (k, v) = entry?;
+            // One that does not parse stays as it is, to be named.
+            if let Ok(row) = serde_json::from_slice::<SiteRow>(v.value()) {
+                rows.push((k.value().to_owned(), row));
+            }
+        }
+        for (key, row) in rows {
+            let ended =
+                row.lease_until.0.saturating_sub(crate::controller::LEASE.as_millis() as u64);
+            let row = SiteRow { last_seen: UnixMs(ended), ..row };
+            let bytes = serde_json::to_vec(&row)
+                .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;
+            sites.insert(key.as_str(), bytes.as_slice())?;
+        }
+    }
+    for old in OLD_NAMES {
+        tx.delete_table(old)?;
+    }
+    tx.open_table(META)?.insert("format", FORMAT)?;
+    tx.commit()?;
+    Ok(true)
+}
+
+fn load(db: &Database) -> Result<Tables> {
+    fn rows<T: DeserializeOwned>(
+        tx: &redb::ReadTransaction,
+        table: Table,
+        tables: &mut Tables,
+        enter: impl Fn(Arc<T>) -> Change,
+    ) -> Result<()> {
+        for entry in tx.open_table(table)?.iter()? {
+            let (k, v) = entry?;
+            match serde_json::from_slice::<T>(v.value()) {
+                Ok(row) => tables.apply(&enter(Arc::new(row))),
+                Err(e) => {
+                    tables.damaged.insert(k.value().to_owned(), e.to_string());
+                }
+            }
+        }
+        Ok(())
+    }
+    let tx = db.begin_read()?;
+    let mut t = Tables::default();
+    rows(&tx, SITES, &mut t, |r: Arc<SiteRow>| Change::Site(r.name.clone(), Some(r)))?;
+    rows(&tx, SUBSTRATES, &mut t, |r: Arc<super::SubstrateRecord>| {
+        Change::Substrate(r.id, Some(r))
+    })?;
+    rows(&tx, VMS, &mut t, |r: Arc<super::VmRecord>| Change::Vm(r.id, Some(r)))?;
+    rows(&tx, OPS, &mut t, |r: Arc<super::OpRecord>| Change::Op(r.id, Some(r)))?;
+    Ok(t)
+}

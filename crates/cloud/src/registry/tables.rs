@@ -1,0 +1,209 @@
+//! What the registry holds, in memory, with the indexes that its questions need.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use godwit_types::{Name, OpId, SiteKind, SubstrateId, VmId};
+use serde::{Deserialize, Serialize};
+
+use super::{OpRecord, SubstrateRecord, VmRecord};
+use crate::clock::UnixMs;
+
+/// What is durable of a site. The rest of a [`super::SiteRecord`] is what it last reported.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct SiteRow {
+    pub(super) name: Name,
+    pub(super) kind: SiteKind,
+    pub(super) joined: UnixMs,
+    pub(super) revoked: bool,
+    /// When it went away last, as far as that was written down.
+    #[serde(default)]
+    pub(super) last_seen: UnixMs,
+    /// Format 1 only: the end of its lease, moved on by every report.
+    #[serde(default, skip_serializing)]
+    pub(super) lease_until: UnixMs,
+}
+
+/// One changed row: its key and its new value, or none when it is gone.
+#[derive(Debug, Clone)]
+pub(super) enum Change {
+    Site(Name, Option<Arc<SiteRow>>),
+    Substrate(SubstrateId, Option<Arc<SubstrateRecord>>),
+    Vm(VmId, Option<Arc<VmRecord>>),
+    Op(OpId, Option<Arc<OpRecord>>),
+}
+
+/// A machine and the number of the change that made it as it is.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct VmEntry {
+    pub(super) vm: Arc<VmRecord>,
+    pub(super) changed_by: u64,
+}
+
+/// All rows.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Tables {
+    pub(super) sites: BTreeMap<Name, Arc<SiteRow>>,
+    pub(super) substrates: BTreeMap<SubstrateId, Arc<SubstrateRecord>>,
+    pub(super) vms: BTreeMap<VmId, VmEntry>,
+    pub(super) ops: BTreeMap<OpId, Arc<OpRecord>>,
+    /// Entries that do not parse, by key: what the parser said.
+    pub(super) damaged: BTreeMap<String, String>,
+    /// Counts the changes of machines.
+    pub(super) revision: u64,
+    substrate_names: BTreeMap<Name, SubstrateId>,
+    vm_names: BTreeMap<Name, VmId>,
+    /// The machines of each site.
+    vms_at: BTreeMap<Name, BTreeSet<VmId>>,
+    /// The machines that were activated from each substrate.
+    vms_of: BTreeMap<SubstrateId, BTreeSet<VmId>>,
+    /// The substrates that each site holds.
+    held_at: BTreeMap<Name, BTreeSet<SubstrateId>>,
+    /// Operations that have ended, oldest first.
+    ended: BTreeSet<OpId>,
+}
+
+fn enter<K: Ord, V: Ord>(index: &mut BTreeMap<K, BTreeSet<V>>, key: K, value: V) {
+    index.entry(key).or_default().insert(value);
+}
+
+fn remove<K: Ord, V: Ord>(index: &mut BTreeMap<K, BTreeSet<V>>, key: &K, value: &V) {
+    if let Some(set) = index.get_mut(key) {
+        set.remove(value);
+        if set.is_empty() {
+            index.remove(key);
+        }
+    }
+}
+
+impl Tables {
+    /// Makes a change, and the indexes follow.
+    pub(super) fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Site(name, row) => match row {
+                Some(row) => {
+                    self.sites.insert(name.clone(), row.clone());
+                }
+                None => {
+                    self.sites.remove(name);
+                }
+            },
+            Change::Substrate(id, row) => self.substrate(*id, row.as_ref()),
+            Change::Vm(id, row) => self.vm(*id, row.as_ref()),
+            Change::Op(id, row) => {
+                let ended = row.as_ref().is_some_and(|o| o.state.is_final());
+                if ended {
+                    self.ended.insert(*id);
+                } else {
+                    self.ended.remove(id);
+                }
+                match row {
+                    Some(row) => {
+                        self.ops.insert(*id, row.clone());
+                    }
+                    None => {
+                        self.ops.remove(id);
+                    }
+                }
+            }
+        }
+    }
+
+    fn substrate(&mut self, id: SubstrateId, row: Option<&Arc<SubstrateRecord>>) {
+        let old = match row {
+            Some(row) => self.substrates.insert(id, row.clone()),
+            None => self.substrates.remove(&id),
+        };
+        if let Some(old) = old {
+            for site in &old.holders {
+                remove(&mut self.held_at, site, &id);
+            }
+            // Unless another has taken the name in the same change.
+            if self.substrate_names.get(&old.name) == Some(&id) {
+                self.substrate_names.remove(&old.name);
+            }
+        }
+        if let Some(row) = row {
+            for site in &row.holders {
+                enter(&mut self.held_at, site.clone(), id);
+            }
+            self.substrate_names.insert(row.name.clone(), id);
+        }
+    }
+
+    fn vm(&mut self, id: VmId, row: Option<&Arc<VmRecord>>) {
+        self.revision += 1;
+        let entry = row.map(|vm| VmEntry { vm: vm.clone(), changed_by: self.revision });
+        let old = match entry {
+            Some(entry) => self.vms.insert(id, entry),
+            None => self.vms.remove(&id),
+        };
+        if let Some(VmEntry { vm: old, .. }) = old {
+            remove(&mut self.vms_at, &old.site, &id);
+            if let Some(s) = &old.substrate {
+                remove(&mut self.vms_of, s, &id);
+            }
+            if self.vm_names.get(&old.name) == Some(&id) {
+                self.vm_names.remove(&old.name);
+            }
+        }
+        if let Some(vm) = row {
+            enter(&mut self.vms_at, vm.site.clone(), id);
+            if let Some(s) = vm.substrate {
+                enter(&mut self.vms_of, s, id);
+            }
+            self.vm_names.insert(vm.name.clone(), id);
+        }
+    }
+
+    pub(super) fn substrate_named(&self, name: &str) -> Option<SubstrateId> {
+        Name::new(name).ok().and_then(|n| self.substrate_names.get(&n).copied())
+    }
+
+    pub(super) fn vm_named(&self, name: &str) -> Option<VmId> {
+        Name::new(name).ok().and_then(|n| self.vm_names.get(&n).copied())
+    }
+
+    /// The machines of a site.
+    pub(super) fn vms_at(&self, site: &Name) -> impl Iterator<Item = &VmId> {
+        self.vms_at.get(site).into_iter().flatten()
+    }
+
+    /// The machines that were activated from a substrate.
+    pub(super) fn vms_of(&self, substrate: SubstrateId) -> impl Iterator<Item = &VmId> {
+        self.vms_of.get(&substrate).into_iter().flatten()
+    }
+
+    /// One of them.
+    pub(super) fn vm_of(&self, substrate: SubstrateId) -> Option<&Arc<VmRecord>> {
+        let id = self.vms_of(substrate).next()?;
+        self.vms.get(id).map(|e| &e.vm)
+    }
+
+    /// The substrates that a site holds.
+    pub(super) fn held_at(&self, site: &Name) -> impl Iterator<Item = &SubstrateId> {
+        self.held_at.get(site).into_iter().flatten()
+    }
+
+    /// The oldest operations that have ended, beyond the newest `keep`.
+    pub(super) fn ended_beyond(&self, keep: usize) -> impl Iterator<Item = &OpId> {
+        self.ended.iter().take(self.ended.len().saturating_sub(keep))
+    }
+
+    /// Takes every machine as changed by `revision`.
+    pub(super) fn renumber(&mut self, revision: u64) {
+        self.revision = revision;
+        for entry in self.vms.values_mut() {
+            entry.changed_by = revision;
+        }
+    }
+
+    /// Whether the rows are the same; the numbers of changes may differ.
+    pub(super) fn same_rows(&self, other: &Self) -> bool {
+        self.sites == other.sites
+            && self.substrates == other.substrates
+            && self.ops == other.ops
+            && self.vms.len() == other.vms.len()
+            && self.vms.iter().all(|(id, e)| other.vms.get(id).is_some_and(|o| o.vm == e.vm))
+    }
+}

@@ -1,0 +1,108 @@
+//! One that does not answer holds up nobody else.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
+
+use std::time::Duration;
+
+use godwit_tests::{Answer, Body, Cloud, Daemon, pause, resume, within};
+
+/// How long anything may take that does not need the site that is stopped.
+const SOON: Duration = Duration::from_secs(5);
+
+fn pid(cloud: &Cloud, which: Daemon) -> i32 {
+    let path = cloud.site_dir(which).join("run/daemon.pid");
+    std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
+}
+
+/// Runs a command that must come to its end soon and well.
+fn soon(cloud: &Cloud, args: &[&str]) -> Answer {
+    let answer = cloud.run(args);
+    eprintln!("{args:?}: {:?}", answer.took);
+    assert_eq!(answer.exit, 0, "{answer:?}");
+    assert!(answer.took < SOON, "{args:?} took {:?}", answer.took);
+    answer
+}
+
+/// Write transactions of the registry since the center started.
+fn commits(cloud: &Cloud) -> u64 {
+    let text = cloud.api().ask("GET", "/metrics", Body::None).text;
+    let line = text.lines().find_map(|l| l.strip_prefix("godwit_registry_commits_total"));
+    line.unwrap_or_else(|| panic!("{text}")).trim().parse().unwrap()
+}
+
+#[test]
+fn a_stopped_site_holds_up_nobody_and_idle_ones_cost_nothing() {
+    let mut cloud = Cloud::start();
+    cloud.bring_substrate();
+    // Three reports of each site, at least.
+    let before = commits(&cloud);
+    let begun = std::time::Instant::now();
+    let seen = |cloud: &Cloud| cloud.ok(&["site", "list"])[0]["last_seen"].as_u64().unwrap();
+    for _ in 0..3 {
+        let last = seen(&cloud);
+        within(SOON * 4, "the next report", || (seen(&cloud) > last).then_some(()));
+    }
+    assert_eq!(commits(&cloud), before, "nothing was written in {:?}", begun.elapsed());
+
+    let ap = pid(&cloud, Daemon::Ap);
+    pause(ap);
+    let create = |name: &str, site: &[&str]| {
+        let args = ["vm", "create", "--image", "tiny", "--name", name, "--no-wait"];
+        soon(&cloud, &[&args, site].concat())
+    };
+    create("here", &["--site", "center"]);
+    for list in [["image", "list"], ["pool", "status"]] {
+        let answer = soon(&cloud, &list);
+        assert!(answer.stderr.contains("site 'cafe' does not answer"), "{answer:?}");
+        assert!(answer.stdout.contains("center"), "{answer:?}");
+    }
+    within(SOON * 3, "the site to be known not to answer", || {
+        let sites = cloud.ok(&["site", "list"]);
+        let cafe = sites.as_array()?.iter().find(|s| s["name"] == "cafe")?.clone();
+        (cafe["state"] == "unreachable").then_some(())
+    });
+    create("anywhere", &[]);
+    assert_eq!(cloud.vm("anywhere")["site"], "center");
+    let words = cloud.refused(&["vm", "activate", "base", "--name", "there", "--site", "cafe"], 1);
+    assert!(words.contains("does not answer"), "{words}");
+    resume(ap);
+    within(SOON * 6, "the site to be back", || {
+        let answer = cloud.run(&["pool", "status"]);
+        (answer.exit == 0 && answer.stdout.contains("cafe")).then_some(())
+    });
+
+    // An AP serves its machines before it has found its center.
+    cloud.kill(Daemon::Ap);
+    cloud.kill(Daemon::Center);
+    cloud.serves(Daemon::Ap);
+    cloud.restart_center();
+    cloud.wait_ap();
+}
+
+#[test]
+fn a_substrate_of_another_qemu_is_refused_and_rebuilt() {
+    let cloud = Cloud::center_only();
+    cloud.bring_substrate();
+    let old = cloud.ok(&["substrate", "get", "base"])["id"].as_str().unwrap().to_owned();
+    let path = cloud.site_dir(Daemon::Center).join("data/substrates").join(&old);
+    let path = path.join("substrate.json");
+    let mut text: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let qemu = text.pointer_mut("/machine/qemu").expect("its QEMU");
+    assert!(qemu.as_str().unwrap().starts_with("10.0."), "{qemu}");
+    // A patch of the same series would do.
+    *qemu = "9.2.4".into();
+    std::fs::write(&path, text.to_string()).unwrap();
+    let words = cloud.refused(&["vm", "activate", "base", "--name", "a"], 5);
+    assert!(words.contains("qemu is \"9.2.4\" in the saved state"), "{words}");
+    assert!(words.contains("godwit substrate rebuild base"), "{words}");
+
+    let _ = cloud.ok(&["substrate", "rebuild", "base"]);
+    let new = cloud.ok(&["substrate", "get", "base"])["id"].as_str().unwrap().to_owned();
+    assert_ne!(new, old);
+    assert_eq!(cloud.ok(&["substrate", "list"]).as_array().unwrap().len(), 1);
+    assert!(cloud.ok(&["vm", "list"]).as_array().unwrap().is_empty());
+    assert!(!path.exists(), "the old one is gone");
+    let _ = cloud.ok(&["vm", "activate", "base", "--name", "a"]);
+    assert_eq!(cloud.vm("a")["state"], "running");
+    cloud.runs_at("a", "center");
+}
