@@ -146,6 +146,9 @@ struct SuiteArgs {
     /// figure is its own.
     #[arg(long, default_value_t = 8)]
     witness_mib: u32,
+    /// The same again for rows beside the main ones, e.g. 32.
+    #[arg(long, value_delimiter = ',', value_name = "MIB")]
+    witness_beside: Vec<u32>,
     /// Rate of the link each way in Mbit/s.
     #[arg(long, default_value_t = 100.0)]
     rate: f64,
@@ -407,6 +410,7 @@ impl SuiteArgs {
             images: self.images.clone(),
             guest: self.guest.clone(),
             witness_mib: self.witness_mib,
+            witness_beside: self.witness_beside.clone(),
             stock_downtime_ms: self.stock_downtime_ms,
             rate_mbit: self.rate,
             delay_ms: self.delay,

@@ -239,8 +239,6 @@ mod tests {
         std::fs::write(&path, b"+").expect("written");
         c.look(&mut new);
         assert_eq!(new, b"+++");
-        std::fs::remove_file(&path).expect("removed");
-        c.look(&mut new);
         std::fs::write(dir.path().join("other"), b"......").expect("written");
         std::fs::rename(dir.path().join("other"), &path).expect("renamed");
         c.look(&mut new);

@@ -21,6 +21,7 @@ async fn stock_qemu_moves_a_working_guest_and_loses_nothing() {
         images,
         guest,
         witness_mib: 8,
+        witness_beside: Vec::new(),
         rate_mbit: 300.0,
         delay_ms: 5.0,
         stock_downtime_ms: None,

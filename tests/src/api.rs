@@ -22,6 +22,7 @@ const MAX_ANSWER: u64 = 8 << 20;
 pub struct Api {
     address: String,
     token: String,
+    roots: Arc<RootCertStore>,
     tls: Arc<ClientConfig>,
 }
 
@@ -66,13 +67,29 @@ impl Api {
         for certificate in CertificateDer::pem_slice_iter(read("ca.pem").as_bytes()) {
             roots.add(certificate.expect("a certificate")).expect("a root");
         }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let tls = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("versions")
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        Self { address, token: read("token").trim().to_owned(), tls: Arc::new(tls) }
+        let roots = Arc::new(roots);
+        let tls = Arc::new(client(&roots, rustls::ALL_VERSIONS));
+        Self { address, token: read("token").trim().to_owned(), roots, tls }
+    }
+
+    /// Which of the protocols `offered` the center picks; `None` when there is no connection by
+    /// these versions of TLS.
+    #[must_use]
+    pub fn picks(
+        &self,
+        versions: &[&'static rustls::SupportedProtocolVersion],
+        offered: &[&[u8]],
+    ) -> Option<Vec<u8>> {
+        let mut tls = client(&self.roots, versions);
+        tls.alpn_protocols = offered.iter().map(|p| p.to_vec()).collect();
+        let mut tcp = TcpStream::connect(&self.address).expect("connecting to the API");
+        tcp.set_read_timeout(Some(SILENCE)).expect("time-out");
+        let name = ServerName::try_from("127.0.0.1").expect("a name");
+        let mut tls = ClientConnection::new(Arc::new(tls), name).expect("TLS");
+        while tls.is_handshaking() {
+            tls.complete_io(&mut tcp).ok()?;
+        }
+        tls.alpn_protocol().map(<[u8]>::to_vec)
     }
 
     /// Sends a request with the operator's token; a body is `application/json`.
@@ -142,4 +159,16 @@ impl Api {
         let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
         Reply { status, text: body.to_owned() }
     }
+}
+
+fn client(
+    roots: &Arc<RootCertStore>,
+    versions: &[&'static rustls::SupportedProtocolVersion],
+) -> ClientConfig {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(versions)
+        .expect("versions")
+        .with_root_certificates(roots.clone())
+        .with_no_client_auth()
 }

@@ -418,6 +418,25 @@ impl Cloud {
         run(command, format!("godwit {}", args.join(" ")))
     }
 
+    /// Runs `godwit` with these arguments and this on its standard input.
+    #[must_use]
+    pub fn feed(&self, args: &[&str], input: &[u8]) -> Fed {
+        let mut command = self.command();
+        command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("starting {args:?}: {e}"));
+        let mut to = child.stdin.take().expect("its input");
+        let output = std::thread::scope(|scope| {
+            // One that refuses its input closes it.
+            scope.spawn(move || std::io::Write::write_all(&mut to, input));
+            child.wait_with_output().unwrap_or_else(|e| panic!("waiting for {args:?}: {e}"))
+        });
+        Fed {
+            exit: output.status.code().unwrap_or(-1),
+            stdout: output.stdout,
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
     /// The answer of `godwit ... -o json`, or `None` when it failed.
     #[must_use]
     pub fn json(&self, args: &[&str]) -> Option<Value> {
@@ -634,6 +653,17 @@ impl Drop for Cloud {
             }
         }
     }
+}
+
+/// How a command ended that was fed, and what it wrote.
+#[derive(Debug, Clone)]
+pub struct Fed {
+    /// Exit code; -1 for a signal.
+    pub exit: i32,
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error.
+    pub stderr: String,
 }
 
 /// A process that ends with the test.

@@ -20,7 +20,7 @@ mod tmpfs;
 
 pub use api::{Api, Body, Reply};
 pub use bits::flip;
-pub use cloud::{Cloud, Daemon, Running, Unwanted, free_port, has_image};
+pub use cloud::{Cloud, Daemon, Fed, Running, Unwanted, free_port, has_image};
 pub use guest::{Guest, Identity};
 pub use process::{exists, kill, pause, resume};
 pub use run::{Answer, within};

@@ -30,8 +30,14 @@ fn every_form_of_answer_and_each_refusal_is_clear() {
     // A guest's program.
     let said = cloud.run(&["vm", "exec", "a", "--", "/bin/busybox", "echo", "here"]);
     assert_eq!((said.stdout.as_str(), said.stderr.as_str()), ("here\n", ""));
-    let words = cloud.refused(&["vm", "exec", "a", "--", "/bin/false"], 1);
-    assert_eq!(words, "error: the program ended with exit code 1\n");
+    // Its exit code is its own; a failure of Godwit's has words.
+    for (line, exit, words) in [
+        ("exit 42", 42, ""),
+        ("echo no >&2; false", 1, "no\n"),
+        ("kill -9 $$", 137, "the program was ended by signal 9\n"),
+    ] {
+        assert_eq!(cloud.refused(&["vm", "exec", "a", "--", "/bin/sh", "-c", line], exit), words);
+    }
     assert!(cloud.refused(&["vm", "exec", "a", "nothere"], 5).contains("nothere"));
 
     // This guest shows nothing.
@@ -46,7 +52,11 @@ fn every_form_of_answer_and_each_refusal_is_clear() {
     assert!(cloud.refused(&["op", "cancel", &first], 5).contains("done already"));
     let words = cloud.refused(&["op", "wait", "00000000-0000-7000-8000-000000000000"], 4);
     assert!(!words.contains("may go on"), "{words}");
-    let _ = cloud.refused(&["op", "wait", "nonsense"], 2);
+    let words = cloud.refused(&["op", "wait", "nonsense"], 2);
+    assert!(words.contains("godwit op list"), "{words}");
+    assert!(cloud.refused(&["vm", "list", "--site", "nowhere"], 4).contains("nowhere"));
+    let words = cloud.refused(&["vm", "dock", "a", "--name", "base"], 5);
+    assert!(words.contains("exists already") && words.contains("with --name"), "{words}");
 
     // Tokens.
     assert!(cloud.refused(&["site", "token", "center"], 5).contains("own site"));
@@ -89,6 +99,74 @@ fn every_form_of_answer_and_each_refusal_is_clear() {
     assert!(checks[0]["check"]["units"].as_u64().unwrap() > 0, "{checks}");
 }
 
+/// The pid in words like "it still runs in the guest (pid 7)".
+fn pid_in(words: &str) -> String {
+    let at = words.find("(pid ").unwrap_or_else(|| panic!("no pid: {words}"));
+    words[at + 5..].chars().take_while(char::is_ascii_digit).collect()
+}
+
+#[test]
+fn a_program_is_followed_wherever_its_machine_goes() {
+    let cloud = Cloud::start();
+    cloud.bring_substrate();
+    let _ = cloud.ok(&["vm", "activate", "base", "--name", "a", "--site", "center"]);
+    let sh = |vm: &str, line: &str| cloud.run(&["vm", "exec", vm, "--", "/bin/sh", "-c", line]);
+
+    // Any bytes, more than one message holds.
+    let noise: Vec<u8> =
+        (0..700_000_u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let back = cloud.feed(&["vm", "exec", "-i", "a", "--", "/bin/cat"], &noise);
+    assert!(back.stdout == noise, "{} of {}: {}", back.stdout.len(), noise.len(), back.stderr);
+    let much =
+        cloud.feed(&["vm", "exec", "a", "--", "/bin/dd", "if=/dev/zero", "bs=1M", "count=12"], b"");
+    assert_eq!((much.exit, much.stdout.len()), (0, 12 << 20), "{}", much.stderr);
+    let long = vec![0; (16 << 20) + 1];
+    let refused = cloud.feed(&["vm", "exec", "-i", "a", "--", "/bin/cat"], &long);
+    assert!(refused.exit == 2 && refused.stderr.contains("16 MiB"), "{}", refused.stderr);
+
+    // One that takes its time keeps nobody waiting, is followed through a move, and passes its
+    // exit code on.
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(|| sh("a", "sleep 6; echo slept; exit 7"));
+        let beside = sh("a", "echo here");
+        assert_eq!(beside.stdout, "here\n", "{}", beside.stderr);
+        assert!(beside.took < Duration::from_secs(4), "{:?}", beside.took);
+        let _ = cloud.ok(&["vm", "migrate", "a", "--to", "cafe"]);
+        assert!(!slow.is_finished(), "it ended before the move");
+        let slow = slow.join().unwrap();
+        assert_eq!((slow.exit, slow.stdout.as_str()), (7, "slept\n"), "{}", slow.stderr);
+        assert_eq!(slow.stderr, "");
+    });
+    // What it came from is not needed any more.
+    let _ = cloud.ok(&["substrate", "delete", "base"]);
+    let _ = cloud.guest("a").intact(0);
+
+    let words = cloud.refused(
+        &["vm", "exec", "a", "--within", "1", "--", "/bin/sh", "-c", "sleep 3; echo late"],
+        124,
+    );
+    assert!(words.contains("has not ended within 1 s; it still runs in the guest"), "{words}");
+    let late = cloud.run(&["vm", "exec", "a", "--pid", &pid_in(&words)]);
+    assert_eq!((late.exit, late.stdout.as_str()), (0, "late\n"), "{}", late.stderr);
+    let _ = cloud.refused(&["vm", "exec", "a", "--pid", &pid_in(&words)], 4);
+
+    // Docked while it runs, it goes on in the clone.
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(|| sh("a", "sleep 8; echo woken; exit 3"));
+        within(Duration::from_secs(20), "the program to run", || {
+            (sh("a", "ps | grep -c '[s]leep 8'").stdout != "0\n").then_some(())
+        });
+        let docked = cloud.run(&["vm", "dock", "a", "--name", "asleep"]);
+        assert_eq!(docked.exit, 0, "{}", docked.stderr);
+        let slow = slow.join().unwrap();
+        assert_eq!(slow.exit, 5, "{}", slow.stderr);
+        assert!(slow.stderr.contains("docked as substrate 'asleep'"), "{}", slow.stderr);
+        let _ = cloud.ok(&["vm", "activate", "asleep", "--name", "b"]);
+        let woken = cloud.run(&["vm", "exec", "b", "--pid", &pid_in(&slow.stderr)]);
+        assert_eq!((woken.exit, woken.stdout.as_str()), (3, "woken\n"), "{}", woken.stderr);
+    });
+}
+
 /// The pCPUs that each vCPU of a QEMU may run on, as the kernel lists them.
 fn vcpu_places(qemu: i32) -> Vec<String> {
     let mut places = Vec::new();
@@ -125,8 +203,10 @@ fn a_guest_powers_itself_off_and_starts_again_with_its_disk() {
     assert_eq!((stopped.exit, stopped.stdout.as_str()), (0, "a   stopped\n"), "{stopped:?}");
     assert!(stopped.took < Duration::from_secs(30), "{:?}", stopped.took);
     assert_eq!(cloud.run(&["vm", "stop", "a"]).exit, 3);
+    let begun = std::time::Instant::now();
     let words = cloud.refused(&["vm", "exec", "a", "/bin/true"], 5);
-    assert!(words.contains("does not run") && words.contains("godwit vm start a"), "{words}");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(words.contains("is stopped") && words.contains("godwit vm start a"), "{words}");
     let _ = cloud.refused(&["vm", "dock", "a"], 5);
     let _ = cloud.ok(&["vm", "start", "a"]);
     guest.answers();
@@ -204,6 +284,14 @@ fn up_brings_a_center_and_an_ap_and_down_ends_them() {
     assert!(sites[0]["report"]["rtt_ms"].as_f64().unwrap() > 0.0, "{sites}");
     assert_eq!(cloud.run(&up).exit, 3, "it is up already");
 
+    // A lease of before does not count: when it says that it is up, it is.
+    let center = std::fs::read_to_string(format!("{root}/center/run/daemon.pid")).unwrap();
+    let center = rustix::process::Pid::from_raw(center.trim().parse().unwrap()).unwrap();
+    rustix::process::kill_process(center, rustix::process::Signal::KILL).unwrap();
+    let a = cloud.run(&up);
+    assert_eq!(a.exit, 0, "{}", a.stderr);
+    let _ = cloud.ok(&["image", "list", "--site", "cafe"]);
+
     let token = cloud.token("bar");
     let a = cloud.run(&["site", "join", &token, "--root", root]);
     assert_eq!(a.exit, 0, "{}", a.stderr);
@@ -220,6 +308,16 @@ fn up_brings_a_center_and_an_ap_and_down_ends_them() {
     // What it was is there again after the next `up`.
     let a = cloud.run(&[&up[..], &["-o", "name"]].concat());
     assert_eq!((a.exit, a.stdout.as_str()), (0, "center\ncafe\n"), "{}", a.stderr);
+    // One that was thrown out never comes.
+    let _ = cloud.run(&["site", "revoke", "cafe"]);
+    let a = cloud.run(&up);
+    assert_eq!(a.exit, 5, "{}", a.stderr);
+    assert!(
+        a.stderr.contains("'cafe' was revoked") && a.stderr.contains("--no-ap"),
+        "{}",
+        a.stderr
+    );
+    assert!(a.took < Duration::from_secs(20), "{:?}", a.took);
     assert_eq!(cloud.run(&["down", "--root", root]).exit, 0);
 }
 

@@ -115,6 +115,11 @@ fn names_that_are_none_are_refused_wherever_one_is_taken() {
 fn bodies_that_are_too_long_or_malformed_are_refused_and_the_daemon_lives_on() {
     let cloud = Cloud::center_only();
     let api = cloud.api();
+    // What is older than TLS 1.3 is not spoken; of the protocols on it the client chooses.
+    let (new, old) = (&rustls::version::TLS13, &rustls::version::TLS12);
+    assert_eq!(api.picks(&[old], &[b"http/1.1"]), None);
+    assert_eq!(api.picks(&[new], &[b"h2", b"http/1.1"]).as_deref(), Some(&b"h2"[..]));
+    assert_eq!(api.picks(&[new, old], &[b"http/1.1"]).as_deref(), Some(&b"http/1.1"[..]));
     // Once, so that what is made at the first request is there.
     refused(&api.ask("POST", "/v1/vms", Body::Whole(b"{")), "half a body");
     let before = cloud.resident_mib(Daemon::Center);

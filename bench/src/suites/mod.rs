@@ -31,6 +31,8 @@ pub struct Plan {
     pub guest: Name,
     /// Memory that the witness program keeps changing, in MiB.
     pub witness_mib: u32,
+    /// The same for rows beside the main ones, so that its own part of every figure is seen.
+    pub witness_beside: Vec<u32>,
     /// Rate of the link in Mbit/s.
     pub rate_mbit: f64,
     /// One-way delay of the link in ms.

@@ -16,8 +16,9 @@ use crate::spin::{Meter, Queue, SpinLock, Told, spin_loop};
 
 /// Bytes of the input.
 pub const INPUT: usize = 1 << 20;
-/// Room in each queue unless told otherwise, in chunks.
-pub const QUEUE: usize = 32;
+/// Room in each queue unless told otherwise, in chunks: PARSEC's `QUEUE_SIZE`. Where the threads have
+/// their turns one after the other, a short queue is all that a turn can do.
+pub const QUEUE: usize = 1 << 20;
 /// The least and the most bytes of a chunk; between them the hash decides, 4 KiB on average. Fewer
 /// on a slower processor.
 const LEAST: usize = 1 << 10;

@@ -35,6 +35,10 @@ pub struct Plan {
     pub sample: Duration,
     /// The seed of the measured one; the others' follow it.
     pub seed: u64,
+    /// Room in each queue of what is measured ([`crate::Config::queue`]).
+    pub queue: usize,
+    /// Whether what is measured sleeps now and then ([`crate::Config::halts`]).
+    pub halts: bool,
     /// By how much the processor is slower than a real one ([`crate::Config::slower`]).
     pub slower: u32,
     /// Whether all threads are called as QEMU's vCPUs are.
@@ -104,6 +108,10 @@ impl Member {
             .stdout(Stdio::piped());
         if time {
             command.args(["--seconds", &plan.time.as_secs_f64().to_string()]);
+            command.args(["--queue", &plan.queue.to_string()]);
+            if plan.halts {
+                command.arg("--halts");
+            }
         } else {
             command.arg("--disturb");
         }

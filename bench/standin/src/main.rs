@@ -60,6 +60,9 @@ struct Run {
     /// Room in each of dedup's queues, in chunks.
     #[arg(long, default_value_t = dedup::QUEUE)]
     queue: usize,
+    /// Have kernbench's threads run out of jobs now and then, and sleep.
+    #[arg(long)]
+    halts: bool,
     /// By how much this processor is slower than a real one: operations are so much smaller.
     #[arg(long, default_value_t = 1, value_name = "TIMES")]
     slower: u32,
@@ -116,6 +119,12 @@ struct Fleet {
     /// Seed of the measured one.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Room in each queue of a measured dedup, in chunks.
+    #[arg(long, default_value_t = dedup::QUEUE)]
+    queue: usize,
+    /// Have the threads of a measured kernbench sleep now and then.
+    #[arg(long)]
+    halts: bool,
     /// By how much this processor is slower than a real one.
     #[arg(long, default_value_t = 1, value_name = "TIMES")]
     slower: u32,
@@ -157,6 +166,7 @@ impl Run {
             time: self.seconds,
             seed: self.seed,
             queue: self.queue,
+            halts: self.halts,
             slower: self.slower,
             time_locks: self.time_locks || stand_in == StandIn::Locks,
             vcpu_names: self.vcpu_names,
@@ -220,6 +230,8 @@ fn work(cli: Cli) -> anyhow::Result<()> {
                 lead: f.lead,
                 sample: f.sample,
                 seed: f.seed,
+                queue: f.queue,
+                halts: f.halts,
                 slower: f.slower,
                 vcpu_names: f.vcpu_names,
                 no_pause: f.no_pause,

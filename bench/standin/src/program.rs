@@ -94,6 +94,9 @@ pub struct UnknownStandIn(String);
 /// Greatest [`Config::slower`]: more would leave too little of an operation.
 pub const MOST_SLOWER: u32 = 64;
 
+/// Most room of a queue.
+pub const MOST_QUEUED: usize = dedup::QUEUE;
+
 /// Most threads of one stand-in.
 pub const MOST_THREADS: usize = 1024;
 
@@ -112,6 +115,8 @@ pub struct Config {
     pub seed: u64,
     /// Room in each of dedup's queues.
     pub queue: usize,
+    /// Whether kernbench's threads run out of jobs now and then, and sleep.
+    pub halts: bool,
     /// By how much the processor is slower than a real one of today, as an emulated one is: 1 to
     /// [`MOST_SLOWER`]. An operation is so much smaller then, that its phases are as long beside a
     /// scheduler's slice as they are on a real one.
@@ -134,6 +139,7 @@ impl Config {
             time: None,
             seed: 1,
             queue: dedup::QUEUE,
+            halts: false,
             slower: 1,
             time_locks: false,
             vcpu_names: false,
@@ -148,7 +154,7 @@ pub enum Error {
     #[error("{0} threads: a stand-in has 1 to {MOST_THREADS}")]
     Threads(usize),
     /// Bad room.
-    #[error("a queue has room for 1 to 1000000 items, not {0}")]
+    #[error("a queue has room for 1 to {MOST_QUEUED} items, not {0}")]
     Queue(usize),
     /// Bad speed.
     #[error("a processor is 1 to {MOST_SLOWER} times slower, not {0}")]
@@ -294,7 +300,7 @@ pub fn run(config: &Config, stop: &AtomicBool) -> Result<Outcome, Error> {
     if !(1..=MOST_THREADS).contains(&config.threads) {
         return Err(Error::Threads(config.threads));
     }
-    if !(1..=1_000_000).contains(&config.queue) {
+    if !(1..=MOST_QUEUED).contains(&config.queue) {
         return Err(Error::Queue(config.queue));
     }
     if !(1..=MOST_SLOWER).contains(&config.slower) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use godwit_cloud::daemon::ClientFiles;
 use godwit_cloud::site::SiteDirs;
-use godwit_types::Name;
+use godwit_types::{Mib, Name, OpId};
 
 use crate::cmd;
 use crate::out::Format;
@@ -73,20 +73,27 @@ pub(crate) struct Talk {
 /// Where the center is.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct Connect {
-    /// Address of the center's API, e.g. <https://127.0.0.1:7700>
-    #[arg(long, global = true, env = "GODWIT_API", hide_env_values = true, value_name = "URL")]
+    /// Address of the center's API, e.g. <https://127.0.0.1:7700> [env: GODWIT_API]
+    #[arg(long, global = true, value_name = "URL")]
     pub(crate) api: Option<String>,
-    /// File with the operator token (or the token itself in GODWIT_TOKEN)
-    #[arg(long, global = true, env = "GODWIT_TOKEN_FILE", hide_env_values = true)]
-    #[arg(value_name = "FILE")]
+    /// File with the operator token (or the token itself in GODWIT_TOKEN) [env: GODWIT_TOKEN_FILE]
+    #[arg(long, global = true, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
-    /// Certificate of the API, PEM
-    #[arg(long, global = true, env = "GODWIT_CA", hide_env_values = true, value_name = "FILE")]
+    /// Certificate of the API, PEM [env: GODWIT_CA]
+    #[arg(long, global = true, value_name = "FILE")]
     pub(crate) ca: Option<PathBuf>,
-    /// Directory of the three above, as a center writes them
-    #[arg(long, global = true, env = "GODWIT_CONFIG", hide_env_values = true)]
-    #[arg(value_name = "DIR")]
+    /// Directory of the three above, as a center writes them [env: GODWIT_CONFIG]
+    #[arg(long, global = true, value_name = "DIR")]
     pub(crate) config: Option<PathBuf>,
+}
+
+/// What a flag says, or else the environment. Read here and not by the parser, whose usage lines
+/// would show each flag that the environment sets as one that is needed.
+pub(crate) fn or_env<T: From<String> + Clone>(flag: Option<&T>, variable: &str) -> Option<T> {
+    flag.cloned().or_else(|| {
+        let value = std::env::var(variable).ok().filter(|v| !v.is_empty());
+        value.map(T::from)
+    })
 }
 
 impl Connect {
@@ -98,7 +105,7 @@ impl Connect {
 
 /// The client's files in `dir`, or in the usual directory.
 pub(crate) fn client_files(dir: Option<&PathBuf>) -> ClientFiles {
-    dir.map_or_else(ClientFiles::usual, |d| ClientFiles { dir: d.clone() })
+    or_env(dir, "GODWIT_CONFIG").map_or_else(ClientFiles::usual, |dir| ClientFiles { dir })
 }
 
 /// How a change is made.
@@ -130,8 +137,8 @@ pub(crate) struct Places {
     /// Memory of machines, on tmpfs [default: /dev/shm/godwit/<site>]
     #[arg(long, value_name = "DIR")]
     pub(crate) ram: Option<PathBuf>,
-    /// Guest images [default: /var/cache/godwit/images]
-    #[arg(long, env = "GODWIT_IMAGES", hide_env_values = true, value_name = "DIR")]
+    /// Guest images [default: /var/cache/godwit/images] [env: GODWIT_IMAGES]
+    #[arg(long, value_name = "DIR")]
     pub(crate) images: Option<PathBuf>,
 }
 
@@ -161,7 +168,7 @@ impl Places {
             data: self.data.clone().unwrap_or(base.data),
             run: self.run.clone().unwrap_or(base.run),
             memory: self.ram.clone().unwrap_or(base.memory),
-            images: self.images.clone().unwrap_or(base.images),
+            images: or_env(self.images.as_ref(), "GODWIT_IMAGES").unwrap_or(base.images),
         }
     }
 }
@@ -204,6 +211,25 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
         _ => return Err(bad()),
     };
     number.checked_mul(1 << shift).ok_or_else(bad)
+}
+
+/// Reads guest memory: `512` (MiB), `512M`, `4G`, `4GiB`.
+pub(crate) fn memory(text: &str) -> Result<Mib, String> {
+    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(at);
+    let bad = || format!("'{text}' is not an amount of memory; write 512 (MiB), 512M or 4G");
+    let number: u32 = digits.parse().map_err(|_| bad())?;
+    let mib = match unit {
+        "" | "M" | "MiB" => Some(number),
+        "G" | "GiB" => number.checked_mul(1024),
+        _ => None,
+    };
+    mib.map(Mib).ok_or_else(bad)
+}
+
+/// Reads the id of an operation.
+pub(crate) fn op_id(text: &str) -> Result<OpId, String> {
+    text.parse().map_err(|_| "that is not an operation's id; see: godwit op list".into())
 }
 
 #[cfg(test)]
@@ -249,6 +275,19 @@ mod tests {
     }
 
     #[test]
+    fn memory_is_read_with_its_unit() {
+        let ok = |t| memory(t).expect("memory").0;
+        assert_eq!(
+            [ok("512"), ok("512M"), ok("512MiB"), ok("4G"), ok("4GiB")],
+            [512, 512, 512, 4096, 4096]
+        );
+        for bad in ["", "G", "4g", "4T", "-1", "4 G", "99999999G"] {
+            assert!(memory(bad).expect_err(bad).contains("4G"), "{bad}");
+        }
+        assert!(op_id("x").expect_err("no id").contains("godwit op list"));
+    }
+
+    #[test]
     fn flags_may_stand_at_the_end() {
         for line in [
             "vm create --image tiny --name a -o json",
@@ -263,6 +302,10 @@ mod tests {
             "site token list -o json",
             "site token withdraw 0123456789abcdef",
             "site revoke cafe",
+            "vm create --image tiny --memory 4G --vcpus 64",
+            "vm exec a --pid 7",
+            "vm exec a -i -- /bin/cat -n",
+            "image delete tiny --site cafe",
         ] {
             let words = std::iter::once("godwit").chain(line.split(' '));
             Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -277,6 +320,11 @@ mod tests {
             "vm migrate a --no-wait --timeout 5",
             "vm create --image tiny --no-wait --dry-run",
             "vm list -o xml",
+            "vm create --image tiny --vcpus 300",
+            "vm create --image tiny --memory 4X",
+            "vm exec a",
+            "vm exec a --pid 7 /bin/true",
+            "op wait x",
         ] {
             let words = std::iter::once("godwit").chain(line.split(' '));
             let e = Cli::try_parse_from(words).expect_err(line);

@@ -1,6 +1,7 @@
 //! The center's API over HTTPS.
 
 use std::error::Error as _;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -11,11 +12,17 @@ use reqwest::{Certificate, Method, RequestBuilder, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::args::Connect;
+use crate::args::{Connect, or_env};
 use crate::failure::{Failure, Result};
 
 /// Where a center's API is when nothing else is said.
 const DEFAULT_API: &str = "https://127.0.0.1:7700";
+
+/// How long a connection to the center may take.
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long the center may take to answer what it only has to look up.
+const ANSWER_WITHIN: Duration = Duration::from_secs(90);
 
 /// The longest answer that is read whole, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
@@ -26,6 +33,7 @@ pub(crate) struct Client {
     http: reqwest::Client,
     base: String,
     token: String,
+    ca: PathBuf,
 }
 
 /// Nothing to send.
@@ -35,8 +43,8 @@ impl Client {
     /// Reads address, certificate and token: from flags, environment, then the client's files.
     pub(crate) fn open(connect: &Connect) -> Result<Self> {
         let files = connect.files();
-        let base = match &connect.api {
-            Some(a) => a.clone(),
+        let base = match or_env(connect.api.as_ref(), "GODWIT_API") {
+            Some(a) => a,
             None => std::fs::read_to_string(files.api()).unwrap_or_else(|_| DEFAULT_API.into()),
         };
         let base = base.trim().trim_end_matches('/').to_owned();
@@ -44,7 +52,7 @@ impl Client {
             return Err(Failure::usage(format!("'{base}' is no address of an API"))
                 .hint("write it as https://HOST:PORT"));
         }
-        let ca = connect.ca.clone().unwrap_or_else(|| files.ca());
+        let ca = or_env(connect.ca.as_ref(), "GODWIT_CA").unwrap_or_else(|| files.ca());
         let pem = std::fs::read(&ca).map_err(|e| {
             Failure::unavailable(format!("reading the API's certificate {}: {e}", ca.display()))
                 .hint("start a center with: godwit up, or name another center's file with --ca")
@@ -56,7 +64,8 @@ impl Client {
         let token = match std::env::var("GODWIT_TOKEN") {
             Ok(t) if !t.is_empty() => t,
             _ => {
-                let file = connect.token_file.clone().unwrap_or_else(|| files.token());
+                let file = or_env(connect.token_file.as_ref(), "GODWIT_TOKEN_FILE")
+                    .unwrap_or_else(|| files.token());
                 read_token(&file).map_err(|f| {
                     let advised = f.hint.is_some();
                     let words = format!("no operator token: {f}");
@@ -77,10 +86,10 @@ impl Client {
             .https_only(true)
             .http1_only()
             .tls_certs_only(certificates)
-            .connect_timeout(Duration::from_secs(10))
+            .connect_timeout(CONNECT_WITHIN)
             .build()
             .map_err(|e| Failure::internal(format!("preparing HTTPS: {}", causes(&e))))?;
-        Ok(Self { http, base, token })
+        Ok(Self { http, base, token, ca })
     }
 
     /// The address of the API.
@@ -90,9 +99,18 @@ impl Client {
 
     /// Whether a center answers.
     pub(crate) async fn alive(&self) -> bool {
+        self.probe().await.is_ok()
+    }
+
+    /// Asks the center for a sign of life.
+    pub(crate) async fn probe(&self) -> Result<()> {
         let asked = self.http.get(format!("{}/healthz", self.base));
         let answer = asked.timeout(Duration::from_secs(5)).send().await;
-        answer.is_ok_and(|r| r.status() == StatusCode::OK)
+        let answer = answer.map_err(|e| self.broken(&e))?;
+        match answer.status() {
+            StatusCode::OK => Ok(()),
+            status => Err(Failure::unavailable(format!("{} answered {status}", self.base))),
+        }
     }
 
     /// A request with the operator's token; `path` begins with `/v1`.
@@ -142,6 +160,10 @@ impl Client {
         if let Some(b) = body {
             request = request.json(b);
         }
+        self.read(path, request).await
+    }
+
+    async fn read<T: DeserializeOwned>(&self, path: &str, request: RequestBuilder) -> Result<T> {
         let answer = self.send(request).await?;
         let body = self.body(answer).await?;
         let body: &[u8] = if body.is_empty() { b"null" } else { &body };
@@ -153,17 +175,34 @@ impl Client {
 
     /// Reads an object or a list.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        self.ask(Method::GET, path, EMPTY).await
+        let request = self.request(Method::GET, path).timeout(ANSWER_WITHIN);
+        self.read(path, request).await
     }
 
     /// What a request that got no answer means.
     pub(crate) fn broken(&self, e: &reqwest::Error) -> Failure {
-        let words = format!("no answer from {}: {}", self.base, causes(e));
+        let causes = causes(e);
+        if causes.contains("invalid peer certificate") {
+            let words = format!(
+                "the certificate of {} is not the one in {} ({causes})",
+                self.base,
+                self.ca.display()
+            );
+            return Failure::new(Code::Unauthenticated, words).hint(
+                "name the certificate of that center with --ca; a center writes it as ca.pem \
+                 beside its token",
+            );
+        }
+        if e.is_timeout() {
+            return Failure::away(format!("no answer from {} in time", self.base))
+                .hint("the center hangs or cannot be reached from here; another's address: --api");
+        }
+        let words = format!("no answer from {}: {causes}", self.base);
         if e.is_connect() {
-            Failure::unavailable(words)
+            Failure::refused(words)
                 .hint("is a center running? start one with: godwit up; another's address: --api")
         } else {
-            Failure::unavailable(words)
+            Failure::away(words)
         }
     }
 }

@@ -12,6 +12,8 @@ pub(crate) enum Outcome {
     Unchanged,
     /// The answer that was printed is bad news: exit code 1.
     Found,
+    /// A guest's program ended with this exit code.
+    Exit(u8),
 }
 
 /// What every command returns.
@@ -22,18 +24,28 @@ pub(crate) type Result<T = Outcome, E = Failure> = std::result::Result<T, E>;
 pub(crate) struct Failure {
     /// Exit code of the program.
     pub(crate) exit: u8,
+    /// The center was not reached, or went away: it may be back soon.
+    pub(crate) away: bool,
+    /// Nobody listens at its address.
+    pub(crate) refused: bool,
     message: String,
     hint: Option<String>,
 }
 
 impl Failure {
     pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { exit: code.exit_code(), message: message.into(), hint: None }
+        Self {
+            exit: code.exit_code(),
+            away: false,
+            refused: false,
+            message: message.into(),
+            hint: None,
+        }
     }
 
     /// A failure whose exit code is known already.
     pub(crate) fn of_exit(exit: u8, message: impl Into<String>) -> Self {
-        Self { exit, message: message.into(), hint: None }
+        Self { exit, away: false, refused: false, message: message.into(), hint: None }
     }
 
     pub(crate) fn usage(message: impl Into<String>) -> Self {
@@ -48,16 +60,26 @@ impl Failure {
         Self::new(Code::Unavailable, message)
     }
 
+    /// No answer came from the center.
+    pub(crate) fn away(message: impl Into<String>) -> Self {
+        Self { away: true, ..Self::unavailable(message) }
+    }
+
+    /// Nobody listens where the center should be.
+    pub(crate) fn refused(message: impl Into<String>) -> Self {
+        Self { refused: true, ..Self::away(message) }
+    }
+
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }
 
-    /// For stderr; control characters of foreign text are made visible.
+    /// For stderr; control characters of foreign text are made visible, endless words are cut.
     pub(crate) fn words(&self) -> String {
-        let message = crate::out::plain(&self.message);
+        let message = crate::out::tame(&self.message);
         match &self.hint {
-            Some(h) => format!("error: {message}\nhint: {}", crate::out::plain(h)),
+            Some(h) => format!("error: {message}\nhint: {}", crate::out::tame(h)),
             None => format!("error: {message}"),
         }
     }
@@ -65,7 +87,13 @@ impl Failure {
 
 impl From<Fault> for Failure {
     fn from(f: Fault) -> Self {
-        Self { exit: f.code.exit_code(), message: f.message, hint: f.hint }
+        Self {
+            exit: f.code.exit_code(),
+            away: false,
+            refused: false,
+            message: f.message,
+            hint: f.hint,
+        }
     }
 }
 

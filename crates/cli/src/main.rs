@@ -20,16 +20,26 @@ mod wait;
 use std::process::ExitCode;
 
 use clap::Parser;
+use godwit_types::Code;
 
 use crate::args::Cli;
 use crate::failure::{Failure, Outcome};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version.
+        Err(e) if !e.use_stderr() => e.exit(),
+        Err(e) => {
+            out::talk(out::tame(&e.render().to_string()).trim_end());
+            return ExitCode::from(Code::Invalid.exit_code());
+        }
+    };
     match run(cli) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Unchanged) => ExitCode::from(3),
         Ok(Outcome::Found) => ExitCode::FAILURE,
+        Ok(Outcome::Exit(code)) => ExitCode::from(code),
         Err(failure) => {
             out::talk(&failure.words());
             ExitCode::from(failure.exit)

@@ -57,6 +57,12 @@ pub(crate) fn talk(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
+/// Writes bytes to stderr.
+pub(crate) fn talk_bytes(data: &[u8]) {
+    // As above.
+    let _ = io::stderr().lock().write_all(data);
+}
+
 /// Names on stderr the sites that gave no answer.
 pub(crate) fn unanswered(sites: &[godwit_cloud::controller::Unanswered]) {
     for site in sites {
@@ -135,26 +141,70 @@ fn properties<T: Row>(row: &T) -> String {
     let width = T::COLUMNS.iter().map(|c| c.len()).max().unwrap_or(0);
     let mut out = String::new();
     for (c, v) in T::COLUMNS.iter().zip(row.cells()) {
-        out.push_str(&format!("{:width$}   {}\n", c.to_lowercase(), cell(&v)));
+        let whole = if v.is_empty() { "-".into() } else { short(&v, usize::MAX) };
+        out.push_str(&format!("{:width$}   {whole}\n", c.to_lowercase()));
     }
     out
 }
 
 fn cell(text: &str) -> String {
-    if text.is_empty() { "-".into() } else { plain(text) }
+    if text.is_empty() { "-".into() } else { short(text, CELL) }
+}
+
+/// The longest text in a table, in characters.
+const CELL: usize = 120;
+
+/// The longest word that is shown of a foreign text, and what is left of a longer one.
+const WORD: (usize, usize) = (240, 60);
+
+/// `text` on one line, cut at a word.
+pub(crate) fn short(text: &str, max: usize) -> String {
+    let line = plain(&text.split_whitespace().collect::<Vec<_>>().join(" "));
+    if line.chars().count() <= max {
+        return line;
+    }
+    let kept: String = line.chars().take(max).collect();
+    let kept = kept.rsplit_once(' ').map_or(kept.as_str(), |(words, _)| words);
+    format!("{}\u{2026}", kept.trim_end_matches([' ', ',', ';', ':', '|']))
 }
 
 /// `text` with its control characters made visible: what a guest, a peer or a user wrote must
-/// not steer the terminal.
+/// not steer the terminal, nor turn what it shows around.
 pub(crate) fn plain(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| {
-            let hide = c.is_control() && c != '\n' && c != '\t';
-            let escaped = hide.then(|| c.escape_debug());
-            let itself = (!hide).then_some(c);
-            escaped.into_iter().flatten().chain(itself)
-        })
-        .collect()
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' | '\t' => out.push(c),
+            c if c.is_control() => out.extend(c.escape_debug()),
+            // Marks of direction, and what has no width.
+            '\u{61c}'
+            | '\u{200b}'
+            | '\u{200e}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{2069}'
+            | '\u{feff}'
+            | '\u{e0000}'..='\u{e007f}' => out.extend(c.escape_unicode()),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// As [`plain`], with words of an absurd length cut: for messages that repeat what was given.
+pub(crate) fn tame(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for part in plain(text).split_inclusive(char::is_whitespace) {
+        let word = part.trim_end();
+        if word.chars().count() <= WORD.0 {
+            out.push_str(part);
+            continue;
+        }
+        out.extend(word.chars().take(WORD.1));
+        out.push('\u{2026}');
+        out.extend(word.chars().last().filter(|c| ['\'', '"'].contains(c)));
+        out.push_str(&part[word.len()..]);
+    }
+    out
 }
 
 /// Milliseconds for people: `41 ms`, `0.61 s`, `3.9 s`, `39 s`.
@@ -216,6 +266,25 @@ mod tests {
         assert_eq!(table(Format::Wide, &birds[..1]), "NAME     SAYS   KM\ngodwit   -      12000\n");
         assert_eq!(properties(&birds[0]), "name   godwit\nsays   -\nkm     12000\n");
         assert_eq!(table::<Bird>(Format::Table, &[]), "NAME   SAYS\n");
+    }
+
+    #[test]
+    fn a_reason_is_one_line_and_is_cut_at_a_word() {
+        let log = "QEMU ended: ram_block_discard_range: failed\nqemu: second line, of many words";
+        assert_eq!(short(log, 200), log.replace('\n', " "));
+        assert_eq!(
+            short(log, 62),
+            "QEMU ended: ram_block_discard_range: failed qemu: second\u{2026}"
+        );
+        assert_eq!(cell(&"x ".repeat(500)).chars().count(), CELL);
+    }
+
+    #[test]
+    fn what_is_repeated_neither_steers_the_terminal_nor_fills_it() {
+        assert_eq!(plain("a\u{202e}b\u{2066}\x1b"), "a\\u{202e}b\\u{2066}\\u{1b}");
+        let long = tame(&format!("invalid value '{}' for", "n".repeat(5000)));
+        assert_eq!(long, format!("invalid value '{}\u{2026}' for", "n".repeat(59)));
+        assert_eq!(tame("two  words\n"), "two  words\n");
     }
 
     #[test]

@@ -53,7 +53,15 @@ pub(crate) async fn change<B: Serialize + Sync>(
 ) -> Result<Changed> {
     let mark = if path.contains('?') { '&' } else { '?' };
     let path = if how.dry_run { format!("{path}{mark}dry_run=true") } else { path.to_owned() };
-    let accepted: Accepted = client.ask(method, &path, Some(body)).await?;
+    let deadline = how.timeout.map(|t| Instant::now() + t);
+    let asked = client.ask(method, &path, Some(body));
+    let accepted: Accepted = match deadline {
+        None => asked.await?,
+        Some(d) => tokio::time::timeout_at(d, asked).await.unwrap_or_else(|_| {
+            let words = format!("{} has not answered in time; it may still do it", client.base());
+            Err(Failure::new(Code::TimedOut, words).hint("see what it does with: godwit op list"))
+        })?,
+    };
     if how.dry_run {
         let words = format!("would: {}", accepted.plan);
         let data = json!({ "dry_run": true, "plan": accepted.plan, "target": accepted.target });
@@ -69,7 +77,7 @@ pub(crate) async fn change<B: Serialize + Sync>(
         out::action(talk.output, &words, &op.to_string(), &data)?;
         return Ok(Changed::Told);
     }
-    let record = follow(client, op, how.timeout).await?;
+    let record = follow(client, op, deadline).await?;
     Ok(Changed::Done { op: Some(Box::new(record)), target: accepted.target })
 }
 
@@ -102,10 +110,9 @@ pub(crate) fn parts(op: Option<Box<OpRecord>>) -> (Option<OpId>, Option<Value>) 
 pub(crate) async fn follow(
     client: &Client,
     op: OpId,
-    timeout: Option<Duration>,
+    deadline: Option<Instant>,
 ) -> Result<OpRecord> {
     let mut bars = Bars::new();
-    let deadline = timeout.map(|t| Instant::now() + t);
     let late = async {
         match deadline {
             Some(d) => tokio::time::sleep_until(d).await,

@@ -15,6 +15,23 @@ use serde_json::Value;
 /// How long a center may take to be ready on a busy machine: it probes accelerators.
 const READY_WITHIN: Duration = Duration::from_secs(240);
 
+/// The certificate of no center.
+const OTHER_CA: &str = "\
+-----BEGIN CERTIFICATE-----
+MIIBejCCASGgAwIBAgIUKa6k6nDRVWZDcOM91RWFWQ1z/UkwCgYIKoZIzj0EAwIw
+EjEQMA4GA1UEAwwHYW5vdGhlcjAgFw0yNjExMjkxOTM1NTZaGA8yMTI2MTEwNTE5
+MzU1NlowEjEQMA4GA1UEAwwHYW5vdGhlcjBZMBMGByqGSM49AgEGCCqGSM49AwEH
+A0IABOcbAD6uh5ovpVgSwRvJowcD4l5PH2cz56m/pAR9zcWiT4Po3HZBkCvykQ4+
+enJhwsrRsSJMXAnHyzaA6aRnUZKjUzBRMB0GA1UdDgQWBBSauvTOpHUFc1D6QXta
+yQim5jJOlDAfBgNVHSMEGDAWgBSauvTOpHUFc1D6QXtayQim5jJOlDAPBgNVHRMB
+Af8EBTADAQH/MAoGCCqGSM49BAMCA0cAMEQCIFGavmQ58Kw3bxsD1deOzVKYxxdU
+bEOTeDtrC7rQotQhAiBZAyTwD3k3olpATy0Dd3B/wUJJ4x8BX0arK4+jf/B0jw==
+-----END CERTIFICATE-----
+";
+
+/// Where the tests find images.
+const IMAGES: &str = "/var/cache/godwit/images";
+
 struct Center {
     child: Child,
     /// Machines outlive their daemon.
@@ -29,8 +46,24 @@ impl Center {
         let told = UnixDatagram::bind(&socket).expect("bind");
         told.set_read_timeout(Some(Duration::from_millis(500))).expect("time-out");
         let log = std::fs::File::create(dir.path().join("log")).expect("log");
+        let images = dir.path().join("images");
+        if Path::new(IMAGES).join("tiny").exists() {
+            // Images of its own: what is deleted here is needed elsewhere.
+            std::fs::create_dir(&images).expect("images");
+            let copied = Command::new("cp")
+                .args(["-a", "--sparse=always"])
+                .arg(format!("{IMAGES}/tiny"))
+                .arg(format!("{IMAGES}/by-hash"))
+                .arg(&images)
+                .status()
+                .expect("cp");
+            assert!(copied.success());
+        }
         let mut child = Command::new(env!("CARGO_BIN_EXE_godwit"))
-            .args(["center", "--api", "127.0.0.1:0", "--link", "127.0.0.1:0", "--no-co-scheduling"])
+            .arg("center")
+            .arg("--images")
+            .arg(&images)
+            .args(["--api", "127.0.0.1:0", "--link", "127.0.0.1:0", "--no-co-scheduling"])
             .arg("--root")
             .arg(dir.path().join("r"))
             .arg("--config")
@@ -132,11 +165,35 @@ fn a_center_is_asked_and_refuses_in_clear_words() {
         center.refused(&line)
     };
     assert_eq!(exit, 5, "a second daemon of a site is refused: {words}");
+
+    let (exit, words) = center.refused("vm list --token-file /tmp");
+    assert_eq!((exit, words.contains("/tmp is a directory")), (1, true), "{words}");
+    let other = center.dir.path().join("other.pem");
+    std::fs::write(&other, OTHER_CA).expect("write");
+    let (exit, words) = center.refused(&format!("vm list --ca {}", other.display()));
+    assert_eq!(exit, 1);
+    assert!(words.contains("is not the one in") && words.contains("--ca"), "{words}");
+    assert_eq!(center.refused("vm list --site nowhere").0, 4);
+    let (exit, words) = center.refused("image inspect nope");
+    assert!(exit == 4 && !words.contains("image build nope"), "{words}");
+
+    // One that hangs is waited for as long as was said, and its images are not this machine's.
+    let pid = rustix::process::Pid::from_child(&center.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stop");
+    let begun = Instant::now();
+    let (exit, words) = center.refused("vm delete nobody --timeout 1s");
+    assert_eq!((exit, words.contains("not answered in time")), (124, true), "{words}");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    let (exit, words) = center.refused("image list");
+    assert_eq!((exit, words.contains("--local")), (1, true), "{words}");
+    let local = center.run("image list --local -o name");
+    assert!(local.status.success() && local.stderr.is_empty(), "{local:?}");
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).expect("continue");
 }
 
 #[test]
 fn a_machine_is_made_shown_and_deleted() {
-    if !Path::new("/var/cache/godwit/images/tiny").exists() {
+    if !Path::new(IMAGES).join("tiny").exists() {
         return;
     }
     let center = Center::start();
@@ -145,7 +202,18 @@ fn a_machine_is_made_shown_and_deleted() {
     assert_eq!(center.json("vm get one")["state"], "running");
     assert_eq!(center.run("vm start one").status.code(), Some(3), "it runs already");
     assert_eq!(center.json("vm list")[0]["name"], "one");
+    let (exit, words) = center.refused("image delete tiny");
+    assert_eq!((exit, words.contains("in use by machine 'one'")), (5, true), "{words}");
     center.json("vm delete one");
+    assert_eq!(center.json("image delete tiny --dry-run")["dry_run"], true);
+    center.json("image delete tiny");
+    let images = center.json("image list");
+    let tiny = images.as_array().expect("list").iter().find(|i| i["name"] == "tiny");
+    assert_eq!(tiny.map(|i| &i["built"]), Some(&Value::Bool(false)), "{images}");
+    let left = std::fs::read_dir(center.dir.path().join("images/by-hash")).expect("dir").count();
+    assert_eq!(left, 0, "its files are still there");
+    assert_eq!(center.refused("image delete tiny").0, 4);
+    assert_eq!(center.refused("vm create --image tiny --name two").0, 5);
     assert_eq!(center.refused("vm get one").0, 4);
     assert_eq!(center.json("op list").as_array().expect("list").len(), 2);
 }
@@ -169,7 +237,14 @@ fn without_a_center_the_way_out_is_told() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("godwit up"));
     let out = run("image list -o name");
     assert!(out.status.success());
+    assert!(String::from_utf8_lossy(&out.stderr).contains("no center is up"), "{out:?}");
     assert!(String::from_utf8_lossy(&out.stdout).lines().any(|l| l == "tiny"));
+    let out = run("image inspect nope");
+    let words = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(4), "{words}");
+    assert!(!words.contains("image build nope") && words.contains("godwit image list"), "{words}");
+    assert_eq!(run("image delete tiny --local").status.code(), Some(5));
+    assert_eq!(run("image delete tiny --local --force").status.code(), Some(4));
     let out = run("image build no-such-recipe");
     assert_eq!(out.status.code(), Some(4), "{}", String::from_utf8_lossy(&out.stderr));
     assert_eq!(run("vm").status.code(), Some(2));

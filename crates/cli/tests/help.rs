@@ -40,6 +40,45 @@ fn every_noun_and_verb_is_in_the_help() {
     }
 }
 
+/// What a command line that is wrong is told, with exit code 2.
+fn wrong(args: &[&str]) -> String {
+    let out = Command::new(env!("CARGO_BIN_EXE_godwit"))
+        .args(args)
+        .env("GODWIT_CONFIG", "/nowhere")
+        .env("GODWIT_IMAGES", "/nowhere")
+        .env("GODWIT_API", "https://127.0.0.1:1")
+        .output()
+        .expect("run");
+    assert_eq!(out.status.code(), Some(2), "{args:?}");
+    assert!(out.stdout.is_empty(), "{args:?}");
+    String::from_utf8(out.stderr).expect("text")
+}
+
+#[test]
+fn a_wrong_command_line_is_told_in_words() {
+    let create = ["vm", "create", "--image", "tiny"];
+    for (args, said) in [
+        (&["--vcpus", "300"][..], "300 is not in 1..=64"),
+        (&["--memory", "4X"], "write 512 (MiB), 512M or 4G"),
+        (&["--name", "no\u{202e}sdrawkcab"], "\\u{202e}"),
+        (&["--site", "x\x1b[2J"], "\\u{1b}"),
+    ] {
+        let words = wrong(&[&create[..], args].concat());
+        assert!(words.contains(said), "{words}");
+        assert!(!words.contains(['\u{202e}', '\u{1b}']), "{words}");
+    }
+    let words = wrong(&["op", "wait", "x"]);
+    assert!(words.contains("not an operation's id; see: godwit op list"), "{words}");
+    let words = wrong(&["vm", "get", &"n".repeat(5000)]);
+    assert!(words.len() < 1000, "{} bytes", words.len());
+    // What the environment sets is not told to be needed.
+    for args in [&["vm", "list", "--nope"][..], &["up", "--nope"], &["image", "inspect"]] {
+        let words = wrong(args);
+        assert!(words.contains("Usage: ") && !words.contains("--config"), "{words}");
+        assert!(!words.contains("--images") && !words.contains("--api"), "{words}");
+    }
+}
+
 #[test]
 fn completion_and_manual_pages_are_made() {
     assert!(said(&["completion", "bash"]).contains("_godwit()"));

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use godwit_types::{Code, CodedError, Mib, Name, SiteState, SubstrateId};
+use godwit_types::{Code, CodedError, Mib, Name, SiteKind, SiteState, SubstrateId};
 
 use crate::clock::UnixMs;
 use crate::registry::SiteRecord;
@@ -164,9 +164,12 @@ pub fn place(
             return Err(PlacementRefusal::Already(only.clone()));
         }
     }
-    let candidates = sites.iter().filter(|s| {
-        demand.only.as_ref().is_none_or(|o| o == &s.name) && demand.not.as_ref() != Some(&s.name)
-    });
+    // A device is somebody's own: what was not meant for it does not go there.
+    let meant = |s: &SiteRecord| match &demand.only {
+        Some(only) => *only == s.name,
+        None => s.kind != SiteKind::Device,
+    };
+    let candidates = sites.iter().filter(|s| meant(s) && demand.not.as_ref() != Some(&s.name));
     let mut unfit = Vec::new();
     let mut best: Option<(&SiteRecord, bool)> = None;
     for site in candidates {
@@ -232,7 +235,6 @@ fn better(a: (&SiteRecord, bool), b: (&SiteRecord, bool)) -> bool {
 mod tests {
     use super::*;
     use crate::registry::SiteReport;
-    use godwit_types::SiteKind;
     use proptest::prelude::*;
 
     fn name(s: &str) -> Name {
@@ -280,6 +282,16 @@ mod tests {
     #[test]
     fn more_room_wins_when_all_hold_it() {
         assert_eq!(choose(&demand(), &[site("a", 2000), site("b", 9000)]), "b");
+    }
+
+    #[test]
+    fn a_device_runs_only_what_is_meant_for_it() {
+        let mut phone = site("phone", 90_000);
+        phone.kind = SiteKind::Device;
+        assert_eq!(choose(&demand(), &[site("a", 2000), phone.clone()]), "a");
+        assert_eq!(refuse(&demand(), std::slice::from_ref(&phone)), PlacementRefusal::NoSite);
+        let named = Demand { only: Some(name("phone")), ..demand() };
+        assert_eq!(choose(&named, &[site("a", 2000), phone]), "phone");
     }
 
     #[test]

@@ -228,6 +228,46 @@ impl ImageCache {
         Ok(images)
     }
 
+    /// Removes the image called `name` and its older builds. Fetched packages stay. Who uses them
+    /// is the caller's to know.
+    ///
+    /// # Errors
+    /// [`ImageError::NotBuilt`] when there is none, [`ImageError::Busy`] while a build is running.
+    pub fn remove(&self, name: &Name) -> Result<(), ImageError> {
+        let path = self.dir.join("work/lock");
+        let building = File::create(&path).map_err(ImageError::io("creating", &path))?;
+        if flock(&building, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(ImageError::Busy { dir: self.dir.clone() });
+        }
+        let link = self.dir.join(name.as_str());
+        let linked = std::fs::read_link(&link).ok();
+        let all = self.dir.join("by-hash");
+        let mut builds = Vec::new();
+        for entry in std::fs::read_dir(&all).map_err(ImageError::io("reading", &all))? {
+            let dir = entry.map_err(ImageError::io("reading", &all))?.path();
+            // Also one whose files are damaged, if the name leads to it.
+            let current = linked.as_ref().is_some_and(|l| self.dir.join(l) == dir);
+            if current || Image::open(&dir).is_ok_and(|i| i.name == *name) {
+                builds.push(dir);
+            }
+        }
+        if linked.is_none() && builds.is_empty() {
+            return Err(ImageError::NotBuilt { name: name.clone() });
+        }
+        // The name first: nobody finds half an image.
+        if linked.is_some() {
+            std::fs::remove_file(&link).map_err(ImageError::io("removing", &link))?;
+        }
+        for dir in builds {
+            if let Some(hash) = dir.file_name() {
+                // Only says that a file need not be read again.
+                let _ = std::fs::remove_file(self.dir.join("verified").join(hash));
+            }
+            std::fs::remove_dir_all(&dir).map_err(ImageError::io("removing", &dir))?;
+        }
+        Ok(())
+    }
+
     /// The image called `name`, built if it is not there or its recipe has changed since.
     ///
     /// Dropping the future gives the build up: its tools are killed and nothing is published;

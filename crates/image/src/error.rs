@@ -17,7 +17,7 @@ pub enum ImageError {
         known: String,
     },
     /// The image was not built yet.
-    #[error("image '{name}' is not built; build it with: godwit image build {name}")]
+    #[error("image '{name}' has not been built")]
     NotBuilt {
         /// The name asked for.
         name: Name,
@@ -107,6 +107,12 @@ pub enum ImageError {
         /// What is wrong.
         why: String,
     },
+    /// The cache is being changed by somebody else.
+    #[error("an image is being built in {dir}", dir = .dir.display())]
+    Busy {
+        /// The cache.
+        dir: PathBuf,
+    },
     /// Building a root file system needs root.
     #[error("building '{name}' installs packages into a root file system and needs root")]
     NeedsRoot {
@@ -140,6 +146,7 @@ impl CodedError for ImageError {
                 Code::Unavailable
             }
             Self::ToolFailed { .. } => Code::Internal,
+            Self::Busy { .. } => Code::Conflict,
         }
     }
 }

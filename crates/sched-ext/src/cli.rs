@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use godwit_sched::policy::{Alpha, Granularity, Policy};
 use godwit_sched::scheduler::{CpuId, NICE_0, Scheduler};
 
-use crate::{Config, Mode, Refusal, VmBy, check, serve, top};
+use crate::{Config, Mode, Refusal, VmBy, check, default_slice, serve, top};
 
 /// Where the loader answers unless it is told otherwise.
 pub const SOCKET: &str = "/run/godwit/sched.sock";
@@ -32,15 +32,15 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct Load {
     /// What couples the vCPUs of a machine
-    #[arg(long, value_enum, default_value = "sbco")]
+    #[arg(long, value_enum, default_value = "adaptive")]
     pub mode: Mode,
-    /// From which share of its queue on a distance is too far (mode sbco)
+    /// From which share of its queue on a distance is too far (of adaptive the largest)
     #[arg(long, value_name = "N/M", default_value = "2/3")]
     pub alpha: Alpha,
     /// How long a task runs before the next has its turn
-    #[arg(long, value_name = "US", default_value_t = 3000)]
+    #[arg(long, value_name = "US", default_value_t = default_slice().as_micros() as u64)]
     pub slice_us: u64,
-    /// How many slices a vCPU may have lent or borrowed
+    /// How many slices a machine may owe, or be owed (one for each vCPU where it has more)
     #[arg(long, value_name = "SLICES", default_value_t = 4)]
     pub owe: u32,
     /// What a machine is: names, process:NAME, tgid:N,... or cgroup:/sys/fs/cgroup/PATH,...

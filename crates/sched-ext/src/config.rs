@@ -5,13 +5,16 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use godwit_sched::policy::Alpha;
+use godwit_sched::policy::{Alpha, Granularity};
 use serde::{Deserialize, Serialize};
 
 /// What couples sibling vCPUs. All but `Dft` keep them on distinct CPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
+    /// `sbco` with a threshold for each machine: tighter, down to none, for those whose vCPUs spin (as
+    /// KVM tells, or never sleep), loose for those that sleep.
+    Adaptive,
     /// Self-boosted co-scheduling: a fast vCPU lends vruntime to a sibling that waits far back.
     Sbco,
     /// `sbco` that allows no distance: a machine's vCPUs start and stop together.
@@ -29,6 +32,7 @@ pub enum Mode {
 impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Adaptive => "adaptive",
             Self::Sbco => "sbco",
             Self::Strict => "strict",
             Self::Bal => "bal",
@@ -108,11 +112,11 @@ pub(crate) const MOST_LISTED: usize = 4096;
 pub struct Config {
     /// What couples siblings.
     pub mode: Mode,
-    /// From which distance on `sbco` lends; at zero it is `strict`.
+    /// From which distance on `sbco` lends; at zero it is `strict`. Of `adaptive` the loosest.
     pub alpha: Alpha,
     /// How long a task runs before the next has its turn; also the most that a loan moves.
     pub slice: Duration,
-    /// How many slices a vCPU may have lent or borrowed, net.
+    /// How many slices a machine may owe, or be owed; one for each of its vCPUs where it has more.
     pub owe_slices: u32,
     /// What a virtual machine is.
     pub vm_by: VmBy,
@@ -123,14 +127,22 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            mode: Mode::Sbco,
+            mode: Mode::Adaptive,
             alpha: Alpha::THESIS,
-            slice: Duration::from_millis(3),
+            slice: default_slice(),
             owe_slices: 4,
             vm_by: VmBy::Names,
             watchdog: Duration::from_secs(20),
         }
     }
+}
+
+/// As long as the kernel's own class lets a task run: its `base_slice_ns`, which grows with the number
+/// of CPUs.
+#[must_use]
+pub fn default_slice() -> Duration {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    Duration::from_nanos(Granularity::linux_2_6_34(cpus).eevdf_slice())
 }
 
 impl Config {
@@ -173,7 +185,7 @@ pub enum ConfigError {
     #[error("a slice of {0:?} is not between 100 µs and 100 ms")]
     Slice(Duration),
     /// Not a bound.
-    #[error("a vCPU may owe 1 to 64 slices, not {0}")]
+    #[error("a machine may owe 1 to 64 slices, not {0}")]
     OweSlices(u32),
     /// Longer than the kernel allows, or so short that a busy machine is taken for a stalled one.
     #[error("the watchdog waits 1 to 30 s, not {0:?}")]

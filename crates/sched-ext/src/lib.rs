@@ -34,7 +34,7 @@ mod stats;
 mod top;
 
 pub use check::{Refusal, check};
-pub use config::{Config, ConfigError, Mode, VmBy};
+pub use config::{Config, ConfigError, Mode, VmBy, default_slice};
 pub use scheduler::{Exit, LoadError, Scheduler, decision_cost};
 pub use stats::{Counters, Lag, Snapshot, Vcpu, Vm};
 

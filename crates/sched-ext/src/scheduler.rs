@@ -2,6 +2,7 @@
 
 use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::Instant;
 use std::{fs, io};
 
@@ -164,9 +165,9 @@ impl Scheduler {
         let zero = 0u32.to_ne_bytes();
         let copies = self.skel.maps.stats.lookup_percpu(&zero, MapFlags::ANY)?;
         let mut counters = Counters::sum(copies.unwrap_or_default().iter().map(Vec::as_slice));
-        for cpu in 0..self.cpus() {
-            let found = self.skel.maps.cpus.lookup(&cpu.to_ne_bytes(), MapFlags::ANY)?;
-            counters.outstanding_ns += found.as_deref().map_or(0, stats::outstanding);
+        for key in self.skel.maps.vms.keys() {
+            let found = self.skel.maps.vms.lookup(&key, MapFlags::ANY)?;
+            counters.outstanding_ns += found.as_deref().map_or(0, stats::account);
         }
         Ok(counters)
     }
@@ -188,10 +189,6 @@ impl Scheduler {
         }
         vms.sort_by_key(|vm| vm.id);
         Ok(vms)
-    }
-
-    fn cpus(&self) -> u32 {
-        self.skel.maps.bss_data.as_ref().map_or(0, |bss| bss.nr_cpus)
     }
 
     /// Why the kernel has ended it; `None` while it schedules.
@@ -278,14 +275,37 @@ pub fn decision_cost(queued: u32, siblings: u32, turns: u32) -> Result<f64, Load
     Ok(ns as f64 / f64::from(turns.max(1)))
 }
 
+/// As many CPUs as there may be, and as many caches: `MAX_CPUS` of `vm.h` and `DOMAINS` of `gang.h`.
+const MOST_CPUS: usize = 512;
+const MOST_DOMAINS: usize = 64;
+
+/// Which of the last-level caches each CPU has, by number; all the same where nothing is known.
+fn cache_domains(cpus: &Path) -> [u8; MOST_CPUS] {
+    let mut known: Vec<String> = Vec::new();
+    let mut domains = [0; MOST_CPUS];
+    for (cpu, domain) in domains.iter_mut().enumerate() {
+        let cache = |index: u32| cpus.join(format!("cpu{cpu}/cache/index{index}/shared_cpu_list"));
+        let last = (0..8).rev().find_map(|index| fs::read_to_string(cache(index)).ok());
+        let Some(shared) = last else { continue };
+        let at = known.iter().position(|k| *k == shared).unwrap_or_else(|| {
+            known.push(shared);
+            known.len() - 1
+        });
+        *domain = (at % MOST_DOMAINS) as u8;
+    }
+    domains
+}
+
 fn configure(open: &mut crate::skeleton::OpenSchedSkel<'static>, config: &Config) {
     if let Some(rodata) = open.maps.rodata_data.as_mut() {
         rodata.coupling = match config.mode {
             Mode::Dft | Mode::Bal => 0,
-            Mode::Sbco | Mode::Strict => 1,
+            Mode::Adaptive | Mode::Sbco | Mode::Strict => 1,
             Mode::Procco => 2,
             Mode::Cpuco => 3,
         };
+        rodata.adaptive = config.mode == Mode::Adaptive;
+        rodata.domain_of = cache_domains(Path::new("/sys/devices/system/cpu"));
         rodata.distinct = config.mode != Mode::Dft;
         (rodata.alpha_num, rodata.alpha_den) = config.threshold().parts();
         rodata.owe_slices = config.owe_slices;
@@ -309,4 +329,23 @@ fn configure(open: &mut crate::skeleton::OpenSchedSkel<'static>, config: &Config
     let seen = fs::read_to_string("/sys/kernel/sched_ext/hotplug_seq").unwrap_or_default();
     open.struct_ops.godwit_mut().timeout_ms = config.watchdog.as_millis() as u32;
     open.struct_ops.godwit_mut().hotplug_seq = seen.trim().parse().unwrap_or(0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpus_that_share_their_last_cache_are_one_domain() {
+        let dir = tempfile::tempdir().expect("a folder");
+        for (cpu, index, shared) in
+            [(0, 2, "0\n"), (0, 3, "0-1\n"), (1, 3, "0-1\n"), (2, 3, "2-3\n"), (3, 3, "2-3\n")]
+        {
+            let at = dir.path().join(format!("cpu{cpu}/cache/index{index}"));
+            fs::create_dir_all(&at).expect("made");
+            fs::write(at.join("shared_cpu_list"), shared).expect("written");
+        }
+        assert_eq!(cache_domains(dir.path())[..5], [0, 0, 1, 1, 0]);
+        assert_eq!(cache_domains(Path::new("/nowhere")), [0; MOST_CPUS]);
+    }
 }

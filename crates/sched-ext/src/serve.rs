@@ -147,7 +147,7 @@ impl Loader {
             return Err(ServeError::Restless(self.quick_restarts));
         }
         let mut counters = self.scheduler.counters()?;
-        // What stood on debt lists went with the run queues it was about.
+        // Accounts went with the vruntimes that they are about.
         *counters.named.entry("lost_ns".to_owned()).or_default() += counters.outstanding_ns;
         counters.outstanding_ns = 0;
         self.earlier.absorb(&counters);

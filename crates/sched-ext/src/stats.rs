@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 /// The counters in the order of `stats.h`, before the histogram of distances.
-const NAMES: [&str; 41] = [
+const NAMES: [&str; 44] = [
     "enqueues",
     "direct",
     "dispatches",
@@ -27,12 +27,11 @@ const NAMES: [&str; 41] = [
     "lent_ns",
     "settled",
     "settled_ns",
-    "returned",
+    "repaid_ns",
     "returned_ns",
     "lost_ns",
     "carried",
     "paid_ns",
-    "got_ns",
     "credited_ns",
     "forced",
     "force_missed",
@@ -41,6 +40,10 @@ const NAMES: [&str; 41] = [
     "gang_joined",
     "gang_late_ns",
     "gang_kept",
+    "crowded",
+    "timed",
+    "tightened",
+    "loosened",
     "yields",
     "yields_to",
     "vms_new",
@@ -60,7 +63,7 @@ pub struct Counters {
     pub named: BTreeMap<String, i64>,
     /// How often a sibling was found at a distance of n sixteenths of its queue.
     pub distance_sixteenths: Vec<i64>,
-    /// The loans that stand on debt lists, nanoseconds of vruntime.
+    /// What machines have paid for loans less what they got, nanoseconds of vruntime.
     pub outstanding_ns: i64,
 }
 
@@ -88,9 +91,9 @@ impl Counters {
     #[must_use]
     pub fn balanced(&self) -> bool {
         let went = ["settled_ns", "returned_ns", "lost_ns"].map(|name| self.get(name));
-        self.get("lent_ns") == went.iter().sum::<i64>() + self.outstanding_ns
+        let came = ["lent_ns", "repaid_ns"].map(|name| self.get(name));
+        came.iter().sum::<i64>() == went.iter().sum::<i64>() + self.outstanding_ns
             && self.get("paid_ns") == self.get("lent_ns")
-            && self.get("got_ns") == self.get("settled_ns")
     }
 
     /// What a decision took on average: settling and Algorithm 1, or forcing; nanoseconds.
@@ -133,15 +136,21 @@ pub struct Vm {
     pub id: u64,
     /// CPU time of its vCPUs since it was noticed, milliseconds.
     pub runtime_ms: f64,
-    /// Vruntime lent among its vCPUs, milliseconds.
+    /// Vruntime that its vCPUs paid for loans, milliseconds.
     pub lent_ms: f64,
+    /// What they paid less what they got, and did not pay off or get back yet; milliseconds.
+    pub account_ms: f64,
+    /// By how many of four steps its threshold is tighter than alpha.
+    pub tighter: u32,
     /// Its vCPUs by slot.
     pub vcpus: Vec<Vcpu>,
 }
 
 /// The sizes of `struct vm` and `struct vcpu` in `vm.h`.
 const VM_HEAD: usize = 24;
-const VCPU: usize = 40;
+const VCPU: usize = 48;
+const VM_ACCOUNT: usize = VM_HEAD + 64 * VCPU + 16;
+const VM_TIGHTER: usize = VM_ACCOUNT + 24;
 
 impl Vm {
     pub(crate) fn read(id: u64, record: &[u8]) -> Self {
@@ -153,18 +162,20 @@ impl Vm {
             state: ["idle", "queued", "running"][word32(slot, 8).min(2) as usize].to_owned(),
             net_us: word64(slot, 32).cast_signed() / 1000,
         });
-        Self { id, runtime_ms: ms(0), lent_ms: ms(8), vcpus: vcpus.collect() }
+        Self {
+            id,
+            runtime_ms: ms(0),
+            lent_ms: ms(8),
+            account_ms: account(record) as f64 / 1e6,
+            tighter: word32(record, VM_TIGHTER),
+            vcpus: vcpus.collect(),
+        }
     }
 }
 
-/// `struct cpu_ctx` and `struct debt` in `queue.h`.
-const DEBTS_AT: usize = 56 + 128 * 8;
-const DEBT: usize = 40;
-
-/// The loans on a CPU's list, nanoseconds.
-pub(crate) fn outstanding(cpu: &[u8]) -> i64 {
-    let list = cpu.get(DEBTS_AT..).unwrap_or_default().chunks_exact(DEBT);
-    list.filter(|debt| word32(debt, 0) == 2).map(|debt| word64(debt, 32).cast_signed()).sum()
+/// What stands in a machine's account, nanoseconds of vruntime.
+pub(crate) fn account(record: &[u8]) -> i64 {
+    word64(record, VM_ACCOUNT).cast_signed()
 }
 
 fn word32(bytes: &[u8], at: usize) -> u32 {
@@ -321,7 +332,14 @@ mod tests {
 
     #[test]
     fn lag_is_the_widest_gap_in_a_window() {
-        let vm = |id, runtime_ms| Vm { id, runtime_ms, lent_ms: 0.0, vcpus: Vec::new() };
+        let vm = |id, runtime_ms| Vm {
+            id,
+            runtime_ms,
+            lent_ms: 0.0,
+            account_ms: 0.0,
+            tighter: 0,
+            vcpus: Vec::new(),
+        };
         let mut meter = LagMeter::default();
         meter.take(Duration::from_secs(1), &[vm(1, 100.0), vm(2, 500.0)]);
         assert_eq!(meter.lag().windows, 0);

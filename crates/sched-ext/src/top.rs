@@ -28,13 +28,14 @@ pub(crate) fn screen(earlier: Option<&Snapshot>, now: &Snapshot) -> String {
     );
     let _ = writeln!(
         text,
-        "per second: switches {:.0}  checks {:.0}  too far {:.0}  loans {:.1}  settled {:.1}  returned {:.1}  forced {:.1}",
+        "per second: switches {:.0}  checks {:.0}  too far {:.0}  loans {:.1}  moved {:.1}  tighter {:.2}  looser {:.2}  forced {:.1}",
         since("switches"),
         since("checks"),
         since("exceeded"),
         since("loans"),
         since("settled"),
-        since("returned"),
+        since("tightened"),
+        since("loosened"),
         since("forced"),
     );
     let _ = writeln!(
@@ -50,8 +51,9 @@ pub(crate) fn screen(earlier: Option<&Snapshot>, now: &Snapshot) -> String {
     let ms = |name: &str| now.counters.get(name) as f64 / 1e6;
     let _ = writeln!(
         text,
-        "ledger (ms): lent {:.1} = settled {:.1} + returned {:.1} + lost {:.1} + outstanding {:.1}",
+        "ledger (ms): lent {:.1} + repaid {:.1} = settled {:.1} + returned {:.1} + lost {:.1} + outstanding {:.1}",
         ms("lent_ns"),
+        ms("repaid_ns"),
         ms("settled_ns"),
         ms("returned_ns"),
         ms("lost_ns"),
@@ -65,8 +67,8 @@ pub(crate) fn screen(earlier: Option<&Snapshot>, now: &Snapshot) -> String {
     let _ = writeln!(text, "distance (1/16 of a queue): {}", histogram(now));
     let _ = writeln!(
         text,
-        "\n{:<24} {:>8} {:>5} {:>7} {:>9}  CPUS",
-        "NAME", "ID", "VCPUS", "CPU%", "LENT/S"
+        "\n{:<24} {:>8} {:>5} {:>7} {:>9} {:>7}  CPUS",
+        "NAME", "ID", "VCPUS", "CPU%", "LENT/S", "TIGHTER"
     );
     for vm in now.vms.iter().take(MOST_ROWS) {
         let before = earlier.and_then(|e| e.vms.iter().find(|other| other.id == vm.id));
@@ -77,12 +79,13 @@ pub(crate) fn screen(earlier: Option<&Snapshot>, now: &Snapshot) -> String {
         let cpus: Vec<String> = cpus.iter().take(16).map(u32::to_string).collect();
         let _ = writeln!(
             text,
-            "{:<24} {:>8} {:>5} {:>7.1} {:>6.1} ms  {}",
+            "{:<24} {:>8} {:>5} {:>7.1} {:>6.1} ms {:>7}  {}",
             name_of(vm.id),
             vm.id,
             vm.vcpus.len(),
             ran / seconds / 10.0,
             lent / seconds,
+            vm.tighter,
             cpus.join(",")
         );
     }
@@ -125,7 +128,14 @@ mod tests {
             counters,
             decision_ns: None,
             lag: Lag::default(),
-            vms: vec![Vm { id: u64::MAX, runtime_ms, lent_ms: 0.0, vcpus: Vec::new() }],
+            vms: vec![Vm {
+                id: u64::MAX,
+                runtime_ms,
+                lent_ms: 0.0,
+                account_ms: 0.0,
+                tighter: 0,
+                vcpus: Vec::new(),
+            }],
         }
     }
 

@@ -107,7 +107,7 @@ fn assert_settled(end: &Snapshot) {
 }
 
 fn modes(guest: &mut Guest) {
-    for mode in ["sbco", "strict", "bal", "procco", "cpuco", "dft"] {
+    for mode in ["adaptive", "sbco", "strict", "bal", "procco", "cpuco", "dft"] {
         guest.load(&format!("--mode {mode} --vm-by process:sched-ext-vm"));
         guest.machine.start("sched-ext-vm run --vms 4 --seconds 2").expect("it starts");
         let work = guest.machine.finish(SOON).expect("it ends");
@@ -119,7 +119,12 @@ fn modes(guest: &mut Guest) {
         assert_eq!(count("vms_new"), 4, "{mode}");
         assert_eq!(count("unmirrored"), 0, "{mode}");
         assert_settled(&end);
+        assert!(count("timed") > 0, "{mode}: no turn was ended by its timer: {:#?}", end.counters);
         match mode {
+            // Who spins never sleeps.
+            "adaptive" => {
+                assert!(count("tightened") >= 4 && count("gangs") > 0, "{:#?}", end.counters);
+            }
             "sbco" => {
                 assert!(count("loans") > 0 && count("settled") > 0, "{:#?}", end.counters);
                 assert!(count("checks") >= count("exceeded") && count("exceeded") > 0);
@@ -209,6 +214,24 @@ fn stalled(guest: &mut Guest) {
 fn deaths(guest: &mut Guest) {
     deaths_in(guest, "sbco", "loans");
     deaths_in(guest, "strict", "gangs");
+    deaths_in(guest, "adaptive", "loans");
+}
+
+/// A vCPU that sleeps nearly always and one that does half of the time: the others go on, who sleeps is
+/// not waited for, and nothing stays owed.
+fn uneven(guest: &mut Guest) {
+    for mode in ["adaptive", "sbco", "strict"] {
+        guest.load(&format!("--mode {mode} --alpha 1/8 --vm-by process:sched-ext-vm"));
+        let work = guest.ok("sched-ext-vm run --vms 3 --seconds 2 --kind uneven");
+        assert_progress(&work, 3);
+        let cpu: Vec<f64> = machines(&work).iter().filter_map(|m| m["cpu_ms"].as_f64()).collect();
+        let most = cpu.iter().copied().fold(f64::MIN, f64::max);
+        let least = cpu.iter().copied().fold(f64::MAX, f64::min);
+        assert!(least > most * 0.7, "{mode}: {cpu:?}");
+        guest.wait_no_vms();
+        let end = guest.stop("TERM");
+        assert_settled(&end);
+    }
 }
 
 fn deaths_in(guest: &mut Guest, mode: &str, sign: &str) {
@@ -284,7 +307,7 @@ fn cpu_comes_and_goes(guest: &mut Guest) {
 
 /// Threads that call themselves vCPUs get no more than others do.
 fn self_named(guest: &mut Guest) {
-    for mode in ["sbco", "strict", "bal"] {
+    for mode in ["adaptive", "sbco", "strict", "bal"] {
         guest.load(&format!("--mode {mode}"));
         let work = guest.ok(
             "sched-ext-vm run --seconds 3 --kind cpu >/tmp/plain & \
@@ -383,6 +406,7 @@ fn loading_and_unloading() {
 fn bad_days() {
     run_all(&[
         ("deaths", deaths),
+        ("uneven", uneven),
         ("named one by one", named_one_by_one),
         ("a thousand machines", thousand_machines),
         ("a CPU comes and goes", cpu_comes_and_goes),

@@ -1,6 +1,5 @@
 //! What must hold of all run queues at any time; for the tests.
 
-use crate::sbco::Debt;
 use crate::scheduler::{CpuId, Place, Scheduler, Task, TaskId};
 
 impl Scheduler {
@@ -40,7 +39,7 @@ impl Scheduler {
         if found != self.tasks.iter().filter(awake).count() {
             return Err("what is runnable is on one run queue");
         }
-        let owed: i64 = self.cpus.iter().flat_map(|c| &c.debts).map(Debt::amount).sum();
+        let owed: i64 = self.accounts.iter().sum();
         if owed != self.ledger.outstanding || !self.ledger.balanced() {
             return Err("lending is zero-sum");
         }

@@ -129,7 +129,8 @@ impl Scheduler {
         }
         let gone = self.cpu_mut(cpu);
         gone.online = false;
-        (gone.forced, gone.wanted) = (None, None);
+        (gone.forced, gone.wanted, gone.interrupted) = (None, None, None);
+        gone.claimed = None;
         while let Some(task) = self.leftmost(cpu) {
             let to = self.idlest(task);
             self.migrate(task, to);

@@ -151,6 +151,15 @@ pub enum Coupling {
     Yield(Credit),
 }
 
+/// Who compares itself with whom where a machine has more than two vCPUs; with two both are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lending {
+    /// Each with each of its siblings, as Algorithm 1 is printed.
+    Pairs,
+    /// All with one of them, which they follow.
+    Follow,
+}
+
 /// A scheduler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
@@ -160,17 +169,32 @@ pub struct Policy {
     pub distinct: bool,
     /// What couples siblings.
     pub coupling: Coupling,
+    /// Who lends to whom, where lending couples them.
+    pub lending: Lending,
 }
 
 impl Policy {
     /// The default scheduler of Linux 2.6.34, CFS.
-    pub const DFT: Self = Self { order: Order::Cfs, distinct: false, coupling: Coupling::None };
+    pub const DFT: Self = Self {
+        order: Order::Cfs,
+        distinct: false,
+        coupling: Coupling::None,
+        lending: Lending::Follow,
+    };
     /// The default scheduler of Linux since 6.6, EEVDF.
     pub const EEVDF: Self = Self { order: Order::Eevdf, ..Self::DFT };
     /// Balance scheduling: siblings on distinct pCPUs, nothing else.
     pub const BAL: Self = Self { distinct: true, ..Self::DFT };
     /// SBCO with the thesis' threshold.
     pub const SBCO: Self = Self { coupling: Coupling::Distance(Alpha::THESIS), ..Self::BAL };
+    /// SBCO with pairwise lending, as Algorithm 1 is printed, for any number of siblings.
+    pub const SBCO_PAIRS: Self = Self { lending: Lending::Pairs, ..Self::SBCO };
+    /// SBCO with half the thesis' threshold.
+    pub const SBCO_3: Self =
+        Self { coupling: Coupling::Distance(Alpha { numerator: 1, denominator: 3 }), ..Self::BAL };
+    /// SBCO with an eighth.
+    pub const SBCO_8: Self =
+        Self { coupling: Coupling::Distance(Alpha { numerator: 1, denominator: 8 }), ..Self::BAL };
     /// SBCO with an adaptive threshold, from the thesis' to none.
     pub const ADAPTIVE: Self = Self {
         coupling: Coupling::Adaptive { tightest: Alpha::ZERO, loosest: Alpha::THESIS },
@@ -190,8 +214,11 @@ impl Policy {
     /// The same with credit for the target.
     pub const YIELD_CREDIT: Self = Self { coupling: Coupling::Yield(Credit::Lag), ..Self::EEVDF };
     /// All that have a name, with it.
-    pub const NAMED: [(&'static str, Self); 11] = [
+    pub const NAMED: [(&'static str, Self); 14] = [
         ("sbco", Self::SBCO),
+        ("sbco-pairs", Self::SBCO_PAIRS),
+        ("sbco-third", Self::SBCO_3),
+        ("sbco-eighth", Self::SBCO_8),
         ("dft", Self::DFT),
         ("bal", Self::BAL),
         ("procco", Self::PROCCO),

@@ -3,11 +3,11 @@
 
 use crate::scheduler::{CpuId, Place, Scheduler, TaskId, VmId};
 
-/// A machine whose vCPUs run together, for as long as the leader runs.
-#[derive(Debug, Clone, Copy)]
+/// Of a machine whose vCPUs run together: whom they follow, and which pCPUs it has claimed.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Gang {
-    vm: VmId,
-    leader: TaskId,
+    leader: Option<TaskId>,
+    claims: Vec<CpuId>,
 }
 
 impl Scheduler {
@@ -32,40 +32,82 @@ impl Scheduler {
     }
 
     /// SBCO. Where no distance is allowed it is strict co-start and co-stop: the vCPU that starts
-    /// while no gang is on starts one, and takes its siblings along; while it runs, every pCPU that
-    /// decides runs a member. When it stops, what its pCPU runs next may start the next gang, and
-    /// that stops the members that are left.
+    /// on a pCPU that no gang has claimed starts one. It claims its own pCPU and those on which siblings
+    /// wait, and takes these along; while it runs, a claimed pCPU that decides runs a member. When it
+    /// stops, the claims end and the members that are left stop. A pCPU belongs to one gang at most, so
+    /// gangs of machines that are smaller than the host run side by side.
     pub(crate) fn sbco(&mut self, cpu: CpuId, first: TaskId) -> TaskId {
-        if let Some(gang) = self.gang {
-            if self.task(gang.leader).place == Place::Running {
-                let vm = &self.vms[gang.vm.0 as usize];
+        if let Some(vm) = self.cpu(cpu).claimed {
+            if self.leads(vm) {
+                let siblings = &self.vms[vm.0 as usize];
                 let may = |t: &TaskId| self.is_queued_on(*t, cpu) && self.is_fair(cpu, *t, first);
-                if let Some(member) = vm.iter().copied().find(may) {
+                if let Some(member) = siblings.iter().copied().find(may) {
                     return member;
                 }
             } else {
-                self.stop(gang.vm);
+                self.stop(vm);
             }
         }
         let Some(vm) = self.task(first).vm else { return first };
         match self.alpha_of(vm) {
             Some(alpha) if !alpha.is_zero() => self.algorithm_1(cpu, first, alpha),
-            _ if self.gang.is_none() => {
-                self.gang = Some(Gang { vm, leader: first });
-                self.force_siblings(vm, first);
+            _ if self.cpu(cpu).claimed.is_none() && !self.leads(vm) => {
+                self.stop(vm);
+                self.start(cpu, vm, first);
                 first
             }
             _ => first,
         }
     }
 
+    /// Whether `vm` has a gang whose leader runs.
+    fn leads(&self, vm: VmId) -> bool {
+        let leader = self.gangs[vm.0 as usize].leader;
+        leader.is_some_and(|t| self.task(t).place == Place::Running)
+    }
+
+    /// Whether a gang has claimed `cpu`, so that its members go first there.
+    pub(crate) fn belongs_to_gang(&self, cpu: CpuId) -> bool {
+        self.cpu(cpu).claimed.is_some_and(|vm| self.leads(vm))
+    }
+
+    fn start(&mut self, cpu: CpuId, vm: VmId, leader: TaskId) {
+        self.ordered = true;
+        self.gangs[vm.0 as usize].leader = Some(leader);
+        self.claim(cpu, vm);
+        for i in 0..self.vms[vm.0 as usize].len() {
+            let sibling = self.vms[vm.0 as usize][i];
+            let at = self.task(sibling).cpu;
+            let awake = self.is_runnable(sibling);
+            if sibling == leader || !awake || at == cpu || self.belongs_to_gang(at) {
+                continue;
+            }
+            self.claim(at, vm);
+            if self.task(sibling).place == Place::Running {
+                continue;
+            }
+            self.cpu_mut(at).forced = Some(sibling);
+            self.kick(at);
+        }
+    }
+
+    fn claim(&mut self, cpu: CpuId, vm: VmId) {
+        self.cpu_mut(cpu).claimed = Some(vm);
+        self.gangs[vm.0 as usize].claims.push(cpu);
+    }
+
     /// The gang's leader has stopped: its siblings are to stop, too.
     fn stop(&mut self, vm: VmId) {
-        self.gang = None;
-        for i in 0..self.vms[vm.0 as usize].len() {
-            let member = self.vms[vm.0 as usize][i];
-            if self.task(member).place == Place::Running {
-                self.kick(self.task(member).cpu);
+        self.ordered = true;
+        let gang = std::mem::take(&mut self.gangs[vm.0 as usize]);
+        for cpu in gang.claims {
+            // Another gang may have it by now.
+            if self.cpu(cpu).claimed != Some(vm) {
+                continue;
+            }
+            self.cpu_mut(cpu).claimed = None;
+            if self.cpu(cpu).current.is_some_and(|t| self.task(t).vm == Some(vm)) {
+                self.kick(cpu);
             }
         }
     }

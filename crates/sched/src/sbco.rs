@@ -1,74 +1,92 @@
 //! Self-boosted co-scheduling: Algorithms 1 and 2 of the thesis, section 4.4.
 //!
-//! **Ordinates** count from 0 in the tree of a pCPU, and `Q_size` is the number of its nodes. What
-//! runs is not in the tree (CFS takes it out), so it has no ordinate and waits for nobody; when a
-//! pCPU decides, what ran there is back in its tree. The farthest of n waiting tasks has ordinate
-//! n - 1: two thirds are first reached where 3 wait.
+//! **Ordinates and ranks.** Ordinates count from 0 in the tree of a pCPU. What runs is not in the
+//! tree (CFS takes it out). The *rank* of a vCPU is how many have their turn before it: 0 for one that
+//! runs or is about to, and for one that waits its ordinate and one more if its pCPU runs somebody.
+//! `Q_size` counts what runs, too. The candidate has rank 0, so the distance is its sibling's rank; two
+//! thirds are first reached where one runs and two wait. The scheduler in the kernel counts the same.
 //!
-//! **Loans.** The fast sibling (the lender) gets `amount` added to its vruntime at once, on its
-//! own run queue, which its pCPU has locked anyway. The slow one (the debtor) gets the same amount
-//! taken off when *its* pCPU next decides; until then the loan stands on that pCPU's debt list.
-//! No step touches two run queues. A debtor that has moved takes its loan along; one that sleeps
-//! or is gone does not need it: the loan goes back to its lender the same way.
+//! **Loans.** The candidate and a sibling that is too far meet half-way, a number of turns from now
+//! that both reach: each is moved by what *it* needs for that, at most a turn. The candidate (the
+//! lender) is moved at once, on its own run queue, which its pCPU has locked anyway; the sibling (the
+//! debtor) when *its* pCPU next decides, until when that stands on its debt list. No step touches two
+//! run queues. A debtor that has moved takes its debt along; one that has run since, sleeps or is gone
+//! needs nothing.
+//!
+//! **Zero-sum.** What the two need differs: one that has just run needs a turn, one at the end of a
+//! row of equals next to nothing. The difference stands in an account of their machine, which its vCPUs
+//! pay off (or get back) in instalments of a sixteenth of what they run. All siblings run about as much,
+//! so paying moves none of them away from the others. An account is bounded, and what a machine that
+//! ends owes or is owed is written off.
+//!
+//! **More than two siblings.** Pairwise lending does not settle: whoever comes close to one goes away
+//! from another. So where a machine has more than two vCPUs, all follow one of them
+//! ([`Lending::Follow`]): the one that ran first, until it sleeps. It is not moved itself. When it is
+//! about to run, siblings that are too far are asked to have their turn next; a sibling that is about
+//! to run while it is too far waits for it. [`Lending::Pairs`] is Algorithm 1 as it is printed.
 //!
 //! **Where this differs from the text.**
 //! - Algorithm 1 passes the candidate over before `SCHED_BLANCE` looks at its dirty tag; a dirty
 //!   candidate would then be passed over at every decision until a sibling comes close. The text says
 //!   that the tag prevents just that, so here a dirty candidate runs.
-//! - The amount of a loan is left open. Here it is what brings the lender behind the middle of its
-//!   queue, at most one slice, and of that the debtor gets what brings it to the middle of its own
-//!   ("both move towards the center"); the rest goes back. Were it brought to the front, others of
-//!   that queue could be overtaken time and again.
-//! - The lender's tag is cleared when it runs: "each vCPU is guaranteed one time to be scheduled in a
+//! - The amount of a loan is left open ("certain amount of vruntime", "both move towards the center");
+//!   above is what it is here.
+//! - A vCPU's tag is cleared when it runs: "each vCPU is guaranteed one time to be scheduled in a
 //!   scheduling period".
+//! - `SCHED_DISPATCH` keeps off the pCPUs of siblings that sleep, too. Here these are only wanted less,
+//!   since otherwise a pCPU idles while a vCPU waits for another.
 
-use crate::policy::Alpha;
-use crate::scheduler::{CpuId, Place, Scheduler, TaskId};
+use crate::policy::{Alpha, Lending};
+use crate::scheduler::{CpuId, Place, Scheduler, TaskId, VmId};
+
+/// How many turns a machine may owe or be owed; one for each vCPU where it has more.
+const MOST_OWED: i64 = 4;
+/// Of what a vCPU runs, the part that pays its machine's account off.
+const INSTALMENT: i64 = 16;
 
 /// A change that is due when its pCPU next decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Debt {
     /// Whose vruntime goes down.
     to: TaskId,
-    /// Who paid.
-    lender: TaskId,
-    /// By how much, nanoseconds of vruntime.
-    amount: i64,
-}
-
-impl Debt {
-    pub(crate) const fn amount(&self) -> i64 {
-        self.amount
-    }
+    /// How often it had run when that was decided.
+    turns: u64,
+    /// How many are to be before it at most.
+    meet: usize,
 }
 
 /// A loan that was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Loan {
-    /// Who paid at once.
+    /// Who was about to run.
     pub lender: TaskId,
-    /// Who gets it when its pCPU next decides.
+    /// Who was too far.
     pub debtor: TaskId,
-    /// Nanoseconds of vruntime.
+    /// What the lender has paid at once, nanoseconds of vruntime. What the debtor gets is known when
+    /// its pCPU decides.
     pub amount: i64,
 }
 
-/// Loans, in nanoseconds of vruntime. Lending is zero-sum: what was lent was settled, returned,
-/// is outstanding, or was lost with a lender that ended ([`Ledger::balanced`]).
+/// Loans, in nanoseconds of vruntime. Lending is zero-sum: what was paid was given, or machines are
+/// still owed it ([`Ledger::balanced`]).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Ledger {
     /// Loans made.
     pub loans: u64,
-    /// Their sum.
+    /// What lenders paid at once.
     pub lent: i64,
     /// What debtors got.
     pub settled: i64,
-    /// What lenders got back.
+    /// What machines that had got more paid in instalments.
+    pub repaid: i64,
+    /// What machines that had paid more got back in instalments.
     pub returned: i64,
-    /// What nobody was left to get back.
+    /// What was owed to machines that ended, less what they owed.
     pub lost: i64,
-    /// What stands on debt lists.
+    /// What machines are owed, less what they owe.
     pub outstanding: i64,
+    /// Debtors that were moved.
+    pub moved: u64,
     /// Times that a decision compared a vCPU with its siblings.
     pub checks: u64,
     /// Times that one of them was too far.
@@ -79,7 +97,7 @@ impl Ledger {
     /// Whether the sums add up.
     #[must_use]
     pub const fn balanced(&self) -> bool {
-        self.lent == self.settled + self.returned + self.lost + self.outstanding
+        self.lent + self.repaid == self.settled + self.returned + self.lost + self.outstanding
     }
 }
 
@@ -89,23 +107,41 @@ impl Scheduler {
     /// chance (section 4.5).
     pub(crate) fn dispatch(&mut self, task: TaskId) -> Vec<CpuId> {
         let mut cpus = self.online(); // line 2
-        let Some(vm) = self.task(task).vm.filter(|_| self.policy.distinct) else {
+        if self.task(task).vm.is_none() || !self.policy.distinct {
             return cpus;
-        };
-        // lines 3 to 7: a sibling occupies its pCPU while it sleeps, too.
-        let siblings = &self.vms[vm.0 as usize];
-        cpus.retain(|c| siblings.iter().all(|b| *b == task || self.task(*b).cpu != *c));
+        }
+        cpus.retain(|c| self.may_run_on(task, *c)); // lines 3 to 7
         if cpus.is_empty() {
             let all = self.online();
             cpus.push(all[self.draw(all.len())]);
+        }
+        // To where a sibling sleeps, which will come back there, only if nobody else is there.
+        let free = |c: &CpuId| self.cpu(*c).size() == 0;
+        let vacant = |c: &CpuId| !self.siblings(task).any(|b| self.task(b).cpu == *c);
+        if cpus.iter().any(vacant) && !cpus.iter().any(|c| free(c) && !vacant(c)) {
+            cpus.retain(vacant);
         }
         cpus // line 9
     }
 
     /// Whether load balancing may put `task` on `cpu` (section 4.5, `can_migration`).
     pub(crate) fn may_run_on(&self, task: TaskId, cpu: CpuId) -> bool {
-        let Some(vm) = self.task(task).vm.filter(|_| self.policy.distinct) else { return true };
-        self.vms[vm.0 as usize].iter().all(|b| *b == task || self.task(*b).cpu != cpu)
+        let there = |b: TaskId| self.task(b).cpu == cpu && self.is_runnable(b);
+        !self.policy.distinct || !self.siblings(task).any(there)
+    }
+
+    /// How many have their turn before `task`, what runs on its pCPU among them; `None` for one that
+    /// does not wait.
+    pub(crate) fn rank(&self, task: TaskId) -> Option<usize> {
+        let ordinate = self.ordinate(task)?;
+        let running = self.cpu(self.task(task).cpu).current.is_some();
+        Some(ordinate + usize::from(running))
+    }
+
+    /// Whether `task` is so far from having its turn that `alpha` does not allow it; its rank then.
+    fn too_far(&self, task: TaskId, alpha: Alpha) -> Option<(usize, bool)> {
+        let rank = self.rank(task)?;
+        Some((rank, alpha.reached(rank, self.cpu(self.task(task).cpu).size())))
     }
 
     /// The scheduling ordinate of a task that is queued (Algorithm 2, lines 18 to 29); `None` for
@@ -121,36 +157,66 @@ impl Scheduler {
     /// Algorithm 1: who runs on `cpu`, where `a` has the smallest vruntime.
     pub(crate) fn algorithm_1(&mut self, cpu: CpuId, a: TaskId, alpha: Alpha) -> TaskId {
         // line 4; and a candidate that has yielded once in this period runs.
-        let Some(vm) = self.task(a).vm else { return a };
-        if self.task(a).dirty {
-            return a;
+        let Some(vm) = self.task(a).vm.filter(|_| !self.task(a).dirty) else { return a };
+        let far = match self.policy.lending {
+            Lending::Follow if self.vms[vm.0 as usize].len() > 2 => self.follow(vm, a, alpha),
+            Lending::Follow | Lending::Pairs => self.meet(vm, a, alpha),
+        };
+        if let Some(far) = far {
+            self.ledger.checks += 1;
+            self.ledger.exceeded += u64::from(far);
         }
-        let Some(of_a) = self.ordinate(a) else { return a }; // line 5
-        let mut compared = false;
+        // Line 19; or, where it has lent, whoever is first now (line 13).
+        if self.task(a).dirty { self.leftmost(cpu).unwrap_or(a) } else { a }
+    }
+
+    /// Lines 6 to 18: `a` meets the first of its siblings that is too far half-way. Whether one is;
+    /// `None` when there was nobody to compare with.
+    fn meet(&mut self, vm: VmId, a: TaskId, alpha: Alpha) -> Option<bool> {
+        let mut compared = None;
         for i in 0..self.vms[vm.0 as usize].len() {
-            // line 6
             let b = self.vms[vm.0 as usize][i];
             if b == a || self.task(b).dirty {
                 continue; // lines 7, 8
             }
-            let Some(of_b) = self.ordinate(b) else { continue }; // line 10
-            compared = true;
-            let distance = of_a.abs_diff(of_b); // line 11
-            if alpha.reached(distance, self.cpu(self.task(b).cpu).tree.len()) {
-                // line 12
-                self.ledger.checks += 1;
-                self.ledger.exceeded += 1;
-                return match self.successor(cpu, a) {
-                    Some(next) => {
-                        self.sched_balance(a, b); // line 14
-                        next // line 13
-                    }
-                    None => a,
-                };
+            let Some((rank, far)) = self.too_far(b, alpha) else { continue }; // lines 10, 11
+            compared = Some(far);
+            if far {
+                let paid = self.delay(vm, a, rank / 2); // line 14
+                self.ask(b, rank / 2);
+                self.note(a, b, paid);
+                break;
             }
         }
-        self.ledger.checks += u64::from(compared);
-        a // line 19
+        compared
+    }
+
+    /// The same where all follow one: it takes along whoever is too far, and others wait for it.
+    fn follow(&mut self, vm: VmId, a: TaskId, alpha: Alpha) -> Option<bool> {
+        let followed = self.followed[vm.0 as usize].filter(|t| self.is_runnable(*t)).unwrap_or(a);
+        self.followed[vm.0 as usize] = Some(followed);
+        if followed != a {
+            let (rank, far) = self.too_far(followed, alpha)?;
+            if far {
+                let paid = self.delay(vm, a, rank);
+                self.note(a, followed, paid);
+            }
+            return Some(far);
+        }
+        let mut compared = None;
+        for i in 0..self.vms[vm.0 as usize].len() {
+            let b = self.vms[vm.0 as usize][i];
+            if b == a || self.task(b).dirty {
+                continue;
+            }
+            let Some((_, far)) = self.too_far(b, alpha) else { continue };
+            compared = Some(far || compared == Some(true));
+            if far {
+                self.ask(b, 0);
+                self.note(a, b, 0);
+            }
+        }
+        compared
     }
 
     /// Whether `a`, the first of `cpu`, has a sibling as far away as `alpha` allows at most
@@ -158,43 +224,84 @@ impl Scheduler {
     #[must_use]
     pub fn exceeds(&self, cpu: CpuId, alpha: Alpha) -> Option<bool> {
         let a = self.leftmost(cpu)?;
-        let vm = self.task(a).vm?;
-        let of_a = self.ordinate(a)?;
-        let siblings = self.vms[vm.0 as usize].iter().filter(|b| **b != a);
-        let far = |b: &TaskId| {
-            let of_b = self.ordinate(*b)?;
-            let size = self.cpu(self.task(*b).cpu).tree.len();
-            Some(alpha.reached(of_a.abs_diff(of_b), size))
+        let of_a = self.rank(a)?;
+        let far = |b: TaskId| {
+            let size = self.cpu(self.task(b).cpu).size();
+            Some(alpha.reached(of_a.abs_diff(self.rank(b)?), size))
         };
-        siblings.filter_map(far).reduce(|x, y| x | y)
+        let queued = |b: &TaskId| self.ordinate(*b).is_some();
+        self.siblings(a).filter(queued).filter_map(far).reduce(|x, y| x | y)
     }
 
-    fn successor(&self, cpu: CpuId, a: TaskId) -> Option<TaskId> {
-        let Place::Queued(node) = self.task(a).place else { return None };
-        let tree = &self.cpu(cpu).tree;
-        tree.next(node).map(|n| TaskId(tree.key(n).task))
+    /// Whether `task`, which begins to run, has a sibling whose turn is farther away than `alpha` allows;
+    /// `None` when none waits.
+    #[must_use]
+    pub fn starts_far(&self, task: TaskId, alpha: Alpha) -> Option<bool> {
+        let far = self.siblings(task).filter_map(|b| self.too_far(b, alpha));
+        far.map(|(_, far)| far).reduce(|x, y| x | y)
     }
 
-    /// `SCHED_BLANCE` (Algorithm 2, lines 11 to 17): `a` lends to `b`.
-    fn sched_balance(&mut self, a: TaskId, b: TaskId) {
-        let cpu = self.task(a).cpu;
-        let tree = &self.cpu(cpu).tree;
-        let middle = tree.select(tree.len() / 2).map_or(0, |n| tree.key(n).by);
-        let slice = self.granularity.period(tree.len()) / tree.len().max(1) as u64;
-        let amount = (middle + 1 - self.task(a).vruntime).clamp(1, slice.max(1) as i64);
-        self.shift(a, amount); // lines 13, 14
-        let debt = Debt { to: b, lender: a, amount };
+    /// What the vCPUs of `vm` paid for loans less what they got, and did not pay off or get back yet;
+    /// nanoseconds of vruntime.
+    #[must_use]
+    pub fn account(&self, vm: VmId) -> i64 {
+        self.accounts[vm.0 as usize]
+    }
+
+    /// The virtual runtime of `task`, nanoseconds.
+    #[must_use]
+    pub fn vruntime(&self, task: TaskId) -> i64 {
+        self.task(task).vruntime
+    }
+
+    /// What `task` may be moved by at most: a slice, or its last turn where that was longer, since ticks
+    /// end turns.
+    fn most(&self, task: TaskId) -> i64 {
+        let size = self.cpu(self.task(task).cpu).size().max(1);
+        let slice = self.granularity.period(size) / size as u64;
+        let turn = self.task(task).last_turn().min(2 * slice);
+        slice.max(turn).max(1) as i64
+    }
+
+    /// What `vm` may owe or be owed at most, in moves of `most`.
+    fn bound(&self, vm: VmId, most: i64) -> i64 {
+        most * MOST_OWED.max(self.vms[vm.0 as usize].len() as i64)
+    }
+
+    /// Moves `a` back so that `meet` others of its queue have their turn before it; by a turn at
+    /// most. What it paid.
+    fn delay(&mut self, vm: VmId, a: TaskId, meet: usize) -> i64 {
+        let at = self.task(a).cpu;
+        let tree = &self.cpu(at).tree;
+        if meet == 0 || tree.len() < 2 {
+            return 0;
+        }
+        let there = tree.select(meet.min(tree.len() - 1)).map_or(0, |n| tree.key(n).by);
+        let most = self.most(a);
+        let room = (self.bound(vm, most) - self.accounts[vm.0 as usize]).clamp(0, most);
+        let paid = (there - self.task(a).vruntime).clamp(0, room);
+        self.shift(a, paid);
+        self.task_mut(a).dirty = true;
+        self.accounts[vm.0 as usize] += paid;
+        self.ledger.lent += paid;
+        self.ledger.outstanding += paid;
+        paid
+    }
+
+    /// Has the pCPU of `b` move it forward, so that `meet` others have their turn before it at most.
+    fn ask(&mut self, b: TaskId, meet: usize) {
+        let debt = Debt { to: b, turns: self.task(b).turns, meet };
         let at = self.task(b).cpu;
         self.cpu_mut(at).debts.push(debt); // line 15
-        self.task_mut(a).dirty = true;
         self.task_mut(b).dirty = true;
-        self.last_loan = Some(Loan { lender: a, debtor: b, amount });
-        self.ledger.loans += 1;
-        self.ledger.lent += amount;
-        self.ledger.outstanding += amount;
     }
 
-    /// The last loan, if none was asked for since; at most one is made by a decision.
+    fn note(&mut self, lender: TaskId, debtor: TaskId, amount: i64) {
+        self.ledger.loans += 1;
+        self.last_loan = Some(Loan { lender, debtor, amount });
+    }
+
+    /// The last loan, if none was asked for since.
     pub fn take_last_loan(&mut self) -> Option<Loan> {
         self.last_loan.take()
     }
@@ -202,70 +309,67 @@ impl Scheduler {
     /// Applies the debt list of `cpu`: the first thing of each decision.
     pub(crate) fn settle(&mut self, cpu: CpuId) {
         for debt in std::mem::take(&mut self.cpu_mut(cpu).debts) {
-            let Debt { to, lender, amount } = debt;
-            let (place, at) = (self.task(to).place, self.task(to).cpu);
-            let back = to == lender;
-            match place {
-                Place::Queued(_) | Place::Running if at == cpu && back => {
-                    self.pay_back(to, amount);
-                }
-                Place::Queued(_) | Place::Running if at == cpu => {
-                    self.settle_loan(to, lender, amount);
-                }
-                Place::Queued(_) | Place::Running => self.cpu_mut(at).debts.push(debt),
-                Place::Sleeping | Place::Exited => {
-                    self.task_mut(to).dirty = false;
-                    self.give_back(lender, amount);
+            let t = self.task(debt.to);
+            let at = t.cpu;
+            match t.place {
+                // It has had a turn, and may be dirty for another reason.
+                _ if t.turns != debt.turns => {}
+                Place::Queued(_) if at == cpu => self.settle_one(debt),
+                Place::Queued(_) => self.cpu_mut(at).debts.push(debt),
+                Place::Running | Place::Sleeping | Place::Exited => {
+                    self.task_mut(debt.to).dirty = false;
                 }
             }
         }
     }
 
-    fn give_back(&mut self, lender: TaskId, amount: i64) {
-        match self.task(lender).place {
-            // Its vruntime is on no queue.
-            Place::Sleeping => self.pay_back(lender, amount),
-            Place::Queued(_) | Place::Running => {
-                let at = self.task(lender).cpu;
-                self.cpu_mut(at).debts.push(Debt { to: lender, lender, amount });
-            }
-            Place::Exited => {
-                self.ledger.outstanding -= amount;
-                self.ledger.lost += amount;
-            }
-        }
-    }
-
-    /// Takes what was lent off the vruntime of a debtor, as far as that brings it to the middle
-    /// of its queue; what is left over goes back. So who stands in the front half is overtaken by
+    /// Moves a debtor as far forward as it needs, a turn at most. Who stands near enough overtakes
     /// nobody.
-    fn settle_loan(&mut self, to: TaskId, lender: TaskId, amount: i64) {
-        let tree = &self.cpu(self.task(to).cpu).tree;
-        let middle = tree.select(tree.len() / 2).map_or(0, |n| tree.key(n).by);
-        let used = (self.task(to).vruntime - middle).clamp(0, amount);
+    fn settle_one(&mut self, debt: Debt) {
+        let Debt { to, meet, .. } = debt;
         self.task_mut(to).dirty = false;
-        if used > 0 {
-            self.shift(to, -used);
-            self.ledger.outstanding -= used;
-            self.ledger.settled += used;
+        let Some(vm) = self.task(to).vm else { return };
+        let at = self.task(to).cpu;
+        if self.ordinate(to).is_none_or(|o| o <= meet) {
+            return;
         }
-        if used < amount {
-            self.give_back(lender, amount - used);
-        }
+        let tree = &self.cpu(at).tree;
+        let there = tree.select(meet).map_or(0, |n| tree.key(n).by);
+        let most = self.most(to);
+        let room = (self.bound(vm, most) + self.accounts[vm.0 as usize]).clamp(0, most);
+        // Before whoever is there, and before who stands exactly where that one does.
+        let got = (self.task(to).vruntime - there + 1).clamp(0, room);
+        self.shift(to, -got);
+        self.accounts[vm.0 as usize] -= got;
+        self.ledger.moved += 1;
+        self.ledger.settled += got;
+        self.ledger.outstanding -= got;
     }
 
-    fn pay_back(&mut self, to: TaskId, amount: i64) {
-        self.shift(to, -amount);
-        self.ledger.outstanding -= amount;
-        self.ledger.returned += amount;
+    /// What a vCPU that was charged `by` nanoseconds of vruntime pays for its machine on top, or gets
+    /// back.
+    pub(crate) fn instalment(&mut self, task: TaskId, by: i64) -> i64 {
+        let Some(vm) = self.task(task).vm else { return 0 };
+        let account = self.accounts[vm.0 as usize];
+        if account == 0 {
+            return 0;
+        }
+        let part = by / INSTALMENT;
+        let pays = (-account).clamp(-part, part);
+        self.accounts[vm.0 as usize] += pays;
+        self.ledger.outstanding += pays;
+        if pays > 0 {
+            self.ledger.repaid += pays;
+        } else {
+            self.ledger.returned -= pays;
+        }
+        pays
     }
 
-    /// A lender that is scheduled may lend again: it had its turn in this period.
-    pub(crate) fn ran_once(&mut self, task: TaskId) {
-        let owes = |d: &Debt| d.to == task && d.lender != task;
-        let at = self.task(task).cpu;
-        if self.task(task).dirty && !self.cpu(at).debts.iter().any(owes) {
-            self.task_mut(task).dirty = false;
-        }
+    /// The last vCPU of `vm` has ended.
+    pub(crate) fn write_off(&mut self, vm: VmId) {
+        let account = std::mem::take(&mut self.accounts[vm.0 as usize]);
+        self.ledger.lost += account;
+        self.ledger.outstanding -= account;
     }
 }

@@ -62,10 +62,13 @@ pub(crate) struct Task {
     pub(crate) vruntime: i64,
     pub(crate) place: Place,
     pub(crate) cpu: CpuId,
-    /// The dirty tag: a loan of this vCPU, given or promised, is not settled yet.
+    /// The dirty tag: this vCPU has lent since it ran last, or is to be moved.
     pub(crate) dirty: bool,
-    /// Time run in all, nanoseconds.
+    /// How often it was scheduled.
+    pub(crate) turns: u64,
+    /// Time run in all, nanoseconds; and by the time it was scheduled last.
     total: u64,
+    began: u64,
     /// Progress as relaxed co-scheduling counts it: sleeping is as good as running.
     pub(crate) progress: u64,
     /// EEVDF: the virtual time by which its request is to be served, and that for which it was
@@ -75,6 +78,13 @@ pub(crate) struct Task {
     /// EEVDF: its lag when it went to sleep, and its queue's average then.
     pub(crate) lag: i64,
     pub(crate) left_at: i64,
+}
+
+impl Task {
+    /// How long its turn is, or its last turn was, nanoseconds.
+    pub(crate) const fn last_turn(&self) -> u64 {
+        self.total - self.began
+    }
 }
 
 #[derive(Debug, Default)]
@@ -87,10 +97,14 @@ pub(crate) struct Cpu {
     /// EEVDF: the sum of their virtual runtimes, each times its weight.
     pub(crate) sum: i128,
     pub(crate) debts: Vec<Debt>,
+    /// Whose gang it runs members of.
+    pub(crate) claimed: Option<VmId>,
     /// Whom an interrupt of a sibling wants to run here.
     pub(crate) forced: Option<TaskId>,
     /// Whom a directed yield asks for here (the "next" buddy).
     pub(crate) wanted: Option<TaskId>,
+    /// Who was interrupted for one that woke (the "last" buddy): its turn goes on afterwards.
+    pub(crate) interrupted: Option<TaskId>,
     /// Who ran last.
     last: Option<TaskId>,
     pub(crate) online: bool,
@@ -157,8 +171,15 @@ pub struct Scheduler {
     pub(crate) vms: Vec<Vec<TaskId>>,
     pub(crate) ledger: Ledger,
     pub(crate) last_loan: Option<Loan>,
-    pub(crate) gang: Option<Gang>,
+    /// Of each machine.
+    pub(crate) gangs: Vec<Gang>,
+    /// Whether the last decision started or ended a gang, for which the pCPUs of a cache have one lock.
+    pub(crate) ordered: bool,
     pub(crate) adaptive: Vec<Adaptive>,
+    /// Of each machine: what its vCPUs paid for loans less what they got, nanoseconds of vruntime.
+    pub(crate) accounts: Vec<i64>,
+    /// Of each machine: the vCPU that its others follow.
+    pub(crate) followed: Vec<Option<TaskId>>,
     kicks: BTreeSet<CpuId>,
     pub(crate) counters: Counters,
     came: u64,
@@ -178,8 +199,11 @@ impl Scheduler {
             vms: Vec::new(),
             ledger: Ledger::default(),
             last_loan: None,
-            gang: None,
+            gangs: Vec::new(),
+            ordered: false,
             adaptive: Vec::new(),
+            accounts: Vec::new(),
+            followed: Vec::new(),
             kicks: BTreeSet::new(),
             counters: Counters::default(),
             came: 0,
@@ -191,6 +215,9 @@ impl Scheduler {
     pub fn add_vm(&mut self) -> VmId {
         self.vms.push(Vec::new());
         self.adaptive.push(Adaptive::default());
+        self.accounts.push(0);
+        self.followed.push(None);
+        self.gangs.push(Gang::default());
         VmId(self.vms.len() as u32 - 1)
     }
 
@@ -207,7 +234,9 @@ impl Scheduler {
             place: Place::Sleeping,
             cpu: CpuId(u32::MAX),
             dirty: false,
+            turns: 0,
             total: 0,
+            began: 0,
             progress: 0,
             deadline: 0,
             picked_for: i64::MIN,
@@ -280,6 +309,12 @@ impl Scheduler {
         std::mem::take(&mut self.kicks).into_iter().collect()
     }
 
+    /// Whether a decision since the last call started or ended a gang. Such decisions exclude each other
+    /// among pCPUs that share a cache, where pCPUs decide at the same time.
+    pub fn take_ordered(&mut self) -> bool {
+        std::mem::take(&mut self.ordered)
+    }
+
     pub(crate) fn kick(&mut self, cpu: CpuId) {
         self.counters.kicks += 1;
         self.kicks.insert(cpu);
@@ -332,7 +367,29 @@ impl Scheduler {
                 ahead > (self.granularity.wakeup * NICE_0 / t.weight) as i64
             }
         };
+        // `LAST_BUDDY`: only where more run than the period has room for.
+        let many = self.granularity.latency / self.granularity.min;
+        if preempts && self.policy.order == Order::Cfs && self.cpu(cpu).size() as u64 > many {
+            let c = self.cpu_mut(cpu);
+            c.interrupted = c.current;
+        }
         Woken { cpu, preempts }
+    }
+
+    /// Whose turn was interrupted and goes on before that of `first`: who is ahead of it by less than it
+    /// would take a woken task to preempt it.
+    fn goes_on(&mut self, cpu: CpuId, first: TaskId) -> Option<TaskId> {
+        let task = self.cpu(cpu).interrupted?;
+        if !self.is_queued_on(task, cpu) {
+            self.cpu_mut(cpu).interrupted = None;
+            return None;
+        }
+        let ahead = self.task(task).vruntime - self.task(first).vruntime;
+        let may = ahead <= (self.granularity.wakeup * NICE_0 / self.task(first).weight) as i64;
+        if may {
+            self.cpu_mut(cpu).interrupted = None;
+        }
+        may.then_some(task)
     }
 
     /// `place_entity`: under CFS a new task starts a slice behind, a sleeper gets at most half a
@@ -388,8 +445,7 @@ impl Scheduler {
         }
     }
 
-    /// `task` ends, wherever it is. A loan that it was promised goes back when it would have been
-    /// settled.
+    /// `task` ends, wherever it is. What was asked for it is nobody's.
     pub fn exit(&mut self, task: TaskId) {
         let cpu = self.task(task).cpu;
         match self.task(task).place {
@@ -406,6 +462,9 @@ impl Scheduler {
         self.left(task);
         if let Some(vm) = self.task(task).vm {
             self.vms[vm.0 as usize].retain(|t| *t != task);
+            if self.vms[vm.0 as usize].is_empty() {
+                self.write_off(vm);
+            }
         }
     }
 
@@ -438,6 +497,7 @@ impl Scheduler {
         } else {
             (u128::from(ns) * u128::from(NICE_0) / u128::from(t.weight)) as i64
         };
+        let by = by + self.instalment(task, by);
         self.shift(task, by);
         self.adapt(task, ns);
         if self.policy.order == Order::Eevdf {
@@ -496,6 +556,10 @@ impl Scheduler {
         self.cpu_mut(cpu).tree.remove(node);
         let t = self.task_mut(task);
         t.place = Place::Running;
+        // It has its turn: what was asked for it is no longer needed, and it may lend again.
+        t.turns += 1;
+        t.began = t.total;
+        t.dirty = false;
         t.picked_for = t.deadline;
         let weight = t.weight;
         let left = (t.deadline - t.vruntime).max(1) as u64 * weight / NICE_0;
@@ -505,7 +569,6 @@ impl Scheduler {
         c.last = Some(task);
         self.counters.picks += 1;
         self.counters.switches += u64::from(switched);
-        self.ran_once(task);
         self.advance(cpu);
         let slice = match (self.policy.order, self.policy.coupling) {
             (Order::Eevdf, _) => left.max(1),
@@ -529,6 +592,13 @@ impl Scheduler {
             Order::Cfs => self.leftmost(cpu)?,
             Order::Eevdf => self.pick_eevdf(cpu, previous)?,
         };
+        if self.policy.order == Order::Cfs
+            && !matches!(self.policy.coupling, Coupling::Relaxed(_))
+            && !self.belongs_to_gang(cpu)
+            && let Some(interrupted) = self.goes_on(cpu, first)
+        {
+            return Some(interrupted);
+        }
         Some(match self.policy.coupling {
             Coupling::None | Coupling::Yield(_) => first,
             Coupling::Distance(_) | Coupling::Adaptive { .. } => self.sbco(cpu, first),

@@ -7,7 +7,8 @@ use godwit_sched::sim::{Costs, Simulator};
 use rand::rngs::SmallRng;
 
 const MS: u64 = 1_000_000;
-const FREE: Costs = Costs { switch: 0, refill: 0, interrupt: 0, spin_window: 1_540 };
+const FREE: Costs =
+    Costs { switch: 0, refill: 0, interrupt: 0, tick: 0, ordering: 0, ..Costs::DEFAULT };
 
 fn steps(steps: Vec<Step>) -> Box<dyn godwit_sched::sim::guest::Program> {
     let mut left = steps.into_iter();

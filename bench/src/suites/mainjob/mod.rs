@@ -101,25 +101,31 @@ pub async fn run_with(
     let rounds = plan.rounds.unwrap_or(if plan.quick { 1 } else { 5 });
     let mut sheet = Sheet::new();
     let mut done = 0;
-    for round in 0..rounds {
+    let sizes: Vec<u32> = [plan.witness_mib].iter().chain(&plan.witness_beside).copied().collect();
+    for (n, mib) in (0..rounds).flat_map(|_| &sizes).enumerate() {
+        let round = n / sizes.len();
+        let called = |subject: &str| match n % sizes.len() {
+            0 => subject.to_owned(),
+            _ => format!("{subject}, witness {mib} MiB"),
+        };
         if let Some(s) = sites {
             let image = guest.image.name.as_str();
-            match godwit::round(s, link, image, plan.witness_mib, round, WITHIN).await {
+            match godwit::round(s, link, image, *mib, n, WITHIN).await {
                 Ok(r) => {
-                    sheet.godwit(&r);
-                    keep(results, GODWIT, &r)?;
+                    sheet.godwit(&called(GODWIT), &r);
+                    keep(results, &called(GODWIT), &r)?;
                     done += 1;
                 }
                 Err(e) => results.notes.push(format!("Round {round} with Godwit failed: {e:#}")),
             }
         }
-        match stock_round(plan, &guest, link, results).await {
+        match stock_round(plan, &guest, link, *mib, results).await {
             Ok(r) => {
                 if !r.intact {
                     results.notes.push(format!("Round {round} with stock QEMU LOST DATA."));
                 }
-                sheet.stock(&r);
-                keep(results, STOCK, &r)?;
+                sheet.stock(&called(STOCK), &r);
+                keep(results, &called(STOCK), &r)?;
                 done += 1;
             }
             Err(e) => results.notes.push(format!("Round {round} with stock QEMU failed: {e:#}")),
@@ -145,6 +151,7 @@ pub async fn stock_round(
     plan: &Plan,
     guest: &Guest,
     link: &LinkHandle,
+    witness_mib: u32,
     results: &mut Results,
 ) -> anyhow::Result<StockRound> {
     // Memory files want tmpfs, and sockets short paths.
@@ -169,7 +176,7 @@ pub async fn stock_round(
     let outcome = async {
         first_answer(&source, WITHIN).await?;
         let cold_boot_ms = asked.elapsed().as_secs_f64() * 1e3;
-        Witness::start(&source, plan.witness_mib, WITHIN).await?;
+        Witness::start(&source, witness_mib, WITHIN).await?;
         let waiting = start(&b, "stock-b", Start::Incoming).await?;
         let there = link.within(Side::B, waiting.spawn())?.await??;
         let moved = async {
@@ -279,30 +286,30 @@ impl Sheet {
         }
     }
 
-    fn godwit(&mut self, r: &GodwitRound) {
-        self.cold_boot.push(GODWIT, r.cold_boot_ms);
-        self.dock.push(GODWIT, r.dock.total_ms);
-        self.dock_pause.push(GODWIT, r.dock.pause_ms);
-        self.running.push(GODWIT, r.activate.running_ms);
+    fn godwit(&mut self, subject: &str, r: &GodwitRound) {
+        self.cold_boot.push(subject, r.cold_boot_ms);
+        self.dock.push(subject, r.dock.total_ms);
+        self.dock_pause.push(subject, r.dock.pause_ms);
+        self.running.push(subject, r.activate.running_ms);
         if let Some(ms) = r.activate.first_answer_ms {
-            self.first_answer.push(GODWIT, ms);
+            self.first_answer.push(subject, ms);
             self.first_answer.push("cold boot", r.cold_boot_ms);
         }
         // The move from A to B is the one that stock makes too; the way back is in the reports.
         let there = &r.moves[0];
-        self.switch.push(GODWIT, there.switch_ms);
-        self.downtime.push(GODWIT, there.downtime_ms);
-        self.total.push(GODWIT, there.total_ms);
-        self.seen(GODWIT, &r.signs, r.link_bytes, r.witness_bytes);
+        self.switch.push(subject, there.switch_ms);
+        self.downtime.push(subject, there.downtime_ms);
+        self.total.push(subject, there.total_ms);
+        self.seen(subject, &r.signs, r.link_bytes, r.witness_bytes);
     }
 
-    fn stock(&mut self, r: &StockRound) {
+    fn stock(&mut self, subject: &str, r: &StockRound) {
         let m = &r.moved.report;
-        self.cold_boot.push(STOCK, r.cold_boot_ms);
-        self.switch.push(STOCK, m.switch_ms);
-        self.downtime.push(STOCK, m.downtime_ms);
-        self.total.push(STOCK, m.total_ms);
-        self.seen(STOCK, &r.signs, r.moved.wire_bytes, r.witness_bytes);
+        self.cold_boot.push(subject, r.cold_boot_ms);
+        self.switch.push(subject, m.switch_ms);
+        self.downtime.push(subject, m.downtime_ms);
+        self.total.push(subject, m.total_ms);
+        self.seen(subject, &r.signs, r.moved.wire_bytes, r.witness_bytes);
     }
 
     fn seen(&mut self, subject: &str, signs: &Signs, link_bytes: u64, witness_bytes: u64) {

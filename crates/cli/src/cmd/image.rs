@@ -6,14 +6,14 @@ use clap::{Args, Subcommand};
 use godwit_cloud::Fault;
 use godwit_cloud::controller::Unanswered;
 use godwit_cloud::site::{ImageInfo, image_info, images_of};
-use godwit_image::{Image, ImageCache, Recipe};
-use godwit_types::{Name, SiteKind};
+use godwit_image::{Image, ImageCache, ImageError, Recipe};
+use godwit_types::{Code, Name, SiteKind};
 use indicatif::ProgressBar;
 use reqwest::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::args::{Change, Talk};
+use crate::args::{Change, Talk, or_env};
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Format, Row, size};
@@ -26,9 +26,8 @@ pub(crate) struct Noun {
     /// Work on this machine's own cache, without a center
     #[arg(long, global = true, conflicts_with = "api")]
     local: bool,
-    /// The cache of this machine [default: /var/cache/godwit/images]
-    #[arg(long, global = true, env = "GODWIT_IMAGES", hide_env_values = true)]
-    #[arg(value_name = "DIR")]
+    /// The cache of this machine [default: /var/cache/godwit/images] [env: GODWIT_IMAGES]
+    #[arg(long, global = true, value_name = "DIR")]
     images: Option<PathBuf>,
     #[command(subcommand)]
     verb: Verb,
@@ -56,6 +55,20 @@ enum Verb {
         /// Only at this site
         #[arg(long, conflicts_with = "local")]
         site: Option<Name>,
+    },
+    /// Remove an image that no machine and no substrate uses
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// Its name
+        name: Name,
+        /// The site that loses it; all when left out
+        #[arg(long, conflicts_with = "local")]
+        site: Option<Name>,
+        /// With --local: remove it, whoever uses it
+        #[arg(long, requires = "local")]
+        force: bool,
+        #[command(flatten)]
+        how: Change,
     },
     /// Show one image; with --local, check its files too
     Inspect {
@@ -112,23 +125,19 @@ fn held(i: &Image) -> Held {
 impl Noun {
     pub(crate) async fn run(self) -> Result {
         let format = self.talk.output;
-        // A center that was named must answer; one that was not may be missing.
-        let center = if self.local {
-            None
-        } else {
-            match Client::open(&self.talk.connect) {
-                Ok(c) if self.talk.connect.api.is_some() || c.alive().await => Some(c),
-                Err(e) if self.talk.connect.api.is_some() => return Err(e),
-                _ => None,
-            }
-        };
+        let center = if self.local { None } else { self.center().await? };
         let wants_site = match &self.verb {
-            Verb::Build { site, .. } | Verb::List { site } => site.is_some(),
+            Verb::Build { site, .. } | Verb::List { site } | Verb::Delete { site, .. } => {
+                site.is_some()
+            }
             Verb::Inspect { .. } => false,
         };
         if center.is_none() && wants_site {
             return Err(Failure::unavailable("no center is reachable to ask a site")
                 .hint("start one with: godwit up, or leave --site out to work on this machine"));
+        }
+        if center.is_none() && !self.local {
+            out::talk("note: no center is up; these are this machine's own images (--local)");
         }
         match (self.verb, center) {
             (Verb::Build { names, site, again: false, how }, Some(client)) => {
@@ -162,6 +171,17 @@ impl Noun {
                 out::list(format, &local(&open(self.images)?)?)?;
                 Ok(Outcome::Done)
             }
+            (Verb::Delete { name, site, how, .. }, Some(client)) => {
+                let at = site.map(|s| format!("?site={s}")).unwrap_or_default();
+                let path = format!("/v1/images/{name}{at}");
+                let words = format!("{name}   deleted");
+                let request = (Method::DELETE, path.as_str());
+                let tell = (name.as_str(), words.as_str());
+                change_and_tell(&client, &self.talk, &how, request, &json!({}), tell).await
+            }
+            (Verb::Delete { name, force, how, .. }, None) => {
+                delete_local(&open(self.images)?, &name, force, &how, format)
+            }
             (Verb::Inspect { name }, Some(client)) => {
                 let image: ImageInfo = client.get(&format!("/v1/images/{name}")).await?;
                 let all = super::site::sites(&client).await?;
@@ -174,7 +194,66 @@ impl Noun {
     }
 }
 
+impl Noun {
+    /// The center, if there is one to ask. One that is known and does not answer is a failure: its
+    /// sites hold other images than this machine. Only a build goes on here when it is not up.
+    async fn center(&self) -> Result<Option<Client>> {
+        let connect = &self.talk.connect;
+        let named = connect.api.is_some() || connect.config.is_some();
+        let known = named || connect.files().ca().exists();
+        let client = match Client::open(connect) {
+            Ok(client) => client,
+            Err(e) if known => return Err(e),
+            Err(_) => return Ok(None),
+        };
+        match client.probe().await {
+            Ok(()) => Ok(Some(client)),
+            Err(e) if e.refused && !named && matches!(self.verb, Verb::Build { .. }) => Ok(None),
+            Err(e) => Err(e.hint(
+                "start the center with: godwit up; for this machine's own images say --local",
+            )),
+        }
+    }
+}
+
+fn delete_local(
+    cache: &ImageCache,
+    name: &Name,
+    force: bool,
+    how: &Change,
+    format: Format,
+) -> Result {
+    if how.dry_run {
+        out::line(&format!("would: delete {name} in {}", cache.dir().display()))?;
+        return Ok(Outcome::Done);
+    }
+    if !force {
+        return Err(Failure::new(
+            Code::Conflict,
+            format!("without a center nobody knows which machines use image '{name}'"),
+        )
+        .hint("remove it all the same with --local --force, or start a center with: godwit up"));
+    }
+    cache.remove(name).map_err(|e| local_fault(&e, name))?;
+    out::action(format, &format!("{name}   deleted"), name.as_str(), &json!({ "name": name }))?;
+    Ok(Outcome::Done)
+}
+
+/// What is wrong with an image of this machine, and what to do about it.
+fn local_fault(e: &ImageError, name: &Name) -> Fault {
+    let f = Fault::of(e);
+    match e {
+        ImageError::NotBuilt { .. } if Recipe::get(name).is_ok() => {
+            f.hint(format!("build it with: godwit image build {name}"))
+        }
+        ImageError::NotBuilt { .. } => Fault::not_found(format!("no image and no recipe '{name}'"))
+            .hint("see the images with: godwit image list"),
+        _ => f,
+    }
+}
+
 fn open(dir: Option<PathBuf>) -> Result<ImageCache> {
+    let dir = or_env(dir.as_ref(), "GODWIT_IMAGES");
     ImageCache::open(dir.unwrap_or_else(|| godwit_image::DEFAULT_CACHE.into()))
         .map_err(|e| Fault::of(&e).into())
 }
@@ -242,7 +321,7 @@ async fn build(
 }
 
 async fn inspect(cache: &ImageCache, name: &Name, format: Format) -> Result {
-    let image = cache.get(name).map_err(|e| Fault::of(&e))?;
+    let image = cache.get(name).map_err(|e| local_fault(&e, name))?;
     let checked = image.clone();
     tokio::task::spawn_blocking(move || checked.verify())
         .await

@@ -7,8 +7,9 @@ use godwit_cloud::registry::OpRecord;
 use godwit_types::OpId;
 use reqwest::Method;
 use serde_json::json;
+use tokio::time::Instant;
 
-use crate::args::{Talk, duration};
+use crate::args::{Talk, duration, op_id};
 use crate::client::{Client, EMPTY};
 use crate::failure::{Outcome, Result};
 use crate::out::{self, Row, millis};
@@ -34,6 +35,7 @@ enum Verb {
     /// Wait for an operation's end; fails as the operation did
     Wait {
         /// Its id
+        #[arg(value_parser = op_id)]
         op: OpId,
         /// Wait no longer, e.g. 90, 500ms, 5m (exit code 124)
         #[arg(long, value_parser = duration, value_name = "TIME")]
@@ -42,6 +44,7 @@ enum Verb {
     /// Ask an operation to stop and to undo what it did
     Cancel {
         /// Its id
+        #[arg(value_parser = op_id)]
         op: OpId,
     },
 }
@@ -79,7 +82,7 @@ impl Noun {
                 out::list(format, &all)?;
             }
             Verb::Wait { op, timeout } => {
-                out::one(format, &follow(&client, op, timeout).await?)?;
+                out::one(format, &follow(&client, op, timeout.map(|t| Instant::now() + t)).await?)?;
             }
             Verb::Cancel { op } => {
                 let path = format!("/v1/ops/{op}/cancel");

@@ -67,7 +67,8 @@ pub(crate) struct CenterRole {
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
     /// Where token, certificate and address for clients are written [default: ~/.config/godwit]
-    #[arg(long, env = "GODWIT_CONFIG", hide_env_values = true, value_name = "DIR")]
+    /// [env: GODWIT_CONFIG]
+    #[arg(long, value_name = "DIR")]
     config: Option<PathBuf>,
     /// Also write the operator token here
     #[arg(long, value_name = "FILE")]

@@ -44,8 +44,8 @@ impl Console {
             match format {
                 Format::Json | Format::Yaml => out::value(format, &tail)?,
                 _ => {
-                    let text = shown(&tail.text, std::io::stdout().is_terminal());
-                    out::bytes(text.as_bytes())?;
+                    let text = shown(tail.text.as_bytes(), std::io::stdout().is_terminal());
+                    out::bytes(&text)?;
                 }
             }
             return Ok(Outcome::Done);

@@ -78,8 +78,8 @@ struct Scope {
     /// Put everything below DIR instead of /var/lib, /run and /dev/shm
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
-    /// Directory of token, certificate and address [default: ~/.config/godwit]
-    #[arg(long, env = "GODWIT_CONFIG", hide_env_values = true, value_name = "DIR")]
+    /// Directory of token, certificate and address [default: ~/.config/godwit] [env: GODWIT_CONFIG]
+    #[arg(long, value_name = "DIR")]
     config: Option<PathBuf>,
     /// Form of the answer
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
@@ -155,6 +155,9 @@ impl Up {
                 "token_file": where_token }),
         )?;
         if !self.no_ap {
+            if identity_of(&ap).exists() {
+                self.not_revoked(&sites(&client).await?)?;
+            }
             if !ap_runs {
                 let mut command = self.role("ap", &self.ap, &ap)?;
                 if !identity_of(&ap).exists() {
@@ -167,10 +170,18 @@ impl Up {
             }
             let cafe: Seen = until(self.timeout, "the AP to report to the center", async || {
                 let all = sites(&client).await.ok()?;
-                all.into_iter().find(|s| s.record.name == self.ap && s.state == SiteState::Ready)
+                if let Err(f) = self.not_revoked(&all) {
+                    return Some(Err(f));
+                }
+                let ready = |s: &Seen| s.record.name == self.ap && s.state == SiteState::Ready;
+                all.into_iter().find(ready).map(Ok)
             })
             .await
+            .and_then(|seen| seen)
             .map_err(|f| {
+                if f.exit != Code::TimedOut.exit_code() {
+                    return f;
+                }
                 f.hint(format!(
                     "see {}; was '{}' joined to another center?",
                     log_of(&ap).display(),
@@ -190,6 +201,21 @@ impl Up {
             out::value(self.scope.output, &told)?;
         }
         Ok(if center_runs && ap_runs { Outcome::Unchanged } else { Outcome::Done })
+    }
+
+    /// Refuses an AP that the center has thrown out: it never comes to be ready.
+    fn not_revoked(&self, all: &[Seen]) -> Result<()> {
+        let revoked = |s: &Seen| s.record.name == self.ap && s.record.revoked;
+        if !all.iter().any(revoked) {
+            return Ok(());
+        }
+        let root = self.scope.root.as_ref().map(|r| format!(" --root {}", r.display()));
+        Err(Failure::new(Code::Conflict, format!("site '{}' was revoked", self.ap)).hint(format!(
+            "let it join anew: godwit site token {}, then godwit site join --replace TOKEN{}; or \
+             leave it out with --no-ap",
+            self.ap,
+            root.unwrap_or_default()
+        )))
     }
 
     fn tell(&self, told: &mut Vec<Value>, words: &str, data: Value) -> Result<()> {

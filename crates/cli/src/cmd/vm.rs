@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{exec, screen};
-use crate::args::{Change, Talk};
+use crate::args::{Change, Talk, memory};
 use crate::client::Client;
 use crate::failure::{Outcome, Result};
 use crate::out::{self, Row, millis, size};
@@ -95,11 +95,11 @@ struct Create {
     /// Where; the center places it when left out
     #[arg(long)]
     site: Option<Name>,
-    /// Memory in MiB, if not the image's own
-    #[arg(long, value_name = "MIB")]
-    memory: Option<u32>,
-    /// vCPUs, if not the image's own
-    #[arg(long)]
+    /// Memory, e.g. 512 (MiB) or 4G, if not the image's own
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    memory: Option<Mib>,
+    /// vCPUs, 1 to 64, if not the image's own
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     vcpus: Option<u8>,
     #[command(flatten)]
     how: Change,
@@ -243,7 +243,7 @@ impl Site {
             name: c.name,
             image: Some(c.image),
             site: c.site,
-            memory_mib: c.memory.map(Mib),
+            memory_mib: c.memory,
             vcpus: c.vcpus,
             ..CreateVm::default()
         };

@@ -70,6 +70,19 @@ pub(super) async fn one(
     Ok(Json(api.controller.image(&name(&image)?).await?))
 }
 
+/// Removes an image from a site, or from every site, with its older builds.
+#[utoipa::path(delete, path = "/v1/images/{name}", params(("name" = String, Path), At),
+    responses((status = 200, body = crate::controller::Accepted), (status = 404, body = Fault),
+    (status = 409, body = Fault)))]
+pub(super) async fn remove(
+    State(api): State<Api>,
+    Path(image): Path<String>,
+    Params(at): Params<At>,
+) -> Answer<Response> {
+    let mode = if at.dry_run { Mode::DryRun } else { Mode::Act };
+    Ok(accepted(api.controller.image_delete(&name(&image)?, at.site, mode).await?))
+}
+
 /// Builds an image from its recipe, at the center unless a site is named.
 #[utoipa::path(post, path = "/v1/images/{name}/build", params(("name" = String, Path), At),
     responses((status = 202, body = crate::controller::Accepted)))]

@@ -1,10 +1,11 @@
 //! The HTTPS API: JSON over axum, described by OpenAPI ([`openapi`]).
 //!
 //! Every request but `/healthz` carries `Authorization: Bearer <operator token>`. Bodies are at
-//! most [`MAX_BODY`] bytes; only an import of a substrate is streamed, to its own limit. Every
-//! error is a [`Fault`] in JSON with the status of its class. Fields and parameters that are not
+//! most [`MAX_BODY`] bytes, but for a guest's program and its input ([`MAX_INPUT`]); only an import
+//! of a substrate is streamed, to its own limit. Every error is a [`Fault`] in JSON with the status of its class. Fields and parameters that are not
 //! known are refused. What takes long answers 202 with the operation that does it.
 
+mod exec;
 mod images;
 mod meta;
 mod operations;
@@ -37,6 +38,7 @@ use utoipa::{IntoParams, OpenApi, ToSchema};
 use crate::controller::{Accepted, Controller, Mode};
 use crate::error::Fault;
 
+pub use exec::{Encoding, ExecReply, ExecRequest, MAX_INPUT};
 pub use meta::Health;
 pub use sites::{NewToken, Token, TokenText, TokenUse};
 pub use vms::{TypeText, VmFilter};
@@ -114,7 +116,7 @@ impl Api {
             .route("/v1/tokens", get(sites::tokens).post(sites::token))
             .route("/v1/tokens/{id}", delete(sites::withdraw))
             .route("/v1/images", get(images::list))
-            .route("/v1/images/{name}", get(images::one))
+            .route("/v1/images/{name}", get(images::one).delete(images::remove))
             .route("/v1/images/{name}/build", post(images::build))
             .route("/v1/vms", get(vms::list).post(vms::create))
             .route("/v1/vms/{vm}", get(vms::one).delete(vms::delete))
@@ -125,7 +127,8 @@ impl Api {
             .route("/v1/vms/{vm}/console", get(vms::console))
             .route("/v1/vms/{vm}/screenshot", get(vms::screenshot))
             .route("/v1/vms/{vm}/type", post(vms::type_text))
-            .route("/v1/vms/{vm}/exec", post(vms::exec))
+            .route("/v1/vms/{vm}/exec", post(exec::start))
+            .route("/v1/vms/{vm}/exec/{pid}", get(exec::wait))
             .route("/v1/vms/{vm}/view", get(vms::view))
             .route("/v1/vms/{vm}/attach", get(vms::attach))
             .route("/v1/substrates", get(substrates::list).post(substrates::import))
@@ -206,14 +209,14 @@ impl IntoResponse for HttpFault {
 
 pub(crate) type Answer<T> = Result<T, HttpFault>;
 
-/// A JSON body of at most [`MAX_BODY`] bytes; an empty one is `{}`.
-pub(crate) struct Payload<T>(pub(crate) T);
+/// A JSON body of at most `MAX` bytes; an empty one is `{}`.
+pub(crate) struct Payload<T, const MAX: usize = MAX_BODY>(pub(crate) T);
 
-impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Payload<T> {
+impl<T: DeserializeOwned, S: Sync, const MAX: usize> FromRequest<S> for Payload<T, MAX> {
     type Rejection = HttpFault;
     async fn from_request(request: Request<Body>, _: &S) -> Result<Self, HttpFault> {
         let typed = is_type(request.headers(), "application/json");
-        let body = tokio::time::timeout(BODY_WITHIN, read_body(request.into_body()))
+        let body = tokio::time::timeout(BODY_WITHIN, read_body(request.into_body(), MAX))
             .await
             .map_err(|_| Fault::new(Code::TimedOut, "the body did not come in time"))??;
         if body.is_empty() {
@@ -232,18 +235,18 @@ pub(crate) fn is_type(headers: &HeaderMap, wanted: &str) -> bool {
     given.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(wanted)
 }
 
-async fn read_body(body: Body) -> Result<Vec<u8>, Fault> {
-    let too_large = || Fault::new(Code::TooLarge, format!("the body is over {MAX_BODY} bytes"));
+async fn read_body(body: Body, max: usize) -> Result<Vec<u8>, Fault> {
+    let too_large = || Fault::new(Code::TooLarge, format!("the body is over {max} bytes"));
     let announced = body.size_hint().lower();
     let mut stream = body.into_data_stream();
-    if announced > MAX_BODY as u64 {
+    if announced > max as u64 {
         drop_rest(&mut stream).await;
         return Err(too_large());
     }
     let mut all = Vec::new();
     while let Some(chunk) = stream.next().await {
         let chunk = chunk.map_err(|e| Fault::invalid(format!("the body was cut off: {e}")))?;
-        if all.len() + chunk.len() > MAX_BODY {
+        if all.len() + chunk.len() > max {
             drop_rest(&mut stream).await;
             return Err(too_large());
         }
@@ -267,7 +270,9 @@ pub(crate) async fn drop_rest(stream: &mut BodyDataStream) {
     let _ = tokio::time::timeout(DROPPED_WITHIN, rest).await;
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Payload<T>, HttpFault> {
+fn parse<T: DeserializeOwned, const MAX: usize>(
+    bytes: &[u8],
+) -> Result<Payload<T, MAX>, HttpFault> {
     serde_json::from_slice(bytes)
         .map(Payload)
         .map_err(|e| Fault::invalid(format!("the body: {e}")).into())
@@ -343,6 +348,7 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         images::list,
         images::one,
         images::build,
+        images::remove,
         vms::list,
         vms::create,
         vms::one,
@@ -354,7 +360,8 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         vms::console,
         vms::screenshot,
         vms::type_text,
-        vms::exec,
+        exec::start,
+        exec::wait,
         vms::view,
         vms::attach,
         substrates::list,

@@ -82,7 +82,8 @@ const MAX_LIFETIME_S: u64 = 7 * 86_400;
 /// All sites.
 #[utoipa::path(get, path = "/v1/sites", responses((status = 200, body = Vec<SiteRecord>)))]
 pub(super) async fn list(State(api): State<Api>) -> Answer<Json<Vec<SiteRecord>>> {
-    Ok(Json(api.controller.registry().sites()?))
+    let all = api.controller.registry().sites()?;
+    Ok(Json(all.into_iter().map(|s| as_it_is(&api, s)).collect()))
 }
 
 /// One site.
@@ -92,7 +93,16 @@ pub(super) async fn one(
     State(api): State<Api>,
     Path(site): Path<String>,
 ) -> Answer<Json<SiteRecord>> {
-    Ok(Json(api.controller.registry().site(&name(&site)?)?))
+    Ok(Json(as_it_is(&api, api.controller.registry().site(&name(&site)?)?)))
+}
+
+/// A lease is worth something only while the site is connected: one from before the center was
+/// started again is not.
+fn as_it_is(api: &Api, mut site: SiteRecord) -> SiteRecord {
+    if api.controller.host(&site.name).is_err() {
+        site.lease_until = site.lease_until.min(UnixMs(UnixMs::now().0.saturating_sub(1)));
+    }
+    site
 }
 
 /// Revokes a site: none of its certificates is accepted any more, here or at the other sites,

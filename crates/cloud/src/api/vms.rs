@@ -14,9 +14,7 @@ use super::{Answer, Api, DryRun, Params, Path, Payload, accepted};
 use crate::controller::{Accepted, CreateVm, DockVm, MigrateVm};
 use crate::error::Fault;
 use crate::registry::VmRecord;
-use crate::site::{
-    Call, ConsoleTail, GuestOutput, GuestProgram, SiteReply, SiteRequest, StreamRequest,
-};
+use crate::site::{Call, ConsoleTail, SiteReply, SiteRequest, StreamRequest};
 
 /// Which environments to list.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
@@ -64,6 +62,10 @@ pub(super) async fn list(
     State(api): State<Api>,
     Params(f): Params<VmFilter>,
 ) -> Answer<Json<Vec<VmRecord>>> {
+    if let Some(site) = &f.site {
+        // An empty list would say that the site has none.
+        let _ = api.controller.registry().site(site)?;
+    }
     let mut vms = api.controller.registry().vms()?;
     vms.retain(|v| f.site.as_ref().is_none_or(|s| s == &v.site));
     vms.sort_by(|a, b| a.name.cmp(&b.name));
@@ -192,22 +194,6 @@ pub(super) async fn type_text(
     let host = api.controller.host(&vm.site)?;
     host.tell(SiteRequest::VmType { vm: vm.id, text: t.text }, Call::quiet()).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// Runs a program in the guest, by its agent, and answers when it has ended.
-#[utoipa::path(post, path = "/v1/vms/{vm}/exec", request_body = GuestProgram, params(("vm" = String, Path)),
-    responses((status = 200, body = GuestOutput), (status = 400, body = Fault), (status = 409, body = Fault)))]
-pub(super) async fn exec(
-    State(api): State<Api>,
-    Path(vm): Path<String>,
-    Payload(program): Payload<GuestProgram>,
-) -> Answer<Json<GuestOutput>> {
-    let vm = api.controller.registry().vm(&vm)?;
-    let host = api.controller.host(&vm.site)?;
-    match host.ask(SiteRequest::VmExec { vm: vm.id, program }, Call::quiet()).await? {
-        SiteReply::Executed(out) => Ok(Json(out)),
-        other => Err(Fault::internal(format!("the site answered {}", other.label())).into()),
-    }
 }
 
 /// The display as a raw RFB stream, after an HTTP/1.1 upgrade to `rfb`.

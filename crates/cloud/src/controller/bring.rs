@@ -153,10 +153,10 @@ impl Controller {
             Ok(_) => Ok(true),
             Err(RegistryError::NotFound { .. }) => {
                 let ops = self.ops().list().map_err(registry_fault)?;
-                Ok(ops.iter().any(
-                    |o| matches!(&o.kind, OpKind::VmDock { substrate: made, .. }
-                        | OpKind::SubstrateRebuild { new: made, .. } if *made == id),
-                ))
+                Ok(ops.iter().any(|o| {
+                    matches!(&o.kind, OpKind::VmDock { substrate: made, .. }
+                        | OpKind::SubstrateRebuild { new: made, .. } if *made == id)
+                }))
             }
             Err(e) => Err(registry_fault(e)),
         }
@@ -171,8 +171,13 @@ impl Controller {
         match self.registry.substrate_seen(info.id, site, info.content) {
             Err(RegistryError::NotFound { .. }) => {
                 let record = Self::record_of(site, info);
-                self.registry.substrate_add(&record).map_err(registry_fault)?;
-                Ok(record)
+                let added = self.registry.substrate_add(&record);
+                // The site's report and the answer to its docking may both come now.
+                match (added, self.registry.substrate(&record.id.to_string())) {
+                    (Ok(()), _) => Ok(record),
+                    (Err(_), Ok(there)) => Ok(there),
+                    (Err(e), Err(_)) => Err(registry_fault(e)),
+                }
             }
             seen => seen.map_err(registry_fault),
         }

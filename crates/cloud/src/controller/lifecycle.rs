@@ -320,7 +320,9 @@ impl Controller {
     /// What refuses it.
     pub fn delete(self: &Arc<Self>, key: &str, mode: Mode) -> Result<Accepted, Fault> {
         let vm = self.registry.vm(key).map_err(registry_fault)?;
-        if matches!(vm.state, VmState::Docking | VmState::Starting) {
+        // One that no operation works on was left behind: this is the way out.
+        let changing = matches!(vm.state, VmState::Docking | VmState::Starting);
+        if changing && self.ops.works_on(vm.id) {
             return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state))
                 .hint("wait for it or cancel it: godwit op list"));
         }
@@ -370,7 +372,7 @@ impl Controller {
         let name = how.name.unwrap_or_else(|| vm.name.clone());
         if self.registry.substrate(name.as_str()).is_ok() {
             return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
-                .hint("name another with --name"));
+                .hint("give it another name with --name"));
         }
         let host = self.host(&vm.site)?;
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);

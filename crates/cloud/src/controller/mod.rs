@@ -21,6 +21,7 @@ mod arrive;
 mod ask;
 pub(crate) mod bring;
 mod depart;
+mod exec;
 pub(crate) mod lifecycle;
 mod moves;
 mod pool;
@@ -40,6 +41,8 @@ use godwit_types::{Generation, Mib, Name, OpId, SiteKind, SubstrateKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use utoipa::ToSchema;
+
+pub use exec::GuestProcess;
 
 use crate::clock::UnixMs;
 use crate::error::Fault;

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Code, Name, SiteKind};
+use godwit_types::{Code, Name, SiteKind, VmState};
 use serde_json::json;
 
 use super::lifecycle::call_of;
 use super::{Accepted, Controller, Mode, registry_fault};
 use crate::error::Fault;
 use crate::ops::OpKind;
-use crate::site::{Call, SiteReply, SiteRequest};
+use crate::registry::VmRecord;
+use crate::site::{Call, SiteReply, SiteRequest, in_use};
 
 impl Controller {
     /// The center's own site.
@@ -53,21 +54,92 @@ impl Controller {
         Ok(Accepted { op: Some(op), plan, target })
     }
 
+    /// Removes an image at a site, or at every site that is attached. Sites of one host share
+    /// their images, so it is refused while a machine or a substrate anywhere uses it.
+    ///
+    /// # Errors
+    /// Conflict while it is used; not found when none of the sites has it.
+    pub async fn image_delete(
+        &self,
+        image: &Name,
+        site: Option<Name>,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        let hosts = match &site {
+            Some(s) => vec![self.host(s)?],
+            None => self.hosts(),
+        };
+        let vms = self.registry.vms().map_err(registry_fault)?.into_iter();
+        let substrates = self.registry.substrates().map_err(registry_fault)?.into_iter();
+        let mut used: Vec<String> = vms
+            .filter(|v| &v.image == image)
+            .map(|v| format!("machine '{}'", v.name))
+            .chain(
+                substrates.filter(|s| &s.image == image).map(|s| format!("substrate '{}'", s.name)),
+            )
+            .collect();
+        if !used.is_empty() {
+            used.sort();
+            return Err(in_use(image, &used));
+        }
+        let at: Vec<_> = hosts.iter().map(|h| h.name().as_str()).collect();
+        let plan = format!("delete image '{image}' at {}", at.join(", "));
+        let target = Some(image.to_string());
+        if mode == Mode::DryRun {
+            return Ok(Accepted { op: None, plan, target });
+        }
+        let (mut removed, mut none) = (false, None);
+        for host in hosts {
+            let request = SiteRequest::ImageDelete { name: image.clone() };
+            match host.tell(request, Call::quiet()).await {
+                Ok(()) => removed = true,
+                Err(f) if f.code == Code::NotFound => none = Some(f),
+                Err(f) => return Err(f),
+            }
+        }
+        match none {
+            Some(_) if !removed => {
+                Err(Fault::not_found(format!("no site has image '{image}' built"))
+                    .hint("see the images with: godwit image list"))
+            }
+            _ => Ok(Accepted { op: None, plan, target }),
+        }
+    }
+
     /// Removes a substrate from every site that holds it.
     ///
     /// # Errors
-    /// Conflict while an environment was activated from it; unavailable while a holder is away.
+    /// Conflict while an environment needs it; unavailable while a holder is away.
     pub async fn substrate_delete(&self, key: &str, mode: Mode) -> Result<Accepted, Fault> {
         let s = self.registry.substrate(key).map_err(registry_fault)?;
-        let users = self.registry.vms().map_err(registry_fault)?;
-        if let Some(vm) = users.iter().find(|v| v.substrate == Some(s.id)) {
-            return Err(Fault::conflict(format!(
-                "substrate '{}' is in use by machine '{}'",
-                s.name, vm.name
-            ))
-            .hint(format!("delete that first: godwit vm delete {}", vm.name)));
+        let in_use = |vm: &Name| {
+            Fault::conflict(format!("substrate '{}' is in use by machine '{vm}'", s.name))
+                .hint(format!("delete that first: godwit vm delete {vm}"))
+        };
+        // One that is on its way may need it at either end.
+        let passing = |v: &VmRecord| {
+            matches!(v.state, VmState::Starting | VmState::Moving | VmState::Docking)
+                || v.arriving.is_some()
+        };
+        let vms = self.registry.vms().map_err(registry_fault)?;
+        if let Some(vm) = vms.iter().find(|v| v.substrate == Some(s.id) && passing(v)) {
+            return Err(in_use(&vm.name)
+                .hint(format!("wait until '{}' has come to rest: godwit op list", vm.name)));
         }
         let hosts = s.holders.iter().map(|n| self.host(n)).collect::<Result<Vec<_>, Fault>>()?;
+        for host in &hosts {
+            let request = SiteRequest::SubstrateUsers { id: s.id };
+            match host.ask(request, Call::quiet()).await? {
+                SiteReply::Names(users) => {
+                    if let Some(vm) = users.first() {
+                        return Err(in_use(vm));
+                    }
+                }
+                other => {
+                    return Err(Fault::internal(format!("the site answered {}", other.label())));
+                }
+            }
+        }
         let at: Vec<_> = s.holders.iter().map(Name::as_str).collect();
         let plan = format!("delete substrate '{}' at {}", s.name, at.join(", "));
         let target = Some(s.name.to_string());
@@ -107,13 +179,16 @@ impl Controller {
                     SiteReply::Checked(r) => Err(Fault::new(
                         Code::Damaged,
                         format!(
-                            "{} of {} units are damaged: {}",
+                            "{} found damaged, {} units read: {}",
                             r.damaged.len(),
                             r.units,
-                            r.damaged.join(", ")
+                            r.damaged.join("; ")
                         ),
                     )
-                    .hint("delete the substrates that use them, or import them again")),
+                    .hint(
+                        "what is made again mends itself; delete substrates with damaged units and \
+                         import them again; build damaged images again",
+                    )),
                     other => Err(Fault::internal(format!("the site answered {}", other.label()))),
                 }
             })

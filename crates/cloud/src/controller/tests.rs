@@ -1,6 +1,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
+use bytes::Bytes;
 use godwit_migrate::hybrid::{Received, Sent};
 use godwit_types::{Arch, Code, Hash, OpState, SubstrateId, VmId, VmState};
 
@@ -8,8 +9,8 @@ use super::*;
 use crate::error::Fault;
 use crate::ops::Progress;
 use crate::site::{
-    ByteStream, Call, ImageInfo, Incoming, MachineStatus, MemoryStand, MoveStand, Origin,
-    SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
+    ByteStream, Call, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus, MemoryStand,
+    MoveStand, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
@@ -149,6 +150,19 @@ impl SiteHost for Paper {
                 Ok(SiteReply::Done)
             }
             SiteRequest::MigrateManifest { .. } => Ok(SiteReply::Manifest(vec![1])),
+            SiteRequest::VmExec { .. } => Ok(SiteReply::Executing(7)),
+            // The guest stands still here, as in a switch, and answers at the other site.
+            SiteRequest::VmExecWait { .. } if self.name == name("center") => {
+                std::future::pending().await
+            }
+            SiteRequest::VmExecWait { pid: 7, .. } => Ok(SiteReply::Executed(Some(GuestOutput {
+                exit: Some(3),
+                signal: None,
+                stdout: "moved".into(),
+                stderr: "".into(),
+                truncated: false,
+            }))),
+            SiteRequest::VmExecWait { .. } => Err(Fault::not_found("told already")),
             SiteRequest::MigratePrepare { migration, machine, generation, warrant, .. } => {
                 let mut s = self.status(machine.vm, &machine.name, generation);
                 s.warrant = Some(warrant);
@@ -342,6 +356,39 @@ async fn a_machine_is_made_moved_stopped_and_deleted() {
     w.c.ops().wait(a.op.expect("op")).await.expect("ends");
     assert_eq!(w.c.registry().vm("report").expect_err("gone").to_string(), "no machine 'report'");
     assert!(w.cafe.all().is_empty());
+}
+
+#[tokio::test]
+async fn a_program_is_asked_for_where_its_machine_has_gone() {
+    let w = world(Send::Works).await;
+    running(&w, "a").await;
+    let program = GuestProgram { path: "/x".into(), args: vec![], input: Bytes::new() };
+    let minute = Duration::from_secs(60);
+    let process = w.c.exec("a", program.clone(), minute).await.expect("started");
+    let waits = w.c.exec_wait(&process, minute);
+    let moves = async {
+        let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+        w.c.ops().wait(op).await.expect("ends");
+    };
+    let (ended, ()) = tokio::join!(waits, moves);
+    let ended = ended.expect("found");
+    assert_eq!((ended.exit, &ended.stdout[..]), (Some(3), &b"moved"[..]));
+    let unknown = GuestProcess { pid: 8, ..process.clone() };
+    assert_eq!(w.c.exec_wait(&unknown, minute).await.expect_err("unknown").code, Code::NotFound);
+
+    // One that is stopped is not waited for.
+    let op = w.c.stop("a", true, Mode::Act).expect("accepted").op.expect("op");
+    w.c.ops().wait(op).await.expect("ends");
+    for f in [
+        w.c.exec("a", program, minute).await.expect_err("stopped"),
+        w.c.exec_wait(&process, minute).await.expect_err("stopped"),
+    ] {
+        assert!(f.code == Code::Conflict && f.message.contains("is stopped"), "{f}");
+    }
+    let op = w.c.delete("a", Mode::Act).expect("accepted").op.expect("op");
+    w.c.ops().wait(op).await.expect("ends");
+    let f = w.c.exec_wait(&process, minute).await.expect_err("gone");
+    assert!(f.message.contains("was deleted while the program ran (pid 7)"), "{f}");
 }
 
 #[tokio::test]

@@ -228,6 +228,7 @@ async fn serve_api(
     let mut server = axum_server::from_tcp_rustls(listener, tls)
         .map_err(failed)?
         .map(|tls| tls.acceptor(Guard::new()))
+        .first_request_timeout(HEAD_WITHIN)
         .handle(handle.clone());
     // Whoever connects and says nothing is not waited for.
     server

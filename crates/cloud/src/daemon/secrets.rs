@@ -92,6 +92,13 @@ pub(super) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
 /// When it is not there, readable by others, or no token.
 pub fn read_token(path: &Path) -> Result<String, Fault> {
     let meta = std::fs::metadata(path).map_err(|e| fail("reading", path, &e))?;
+    if !meta.is_file() {
+        let what = if meta.is_dir() { "a directory" } else { "no regular file" };
+        return Err(Fault::new(
+            Code::Unauthenticated,
+            format!("the token file {} is {what}", path.display()),
+        ));
+    }
     if meta.permissions().mode() & 0o077 != 0 {
         return Err(Fault::new(
             Code::Unauthenticated,
@@ -129,6 +136,8 @@ mod tests {
     #[test]
     fn a_token_is_drawn_once_kept_private_and_refused_when_it_is_not() {
         let dir = tempfile::tempdir().expect("dir");
+        let f = read_token(dir.path()).expect_err("a directory");
+        assert!(f.message.ends_with("is a directory") && f.hint.is_none(), "{f}");
         let path = dir.path().join("token");
         let first = token_or_new(&path).expect("drawn");
         assert_eq!(first.len(), 64);

@@ -29,6 +29,7 @@ use crate::error::Fault;
 use crate::ops::Progress;
 use crate::registry::SiteReport;
 
+pub(crate) use local::in_use;
 pub use local::{LocalSite, SiteDirs, SiteOptions, image_info, images_of};
 pub use remote::{RemoteSite, serve};
 pub use types::{

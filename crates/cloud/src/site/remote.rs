@@ -28,8 +28,8 @@ use super::bounds;
 use super::{ByteStream, Call, SiteEvent, SiteHost, SiteReply, SiteRequest, StreamRequest};
 use crate::error::Fault;
 
-/// The longest message in bytes: a screenshot in PNG.
-const MAX_MESSAGE: usize = 32 << 20;
+/// The longest message in bytes: what a program in a guest printed, 16 MiB of each kind.
+const MAX_MESSAGE: usize = 33 << 20;
 
 /// Bytes of a message in one frame.
 const PIECE: usize = 512 << 10;
@@ -88,7 +88,7 @@ async fn recv_message<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T,
             .split_first()
             .ok_or_else(|| Fault::new(Code::Damaged, "an empty frame in a message"))?;
         if all.len() + piece.len() > MAX_MESSAGE {
-            return Err(Fault::new(Code::Damaged, "a message over 32 MiB"));
+            return Err(Fault::new(Code::Damaged, "a message over 33 MiB"));
         }
         all.extend_from_slice(piece);
         match *mark {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 
+use bytes::Bytes;
 use godwit_transfer::{Revocations, Warrant};
 use godwit_types::{
     ActivateReport, Arch, DockReport, Generation, Hash, Mib, MigrationId, Name, SubstrateId,
@@ -185,30 +186,29 @@ pub struct ConsoleTail {
 }
 
 /// A program for a guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestProgram {
     /// Its path in the guest.
     pub path: String,
     /// Its arguments.
-    #[serde(default)]
     pub args: Vec<String>,
-    /// Its standard input, as text.
-    #[serde(default)]
-    pub input: String,
-    /// Seconds that it may take; 60 when left out.
-    pub within_s: Option<u32>,
+    /// Its standard input.
+    pub input: Bytes,
 }
 
 /// What a program in a guest did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestOutput {
     /// Its exit code; none when a signal ended it.
     pub exit: Option<i64>,
-    /// What it printed; bytes that are no UTF-8 are replaced.
-    pub stdout: String,
+    /// The signal that ended it.
+    pub signal: Option<i64>,
+    /// What it printed.
+    pub stdout: Bytes,
     /// What it printed as errors.
-    pub stderr: String,
+    pub stderr: Bytes,
+    /// There was more of one of them than the guest's agent keeps.
+    pub truncated: bool,
 }
 
 /// A site's pool.
@@ -318,12 +318,21 @@ pub enum SiteRequest {
         /// What.
         text: String,
     },
-    /// Runs a program in the guest, by its agent.
+    /// Starts a program in the guest, by its agent.
     VmExec {
         /// Which.
         vm: VmId,
         /// What.
         program: GuestProgram,
+    },
+    /// Waits until a program that `VmExec` started has ended. The guest tells that once.
+    VmExecWait {
+        /// Which.
+        vm: VmId,
+        /// The program's process in the guest.
+        pid: u64,
+        /// Milliseconds to wait, at most.
+        within_ms: u32,
     },
     /// Makes ready for a machine that is to come.
     MigratePrepare {
@@ -445,6 +454,16 @@ pub enum SiteRequest {
     },
     /// Substrates.
     Substrates,
+    /// Removes an image that nothing here uses, with its older builds.
+    ImageDelete {
+        /// Which.
+        name: Name,
+    },
+    /// The machines here that need a substrate.
+    SubstrateUsers {
+        /// Which.
+        id: SubstrateId,
+    },
     /// Removes a substrate.
     SubstrateDelete {
         /// Which.
@@ -484,8 +503,10 @@ pub enum SiteReply {
     Console(ConsoleTail),
     /// To `VmScreenshot`: PNG.
     Screenshot(Vec<u8>),
-    /// To `VmExec`.
-    Executed(GuestOutput),
+    /// To `VmExec`: the program's process in the guest.
+    Executing(u64),
+    /// To `VmExecWait`; none while the program runs.
+    Executed(Option<GuestOutput>),
     /// To `MigrateManifest`.
     Manifest(Vec<u8>),
     /// To `MigratePrepare` and `MigrateResumeIn`.
@@ -496,6 +517,8 @@ pub enum SiteReply {
     Sent(Vec<u8>),
     /// To `MigrateReceived`: what the destination measured, for the migrate room.
     Received(Vec<u8>),
+    /// To `SubstrateUsers`.
+    Names(Vec<Name>),
     /// To `Pool`.
     Pool(PoolReport),
     /// To `PoolCheck`.
@@ -517,12 +540,14 @@ impl SiteReply {
             Self::Substrates(_) => "Substrates",
             Self::Console(_) => "Console",
             Self::Screenshot(_) => "Screenshot",
+            Self::Executing(_) => "Executing",
             Self::Executed(_) => "Executed",
             Self::Manifest(_) => "Manifest",
             Self::Incoming(_) => "Incoming",
             Self::Stand(_) => "Stand",
             Self::Sent(_) => "Sent",
             Self::Received(_) => "Received",
+            Self::Names(_) => "Names",
             Self::Pool(_) => "Pool",
             Self::Checked(_) => "Checked",
         }

@@ -60,6 +60,8 @@ enum Kind {
     Cpu,
     /// As `lock`, and each thread ends soon and is replaced by another
     Churn,
+    /// As `lock`, but the first thread sleeps all the time and the second half of it
+    Uneven,
 }
 
 fn main() -> Result<(), Failure> {
@@ -133,9 +135,18 @@ struct Shared {
 
 impl Shared {
     /// Works until told to stop, or for `life`.
-    fn work(&self, kind: Kind, life: Option<Duration>) {
+    fn work(&self, n: u32, kind: Kind, life: Option<Duration>) {
         let begun = Instant::now();
+        let mut slept = begun;
         while !self.stop.load(Ordering::Relaxed) && life.is_none_or(|l| begun.elapsed() < l) {
+            if kind == Kind::Uneven && n < 2 && slept.elapsed() > Duration::from_millis(1) {
+                let nap = if n == 0 { 10 } else { 1 };
+                thread::sleep(Duration::from_millis(nap));
+                slept = Instant::now();
+            }
+            if kind == Kind::Uneven && n == 0 {
+                continue;
+            }
             if kind != Kind::Cpu {
                 while self.lock.swap(true, Ordering::Acquire) {
                     while self.lock.load(Ordering::Relaxed) {
@@ -169,7 +180,7 @@ fn spawn(
 ) -> io::Result<JoinHandle<()>> {
     let shared = Arc::clone(shared);
     let name = if named { format!("CPU {n}/KVM") } else { format!("worker {n}") };
-    thread::Builder::new().name(name).spawn(move || shared.work(kind, life))
+    thread::Builder::new().name(name).spawn(move || shared.work(n, kind, life))
 }
 
 fn machine(threads: u32, lasting: Duration, kind: Kind, named: bool) -> Result<(), Failure> {
@@ -242,7 +253,7 @@ fn yield_once() -> Result<(), Failure> {
             thread::spawn(move || {
                 let me = rustix::thread::gettid().as_raw_nonzero().get();
                 tid.store(me.unsigned_abs(), Ordering::Release);
-                shared.work(Kind::Cpu, None);
+                shared.work(0, Kind::Cpu, None);
             })
         })
         .collect();

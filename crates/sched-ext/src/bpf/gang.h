@@ -7,10 +7,9 @@
  * prefers the gang's members whenever it decides. When the leader stops or its turn is over, the
  * claims end and the members that still run are interrupted.
  *
- * The ticks of CPUs come at the same moment unless a kernel is told otherwise, so all turns of a gang
- * end at the same moment, too. The first of its CPUs that decides does so for all of them: it starts
- * the next gang. The others find that done when they decide, a moment later, so nobody has to be
- * interrupted and no turn begins late.
+ * Turns end by timers, those of a gang's members when that of its leader does. The first of its CPUs
+ * that decides does so for all of them: it starts the next gang. The others find that done when they
+ * decide, a moment later, so nobody has to be interrupted and no turn begins late.
  *
  * A CPU belongs to one gang at most, so several gangs run side by side where machines are smaller
  * than the host; a sibling on a CPU of another gang waits for its own turn. A claim is worth nothing
@@ -23,11 +22,31 @@
 
 const volatile u32 alpha_num = 2;
 const volatile u32 alpha_den = 3;
+/* Whether each machine's threshold follows what its distance costs it (adapt.h); else all have alpha. */
+const volatile bool adaptive = false;
 
-/* Whether no distance is allowed. */
-static __always_inline bool is_strict(void)
+/* Steps between alpha and no distance at all. */
+#define STEPS 4
+
+/* Whether some machine may be allowed no distance. */
+static __always_inline bool has_gangs(void)
 {
-	return alpha_num == 0;
+	return alpha_num == 0 || adaptive;
+}
+
+/* Whether a machine is allowed no distance. */
+static __always_inline bool is_strict(struct vm *vm)
+{
+	return alpha_num == 0 || (adaptive && vm->tighter >= STEPS);
+}
+
+/* The threshold of a machine, a share of a queue's size: its numerator, and its denominator in `den`. */
+static __always_inline u32 alpha_of(struct vm *vm, u32 *den)
+{
+	u32 tighter = vm->tighter;
+
+	*den = alpha_den * STEPS;
+	return alpha_num * (adaptive && tighter <= STEPS ? STEPS - tighter : STEPS);
 }
 
 /* Whether there is no gang, or its leader has had its slice and stops at its CPU's next decision. */
@@ -36,26 +55,16 @@ static __always_inline bool is_over(struct vm *vm, u64 now)
 	return !vm->leader || !before(now, vm->gang_since + slice_ns);
 }
 
-/*
- * Whether the turn on a CPU ends now by itself: its tick, which comes when that of this CPU does, has
- * just found the turn over, or is about to.
- */
-static __always_inline bool is_ending(struct cpu_ctx *c, u32 here, u64 now)
+/* Whether the turn on a CPU ends now by itself: its timer has just found it over, or is about to. */
+static __always_inline bool is_ending(struct cpu_ctx *c, u64 now)
 {
-	struct cpu_ctx *h = cpu_ctx(here);
-	u64 close = slice_ns / 8, tick = c->ticked;
-
-	if (!h || !c->running)
-		return false;
-	if (before(tick + close, now))
-		tick += h->tick_gap;
-	return before(tick, now + close) && !before(tick, c->turn_until + close / 2);
+	return c->running && before(c->turn_until, now + slice_ns / 8);
 }
 
 /* Has `cpu` decide at once. */
-static __always_inline void interrupt(u32 cpu, struct cpu_ctx *c, u32 here, u64 now)
+static __always_inline void interrupt(u32 cpu, struct cpu_ctx *c, u64 now)
 {
-	if (is_ending(c, here, now))
+	if (is_ending(c, now))
 		return;
 	count(kicks);
 	scx_bpf_kick_cpu(cpu, ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
@@ -83,7 +92,7 @@ GLOBAL int gang_end(u64 key, u32 cpu)
 			continue;
 		__sync_val_compare_and_swap(&c->gang, key, 0);
 		if (i != cpu && c->running_vm == key)
-			interrupt(i, c, cpu, now);
+			interrupt(i, c, now);
 	}
 	return 0;
 }
@@ -109,17 +118,18 @@ GLOBAL bool gang_start(u64 key, u32 self, u32 pid, u32 cpu)
 		struct vm *other;
 		u64 was;
 
-		if (!v->pid || i == self || v->state != VCPU_QUEUED || v->cpu == cpu)
+		if (!v->pid || i == self || v->state == VCPU_IDLE || v->cpu == cpu)
 			continue;
 		at = cpu_ctx(v->cpu);
-		if (!at || !is_fair(v->cpu, at, v->vtime))
+		if (!at || (v->state == VCPU_QUEUED && !is_fair(v->cpu, at, v->vtime)))
 			continue;
 		was = at->gang;
 		other = was ? bpf_map_lookup_elem(&vms, &was) : NULL;
 		if ((other && !is_over(other, now)) ||
 		    __sync_val_compare_and_swap(&at->gang, was, key) != was)
 			continue;
-		interrupt(v->cpu, at, cpu, now);
+		if (v->state == VCPU_QUEUED)
+			interrupt(v->cpu, at, now);
 	}
 	return true;
 }
@@ -151,25 +161,29 @@ GLOBAL u32 gang_member(u32 cpu)
 	return 0;
 }
 
-/* A vCPU begins to run on a CPU that its machine's gang has claimed. */
-static __always_inline void gang_joined(struct task_ctx *t, u32 pid, struct cpu_ctx *c, u64 now)
+/*
+ * A vCPU begins to run; for how long, where its machine's gang has claimed its CPU: until its leader's
+ * turn is over. Else a slice.
+ */
+static __always_inline u64 gang_joined(struct task_ctx *t, u32 pid, struct cpu_ctx *c, u64 now)
 {
 	u64 key = t->vm;
 	struct vm *vm;
 
 	if (c->gang != key)
-		return;
+		return slice_ns;
 	vm = bpf_map_lookup_elem(&vms, &key);
 	if (!vm || is_over(vm, now))
-		return;
+		return slice_ns;
 	if (vm->leader == pid) {
 		vm->led_since = now;
-		return;
+	} else {
+		count(gang_joined);
+		/* Otherwise it is there before its leader. */
+		if (!before(vm->led_since, vm->gang_since))
+			add(STAT_gang_late_ns, now - vm->led_since);
 	}
-	count(gang_joined);
-	/* Otherwise it is there before its leader. */
-	if (!before(vm->led_since, vm->gang_since))
-		add(STAT_gang_late_ns, now - vm->led_since);
+	return vm->gang_since + slice_ns - now;
 }
 
 /* A vCPU stops: if it leads a gang, that ends. */
@@ -203,18 +217,28 @@ static __always_inline bool gang_waits_for(struct task_ctx *t, u32 cpu, struct c
 	return c->running_vm != t->vm && gang_goes_on(t, cpu, vtime);
 }
 
+/* Whether `p` is a vCPU that may lead a gang. */
+static __always_inline bool may_lead(struct task_struct *p)
+{
+	struct task_ctx *t = task_ctx(p);
+	u64 key = t ? t->vm : 0;
+	struct vm *vm = key ? bpf_map_lookup_elem(&vms, &key) : NULL;
+
+	return vm && is_strict(vm);
+}
+
 static __always_inline bool gang_lead(struct task_struct *p, u32 cpu)
 {
 	struct task_ctx *t = task_ctx(p);
 
-	return t && t->vm && gang_start(t->vm, t->index, p->pid, cpu);
+	return t && may_lead(p) && gang_start(t->vm, t->index, p->pid, cpu);
 }
 
 /*
- * Makes the first of the queue of `cpu` a leader; only in ops.dispatch of that CPU. Whether it is
- * one now.
+ * Makes the first of the queue of `cpu` a leader, or only looks whether it may be one; only in
+ * ops.dispatch of that CPU. Whether it is, or may be.
  */
-GLOBAL bool gang_first(u32 cpu)
+GLOBAL bool gang_first(u32 cpu, bool looks)
 {
 	struct cpu_ctx *c = cpu_ctx(cpu);
 	struct task_struct *p;
@@ -225,10 +249,10 @@ GLOBAL bool gang_first(u32 cpu)
 	/* Newer kernels let it be looked at without the queue's lock. */
 	if (bpf_ksym_exists(scx_bpf_dsq_peek)) {
 		p = scx_bpf_dsq_peek(cpu);
-		return p && gang_lead(p, cpu);
+		return p && (looks ? may_lead(p) : gang_lead(p, cpu));
 	}
 	bpf_for_each(scx_dsq, p, cpu, 0) {
-		leads = gang_lead(p, cpu);
+		leads = looks ? may_lead(p) : gang_lead(p, cpu);
 		break;
 	}
 	return leads;
@@ -236,20 +260,38 @@ GLOBAL bool gang_first(u32 cpu)
 
 /*
  * Two CPUs that decide at the same time and know nothing of each other would each start a gang that
- * the other has no CPU for. One waits, some times as long as a decision takes; a host of so many
- * CPUs that this is not enough has some gangs that are not whole.
+ * the other has no CPU for. So of the CPUs that share a cache one decides at a time. It waits, some
+ * times as long as a decision takes; where that is not enough, and where machines span caches, some
+ * gangs are not whole, but a CPU is claimed by one of them only in any case.
  */
 #define LOOKS 4000
-u32 deciding;
+#define DOMAINS 64
 
-static __always_inline bool decide_alone(void)
+struct deciding {
+	u32 cpus;
+	u32 spare[15];	/* no two on one cache line */
+} deciding[DOMAINS];
+
+/* Which cache each CPU has. */
+const volatile u8 domain_of[MAX_CPUS] = {};
+
+static __always_inline u32 *deciding_at(u32 cpu)
 {
+	u32 domain = domain_of[INDEX(cpu, MAX_CPUS)];
+
+	return &deciding[INDEX(domain, DOMAINS)].cpus;
+}
+
+GLOBAL bool decide_alone(u32 cpu)
+{
+	u32 *taken = deciding_at(cpu);
 	u32 i;
 
 	LOOP(i, LOOKS) {
-		if (!*(volatile u32 *)&deciding && !__sync_val_compare_and_swap(&deciding, 0, 1))
+		if (!*(volatile u32 *)taken && !__sync_val_compare_and_swap(taken, 0, 1))
 			return true;
 	}
+	count(crowded);
 	return false;
 }
 
@@ -272,17 +314,17 @@ GLOBAL bool gang_turn(u32 cpu, u32 stops)
 	bool alone, leads = false;
 	u64 key;
 
-	if (!c || gang_holds(c->gang, stops))
+	if (!c || gang_holds(c->gang, stops) || (!c->gang && !gang_first(cpu, true)))
 		return false;
-	alone = decide_alone();
+	alone = decide_alone(cpu);
 	key = c->gang;
 	if (!gang_holds(key, stops)) {
 		if (key)
 			gang_end(key, cpu);
-		leads = gang_first(cpu);
+		leads = gang_first(cpu, false);
 	}
 	if (alone)
-		deciding = 0;
+		*(volatile u32 *)deciding_at(cpu) = 0;
 	return leads;
 }
 

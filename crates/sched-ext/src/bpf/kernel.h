@@ -35,6 +35,8 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_TASK_STORAGE = 29,
 };
 #define BPF_F_NO_PREALLOC 1U
+#define BPF_F_TIMER_CPU_PIN 2ULL
+#define CLOCK_MONOTONIC 1
 #define BPF_NOEXIST 1
 #define BPF_LOCAL_STORAGE_GET_F_CREATE 1ULL
 #define PF_KTHREAD 0x00200000
@@ -149,6 +151,10 @@ struct bpf_iter_num {
 	__u64 __opaque[1];
 };
 
+struct bpf_timer {
+	__u64 __opaque[2];
+} __attribute__((aligned(8)));
+
 struct bpf_iter_scx_dsq {
 	u64 __opaque[6];
 };
@@ -158,7 +164,6 @@ struct sched_ext_ops {
 	s32 (*select_cpu)(struct task_struct *p, s32 prev_cpu, u64 wake_flags);
 	void (*enqueue)(struct task_struct *p, u64 enq_flags);
 	void (*dispatch)(s32 cpu, struct task_struct *prev);
-	void (*tick)(struct task_struct *p);
 	void (*running)(struct task_struct *p);
 	void (*stopping)(struct task_struct *p, bool runnable);
 	void (*quiescent)(struct task_struct *p, u64 deq_flags);
@@ -180,6 +185,7 @@ enum scx_enq_flags { SCX_ENQ_WAKEUP = 1 };
 enum scx_kick_flags { SCX_KICK_IDLE = 1, SCX_KICK_PREEMPT = 2 };
 enum scx_wake_flags { SCX_WAKE_FORK = 4 };
 enum scx_ent_flags { SCX_TASK_QUEUED = 1 };
+enum scx_deq_flags { SCX_DEQ_SLEEP = 1 };
 #define ENUM(type, name) bpf_core_enum_value(enum type, name)
 
 /*

@@ -18,16 +18,14 @@
 const volatile u64 slice_ns = 3000000;
 u32 nr_cpus;
 
-/* A loan on the list of the CPU that its debtor is queued on. */
+/* What is due on a CPU: a vCPU that is queued there is to be moved forward. */
 struct debt {
 	u32 state;	/* 0 free, 1 being written, 2 to be settled */
-	u32 debtor;	/* slots in the machine's record, and whose they were */
+	u32 debtor;	/* its slot in the machine's record, and who that was */
 	u32 debtor_pid;
-	u32 lender;
-	u32 lender_pid;
-	u32 spare;
+	u32 meet;	/* how many are to be before it at most */
 	u64 vm;
-	u64 amount;
+	u64 turns;	/* how often it had run */
 };
 
 struct cpu_ctx {
@@ -45,8 +43,6 @@ struct cpu_ctx {
 	u64 gang;	/* key of the machine whose gang has claimed it; 0: none */
 	u64 running_vm;	/* key of the machine whose vCPU runs; 0: none */
 	u64 turn_until;	/* when the turn of what runs is over */
-	u64 ticked;	/* when it had its last tick, and how long after the one before */
-	u64 tick_gap;
 };
 
 struct {
@@ -56,6 +52,18 @@ struct {
 	__type(value, struct cpu_ctx);
 } cpus SEC(".maps");
 
+/* What ends turns on a CPU: the kernel itself looks at slices only at its ticks. */
+struct turn {
+	struct bpf_timer timer;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_CPUS);
+	__type(key, u32);
+	__type(value, struct turn);
+} turns SEC(".maps");
+
 static __always_inline struct cpu_ctx *cpu_ctx(u32 cpu)
 {
 	return bpf_map_lookup_elem(&cpus, &cpu);
@@ -64,6 +72,46 @@ static __always_inline struct cpu_ctx *cpu_ctx(u32 cpu)
 static __always_inline bool before(u64 a, u64 b)
 {
 	return (s64)(a - b) < 0;
+}
+
+/* What runs on `cpu`, where this is called, has `left` until its turn is over. */
+static __always_inline void turn_ends(u32 cpu, struct cpu_ctx *c, u64 now, u64 left)
+{
+	struct turn *turn = bpf_map_lookup_elem(&turns, &cpu);
+
+	c->turn_until = now + left;
+	if (turn)
+		bpf_timer_start(&turn->timer, left, BPF_F_TIMER_CPU_PIN);
+}
+
+/* A turn may be over: has its CPU decide, if somebody waits there. */
+static int turn_over(void *map, u32 *cpu, struct turn *turn)
+{
+	struct cpu_ctx *c = cpu_ctx(*cpu);
+	u64 now = bpf_ktime_get_ns();
+
+	if (!c || !c->running)
+		return 0;
+	if (before(now, c->turn_until)) {
+		bpf_timer_start(&turn->timer, c->turn_until - now, BPF_F_TIMER_CPU_PIN);
+		return 0;
+	}
+	if (scx_bpf_dsq_nr_queued(*cpu) <= 0)
+		return 0;
+	count(timed);
+	scx_bpf_kick_cpu(*cpu, ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
+	return 0;
+}
+
+static __always_inline s32 turns_init(u32 cpu)
+{
+	struct turn *turn = bpf_map_lookup_elem(&turns, &cpu);
+	s32 err;
+
+	if (!turn)
+		return -EINVAL;
+	err = bpf_timer_init(&turn->timer, &turns, CLOCK_MONOTONIC);
+	return err ? err : bpf_timer_set_callback(&turn->timer, turn_over);
 }
 
 static __always_inline void mirror_leave(struct task_ctx *t)
@@ -113,7 +161,6 @@ static __always_inline void mirror_move(struct task_ctx *t, u64 vtime)
 struct scan {
 	u32 queued;
 	u32 before;	/* how many have a smaller vruntime */
-	s64 middle;	/* the mean of all, relative to the vruntime asked for */
 };
 
 /* Where `vtime` stands in the queue of a CPU. */
@@ -121,7 +168,6 @@ GLOBAL int mirror_scan(u32 cpu, u64 vtime, struct scan *out NONNULL)
 {
 	struct cpu_ctx *c = cpu_ctx(cpu);
 	u32 queued = zero, ahead = zero, i;
-	s64 sum = zero;
 
 	if (!c)
 		return 0;
@@ -132,16 +178,10 @@ GLOBAL int mirror_scan(u32 cpu, u64 vtime, struct scan *out NONNULL)
 		if (!v)
 			continue;
 		queued++;
-		sum += d;
 		ahead += d < 0;
 	}
 	out->queued = queued;
 	out->before = ahead;
-	/* No signed division before the fourth version of BPF; by 0 it gives 0. */
-	if (sum < 0)
-		out->middle = -(s64)((u64)-sum / queued);
-	else
-		out->middle = (u64)sum / queued;
 	return 0;
 }
 

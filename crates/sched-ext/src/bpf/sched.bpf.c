@@ -16,6 +16,7 @@
 #include "queue.h"
 #include "place.h"
 #include "gang.h"
+#include "adapt.h"
 #include "loans.h"
 
 char _license[] SEC("license") = "GPL";
@@ -118,13 +119,17 @@ void OPS(enqueue, struct task_struct *p, u64 enq_flags)
 		scx_bpf_kick_cpu(cpu, ENUM(scx_kick_flags, SCX_KICK_IDLE));
 	} else if (enq_flags & ENUM(scx_enq_flags, SCX_ENQ_WAKEUP)) {
 		u64 current = c->current_vtime + (bpf_ktime_get_ns() - c->current_since);
-		bool joins = coupling == COUPLING_SBCO && is_strict() && gang_waits_for(t, cpu, c, vtime);
+		bool joins = coupling == COUPLING_SBCO && has_gangs() && gang_waits_for(t, cpu, c, vtime);
 
 		if (joins || before(vtime + slice_ns / 2, current)) {
 			count(preempted);
 			scx_bpf_kick_cpu(cpu, ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
+			return;
 		}
 	}
+	/* What runs had its turn, and went on since nobody waited. */
+	if (c->running && !before(bpf_ktime_get_ns(), c->turn_until))
+		scx_bpf_kick_cpu(cpu, ENUM(scx_kick_flags, SCX_KICK_PREEMPT));
 }
 
 /* Runs a vCPU of this CPU's queue out of order. */
@@ -171,7 +176,7 @@ static __always_inline bool dispatch_gang(u32 cpu, struct cpu_ctx *c, struct tas
 	if (more) {
 		count(gang_kept);
 		set_slice(prev, more);
-		c->turn_until = bpf_ktime_get_ns() + more;
+		turn_ends(cpu, c, bpf_ktime_get_ns(), more);
 		return true;
 	}
 	pid = gang_member(cpu);
@@ -194,9 +199,9 @@ void OPS(dispatch, s32 cpu, struct task_struct *prev)
 	if (coupling == COUPLING_SBCO) {
 		if (c->debts_due)
 			settle(cpu);
-		if (is_strict())
+		if (has_gangs())
 			chosen = dispatch_gang(cpu, c, prev, keeps);
-		else
+		if (alpha_num && !chosen)
 			algorithm_1(cpu);
 	} else if (c->force_pid) {
 		forced_pid = __sync_lock_test_and_set(&c->force_pid, 0);
@@ -214,7 +219,7 @@ void OPS(dispatch, s32 cpu, struct task_struct *prev)
 	/* It goes on; the kernel would give it a much longer slice. */
 	if (keeps) {
 		set_slice(prev, slice_ns);
-		c->turn_until = bpf_ktime_get_ns() + slice_ns;
+		turn_ends(cpu, c, bpf_ktime_get_ns(), slice_ns);
 	}
 }
 
@@ -237,7 +242,7 @@ GLOBAL int force_siblings(u64 key, u32 self)
 		if (!v->pid || i == self || v->state != VCPU_QUEUED)
 			continue;
 		c = cpu_ctx(v->cpu);
-		if (!c || before(c->clock + owe_most(), v->vtime))
+		if (!c || before(c->clock + owe_slices * slice_ns, v->vtime))
 			continue;
 		c->force_pid = v->pid;
 		count(kicks);
@@ -246,25 +251,12 @@ GLOBAL int force_siblings(u64 key, u32 self)
 	return 0;
 }
 
-/* Only mode strict asks when the ticks come. */
-void OPS(tick, struct task_struct *p)
-{
-	struct cpu_ctx *c = cpu_ctx(scx_bpf_task_cpu(p));
-	u64 now;
-
-	if (!c || coupling != COUPLING_SBCO || !is_strict())
-		return;
-	now = bpf_ktime_get_ns();
-	c->tick_gap = now - c->ticked;
-	c->ticked = now;
-}
-
 void OPS(running, struct task_struct *p)
 {
 	struct task_ctx *t = task_ctx(p);
 	s32 cpu = scx_bpf_task_cpu(p);
 	struct cpu_ctx *c = cpu_ctx(cpu);
-	u64 vtime = p->scx.dsq_vtime;
+	u64 vtime = p->scx.dsq_vtime, left = slice_ns;
 	struct vcpu *v;
 
 	if (!t || !c)
@@ -283,19 +275,20 @@ void OPS(running, struct task_struct *p)
 	c->running_vm = t->vm;
 	c->current_vtime = vtime;
 	c->current_since = bpf_ktime_get_ns();
-	c->turn_until = c->current_since + slice_ns;
 	t->exec = p->se.sum_exec_runtime;
 	count(switches);
 	v = vcpu_of(t);
+	if (v && coupling == COUPLING_SBCO && has_gangs())
+		left = gang_joined(t, p->pid, c, c->current_since);
+	turn_ends(cpu, c, c->current_since, left);
 	if (!v)
 		return;
 	v->cpu = cpu;
 	v->state = VCPU_RUNNING;
-	if (coupling == COUPLING_SBCO && is_strict())
-		gang_joined(t, p->pid, c, c->current_since);
 	__sync_fetch_and_add(&v->net, -(v->net >> 3));
-	if (v->dirty == LENT)
-		v->dirty = CLEAN;
+	/* It has its turn: what was asked for it is no longer needed, and it may lend again. */
+	v->turns++;
+	v->dirty = CLEAN;
 	if ((coupling == COUPLING_PROCESS && t->index == 0) || (coupling == COUPLING_CPU && cpu == 0))
 		force_siblings(t->vm, t->index);
 }
@@ -305,7 +298,7 @@ void OPS(stopping, struct task_struct *p, bool runnable)
 	struct task_ctx *t = task_ctx(p);
 	struct cpu_ctx *c = cpu_ctx(scx_bpf_task_cpu(p));
 	u32 weight = p->scx.weight ? p->scx.weight : 100;
-	u64 vtime = p->scx.dsq_vtime, used;
+	u64 vtime = p->scx.dsq_vtime, used, charged;
 	struct vm *vm;
 	struct vcpu *v;
 	u64 key;
@@ -314,16 +307,17 @@ void OPS(stopping, struct task_struct *p, bool runnable)
 		return;
 	c->running = 0;
 	c->running_vm = 0;
-	if (coupling == COUPLING_SBCO && is_strict())
+	if (coupling == COUPLING_SBCO && has_gangs())
 		gang_left(t, p->pid, scx_bpf_task_cpu(p));
 	used = p->se.sum_exec_runtime - t->exec;
-	vtime += used * 100 / weight;
+	charged = used * 100 / weight;
+	vtime += charged;
 	key = t->vm;
 	vm = key ? bpf_map_lookup_elem(&vms, &key) : NULL;
 	if (vm) {
-		__sync_fetch_and_add(&vm->runtime, used);
+		adapt(vm, key, __sync_fetch_and_add(&vm->runtime, used) + used);
 		v = vcpu_at(vm, t->index);
-		vtime = take_credit(v, vtime);
+		vtime = take_credit(v, vtime) + instalment(vm, charged);
 		v->state = VCPU_IDLE;
 	}
 	set_vtime(p, vtime);
@@ -332,14 +326,19 @@ void OPS(stopping, struct task_struct *p, bool runnable)
 void OPS(quiescent, struct task_struct *p, u64 deq_flags)
 {
 	struct task_ctx *t = task_ctx(p);
-	struct vcpu *v;
+	struct vm *vm;
+	u64 key;
 
 	if (!t)
 		return;
 	mirror_leave(t);
-	v = vcpu_of(t);
-	if (v)
-		v->state = VCPU_IDLE;
+	key = t->vm;
+	vm = key ? bpf_map_lookup_elem(&vms, &key) : NULL;
+	if (!vm)
+		return;
+	vcpu_at(vm, t->index)->state = VCPU_IDLE;
+	if (deq_flags & ENUM(scx_deq_flags, SCX_DEQ_SLEEP))
+		__sync_fetch_and_add(&vm->sleeps, 1);
 }
 
 /*
@@ -349,7 +348,6 @@ void OPS(quiescent, struct task_struct *p, u64 deq_flags)
 GLOBAL bool yield_to(struct task_struct *from TRUSTED, struct task_struct *to TRUSTED)
 {
 	struct task_ctx *f = task_ctx(from), *t = task_ctx(to);
-	struct loan loan = {};
 	struct vm *vm;
 	u64 key;
 
@@ -357,20 +355,14 @@ GLOBAL bool yield_to(struct task_struct *from TRUSTED, struct task_struct *to TR
 		return false;
 	key = f->vm;
 	vm = bpf_map_lookup_elem(&vms, &key);
-	if (!vm)
+	if (!vm || vcpu_at(vm, t->index)->state != VCPU_QUEUED || !bounded(vm, 1, vm->account) ||
+	    !ask(key, t->index, 0))
 		return false;
-	loan.vm = key;
-	loan.amount = slice_ns;
-	loan.lender = f->index;
-	loan.debtor = t->index;
-	if (vcpu_at(vm, t->index)->state != VCPU_QUEUED)
-		return false;
-	if (!lend(&loan))
-		return false;
-	/* Whether it runs or not, it pays when its vruntime is next written. */
-	__sync_fetch_and_add(&vcpu_at(vm, f->index)->credit, -loan.amount);
-	add(STAT_paid_ns, loan.amount);
-	add(STAT_credited_ns, loan.amount);
+	/* Whether the other needs it or not, it pays when its vruntime is next written. */
+	account_lent(vm, vcpu_at(vm, f->index), slice_ns);
+	__sync_fetch_and_add(&vcpu_at(vm, f->index)->credit, -slice_ns);
+	add(STAT_paid_ns, slice_ns);
+	__sync_fetch_and_add(&vm->spins, 1);
 	count(yields_to);
 	return true;
 }
@@ -428,7 +420,8 @@ int cost_test(struct cost_args *args)
 	u32 queued = args->queued, siblings = args->siblings, turns = args->turns, first = 0;
 	u64 key = ~0ULL, started;
 	struct vm *vm, *empty = bpf_map_lookup_elem(&blank, &first);
-	s32 found = -1;
+	struct far far = {};
+	u32 found = 0;
 	u32 i, cpu;
 
 	if (!empty)
@@ -459,8 +452,9 @@ int cost_test(struct cost_args *args)
 	}
 	started = bpf_ktime_get_ns();
 	LOOP(i, turns)
-		found += far_sibling(key, 0);
+		found += far_sibling(key, 0, 0, &far);
 	args->ns = bpf_ktime_get_ns() - started;
+	args->spare = found;
 	bpf_map_delete_elem(&vms, &key);
 	return 0;
 }
@@ -514,6 +508,8 @@ s32 OPS_SLEEPABLE(init)
 			return -EINVAL;
 		c->clock = CLOCK_START;
 		err = scx_bpf_create_dsq(i, -1);
+		if (!err)
+			err = turns_init(i);
 		if (err)
 			return err;
 	}
@@ -534,7 +530,6 @@ struct sched_ext_ops godwit = {
 	.select_cpu = (void *)op_select_cpu,
 	.enqueue = (void *)op_enqueue,
 	.dispatch = (void *)op_dispatch,
-	.tick = (void *)op_tick,
 	.running = (void *)op_running,
 	.stopping = (void *)op_stopping,
 	.quiescent = (void *)op_quiescent,

@@ -21,18 +21,17 @@
 	X(checks)          /* candidates compared with their siblings */ \
 	X(exceeded)        /* of these, with one that was too far */ \
 	X(passed)          /* candidates passed over for it */ \
-	X(loans)           /* loans made */ \
-	X(loan_refused)    /* loans not made: limit, full list, a tag, a task that had gone */ \
+	X(loans)           /* times that somebody was to be moved */ \
+	X(loan_refused)    /* loans not made: full list, a tag, a task that had gone */ \
 	X(lent_ns)         /* vruntime that lenders have paid */ \
-	X(settled)         /* loans that moved their debtor */ \
-	X(settled_ns)      /* vruntime that debtors got */ \
-	X(returned)        /* loans given back in part or whole */ \
-	X(returned_ns)     /* vruntime put to lenders' credit */ \
-	X(lost_ns)         /* vruntime that nobody was left to get back */ \
-	X(carried)         /* loans that followed their debtor to another CPU */ \
+	X(settled)         /* debtors that were moved */ \
+	X(settled_ns)      /* vruntime that they got */ \
+	X(repaid_ns)       /* vruntime that machines which had got more paid in instalments */ \
+	X(returned_ns)     /* vruntime that machines which had paid more got back so */ \
+	X(lost_ns)         /* vruntime owed to machines that ended, less what they owed */ \
+	X(carried)         /* debts that followed their debtor to another CPU */ \
 	X(paid_ns)         /* as lent_ns, counted where the lender's vruntime changes */ \
-	X(got_ns)          /* as settled_ns, counted where the debtor's vruntime changes */ \
-	X(credited_ns)     /* of returned_ns, what lenders' vruntimes have had back */ \
+	X(credited_ns)     /* what lenders paid later, when they were on no queue; negative */ \
 	X(forced)          /* vCPUs run out of order beside a sibling */ \
 	X(force_missed)    /* vCPUs that were gone when they were to be forced */ \
 	X(kicks)           /* interrupts sent to force siblings */ \
@@ -40,6 +39,10 @@
 	X(gang_joined)     /* siblings that began to run while their leader ran */ \
 	X(gang_late_ns)    /* how long after their leader they did */ \
 	X(gang_kept)       /* turns that went on because a gang's leader still ran */ \
+	X(crowded)         /* decisions that did not wait any longer for another CPU's */ \
+	X(timed)           /* turns ended by a timer */ \
+	X(tightened)       /* steps to a tighter threshold */ \
+	X(loosened)        /* and to a looser one */ \
 	X(yields)          /* calls of yield */ \
 	X(yields_to)       /* of these, with a sibling named to yield to */ \
 	X(vms_new)         /* virtual machines noticed */ \

@@ -31,17 +31,29 @@ struct vcpu {
 	u64 vtime;	/* while it is queued */
 	s64 credit;	/* given back to it, not yet taken off its vruntime */
 	s64 net;	/* what it borrowed less what it lent, fading with its turns */
+	u64 turns;	/* how often it began to run */
 };
 
 struct vm {
 	u64 runtime;	/* ns that its vCPUs ran */
-	u64 lent;	/* ns of vruntime lent inside it */
+	u64 lent;	/* ns of vruntime that its vCPUs paid for loans */
 	u32 members;
 	u32 leader;	/* pid of the vCPU that leads the machine's gang; 0: none */
 	struct vcpu vcpu[MAX_VCPUS];
 	u64 gang_since;	/* when it began */
 	u64 led_since;	/* when its leader began to run */
+	s64 account;	/* what its vCPUs paid for loans less what they got, ns of vruntime */
 	u32 top;	/* no slot from here on was ever taken */
+	u32 followed;	/* the slot that the others follow, and one; 0: none yet */
+	/* What its threshold rests on; see adapt.h. */
+	u64 window;	/* its runtime when the window began */
+	u32 tighter;	/* steps from the loosest threshold */
+	u32 sleeps;	/* of its vCPUs in this window, by themselves */
+	u32 spins;	/* that KVM told of */
+	u32 tells;	/* whether it ever did */
+	u32 waits;	/* windows until a looser threshold is tried */
+	u32 patience;
+	u32 tries;	/* whether it is being tried */
 	u32 spare;
 };
 
@@ -184,6 +196,7 @@ GLOBAL int vm_leave(u64 key, u32 index, u32 pid)
 	if (__sync_val_compare_and_swap(&v->pid, pid, 0) != pid)
 		return 0;
 	if (__sync_fetch_and_add(&vm->members, -1) == 1) {
+		add(STAT_lost_ns, __sync_lock_test_and_set(&vm->account, 0));
 		bpf_map_delete_elem(&vms, &key);
 		count(vms_gone);
 	}
@@ -230,6 +243,7 @@ GLOBAL s32 vm_join(u64 key, u32 pid, u32 cpu)
 		v->dirty = CLEAN;
 		v->credit = 0;
 		v->net = 0;
+		v->turns = 0;
 		__sync_fetch_and_add(&vm->members, 1);
 		raise_top(vm, i + 1);
 		return i;

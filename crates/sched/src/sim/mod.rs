@@ -36,15 +36,42 @@ pub struct Costs {
     /// the policy makes use of it: doubled by each such exit, back to this when the vCPU is
     /// scheduled.
     pub spin_window: u64,
+    /// Between two ticks of a pCPU; under CFS a turn ends at the first one after its slice. 0: at once.
+    pub tick: u64,
+    /// How long a pCPU has the lock under which gangs start and end.
+    pub ordering: u64,
+    /// How many pCPUs share one, as they share a cache; 0: all.
+    pub domain: u32,
+    /// Between two times that the I/O thread of a machine's QEMU works, on average. 0: it has none.
+    pub io_every: u64,
 }
 
 impl Costs {
     /// The thesis measured vCPU switches at 2.5 to 3 times a plain one (section 4.3.2) and gives
     /// the figures as pictures only. Taken here: 2 us plain, so 5.5 us; 128 KiB of working set at
     /// 3 GB/s; 2 us for an interrupt. The window is KVM's: 4096 cycles (`ple_window`), here of
-    /// 2.66 GHz, times 2 (`ple_window_grow`).
-    pub const DEFAULT: Self =
-        Self { switch: 5_500, refill: 43_000, interrupt: 2_000, spin_window: 1_540 };
+    /// 2.66 GHz, times 2 (`ple_window_grow`). Ticks are those of 2.6.34's configuration for x86
+    /// (`HZ=1000`), each pCPU's a little later than the one's before, within half a tick. The I/O
+    /// threads are a guess. The lock is had for what a decision was measured to take in the kernel.
+    pub const DEFAULT: Self = Self {
+        switch: 5_500,
+        refill: 43_000,
+        interrupt: 2_000,
+        spin_window: 1_540,
+        tick: 1_000_000,
+        ordering: 550,
+        domain: 8,
+        io_every: 4_000_000,
+    };
+
+    /// When a turn on `cpu` of `cpus` that may end at `at` does.
+    fn turn_end(&self, at: u64, cpu: u32, cpus: usize) -> u64 {
+        if self.tick == 0 {
+            return at;
+        }
+        let offset = self.tick / 2 * u64::from(cpu) / cpus as u64;
+        at.saturating_sub(offset).div_ceil(self.tick) * self.tick + offset
+    }
 }
 
 /// How often things are looked at, in nanoseconds.
@@ -148,6 +175,23 @@ pub struct Samples {
     pub compared: u64,
     /// Those in which one of these was as far as two thirds of its queue.
     pub exceeded: u64,
+    /// Turns of vCPUs that began while a sibling waited.
+    pub started: u64,
+    /// Those that began while one of these was as far.
+    pub started_far: u64,
+}
+
+/// What it cost that decisions which start or end gangs exclude each other.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Crowding {
+    /// Such decisions.
+    pub decisions: u64,
+    /// Those that waited for another pCPU's.
+    pub waited: u64,
+    /// How long in all, nanoseconds.
+    pub wait: u64,
+    /// The longest.
+    pub longest: u64,
 }
 
 /// What became of one machine.
@@ -178,6 +222,9 @@ pub struct Simulator {
     left: Vec<usize>,
     /// Of each machine, which vCPU a directed yield asked for last.
     boosted: Vec<usize>,
+    /// Until when each lock for starting gangs is taken.
+    ordering: Vec<u64>,
+    crowding: Crowding,
     samples: Samples,
     record: Option<Box<record::Record>>,
     chance: SmallRng,
@@ -209,6 +256,8 @@ impl Simulator {
             ended: Vec::new(),
             left: Vec::new(),
             boosted: Vec::new(),
+            ordering: vec![0; cpus],
+            crowding: Crowding::default(),
             samples: Samples::default(),
             record: None,
             chance: SmallRng::seed_from_u64(seed ^ 0x5bc0),
@@ -298,6 +347,26 @@ impl Simulator {
     #[must_use]
     pub const fn samples(&self) -> Samples {
         self.samples
+    }
+
+    /// What it cost to order decisions.
+    #[must_use]
+    pub const fn crowding(&self) -> Crowding {
+        self.crowding
+    }
+
+    /// How long a decision of `cpu` that starts or ends a gang has to wait for its lock, which it takes.
+    fn order(&mut self, cpu: u32) -> u64 {
+        let domain = cpu.checked_div(self.costs.domain).unwrap_or(0) as usize;
+        let begins = self.ordering[domain].max(self.now);
+        self.ordering[domain] = begins + self.costs.ordering;
+        let wait = begins - self.now;
+        let c = &mut self.crowding;
+        c.decisions += 1;
+        c.waited += u64::from(wait > 0);
+        c.wait += wait;
+        c.longest = c.longest.max(wait);
+        wait
     }
 
     /// Nanoseconds that pCPUs had nothing to do, all together.

@@ -6,7 +6,7 @@ use rand::seq::IndexedRandom;
 
 use super::guest::Step;
 use super::{BALANCE_EVERY, Doing, Event, SAMPLE_EVERY, Simulator};
-use crate::policy::Alpha;
+use crate::policy::{Alpha, Order};
 use crate::scheduler::{CpuId, TaskId, VmId};
 
 impl Simulator {
@@ -138,12 +138,18 @@ impl Simulator {
         if pick.is_none() && self.scheduler.balance(CpuId(cpu)).is_some() {
             pick = self.scheduler.pick(CpuId(cpu));
         }
+        let wait = if self.scheduler.take_ordered() { self.order(cpu) } else { 0 };
+        let cpus = self.cpus.len();
         let c = &mut self.cpus[cpu as usize];
         let begins = self.now.max(c.since);
         c.running = pick.map(|p| p.task);
         if let Some(p) = pick {
             let v = &mut self.vcpus[p.task.0 as usize];
-            let mut start = begins;
+            let far = self.scheduler.starts_far(p.task, Alpha::THESIS).filter(|_| p.switched);
+            self.samples.started += u64::from(far.is_some());
+            self.samples.started_far += u64::from(far == Some(true));
+            let mut start = begins + wait;
+            c.switching += wait;
             if p.switched {
                 start += self.costs.switch;
                 c.switching += self.costs.switch;
@@ -158,7 +164,9 @@ impl Simulator {
             }
             v.woken = false;
             c.since = start;
-            c.slice_end = start + p.slice;
+            let exact = self.scheduler.policy.order == Order::Eevdf;
+            let end = start + p.slice;
+            c.slice_end = if exact { end } else { self.costs.turn_end(end, cpu, cpus) };
         }
         if self.record.is_some() {
             self.note_switch(cpu, begins, self.cpus[cpu as usize].since);

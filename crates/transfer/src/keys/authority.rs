@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use godwit_types::{Generation, Hash, Name, SiteKind, VmId};
+use godwit_types::{Generation, Hash, Name, SiteKind, VmId, seal, unseal};
 use rcgen::PublicKeyData;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use serde::{Deserialize, Serialize};
@@ -175,8 +175,12 @@ impl Authority {
         let certificate = CertificateDer::from(read_bounded(&dir.join(CERT_FILE))?);
         let key = read_key(&dir.join(KEY_FILE))?;
         let state_file = dir.join(STATE_FILE);
-        let mut state: State = serde_json::from_slice(&read_bounded(&state_file)?)
-            .map_err(|e| KeyError::Damaged { path: state_file, why: e.to_string() })?;
+        let file = read_bounded(&state_file)?;
+        // What is revoked, and which tokens are good: one bit must not change that unseen.
+        let mut state: State = unseal(&file)
+            .map_err(|e| e.to_string())
+            .and_then(|text| serde_json::from_slice(text).map_err(|e| e.to_string()))
+            .map_err(|why| KeyError::Damaged { path: state_file, why })?;
         let damaged = |why: &str| KeyError::Damaged { path: dir.join(CERT_FILE), why: why.into() };
         if super::public_key_of(&certificate).is_none_or(|k| k != key.subject_public_key_info()) {
             return Err(damaged("it does not belong to the authority's key"));
@@ -224,7 +228,7 @@ impl Authority {
         let path = self.dir.join(STATE_FILE);
         let bytes = serde_json::to_vec_pretty(state)
             .map_err(|e| KeyError::Damaged { path: path.clone(), why: e.to_string() })?;
-        write_private(&path, &bytes)
+        write_private(&path, &seal(bytes))
     }
 
     /// Makes a join token for one site; `center` is the `host:port` at which the site reaches

@@ -29,6 +29,19 @@ pub fn program(name: &str, package: &str) -> anyhow::Result<PathBuf> {
     })
 }
 
+/// The stand-in of a workload and the arguments that make it this one: `dedup-32` is dedup with room for
+/// 32 chunks in each queue (PARSEC's have 1,048,576), `kernbench-halts` runs out of jobs now and then.
+fn stand_in(workload: &str) -> (&str, String) {
+    if let Some((name, room)) = workload.split_once('-') {
+        match (name, room.parse::<usize>()) {
+            ("dedup", Ok(room)) => return (name, format!("--queue {room}")),
+            ("kernbench", _) if room == "halts" => return (name, "--halts".to_owned()),
+            _ => {}
+        }
+    }
+    (workload, String::new())
+}
+
 /// What a stand-in takes at most for `--slower`.
 const MOST_SLOWER: f64 = 64.0;
 
@@ -45,7 +58,8 @@ fn slower(
     workload: &str,
     mut guest: impl FnMut(&str) -> anyhow::Result<String>,
 ) -> anyhow::Result<(u32, String)> {
-    let args = [workload, "--threads", "1", "--seconds", "1", "--json"];
+    let (name, _) = stand_in(workload);
+    let args = [name, "--threads", "1", "--seconds", "1", "--json"];
     let host = Command::new(program("godwit-standin", "godwit-standin")?)
         .args(args)
         .output()
@@ -77,4 +91,17 @@ fn shorter_percent(experiment: &Experiment, subject: &str, against: &str) -> Opt
         Some(summary(&series.values)?.median)
     };
     Some(100.0 * (1.0 - median(subject)? / median(against)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workload_names_a_stand_in_and_how_it_is_run() {
+        assert_eq!(stand_in("dedup"), ("dedup", String::new()));
+        assert_eq!(stand_in("dedup-32"), ("dedup", "--queue 32".to_owned()));
+        assert_eq!(stand_in("kernbench-halts"), ("kernbench", "--halts".to_owned()));
+        assert_eq!(stand_in("no-such"), ("no-such", String::new()));
+    }
 }

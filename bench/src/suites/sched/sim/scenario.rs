@@ -4,6 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use godwit_sched::policy::Policy;
+use godwit_sched::scheduler::VmId;
 use godwit_sched::sim::workload::Workload;
 use godwit_sched::sim::{Costs, Simulator};
 
@@ -38,24 +39,33 @@ pub(super) struct Outcome {
     pub(super) share: f64,
     /// In how many samples siblings of any machine shared a run queue, percent.
     pub(super) stacked: f64,
+    /// In how many samples one that was next had a sibling two thirds of its queue away, percent.
+    pub(super) far: f64,
+    /// How many turns began while a sibling that waited was as far, percent.
+    pub(super) started_far: f64,
 }
 
 impl Scenario {
-    pub(super) fn build(
-        self,
-        policy: Policy,
-        seed: u64,
-    ) -> (Simulator, godwit_sched::scheduler::VmId) {
-        let mut sim = Simulator::new(CPUS, policy, Costs::DEFAULT, seed);
+    pub(super) fn build(self, policy: Policy, seed: u64) -> (Simulator, VmId) {
+        self.build_on(CPUS, Costs::DEFAULT, policy, seed)
+    }
+
+    /// On a host of so many pCPUs, with machines of as many vCPUs.
+    fn build_on(self, cpus: usize, costs: Costs, policy: Policy, seed: u64) -> (Simulator, VmId) {
+        let mut sim = Simulator::new(cpus, policy, costs, seed);
         for other in 1..self.queue {
-            Workload::SuperPi.start(&mut sim, CPUS, 0, other as u64 * APART);
+            Workload::SuperPi.start(&mut sim, cpus, 0, other as u64 * APART);
         }
-        let vm = self.workload.start(&mut sim, CPUS, self.work, START);
+        let vm = self.workload.start(&mut sim, cpus, self.work, START);
         (sim, vm)
     }
 
     pub(super) fn run(self, policy: Policy, seed: u64) -> Outcome {
-        let (mut sim, vm) = self.build(policy, seed);
+        self.run_on(CPUS, Costs::DEFAULT, policy, seed)
+    }
+
+    pub(super) fn run_on(self, cpus: usize, costs: Costs, policy: Policy, seed: u64) -> Outcome {
+        let (mut sim, vm) = self.build_on(cpus, costs, policy, seed);
         let ended = sim.run_until_end(vm, START + LIMIT).unwrap_or(START + LIMIT);
         let seconds = (ended - START) as f64 / 1e9;
         let report = sim.report(vm);
@@ -65,8 +75,10 @@ impl Scenario {
             seconds,
             switches: sim.scheduler().counters().switches as f64 / (ended as f64 / 1e9),
             spun: 100.0 * report.spun as f64 / ran.max(1.0),
-            share: 100.0 * ran * self.queue as f64 / (seconds * 1e9 * CPUS as f64),
+            share: 100.0 * ran * self.queue as f64 / (seconds * 1e9 * cpus as f64),
             stacked: percent(samples.stacked, samples.taken),
+            far: percent(samples.exceeded, samples.compared),
+            started_far: percent(samples.started_far, samples.started),
         }
     }
 }

@@ -20,9 +20,7 @@ use super::record::{Below, End, MachineRecord, Meant, Unfinished};
 use super::{Entry, LocalSite, report};
 use crate::error::Fault;
 use crate::ops::Progress;
-use crate::site::{
-    Call, GuestOutput, GuestProgram, MachineStatus, NewMachine, Origin, UNKNOWN_GENERATION,
-};
+use crate::site::{Call, MachineStatus, NewMachine, Origin, UNKNOWN_GENERATION};
 
 /// How long a guest may take to its agent's first answer.
 const BOOT_WITHIN: Duration = Duration::from_secs(300);
@@ -445,9 +443,7 @@ impl LocalSite {
         }
         self.end_strays(vm).await;
         e.record.generation = generation;
-        self.bury(&mut e).await?;
-        self.pool.forget_clone(vm);
-        Ok(())
+        self.bury(&mut e).await
     }
 
     /// One that has left already may be removed again, by whoever knows of its last generation.
@@ -470,6 +466,7 @@ impl LocalSite {
         self.tombs.add(e.record.vm, e.record.generation)?;
         e.record.meant = Meant::Gone;
         e.record.migration = None;
+        self.pool.forget_clone(e.record.vm);
         self.clear(e.record.vm);
         self.machines.write().await.remove(&e.record.vm);
         Ok(())
@@ -574,24 +571,6 @@ impl LocalSite {
         if let Err(f) = remove_file(&self.dirs.vm_memory(vm)) {
             tracing::warn!(error = %f, "not removed");
         }
-    }
-
-    /// Runs a program in the guest, by its agent.
-    pub(super) async fn exec(&self, vm: VmId, p: GuestProgram) -> Result<GuestOutput, Fault> {
-        let entry = self.entry(vm).await?;
-        let machine = super::running(&*entry.lock().await)?.clone();
-        let within = Duration::from_secs(u64::from(p.within_s.unwrap_or(60).clamp(1, 600)));
-        let args: Vec<&str> = p.args.iter().map(String::as_str).collect();
-        let out = machine
-            .agent()
-            .exec(&p.path, &args, &[], p.input.as_bytes(), within)
-            .await
-            .map_err(coded)?;
-        Ok(GuestOutput {
-            exit: out.exit,
-            stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
-        })
     }
 
     /// The end of a machine's console log, also of one that has ended.

@@ -6,6 +6,7 @@
 
 mod adopt;
 mod dirs;
+mod exec;
 mod machines;
 mod moves;
 mod pool;
@@ -16,9 +17,10 @@ mod report;
 mod resume;
 mod sched;
 mod screens;
-mod stored;
 mod scrub;
+mod stored;
 mod tombs;
+mod users;
 mod waiting;
 mod warrant;
 
@@ -44,6 +46,7 @@ use crate::ops::Progress;
 
 pub use dirs::SiteDirs;
 use record::MachineRecord;
+pub(crate) use users::in_use;
 
 /// One machine of this site. Its lock is held while something changes it, so that two requests
 /// for one machine take turns.
@@ -459,13 +462,21 @@ impl LocalSite {
                 SiteReply::Done
             }
             SiteRequest::VmExec { vm, program } => {
-                SiteReply::Executed(self.exec(vm, program).await?)
+                SiteReply::Executing(self.exec(vm, program).await?)
+            }
+            SiteRequest::VmExecWait { vm, pid, within_ms } => {
+                SiteReply::Executed(self.exec_wait(vm, pid, within_ms).await?)
             }
             SiteRequest::VmDock { vm, generation, substrate, name, kind, owner } => {
                 let want = pool::Dock { vm, generation, substrate, name, kind, owner };
                 SiteReply::Substrate(self.whole()?.dock(want, call).await?)
             }
+            SiteRequest::ImageDelete { name } => {
+                self.image_delete(name).await?;
+                SiteReply::Done
+            }
             SiteRequest::Substrates => SiteReply::Substrates(self.substrates()?),
+            SiteRequest::SubstrateUsers { id } => SiteReply::Names(self.substrate_users(id).await),
             SiteRequest::SubstrateDelete { id } => {
                 self.substrate_delete(id).await?;
                 SiteReply::Done

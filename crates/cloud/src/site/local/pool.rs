@@ -352,6 +352,19 @@ impl LocalSite {
         damaged.extend(found.store.bad_entries.iter().map(named("its index entry is malformed")));
         damaged.extend(found.store.missing.iter().map(named("it is not there")));
         damaged.extend(found.broken.iter().map(|(id, why)| format!("substrate {id}: {why}")));
+        let images = self.images.clone();
+        let check = move || {
+            let all = images.list().map_err(|e| Fault::of(&e))?;
+            Ok::<_, Fault>(
+                all.into_iter()
+                    .filter_map(|image| {
+                        let found = images.scrub(&image).err()?;
+                        Some(format!("image {}: {}", image.name, crate::error::chain(&found)))
+                    })
+                    .collect::<Vec<_>>(),
+            )
+        };
+        damaged.extend(tokio::task::spawn_blocking(check).await.map_err(joined)??);
         Ok(CheckReport { units: found.store.units, damaged })
     }
 

@@ -187,14 +187,15 @@ impl Program for Barriers {
     }
 }
 
-/// How long the I/O thread of a machine's QEMU sleeps and works, nanoseconds: its timers.
-const IO_SLEEPS: f64 = 4_000_000.0;
+/// How long the I/O thread of a machine's QEMU works at a time, nanoseconds: its timers.
 const IO_WORKS: f64 = 50_000.0;
 
 /// The I/O thread of a QEMU.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct IoThread {
-    works: bool,
+    /// How long it sleeps in between.
+    pub(super) sleeps: f64,
+    pub(super) works: bool,
 }
 
 impl Program for IoThread {
@@ -203,7 +204,7 @@ impl Program for IoThread {
         if self.works {
             Step::Compute(about(IO_WORKS, chance))
         } else {
-            Step::Sleep(about(IO_SLEEPS, chance))
+            Step::Sleep(about(self.sleeps, chance))
         }
     }
 }

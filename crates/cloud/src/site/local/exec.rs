@@ -1,0 +1,76 @@
+//! Programs in the guests of this host.
+
+use std::time::Duration;
+
+use godwit_qemu::{AgentError, GuestCommand, Life, Machine};
+use godwit_types::{Code, VmId};
+
+use super::machines::coded;
+use super::{Entry, LocalSite};
+use crate::error::Fault;
+use crate::site::{GuestOutput, GuestProgram};
+
+/// How long a guest may take to its agent's first answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
+impl LocalSite {
+    /// Starts a program in the guest, by its agent, and gives its process there. A failure of
+    /// class [`Code::Internal`] leaves open whether it was started; after any other it was not.
+    pub(super) async fn exec(&self, vm: VmId, p: GuestProgram) -> Result<u64, Fault> {
+        let machine = self.awake(vm).await?;
+        let args: Vec<&str> = p.args.iter().map(String::as_str).collect();
+        let program =
+            GuestCommand { path: &p.path, args: &args, input: &p.input, ..GuestCommand::default() };
+        machine.agent().start(program, ANSWER_WITHIN).await.map_err(|e| match e {
+            // The guest stands still, or has gone elsewhere meanwhile.
+            e @ (AgentError::Io { .. } | AgentError::TimedOut { .. }) => {
+                Fault::unavailable(format!("asking the guest: {}", crate::error::chain(&e)))
+            }
+            e => coded(e),
+        })
+    }
+
+    /// Waits until a program that [`LocalSite::exec`] started has ended; none when it runs on.
+    pub(super) async fn exec_wait(
+        &self,
+        vm: VmId,
+        pid: u64,
+        within_ms: u32,
+    ) -> Result<Option<GuestOutput>, Fault> {
+        let machine = self.awake(vm).await?;
+        let within = Duration::from_millis(u64::from(within_ms));
+        let ended = machine.agent().wait(pid, within).await.map_err(|e| match e {
+            AgentError::Refused { .. } => Fault::not_found(format!(
+                "the guest knows of no program {pid} whose result was not told yet"
+            )),
+            e => Fault::unavailable(format!("asking the guest: {}", crate::error::chain(&e))),
+        })?;
+        Ok(ended.map(|o| GuestOutput {
+            exit: o.exit,
+            signal: o.signal,
+            stdout: o.stdout.into(),
+            stderr: o.stderr.into(),
+            truncated: o.truncated,
+        }))
+    }
+
+    /// A machine whose guest can answer.
+    async fn awake(&self, vm: VmId) -> Result<Machine, Fault> {
+        let entry = self.entry(vm).await?;
+        let (machine, name) = {
+            let e: &Entry = &*entry.lock().await;
+            (super::running(e)?.clone(), e.record.name.clone())
+        };
+        match machine.life().await.map_err(coded)? {
+            Life::Running | Life::Paused => Ok(machine),
+            Life::Exited | Life::PoweredOff | Life::Broken => {
+                Err(Fault::conflict(format!("machine '{name}' does not run"))
+                    .hint(format!("start it: godwit vm start {name}")))
+            }
+            life => Err(Fault::new(
+                Code::Unavailable,
+                format!("the guest of machine '{name}' stands still (QEMU is {life})"),
+            )),
+        }
+    }
+}
