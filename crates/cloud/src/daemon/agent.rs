@@ -327,8 +327,12 @@ mod tests {
         for (name, kind) in [("bar", SiteKind::Device), ("center", SiteKind::Center)] {
             let peer = bind(name, kind);
             let link = peer.connect(site.local_address().expect("address"), None).await;
-            let closed = link.expect("a link").closed().await;
-            assert!(closed.to_string().contains("serves its center alone"), "{closed}");
+            // It may be closed before its opening is answered.
+            let closed = match link {
+                Ok(link) => link.closed().await.to_string(),
+                Err(error) => error.to_string(),
+            };
+            assert!(closed.contains("serves its center alone"), "{closed}");
         }
     }
 
