@@ -47,7 +47,7 @@ figures: build
 	target/release/godwit-bench demo --guest $(GUEST) --out target/figures/demo $(DEMO_FLAGS)
 	target/release/godwit-bench mainjob --guest tiny --out target/figures/mainjob
 	target/release/godwit-bench burst --out target/figures/burst
-	target/release/godwit-bench spec docs/figures.json --take target/figures --out target/figures/figures.md
+	target/release/godwit-bench spec docs/figures.json --take target/figures --out SPECIFICATION.md
 
 # Co-scheduling: the simulator, a guest's kernel and this host's, with the stand-ins. About an hour.
 bench-sched: build

@@ -256,7 +256,8 @@ struct SpecArgs {
     /// over earlier ones.
     #[arg(long, value_name = "DIR")]
     take: Vec<PathBuf>,
-    /// Where the tables go [default: stdout]
+    /// Where the tables go: between the marks of a page that has them, or a file of their own
+    /// [default: stdout]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -278,7 +279,10 @@ impl SpecArgs {
             put(&self.figures, &all.json()?)?;
         }
         match &self.out {
-            Some(path) => put(path, &page),
+            Some(path) => {
+                let there = std::fs::read_to_string(path).unwrap_or_default();
+                put(path, &harness::figures::within(&there, &page).unwrap_or(page))
+            }
             None => std::io::stdout().write_all(page.as_bytes()).context("write to stdout"),
         }
     }

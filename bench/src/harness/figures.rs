@@ -195,7 +195,7 @@ impl Figures {
         for f in &self.figures {
             if section != Some(&f.section) {
                 let gap = if section.is_some() { "\n" } else { "" };
-                let _ = writeln!(t, "{gap}## {}\n", f.section);
+                let _ = writeln!(t, "{gap}### {}\n", f.section);
                 let _ = writeln!(t, "| goal | figure | | shown by | on |\n|---|---|---|---|---|");
                 section = Some(&f.section);
             }
@@ -244,6 +244,16 @@ impl Figure {
 /// A number without digits that say nothing.
 fn plain(v: f64) -> String {
     if v.fract() == 0.0 && v.abs() < 1e9 { format!("{v:.0}") } else { figure(v) }
+}
+
+/// `page` with `tables` where its marks are; `None` where it has none.
+#[must_use]
+pub fn within(page: &str, tables: &str) -> Option<String> {
+    const BEGIN: &str = "<!-- figures: written by `godwit-bench spec` -->\n";
+    const END: &str = "<!-- end of figures -->";
+    let (before, rest) = page.split_once(BEGIN)?;
+    let (_, after) = rest.split_once(END)?;
+    Some(format!("{before}{BEGIN}\n{tables}\n{END}{after}"))
 }
 
 /// Every file of a run below `dir`: `results.json` and `report.json`.
@@ -328,7 +338,13 @@ mod tests {
             tiny, tcg, 100 Mbit/s, 35 ms (emulated) |";
         assert!(page.contains(row), "{page}");
         assert!(page.contains("**missed**") && page.contains("| down | pending |"), "{page}");
-        assert_eq!(page.matches("## Moving").count(), 1);
+        assert_eq!(page.matches("### Moving").count(), 1);
+        let whole =
+            "a\n<!-- figures: written by `godwit-bench spec` -->\nold\n<!-- end of figures -->\nb";
+        let whole = within(whole, &page).unwrap();
+        assert!(whole.starts_with("a\n") && whole.ends_with("\nb") && whole.contains(&page));
+        assert!(!whole.contains("old"));
+        assert_eq!(within("no marks", &page), None);
         let again: Figures = serde_json::from_str(&all.json().expect("written")).expect("read");
         assert_eq!(again, all);
     }
