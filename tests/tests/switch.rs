@@ -28,7 +28,7 @@ struct Story {
 
 impl Story {
     fn begin(guest: Guest) -> Self {
-        let cloud = Setup::new().patience(4).start();
+        let cloud = Setup::new().patience(5).start();
         match guest {
             Guest::AtWork => {
                 cloud.bring_substrate();

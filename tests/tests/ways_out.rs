@@ -80,7 +80,7 @@ fn a_machine_whose_qemu_answers_nobody_is_stopped_in_its_move() {
 
 #[test]
 fn a_move_whose_destination_is_away_is_ended_by_cancel_and_stop() {
-    let cloud = Setup::new().over_link(100.0, 1.0).patience(4).start();
+    let cloud = Setup::new().over_link(100.0, 1.0).patience(5).start();
     cloud.bring_substrate();
     let op = begin(&cloud, "m", "relay.packaged");
     cloud.net().cut(None);

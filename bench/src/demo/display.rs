@@ -22,6 +22,8 @@ const BACKSPACE: u32 = 0xff08;
 const BLINK: Duration = Duration::from_millis(1500);
 /// Time between two key strokes into a machine of which nobody knows whether it takes any.
 const STROKE: Duration = Duration::from_secs(1);
+/// Time between two looks at a machine that shows no desktop yet.
+const LOOK: Duration = Duration::from_millis(100);
 /// How long a key may take to show on a screen that takes keys.
 const SHOWN_WITHIN: Duration = Duration::from_secs(60);
 /// How long connecting may take.
@@ -165,10 +167,15 @@ impl Display {
         within: Duration,
     ) -> anyhow::Result<(Instant, Glyph)> {
         let deadline = Instant::now() + within;
-        let (first, mut log) = (self.frame.clone(), Vec::new());
+        let (mut first, mut log) = (self.frame.clone(), Vec::new());
         let mut typed = 0;
         loop {
             ensure!(Instant::now() < deadline, "no typed letter was seen within {within:?}");
+            if typed == 0 && !self.frame.drawn() {
+                self.watch(LOOK, None).await?;
+                (first, log) = (self.frame.clone(), Vec::new());
+                continue;
+            }
             let before = self.frame.clone();
             self.press(LETTER).await?;
             typed += 1;

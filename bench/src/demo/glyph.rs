@@ -15,6 +15,9 @@ const INK: usize = 12;
 /// Share of a letter's pixels that must be right for it to be seen: a caret may lie over its edge.
 const SHARE: f64 = 0.9;
 
+/// Colours that a drawn desktop has at least; a text console and an empty desktop have fewer.
+pub(super) const DESKTOP_COLOURS: usize = 150;
+
 /// A screen: pixels in rows, 0xRRGGBB.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Frame {
@@ -43,6 +46,12 @@ pub(super) struct Update {
 impl Frame {
     pub(super) fn new(width: usize, height: usize) -> Self {
         Self { width, pixels: vec![0; width * height] }
+    }
+
+    /// Whether it shows a desktop with something on it: a letter on a text console is none.
+    pub(super) fn drawn(&self) -> bool {
+        let mut colours = std::collections::HashSet::new();
+        self.pixels.iter().any(|p| colours.insert(*p) && colours.len() >= DESKTOP_COLOURS)
     }
 
     /// Draws an update; tells which pixels are others now.
@@ -190,5 +199,8 @@ mod tests {
         let mut touched = 0;
         f.draw(&bar(118, 8, 60, 5), |_| touched += 1);
         assert_eq!(touched, 2 * 30, "what lies outside is left out");
+        assert!(!f.drawn());
+        f.pixels.iter_mut().zip(0..).for_each(|(p, colour)| *p = colour % 200);
+        assert!(f.drawn());
     }
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::glyph::DESKTOP_COLOURS;
 use super::world::World;
 use crate::suites::mainjob::godwit::GodwitCli;
 use crate::suites::{self, SIGNS};
@@ -18,8 +19,6 @@ const CARET_PIXELS: usize = 200;
 const REST: Duration = Duration::from_secs(4);
 /// Time between two looks at a screen.
 const LOOK: Duration = Duration::from_millis(200);
-/// Colours that a drawn desktop has at least; a text console and an empty desktop have fewer.
-const DESKTOP_COLOURS: usize = 150;
 
 /// A picture of a screen.
 pub(super) struct Screen {

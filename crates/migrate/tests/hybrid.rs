@@ -68,6 +68,11 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     eprintln!("{}", serde_json::to_string_pretty(&report).unwrap());
     eprintln!("pivot {:?}, {:?} {:?}", received.pivot, sent.counts, received.counts);
     assert!(sent.counts.disk_blocks >= 1500, "6 MiB were written");
+    // Both relays share this host's clock, and found that out.
+    let clock = report.clock.expect("the clocks were compared");
+    assert!(clock.offset_ms == 0.0 && clock.bound_ms == 0.0, "{clock:?}");
+    assert!(report.pages.data > 0 && report.pages.requests > 0, "{:?}", report.pages);
+    assert!(report.pages.waited_ms >= report.pages.longest_wait_ms, "{:?}", report.pages);
 
     assert_eq!(sh(&target, "echo 3 > /proc/sys/vm/drop_caches; md5sum < /data/ballast").await, sum);
     let status = sh(&target, "/usr/lib/godwit/godwit-witness status").await;

@@ -13,6 +13,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use clap::Args;
+use godwit_cloud::daemon::ClientFiles;
 use godwit_cloud::site::SiteDirs;
 use godwit_types::{Code, Name, SiteKind, SiteState};
 use rustix::process::{Pid, Signal, kill_process};
@@ -117,7 +118,7 @@ impl Up {
             return Err(Failure::usage("the AP needs a name of its own")
                 .hint("'center' is the center's own site"));
         }
-        let center_runs = daemon_of(&center.run).is_some();
+        let mut center_runs = daemon_of(&center.run).is_some();
         let ap_runs = self.no_ap || daemon_of(&ap.run).is_some();
         if self.dry_run {
             let mut sites = vec![(&center_site, center_runs)];
@@ -132,6 +133,9 @@ impl Up {
         }
         let files = client_files(self.scope.config.as_ref());
         let mut told = Vec::new();
+        if center_runs && !self.stays(&center, &files).await? {
+            center_runs = false;
+        }
         if !center_runs {
             let mut command = self.role("center", &center_site, &center)?;
             command.arg("--api").arg(self.api.to_string());
@@ -201,6 +205,20 @@ impl Up {
             out::value(self.scope.output, &told)?;
         }
         Ok(if center_runs && ap_runs { Outcome::Unchanged } else { Outcome::Done })
+    }
+
+    /// Whether a center that seems to run answers, or is only just ending: one that was killed
+    /// holds its lock a little longer.
+    async fn stays(&self, center: &SiteDirs, files: &ClientFiles) -> Result<bool> {
+        let connect = Connect { config: Some(files.dir.clone()), ..Connect::default() };
+        let client = Client::open(&connect)?;
+        until(self.timeout, "the center to answer", async || {
+            if client.alive().await {
+                return Some(true);
+            }
+            daemon_of(&center.run).is_none().then_some(false)
+        })
+        .await
     }
 
     /// Refuses an AP that the center has thrown out: it never comes to be ready.

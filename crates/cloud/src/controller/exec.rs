@@ -20,7 +20,7 @@ use super::{Controller, registry_fault};
 use crate::error::Fault;
 use crate::ops::OpKind;
 use crate::registry::VmRecord;
-use crate::site::{Call, GuestOutput, GuestProgram, SiteHost, SiteReply, SiteRequest};
+use crate::site::{Call, GuestExec, GuestOutput, GuestProgram, SiteHost, SiteReply, SiteRequest};
 
 /// How often a guest that stands still is asked again, and a machine's place is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -58,6 +58,10 @@ impl Controller {
         let first = self.registry.vm(key).map_err(registry_fault)?;
         loop {
             let vm = self.registry.vm(&first.id.to_string()).map_err(registry_fault)?;
+            if vm.state == VmState::Docking {
+                return Err(Fault::conflict(format!("machine '{}' is being docked", vm.name))
+                    .hint("wait for it or cancel it: godwit op list"));
+            }
             let asked = async {
                 let host = self.runs_at(&vm)?;
                 let request = SiteRequest::VmExec { vm: vm.id, program: program.clone() };
@@ -107,9 +111,10 @@ impl Controller {
                 }
             };
             match asked {
-                Ok(Some(output)) => return Ok(output),
-                Ok(None) if left.is_zero() => return Err(runs_on(program, within)),
-                Ok(None) => {}
+                Ok(GuestExec::Ended(output)) => return Ok(output),
+                Ok(GuestExec::Unknown) => return Err(unknown(program)),
+                Ok(GuestExec::Runs) if left.is_zero() => return Err(runs_on(program, within)),
+                Ok(GuestExec::Runs) => {}
                 Err(f) if !self.passing(&vm, &f) => return Err(f),
                 Err(_) if left.is_zero() => return Err(runs_on(program, within)),
                 Err(_) => tokio::time::sleep(LOOK_EVERY.min(left)).await,
@@ -122,12 +127,12 @@ impl Controller {
         vm: &VmRecord,
         pid: u64,
         within: Duration,
-    ) -> Result<Option<GuestOutput>, Fault> {
+    ) -> Result<GuestExec, Fault> {
         let host = self.runs_at(vm)?;
         let within_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
         let request = SiteRequest::VmExecWait { vm: vm.id, pid, within_ms };
         match host.ask(request, Call::quiet()).await? {
-            SiteReply::Executed(output) => Ok(output),
+            SiteReply::Executed(known) => Ok(known),
             other => Err(Fault::internal(format!("the site answered {}", other.label()))),
         }
     }
@@ -152,12 +157,16 @@ impl Controller {
         if f.code == Code::Unavailable {
             return true;
         }
-        let gone = matches!(f.code, Code::NotFound | Code::Conflict | Code::Fenced);
-        gone && match self.registry.vm(&vm.id.to_string()) {
-            Ok(now) => now.site != vm.site,
-            // The next round says what became of it.
-            Err(_) => true,
-        }
+        let away = matches!(f.code, Code::NotFound | Code::Fenced);
+        (away || f.code == Code::Conflict)
+            && match self.registry.vm(&vm.id.to_string()) {
+                Ok(now) => {
+                    let leaving = matches!(now.state, VmState::Moving | VmState::Docking);
+                    now.site != vm.site || away && leaving
+                }
+                // The next round says what became of it.
+                Err(_) => true,
+            }
     }
 
     /// Waits until a machine is at another site, or nowhere.
@@ -191,6 +200,13 @@ impl Controller {
             )),
         }
     }
+}
+
+fn unknown(program: &GuestProcess) -> Fault {
+    let GuestProcess { name, pid, .. } = program;
+    Fault::not_found(format!(
+        "the guest of '{name}' knows of no program {pid} whose result was not told yet"
+    ))
 }
 
 fn runs_on(program: &GuestProcess, within: Duration) -> Fault {

@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Code, Name, SiteKind, VmState};
+use godwit_types::{Code, Name, SiteKind};
 use serde_json::json;
 
 use super::lifecycle::call_of;
 use super::{Accepted, Controller, Mode, registry_fault};
 use crate::error::Fault;
 use crate::ops::OpKind;
-use crate::registry::VmRecord;
 use crate::site::{Call, SiteReply, SiteRequest, in_use};
 
 impl Controller {
@@ -116,13 +115,8 @@ impl Controller {
             Fault::conflict(format!("substrate '{}' is in use by machine '{vm}'", s.name))
                 .hint(format!("delete that first: godwit vm delete {vm}"))
         };
-        // One that is on its way may need it at either end.
-        let passing = |v: &VmRecord| {
-            matches!(v.state, VmState::Starting | VmState::Moving | VmState::Docking)
-                || v.arriving.is_some()
-        };
         let vms = self.registry.vms().map_err(registry_fault)?;
-        if let Some(vm) = vms.iter().find(|v| v.substrate == Some(s.id) && passing(v)) {
+        if let Some(vm) = vms.iter().find(|v| v.substrate == Some(s.id) && v.is_on_its_way()) {
             return Err(in_use(&vm.name)
                 .hint(format!("wait until '{}' has come to rest: godwit op list", vm.name)));
         }

@@ -9,8 +9,8 @@ use super::*;
 use crate::error::Fault;
 use crate::ops::Progress;
 use crate::site::{
-    ByteStream, Call, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus, MemoryStand,
-    MoveStand, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
+    ByteStream, Call, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
+    MemoryStand, MoveStand, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
@@ -155,14 +155,16 @@ impl SiteHost for Paper {
             SiteRequest::VmExecWait { .. } if self.name == name("center") => {
                 std::future::pending().await
             }
-            SiteRequest::VmExecWait { pid: 7, .. } => Ok(SiteReply::Executed(Some(GuestOutput {
-                exit: Some(3),
-                signal: None,
-                stdout: "moved".into(),
-                stderr: "".into(),
-                truncated: false,
-            }))),
-            SiteRequest::VmExecWait { .. } => Err(Fault::not_found("told already")),
+            SiteRequest::VmExecWait { pid: 7, .. } => {
+                Ok(SiteReply::Executed(GuestExec::Ended(GuestOutput {
+                    exit: Some(3),
+                    signal: None,
+                    stdout: "moved".into(),
+                    stderr: "".into(),
+                    truncated: false,
+                })))
+            }
+            SiteRequest::VmExecWait { .. } => Ok(SiteReply::Executed(GuestExec::Unknown)),
             SiteRequest::MigratePrepare { migration, machine, generation, warrant, .. } => {
                 let mut s = self.status(machine.vm, &machine.name, generation);
                 s.warrant = Some(warrant);
@@ -398,8 +400,8 @@ async fn a_second_migration_is_refused_and_a_cancel_leaves_it_at_the_source() {
     let first = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let e = w.c.migrate("a", to("cafe"), Mode::Act).expect_err("moving");
     assert_eq!(e.code, Code::Conflict);
-    assert!(e.message.contains("machine 'a' is moving"), "{e}");
-    assert!(w.c.stop("a", true, Mode::Act).is_err());
+    assert!(e.message.contains("is moving"), "{e}");
+    assert!(w.c.stop("a", false, Mode::Act).is_err());
     w.c.ops().cancel(first).expect("in time");
     assert_eq!(w.c.ops().wait(first).await.expect("ends").state, OpState::Cancelled);
     let vm = w.c.registry().vm("a").expect("there");

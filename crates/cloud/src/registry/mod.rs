@@ -554,14 +554,14 @@ impl Registry {
         })
     }
 
-    /// Forgets a substrate that no environment was activated from.
+    /// Forgets a substrate. Whether an environment at rest still stands on it, its sites know.
     ///
     /// # Errors
-    /// [`RegistryError::Busy`] that names an environment which still maps its memory.
+    /// [`RegistryError::Busy`] that names an environment on its way, which may.
     pub fn substrate_remove(&self, id: SubstrateId) -> Result<()> {
         self.file.write(|t, changes| {
             let s = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
-            if let Some(vm) = t.vm_of(id) {
+            if let Some(vm) = t.passing(id) {
                 return Err(RegistryError::Busy(format!(
                     "substrate '{}' is in use by machine '{}'",
                     s.name, vm.name

@@ -172,6 +172,13 @@ pub struct Arriving {
 }
 
 impl VmRecord {
+    /// Whether it starts, moves or is being docked, so that either end may need what it came from.
+    #[must_use]
+    pub fn is_on_its_way(&self) -> bool {
+        matches!(self.state, VmState::Starting | VmState::Moving | VmState::Docking)
+            || self.arriving.is_some()
+    }
+
     /// From now on the machine has this generation; what is below it needs no mention any more.
     pub fn reach(&mut self, generation: Generation) {
         self.generation = generation;

@@ -174,6 +174,12 @@ impl Tables {
         self.vms_of.get(&substrate).into_iter().flatten()
     }
 
+    /// One of them that is on its way.
+    pub(super) fn passing(&self, substrate: SubstrateId) -> Option<&Arc<VmRecord>> {
+        let all = self.vms_of(substrate).filter_map(|id| self.vms.get(id));
+        all.map(|e| &e.vm).find(|vm| vm.is_on_its_way())
+    }
+
     /// One of them.
     pub(super) fn vm_of(&self, substrate: SubstrateId) -> Option<&Arc<VmRecord>> {
         let id = self.vms_of(substrate).next()?;

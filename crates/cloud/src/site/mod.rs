@@ -33,9 +33,9 @@ pub(crate) use local::in_use;
 pub use local::{LocalSite, SiteDirs, SiteOptions, image_info, images_of};
 pub use remote::{RemoteSite, serve};
 pub use types::{
-    CheckReport, ConsoleTail, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
-    MemoryStand, MoveStand, NewMachine, Origin, PoolReport, SiteEvent, SiteReply, SiteRequest,
-    StreamRequest, SubstrateInfo, UNKNOWN_GENERATION,
+    CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
+    MachineStatus, MemoryStand, MoveStand, NewMachine, Origin, PoolReport, SiteEvent, SiteReply,
+    SiteRequest, StreamRequest, SubstrateInfo, UNKNOWN_GENERATION,
 };
 
 /// The stage that a source reports when the destination runs the machine: the commit point.

@@ -211,6 +211,17 @@ pub struct GuestOutput {
     pub truncated: bool,
 }
 
+/// What is known of a program that was started in a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestExec {
+    /// It still runs.
+    Runs,
+    /// It has ended.
+    Ended(GuestOutput),
+    /// The guest's agent does not know it, or has told its result before.
+    Unknown,
+}
+
 /// A site's pool.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PoolReport {
@@ -505,8 +516,8 @@ pub enum SiteReply {
     Screenshot(Vec<u8>),
     /// To `VmExec`: the program's process in the guest.
     Executing(u64),
-    /// To `VmExecWait`; none while the program runs.
-    Executed(Option<GuestOutput>),
+    /// To `VmExecWait`.
+    Executed(GuestExec),
     /// To `MigrateManifest`.
     Manifest(Vec<u8>),
     /// To `MigratePrepare` and `MigrateResumeIn`.

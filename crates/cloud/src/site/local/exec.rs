@@ -3,19 +3,19 @@
 use std::time::Duration;
 
 use godwit_qemu::{AgentError, GuestCommand, Life, Machine};
-use godwit_types::{Code, VmId};
+use godwit_types::VmId;
 
 use super::machines::coded;
 use super::{Entry, LocalSite};
 use crate::error::Fault;
-use crate::site::{GuestOutput, GuestProgram};
+use crate::site::{GuestExec, GuestOutput, GuestProgram};
 
 /// How long a guest may take to its agent's first answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 impl LocalSite {
     /// Starts a program in the guest, by its agent, and gives its process there. A failure of
-    /// class [`Code::Internal`] leaves open whether it was started; after any other it was not.
+    /// class [`Internal`](godwit_types::Code::Internal) leaves open whether it was started; after any other it was not.
     pub(super) async fn exec(&self, vm: VmId, p: GuestProgram) -> Result<u64, Fault> {
         let machine = self.awake(vm).await?;
         let args: Vec<&str> = p.args.iter().map(String::as_str).collect();
@@ -30,28 +30,29 @@ impl LocalSite {
         })
     }
 
-    /// Waits until a program that [`LocalSite::exec`] started has ended; none when it runs on.
+    /// Waits until a program that [`LocalSite::exec`] started has ended.
     pub(super) async fn exec_wait(
         &self,
         vm: VmId,
         pid: u64,
         within_ms: u32,
-    ) -> Result<Option<GuestOutput>, Fault> {
+    ) -> Result<GuestExec, Fault> {
         let machine = self.awake(vm).await?;
         let within = Duration::from_millis(u64::from(within_ms));
-        let ended = machine.agent().wait(pid, within).await.map_err(|e| match e {
-            AgentError::Refused { .. } => Fault::not_found(format!(
-                "the guest knows of no program {pid} whose result was not told yet"
-            )),
-            e => Fault::unavailable(format!("asking the guest: {}", crate::error::chain(&e))),
-        })?;
-        Ok(ended.map(|o| GuestOutput {
-            exit: o.exit,
-            signal: o.signal,
-            stdout: o.stdout.into(),
-            stderr: o.stderr.into(),
-            truncated: o.truncated,
-        }))
+        match machine.agent().wait(pid, within).await {
+            Ok(None) => Ok(GuestExec::Runs),
+            Ok(Some(o)) => Ok(GuestExec::Ended(GuestOutput {
+                exit: o.exit,
+                signal: o.signal,
+                stdout: o.stdout.into(),
+                stderr: o.stderr.into(),
+                truncated: o.truncated,
+            })),
+            Err(AgentError::Refused { .. }) => Ok(GuestExec::Unknown),
+            Err(e) => {
+                Err(Fault::unavailable(format!("asking the guest: {}", crate::error::chain(&e))))
+            }
+        }
     }
 
     /// A machine whose guest can answer.
@@ -63,14 +64,10 @@ impl LocalSite {
         };
         match machine.life().await.map_err(coded)? {
             Life::Running | Life::Paused => Ok(machine),
-            Life::Exited | Life::PoweredOff | Life::Broken => {
-                Err(Fault::conflict(format!("machine '{name}' does not run"))
-                    .hint(format!("start it: godwit vm start {name}")))
-            }
-            life => Err(Fault::new(
-                Code::Unavailable,
-                format!("the guest of machine '{name}' stands still (QEMU is {life})"),
-            )),
+            // The center may ask again: it goes on elsewhere, or will be known to have ended.
+            life => Err(Fault::unavailable(format!(
+                "the guest of machine '{name}' stands still (QEMU is {life})"
+            ))),
         }
     }
 }

@@ -41,7 +41,7 @@ use crate::ops::Progress;
 use crate::site::{Call, Incoming, MachineStatus, SWITCHED, UNCERTAIN};
 
 /// How long an end may take to undo its part when it is told to.
-pub(super) const UNDO_WITHIN: Duration = Duration::from_secs(40);
+const UNDO_WITHIN: Duration = Duration::from_secs(40);
 /// How long QEMU may take to say how it is.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 /// How often progress is told.

@@ -100,7 +100,10 @@ impl LocalSite {
         let dir = self.dirs.vm(want.vm);
         let nics = machine.launch().nics;
         e.record.unfinished = Some(Unfinished::Docking { substrate: want.substrate, nics });
-        e.record.save(&dir)?;
+        if let Err(f) = e.record.save(&dir) {
+            e.record.unfinished = None;
+            return Err(f);
+        }
         let stop = request.stop.clone();
         let docked = {
             let docking = dock_convert(&machine, &self.pool, request);
@@ -123,7 +126,10 @@ impl LocalSite {
             }
             Err(error) => {
                 e.record.unfinished = None;
-                e.record.save(&dir)?;
+                if let Err(f) = e.record.save(&dir) {
+                    // The next daemon lets it run on once more, which changes nothing.
+                    tracing::warn!(vm = %e.record.name, error = %f, "not written that it runs on");
+                }
                 return Err(coded(error));
             }
         };

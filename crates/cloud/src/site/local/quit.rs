@@ -1,17 +1,22 @@
 //! Ways out of a move at this site: how a source ends its part, how a destination leaves no trace,
 //! and how a person's word ends either whatever state it is in.
 
+use std::time::Duration;
+
 use godwit_migrate::hybrid::{DestinationFate, MoveError, Sent};
 use godwit_qemu::Machine;
 use godwit_types::{Code, Generation, MigrationId, VmId};
 use tracing::{info, warn};
 
-use super::moves::{Ended, UNDO_WITHIN, runs};
+use super::moves::{Ended, runs};
 use super::record::{End, MachineRecord};
 use super::relays::MovePaths;
 use super::resume::forget_measured;
 use super::{Entry, LocalSite};
 use crate::error::Fault;
+
+/// How long the task of a move may take to end once its QEMU and its relay are gone.
+const FORCED_WITHIN: Duration = Duration::from_secs(10);
 
 /// Why a machine did not leave, and whether the source may still be needed.
 #[derive(Debug)]
@@ -124,8 +129,12 @@ impl LocalSite {
         super::relays::end_all_below(&MovePaths::of(&self.dirs.run, migration).dir).await;
         if let Some(moving) = &moving {
             moving.answer(DestinationFate::Dead);
-            if tokio::time::timeout(UNDO_WITHIN, self.ended(migration.id)).await.is_err() {
+            let ended = tokio::time::timeout(FORCED_WITHIN, self.ended(migration.id)).await;
+            if ended.is_err() {
+                // Nothing is left that it could do; who follows it is told so.
                 warn!(vm = %record.name, "the task of its move does not end");
+                let words = format!("the move of '{}' was ended by force", record.name);
+                moving.outcome.send_replace(Some(Err(Fault::conflict(words))));
             }
         }
         let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, migration).dir);
