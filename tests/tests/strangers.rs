@@ -73,7 +73,7 @@ fn a_revoked_site_is_cut_off_and_comes_back_only_with_a_new_token() {
         let words = cloud.refused(&args, 5);
         assert!(words.contains("site 'cafe' was revoked"), "{words}");
     }
-    let _ = cloud.refused(&["vm", "create", "--image", "tiny", "--name", "b", "--site", "cafe"], 1);
+    let _ = cloud.refused(&["vm", "create", "--image", "tiny", "--name", "b", "--site", "cafe"], 5);
 
     // Neither its daemon's return nor the tokens that were made for it bring it back.
     cloud.kill(Daemon::Ap);
