@@ -318,6 +318,10 @@ impl<'a> Source<'a> {
                 // Before the answer: the driver takes QEMU to be on its way then.
                 self.tell_qemu().await?;
                 let _ = answer.send(accepted);
+                if self.reclaim {
+                    // Nothing more is sent.
+                    return Ok(false);
+                }
             }
             Event::Connected(stream) => {
                 if self.main.is_none() {
@@ -478,6 +482,17 @@ impl<'a> Source<'a> {
     async fn reclaim(&mut self, listener: &UnixListener) -> Result<Outcome, RelayError> {
         let mut said = self.core.released();
         while self.main.is_some() {
+            // Its end may have come before the reclaim: QEMU says no more then.
+            if self.core.stream_ended() && !said {
+                if !self.core.released() {
+                    let mut shut = Vec::new();
+                    ReturnMessage::Shut(0).encode(&mut shut);
+                    if let Some(main) = &mut self.main {
+                        main.write(&shut, "ending QEMU's migration").await?;
+                    }
+                }
+                said = true;
+            }
             tokio::select! {
                 bytes = read_some(&mut self.preempt, "draining QEMU's preempt channel") => {
                     if bytes?.is_empty() {
@@ -497,16 +512,6 @@ impl<'a> Source<'a> {
                         self.drain(&bytes).await?;
                     }
                 }
-            }
-            if self.core.stream_ended() && !said {
-                if !self.core.released() {
-                    let mut shut = Vec::new();
-                    ReturnMessage::Shut(0).encode(&mut shut);
-                    if let Some(main) = &mut self.main {
-                        main.write(&shut, "ending QEMU's migration").await?;
-                    }
-                }
-                said = true;
             }
         }
         // Without a main channel QEMU never began, or has ended in good order.
