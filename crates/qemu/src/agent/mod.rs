@@ -179,8 +179,8 @@ impl Agent {
         self.ask("guest-ping", Value::Null, within).await.map(drop)
     }
 
-    /// Waits until the agent answers, and stays in step with it for what is to be done first
-    /// then: a question of its own costs an emulated guest tens of milliseconds. `command` names
+    /// Waits until the agent answers now, however recently it did, and stays in step with it for
+    /// what is to be done first then: a question of its own costs an emulated guest tens of milliseconds. `command` names
     /// what it is for.
     ///
     /// # Errors
@@ -190,7 +190,8 @@ impl Agent {
         command: &str,
         within: Duration,
     ) -> Result<AgentSession<'_>, AgentError> {
-        match tokio::time::timeout(within, self.session(command)).await {
+        let answered = async { self.flushed(self.one.lock().await, command).await };
+        match tokio::time::timeout(within, answered).await {
             Ok(session) => session,
             Err(_) => Err(AgentError::TimedOut { command: command.to_owned(), within }),
         }
@@ -279,12 +280,21 @@ impl Agent {
 
     /// Brings the channel in step with the guest, for `command`.
     async fn session(&self, command: &str) -> Result<AgentSession<'_>, AgentError> {
-        let io = |source| AgentError::Io { command: command.to_owned(), source };
-        let mut session = AgentSession { channel: self.one.lock().await };
-        let answered = session.channel.in_step;
-        if answered.is_some_and(|at| at.elapsed() < IN_STEP_FOR) {
-            return Ok(session);
+        let channel = self.one.lock().await;
+        if channel.in_step.is_some_and(|at| at.elapsed() < IN_STEP_FOR) {
+            return Ok(AgentSession { channel });
         }
+        self.flushed(channel, command).await
+    }
+
+    /// As [`Agent::session`], by an answer of the guest's.
+    async fn flushed<'a>(
+        &self,
+        channel: tokio::sync::MutexGuard<'a, Channel>,
+        command: &str,
+    ) -> Result<AgentSession<'a>, AgentError> {
+        let io = |source| AgentError::Io { command: command.to_owned(), source };
+        let mut session = AgentSession { channel };
         session.channel.in_step = None;
         if session.channel.wire.is_some() && session.flush().await.is_ok() {
             return Ok(session);
