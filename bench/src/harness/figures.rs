@@ -341,7 +341,7 @@ mod tests {
         assert_eq!(page.matches("### Moving").count(), 1);
         let whole =
             "a\n<!-- figures: written by `godwit-bench spec` -->\nold\n<!-- end of figures -->\nb";
-        let whole = within(whole, &page).unwrap();
+        let whole = within(whole, &page).expect("marks");
         assert!(whole.starts_with("a\n") && whole.ends_with("\nb") && whole.contains(&page));
         assert!(!whole.contains("old"));
         assert_eq!(within("no marks", &page), None);
