@@ -71,7 +71,8 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     // Both relays share this host's clock, and found that out.
     let clock = report.clock.expect("the clocks were compared");
     assert!(clock.offset_ms == 0.0 && clock.bound_ms == 0.0, "{clock:?}");
-    assert!(report.pages.data > 0 && report.pages.requests > 0, "{:?}", report.pages);
+    // Whether any page had to be asked for is up to the guest.
+    assert!(report.pages.data > 0, "{:?}", report.pages);
     assert!(report.pages.waited_ms >= report.pages.longest_wait_ms, "{:?}", report.pages);
 
     assert_eq!(sh(&target, "echo 3 > /proc/sys/vm/drop_caches; md5sum < /data/ballast").await, sum);
