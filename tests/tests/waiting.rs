@@ -6,7 +6,7 @@ use std::time::Duration;
 use godwit_tests::{Answer, Body, Cloud, Daemon, pause, resume, within};
 
 /// How long anything may take that does not need the site that is stopped.
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(15);
 
 fn pid(cloud: &Cloud, which: Daemon) -> i32 {
     let path = cloud.site_dir(which).join("run/daemon.pid");

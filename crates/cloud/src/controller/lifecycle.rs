@@ -128,7 +128,6 @@ impl Controller {
             None => format!("boot '{name}' from image '{}' at {}", shape.image, placed.site),
         };
         self.once(shape.substrate.as_ref())?;
-        self.once(shape.substrate.as_ref())?;
         if mode == Mode::DryRun {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
         }

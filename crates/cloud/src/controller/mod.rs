@@ -233,7 +233,10 @@ impl Controller {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(name.clone(), host.clone());
-        self.take_over(&host, &report).await?;
+        if let Err(f) = self.take_over(&host, &report).await {
+            self.detach(&host);
+            return Err(f);
+        }
         self.sites.changes.send_modify(|n| *n += 1);
         tracing::info!(site = %name, "attached");
         Ok(())

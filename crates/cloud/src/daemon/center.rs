@@ -9,7 +9,7 @@ use axum_server::Handle;
 use godwit_transfer::keys::TokenInfo;
 use godwit_transfer::{
     Authority, Endpoint, EndpointOptions, Fault as LinkFault, KeyError, PATIENCE, Peer, Renewal,
-    Revocations, Router, Trust, unix_now,
+    Revocations, Router, unix_now,
 };
 use godwit_types::{Code, Name, SiteKind};
 use tokio_util::sync::CancellationToken;
@@ -259,6 +259,7 @@ async fn serve_api(
 async fn welcome(endpoint: Endpoint, controller: Arc<Controller>, authority: Arc<Authority>) {
     while let Some(link) = endpoint.accept().await {
         let (controller, trust) = (controller.clone(), endpoint.trust().clone());
+        let known = authority.clone();
         let own = endpoint.identity();
         if link.peer().kind == SiteKind::Center || link.peer().name == *own.name() {
             let peer = link.peer();
@@ -270,7 +271,7 @@ async fn welcome(endpoint: Endpoint, controller: Arc<Controller>, authority: Arc
         tokio::spawn(async move {
             let kind = link.peer().kind;
             let site: Arc<dyn SiteHost> = Arc::new(RemoteSite::new(link.clone()));
-            readmit(&controller, &trust, link.peer());
+            readmit(&controller, &known, link.peer());
             match controller.attach(site.clone(), kind).await {
                 Ok(()) => {
                     // Read after it is attached, so that no later list misses it.
@@ -344,9 +345,22 @@ async fn keep_certificate(endpoint: Endpoint, authority: Arc<Authority>, dir: Pa
 
 /// A site that was revoked and shows a good certificate has joined anew, with a token that was
 /// made for it since.
-fn readmit(controller: &Controller, trust: &Trust, peer: &Peer) {
+///
+/// A certificate that this authority does not know (it was restored from a copy) proves no such
+/// thing; that of a site in good standing is entered, so that a revocation finds it.
+fn readmit(controller: &Controller, authority: &Authority, peer: &Peer) {
     let revoked = controller.registry().site(&peer.name).is_ok_and(|s| s.revoked);
-    if !revoked || trust.is_revoked(&peer.serial) {
+    if authority.trust().is_revoked(&peer.serial) {
+        return;
+    }
+    if !revoked {
+        if let Err(error) = authority.enter(peer) {
+            tracing::error!(site = %peer.name, %error, "its certificate is not entered");
+        }
+        return;
+    }
+    if !authority.knows(&peer.serial) {
+        tracing::warn!(site = %peer.name, "revoked, and its certificate is not known here");
         return;
     }
     tracing::info!(site = %peer.name, "a revoked site has joined anew");

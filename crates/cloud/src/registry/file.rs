@@ -209,7 +209,13 @@ impl Writer {
                 queue.writing = true;
                 std::mem::take(&mut queue.jobs)
             };
-            match self.commit(&jobs) {
+            // A writer that is gone would leave everybody waiting.
+            let done =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.commit(&jobs)))
+                    .unwrap_or_else(|_| {
+                        Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)))
+                    });
+            match done {
                 Ok(()) => self.succeeded(jobs),
                 Err(e) => self.failed(jobs, &e),
             }

@@ -70,7 +70,7 @@ pub(crate) fn tidy(text: &mut String, limit: usize) {
 }
 
 /// A failure as a site tells it.
-pub(super) fn fault(mut f: Fault) -> Fault {
+pub(crate) fn fault(mut f: Fault) -> Fault {
     tidy(&mut f.message, MAX_TEXT);
     if let Some(hint) = &mut f.hint {
         tidy(hint, MAX_TEXT);
@@ -148,7 +148,8 @@ fn machine(m: &mut MachineStatus) {
     }
 }
 
-fn substrate(s: &mut SubstrateInfo) -> Result<(), Fault> {
+/// What a site says of a substrate, within its bounds.
+pub(crate) fn substrate(s: &mut SubstrateInfo) -> Result<(), Fault> {
     size("the size of a substrate", s.raw_bytes, MAX_BYTES)?;
     size("the stored size of a substrate", s.stored_bytes, MAX_BYTES)?;
     // One from the future would be new for as long as it likes.

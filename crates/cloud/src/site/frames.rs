@@ -22,6 +22,9 @@ const MAX_FRAME: usize = 1 << 20;
 /// Bytes in the frames made here.
 const FRAME: usize = 256 << 10;
 /// Bytes in the longest failure.
+/// How long a site may be silent in the midst of a stream: it reads a whole substrate before it sends
+/// the first byte.
+const SILENCE: std::time::Duration = std::time::Duration::from_secs(300);
 const MAX_FAULT: usize = 64 << 10;
 const FAILED: u32 = u32::MAX;
 
@@ -124,7 +127,10 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
                 }
                 let text = self.take_many(text).await?;
                 Err(match serde_json::from_slice::<Fault>(&text) {
-                    Ok(f) => Fault { message: format!("site '{}': {}", self.site, f.message), ..f },
+                    Ok(f) => {
+                        let f = super::bounds::fault(f);
+                        Fault { message: format!("site '{}': {}", self.site, f.message), ..f }
+                    }
                     Err(_) => self.bad("gave up and does not say why"),
                 })
             }
@@ -140,16 +146,20 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
 
     async fn take<const N: usize>(&mut self) -> Result<[u8; N], Fault> {
         let mut out = [0; N];
-        let read = self.from.read_exact(&mut out).await;
-        read.map_err(|e| self.cut(&e))?;
+        self.fill(&mut out).await?;
         Ok(out)
     }
 
     async fn take_many(&mut self, n: usize) -> Result<Vec<u8>, Fault> {
         let mut out = vec![0; n];
-        let read = self.from.read_exact(&mut out).await;
-        read.map_err(|e| self.cut(&e))?;
+        self.fill(&mut out).await?;
         Ok(out)
+    }
+
+    async fn fill(&mut self, out: &mut [u8]) -> Result<(), Fault> {
+        let read = tokio::time::timeout(SILENCE, self.from.read_exact(out)).await;
+        let silent = |_| Err(std::io::ErrorKind::TimedOut.into());
+        read.unwrap_or_else(silent).map(drop).map_err(|e| self.cut(&e))
     }
 
     fn cut(&self, e: &std::io::Error) -> Fault {

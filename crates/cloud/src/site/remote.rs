@@ -141,10 +141,17 @@ impl SiteHost for RemoteSite {
         let (mut to, mut from) = self.lane(LaneKind::Steering).await?.split();
         send_message(&mut to, &request).await.map_err(|f| self.away(f))?;
         let measured = matches!(request, SiteRequest::Report);
+        // What must not be asked twice is not told as something that may be.
+        let once = matches!(request, SiteRequest::VmExec { .. });
+        let lost = |f: Fault| {
+            let words =
+                || format!("the answer was lost, the program may have started: {}", f.message);
+            if once { Fault::internal(words()) } else { f }
+        };
         let mut told = false;
         loop {
             let event = tokio::select! {
-                event = recv_message::<SiteEvent>(&mut from) => event.map_err(|f| self.away(f))?,
+                event = recv_message::<SiteEvent>(&mut from) => event.map_err(|f| self.away(lost(f)))?,
                 () = call.cancel.cancelled(), if !told => {
                     told = true;
                     to.send(CANCEL).await.map_err(|e| self.away(Fault::of(&e)))?;

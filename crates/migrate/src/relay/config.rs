@@ -45,6 +45,9 @@ pub struct RelayConfig {
     /// Certificates that are no longer good.
     #[serde(default)]
     pub revoked: Revocations,
+    /// Where the daemon keeps the newest list of them; read again while the relay works.
+    #[serde(default)]
+    pub revoked_file: Option<PathBuf>,
     /// Milliseconds of silence after which the link is given up
     /// ([`godwit_transfer::EndpointOptions::max_idle`]).
     #[serde(default = "usual_patience")]

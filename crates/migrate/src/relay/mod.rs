@@ -39,13 +39,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_disk::{NbdServer, RemoteDisk};
-use godwit_transfer::{Endpoint, EndpointOptions, Identity, Trust};
+use godwit_transfer::{Endpoint, EndpointOptions, Identity, Revocations, Trust};
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 /// How long a relay that has ended waits for its daemon to read the final status.
 const LINGER: Duration = Duration::from_secs(600);
+/// How often the list of revoked certificates is read again.
+const READ_REVOKED_EVERY: Duration = Duration::from_secs(2);
 
 /// Runs one relay from its start to [`RelayCommand::Finish`] (or ten minutes after its end).
 /// The final status tells how the migration ended; it is also returned.
@@ -65,8 +67,9 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
         RelayRole::Source { .. } => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
     };
     let options = EndpointOptions::patient(Duration::from_millis(config.link_patience_ms));
-    let endpoint = Endpoint::bind(address, identity, trust, options)
+    let endpoint = Endpoint::bind(address, identity, trust.clone(), options)
         .map_err(|source| RelayError::Link { peer: config.peer.to_string(), source })?;
+    let _revocations = config.revoked_file.clone().map(|file| follow_revocations(trust, file));
 
     let control = listen(&config.control, "listening for the daemon on")?;
     let (status_tx, status) = watch::channel(RelayStatus::new(config.migration));
@@ -119,6 +122,35 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     let _ = std::fs::remove_file(&config.control);
     let last = status.borrow().clone();
     Ok(last)
+}
+
+/// Takes newer lists of revoked certificates over while the relay works: the link to a peer that
+/// one of them names is closed. A list counts only with the authority's signature.
+fn follow_revocations(trust: Trust, file: std::path::PathBuf) -> AbortOnDrop {
+    AbortOnDrop(
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(READ_REVOKED_EVERY).await;
+                let taken = Revocations::load(&file)
+                    .and_then(|list| if list.number == 0 { Ok(false) } else { trust.revoke(list) });
+                match taken {
+                    Ok(true) => tracing::info!("a newer list of revoked certificates"),
+                    Ok(false) => {}
+                    Err(error) => tracing::warn!(%error, "a list of revoked certificates"),
+                }
+            }
+        })
+        .abort_handle(),
+    )
+}
+
+/// Ends a task with its owner.
+struct AbortOnDrop(tokio::task::AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// The destination's block device.

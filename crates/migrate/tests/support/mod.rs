@@ -148,6 +148,7 @@ impl Place {
             peer: name(peer),
             keys: self.path(keys),
             revoked: Default::default(),
+            revoked_file: None,
             link_patience_ms: 30_000,
             control: self.path(&format!("{end}.ctl")),
             qemu: self.path(&format!("{end}.qemu")),

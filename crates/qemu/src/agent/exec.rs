@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -75,9 +76,9 @@ impl ExecOutput {
         self.exit == Some(0)
     }
 
-    fn of(status: &Value) -> Option<Self> {
-        let mut truncated = status["out-truncated"] == true || status["err-truncated"] == true;
-        let mut bytes = |key: &str| match status[key].as_str() {
+    fn of(status: Status) -> Option<Self> {
+        let mut truncated = status.out_truncated || status.err_truncated;
+        let mut bytes = |text: Option<String>| match text {
             None => Some(Vec::new()),
             Some(text) => BASE64_STANDARD.decode(text).ok().map(|mut b| {
                 truncated |= b.len() > Self::MAX_BYTES;
@@ -85,10 +86,34 @@ impl ExecOutput {
                 b
             }),
         };
-        let (stdout, stderr) = (bytes("out-data")?, bytes("err-data")?);
-        let (exit, signal) = (status["exitcode"].as_i64(), status["signal"].as_i64());
-        Some(Self { exit, signal, stdout, stderr, truncated })
+        let (stdout, stderr) = (bytes(status.out_data)?, bytes(status.err_data)?);
+        Some(Self { exit: status.exitcode, signal: status.signal, stdout, stderr, truncated })
     }
+}
+
+/// The agent's answer about a program. What else is in it takes no memory.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+struct Status {
+    exited: bool,
+    exitcode: Option<i64>,
+    signal: Option<i64>,
+    out_data: Option<String>,
+    err_data: Option<String>,
+    out_truncated: bool,
+    err_truncated: bool,
+}
+
+#[derive(Deserialize)]
+struct StatusAnswer {
+    #[serde(rename = "return")]
+    done: Option<Status>,
+    error: Option<Refusal>,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    desc: String,
 }
 
 impl Agent {
@@ -267,13 +292,18 @@ impl AgentSession<'_> {
 
     /// What the program did; `None` while it runs.
     async fn status(&mut self, pid: u64) -> Result<Option<ExecOutput>, AgentError> {
-        let status = self.ask("guest-exec-status", &json!({ "pid": pid })).await?;
-        if status["exited"] != true {
+        const COMMAND: &str = "guest-exec-status";
+        let bad = |why| AgentError::Answer { command: COMMAND.to_owned(), why };
+        let line = self.exchange(COMMAND, &json!({ "pid": pid })).await?;
+        let answer: StatusAnswer =
+            serde_json::from_slice(&line).map_err(|_| bad("it is no status of a program"))?;
+        if let Some(refusal) = answer.error {
+            return Err(super::refused(COMMAND, &refusal.desc));
+        }
+        let status = answer.done.ok_or_else(|| bad("it has no return value"))?;
+        if !status.exited {
             return Ok(None);
         }
-        ExecOutput::of(&status).map(Some).ok_or_else(|| AgentError::Answer {
-            command: "guest-exec-status".into(),
-            why: "output that is not base64",
-        })
+        ExecOutput::of(status).map(Some).ok_or_else(|| bad("output that is not base64"))
     }
 }

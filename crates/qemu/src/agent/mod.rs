@@ -41,6 +41,8 @@ const FLUSH_SLOW: Duration = Duration::from_secs(10);
 const IN_STEP_FOR: Duration = Duration::from_millis(500);
 /// How soon a command that is not answered when it is obeyed would be refused.
 const REFUSED_WITHIN: Duration = Duration::from_secs(2);
+/// Longest answer to a question other than for a program's output, in bytes.
+const MAX_ANSWER: usize = 256 << 10;
 /// The agent's frame mark: never part of UTF-8.
 const MARK: u8 = 0xff;
 
@@ -347,8 +349,22 @@ impl AgentSession<'_> {
     }
 
     async fn ask(&mut self, command: &str, arguments: &Value) -> Result<Value, AgentError> {
-        let io = |source| AgentError::Io { command: command.to_owned(), source };
         let bad = |why| AgentError::Answer { command: command.to_owned(), why };
+        let line = self.exchange(command, arguments).await?;
+        // What a guest sends takes many times its length once it is parsed.
+        if line.len() > MAX_ANSWER {
+            return Err(bad("it is too long"));
+        }
+        let answer: Value = serde_json::from_slice(&line).map_err(|_| bad("it is not JSON"))?;
+        if let Some(desc) = answer["error"]["desc"].as_str() {
+            return Err(refused(command, desc));
+        }
+        answer.get("return").cloned().ok_or_else(|| bad("it has no return value"))
+    }
+
+    /// Asks, and gives the line that came.
+    async fn exchange(&mut self, command: &str, arguments: &Value) -> Result<Vec<u8>, AgentError> {
+        let io = |source| AgentError::Io { command: command.to_owned(), source };
         let mut ask = json!({ "execute": command });
         if !arguments.is_null() {
             ask["arguments"] = arguments.clone();
@@ -362,13 +378,13 @@ impl AgentSession<'_> {
         stream.write_all(&line).await.map_err(io)?;
         let line = next_line(stream, frames).await.map_err(io)?;
         *in_step = Some(Instant::now());
-        let answer: Value = serde_json::from_slice(&line).map_err(|_| bad("it is not JSON"))?;
-        if let Some(desc) = answer["error"]["desc"].as_str() {
-            let desc = desc.chars().filter(|c| !c.is_control()).take(300).collect();
-            return Err(AgentError::Refused { command: command.to_owned(), desc });
-        }
-        answer.get("return").cloned().ok_or_else(|| bad("it has no return value"))
+        Ok(line)
     }
+}
+
+fn refused(command: &str, desc: &str) -> AgentError {
+    let desc = desc.chars().filter(|c| !c.is_control()).take(300).collect();
+    AgentError::Refused { command: command.to_owned(), desc }
 }
 
 /// Whether vCPUs are to be used by the guest.

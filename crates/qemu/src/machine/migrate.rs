@@ -377,6 +377,17 @@ impl Machine {
         self.inner.qmp.newest_event(|e| (e.name == name).then_some(())).is_some()
     }
 
+    /// Whether the newest of QEMU's words on it is that it runs, not that it stands still.
+    #[must_use]
+    pub fn last_resumed(&self) -> bool {
+        let newest = self.inner.qmp.newest_event(|e| match e.name.as_str() {
+            "RESUME" => Some(true),
+            "STOP" => Some(false),
+            _ => None,
+        });
+        newest == Some(true)
+    }
+
     /// Whether its guest has powered itself off, as QEMU has told since it was connected to.
     #[must_use]
     pub fn has_powered_off(&self) -> bool {

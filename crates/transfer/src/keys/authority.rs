@@ -43,7 +43,7 @@ const CLOCK_SLACK: u64 = 86_400;
 const KEEP_TOKENS: u64 = 30 * 86_400;
 /// How many good certificates a site may have at once; renewed at a third of their life it has
 /// three or four.
-const MAX_LIVE: usize = 16;
+const MAX_RECENT: usize = 16;
 /// The longest certificate request in bytes.
 const MAX_REQUEST: usize = 8 << 10;
 
@@ -392,7 +392,7 @@ impl Authority {
     /// one stays good until its end.
     ///
     /// # Errors
-    /// As [`Authority::issue`]; a site that has [`MAX_LIVE`] good ones gets no more.
+    /// As [`Authority::issue`]; a site that was given [`MAX_RECENT`] within a day has to wait.
     pub fn renew(&self, peer: &Peer, csr: &[u8]) -> Result<Vec<u8>, KeyError> {
         let (public_key, _) = parse_request(csr)?;
         let now = unix_now();
@@ -404,11 +404,39 @@ impl Authority {
         if now >= peer.not_after {
             return Err(KeyError::BadRequest { why: "the present certificate has ended" });
         }
-        let live = state.issued.iter().filter(|i| i.name == peer.name && i.not_after > now);
-        if live.count() >= MAX_LIVE {
-            return Err(KeyError::BadRequest { why: "the site has too many that are good" });
+        // Its rate is bounded, not how many are good: one that cannot keep what it was given must
+        // not be locked out by its own tries.
+        let since = now.saturating_add(self.life).saturating_sub(86_400.min(self.life / 4));
+        let recent = state.issued.iter().filter(|i| i.name == peer.name && i.not_after > since);
+        if recent.count() >= MAX_RECENT {
+            return Err(KeyError::BadRequest { why: "the site was given too many of late" });
         }
         self.issue_entered(&mut state, &public_key, &peer.name, peer.kind, self.life)
+    }
+
+    /// Whether the authority knows that it made the certificate with this number.
+    #[must_use]
+    pub fn knows(&self, serial: &Serial) -> bool {
+        self.lock().issued.iter().any(|i| i.serial == *serial)
+    }
+
+    /// Enters the certificate that a peer has shown, so that a revocation of its site covers it:
+    /// an authority that was restored from a copy does not know what it made since.
+    ///
+    /// # Errors
+    /// [`KeyError::File`].
+    pub fn enter(&self, peer: &Peer) -> Result<(), KeyError> {
+        let mut state = self.lock();
+        if state.issued.iter().any(|i| i.serial == peer.serial) {
+            return Ok(());
+        }
+        state.issued.push(Issued {
+            serial: peer.serial.clone(),
+            name: peer.name.clone(),
+            kind: peer.kind,
+            not_after: peer.not_after,
+        });
+        self.save(&state)
     }
 
     /// The identity of the center itself: loaded from `dir`, or made there, or renewed when it is

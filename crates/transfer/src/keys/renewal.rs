@@ -17,6 +17,8 @@ const LONGEST_S: u64 = 3600;
 /// The renewal of one certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Renewal {
+    /// One that is not good yet was made by a clock that was ahead, and is of no use.
+    begins: u64,
     due: u64,
     ends: u64,
 }
@@ -26,18 +28,25 @@ impl Renewal {
     #[must_use]
     pub const fn of(me: &Peer) -> Self {
         let life = me.not_after.saturating_sub(me.not_before);
-        Self { due: me.not_before.saturating_add(life / 3), ends: me.not_after }
+        Self {
+            begins: me.not_before,
+            due: me.not_before.saturating_add(life / 3),
+            ends: me.not_after,
+        }
     }
 
     /// Whether it is to be asked for at `now` (seconds since 1970).
     #[must_use]
     pub const fn is_due(&self, now: u64) -> bool {
-        now >= self.due
+        now >= self.due || now < self.begins
     }
 
     /// How long to wait until the next look.
     #[must_use]
     pub fn wait(&self, now: u64) -> Duration {
+        if self.is_due(now) {
+            return Duration::ZERO;
+        }
         Duration::from_secs(self.due.saturating_sub(now).min(LONGEST_S))
     }
 
@@ -45,6 +54,7 @@ impl Renewal {
     pub fn failed(&mut self, now: u64) {
         let pause = (self.ends.saturating_sub(now) / 30).clamp(1, LONGEST_S);
         self.due = now.saturating_add(pause);
+        self.begins = 0;
     }
 }
 
@@ -70,6 +80,8 @@ mod tests {
         assert_eq!(r.wait(1030 * DAY - 10), Duration::from_secs(10));
         assert_eq!(r.wait(1000 * DAY), Duration::from_secs(3600), "clocks are set, hosts sleep");
         assert!(r.is_due(1030 * DAY));
+        // It was made by a clock that was a month ahead.
+        assert!(r.is_due(970 * DAY) && r.wait(970 * DAY) == Duration::ZERO);
         // The center is away until shortly before the end.
         let mut now = 1030 * DAY;
         let mut tries = 0u64;

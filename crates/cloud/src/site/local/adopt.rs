@@ -26,6 +26,10 @@ use super::{Entry, LocalSite};
 use crate::error::{Fault, chain};
 use crate::site::UNKNOWN_GENERATION;
 
+/// How long a machine in a move may take to be adopted before the site serves without it.
+const ADOPT_WITHIN: Duration = Duration::from_secs(20);
+/// The pause between two tries to adopt one that answers nobody.
+const ADOPT_AGAIN: Duration = Duration::from_secs(2);
 /// The pause between two tries to let a machine run on.
 const RUN_ON_AGAIN: Duration = Duration::from_secs(1);
 
@@ -84,12 +88,22 @@ impl LocalSite {
             }
             Some(Unfinished::Docking { .. }) | None => {}
         }
-        let machine = match Machine::adopt(&self.dirs.vm_run(vm)).await {
-            Ok(m) => Some(m),
-            Err(e) => {
+        let run = self.dirs.vm_run(vm);
+        let moves = record.migration.is_some() && Machine::recorded(&run).is_some();
+        let adopted = if moves {
+            // One that waits for a page of its memory answers nobody until it has come.
+            tokio::time::timeout(ADOPT_WITHIN, Machine::adopt(&run)).await.ok()
+        } else {
+            Some(Machine::adopt(&run).await)
+        };
+        let silent = moves && !matches!(adopted, Some(Ok(_)));
+        let machine = match adopted {
+            Some(Ok(m)) => Some(m),
+            Some(Err(e)) => {
                 tracing::debug!(vm = %record.name, error = %chain(&e), "not running");
                 None
             }
+            None => None,
         };
         if let Below::Substrate(id) = record.below {
             self.pool.note_clone(id, vm);
@@ -101,7 +115,11 @@ impl LocalSite {
         let entry = Entry::new(record.clone(), machine.clone());
         self.machines.write().await.insert(vm, Arc::new(Mutex::new(entry)));
         let Some(machine) = machine else {
-            self.find_again(record, None).await;
+            if silent {
+                self.adopt_later(record);
+            } else {
+                self.find_again(record, None).await;
+            }
             return Ok(());
         };
         tracing::info!(vm = %record.name, pid = machine.process().pid, "adopted");
@@ -111,6 +129,32 @@ impl LocalSite {
             self.find_again(record, Some(machine)).await;
         }
         Ok(())
+    }
+
+    /// Adopts a machine in a move once its QEMU answers, or finds it gone.
+    fn adopt_later(self: &Arc<Self>, record: MachineRecord) {
+        let me = Arc::clone(self);
+        tokio::spawn(async move {
+            let run = me.dirs.vm_run(record.vm);
+            while Machine::recorded(&run).is_some() {
+                let Ok(machine) = Machine::adopt(&run).await else {
+                    tokio::time::sleep(ADOPT_AGAIN).await;
+                    continue;
+                };
+                let Ok(entry) = me.entry(record.vm).await else { return };
+                let now = {
+                    let mut e = entry.lock().await;
+                    if e.machine.is_some() || e.record.migration.is_none() {
+                        return;
+                    }
+                    e.machine = Some(machine.clone());
+                    e.record.clone()
+                };
+                tracing::info!(vm = %record.name, "adopted late");
+                return me.find_again(now, Some(machine)).await;
+            }
+            me.find_again(record, None).await;
+        });
     }
 
     fn has_substrate(&self, id: SubstrateId) -> bool {

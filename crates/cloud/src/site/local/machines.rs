@@ -420,6 +420,8 @@ impl LocalSite {
             }
             e.machine = None;
         }
+        // One that could not be adopted yet.
+        self.end_strays(vm).await;
         remove_file(&self.dirs.vm_memory(vm))
     }
 
@@ -623,9 +625,12 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// In which life a machine's QEMU is, if it has one.
 async fn life_of(e: &Entry) -> Option<Life> {
     let m = e.machine.as_ref()?;
+    // Nobody takes a source that stands still and is silent for one that runs.
+    let leaves = e.record.migration.as_ref().is_some_and(|m| m.end == End::Source);
+    let silent = if leaves { Life::Leaving } else { Life::Running };
     match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
         Ok(Ok(life)) => Some(life),
-        Ok(Err(_)) | Err(_) => Some(Life::Running),
+        Ok(Err(_)) | Err(_) => Some(silent),
     }
 }
 

@@ -300,10 +300,14 @@ impl LocalSite {
     /// Takes the center's list of revoked certificates. It counts at once, also when it cannot be
     /// kept for the next daemon.
     fn take_revocations(&self, list: Revocations) -> Result<(), Fault> {
-        if !self.trust.revoke(list.clone()).map_err(|e| Fault::of(&e))? {
+        let newer = self.trust.revoke(list.clone()).map_err(|e| Fault::of(&e))?;
+        if list.number < self.trust.revocations().number {
             return Ok(());
         }
-        tracing::info!(number = list.number, "a newer list of revoked certificates");
+        if newer {
+            tracing::info!(number = list.number, "a newer list of revoked certificates");
+        }
+        // Relays read it there. The center's own site shares its list, and has it without being told.
         list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))
     }
 

@@ -371,12 +371,21 @@ impl LocalSite {
         let mut e = entry.lock().await;
         let dir = self.dirs.vm(record.vm);
         let mid = dir.join(MID);
+        let before = e.record.clone();
         if mid.exists() {
             e.record.below = Below::Mid;
-            godwit_disk::MidLayer::forget(&mid).map_err(coded)?;
         }
         e.record.migration = None;
-        e.record.save(&dir)?;
+        if let Err(f) = e.record.save(&dir) {
+            e.record = before;
+            return Err(f);
+        }
+        // Only then: without the record's word a layer that has no list of what came looks empty.
+        if mid.exists()
+            && let Err(error) = godwit_disk::MidLayer::forget(&mid)
+        {
+            warn!(vm = %record.name, %error, "the list of what came stays beside the layer");
+        }
         forget_measured(&dir);
         if let Ok(paths) = self.move_paths(record) {
             let _ = std::fs::remove_dir_all(&paths.dir);
@@ -420,7 +429,10 @@ impl LocalSite {
             Self::steady(&e.record)?;
             let machine = super::running(&e)?.clone();
             e.record.migration = Some(Migration::new(to.migration, End::Source, to.peer.clone()));
-            e.record.save(&self.dirs.vm(vm))?;
+            if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
+                e.record.migration = None;
+                return Err(f);
+            }
             (e.record.clone(), machine)
         };
         let moving = self.enter_move(to.migration, vm);
@@ -547,8 +559,27 @@ impl LocalSite {
         dead: bool,
     ) -> Result<(), Fault> {
         let fate = if dead { DestinationFate::Dead } else { DestinationFate::Runs };
-        if self.moving(id).is_some_and(|m| m.answer(fate)) {
+        let moving = self.moving(id);
+        if moving.as_ref().is_some_and(|m| m.answer(fate)) {
             return Ok(());
+        }
+        if let Some(m) = moving.filter(|m| dead && m.outcome.borrow().is_none()) {
+            // Its driver lives and has not noticed yet. It brings the machine back, nobody else.
+            m.lost.send_replace(Some("its destination is gone".into()));
+            let (mut asking, mut ended) = (m.asking.subscribe(), m.outcome.subscribe());
+            let heard = async {
+                tokio::select! {
+                    _ = asking.wait_for(|asks| *asks) => {}
+                    _ = ended.wait_for(Option::is_some) => {}
+                }
+            };
+            let _ = tokio::time::timeout(UNDO_WITHIN, heard).await;
+            if m.answer(fate) || m.outcome.borrow().is_some() {
+                return Ok(());
+            }
+            return Err(Fault::unavailable(
+                "the source of that move does not ask yet where the machine runs",
+            ));
         }
         if dead {
             return self.reclaim(id).await;
@@ -630,7 +661,7 @@ pub(super) async fn runs(machine: Option<&Machine>) -> bool {
     let Some(m) = machine else { return false };
     match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
         Ok(Ok(life)) => life == Life::Running,
-        Ok(Err(_)) | Err(_) => m.has_reported("RESUME"),
+        Ok(Err(_)) | Err(_) => m.last_resumed(),
     }
 }
 

@@ -86,9 +86,15 @@ impl LocalSite {
 
     /// A machine never ran here: nothing of it stays.
     pub(super) async fn undo_in(&self, record: &MachineRecord) {
-        if let Ok(entry) = self.entry(record.vm).await {
-            let machine = entry.lock().await.machine.take();
-            if let Some(m) = machine {
+        let Ok(entry) = self.entry(record.vm).await else { return };
+        {
+            let mut e = entry.lock().await;
+            let id = |r: &MachineRecord| r.migration.as_ref().map(|m| m.id);
+            if id(&e.record) != id(record) {
+                // It has come back by another move since.
+                return;
+            }
+            if let Some(m) = e.machine.take() {
                 m.kill().await;
             }
         }

@@ -56,6 +56,7 @@ impl LocalSite {
             peer: migration.peer,
             keys: self.dirs.keys().join("identity"),
             revoked: (*self.trust.revocations()).clone(),
+            revoked_file: Some(self.dirs.revoked()),
             link_patience_ms: self.options.link_patience.as_millis() as u64,
             control: paths.control.clone(),
             qemu: paths.qemu.clone(),
@@ -128,6 +129,10 @@ impl LocalSite {
         let _ = tokio::time::timeout(RELAY_WITHIN, asked).await;
         let deadline = tokio::time::Instant::now() + END_WITHIN;
         while let Some(pid) = process_of(&paths.config) {
+            if tokio::time::Instant::now() >= deadline + END_WITHIN {
+                tracing::error!(pid, "a relay does not end even when it is killed");
+                return;
+            }
             if tokio::time::Instant::now() >= deadline {
                 tracing::warn!(pid, "a relay that does not end is killed");
                 if let Some(pid) = rustix::process::Pid::from_raw(pid) {

@@ -292,6 +292,10 @@ impl LocalSite {
             });
         };
         let (memory, why) = match &machine {
+            // One that waits for a page answers nobody, and is there.
+            None if Machine::recorded(&self.dirs.vm_run(vm)).is_some() => {
+                (MemoryStand::Partial, None)
+            }
             None => (MemoryStand::Gone, record.reason.clone()),
             Some(m) => self.memory_stand(m, migration.end).await,
         };

@@ -82,7 +82,7 @@ impl Tombs {
     /// When it cannot be written; it is not known then.
     pub(super) fn add(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
         let fail = |e: std::io::Error| Fault::io("writing", &self.path, &e);
-        let file = {
+        let (file, before) = {
             let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
             if inner.seen.get(&vm).is_some_and(|g| *g >= generation) {
                 return Ok(());
@@ -90,11 +90,18 @@ impl Tombs {
             // Over what an entry that did not fit has left.
             inner.file.write_all_at(&encode(vm, generation), inner.len).map_err(fail)?;
             inner.len += ENTRY as u64;
-            inner.seen.insert(vm, generation);
-            inner.file.try_clone().map_err(fail)?
+            let file = inner.file.try_clone().map_err(fail)?;
+            (file, inner.seen.insert(vm, generation))
         };
         // Several that leave at once are synced side by side.
-        file.sync_data().map_err(fail)
+        file.sync_data().map_err(|e| {
+            let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+            match before {
+                Some(before) => inner.seen.insert(vm, before),
+                None => inner.seen.remove(&vm),
+            };
+            fail(e)
+        })
     }
 }
 
