@@ -24,11 +24,12 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
-# The guests that system tests share are built once, by content, before the tests start; so is the
-# kernel fetched that schedulers are tested on.
+# The guests that system tests share are built once, by content, before the tests start; so are the
+# kernel fetched that schedulers are tested on and the QEMU whose states must fit ours.
 test: setup
 	cargo build --locked --workspace --all-targets
 	scripts/kernel
+	scripts/qemu trixie
 	target/debug/godwit image build tiny --local
 	cargo nextest run --locked --workspace --no-fail-fast
 
