@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::Request;
 use axum_server::accept::Accept;
-use futures::StreamExt;
+use hyper::body::{Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -155,26 +155,56 @@ pub(super) async fn impatient(request: Request) -> Request {
 }
 
 fn patient_for(body: Body, still: Duration) -> Body {
-    use axum::body::HttpBody;
     if body.is_end_stream() {
         return body;
     }
-    let pieces = futures::stream::unfold(Some(body.into_data_stream()), move |stream| async move {
-        let mut stream = stream?;
-        match tokio::time::timeout(still, stream.next()).await {
-            Ok(Some(piece)) => Some((piece.map_err(io::Error::other), Some(stream))),
-            Ok(None) => None,
-            Err(_) => {
-                let why = "the body of the request stood still for too long";
-                Some((Err(io::Error::new(io::ErrorKind::TimedOut, why)), None))
-            }
+    let pause = Box::pin(tokio::time::sleep(still));
+    Body::new(Patient { body, still, pause, waits: false })
+}
+
+/// A body whose next piece is waited for, but not for ever. How long it says it is stays known.
+struct Patient {
+    body: Body,
+    still: Duration,
+    pause: Pin<Box<tokio::time::Sleep>>,
+    waits: bool,
+}
+
+impl HttpBody for Patient {
+    type Data = axum::body::Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let me = &mut *self;
+        if let Poll::Ready(piece) = Pin::new(&mut me.body).poll_frame(cx) {
+            me.waits = false;
+            return Poll::Ready(piece.map(|piece| piece.map_err(io::Error::other)));
         }
-    });
-    Body::from_stream(pieces)
+        if !std::mem::replace(&mut me.waits, true) {
+            me.pause.as_mut().reset(tokio::time::Instant::now() + me.still);
+        }
+        me.pause.as_mut().poll(cx).map(|()| {
+            let why = "the body of the request stood still for too long";
+            Some(Err(io::Error::new(io::ErrorKind::TimedOut, why)))
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures::StreamExt;
+
     use super::*;
 
     #[test]
@@ -205,6 +235,8 @@ mod tests {
             futures::stream::iter([Ok::<_, io::Error>("x")]).chain(futures::stream::pending());
         let body = patient_for(Body::from_stream(stuck), BODY_STILL);
         let error = axum::body::to_bytes(body, 100).await.expect_err("stuck");
+        let long = patient_for(Body::from("xxxx"), BODY_STILL);
+        assert_eq!(long.size_hint().exact(), Some(4), "what is announced stays known");
         assert!(crate::error::chain(&error).contains("stood still"), "{error:?}");
     }
 }
