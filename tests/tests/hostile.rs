@@ -307,6 +307,32 @@ fn with_manifest(good: &[u8], change: impl Fn(&str) -> String) -> Vec<u8> {
 }
 
 #[test]
+fn a_substrate_of_another_qemu_is_refused_and_rebuilt() {
+    let cloud = Cloud::center_only();
+    let good = std::fs::read(cloud.substrate_archive()).unwrap();
+    let len = u32::from_le_bytes(good[6..10].try_into().unwrap()) as usize;
+    let manifest: Value = serde_json::from_slice(&good[10..10 + len]).unwrap();
+    let qemu = manifest.pointer("/machine/qemu").unwrap().as_str().unwrap();
+    // A patch of the same series would do.
+    let (was, is) = (format!("\"{qemu}\""), "\"9.2.4\"");
+    let file = cloud.file("old.gwsa");
+    std::fs::write(&file, with_manifest(&good, |m| m.replacen(&was, is, 1))).unwrap();
+    let _ = cloud.ok(&["substrate", "import", file.to_str().unwrap()]);
+    let old = cloud.ok(&["substrate", "get", "base"])["id"].as_str().unwrap().to_owned();
+    let words = cloud.refused(&["vm", "activate", "base", "--name", "a"], 5);
+    assert!(words.contains("qemu is \"9.2.4\" in the saved state"), "{words}");
+    assert!(words.contains("godwit substrate rebuild base"), "{words}");
+
+    let _ = cloud.ok(&["substrate", "rebuild", "base"]);
+    let new = cloud.ok(&["substrate", "get", "base"])["id"].as_str().unwrap().to_owned();
+    assert_ne!(new, old);
+    assert_eq!(cloud.ok(&["substrate", "list"]).as_array().unwrap().len(), 1);
+    assert_eq!(cloud.ok(&["vm", "list"]), json!([]));
+    let _ = cloud.ok(&["vm", "activate", "base", "--name", "a"]);
+    cloud.runs_at("a", "center");
+}
+
+#[test]
 fn a_substrate_of_another_machine_is_refused_by_the_field_that_differs() {
     let cloud = Cloud::center_only();
     let good = std::fs::read(cloud.substrate_archive()).unwrap();
