@@ -200,8 +200,13 @@ async fn convert(
     machine.kill().await;
     godwit_hold::at("dock.ended").await;
     if let MemorySource::Shared { path } = &launch.memory {
+        // As an idle one's, it goes to where others have to give way; else it is laid out when it is
+        // needed.
+        pool.make_room(substrate.id, substrate.sizes.memory_bytes);
         let sealed = pool.memory_path(substrate.id);
-        if let Err(error) = SealedMemory::hand_over(path, &pages, &sealed) {
+        if !pool.memory_fits(substrate.id) {
+            tracing::info!(id = %substrate.id, "memory file not taken over: it is over the budget");
+        } else if let Err(error) = SealedMemory::hand_over(path, &pages, &sealed) {
             tracing::info!(%error, "memory file not taken over; it is laid out at the first activation");
         }
     }
