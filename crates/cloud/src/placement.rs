@@ -65,6 +65,8 @@ pub enum Unfit {
     Unreachable,
     /// Not enough memory: needed, left.
     Memory(u64, u64),
+    /// Its memory is promised to other machines: needed, left.
+    Promised(u64, u64),
     /// Not enough tmpfs for the RAM file: needed, left.
     RamFiles(u64, u64),
     /// Not enough disk: needed, left.
@@ -80,6 +82,9 @@ impl fmt::Display for Unfit {
         match self {
             Self::Unreachable => f.write_str("does not answer"),
             Self::Memory(n, l) => write!(f, "needs {n} MiB of memory, has {l}"),
+            Self::Promised(n, l) => {
+                write!(f, "needs {n} MiB of memory, has {l} that nobody is promised")
+            }
             Self::RamFiles(n, l) => write!(f, "needs {n} MiB of tmpfs, has {l}"),
             Self::Disk(n, l) => write!(f, "needs {n} MiB of disk, has {l}"),
             Self::Cpus => f.write_str("has too few processors"),
@@ -138,7 +143,11 @@ impl PlacementRefusal {
                 Unfit::NoImage(i) => {
                     Some(format!("build it there: godwit image build {i} --site {n}"))
                 }
-                Unfit::Memory(..) | Unfit::RamFiles(..) | Unfit::Disk(..) | Unfit::Cpus => {
+                Unfit::Memory(..)
+                | Unfit::Promised(..)
+                | Unfit::RamFiles(..)
+                | Unfit::Disk(..)
+                | Unfit::Cpus => {
                     Some("stop or delete a machine there, or name another site".into())
                 }
                 Unfit::Unreachable => None,
@@ -199,6 +208,11 @@ fn fits(demand: &Demand, site: &SiteRecord, now: UnixMs) -> Result<(), Unfit> {
     let need = ram + MACHINE_OVERHEAD_MIB + HOST_RESERVE_MIB;
     if r.memory_free_mib < need {
         return Err(Unfit::Memory(need, r.memory_free_mib));
+    }
+    let share = ram + MACHINE_OVERHEAD_MIB;
+    let left = r.memory_promise_mib.saturating_sub(r.memory_promised_mib);
+    if r.memory_promise_mib > 0 && left < share {
+        return Err(Unfit::Promised(share, left));
     }
     if r.ram_files_free_mib < ram {
         return Err(Unfit::RamFiles(ram, r.ram_files_free_mib));

@@ -141,6 +141,18 @@ impl MemoryReader {
         self.file.read_exact_at(buf, self.offset + at)
     }
 
+    /// Fills `buf` from QEMU's own memory at `address`, where [`crate::Machine::ram_blocks`] says that
+    /// a block is. Only of a machine with private memory.
+    ///
+    /// # Errors
+    /// A machine with shared memory, one that has ended, or an address that QEMU does not have.
+    pub fn read_block_at(&self, address: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        if self.pagemap.is_none() {
+            return Err(std::io::ErrorKind::Unsupported.into());
+        }
+        self.file.read_exact_at(buf, address)
+    }
+
     /// The pages (by number) in which a private copy of a sealed file differs from that file, as
     /// far as the kernel knows: every page that was written to. `None` for a shared memory file.
     ///

@@ -15,7 +15,6 @@ use std::sync::{Arc, Mutex, TryLockError};
 
 use godwit_types::{PAGE_SIZE, SubstrateId};
 
-use crate::manifest::Docked;
 use crate::pool::{Pool, lock};
 
 /// Which sealed memory was used when, and what is in use now.
@@ -123,10 +122,19 @@ impl Pool {
             .collect()
     }
 
+    /// Whether the sealed memory of a substrate, made or not, is within the budget beside what is in
+    /// use. One that is not here is not.
+    #[must_use]
+    pub fn memory_fits(&self, id: SubstrateId) -> bool {
+        let Ok(substrate) = self.get(id) else { return false };
+        let others = self.sealed().into_iter().filter(|s| s.id != id && !s.idle);
+        let others: u64 = others.map(|s| s.bytes).sum();
+        others.saturating_add(substrate.sizes.memory_bytes) <= self.memory_budget()
+    }
+
     /// Makes room for the sealed memory of a substrate, or for the one it has, within the budget
     /// and on tmpfs. What is in use stays; whether that leaves room shows when it is made.
-    pub(crate) fn make_room(&self, docked: &Docked, more: u64) {
-        let id = docked.substrate.id;
+    pub(crate) fn make_room(&self, id: SubstrateId, more: u64) {
         let here: u64 = self.sealed().iter().map(|s| s.bytes).sum();
         let over = (here + more).saturating_sub(self.memory_budget());
         let free = rustix::fs::statvfs(&self.inner.dirs.memory)

@@ -28,7 +28,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use godwit_disk::FrozenChain;
 use godwit_image::Image;
 use godwit_qemu::{
-    AgentSession, DiskChain, Launch, Layer, Life, Machine, Manifest, MemorySource, Nic,
+    AgentSession, BlockInUse, DiskChain, Launch, Layer, Life, Machine, Manifest, MemorySource, Nic,
 };
 use godwit_store::{Effort, PageMap, UNIT, Writer, zero_hash};
 use godwit_types::{
@@ -43,7 +43,7 @@ use crate::error::SubstrateError;
 use crate::manifest::{FORMAT, MAX_STATE, Part, Shape, Sizes, Substrate, read_bounded};
 use crate::memory::{SealedMemory, room};
 use crate::pool::{Parts, Pool, held_bytes};
-use crate::stream::store_stream;
+use crate::private::PrivateMemory;
 
 /// How long the agent may take to answer at all before the machine counts as not dockable.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -164,27 +164,25 @@ async fn convert(
         phases.end("quiesce");
         let stopped = phases.elapsed();
         ahead.enough();
-        machine.save_state(&plan.stream).await.map_err(SubstrateError::machine("stopping"))?;
+        let blocks = plan.save(machine).await?;
         phases.end("device state");
         godwit_hold::at("dock.stopped").await;
-        Ok::<_, SubstrateError>((phases, stopped))
+        Ok::<_, SubstrateError>((phases, stopped, blocks))
     };
     let stopped = done.await;
     // Awaited in every case: what it has written is gone before anything is said to have failed.
     let writer = ahead.end().await;
     let done = async {
-        let (phases, stopped) = stopped?;
+        let (phases, stopped, blocks) = stopped?;
         let (plan, pool, writer) = (plan.clone(), pool.clone(), writer?);
         let stop = request.stop.clone();
-        let docked = tokio::task::spawn_blocking(move || plan.store(&pool, writer, phases, &stop))
+        let store = move || plan.store(&pool, writer, &blocks, phases, &stop);
+        let docked = tokio::task::spawn_blocking(store)
             .await
             .map_err(|_| SubstrateError::Worker("docking"))??;
         Ok::<_, SubstrateError>((docked, stopped))
     };
     let result = done.await;
-    if plan.stream_apart {
-        let _ = std::fs::remove_file(&plan.stream);
-    }
     let ((substrate, pages, mut phases), stopped) = match result {
         Ok(done) => done,
         Err(e) => {
@@ -202,8 +200,13 @@ async fn convert(
     machine.kill().await;
     godwit_hold::at("dock.ended").await;
     if let MemorySource::Shared { path } = &launch.memory {
+        // As an idle one's, it goes to where others have to give way; else it is laid out when it is
+        // needed.
+        pool.make_room(substrate.id, substrate.sizes.memory_bytes);
         let sealed = pool.memory_path(substrate.id);
-        if let Err(error) = SealedMemory::hand_over(path, &pages, &sealed) {
+        if !pool.memory_fits(substrate.id) {
+            tracing::info!(id = %substrate.id, "memory file not taken over: it is over the budget");
+        } else if let Err(error) = SealedMemory::hand_over(path, &pages, &sealed) {
             tracing::info!(%error, "memory file not taken over; it is laid out at the first activation");
         }
     }
@@ -226,12 +229,19 @@ async fn convert(
 struct Plan {
     /// As it will be, less the hashes and sizes of its parts.
     substrate: Substrate,
-    memory: MemorySource,
+    memory: Held,
     disk: Option<(PathBuf, Vec<PathBuf>)>,
-    /// Where QEMU saves the machine.
-    stream: PathBuf,
-    /// Whether that is a file of its own, with the memory in it, and not yet the device state.
-    stream_apart: bool,
+    /// Where QEMU saves its devices.
+    state: PathBuf,
+}
+
+/// Where the memory of the machine is.
+#[derive(Debug, Clone)]
+enum Held {
+    /// In a file of its own.
+    File(PathBuf),
+    /// In the machine, over that of its parent.
+    Private(Arc<PrivateMemory>),
 }
 
 impl Plan {
@@ -278,16 +288,30 @@ impl Plan {
         pool.room_for(0)?;
         room(&pool.inner.dirs.substrates, SMALL_FILES, "a substrate")?;
         let disk = launch.disk.as_ref().map(|d| layers(d, &request.image)).transpose()?;
-        let stream_apart = matches!(launch.memory, MemorySource::PrivateOf { .. });
-        let stream = if stream_apart {
-            room(&pool.inner.dirs.memory, spec.memory.bytes(), "the saved machine")?;
-            pool.inner.dirs.memory.join(format!(".new-{}.stream", request.id))
-        } else {
-            let dir = pool.new_dir(request.id);
-            std::fs::create_dir_all(&dir).map_err(SubstrateError::io("making", &dir))?;
-            dir.join(crate::manifest::STATE)
+        let memory = match &launch.memory {
+            MemorySource::Shared { path } => Held::File(path.clone()),
+            MemorySource::PrivateOf { path } => {
+                Held::Private(Arc::new(PrivateMemory::open(machine, pool, path, &substrate)?))
+            }
         };
-        Ok(Self { substrate, memory: launch.memory.clone(), disk, stream, stream_apart })
+        let dir = pool.new_dir(request.id);
+        std::fs::create_dir_all(&dir).map_err(SubstrateError::io("making", &dir))?;
+        Ok(Self { substrate, memory, disk, state: dir.join(crate::manifest::STATE) })
+    }
+
+    /// Stops the machine and has its devices saved; gives the RAM blocks that QEMU has not saved.
+    async fn save(&self, machine: &Machine) -> Result<Vec<BlockInUse>, SubstrateError> {
+        let stopping = SubstrateError::machine;
+        match &self.memory {
+            Held::File(_) => {
+                machine.save_state(&self.state).await.map_err(stopping("stopping"))?;
+                Ok(Vec::new())
+            }
+            Held::Private(_) => {
+                machine.save_devices(&self.state).await.map_err(stopping("stopping"))?;
+                machine.ram_blocks().await.map_err(stopping("asking for its memory"))
+            }
+        }
     }
 
     /// Hashes and stores everything and commits.
@@ -295,18 +319,23 @@ impl Plan {
         mut self,
         pool: &Pool,
         mut writer: Writer,
+        blocks: &[BlockInUse],
         mut phases: Phases,
         stop: &DockStop,
     ) -> Result<(Substrate, PageMap, Phases), SubstrateError> {
         stop.check()?;
         writer.start_over();
-        let memory = self.substrate.shape.memory;
         let (pages, state) = match &self.memory {
-            MemorySource::Shared { path } => {
+            Held::File(path) => {
+                let memory = self.substrate.shape.memory;
                 let pages = store_file(&mut writer, path, memory, stop)?;
-                (pages, read_bounded(&self.stream, MAX_STATE)?)
+                (pages, read_bounded(&self.state, MAX_STATE)?)
             }
-            MemorySource::PrivateOf { .. } => store_stream(&mut writer, &self.stream, memory)?,
+            Held::Private(memory) => {
+                let pages = memory.store(&mut writer, || stop.check().map(|()| true))?;
+                let pages = pages.ok_or(SubstrateError::Cancelled)?;
+                (pages, memory.state(&self.state, blocks)?)
+            }
         };
         phases.end("memory");
         stop.check()?;
@@ -346,31 +375,30 @@ impl Ahead {
                 .store()
                 .writer(owner, Effort::Fast)
                 .map_err(SubstrateError::store("opening the store"))?;
-            // A clone's own pages are in no file.
-            if let MemorySource::Shared { path } = &memory {
-                Self::put(&mut writer, path, &told)?;
+            let polite = polite()?;
+            match &memory {
+                Held::File(path) => Self::put(&mut writer, path, &polite, &told)?,
+                Held::Private(memory) => {
+                    let go_on = || Ok(!told.load(Ordering::Relaxed));
+                    let _ = polite.install(|| memory.store(&mut writer, go_on))?;
+                }
             }
             Ok(writer)
         });
         Self { enough, work }
     }
 
-    fn put(writer: &mut Writer, path: &Path, enough: &AtomicBool) -> Result<(), SubstrateError> {
+    fn put(
+        writer: &mut Writer,
+        path: &Path,
+        polite: &rayon::ThreadPool,
+        enough: &AtomicBool,
+    ) -> Result<(), SubstrateError> {
         let file = File::open(path).map_err(SubstrateError::io("opening the memory file", path))?;
         let io = SubstrateError::io;
         let len = file.metadata().map_err(io("reading", path))?.len();
         let mut buffer = vec![0; WINDOW as usize];
         let mut at = 0;
-        let nice = |_| {
-            // Of this thread alone. Without it the work is only less polite.
-            let _ = rustix::process::setpriority_process(None, AHEAD_NICE);
-        };
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(cores)
-            .start_handler(nice)
-            .build()
-            .map_err(|_| SubstrateError::Worker("storing the memory ahead"))?;
         while let Some((from, to)) = next_data(&file, at, len).map_err(io("seeking in", path))? {
             if enough.load(Ordering::Relaxed) {
                 break;
@@ -378,7 +406,8 @@ impl Ahead {
             // Copied out: the machine writes to the file while it is read.
             let part = &mut buffer[..(to - from).min(WINDOW) as usize];
             file.read_exact_at(part, from).map_err(io("reading", path))?;
-            pool.install(|| writer.put_units(part))
+            polite
+                .install(|| writer.put_units(part))
                 .map_err(SubstrateError::store("storing the memory"))?;
             at = from + part.len() as u64;
         }
@@ -395,6 +424,20 @@ impl Ahead {
         self.enough();
         self.work.await.map_err(|_| SubstrateError::Worker("docking"))?
     }
+}
+
+/// Threads that leave the machine its processors while it comes to rest.
+fn polite() -> Result<rayon::ThreadPool, SubstrateError> {
+    let nice = |_| {
+        // Of this thread alone. Without it the work is only less polite.
+        let _ = rustix::process::setpriority_process(None, AHEAD_NICE);
+    };
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(cores)
+        .start_handler(nice)
+        .build()
+        .map_err(|_| SubstrateError::Worker("storing the memory ahead"))
 }
 
 /// The base and the layers on it, the top image last. Refuses a machine whose disk is still

@@ -112,8 +112,8 @@ pub enum SubstrateError {
         #[source]
         source: Box<QemuError>,
     },
-    /// The saved stream of the machine could not be taken apart.
-    #[error("taking the memory out of the saved state")]
+    /// The saved devices of the machine could not be made a state.
+    #[error("putting the saved state together")]
     Stream(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The store.
     #[error("{doing}")]

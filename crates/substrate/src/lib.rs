@@ -24,10 +24,10 @@ mod identity;
 mod manifest;
 mod memory;
 mod pool;
+mod private;
 mod ready;
 mod shells;
 mod stamp;
-mod stream;
 mod turns;
 
 pub use activate::{ActivateRequest, Activated, Place, activate};

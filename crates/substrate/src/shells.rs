@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use godwit_image::Image;
 use godwit_qemu::Accel;
 use godwit_types::{Name, SubstrateId};
+use tokio::sync::Notify;
 
 use crate::activate::{Place, Shell, prepare};
 use crate::error::SubstrateError;
@@ -27,6 +28,37 @@ struct Inner {
     pool: Pool,
     places: Places,
     lines: Mutex<HashMap<SubstrateId, Line>>,
+    /// How many are being started, whether they are wanted any more or not.
+    starting: Mutex<HashMap<SubstrateId, usize>>,
+    started: Notify,
+}
+
+/// One that is being started for a substrate, until it waits or has ended.
+struct Starting<'a> {
+    of: &'a Inner,
+    id: SubstrateId,
+}
+
+impl<'a> Starting<'a> {
+    fn begin(of: &'a Inner, id: SubstrateId) -> Self {
+        *lock(&of.starting).entry(id).or_default() += 1;
+        Self { of, id }
+    }
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        {
+            let mut all = lock(&self.of.starting);
+            if let Some(n) = all.get_mut(&self.id) {
+                *n -= 1;
+                if *n == 0 {
+                    all.remove(&self.id);
+                }
+            }
+        }
+        self.of.started.notify_waiters();
+    }
 }
 
 /// The shells of one substrate.
@@ -48,7 +80,8 @@ impl Shells {
     /// None yet; `places` says where each lives.
     #[must_use]
     pub fn new(pool: Pool, places: Places) -> Self {
-        Self { inner: Arc::new(Inner { pool, places, lines: Mutex::default() }) }
+        let (lines, starting) = (Mutex::default(), Mutex::default());
+        Self { inner: Arc::new(Inner { pool, places, lines, starting, started: Notify::new() }) }
     }
 
     /// The substrates that some are kept for.
@@ -131,6 +164,7 @@ impl Shells {
                     _ => return Ok(()),
                 }
             };
+            let _starting = Starting::begin(&self.inner, id);
             let started = self.start(id, &image, accel).await;
             let left_over = {
                 let mut lines = lock(&self.inner.lines);
@@ -168,11 +202,18 @@ impl Shells {
         Ok((shell, ready))
     }
 
-    /// Keeps none for `id` any more.
+    /// Keeps none for `id` any more; none is left when this returns.
     pub async fn drop_line(&self, id: SubstrateId) {
         let line = lock(&self.inner.lines).remove(&id);
         for (shell, _) in line.into_iter().flat_map(|l| l.waiting) {
             shell.end().await;
+        }
+        loop {
+            let started = self.inner.started.notified();
+            if !lock(&self.inner.starting).contains_key(&id) {
+                return;
+            }
+            started.await;
         }
     }
 

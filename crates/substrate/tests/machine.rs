@@ -178,6 +178,11 @@ async fn assert_intact(machine: &Machine) {
     sh(machine, &format!("{WITNESS} godwit-witness check --file /data/w")).await;
 }
 
+/// What a file takes, in KiB.
+fn blocks_kib(path: &Path) -> u64 {
+    std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(path).expect("there")) / 2
+}
+
 fn show(what: &str, report: &impl serde::Serialize) {
     eprintln!("{what}: {}", serde_json::to_string(report).expect("json"));
 }
@@ -237,23 +242,48 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
     assert!(warm.place.top.exists());
     assert_intact(&warm.machine).await;
 
-    // A clone is docked: its memory comes out of the stream.
+    // A clone is docked: only what it has written is read and stored, and the holes of the memory
+    // that it maps stay holes. The other clones go on reading it meanwhile.
     let clone = clones.pop().expect("one");
+    sh(&clone.machine, "head -c 3000000 /dev/urandom >/tmp/own; md5sum /tmp/own >/tmp/sum").await;
     let request = site.dock("again");
     let second = request.id;
-    let (_, report) = dock_convert(&clone.machine, &site.pool, request).await.expect("docked");
+    let sealed = site.memory.path().join(format!("sealed/{id}.mem"));
+    let held = || blocks_kib(&sealed);
+    let (before, in_pool) = (held(), site.pool.store().stats().expect("stats").pack_bytes);
+    assert!(before < 140 << 10, "{before} KiB: the sealed memory has no holes");
+    let (docked, report) = dock_convert(&clone.machine, &site.pool, request).await.expect("docked");
     show("dock of a clone", &report);
+    let filled = held().saturating_sub(before);
+    assert!(filled < 4 << 10, "{filled} KiB of the parent's holes were filled");
+    let others = std::fs::read_dir(sealed.parent().expect("dir")).expect("dir").flatten();
+    let others: Vec<_> = others.map(|e| e.path()).filter(|p| *p != sealed).collect();
+    assert!(others.is_empty(), "{others:?} on tmpfs");
+    let grown = site.pool.store().stats().expect("stats").pack_bytes - in_pool;
+    assert!((3_000_000..40 << 20).contains(&grown), "{grown} bytes stored");
+    assert!(docked.sizes.memory_bytes > substrate.sizes.memory_bytes / 2, "{docked:?}");
     site.pool.forget_clone(clone.place.vm);
     let third = activate(&site.pool, None, site.request(second, "third")).await.expect("activated");
     show("activate of a docked clone", &third.report);
     assert_intact(&third.machine).await;
+    sh(&third.machine, "md5sum /tmp/own | cmp - /tmp/sum").await;
+    let log = std::fs::read_to_string(&third.machine.paths().log).expect("log");
+    assert!(!log.contains("vmdesc") && !log.contains("Unknown"), "QEMU complains: {log}");
+    // And once more, of a clone of a clone.
+    let request = site.dock("once-more");
+    let last = request.id;
+    dock_convert(&third.machine, &site.pool, request).await.expect("docked");
+    site.pool.forget_clone(third.place.vm);
+    let third = activate(&site.pool, None, site.request(last, "fourth")).await.expect("activated");
+    assert_intact(&third.machine).await;
+    sh(&third.machine, "md5sum /tmp/own | cmp - /tmp/sum").await;
 
     shells.close().await;
     for a in clones.into_iter().chain([warm, third]) {
         a.machine.kill().await;
         site.pool.forget_clone(a.place.vm);
     }
-    for id in [id, second] {
+    for id in [id, second, last] {
         site.pool.delete(id).expect("free now");
     }
     assert_eq!(site.pool.store().stats().expect("stats").units, 0);

@@ -86,6 +86,16 @@ pub struct ActivateReport {
     pub phases: Vec<PhaseSpan>,
 }
 
+impl ActivateReport {
+    /// Adds a wait that came before all else: it counts from the request.
+    pub fn waited(&mut self, wait: Duration) {
+        let ms = wait.as_secs_f64() * 1e3;
+        self.running_ms += ms;
+        self.first_answer_ms = self.first_answer_ms.map(|answer| answer + ms);
+        self.phases.insert(0, PhaseSpan { name: "turn".into(), ms });
+    }
+}
+
 /// The phases of a migration, in order.
 #[derive(
     Debug,
@@ -235,6 +245,16 @@ impl MoveReport {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wait_for_its_turn_counts_from_the_request() {
+        let phases = vec![PhaseSpan { name: "run".into(), ms: 5.0 }];
+        let mut r =
+            ActivateReport { running_ms: 5.0, first_answer_ms: Some(9.0), warm: true, phases };
+        r.waited(Duration::from_millis(100));
+        assert_eq!((r.running_ms, r.first_answer_ms), (105.0, Some(109.0)));
+        assert_eq!((r.phases[0].name.as_str(), r.phases[0].ms), ("turn", 100.0));
+    }
 
     #[test]
     fn phases_add_up_to_the_whole() {

@@ -7,7 +7,7 @@ use anyhow::Context;
 use godwit_types::{ActivateReport, Name};
 use serde_json::{Value, json};
 
-use super::{PATIENCE, quantile, substrate};
+use super::{PATIENCE, cpu, quantile, substrate};
 use crate::demo::world::{Between, CENTER, World};
 use crate::harness::{Better, Experiment, Results, Table};
 
@@ -92,6 +92,13 @@ pub async fn burst(trial: &Burst, results: &mut Results) -> anyhow::Result<usize
     let run = world.run_dir(CENTER);
     let others: Vec<i64> = memory_of(&run, &[]).iter().map(|(pid, _)| *pid).collect();
     let free = available();
+    let daemons = || -> f64 {
+        let pid = |dir: PathBuf| std::fs::read_to_string(dir.join("daemon.pid")).ok();
+        let pids = world.run_dirs().into_iter().filter_map(|d| pid(d)?.trim().parse().ok());
+        pids.map(|pid| cpu::of(pid).rest).sum()
+    };
+    let waiting = others.iter().map(|pid| cpu::of(*pid)).sum::<cpu::Cpu>();
+    let before = (daemons(), cpu::of_commands());
 
     let began = Instant::now();
     let mut jobs = tokio::task::JoinSet::new();
@@ -99,19 +106,20 @@ pub async fn burst(trial: &Burst, results: &mut Results) -> anyhow::Result<usize
         let cli = world.cli();
         jobs.spawn(async move {
             let name = format!("many-{n}");
-            let asked = began.elapsed();
             let args = ["vm", "activate", SUBSTRATE, "--name", &name, "--site", CENTER];
             let report: ActivateReport = cli.ask(&args, PATIENCE).await?;
-            anyhow::Ok((asked, report))
+            anyhow::Ok((began.elapsed(), report))
         });
     }
     let (mut running, mut answers, mut failed) = (Vec::new(), Vec::new(), 0);
     while let Some(done) = jobs.join_next().await {
         match done.context("activate one of many")? {
-            Ok((asked, r)) => {
-                let asked = asked.as_secs_f64() * 1e3;
-                running.push(asked + r.running_ms);
-                answers.extend(r.first_answer_ms.map(|ms| asked + ms));
+            Ok((ended, r)) => {
+                // From the end back: what came before its site took it up counts as well.
+                let all: f64 = r.phases.iter().map(|p| p.ms).sum();
+                let at = |ms: f64| ended.as_secs_f64() * 1e3 - (all - ms).max(0.0);
+                running.push(at(r.running_ms));
+                answers.extend(r.first_answer_ms.map(at));
             }
             Err(e) => {
                 failed += 1;
@@ -121,8 +129,13 @@ pub async fn burst(trial: &Burst, results: &mut Results) -> anyhow::Result<usize
     }
     let answered_all_ms = began.elapsed().as_secs_f64() * 1e3;
     let taken = free.saturating_sub(available());
+    let after = (daemons(), cpu::of_commands());
     anyhow::ensure!(!running.is_empty(), "no activation succeeded: {}", results.notes.join(" "));
-    let memory: Vec<Memory> = memory_of(&run, &others).into_iter().map(|(_, m)| m).collect();
+    let clones = memory_of(&run, &others);
+    // One that waited before may be a clone now, and another may wait.
+    let guests = others.iter().copied().chain(clones.iter().map(|(pid, _)| *pid));
+    let guests = guests.map(cpu::of).sum::<cpu::Cpu>() - waiting;
+    let memory: Vec<Memory> = clones.into_iter().map(|(_, m)| m).collect();
     sort(&mut running);
     sort(&mut answers);
     let clones = running.len() as f64;
@@ -138,6 +151,8 @@ pub async fn burst(trial: &Burst, results: &mut Results) -> anyhow::Result<usize
         "first_answer_ms": { "p50": p50, "p99": p99, "max": max },
         "memory_mib": { "proportional": each(|m| m.proportional), "private": each(|m| m.private),
             "host": mib(taken as f64) / clones },
+        "cpu_ms": { "guest": guests.vcpus / clones, "qemu": guests.rest / clones,
+            "daemons": (after.0 - before.0) / clones, "commands": (after.1 - before.1) / clones },
     });
     results.tables.push(table(&value));
     results.reports.entry("burst".into()).or_default().push(value);
@@ -167,7 +182,7 @@ fn sort(values: &mut [f64]) {
 fn table(v: &Value) -> Table {
     let s = |v: &Value| format!("{:.2} s", v.as_f64().unwrap_or_default() / 1e3);
     let mib = |v: &Value| format!("{:.1} MiB", v.as_f64().unwrap_or_default());
-    let (answer, memory) = (&v["first_answer_ms"], &v["memory_mib"]);
+    let (answer, memory, cpu) = (&v["first_answer_ms"], &v["memory_mib"], &v["cpu_ms"]);
     let rows = [
         ("activated at once", v["count"].to_string()),
         ("failed", v["failed"].to_string()),
@@ -179,6 +194,10 @@ fn table(v: &Value) -> Table {
         ("memory of a clone's QEMU (PSS)", mib(&memory["proportional"])),
         ("of it private", mib(&memory["private"])),
         ("host memory taken for each clone", mib(&memory["host"])),
+        ("processor time of a clone: its guest, emulated", s(&cpu["guest"])),
+        ("of its QEMU beside that", s(&cpu["qemu"])),
+        ("of both daemons", s(&cpu["daemons"])),
+        ("of the command", s(&cpu["commands"])),
     ];
     Table {
         name: "burst".into(),

@@ -2,6 +2,7 @@
 //! once. They look for what a short run does not show.
 
 mod burst;
+mod cpu;
 mod idle_moves;
 
 pub use burst::{Burst, burst};

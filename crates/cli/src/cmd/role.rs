@@ -93,6 +93,10 @@ pub(crate) struct CenterRole {
     /// when it is full [default: half of the tmpfs]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     memory_cache: Option<u64>,
+    /// Memory that its machines may be promised, e.g. 48G; each is promised all of its own and what
+    /// its QEMU takes, however little it has written to [default: what the host has]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    memory_promise: Option<u64>,
     #[command(flatten)]
     living: Living,
 }
@@ -118,6 +122,10 @@ pub(crate) struct ApRole {
     /// when it is full [default: half of the tmpfs]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     memory_cache: Option<u64>,
+    /// Memory that its machines may be promised, e.g. 48G; each is promised all of its own and what
+    /// its QEMU takes, however little it has written to [default: what the host has]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    memory_promise: Option<u64>,
     #[command(flatten)]
     living: Living,
 }
@@ -145,6 +153,7 @@ impl CenterRole {
             client: client.clone(),
             pool_bytes: self.pool_limit,
             memory_cache_bytes: self.memory_cache,
+            memory_promise_bytes: self.memory_promise,
             link_patience: self.living.link_patience.map(Duration::from_secs),
             tls: self
                 .tls_cert
@@ -204,6 +213,7 @@ impl ApRole {
             link: self.link,
             pool_bytes: self.pool_limit,
             memory_cache_bytes: self.memory_cache,
+            memory_promise_bytes: self.memory_promise,
             link_patience: self.living.link_patience.map(Duration::from_secs),
             co_schedule: !self.living.no_co_scheduling,
         };

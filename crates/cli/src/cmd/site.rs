@@ -121,6 +121,7 @@ impl Row for Seen {
         "QEMU",
         "DISK-FREE",
         "RAMFILES-FREE",
+        "PROMISED",
         "VERSION",
         "JOINED",
     ];
@@ -142,6 +143,7 @@ impl Row for Seen {
             r.qemu.clone(),
             mib(r.disk_free_mib),
             mib(r.ram_files_free_mib),
+            format!("{} of {}", mib(r.memory_promised_mib), mib(r.memory_promise_mib)),
             r.version.clone(),
             s.joined.rfc3339(),
         ]

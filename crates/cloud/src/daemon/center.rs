@@ -55,6 +55,8 @@ pub struct CenterConfig {
     pub pool_bytes: Option<u64>,
     /// Bytes of tmpfs for sealed memory that no machine maps; half of it when left out.
     pub memory_cache_bytes: Option<u64>,
+    /// Bytes of memory that machines may be promised; what the host has when left out.
+    pub memory_promise_bytes: Option<u64>,
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
     /// out.
     pub link_patience: Option<Duration>,
@@ -148,6 +150,7 @@ impl Center {
             options.co_schedule = config.co_schedule;
             options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
             options.memory_cache_bytes = config.memory_cache_bytes;
+            options.memory_promise_bytes = config.memory_promise_bytes;
             let trust = authority.trust().clone();
             LocalSite::open(config.site.clone(), config.dirs.clone(), trust, options).await?
         };

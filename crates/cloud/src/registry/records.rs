@@ -81,6 +81,12 @@ pub struct SiteReport {
     pub images: BTreeSet<Name>,
     /// Round trip from the center in milliseconds, once measured.
     pub rtt_ms: Option<f64>,
+    /// Memory that its machines are promised, in MiB: all that they may come to write to.
+    #[serde(default)]
+    pub memory_promised_mib: u64,
+    /// Memory that they may be promised in all, in MiB; 0 when it does not say.
+    #[serde(default)]
+    pub memory_promise_mib: u64,
 }
 
 /// A substrate and the sites that hold it.

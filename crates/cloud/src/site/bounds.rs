@@ -128,6 +128,8 @@ fn report(r: &SiteReport) -> Result<(), Fault> {
         ("its free memory", r.memory_free_mib),
         ("its room for RAM files", r.ram_files_free_mib),
         ("its room on disk", r.disk_free_mib),
+        ("its promised memory", r.memory_promised_mib),
+        ("the memory that it may promise", r.memory_promise_mib),
     ] {
         size(what, mib, MAX_MIB)?;
     }

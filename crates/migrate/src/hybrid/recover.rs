@@ -161,6 +161,7 @@ pub async fn reclaim(machine: &Machine, socket: &Path) -> Result<(), MoveError> 
         return Ok(());
     }
     let blocks = machine.ram_blocks().await.map_err(qemu(DOING))?;
+    let blocks = blocks.into_iter().map(|b| (b.name, b.used_bytes)).collect();
     let listener = crate::relay::listen(socket, "listening for QEMU on").map_err(relay(DOING))?;
     machine.migrate_resume(socket).await.map_err(qemu(DOING))?;
     let answered = answer(&listener, Receiver::new(blocks));

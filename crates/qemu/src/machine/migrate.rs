@@ -155,13 +155,29 @@ impl MigrationInfo {
     }
 }
 
+/// One of QEMU's RAM blocks: guest memory, video memory, a ROM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockInUse {
+    /// Its id in a migration stream.
+    pub name: String,
+    /// Bytes that it has in use.
+    pub used_bytes: u64,
+    /// Where QEMU has it in its own memory.
+    pub host_address: u64,
+}
+
 /// A line of QEMU's list of RAM blocks: name, page size (of two words), offset, bytes in use, bytes
 /// at most, address, whether it is read-only.
-fn ram_block(line: &str) -> Option<(String, u64)> {
+fn ram_block(line: &str) -> Option<BlockInUse> {
     let mut words = line.split_whitespace();
     let name = words.next()?.to_owned();
-    let used = words.rev().nth(3)?.strip_prefix("0x")?;
-    Some((name, u64::from_str_radix(used, 16).ok()?))
+    let mut numbers = words.rev().skip(1).map(|word| {
+        let digits = word.strip_prefix("0x")?;
+        u64::from_str_radix(digits, 16).ok()
+    });
+    let host_address = numbers.next()??;
+    let used_bytes = numbers.nth(1)??;
+    Some(BlockInUse { name, used_bytes, host_address })
 }
 
 fn file_channel(path: &Path) -> Value {
@@ -218,7 +234,7 @@ impl Machine {
     /// where it is and is left out. Gives the bytes written. The machine may run on afterwards.
     ///
     /// The memory of a machine with private memory has no file of its own and goes into the state
-    /// file whole, zero pages excepted.
+    /// file whole, zero pages excepted; [`Machine::save_devices`] leaves it where it is.
     ///
     /// # Errors
     /// [`super::Refused`] unless running or paused; a failed save (say, a full disk) leaves the
@@ -234,6 +250,23 @@ impl Machine {
         let meta = std::fs::metadata(path)
             .map_err(QemuError::file("reading the size of the state", path))?;
         Ok(meta.len())
+    }
+
+    /// Stops the machine and saves its devices alone to the file at `path`, without any RAM block:
+    /// half of a state, of which [`join_devices`](crate::stream::join_devices) makes a whole. No
+    /// byte of memory is read; a machine with private memory has no other way to be saved without
+    /// filling the holes of the file that it maps. The machine may run on afterwards.
+    ///
+    /// # Errors
+    /// [`super::Refused`] unless running or paused; a failed save leaves the machine stopped with
+    /// its state unharmed.
+    pub async fn save_devices(&self, path: &Path) -> Result<(), QemuError> {
+        self.allowed(Action::Save).await?;
+        self.qmp("stop", Value::Null).await?;
+        // Named for what it was made for; it is there in every build, and asks nothing of Xen. Not
+        // `live` is what leaves the disks as they are.
+        let arguments = json!({ "filename": path.to_string_lossy(), "live": false });
+        self.qmp("xen-save-devices-state", arguments).await.map(drop)
     }
 
     /// Loads the state that [`Machine::save_state`] wrote to `path`. The machine is paused
@@ -398,11 +431,11 @@ impl Machine {
         self.inner.qmp.newest_event(by_guest) == Some(true)
     }
 
-    /// The RAM blocks of the machine with the bytes that each has in use.
+    /// The RAM blocks of the machine.
     ///
     /// # Errors
     /// When QEMU does not answer, or in a form that is not known.
-    pub async fn ram_blocks(&self) -> Result<Vec<(String, u64)>, QemuError> {
+    pub async fn ram_blocks(&self) -> Result<Vec<BlockInUse>, QemuError> {
         let answer = self.qmp("x-query-ramblock", Value::Null).await?;
         let text = answer["human-readable-text"].as_str().unwrap_or_default();
         let unknown = |line: &str| QemuError::Unexpected {
@@ -486,7 +519,12 @@ mod tests {
     fn a_line_of_the_list_of_blocks_is_read() {
         let line = "  /rom@etc/acpi/tables    4 KiB  0x0000000010080000 0x0000000000020000 \
                     0x0000000000200000 0x00007f9d0c800000  ro";
-        assert_eq!(ram_block(line), Some(("/rom@etc/acpi/tables".into(), 0x20000)));
+        let block = BlockInUse {
+            name: "/rom@etc/acpi/tables".into(),
+            used_bytes: 0x20000,
+            host_address: 0x7f9d_0c80_0000,
+        };
+        assert_eq!(ram_block(line), Some(block));
         assert_eq!(ram_block("nonsense"), None);
     }
 

@@ -21,15 +21,15 @@
 //! [`Record::Opaque`]. Devices that put a section before RAM (virtio-mem, VFIO) have the same
 //! effect from the start of the stream.
 
+mod join;
 mod parse;
 mod record;
 mod return_path;
-mod strip;
 
+pub use join::{blocks_beside, join_devices};
 pub use parse::{Limits, PassReason, StreamParser};
 pub use record::{Command, Content, Discard, MemSize, Page, RamBlock, Record, Subsection, flags};
 pub use return_path::{PONG_COMMIT, ReturnMessage, ReturnPathParser};
-pub use strip::{BlockStripper, StripTotals};
 
 use godwit_types::{Code, CodedError};
 
@@ -122,11 +122,9 @@ pub enum StreamError {
         /// Position in the stream.
         at: u64,
     },
-    /// A block cannot be taken out of this stream.
-    #[error("taking RAM block '{block}' out of a migration stream: {why}")]
-    CannotStrip {
-        /// The block's name.
-        block: String,
+    /// Devices and RAM blocks cannot be made one state.
+    #[error("making a whole state of saved devices: {why}")]
+    CannotJoin {
         /// Why.
         why: &'static str,
     },

@@ -330,6 +330,7 @@ impl LocalSite {
             m.quit().await.map_err(coded)?;
             e.machine = None;
         }
+        self.check_promise(vm, e.record.memory).await?;
         e.record.generation = generation;
         e.record.warrant = Some(warrant);
         e.record.meant = Meant::Running;

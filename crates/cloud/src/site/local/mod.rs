@@ -10,6 +10,7 @@ mod exec;
 mod machines;
 mod moves;
 mod pool;
+mod promise;
 mod quit;
 mod record;
 mod relays;
@@ -90,6 +91,9 @@ pub struct SiteOptions {
     /// Bytes of tmpfs that sealed memory may take before what no machine maps is dropped; half of
     /// that tmpfs when left out.
     pub memory_cache_bytes: Option<u64>,
+    /// Bytes of memory that machines may be promised; what the host has, less a reserve, when left
+    /// out.
+    pub memory_promise_bytes: Option<u64>,
     /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
@@ -113,6 +117,7 @@ impl SiteOptions {
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
             memory_cache_bytes: None,
+            memory_promise_bytes: None,
             waiting: 1,
             co_schedule: false,
             link_patience: godwit_transfer::PATIENCE,
@@ -131,6 +136,8 @@ pub struct LocalSite {
     tombs: tombs::Tombs,
     /// Activations that go on at once.
     turns: Arc<Semaphore>,
+    /// One promise of memory at a time, until its machine is entered.
+    promising: Mutex<()>,
     pool: godwit_substrate::Pool,
     shells: godwit_substrate::Shells,
     moves: moves::Moves,
@@ -202,6 +209,7 @@ impl LocalSite {
             machines: RwLock::default(),
             tombs,
             turns: Arc::new(Semaphore::new(at_once())),
+            promising: Mutex::default(),
             pool,
             shells,
             moves: moves::Moves::default(),

@@ -238,13 +238,13 @@ impl LocalSite {
     }
 
     /// Ends QEMUs that wait for other substrates while there is no room for a machine of `memory`
-    /// beside what they keep in use.
+    /// from substrate `id` beside what they keep in use, of the host's memory or of the budget.
     pub(super) async fn give_way(&self, memory: godwit_types::Mib, id: SubstrateId) {
         let mut others = self.shells.kept();
         others.retain(|other| *other != id);
         others.sort_unstable();
         for other in others {
-            if self.check_room(memory).is_ok() {
+            if self.pool.memory_fits(id) && self.check_room(memory).is_ok() {
                 return;
             }
             self.shells.drop_line(other).await;
@@ -286,14 +286,16 @@ impl LocalSite {
         };
         // More at once than the host has CPUs would make each of them slower, and ask the guests
         // oftener how far they are. One that hangs lets the next one in all the same.
+        let asked = std::time::Instant::now();
         let turn = self.turns.clone().acquire_owned().await.map_err(|_| Fault::cancelled())?;
+        let waited = asked.elapsed();
         let turn = tokio::spawn(async move {
             tokio::time::sleep(TURN).await;
             drop(turn);
         });
         let activated = activate(&self.pool, Some(&self.shells), request).await;
         turn.abort();
-        let activated = activated.map_err(|e| {
+        let mut activated = activated.map_err(|e| {
             let outdated = matches!(e, SubstrateError::Shape { .. });
             let fault = coded(e);
             if outdated {
@@ -304,6 +306,7 @@ impl LocalSite {
             }
             fault
         })?;
+        activated.report.waited(waited);
         godwit_hold::at("activate.plugged").await;
         Ok(activated)
     }
@@ -452,6 +455,8 @@ impl LocalSite {
         &self,
         record: MachineRecord,
     ) -> Result<(Arc<Mutex<Entry>>, CancellationToken), Fault> {
+        let _one = self.promising.lock().await;
+        self.check_promise(record.vm, record.memory).await?;
         let entry = self.enter(record).await?;
         let wanted = CancellationToken::new();
         entry.lock().await.starting = Some(wanted.clone());

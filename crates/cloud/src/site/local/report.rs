@@ -52,6 +52,8 @@ impl LocalSite {
             damaged: self.pool.damaged(MOST_DAMAGED, DAMAGE_CHARS),
             images,
             rtt_ms: None,
+            memory_promised_mib: self.promised_mib(None).await,
+            memory_promise_mib: self.promise_limit_mib()?,
         })
     }
 }
@@ -87,6 +89,11 @@ pub(super) fn free_mib(path: &Path) -> Result<u64, Fault> {
 
 /// Memory that is left to the host beside guests, in MiB.
 const HOST_RESERVE_MIB: u64 = 512;
+
+/// Memory of the host that its machines may be promised, in MiB.
+pub(super) fn machines_mib() -> Result<u64, Fault> {
+    Ok(memory()?.0.saturating_sub(HOST_RESERVE_MIB))
+}
 
 /// MiB that guest memory may still take: what tmpfs has left, and no more than the host's free
 /// memory less a reserve, for tmpfs promises more than there is; less what the machines that are
