@@ -34,8 +34,8 @@ pub use error::QemuError;
 pub use keys::{Key, KeyStroke, UnknownCharacter, strokes};
 pub use launch::{Binaries, Launch, MACHINE_VARIABLE, MemorySource, Start, VmGenId};
 pub use machine::{
-    Action, BlockStats, Capability, Life, Machine, MigrationInfo, MigrationStatus, Parameters,
-    RAM_BLOCK, Refused, RunPaths, Screenshot,
+    Action, BlockInQemu, BlockStats, Capability, Life, Machine, MigrationInfo, MigrationStatus,
+    Parameters, RAM_BLOCK, Refused, RunPaths, Screenshot,
 };
 pub use manifest::{Manifest, ManifestMismatch, versions_fit};
 pub use memory::{MemoryFile, MemoryReader};

@@ -155,13 +155,27 @@ impl MigrationInfo {
     }
 }
 
+/// A block of a machine's memory in its QEMU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockInQemu {
+    /// Its id, e.g. `m0`.
+    pub name: String,
+    /// Bytes in use.
+    pub used: u64,
+    /// Where it begins in the process.
+    pub address: u64,
+}
+
 /// A line of QEMU's list of RAM blocks: name, page size (of two words), offset, bytes in use, bytes
 /// at most, address, whether it is read-only.
-fn ram_block(line: &str) -> Option<(String, u64)> {
-    let mut words = line.split_whitespace();
-    let name = words.next()?.to_owned();
-    let used = words.rev().nth(3)?.strip_prefix("0x")?;
-    Some((name, u64::from_str_radix(used, 16).ok()?))
+fn ram_block(line: &str) -> Option<BlockInQemu> {
+    let words: Vec<_> = line.split_whitespace().collect();
+    let number = |from_end: usize| {
+        let word = words.len().checked_sub(from_end).and_then(|at| words.get(at))?;
+        u64::from_str_radix(word.strip_prefix("0x")?, 16).ok()
+    };
+    let name = (*words.first()?).to_owned();
+    Some(BlockInQemu { name, used: number(4)?, address: number(2)? })
 }
 
 fn file_channel(path: &Path) -> Value {
@@ -398,11 +412,11 @@ impl Machine {
         self.inner.qmp.newest_event(by_guest) == Some(true)
     }
 
-    /// The RAM blocks of the machine with the bytes that each has in use.
+    /// The RAM blocks of the machine.
     ///
     /// # Errors
     /// When QEMU does not answer, or in a form that is not known.
-    pub async fn ram_blocks(&self) -> Result<Vec<(String, u64)>, QemuError> {
+    pub async fn ram_blocks(&self) -> Result<Vec<BlockInQemu>, QemuError> {
         let answer = self.qmp("x-query-ramblock", Value::Null).await?;
         let text = answer["human-readable-text"].as_str().unwrap_or_default();
         let unknown = |line: &str| QemuError::Unexpected {
@@ -486,7 +500,9 @@ mod tests {
     fn a_line_of_the_list_of_blocks_is_read() {
         let line = "  /rom@etc/acpi/tables    4 KiB  0x0000000010080000 0x0000000000020000 \
                     0x0000000000200000 0x00007f9d0c800000  ro";
-        assert_eq!(ram_block(line), Some(("/rom@etc/acpi/tables".into(), 0x20000)));
+        let name = "/rom@etc/acpi/tables".into();
+        let found = BlockInQemu { name, used: 0x20000, address: 0x7f9d_0c80_0000 };
+        assert_eq!(ram_block(line), Some(found));
         assert_eq!(ram_block("nonsense"), None);
     }
 

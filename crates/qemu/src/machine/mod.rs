@@ -22,7 +22,7 @@ use uuid::Uuid;
 pub use block::BlockStats;
 pub use display::Screenshot;
 pub use life::{Action, Life, Refused};
-pub use migrate::{Capability, MigrationInfo, MigrationStatus, Parameters};
+pub use migrate::{BlockInQemu, Capability, MigrationInfo, MigrationStatus, Parameters};
 pub use rings::RAM_BLOCK;
 pub(crate) use run_dir::Record;
 pub use run_dir::RunPaths;
