@@ -77,15 +77,19 @@ impl Controller {
         let sending = self.hear_source(op, m, first);
         let arriving = self.hear_destination(op, m);
         tokio::pin!(sending, arriving);
-        let mut told = false;
+        let mut told: Option<Fault> = None;
         loop {
             tokio::select! {
                 sent = &mut sending => {
                     let (sent, request) = sent?;
+                    if let Some(f) = told {
+                        // All of it had left, and the destination has failed all the same.
+                        return Err(f);
+                    }
                     let received = arriving.await?;
                     return Ok(report(m.from.as_str(), m.to.as_str(), &sent, &received, request));
                 }
-                received = &mut arriving, if !told => match received {
+                received = &mut arriving, if told.is_none() => match received {
                     Ok(received) => {
                         let sent = tokio::time::timeout(LAST_WORD_WITHIN, sending).await;
                         let Ok(Ok((sent, request))) = sent else { return Ok(None) };
@@ -95,14 +99,14 @@ impl Controller {
                     Err(f) if self.has_switched(m)? => return Err(f),
                     Err(f) => {
                         // Its relay may be killed, and then the source's finds out late.
-                        told = true;
                         let request =
                             SiteRequest::MigrateLost { migration: m.id, why: f.message.clone() };
-                        let told = match self.host(&m.from) {
+                        told = Some(f);
+                        let said = match self.host(&m.from) {
                             Ok(src) => src.tell(request, Call::quiet()).await,
                             Err(f) => Err(f),
                         };
-                        if let Err(e) = told {
+                        if let Err(e) = said {
                             tracing::info!(site = %m.from, error = %e, "not told of a loss");
                         }
                     }
@@ -310,10 +314,7 @@ impl Controller {
         if lost && here.missing_blocks == Some(0) {
             return Err(Broken::Lost(memory_lost(m, &here, &there)));
         }
-        if here.memory == MemoryStand::Partial && there.memory == MemoryStand::Whole {
-            let why = "the source has sent everything, and the destination is not whole yet";
-            return Err(Broken::Again(Fault::unavailable(why)));
-        }
+        // A source that has sent everything sends again what was lost on the way.
         let memory = here.memory == MemoryStand::Partial && !lost;
         show(op, 0, format!("still missing at '{}': {}", m.to, missing(&here)));
         let request = SiteRequest::MigrateResumeIn { migration: m.id, vm: m.vm.id, memory };

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::SCHEME;
 use crate::clock::{ClockId, Exchange, Offset};
-use crate::relay::Counts;
+use crate::relay::{Counts, RamSection};
 
 pub(super) use crate::clock::now;
 
@@ -34,6 +34,9 @@ pub struct Sent {
     /// The question that this answers.
     #[serde(default)]
     pub asking: Asked,
+    /// What QEMU's stream says of the machine's memory.
+    #[serde(default)]
+    pub ram: Option<RamSection>,
 }
 
 /// When a question reached a site and when its answer left, by the clock there; since 1970.

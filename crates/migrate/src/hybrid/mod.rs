@@ -21,6 +21,7 @@ mod destination;
 mod keeper;
 mod measure;
 mod recover;
+mod rest;
 mod run;
 mod source;
 

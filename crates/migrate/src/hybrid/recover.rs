@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use godwit_qemu::stream::{Command, Limits, Record, ReturnMessage, StreamError, StreamParser};
-use godwit_qemu::{Machine, MigrationStatus, QemuError};
+use godwit_qemu::{BlockInQemu, Machine, MigrationStatus, QemuError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::keeper::Keeper;
+use super::rest::Rest;
 use super::run::{EVENT_WITHIN, Source, lost, qemu, relay};
 use super::{Asking, DestinationFate, MoveError, Sent, SourceDriver, Steering};
-use crate::relay::{RelayClient, RelayError, RelayPhase};
+use crate::relay::{AbortOnDrop, RelayClient, RelayError, RelayPhase};
 
 /// How long a QEMU may take to notice that its connection is gone.
 const BREAK_WITHIN: Duration = Duration::from_secs(30);
@@ -27,6 +27,16 @@ async fn paused(machine: &Machine, doing: &'static str) -> Result<(), MoveError>
     let wanted = [MigrationStatus::PostcopyPaused];
     match machine.wait_migration("waiting for the break", &wanted, BREAK_WITHIN).await {
         Ok(_) | Err(QemuError::TimedOut { .. }) => Ok(()),
+        Err(e) => Err(qemu(doing)(e)),
+    }
+}
+
+/// Waits until a source's post-copy is paused or has come to its end.
+async fn halted(machine: &Machine, doing: &'static str) -> Result<MigrationStatus, MoveError> {
+    let wanted = [MigrationStatus::PostcopyPaused, MigrationStatus::Completed];
+    match machine.wait_migration("waiting for the break", &wanted, BREAK_WITHIN).await {
+        Ok(info) => Ok(info.status),
+        Err(QemuError::TimedOut { .. }) => Ok(MigrationStatus::PostcopyPaused),
         Err(e) => Err(qemu(doing)(e)),
     }
 }
@@ -54,7 +64,7 @@ pub async fn recover_outgoing(
     steering: &Steering,
 ) -> Result<(), MoveError> {
     const DOING: &str = "recovering the source's QEMU";
-    paused(machine, DOING).await?;
+    let whole = halted(machine, DOING).await? == MigrationStatus::Completed;
     let joined = client
         .wait(|s| s.phase >= RelayPhase::Committed)
         .await
@@ -62,7 +72,15 @@ pub async fn recover_outgoing(
     if let Some(why) = lost(&joined) {
         return Err(MoveError::Interrupted { why });
     }
-    machine.migrate_resume(socket).await.map_err(qemu(DOING))?;
+    let _rest = if whole {
+        // It has sent everything, and some of that was lost with its relay.
+        let rest = Rest::of(machine, sent.ram.as_ref()).await?;
+        let to = socket.to_owned();
+        Some(AbortOnDrop(tokio::spawn(rest.send(to)).abort_handle()))
+    } else {
+        machine.migrate_resume(socket).await.map_err(qemu(DOING))?;
+        None
+    };
     let mut source = found(machine, client, socket, SourceDriver::resumed(), sent);
     let unknown = || -> Asking { Box::pin(async { DestinationFate::Unknown }) };
     source.drive(steering, unknown).await
@@ -111,9 +129,6 @@ fn found<'a>(
     sent: &'a mut Sent,
 ) -> Source<'a> {
     let (before, events) = (sent.counts, machine.events());
-    // One that was found again in the switch is beyond what a relay's death could spoil, or soon.
-    let keeper = Keeper::take(&client.status(), machine)
-        .filter(|_| !driver.is_beyond() && client.status().phase <= RelayPhase::Stopped);
     Source {
         machine,
         client,
@@ -124,7 +139,8 @@ fn found<'a>(
         events,
         late: true,
         rings: Vec::new(),
-        keeper,
+        keeper: None,
+        kept: None,
     }
 }
 
@@ -234,8 +250,8 @@ struct Receiver {
 }
 
 impl Receiver {
-    fn new(blocks: Vec<(String, u64)>) -> Self {
-        let blocks = blocks.into_iter().map(|(name, used)| (Bytes::from(name), used)).collect();
+    fn new(blocks: Vec<BlockInQemu>) -> Self {
+        let blocks = blocks.into_iter().map(|b| (Bytes::from(b.name), b.used)).collect();
         Self { main: StreamParser::resumed(Limits::default()), blocks, ended: false }
     }
 
@@ -273,7 +289,8 @@ mod tests {
 
     #[test]
     fn a_recovering_source_is_told_that_every_page_is_there() {
-        let mut r = Receiver::new(vec![("m0".into(), 65 * 4096)]);
+        let m0 = BlockInQemu { name: "m0".into(), used: 65 * 4096, address: 0 };
+        let mut r = Receiver::new(vec![m0]);
         let mut stream = Vec::new();
         let block = Bytes::from_static(b"m0");
         Record::Command(Command::RecvBitmap { block: block.clone() }).encode(&mut stream);

@@ -13,10 +13,15 @@ use tokio_util::sync::CancellationToken;
 use super::keeper::Keeper;
 use super::measure::now;
 use super::{Sent, SourceDriver, SourceEffect, SourceEnd, SourceEvent, SourceState, recover};
-use crate::relay::{Counts, RelayClient, RelayCommand, RelayEnd, RelayError, RelayStatus};
+use crate::relay::{
+    Counts, RelayClient, RelayCommand, RelayEnd, RelayError, RelayPhase, RelayStatus,
+};
 
 /// How long QEMU may take to tell of its STOP or RESUME once it must have happened.
 pub(super) const EVENT_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long QEMU may take to say how it is, before it is taken to wait for its stream to be read.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
 /// Why a migration could not be driven on.
 #[derive(Debug, thiserror::Error)]
@@ -203,8 +208,10 @@ pub(super) struct Source<'a> {
     pub(super) late: bool,
     /// Pages that hold the machine's virtio queues.
     pub(super) rings: Vec<u64>,
-    /// QEMU's connection, held beside the relay during the switch.
+    /// QEMU's connection, held beside the relay from the switch on.
     pub(super) keeper: Option<Keeper>,
+    /// The relay's descriptor of it that was asked for last.
+    pub(super) kept: Option<i32>,
 }
 
 /// Sends the running `machine` through the source relay behind `client`, whose QEMU socket is
@@ -234,12 +241,40 @@ pub async fn send(
         late: false,
         rings: Vec::new(),
         keeper: None,
+        kept: None,
     };
     source.drive(steering, ask).await
 }
 
 impl Source<'_> {
     pub(super) async fn drive(
+        &mut self,
+        steering: &Steering,
+        ask: impl Fn() -> Asking,
+    ) -> Result<(), MoveError> {
+        let driven = self.drive_on(steering, ask).await;
+        if driven.as_ref().is_err_and(MoveError::keeps_source)
+            && let Some(keeper) = self.keeper.take()
+            && let Err(e) = keeper.leave(self.machine).await
+        {
+            tracing::warn!(error = %in_full(&e), "a machine that has left");
+        }
+        driven
+    }
+
+    /// Holds QEMU's connection beside a relay that has it.
+    fn keep(&mut self, seen: &RelayStatus) {
+        let wanted = seen.qemu_socket.is_some()
+            && seen.qemu_socket != self.kept
+            && seen.phase >= RelayPhase::Switching
+            && seen.end.is_none();
+        if wanted {
+            self.kept = seen.qemu_socket;
+            self.keeper = Keeper::take(seen, self.machine).or_else(|| self.keeper.take());
+        }
+    }
+
+    async fn drive_on(
         &mut self,
         steering: &Steering,
         ask: impl Fn() -> Asking,
@@ -254,11 +289,11 @@ impl Source<'_> {
             let seen = status.borrow_and_update().clone();
             self.sent.counts = self.before.plus(&seen.counts);
             self.sent.clock = seen.clock.or(self.sent.clock);
-            self.apply(SourceEvent::Relay(seen.phase), &ask).await?;
-            if self.driver.is_beyond() {
-                // From here on QEMU is to notice when its relay is gone.
-                self.keeper = None;
+            if seen.ram.is_some() {
+                self.sent.ram.clone_from(&seen.ram);
             }
+            self.apply(SourceEvent::Relay(seen.phase), &ask).await?;
+            self.keep(&seen);
             let word = told.borrow_and_update().clone();
             if let Some(why) = lost(&seen).or(word) {
                 self.lost(why, &ask).await?;
@@ -373,7 +408,9 @@ impl Source<'_> {
             }
             SourceEffect::Proceed => {
                 let first = std::mem::take(&mut self.rings);
-                self.keeper = Keeper::take(&self.client.status(), self.machine);
+                let status = self.client.status();
+                self.keeper = Keeper::take(&status, self.machine);
+                self.kept = status.qemu_socket;
                 self.tell(&RelayCommand::Proceed { first }, "read on").await?;
             }
             SourceEffect::AbortRelay { why } => {
@@ -389,26 +426,7 @@ impl Source<'_> {
                 let fate = ask().await;
                 match fate {
                     DestinationFate::Runs => return Ok(Some(SourceEvent::DestinationRuns)),
-                    DestinationFate::Dead => {
-                        if let Some(why) = end_of(self.machine).await {
-                            return Err(MoveError::Ended { why });
-                        }
-                        let info = self
-                            .machine
-                            .query_migrate()
-                            .await
-                            .map_err(qemu("asking QEMU how its migration stands"))?;
-                        // QEMU lets the machine run again when it fails before it has sent it off.
-                        let failed = matches!(
-                            info.status,
-                            MigrationStatus::Failed | MigrationStatus::Cancelled
-                        );
-                        return Ok(Some(if failed {
-                            SourceEvent::Undone
-                        } else {
-                            SourceEvent::DestinationDead
-                        }));
-                    }
+                    DestinationFate::Dead => return self.without_destination().await.map(Some),
                     DestinationFate::Unknown => {
                         let SourceState::Uncertain { why } = self.driver.state().clone() else {
                             return Ok(None);
@@ -440,6 +458,26 @@ impl Source<'_> {
             }
         }
         Ok(None)
+    }
+
+    /// The machine never ran at its destination and never will: whether QEMU has to be brought back,
+    /// or has given up by itself.
+    async fn without_destination(&self) -> Result<SourceEvent, MoveError> {
+        let asked = self.machine.query_migrate();
+        match tokio::time::timeout(ANSWER_WITHIN, asked).await {
+            // QEMU lets the machine run again when it fails before it has sent it off.
+            Ok(Ok(info))
+                if matches!(info.status, MigrationStatus::Failed | MigrationStatus::Cancelled) =>
+            {
+                Ok(SourceEvent::Undone)
+            }
+            // One that is silent writes with its main lock held, and is read on now.
+            Ok(Ok(_)) | Err(_) => Ok(SourceEvent::DestinationDead),
+            Ok(Err(e)) => match end_of(self.machine).await {
+                Some(why) => Err(MoveError::Ended { why }),
+                None => Err(qemu("asking QEMU how its migration stands")(e)),
+            },
+        }
     }
 
     /// A QEMU whose relay is gone is read until it answers: its main lock may be held by a write.

@@ -19,7 +19,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{
-    Command, Content, Limits, PONG_COMMIT, Page, Record, ReturnMessage, ReturnPathParser,
+    Command, Content, Limits, PONG_COMMIT, Page, RamBlock, Record, ReturnMessage, ReturnPathParser,
     StreamError, StreamParser,
 };
 
@@ -28,7 +28,7 @@ use super::frame::{Kind, MAX_RAW};
 use super::handover::OpenState;
 use super::pacer::Pacer;
 use super::round::Round;
-use super::status::{Counts, RelayPhase};
+use super::status::{Counts, RamSection, RelayPhase};
 
 /// Raw bytes collected into one bulk frame.
 const BATCH: usize = 64 << 10;
@@ -72,6 +72,10 @@ pub(crate) struct SourceCore {
     first: Vec<u64>,
     /// What QEMU is to read on its return path of the relay's own accord.
     asked: Vec<u8>,
+    /// Number of the section of memory.
+    section: Option<u32>,
+    /// That, with the names of its blocks.
+    ram: Option<RamSection>,
 }
 
 /// How far the device state has come from QEMU.
@@ -116,7 +120,14 @@ impl SourceCore {
             last: None,
             first: Vec::new(),
             asked: Vec::new(),
+            section: None,
+            ram: None,
         }
+    }
+
+    /// What the stream says of the machine's memory, once it has.
+    pub(crate) fn ram(&self) -> Option<&RamSection> {
+        self.ram.as_ref()
     }
 
     pub(crate) fn phase(&self) -> RelayPhase {
@@ -179,7 +190,13 @@ impl SourceCore {
         self.main.push(bytes);
         while let Some(record) = self.main.next()? {
             match &record {
+                Record::SectionStart { id, .. } => self.section = Some(*id),
                 Record::MemSize(list) => {
+                    let name = |b: &RamBlock| String::from_utf8_lossy(&b.name).into_owned();
+                    self.ram = self.section.map(|section| RamSection {
+                        section,
+                        blocks: list.blocks.iter().map(name).collect(),
+                    });
                     self.round.begin(list);
                     self.around.begin(list);
                 }

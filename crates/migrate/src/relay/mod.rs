@@ -32,7 +32,7 @@ mod wire;
 pub use config::{RelayConfig, RelayDisk, RelayRole};
 pub use control::{RelayClient, RelayCommand};
 pub use error::RelayError;
-pub use status::{Counts, RelayEnd, RelayPhase, RelayStatus};
+pub use status::{Counts, RamSection, RelayEnd, RelayPhase, RelayStatus};
 
 use std::path::Path;
 use std::sync::Arc;
@@ -145,7 +145,7 @@ fn follow_revocations(trust: Trust, file: std::path::PathBuf) -> AbortOnDrop {
 }
 
 /// Ends a task with its owner.
-struct AbortOnDrop(tokio::task::AbortHandle);
+pub(crate) struct AbortOnDrop(pub(crate) tokio::task::AbortHandle);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

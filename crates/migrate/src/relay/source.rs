@@ -216,7 +216,13 @@ impl<'a> Source<'a> {
             let bytes = BytesMoved { disk: s.counts.bytes.disk, ..counts.bytes };
             let (disk_blocks, disk_left) = (s.counts.disk_blocks, s.counts.disk_left);
             let counts = Counts { bytes, disk_blocks, disk_left, ..counts };
-            let changed = s.phase != phase || s.counts != counts || s.clock != clock;
+            let changed = s.phase != phase
+                || s.counts != counts
+                || s.clock != clock
+                || s.ram.as_ref() != self.core.ram();
+            if s.ram.as_ref() != self.core.ram() {
+                s.ram = self.core.ram().cloned();
+            }
             s.phase = phase;
             s.committed = phase >= RelayPhase::Committed;
             s.counts = counts;

@@ -122,6 +122,15 @@ pub enum RelayEnd {
     },
 }
 
+/// A machine's memory as a stream has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamSection {
+    /// Number of the section.
+    pub section: u32,
+    /// Names of its blocks.
+    pub blocks: Vec<String>,
+}
+
 /// The whole state of a relay at one moment. Each change gives a new one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RelayStatus {
@@ -150,6 +159,9 @@ pub struct RelayStatus {
     /// Source only: the number of its descriptor of QEMU's main channel.
     #[serde(default)]
     pub qemu_socket: Option<i32>,
+    /// Source only: what QEMU's stream says of the machine's memory.
+    #[serde(default)]
+    pub ram: Option<RamSection>,
     /// Set when nothing more will happen.
     pub end: Option<RelayEnd>,
 }
@@ -169,6 +181,7 @@ impl RelayStatus {
             lost: None,
             pid: i32::try_from(std::process::id()).ok(),
             qemu_socket: None,
+            ram: None,
             end: None,
         }
     }

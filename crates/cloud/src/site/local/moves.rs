@@ -361,7 +361,8 @@ impl LocalSite {
         });
     }
 
-    /// Writes down that the machine has begun to run here: from then on nobody else may.
+    /// Writes down that the machine has begun to run at its destination: from then on nobody else
+    /// may.
     async fn note_run(&self, record: &MachineRecord, relay: &RelayClient) {
         if !relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
             return;
@@ -468,7 +469,16 @@ impl LocalSite {
             let asking = Arc::clone(&asking);
             Box::pin(async move { asking.ask_fate().await })
         };
-        hybrid::send(machine, &relay, &paths.qemu, sent, &moving.steering(), ask).await?;
+        {
+            let steering = moving.steering();
+            let sending = hybrid::send(machine, &relay, &paths.qemu, sent, &steering, ask);
+            let noted = self.note_run(record, &relay);
+            tokio::pin!(sending);
+            tokio::select! {
+                done = &mut sending => done?,
+                () = noted => sending.await?,
+            }
+        }
         let _ = relay.command(&RelayCommand::Finish).await;
         Ok(())
     }

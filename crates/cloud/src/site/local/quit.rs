@@ -23,18 +23,21 @@ const FORCED_WITHIN: Duration = Duration::from_secs(10);
 pub(super) struct NotSent {
     fault: Fault,
     keep: bool,
+    /// The machine runs at its destination.
+    beyond: bool,
 }
 
 impl From<Fault> for NotSent {
     /// Before QEMU was asked for anything.
     fn from(fault: Fault) -> Self {
-        Self { fault, keep: false }
+        Self { fault, keep: false, beyond: false }
     }
 }
 
 impl From<MoveError> for NotSent {
     fn from(e: MoveError) -> Self {
-        Self { keep: e.keeps_source(), fault: Fault::of(&e) }
+        let beyond = matches!(e, MoveError::Interrupted { .. });
+        Self { keep: e.keeps_source(), fault: Fault::of(&e), beyond }
     }
 }
 
@@ -52,7 +55,10 @@ impl LocalSite {
             Ok(()) => false,
             Err(e) => {
                 warn!(vm = %record.name, error = %e.fault, "a machine did not leave whole");
-                e.keep && !runs(Some(machine)).await
+                if e.beyond {
+                    self.hold_still(record, machine).await;
+                }
+                e.keep && (e.beyond || !runs(Some(machine)).await)
             }
         };
         if keep {
@@ -67,6 +73,17 @@ impl LocalSite {
             let _ = std::fs::remove_dir_all(&paths.dir);
         }
         done.map(|()| Ended::Sent(Box::new(sent))).map_err(|e| e.fault)
+    }
+
+    /// A machine that runs at its destination must not run here, whatever its QEMU thinks.
+    pub(super) async fn hold_still(&self, record: &MachineRecord, machine: &Machine) {
+        if !runs(Some(machine)).await {
+            return;
+        }
+        warn!(vm = %record.name, "it runs at its destination; it is held here");
+        if let Err(e) = machine.stop().await {
+            warn!(vm = %record.name, error = %crate::error::chain(&e), "it is not held");
+        }
     }
 
     /// The machine is in no move any more.

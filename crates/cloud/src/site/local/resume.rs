@@ -172,7 +172,10 @@ impl LocalSite {
             })
             .await;
         }
-        let at_home = runs(Some(&machine)).await;
+        if migration.runs {
+            self.hold_still(&record, &machine).await;
+        }
+        let at_home = !migration.runs && runs(Some(&machine)).await;
         match relay {
             Ok(relay) if at_home && !relay.status().committed => {
                 // Nobody drives it any more, and nothing has left: it is given up.
@@ -234,7 +237,16 @@ impl LocalSite {
         let Some(migration) = record.migration.clone().filter(|m| m.end == End::Source) else {
             return Err(Fault::conflict("this site is not the source of that migration"));
         };
-        let Some(machine) = machine else { return Err(self.ended_here(&record).await) };
+        let Some(machine) = machine else {
+            if Machine::recorded(&self.dirs.vm_run(record.vm)).is_some() {
+                // It lives, and answers nobody yet.
+                return Err(Fault::unavailable(format!(
+                    "the QEMU of '{}' does not answer yet",
+                    record.name
+                )));
+            }
+            return Err(self.ended_here(&record).await);
+        };
         if runs(Some(&machine)).await {
             self.unmark(record.vm).await;
             return Ok(());
