@@ -34,7 +34,11 @@ impl SiteHost for Listed {
     }
     async fn ask(&self, request: SiteRequest, _: Call) -> Result<SiteReply, Fault> {
         Ok(match request {
-            SiteRequest::Report => SiteReply::Report(SiteReport::default()),
+            SiteRequest::Report => SiteReply::Report(SiteReport {
+                holdings: Some(godwit_types::Hash::of(b"none")),
+                ..SiteReport::default()
+            }),
+            SiteRequest::Substrates => SiteReply::Substrates(Vec::new()),
             SiteRequest::Machines => SiteReply::Machines(self.machines.clone()),
             _ => SiteReply::Done,
         })

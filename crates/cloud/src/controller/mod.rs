@@ -30,6 +30,8 @@ mod recover;
 mod settle;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_deleted;
 mod warrants;
 
 use std::collections::BTreeMap;
@@ -44,7 +46,7 @@ use utoipa::ToSchema;
 
 pub use exec::GuestProcess;
 
-use crate::clock::UnixMs;
+use crate::clock::{Moment, UnixMs};
 use crate::error::Fault;
 use crate::ops::Ops;
 use crate::registry::{Registry, SiteRecord, SiteReport, VmRecord};
@@ -222,7 +224,7 @@ impl Controller {
             name: name.clone(),
             kind,
             joined: old.map_or(now, |s| s.joined),
-            lease_until: now.plus(LEASE),
+            lease_until: UnixMs::default(),
             last_seen: now,
             revoked: false,
             report: report.clone(),
@@ -300,7 +302,7 @@ impl Controller {
     async fn take_over(&self, host: &Arc<dyn SiteHost>, report: &SiteReport) -> Result<(), Fault> {
         let report = self.adopt_substrates(host, report.clone()).await?;
         self.registry
-            .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
+            .site_report(host.name(), report.clone(), Moment::now(), LEASE)
             .map_err(registry_fault)?;
         self.registry.substrates_damaged(host.name(), &report.damaged).map_err(registry_fault)?;
         self.settle_machines(host).await

@@ -232,6 +232,9 @@ impl Controller {
     pub(super) async fn settle_machines(&self, host: &Arc<dyn SiteHost>) -> Result<(), Fault> {
         let asked_at = self.registry.revision();
         let machines = host.machines().await?;
+        if !self.end_deleted(host, &machines, asked_at).await? {
+            self.registry.site_has_no_deleted(host.name(), asked_at).map_err(registry_fault)?;
+        }
         let machines: HashMap<_, _> = machines.iter().map(|m| (m.vm, m)).collect();
         // What has changed meanwhile may be newer than the answer.
         let known = self.registry.vms_about(host.name(), machines.keys().copied(), asked_at);
@@ -287,6 +290,32 @@ impl Controller {
             }
         }
         Ok(())
+    }
+
+    /// Has a site end the machines that were deleted while it was away. Answers whether it had any.
+    async fn end_deleted(
+        &self,
+        host: &Arc<dyn SiteHost>,
+        machines: &[MachineStatus],
+        asked_at: u64,
+    ) -> Result<bool, Fault> {
+        let gone = self.registry.vms_deleted(machines.iter().map(|m| m.vm), asked_at);
+        for gone in &gone {
+            // One that became a substrate ends by itself.
+            let here = machines.iter().find(|m| m.vm == gone.vm && m.state != VmState::Docking);
+            let Some(here) = here else { continue };
+            let claimed = Some(here.generation).filter(|g| g.is_sane());
+            let generation = claimed.map_or(gone.generation, |g| g.max(gone.generation));
+            tracing::warn!(vm = %gone.name, site = %host.name(), deleted = %gone.when.rfc3339(), "ending a machine that was deleted while its site was away");
+            let request = SiteRequest::VmDelete { vm: gone.vm, generation };
+            match host.tell(request, Call::quiet()).await {
+                Err(f) if f.code != Code::NotFound => {
+                    tracing::warn!(vm = %gone.name, site = %host.name(), error = %f, "a deleted machine is still there");
+                }
+                _ => {}
+            }
+        }
+        Ok(!gone.is_empty())
     }
 
     /// What a site's word on a machine means beside what the registry has of it. A machine that an

@@ -14,10 +14,10 @@ use crate::site::{
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
-struct Paper {
-    name: Name,
-    machines: Mutex<Vec<MachineStatus>>,
-    substrates: Mutex<Vec<SubstrateInfo>>,
+pub(super) struct Paper {
+    pub(super) name: Name,
+    pub(super) machines: Mutex<Vec<MachineStatus>>,
+    pub(super) substrates: Mutex<Vec<SubstrateInfo>>,
     /// What `MigrateSend` does.
     send: Send,
     peer: Mutex<Option<Arc<Paper>>>,
@@ -34,7 +34,7 @@ struct Paper {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Send {
+pub(super) enum Send {
     Works,
     FailsBefore,
     FailsAfter,
@@ -42,7 +42,7 @@ enum Send {
     WaitsForCancel,
 }
 
-fn name(s: &str) -> Name {
+pub(super) fn name(s: &str) -> Name {
     Name::new(s).expect("name")
 }
 
@@ -65,7 +65,7 @@ impl Paper {
             listed: AtomicUsize::new(0),
         })
     }
-    fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
+    pub(super) fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
         MachineStatus {
             vm,
             name: n.clone(),
@@ -80,7 +80,7 @@ impl Paper {
             activate: None,
         }
     }
-    fn all(&self) -> Vec<MachineStatus> {
+    pub(super) fn all(&self) -> Vec<MachineStatus> {
         self.machines.lock().expect("lock").clone()
     }
     fn drop_vm(&self, vm: VmId) {
@@ -281,15 +281,15 @@ impl SiteHost for Paper {
     }
 }
 
-struct World {
+pub(super) struct World {
     _dir: tempfile::TempDir,
     authority: Arc<Authority>,
-    c: Arc<Controller>,
-    center: Arc<Paper>,
-    cafe: Arc<Paper>,
+    pub(super) c: Arc<Controller>,
+    pub(super) center: Arc<Paper>,
+    pub(super) cafe: Arc<Paper>,
 }
 
-async fn world(send: Send) -> World {
+pub(super) async fn world(send: Send) -> World {
     world_with(send, Duration::from_secs(60)).await
 }
 
@@ -306,7 +306,7 @@ async fn world_with(send: Send, patience: Duration) -> World {
     World { _dir: dir, authority, c, center, cafe }
 }
 
-async fn running(w: &World, n: &str) -> VmRecord {
+pub(super) async fn running(w: &World, n: &str) -> VmRecord {
     let want = CreateVm {
         name: Some(name(n)),
         image: Some(name("tiny")),
@@ -751,7 +751,7 @@ async fn a_site_that_does_not_answer_holds_up_nobody() {
     assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
 }
 
-fn docked(n: usize) -> SubstrateInfo {
+pub(super) fn docked(n: usize) -> SubstrateInfo {
     SubstrateInfo {
         id: SubstrateId::new(),
         name: name(&format!("s-{n}")),

@@ -202,6 +202,19 @@ impl VmRecord {
     }
 }
 
+/// A machine that was deleted or docked, remembered until every site has been seen without it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeletedVm {
+    /// Its id.
+    pub vm: VmId,
+    /// What it was called.
+    pub name: Name,
+    /// The last generation that the center knew.
+    pub generation: Generation,
+    /// When it went.
+    pub when: UnixMs,
+}
+
 /// One step of an operation, written down before it is taken and again when it is done, so that
 /// a daemon that comes back knows what to finish or to undo.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

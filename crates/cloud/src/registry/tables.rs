@@ -6,7 +6,7 @@ use std::sync::Arc;
 use godwit_types::{Name, OpId, SiteKind, SubstrateId, VmId};
 use serde::{Deserialize, Serialize};
 
-use super::{OpRecord, SubstrateRecord, VmRecord};
+use super::{DeletedVm, OpRecord, SubstrateRecord, VmRecord};
 use crate::clock::UnixMs;
 
 /// What is durable of a site. The rest of a [`super::SiteRecord`] is what it last reported.
@@ -31,12 +31,20 @@ pub(super) enum Change {
     Substrate(SubstrateId, Option<Arc<SubstrateRecord>>),
     Vm(VmId, Option<Arc<VmRecord>>),
     Op(OpId, Option<Arc<OpRecord>>),
+    Deleted(VmId, Option<Arc<DeletedVm>>),
 }
 
 /// A machine and the number of the change that made it as it is.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct VmEntry {
     pub(super) vm: Arc<VmRecord>,
+    pub(super) changed_by: u64,
+}
+
+/// A machine that is gone and the number of the change that made it so.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct DeletedEntry {
+    pub(super) vm: Arc<DeletedVm>,
     pub(super) changed_by: u64,
 }
 
@@ -47,6 +55,10 @@ pub(super) struct Tables {
     pub(super) substrates: BTreeMap<SubstrateId, Arc<SubstrateRecord>>,
     pub(super) vms: BTreeMap<VmId, VmEntry>,
     pub(super) ops: BTreeMap<OpId, Arc<OpRecord>>,
+    /// Machines that are gone and that a site may still have.
+    pub(super) deleted: BTreeMap<VmId, DeletedEntry>,
+    /// The same by the change that made them so.
+    pub(super) deleted_by: BTreeSet<(u64, VmId)>,
     /// Entries that do not parse, by key: what the parser said.
     pub(super) damaged: BTreeMap<String, String>,
     /// Counts the changes of machines.
@@ -90,6 +102,7 @@ impl Tables {
             },
             Change::Substrate(id, row) => self.substrate(*id, row.as_ref()),
             Change::Vm(id, row) => self.vm(*id, row.as_ref()),
+            Change::Deleted(id, row) => self.deleted(*id, row.as_ref()),
             Change::Op(id, row) => {
                 let ended = row.as_ref().is_some_and(|o| o.state.is_final());
                 if ended {
@@ -156,6 +169,18 @@ impl Tables {
         }
     }
 
+    fn deleted(&mut self, id: VmId, row: Option<&Arc<DeletedVm>>) {
+        if let Some(old) = self.deleted.remove(&id) {
+            self.deleted_by.remove(&(old.changed_by, id));
+        }
+        if let Some(vm) = row {
+            self.revision += 1;
+            let entry = DeletedEntry { vm: vm.clone(), changed_by: self.revision };
+            self.deleted.insert(id, entry);
+            self.deleted_by.insert((self.revision, id));
+        }
+    }
+
     pub(super) fn substrate_named(&self, name: &str) -> Option<SubstrateId> {
         Name::new(name).ok().and_then(|n| self.substrate_names.get(&n).copied())
     }
@@ -202,6 +227,10 @@ impl Tables {
         for entry in self.vms.values_mut() {
             entry.changed_by = revision;
         }
+        for entry in self.deleted.values_mut() {
+            entry.changed_by = revision;
+        }
+        self.deleted_by = self.deleted.keys().map(|id| (revision, *id)).collect();
     }
 
     /// Whether the rows are the same; the numbers of changes may differ.
@@ -211,5 +240,10 @@ impl Tables {
             && self.ops == other.ops
             && self.vms.len() == other.vms.len()
             && self.vms.iter().all(|(id, e)| other.vms.get(id).is_some_and(|o| o.vm == e.vm))
+            && self.deleted.len() == other.deleted.len()
+            && self
+                .deleted
+                .iter()
+                .all(|(id, e)| other.deleted.get(id).is_some_and(|o| o.vm == e.vm))
     }
 }

@@ -18,6 +18,7 @@ mod resume;
 mod sched;
 mod screens;
 mod scrub;
+mod stop;
 mod stored;
 mod tombs;
 mod users;
@@ -55,11 +56,22 @@ struct Entry {
     machine: Option<Machine>,
     /// It is being started, without the lock; cancelled when it is not wanted any more.
     starting: Option<CancellationToken>,
+    /// Somebody waits, without the lock, for its guest to power itself off.
+    stopping: std::sync::Weak<()>,
 }
 
 impl Entry {
     fn new(record: MachineRecord, machine: Option<Machine>) -> Self {
-        Self { record, machine, starting: None }
+        Self { record, machine, starting: None, stopping: std::sync::Weak::new() }
+    }
+
+    /// Refuses what needs a guest that stays.
+    fn stays(&self) -> Result<(), Fault> {
+        if self.stopping.strong_count() == 0 {
+            return Ok(());
+        }
+        Err(Fault::conflict(format!("machine '{}' is being powered off", self.record.name))
+            .hint("wait for that, or end it at once with: godwit vm stop --force"))
     }
 
     /// The state of a machine that is in a change, whatever its QEMU says; a machine of which
@@ -90,6 +102,8 @@ pub struct SiteOptions {
     /// Bytes of tmpfs that sealed memory may take before what no machine maps is dropped; half of
     /// that tmpfs when left out.
     pub memory_cache_bytes: Option<u64>,
+    /// How often all that is stored is read and checked; once a day when left out.
+    pub scrub_every: Option<std::time::Duration>,
     /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
@@ -113,6 +127,7 @@ impl SiteOptions {
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
             memory_cache_bytes: None,
+            scrub_every: None,
             waiting: 1,
             co_schedule: false,
             link_patience: godwit_transfer::PATIENCE,
@@ -213,7 +228,7 @@ impl LocalSite {
         });
         site.adopt_all().await?;
         site.sweep_strays().await;
-        scrub::start(&site);
+        scrub::start(&site, site.options.scrub_every);
         Ok(site)
     }
 

@@ -427,6 +427,7 @@ impl LocalSite {
             let mut e = entry.lock().await;
             Self::fence(&e.record, generation)?;
             Self::steady(&e.record)?;
+            e.stays()?;
             let machine = super::running(&e)?.clone();
             e.record.migration = Some(Migration::new(to.migration, End::Source, to.peer.clone()));
             if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
