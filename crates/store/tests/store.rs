@@ -449,15 +449,14 @@ impl Drop for Tmpfs {
 #[test]
 fn a_flip_anywhere_in_the_head_of_the_index_loses_no_unit_unsaid() {
     let dir = tempfile::tempdir().expect("dir");
-    let put = |n: u8| {
-        let store = Store::open(dir.path(), options()).expect("open");
-        store.put(owner(), &[n; UNIT]).expect("stored")
-    };
-    let hashes = [put(1), put(2)];
+    let store = Store::open(dir.path(), options()).expect("open");
+    let hashes = [1, 2].map(|n: u8| store.put(owner(), &[n; UNIT]).expect("stored"));
+    // As a daemon that is killed leaves it.
     let all = ["index.redb", "index.mark"].map(|n| dir.path().join(n));
     let sound = all.each_ref().map(|p| std::fs::read(p).expect("read"));
     let pack = dir.path().join("packs/00000001.pack");
     let packed = std::fs::read(&pack).expect("read");
+    drop(store);
     let mut fell_back = 0;
     for at in 0..320 {
         for (path, bytes) in all.iter().zip(&sound) {

@@ -132,6 +132,7 @@ pub struct Controller {
     authority: Arc<Authority>,
     sites: Sites,
     bringing: bring::Bringing,
+    settled: recover::Settled,
     operator: Name,
     /// One machine at a time is entered: what may run once only is not entered twice.
     entering: std::sync::Mutex<()>,
@@ -187,6 +188,7 @@ impl Controller {
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
             bringing: bring::Bringing::default(),
+            settled: recover::Settled::default(),
             operator,
             entering: std::sync::Mutex::default(),
         })
@@ -212,6 +214,7 @@ impl Controller {
     pub async fn attach(&self, host: Arc<dyn SiteHost>, kind: SiteKind) -> Result<(), Fault> {
         let now = UnixMs::now();
         let name = host.name().clone();
+        let asked_at = self.registry.revision();
         let report = host.report().await?;
         let old = self.registry.site(&name).ok();
         if old.as_ref().is_some_and(|s| s.revoked) {
@@ -230,12 +233,14 @@ impl Controller {
             report: report.clone(),
         };
         self.registry.site_put(&record).map_err(registry_fault)?;
+        // What it runs is asked for once, whatever it said when it was here before.
+        self.unsettle(&name);
         self.sites
             .hosts
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(name.clone(), host.clone());
-        if let Err(f) = self.take_over(&host, &report).await {
+        if let Err(f) = self.take_over(&host, &report, asked_at).await {
             self.detach(&host);
             return Err(f);
         }
@@ -293,19 +298,26 @@ impl Controller {
     /// # Errors
     /// When it does not answer, or the registry fails.
     pub async fn refresh(&self, host: &Arc<dyn SiteHost>) -> Result<SiteReport, Fault> {
+        let asked_at = self.registry.revision();
         let report = host.report().await?;
-        self.take_over(host, &report).await?;
+        self.take_over(host, &report, asked_at).await?;
         Ok(report)
     }
 
-    /// Enters what a site has reported, holds and runs.
-    async fn take_over(&self, host: &Arc<dyn SiteHost>, report: &SiteReport) -> Result<(), Fault> {
+    /// Enters what a site has reported, holds and runs; `asked_at` is the registry's revision before
+    /// the report was asked for.
+    async fn take_over(
+        &self,
+        host: &Arc<dyn SiteHost>,
+        report: &SiteReport,
+        asked_at: u64,
+    ) -> Result<(), Fault> {
         let report = self.adopt_substrates(host, report.clone()).await?;
         self.registry
             .site_report(host.name(), report.clone(), Moment::now(), LEASE)
             .map_err(registry_fault)?;
         self.registry.substrates_damaged(host.name(), &report.damaged).map_err(registry_fault)?;
-        self.settle_machines(host).await
+        self.settle_machines(host, report.machines, asked_at).await
     }
 
     /// Keeps a site's lease fresh until it stops answering; then it is detached.

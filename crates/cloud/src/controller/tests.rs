@@ -31,6 +31,8 @@ pub(super) struct Paper {
     hung: AtomicBool,
     /// How often it was asked what its pool holds.
     listed: AtomicUsize,
+    /// How often it was asked what it runs.
+    pub(super) asked: AtomicUsize,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -63,6 +65,7 @@ impl Paper {
             silent: AtomicBool::new(false),
             hung: AtomicBool::new(false),
             listed: AtomicUsize::new(0),
+            asked: AtomicUsize::new(0),
         })
     }
     pub(super) fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
@@ -110,6 +113,7 @@ impl SiteHost for Paper {
                 images: [name("tiny")].into(),
                 substrates: held.iter().map(|s| s.id).collect(),
                 holdings: Some(Hash::of(&postcard::to_stdvec(&held).expect("encoded"))),
+                machines: crate::site::digest(&self.all()),
                 ..SiteReport::default()
             })),
             SiteRequest::Images => Ok(SiteReply::Images(vec![ImageInfo {
@@ -125,7 +129,10 @@ impl SiteHost for Paper {
                 fault: None,
             }])),
             SiteRequest::Ping => Ok(SiteReply::Done),
-            SiteRequest::Machines => Ok(SiteReply::Machines(self.all())),
+            SiteRequest::Machines => {
+                self.asked.fetch_add(1, SeqCst);
+                Ok(SiteReply::Machines(self.all()))
+            }
             SiteRequest::Substrates => {
                 self.listed.fetch_add(1, SeqCst);
                 Ok(SiteReply::Substrates(held))
@@ -326,7 +333,7 @@ fn warranted(w: &World, vm: &VmRecord, generation: Generation) -> MachineStatus 
     MachineStatus { warrant: Some(warrant), ..status }
 }
 
-fn to(n: &str) -> MigrateVm {
+pub(super) fn to(n: &str) -> MigrateVm {
     MigrateVm { to: Some(name(n)), scheme: None }
 }
 

@@ -70,3 +70,62 @@ async fn a_site_that_lies_about_what_a_substrate_is_holds_none() {
     let s = w.c.registry().substrate(true_one.name.as_str()).expect("there");
     assert_eq!(s.holders, [name("cafe"), name("center")].into());
 }
+
+#[tokio::test]
+async fn a_generation_whose_warrant_was_made_void_is_never_given_out_again() {
+    let w = world(Send::FailsBefore).await;
+    let vm = running(&w, "a").await;
+    for generation in [2, 3] {
+        let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+        assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Failed);
+        let now = w.c.registry().vm("a").expect("there");
+        assert_eq!(now.generation, vm.generation);
+        assert_eq!(now.voided[&name("cafe")], Generation(generation));
+    }
+    for how in [true, false] {
+        let op = match how {
+            true => w.c.stop("a", true, Mode::Act),
+            false => w.c.start("a", Mode::Act),
+        };
+        let _ = w.c.ops().wait(op.expect("accepted").op.expect("op")).await.expect("ends");
+    }
+    let now = w.c.registry().vm("a").expect("there");
+    assert_eq!((now.generation, now.voided.len()), (Generation(4), 0));
+}
+
+#[tokio::test]
+async fn what_a_site_runs_is_asked_for_only_when_something_has_changed() {
+    let w = world(Send::Works).await;
+    let vm = running(&w, "a").await;
+    let center: Arc<dyn SiteHost> = w.center.clone();
+    let asked = || w.center.asked.load(std::sync::atomic::Ordering::SeqCst);
+    w.c.refresh(&center).await.expect("report");
+    let before = asked();
+    for _ in 0..10 {
+        w.c.refresh(&center).await.expect("report");
+    }
+    assert_eq!(asked(), before, "nothing had changed");
+    // At the site.
+    w.center.machines.lock().expect("lock")[0].state = VmState::Stopped;
+    w.c.refresh(&center).await.expect("report");
+    assert_eq!(w.c.registry().vm("a").expect("there").state, VmState::Stopped);
+    // In the registry.
+    w.c.refresh(&center).await.expect("report");
+    let before = asked();
+    let change = |v: &mut VmRecord| {
+        v.state = VmState::Running;
+        Ok(())
+    };
+    w.c.registry().vm_update(vm.id, vm.generation, change).expect("written");
+    w.c.refresh(&center).await.expect("report");
+    assert!(asked() > before);
+    assert_eq!(w.c.registry().vm("a").expect("there").state, VmState::Stopped);
+    // One that the registry does not have there is looked at each time.
+    let other = w.center.status(godwit_types::VmId::new(), &name("b"), Generation(1));
+    w.center.machines.lock().expect("lock").push(other);
+    for _ in 0..3 {
+        let before = asked();
+        w.c.refresh(&center).await.expect("report");
+        assert!(asked() > before);
+    }
+}

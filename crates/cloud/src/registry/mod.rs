@@ -632,6 +632,12 @@ impl Registry {
         self.file.read(|t| t.revision)
     }
 
+    /// The last of those changes that was of an environment which is, or was, at `site`.
+    #[must_use]
+    pub fn revision_at(&self, site: &Name) -> u64 {
+        self.file.read(|t| t.changed_at(site))
+    }
+
     /// The environments of a site and those of `others` that are known, without those that have
     /// changed after `revision`.
     #[must_use]

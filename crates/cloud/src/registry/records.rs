@@ -74,6 +74,9 @@ pub struct SiteReport {
     /// Hash of all that it tells of its substrates; while it is the same, nobody need ask.
     #[serde(default)]
     pub holdings: Option<Hash>,
+    /// Hash of all that it tells of its machines ([`crate::site::digest`]); likewise.
+    #[serde(default)]
+    pub machines: Option<Hash>,
     /// Substrates of which something was found damaged there, and what; a few of them.
     #[serde(default)]
     pub damaged: BTreeMap<SubstrateId, String>,
@@ -177,6 +180,13 @@ impl VmRecord {
     pub fn is_on_its_way(&self) -> bool {
         matches!(self.state, VmState::Starting | VmState::Moving | VmState::Docking)
             || self.arriving.is_some()
+    }
+
+    /// The next generation that the machine may have anywhere: none for which there was ever a
+    /// warrant, also a void one.
+    #[must_use]
+    pub fn next_generation(&self) -> Generation {
+        self.voided.values().fold(self.generation, |a, b| a.max(*b)).next()
     }
 
     /// From now on the machine has this generation; what is below it needs no mention any more.

@@ -65,6 +65,8 @@ pub(super) struct Tables {
     pub(super) revision: u64,
     substrate_names: BTreeMap<Name, SubstrateId>,
     vm_names: BTreeMap<Name, VmId>,
+    /// The last change of a machine that is, or was, at each site.
+    changed_at: BTreeMap<Name, u64>,
     /// The machines of each site.
     vms_at: BTreeMap<Name, BTreeSet<VmId>>,
     /// The machines that were activated from each substrate.
@@ -152,6 +154,7 @@ impl Tables {
             None => self.vms.remove(&id),
         };
         if let Some(VmEntry { vm: old, .. }) = old {
+            self.changed_at.insert(old.site.clone(), self.revision);
             remove(&mut self.vms_at, &old.site, &id);
             if let Some(s) = &old.substrate {
                 remove(&mut self.vms_of, s, &id);
@@ -161,6 +164,7 @@ impl Tables {
             }
         }
         if let Some(vm) = row {
+            self.changed_at.insert(vm.site.clone(), self.revision);
             enter(&mut self.vms_at, vm.site.clone(), id);
             if let Some(s) = vm.substrate {
                 enter(&mut self.vms_of, s, id);
@@ -187,6 +191,11 @@ impl Tables {
 
     pub(super) fn vm_named(&self, name: &str) -> Option<VmId> {
         Name::new(name).ok().and_then(|n| self.vm_names.get(&n).copied())
+    }
+
+    /// The last change of a machine that is, or was, at a site.
+    pub(super) fn changed_at(&self, site: &Name) -> u64 {
+        self.changed_at.get(site).copied().unwrap_or_default()
     }
 
     /// The machines of a site.
@@ -224,6 +233,9 @@ impl Tables {
     /// Takes every machine as changed by `revision`.
     pub(super) fn renumber(&mut self, revision: u64) {
         self.revision = revision;
+        for name in self.sites.keys() {
+            self.changed_at.insert(name.clone(), revision);
+        }
         for entry in self.vms.values_mut() {
             entry.changed_by = revision;
         }

@@ -593,12 +593,15 @@ fn a_step_of_the_clock_neither_ends_nor_extends_a_lease() {
 fn a_flip_anywhere_in_the_head_of_the_file_loses_no_change_unsaid() {
     let dir = tempfile::tempdir().expect("dir");
     let path = dir.path().join("r.redb");
-    for n in ["first", "last"] {
-        Registry::open(&path).expect("open").vm_add(&vm(n)).expect("added");
-    }
     let mark = path.with_extension("mark");
+    let reg = Registry::open(&path).expect("open");
+    for n in ["first", "last"] {
+        reg.vm_add(&vm(n)).expect("added");
+    }
+    // As a daemon that is killed leaves it.
     let (sound, at_last) =
         (std::fs::read(&path).expect("read"), std::fs::read(&mark).expect("mark"));
+    drop(reg);
     let mut fell_back = 0;
     // The database's own head: which of two commit slots counts, and both.
     for at in 0..320 {

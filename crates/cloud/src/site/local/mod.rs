@@ -518,11 +518,11 @@ impl LocalSite {
                     me.prepare(migration, machine, generation, warrant, from, &manifest).await?,
                 )
             }
-            SiteRequest::MigrateSend { vm, generation, to, scheme } => {
+            SiteRequest::MigrateSend { vm, generation, next, to, scheme } => {
                 if scheme != godwit_migrate::hybrid::SCHEME {
                     return Err(Fault::invalid(format!("no scheme '{}'", scheme.escape_debug())));
                 }
-                SiteReply::Sent(self.whole()?.send(vm, generation, to, call).await?)
+                SiteReply::Sent(self.whole()?.send(vm, (generation, next), to, call).await?)
             }
             SiteRequest::MigrateFollow { migration } => {
                 SiteReply::Sent(self.follow(migration, &call).await?)
