@@ -548,7 +548,7 @@ fn a_deleted_machine_is_remembered_until_every_site_was_seen_without_it() {
     }
     let gone: Vec<_> = (0..3).map(|i| vm(&format!("vm-{i}"))).collect();
     for vm in &gone {
-        reg.vm_add(vm).expect("added");
+        reg.vm_add(vm, None).expect("added");
         reg.vm_remove(vm.id, vm.generation).expect("removed");
     }
     let asked = reg.revision();
@@ -558,7 +558,7 @@ fn a_deleted_machine_is_remembered_until_every_site_was_seen_without_it() {
     assert_eq!(reg.deleted_count(), 3);
     // What it answered before is no word on what was deleted after.
     let late = vm("late");
-    reg.vm_add(&late).expect("added");
+    reg.vm_add(&late, None).expect("added");
     reg.vm_remove(late.id, late.generation).expect("removed");
     assert!(reg.vms_deleted([late.id], asked).is_empty());
     assert_eq!(reg.vms_deleted([late.id, VmId::new()], reg.revision()).len(), 1);
@@ -612,7 +612,7 @@ fn a_flip_anywhere_in_the_head_of_the_file_loses_no_change_unsaid() {
     let mark = path.with_extension("mark");
     let reg = Registry::open(&path).expect("open");
     for n in ["first", "last"] {
-        reg.vm_add(&vm(n)).expect("added");
+        reg.vm_add(&vm(n), None).expect("added");
     }
     // As a daemon that is killed leaves it.
     let (sound, at_last) =
