@@ -224,7 +224,20 @@ fn a_guest_powers_itself_off_and_starts_again_with_its_disk() {
     guest.answers();
     assert_eq!(guest.sh("cat /data/kept"), "kept");
     assert_eq!(cloud.run(&["vm", "start", "a"]).exit, 3);
-    let _ = cloud.ok(&["vm", "stop", "a", "--force"]);
+
+    // While its guest is waited for it can be looked at.
+    cloud.hold("stop.asking");
+    let _stop = cloud.begin(&["vm", "stop", "a"]);
+    let _ = cloud.held("stop.asking");
+    let log = cloud.run(&["vm", "console", "a", "--tail", "4000"]);
+    assert!(log.exit == 0 && log.took < Duration::from_secs(5), "{:?}", log.took);
+    let all = cloud.ok(&["site", "list"]);
+    assert_eq!(all[0]["state"], "ready");
+    assert_eq!(cloud.vm("a")["state"], "running");
+    cloud.let_go("stop.asking");
+    within(Duration::from_secs(60), "it to be stopped", || {
+        (cloud.vm("a")["state"] == "stopped").then_some(())
+    });
     let _ = cloud.ok(&["vm", "delete", "a"]);
     let _ = cloud.refused(&["vm", "get", "a"], 4);
 }

@@ -90,7 +90,7 @@ fn a_bad_token_lets_nobody_in() {
 
 #[test]
 fn archives_that_are_no_substrates_leave_nothing_behind() {
-    let cloud = Cloud::center_only();
+    let mut cloud = Cloud::center_only();
     let good = cloud.substrate_archive();
     assert_eq!(held(&cloud), 0);
     let bytes = std::fs::metadata(&good).unwrap().len();
@@ -118,6 +118,21 @@ fn archives_that_are_no_substrates_leave_nothing_behind() {
     std::fs::write(&file, vec![0x7f; 1 << 20]).unwrap();
     import(&file, "foreign");
 
+    // Its site is killed before and after it is published: nothing of it is there, or all.
+    for (step, there) in [("publish.stored", 0), ("publish.renamed", 1)] {
+        cloud.hold(step);
+        let import = cloud.begin(&["substrate", "import", good.to_str().unwrap()]);
+        let _ = cloud.held(step);
+        cloud.kill(Daemon::Center);
+        cloud.let_go(step);
+        drop(import);
+        cloud.restart_center();
+        assert_eq!(held(&cloud), there * 2, "{step}");
+        let _ = cloud.ok(&["pool", "check"]);
+    }
+    let _ = cloud.ok(&["substrate", "delete", "base"]);
+    assert_eq!(held(&cloud), 0);
+
     // The good one is taken after all that, once.
     cloud.bring_substrate();
     assert_eq!(substrates(&cloud), 1);
@@ -128,7 +143,7 @@ fn archives_that_are_no_substrates_leave_nothing_behind() {
 
 #[test]
 fn a_flipped_bit_in_the_store_is_named_and_refused() {
-    let cloud = Cloud::center_only();
+    let mut cloud = Cloud::center_only();
     cloud.bring_substrate();
     let clean = cloud.ok(&["pool", "check"]);
     assert!(clean[0]["check"]["units"].as_u64().unwrap() > 0, "{clean}");
@@ -147,6 +162,15 @@ fn a_flipped_bit_in_the_store_is_named_and_refused() {
 
     let words = cloud.refused(&["pool", "check", "--site", "center"], 1);
     assert!(words.contains("damaged") && words.contains(&hash), "{hash}: {words}");
+
+    // A daemon that starts knows nothing of it, until it has looked by itself.
+    cloud.kill(Daemon::Center);
+    cloud.set_flags(Daemon::Center, &["--scrub-every", "1"]);
+    cloud.restart_center();
+    within(Duration::from_secs(60), "the damage to be found unasked", || {
+        let all = cloud.ok(&["substrate", "list"]);
+        all[0]["damaged"]["center"].as_str()?.contains(&hash).then_some(())
+    });
 }
 
 fn files(dir: &Path) -> Vec<std::path::PathBuf> {

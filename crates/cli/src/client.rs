@@ -67,6 +67,9 @@ impl Client {
                 let file = or_env(connect.token_file.as_ref(), "GODWIT_TOKEN_FILE")
                     .unwrap_or_else(|| files.token());
                 read_token(&file).map_err(|f| {
+                    if f.code == Code::Damaged {
+                        return Failure::from(f);
+                    }
                     let advised = f.hint.is_some();
                     let words = format!("no operator token: {f}");
                     let failure = Failure::from(Fault::new(Code::Unauthenticated, words));

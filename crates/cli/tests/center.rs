@@ -168,6 +168,23 @@ fn a_center_is_asked_and_refuses_in_clear_words() {
 
     let (exit, words) = center.refused("vm list --token-file /tmp");
     assert_eq!((exit, words.contains("/tmp is a directory")), (1, true), "{words}");
+    // A bit of the token file turned over is no wrong token; SIGHUP is no reason to end.
+    let token = std::fs::read(center.dir.path().join("config/token")).expect("the token");
+    let flipped = center.dir.path().join("flipped");
+    std::fs::copy(center.dir.path().join("config/token"), &flipped).expect("copied");
+    let other = [&token[..20], &[token[20] ^ 1], &token[21..]].concat();
+    std::fs::write(&flipped, other).expect("flipped");
+    let (_, words) = center.refused(&format!("vm list --token-file {}", flipped.display()));
+    assert!(words.contains("is damaged") && !words.contains("no operator token"), "{words}");
+    let pid = center.child.id().to_string();
+    assert!(Command::new("kill").args(["-HUP", &pid]).status().expect("kill").success());
+    let log = || std::fs::read_to_string(center.dir.path().join("log")).expect("log");
+    let begun = Instant::now();
+    while !log().contains("SIGHUP: ") {
+        assert!(begun.elapsed() < READY_WITHIN, "{}", log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    center.json("vm list");
     let other = center.dir.path().join("other.pem");
     std::fs::write(&other, OTHER_CA).expect("write");
     let (exit, words) = center.refused(&format!("vm list --ca {}", other.display()));

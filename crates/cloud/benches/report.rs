@@ -25,6 +25,8 @@ fn name(text: &str) -> Name {
 struct Listed {
     name: Name,
     machines: Vec<MachineStatus>,
+    /// None: one that does not say whether anything has changed.
+    digest: Option<godwit_types::Hash>,
 }
 
 #[async_trait::async_trait]
@@ -34,7 +36,12 @@ impl SiteHost for Listed {
     }
     async fn ask(&self, request: SiteRequest, _: Call) -> Result<SiteReply, Fault> {
         Ok(match request {
-            SiteRequest::Report => SiteReply::Report(SiteReport::default()),
+            SiteRequest::Report => SiteReply::Report(SiteReport {
+                holdings: Some(godwit_types::Hash::of(b"none")),
+                machines: self.digest,
+                ..SiteReport::default()
+            }),
+            SiteRequest::Substrates => SiteReply::Substrates(Vec::new()),
             SiteRequest::Machines => SiteReply::Machines(self.machines.clone()),
             _ => SiteReply::Done,
         })
@@ -87,8 +94,9 @@ fn reports(c: &mut Criterion) {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("runtime");
     // The rest is elsewhere.
-    for here in [100, 1000] {
-        let (site, other) = (name(&format!("site-{here}")), name("elsewhere"));
+    for (here, says) in [(100, false), (1000, false), (1000, true), (MACHINES, true)] {
+        let label = if says { "unchanged" } else { "unknown" };
+        let (site, other) = (name(&format!("site-{here}-{label}")), name("elsewhere"));
         let have = registry.vms().expect("list").len();
         let vms: Vec<_> = (0..here)
             .map(|i| record(have + i, &site))
@@ -100,14 +108,15 @@ fn reports(c: &mut Criterion) {
                 s.spawn(move || part.iter().for_each(|vm| registry.vm_add(vm, None).expect("add")));
             }
         });
-        let machines = vms.iter().filter(|v| v.site == site).map(status).collect();
-        let host: Arc<dyn SiteHost> = Arc::new(Listed { name: site, machines });
+        let machines: Vec<_> = vms.iter().filter(|v| v.site == site).map(status).collect();
+        let digest = godwit_cloud::site::digest(&machines).filter(|_| says);
+        let host: Arc<dyn SiteHost> = Arc::new(Listed { name: site, machines, digest });
         let authority = Authority::create(&dir.path().join(host.name().as_str()));
         let authority = Arc::new(authority.expect("authority"));
         let controller = Controller::new(registry.clone(), name("operator"), authority);
         runtime.block_on(controller.attach(host.clone(), SiteKind::Ap)).expect("attach");
         let commits = registry.commits();
-        c.bench_function(&format!("report of {here} machines among {MACHINES}"), |b| {
+        c.bench_function(&format!("report of {here} machines, {label}, among {MACHINES}"), |b| {
             b.iter(|| black_box(runtime.block_on(controller.refresh(&host)).expect("report")));
         });
         assert_eq!(registry.commits(), commits, "a report that tells nothing new is not written");

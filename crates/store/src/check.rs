@@ -21,13 +21,19 @@ pub struct CheckReport {
     pub bad_entries: Vec<Hash>,
     /// Units that an owner holds and the store lacks.
     pub missing: Vec<Hash>,
+    /// What is wrong with the index as it is on the disk. What was read of it stays usable until the
+    /// store is closed.
+    pub index: Option<String>,
 }
 
 impl CheckReport {
     /// Whether nothing was found wrong.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        self.damaged.is_empty() && self.bad_entries.is_empty() && self.missing.is_empty()
+        self.index.is_none()
+            && self.damaged.is_empty()
+            && self.bad_entries.is_empty()
+            && self.missing.is_empty()
     }
 }
 
@@ -38,14 +44,25 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Index`]. Damage is no error here but part of the report.
     pub fn check(&self) -> Result<CheckReport, StoreError> {
-        self.inner.index.check()?;
+        let mut report = CheckReport { index: self.inner.index.check()?, ..Default::default() };
+        if let Some(why) = &report.index {
+            tracing::error!(store = %self.inner.dir.display(), why, "the store's index is damaged on the disk");
+        }
         self.inner.packs.let_go();
-        let mut report = CheckReport::default();
         let mut all: Vec<(Hash, Loc)> = Vec::new();
-        self.inner.index.for_each(|h, loc| match loc {
-            Ok(loc) => all.push((h, loc)),
-            Err(_) => report.bad_entries.push(h),
+        let mut last = None;
+        let mut out_of_order = 0;
+        self.inner.index.for_each(|h, loc| {
+            out_of_order += u64::from(last.is_some_and(|last| last >= h));
+            last = Some(h);
+            match loc {
+                Ok(loc) => all.push((h, loc)),
+                Err(_) => report.bad_entries.push(h),
+            }
         })?;
+        if out_of_order > 0 {
+            report.index.get_or_insert(format!("{out_of_order} of its entries are out of order"));
+        }
         all.sort_unstable_by_key(|(_, l)| (l.pack, l.offset));
         report.units = all.len() as u64;
         for batch in all.chunks(BATCH) {

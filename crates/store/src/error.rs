@@ -79,6 +79,21 @@ pub enum StoreError {
         #[source]
         source: Box<redb::Error>,
     },
+    /// The index is older than what was committed last: part of it is damaged, and the database has
+    /// taken what was there before.
+    #[error(
+        "the index of the store in {dir} is damaged: it has fallen back from commit {wanted} to \
+         {found}; nothing was changed. Bring index.redb back from a copy, or remove index.mark to go \
+         on without what was stored last (pool check then names what is missing)"
+    )]
+    FellBack {
+        /// The store.
+        dir: PathBuf,
+        /// The last commit that is known.
+        wanted: u64,
+        /// The one that is there.
+        found: u64,
+    },
     /// An index entry that this version cannot have written.
     #[error("the store's index has a malformed entry for {0}")]
     BadEntry(Hash),
@@ -112,7 +127,7 @@ pub(crate) fn is_full(e: &io::Error) -> bool {
 impl CodedError for StoreError {
     fn code(&self) -> Code {
         match self {
-            Self::Damaged(_) | Self::BadEntry(_) => Code::Damaged,
+            Self::Damaged(_) | Self::BadEntry(_) | Self::FellBack { .. } => Code::Damaged,
             Self::Missing(_) => Code::NotFound,
             Self::NoRoom { .. } => Code::NoRoom,
             Self::Busy(_) => Code::Conflict,

@@ -14,6 +14,7 @@ use redb::{
 use crate::Owner;
 use crate::encode::Encoding;
 use crate::error::{StoreError, is_full};
+use crate::mark::{CommitMark, Marked};
 
 /// Unit hash -> [`Loc`].
 const UNITS: TableDefinition<'_, &[u8; 32], &[u8; LOC_LEN]> = TableDefinition::new("units-1");
@@ -21,6 +22,9 @@ const UNITS: TableDefinition<'_, &[u8; 32], &[u8; LOC_LEN]> = TableDefinition::n
 const PACKS: TableDefinition<'_, u32, u64> = TableDefinition::new("packs-1");
 /// Owner and sequence number -> the hashes of one commit, 32 bytes each.
 const HELD: TableDefinition<'_, (&[u8; 16], u64), &[u8]> = TableDefinition::new("held-1");
+/// What is known of the index itself: the number of its last commit.
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta-1");
+const LAST: &str = "last-commit";
 
 /// Bytes of redb's own page cache.
 const CACHE_BYTES: usize = 64 << 20;
@@ -75,6 +79,7 @@ impl Loc {
 pub(crate) struct Index {
     path: PathBuf,
     db: RwLock<Option<Database>>,
+    mark: CommitMark,
 }
 
 type Done<T> = Result<T, Box<redb::Error>>;
@@ -86,7 +91,17 @@ fn boxed<E: Into<redb::Error>>(e: E) -> Box<redb::Error> {
 impl Index {
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
         let db = Self::open_db(path)?;
-        let index = Self { path: path.to_owned(), db: RwLock::new(Some(db)) };
+        let beside = path.with_extension("mark");
+        let (mark, marked) =
+            CommitMark::open(&beside).map_err(StoreError::io("opening", &beside))?;
+        match marked {
+            Marked::At(wanted) => Self::has_reached(path, &db, wanted)?,
+            Marked::Nothing => {}
+            Marked::Damaged => {
+                tracing::warn!(path = %beside.display(), "is damaged: whether the index has fallen back is not known; written anew");
+            }
+        }
+        let index = Self { path: path.to_owned(), db: RwLock::new(Some(db)), mark };
         index.write("making", |t| {
             t.open_table(UNITS).map_err(boxed)?;
             t.open_table(PACKS).map_err(boxed)?;
@@ -94,6 +109,16 @@ impl Index {
             Ok(())
         })?;
         Ok(index)
+    }
+
+    /// Refuses a database that lacks the last commit.
+    fn has_reached(path: &Path, db: &Database, wanted: u64) -> Result<(), StoreError> {
+        let found = last_commit(db).map_err(|e| Self::error(path, "reading the number of", *e))?;
+        if found >= wanted {
+            return Ok(());
+        }
+        let dir = path.parent().unwrap_or(path).to_owned();
+        Err(StoreError::FellBack { dir, wanted, found })
     }
 
     fn open_db(path: &Path) -> Result<Database, StoreError> {
@@ -143,26 +168,64 @@ impl Index {
     fn reopen(&self) {
         let mut guard = self.db.write().unwrap_or_else(PoisonError::into_inner);
         drop(guard.take());
-        match Self::open_db(&self.path) {
+        let opened = Self::open_db(&self.path);
+        let whole =
+            |db: Database| Self::has_reached(&self.path, &db, self.mark.last()).map(|()| db);
+        match opened.and_then(whole) {
             Ok(db) => *guard = Some(db),
             Err(e) => tracing::error!(index = %self.path.display(), error = %e, "index not usable"),
         }
     }
 
-    /// Compares every page with its checksum; nothing else uses the index meanwhile.
-    pub(crate) fn check(&self) -> Result<(), StoreError> {
-        let mut guard = self.db.write().unwrap_or_else(PoisonError::into_inner);
-        let db = guard.as_mut().ok_or_else(|| boxed(redb::Error::PreviousIo));
-        let found = db.and_then(|db| db.check_integrity().map_err(boxed));
-        drop(guard);
-        match found {
-            Ok(true) => Ok(()),
-            Ok(false) => {
-                tracing::error!(index = %self.path.display(), "the store's index was damaged; redb has repaired it");
-                Ok(())
-            }
-            Err(e) => Err(Self::error(&self.path, "checking", *e)),
+    /// Compares every page on the disk with its checksum, if the index is not a large one: of a copy,
+    /// so that a damaged one stays usable as far as it is. Answers what is wrong. Writing waits while
+    /// it is copied from memory, reading does not.
+    pub(crate) fn check(&self) -> Result<Option<String>, StoreError> {
+        let bytes = std::fs::metadata(&self.path).map_err(StoreError::io("reading", &self.path))?;
+        if bytes.len() > CHECKED_AT_OPEN {
+            return Ok(None);
         }
+        let copy = self.path.with_extension("check");
+        let found = self.check_copy(&copy);
+        let _ = std::fs::remove_file(&copy);
+        match found {
+            Err(StoreError::NoRoom { .. }) => {
+                tracing::warn!(index = %self.path.display(), "there is no room to check a copy of the index");
+                Ok(None)
+            }
+            Err(e @ (StoreError::Index { .. } | StoreError::FellBack { .. })) => {
+                let why =
+                    std::error::Error::source(&e).map_or_else(|| e.to_string(), |s| s.to_string());
+                Ok(Some(why))
+            }
+            Err(e) => Err(e),
+            Ok(()) => Ok(None),
+        }
+    }
+
+    fn check_copy(&self, copy: &Path) -> Result<(), StoreError> {
+        use std::io::{Error, copy as pump, sink};
+        let reading = StoreError::io("reading", &self.path);
+        let from_disk = || -> Result<(), Error> {
+            let mut file = std::fs::File::open(&self.path)?;
+            // Advice. What the medium has now is read before anybody is held up.
+            let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+            pump(&mut file, &mut sink()).map(drop)
+        };
+        from_disk().map_err(reading)?;
+        let copied = self.run("checking", |db| {
+            let still = db.begin_write().map_err(boxed)?;
+            let last = match still.open_table(META) {
+                Ok(t) => t.get(LAST).map_err(boxed)?.map_or(0, |n| n.value()),
+                Err(e) => return Err(boxed(e)),
+            };
+            let done = std::fs::copy(&self.path, copy).map(|_| last);
+            still.abort().map_err(boxed)?;
+            Ok(done)
+        })?;
+        let last = copied.map_err(StoreError::io("copying", copy))?;
+        let db = Self::open_db(copy)?;
+        Self::has_reached(copy, &db, last)
     }
 
     fn read<T>(
@@ -181,7 +244,14 @@ impl Index {
         self.run(doing, |db| {
             let t = db.begin_write().map_err(boxed)?;
             let value = f(&t)?;
+            let n = {
+                let mut meta = t.open_table(META).map_err(boxed)?;
+                let n = meta.get(LAST).map_err(boxed)?.map_or(0, |n| n.value()) + 1;
+                meta.insert(LAST, n).map_err(boxed)?;
+                n
+            };
             t.commit().map_err(boxed)?;
+            self.mark.set(n);
             Ok(value)
         })
     }
@@ -347,6 +417,16 @@ impl Index {
             }
             Ok(())
         })
+    }
+}
+
+/// The number of the last commit; none before there was such a thing.
+fn last_commit(db: &Database) -> Done<u64> {
+    let t = db.begin_read().map_err(boxed)?;
+    match t.open_table(META) {
+        Ok(meta) => Ok(meta.get(LAST).map_err(boxed)?.map_or(0, |n| n.value())),
+        Err(redb::TableError::TableDoesNotExist(_)) => Ok(0),
+        Err(e) => Err(boxed(e)),
     }
 }
 

@@ -10,7 +10,8 @@
 //!
 //! * **Disk tier**: append-only pack files (`packs/00000001.pack`) and an index (`index.redb`). A
 //!   pack is on the disk before the index names what is in it; what lies behind the length that
-//!   the index has committed is a torn tail, cut off when the store is opened.
+//!   the index has committed is a torn tail, cut off when the store is opened. The number of its
+//!   last commit stands beside it (`index.mark`): an index that has fallen back is refused.
 //! * **Memory tier**: encoded units, least recently used out first, within a byte limit.
 //! * **Owners** (a substrate, a machine) hold units. What no owner holds is removed by
 //!   [`Store::gc`].
@@ -23,6 +24,7 @@ mod encode;
 mod error;
 mod gc;
 mod index;
+mod mark;
 mod pack;
 mod pagemap;
 mod read;
@@ -38,6 +40,7 @@ pub use check::CheckReport;
 pub use encode::{DecodeError, Effort, Encoder, Encoding, decode};
 pub use error::{Damage, DamagedUnit, StoreError};
 pub use gc::GcReport;
+pub use mark::{CommitMark, Marked};
 pub use pagemap::{PageMap, PageMapError};
 pub use read::EncodedUnit;
 pub use writer::{Stored, Writer};

@@ -444,3 +444,59 @@ impl Drop for Tmpfs {
         let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
     }
 }
+
+/// The database of the index takes the older of its two commits when the newer is damaged.
+#[test]
+fn a_flip_anywhere_in_the_head_of_the_index_loses_no_unit_unsaid() {
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), options()).expect("open");
+    let hashes = [1, 2].map(|n: u8| store.put(owner(), &[n; UNIT]).expect("stored"));
+    // As a daemon that is killed leaves it.
+    let all = ["index.redb", "index.mark"].map(|n| dir.path().join(n));
+    let sound = all.each_ref().map(|p| std::fs::read(p).expect("read"));
+    let pack = dir.path().join("packs/00000001.pack");
+    let packed = std::fs::read(&pack).expect("read");
+    drop(store);
+    let mut fell_back = 0;
+    for at in 0..320 {
+        for (path, bytes) in all.iter().zip(&sound) {
+            std::fs::write(path, bytes).expect("written");
+        }
+        let mut bytes = sound[0].clone();
+        bytes[at] ^= 1;
+        std::fs::write(&all[0], bytes).expect("written");
+        match Store::open(dir.path(), options()) {
+            Ok(store) => {
+                let found = store.contains_many(&hashes).expect("asked");
+                assert_eq!(found, [true, true], "byte {at}: lost, and nothing said");
+            }
+            Err(e) => fell_back += u32::from(matches!(e, StoreError::FellBack { .. })),
+        }
+        assert_eq!(std::fs::read(&pack).expect("read"), packed, "byte {at}: a pack was cut");
+    }
+    assert!(fell_back > 0, "no flip reaches what this is about");
+}
+
+#[test]
+fn an_index_found_damaged_on_the_disk_is_told_and_the_store_goes_on() {
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), options()).expect("open");
+    let mut hashes: Vec<Hash> =
+        (0..50u8).map(|n| store.put(owner(), &[n + 1; UNIT]).expect("stored")).collect();
+    assert!(store.check().expect("check").is_clean());
+    let path = dir.path().join("index.redb");
+    let sound = std::fs::read(&path).expect("read");
+    // Where the entry of a unit is, in every version of its page.
+    for (at, _) in sound.windows(32).enumerate().filter(|(_, w)| *w == hashes[0].0) {
+        let file = std::fs::File::options().write(true).open(&path).expect("open");
+        std::os::unix::fs::FileExt::write_all_at(&file, &[sound[at + 9] ^ 1], at as u64 + 9)
+            .expect("flipped");
+    }
+    let report = store.check().expect("a check ends");
+    assert!(report.index.is_some() && !report.is_clean(), "{report:?}");
+    hashes.push(store.put(owner(), &[99; UNIT]).expect("it can be written"));
+    assert!(store.contains_many(&hashes).expect("asked").iter().all(|f| *f));
+    assert!(!dir.path().join("index.check").exists());
+    // The commit has written that part of it anew, from what was read when it was sound.
+    assert!(store.check().expect("and checked again").is_clean());
+}

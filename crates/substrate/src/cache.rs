@@ -155,11 +155,11 @@ impl Pool {
             if freed >= bytes {
                 break;
             }
-            let making = lock(&self.inner.making).get(&s.id).map(Arc::clone);
-            // One that is being prepared at this moment is about to be used.
-            let one = making.as_ref().map(|m| m.try_lock());
-            let busy = matches!(one, Some(Err(TryLockError::WouldBlock)));
-            if busy || self.inner.cache.state(s.id).1 {
+            // Held until it is gone: one that is being prepared at this moment, also for the first
+            // time, is about to be used.
+            let making = Arc::clone(lock(&self.inner.making).entry(s.id).or_default());
+            let one = making.try_lock();
+            if matches!(one, Err(TryLockError::WouldBlock)) || self.inner.cache.state(s.id).1 {
                 continue;
             }
             let path = self.memory_path(s.id);

@@ -86,8 +86,9 @@ pub(crate) struct Parts {
 #[derive(Debug, Clone)]
 struct Finding {
     why: String,
-    /// Until a check finds it whole; otherwise until it can be used again.
-    by_check: bool,
+    /// Of what was docked: until all of it was read and found whole. Otherwise of what is made of
+    /// that: until it can be used again.
+    of_content: bool,
 }
 
 impl std::fmt::Debug for Pool {
@@ -302,14 +303,14 @@ impl Pool {
                 report.substrates -= 1;
                 continue;
             }
-            let why = found.err().map(|e| crate::error::chain(&e));
             let mut damaged = lock(&self.inner.damaged);
-            match why {
-                None => {
+            match found {
+                Ok(()) => {
                     damaged.remove(&id);
                 }
-                Some(why) => {
-                    damaged.insert(id, Finding { why: why.clone(), by_check: true });
+                Err((found, e)) => {
+                    let why = crate::error::chain(&e);
+                    damaged.insert(id, Finding { why: why.clone(), of_content: found });
                     report.broken.push((id, why));
                 }
             }
@@ -317,33 +318,42 @@ impl Pool {
         Ok(report)
     }
 
+    /// What is wrong with one substrate, and whether that is of its content: what is made of it is
+    /// made again when it is used.
     fn check_one(
         &self,
         id: SubstrateId,
         bad: &HashMap<Hash, String>,
+    ) -> Result<(), (bool, SubstrateError)> {
+        let docked = self.docked(id).map_err(|e| (true, e))?;
+        let named = |e: SubstrateError| e.of(&docked.substrate.name);
+        self.check_content(&docked, bad).map_err(|e| (true, named(e)))?;
+        self.check_ready(&docked).map_err(|e| (false, named(e)))
+    }
+
+    fn check_content(
+        &self,
+        docked: &Docked,
+        bad: &HashMap<Hash, String>,
     ) -> Result<(), SubstrateError> {
-        let docked = self.docked(id)?;
-        let check = || {
-            docked.state()?;
-            let held = self.inner.store.owned(id.into())?;
-            for map in [Some(docked.pages()?), docked.disk()?].into_iter().flatten() {
-                let hashes: Vec<Hash> = map.entries().iter().map(|(_, h)| *h).collect();
-                let found = self.inner.store.contains_many(&hashes)?;
-                for (h, found) in hashes.iter().zip(found) {
-                    let why = match bad.get(h) {
-                        Some(why) => why.clone(),
-                        None if !found => format!("unit {h} is missing"),
-                        None if *h != zero_hash() && !held.contains(h) => {
-                            format!("unit {h} is not held for it and may be given up")
-                        }
-                        None => continue,
-                    };
-                    return Err(SubstrateError::damaged("its content", why));
-                }
+        docked.state()?;
+        let held = self.inner.store.owned(docked.substrate.id.into())?;
+        for map in [Some(docked.pages()?), docked.disk()?].into_iter().flatten() {
+            let hashes: Vec<Hash> = map.entries().iter().map(|(_, h)| *h).collect();
+            let found = self.inner.store.contains_many(&hashes)?;
+            for (h, found) in hashes.iter().zip(found) {
+                let why = match bad.get(h) {
+                    Some(why) => why.clone(),
+                    None if !found => format!("unit {h} is missing"),
+                    None if *h != zero_hash() && !held.contains(h) => {
+                        format!("unit {h} is not held for it and may be given up")
+                    }
+                    None => continue,
+                };
+                return Err(SubstrateError::damaged("its content", why));
             }
-            self.check_ready(&docked)
-        };
-        check().map_err(|e: SubstrateError| e.of(&docked.substrate.name))
+        }
+        Ok(())
     }
 
     /// Whether the units of a substrate are all here and sound, so that it can be sent.
@@ -358,6 +368,10 @@ impl Pool {
             self.inner.store.get_many(&units, |_, _| Ok::<(), SubstrateError>(()))
         };
         let done = verify().map_err(|e| e.of(&name));
+        if done.is_ok() {
+            let mut damaged = lock(&self.inner.damaged);
+            damaged.remove(&id).filter(|d| !d.of_content).map(|d| damaged.insert(id, d));
+        }
         self.note_use(id, done.as_ref().err());
         done
     }
@@ -366,12 +380,12 @@ impl Pool {
     pub(crate) fn note_use(&self, id: SubstrateId, failed: Option<&SubstrateError>) {
         let mut damaged = lock(&self.inner.damaged);
         match failed {
-            None if damaged.get(&id).is_some_and(|d| !d.by_check) => {
+            None if damaged.get(&id).is_some_and(|d| !d.of_content) => {
                 damaged.remove(&id);
             }
             Some(e) if e.code() == Code::Damaged => {
                 let why = crate::error::chain(e);
-                damaged.entry(id).or_insert(Finding { why, by_check: false });
+                damaged.entry(id).or_insert(Finding { why, of_content: false });
             }
             _ => {}
         }
@@ -466,10 +480,12 @@ impl Pool {
             write_synced(&new.join(JSON), &seal(substrate.to_json()))?;
             sync_dir(new)?;
             writer.commit().map_err(SubstrateError::store("committing the pages"))?;
+            godwit_hold::at_blocking("publish.stored");
             let _one = lock(&self.inner.publishing);
             self.is_free(id, &substrate.name)?;
             let dir = self.dir(id);
             std::fs::rename(new, &dir).map_err(SubstrateError::io("publishing", &dir))?;
+            godwit_hold::at_blocking("publish.renamed");
             sync_dir(&self.inner.dirs.substrates)
         };
         let done = publish();

@@ -171,11 +171,25 @@ impl Pool {
         Ok(())
     }
 
-    /// Reads one ready file whole and notes that it is sound, or not.
+    /// Reads one ready file whole and notes that it is sound, or not. Until then what is known of it
+    /// stands.
     fn verify_file(&self, docked: &Docked, path: &Path, from: From) -> Result<(), SubstrateError> {
-        let verified = &self.inner.verified;
-        verified.forget(path);
-        let then = Stamp::of(path)?;
+        let then = Stamp::of(path);
+        let found = then.and_then(|then| self.read_whole(docked, path, from).map(|()| then));
+        match found {
+            Ok(then) => {
+                self.inner.verified.note(path, then);
+                Ok(())
+            }
+            Err(e) => {
+                self.inner.verified.forget(path);
+                Err(e)
+            }
+        }
+    }
+
+    /// Compares every byte of a ready file with what it was.
+    fn read_whole(&self, docked: &Docked, path: &Path, from: From) -> Result<(), SubstrateError> {
         if path == self.memory_path(docked.substrate.id) {
             let memory = SealedMemory::find(path, docked.substrate.shape.memory.bytes());
             let Some(memory) = memory else { return Err(unsound(path, "it is not sealed")) };
@@ -189,7 +203,6 @@ impl Pool {
                 return Err(unsound(path, "its bytes are not what they were when it was made"));
             }
         }
-        verified.note(path, then);
         Ok(())
     }
 

@@ -294,6 +294,7 @@ fn a_touched_ready_file_is_made_again_by_the_same_daemon() {
         assert!(pool.damage(id).is_some());
         let again = pool.prepare(id, &image).expect("made again");
         assert!(gives_what_was_docked(&again, &image));
+        assert_eq!(pool.damage(id), None, "mended, and said so before the next check");
         assert!(pool.check().expect("check").is_clean());
         assert_eq!(pool.damage(id), None);
     }

@@ -44,6 +44,9 @@ pub(crate) struct Living {
     /// where that may be done, as `godwit sched run` does
     #[arg(long)]
     no_co_scheduling: bool,
+    /// Seconds between two checks of all that is stored [default: a day]
+    #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(1..))]
+    scrub_every: Option<u64>,
     /// Leave the caller's session
     #[arg(long, hide = true)]
     own_session: bool,
@@ -155,6 +158,7 @@ impl CenterRole {
             memory_cache_bytes: self.memory_cache,
             memory_promise_bytes: self.memory_promise,
             link_patience: self.living.link_patience.map(Duration::from_secs),
+            scrub_every: self.living.scrub_every.map(Duration::from_secs),
             tls: self
                 .tls_cert
                 .zip(self.tls_key)
@@ -215,6 +219,7 @@ impl ApRole {
             memory_cache_bytes: self.memory_cache,
             memory_promise_bytes: self.memory_promise,
             link_patience: self.living.link_patience.map(Duration::from_secs),
+            scrub_every: self.living.scrub_every.map(Duration::from_secs),
             co_schedule: !self.living.no_co_scheduling,
         };
         let mut agent = tokio::select! {
@@ -271,6 +276,7 @@ impl Living {
 struct Ends {
     term: tokio::signal::unix::Signal,
     int: tokio::signal::unix::Signal,
+    hup: tokio::signal::unix::Signal,
 }
 
 impl Ends {
@@ -278,13 +284,23 @@ impl Ends {
         let on = |kind| {
             signal(kind).map_err(|e| Failure::internal(format!("listening for signals: {e}")))
         };
-        Ok(Self { term: on(SignalKind::terminate())?, int: on(SignalKind::interrupt())? })
+        Ok(Self {
+            term: on(SignalKind::terminate())?,
+            int: on(SignalKind::interrupt())?,
+            hup: on(SignalKind::hangup())?,
+        })
     }
 
+    /// A role outlives its terminal: SIGHUP, which would end it, only has files read again.
     async fn wait(&mut self) {
-        tokio::select! {
-            _ = self.term.recv() => {}
-            _ = self.int.recv() => {}
+        loop {
+            tokio::select! {
+                _ = self.term.recv() => return,
+                _ = self.int.recv() => return,
+                _ = self.hup.recv() => {
+                    tracing::info!("SIGHUP: the operator's own certificate is read again, if there is one; nothing else is");
+                }
+            }
         }
     }
 }

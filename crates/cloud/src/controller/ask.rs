@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{Controller, registry_fault};
-use crate::clock::UnixMs;
+use crate::clock::{Moment, UnixMs};
 use crate::error::Fault;
 use crate::placement::{Demand, Placement, PlacementRefusal, Unfit, place};
 use crate::registry::SubstrateRecord;
@@ -162,7 +162,7 @@ impl Controller {
     /// Looks whether a site answers at all, and takes it for unreachable when it does not, until
     /// its next report. A host that another one has replaced says nothing of the site.
     pub(super) async fn check_answers(&self, host: &Arc<dyn SiteHost>) {
-        let asked = UnixMs::now();
+        let asked = Moment::now();
         let ping = host.ask(SiteRequest::Ping, Call::quiet());
         // Whatever it answers, it answers.
         if tokio::time::timeout(ANSWER_WITHIN, ping).await.is_err()

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_types::{Code, Generation, MigrationId, Name, OpId, VmState};
+use godwit_types::{Code, MigrationId, Name, OpId, VmState};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -218,7 +218,7 @@ impl Controller {
         if fenced {
             return if now.state == VmState::Moving { self.become_stopped(&now) } else { Ok(now) };
         }
-        let generation = Generation(now.generation.0.saturating_add(2));
+        let generation = now.next_generation().next();
         let now = self.change_vm(&now, now.generation, |v| {
             v.generation = generation;
             Ok(())

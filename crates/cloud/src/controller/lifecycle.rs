@@ -260,7 +260,7 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
-        let generation = vm.generation.next();
+        let generation = vm.next_generation();
         let warrant = self.warrant(&vm, generation, &vm.site)?;
         let vm = self.change_vm(&vm, vm.generation, |v| {
             v.become_state(VmState::Starting, UnixMs::now())?;

@@ -30,6 +30,8 @@ mod recover;
 mod settle;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_deleted;
 mod warrants;
 
 use std::collections::BTreeMap;
@@ -44,7 +46,7 @@ use utoipa::ToSchema;
 
 pub use exec::GuestProcess;
 
-use crate::clock::UnixMs;
+use crate::clock::{Moment, UnixMs};
 use crate::error::Fault;
 use crate::ops::Ops;
 use crate::registry::{Registry, SiteRecord, SiteReport, VmRecord};
@@ -130,6 +132,7 @@ pub struct Controller {
     authority: Arc<Authority>,
     sites: Sites,
     bringing: bring::Bringing,
+    settled: recover::Settled,
     operator: Name,
     /// One machine at a time is entered: what may run once only is not entered twice.
     entering: std::sync::Mutex<()>,
@@ -185,6 +188,7 @@ impl Controller {
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
             bringing: bring::Bringing::default(),
+            settled: recover::Settled::default(),
             operator,
             entering: std::sync::Mutex::default(),
         })
@@ -210,6 +214,7 @@ impl Controller {
     pub async fn attach(&self, host: Arc<dyn SiteHost>, kind: SiteKind) -> Result<(), Fault> {
         let now = UnixMs::now();
         let name = host.name().clone();
+        let asked_at = self.registry.revision();
         let report = host.report().await?;
         let old = self.registry.site(&name).ok();
         if old.as_ref().is_some_and(|s| s.revoked) {
@@ -222,18 +227,20 @@ impl Controller {
             name: name.clone(),
             kind,
             joined: old.map_or(now, |s| s.joined),
-            lease_until: now.plus(LEASE),
+            lease_until: UnixMs::default(),
             last_seen: now,
             revoked: false,
             report: report.clone(),
         };
         self.registry.site_put(&record).map_err(registry_fault)?;
+        // What it runs is asked for once, whatever it said when it was here before.
+        self.unsettle(&name);
         self.sites
             .hosts
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(name.clone(), host.clone());
-        if let Err(f) = self.take_over(&host, &report).await {
+        if let Err(f) = self.take_over(&host, &report, asked_at).await {
             self.detach(&host);
             return Err(f);
         }
@@ -296,19 +303,26 @@ impl Controller {
     /// # Errors
     /// When it does not answer, or the registry fails.
     pub async fn refresh(&self, host: &Arc<dyn SiteHost>) -> Result<SiteReport, Fault> {
+        let asked_at = self.registry.revision();
         let report = host.report().await?;
-        self.take_over(host, &report).await?;
+        self.take_over(host, &report, asked_at).await?;
         Ok(report)
     }
 
-    /// Enters what a site has reported, holds and runs.
-    async fn take_over(&self, host: &Arc<dyn SiteHost>, report: &SiteReport) -> Result<(), Fault> {
+    /// Enters what a site has reported, holds and runs; `asked_at` is the registry's revision before
+    /// the report was asked for.
+    async fn take_over(
+        &self,
+        host: &Arc<dyn SiteHost>,
+        report: &SiteReport,
+        asked_at: u64,
+    ) -> Result<(), Fault> {
         let report = self.adopt_substrates(host, report.clone()).await?;
         self.registry
-            .site_report(host.name(), report.clone(), UnixMs::now(), LEASE)
+            .site_report(host.name(), report.clone(), Moment::now(), LEASE)
             .map_err(registry_fault)?;
         self.registry.substrates_damaged(host.name(), &report.damaged).map_err(registry_fault)?;
-        self.settle_machines(host).await
+        self.settle_machines(host, report.machines, asked_at).await
     }
 
     /// Keeps a site's lease fresh until it stops answering, when it is detached, or until another

@@ -38,6 +38,8 @@ pub(super) struct Move {
     pub(super) from: Name,
     pub(super) to: Name,
     pub(super) id: MigrationId,
+    /// The generation that the machine has at its destination.
+    pub(super) generation: Generation,
     /// When the user asked for it, by the center's clock; since 1970. Unknown to a center that
     /// came back in between.
     pub(super) requested: Option<Duration>,
@@ -52,7 +54,8 @@ impl Move {
             site: from.clone(),
             ..vm.clone()
         };
-        Self { vm: before, from, to: vm.site.clone(), id, requested: None, scheme: SCHEME.into() }
+        let (to, generation) = (vm.site.clone(), vm.generation);
+        Self { vm: before, from, to, id, generation, requested: None, scheme: SCHEME.into() }
     }
 
     /// A migration that an earlier daemon began, and whose switch it may not have seen.
@@ -63,9 +66,10 @@ impl Move {
         generation: Generation,
         id: MigrationId,
     ) -> Self {
-        let generation = Generation(generation.0.saturating_sub(1));
-        let before = VmRecord { generation, site: from.clone(), ..vm.clone() };
-        Self { vm: before, from, to, id, requested: None, scheme: SCHEME.into() }
+        // Below that of the destination, and the registry's if that has not seen the switch.
+        let at_source = vm.generation.min(Generation(generation.0.saturating_sub(1)));
+        let before = VmRecord { generation: at_source, site: from.clone(), ..vm.clone() };
+        Self { vm: before, from, to, id, generation, requested: None, scheme: SCHEME.into() }
     }
 }
 
@@ -117,13 +121,14 @@ impl Controller {
             name: vm.name.clone(),
             from: vm.site.clone(),
             to: to.clone(),
-            generation: vm.generation.next(),
+            generation: vm.next_generation(),
         };
         let name = vm.name.to_string();
         let (me, back) = (self.clone(), vm.clone());
         let started = self.ops.start(kind, |op| async move {
             let (from, id) = (vm.site.clone(), MigrationId::new());
-            let m = Move { vm, from, to, id, requested, scheme };
+            let generation = vm.next_generation();
+            let m = Move { vm, from, to, id, generation, requested, scheme };
             me.run_move(&op, m).await
         });
         match started {
@@ -146,7 +151,7 @@ impl Controller {
             Ok(request) => request,
             Err(f) => {
                 // Nothing was sent yet.
-                self.void_warrant(&m.vm, m.vm.generation.next(), &m.to);
+                self.void_warrant(&m.vm, m.generation, &m.to);
                 for site in [&m.to, &m.from] {
                     let Ok(host) = self.host(site) else { continue };
                     let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
@@ -183,11 +188,11 @@ impl Controller {
         };
         op.check()?;
         op.begin("prepare", json!({ "migration": m.id, "at": m.to }))?;
-        let warrant = self.warrant(&m.vm, generation.next(), &m.to)?;
+        let warrant = self.warrant(&m.vm, m.generation, &m.to)?;
         let request = SiteRequest::MigratePrepare {
             migration: m.id,
             machine: status_of(&m.vm),
-            generation: generation.next(),
+            generation: m.generation,
             warrant,
             from: m.from.clone(),
             manifest,
@@ -198,7 +203,8 @@ impl Controller {
         };
         op.done("prepare")?;
         op.check()?;
-        Ok(SiteRequest::MigrateSend { vm, generation, to, scheme: m.scheme.clone() })
+        let (next, scheme) = (m.generation, m.scheme.clone());
+        Ok(SiteRequest::MigrateSend { vm, generation, next, to, scheme })
     }
 
     /// From the first end of a migration, good or bad, to its last.
@@ -212,7 +218,7 @@ impl Controller {
             Ok(report) => report,
             Err(f) => {
                 if !self.has_switched(m)? && !self.find_out(op, m, &f).await? {
-                    self.void_warrant(&m.vm, m.vm.generation.next(), &m.to);
+                    self.void_warrant(&m.vm, m.generation, &m.to);
                     let f = self.explained(m, f).await;
                     self.settle_vm(&m.vm, &f).await?;
                     op.undone("send")?;
@@ -367,7 +373,7 @@ impl Controller {
         self.change_vm(&m.vm, m.vm.generation, |v| {
             v.become_state(VmState::Running, UnixMs::now())?;
             v.site = m.to.clone();
-            v.reach(v.generation.next());
+            v.reach(m.generation);
             v.arriving = Some(Arriving { migration: m.id, from: m.from.clone(), note: None });
             Ok(())
         })?;

@@ -5,10 +5,10 @@
 //! warrant for that generation: a claim alone moves nothing.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use godwit_types::{Code, Name, VmState};
+use godwit_types::{Code, Hash, Name, VmState};
 
 use super::moves::Move;
 use super::{Controller, registry_fault};
@@ -27,6 +27,10 @@ const MOVE_LIMIT: Duration = Duration::from_secs(600);
 /// How long a machine may be between two states without an operation before its site's word on it
 /// is taken.
 const FORSAKEN_AFTER: Duration = Duration::from_secs(30);
+
+/// The lists of machines that were gone through and say what the registry has: by site, the hash of
+/// the list and the registry's revision before it was asked for.
+pub(super) type Settled = std::sync::Mutex<HashMap<Name, (Hash, u64)>>;
 
 /// How often it looks.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -228,16 +232,35 @@ impl Controller {
 
     /// Takes over what a site says of its machines: one that ended by itself is marked, one that
     /// runs there under a newer generation is found there, and one of an older generation is
-    /// ended.
-    pub(super) async fn settle_machines(&self, host: &Arc<dyn SiteHost>) -> Result<(), Fault> {
+    /// ended. Nothing is asked for while both sides say what they said before: `told` is the hash of
+    /// what the site would answer, and was told after the registry's revision `told_at`.
+    pub(super) async fn settle_machines(
+        &self,
+        host: &Arc<dyn SiteHost>,
+        told: Option<Hash>,
+        told_at: u64,
+    ) -> Result<(), Fault> {
+        if told.is_some_and(|told| self.is_settled(host.name(), told)) {
+            return self.registry.site_has_no_deleted(host.name(), told_at).map_err(registry_fault);
+        }
         let asked_at = self.registry.revision();
         let machines = host.machines().await?;
+        let mut settled = crate::site::digest(&machines);
+        if !self.end_deleted(host, &machines, asked_at).await? {
+            self.registry.site_has_no_deleted(host.name(), asked_at).map_err(registry_fault)?;
+        }
         let machines: HashMap<_, _> = machines.iter().map(|m| (m.vm, m)).collect();
         // What has changed meanwhile may be newer than the answer.
+        let mut here_by_both = 0;
         let known = self.registry.vms_about(host.name(), machines.keys().copied(), asked_at);
         for vm in known {
             let here = machines.get(&vm.id).copied();
             let verdict = self.verdict(&vm, host.name(), here);
+            let rests = matches!(vm.state, VmState::Running | VmState::Stopped | VmState::Failed);
+            if !matches!(verdict, Verdict::Fine) || !rests {
+                settled = None;
+            }
+            here_by_both += usize::from(here.is_some() && &vm.site == host.name());
             if matches!(verdict, Verdict::Fine)
                 || self.registry.vm(&vm.id.to_string()).ok().as_ref() != Some(&*vm)
             {
@@ -286,7 +309,50 @@ impl Controller {
                 }
             }
         }
+        // One that is elsewhere by the registry, or that it does not know, is looked at each time.
+        if let Some(list) = settled.filter(|_| here_by_both == machines.len()) {
+            let mut all = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
+            all.insert(host.name().clone(), (list, asked_at));
+        }
         Ok(())
+    }
+
+    fn is_settled(&self, site: &Name, told: Hash) -> bool {
+        let all = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(site).is_some_and(|(list, asked_at)| {
+            *list == told && self.registry.revision_at(site) <= *asked_at
+        })
+    }
+
+    /// What a site runs is asked for when it reports next.
+    pub(super) fn unsettle(&self, site: &Name) {
+        self.settled.lock().unwrap_or_else(PoisonError::into_inner).remove(site);
+    }
+
+    /// Has a site end the machines that were deleted while it was away. Answers whether it had any.
+    async fn end_deleted(
+        &self,
+        host: &Arc<dyn SiteHost>,
+        machines: &[MachineStatus],
+        asked_at: u64,
+    ) -> Result<bool, Fault> {
+        let gone = self.registry.vms_deleted(machines.iter().map(|m| m.vm), asked_at);
+        for gone in &gone {
+            // One that became a substrate ends by itself.
+            let here = machines.iter().find(|m| m.vm == gone.vm && m.state != VmState::Docking);
+            let Some(here) = here else { continue };
+            let claimed = Some(here.generation).filter(|g| g.is_sane());
+            let generation = claimed.map_or(gone.generation, |g| g.max(gone.generation));
+            tracing::warn!(vm = %gone.name, site = %host.name(), deleted = %gone.when.rfc3339(), "ending a machine that was deleted while its site was away");
+            let request = SiteRequest::VmDelete { vm: gone.vm, generation };
+            match host.tell(request, Call::quiet()).await {
+                Err(f) if f.code != Code::NotFound => {
+                    tracing::warn!(vm = %gone.name, site = %host.name(), error = %f, "a deleted machine is still there");
+                }
+                _ => {}
+            }
+        }
+        Ok(!gone.is_empty())
     }
 
     /// What a site's word on a machine means beside what the registry has of it. A machine that an

@@ -14,10 +14,10 @@ use crate::site::{
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
-struct Paper {
-    name: Name,
-    machines: Mutex<Vec<MachineStatus>>,
-    substrates: Mutex<Vec<SubstrateInfo>>,
+pub(super) struct Paper {
+    pub(super) name: Name,
+    pub(super) machines: Mutex<Vec<MachineStatus>>,
+    pub(super) substrates: Mutex<Vec<SubstrateInfo>>,
     /// What `MigrateSend` does.
     send: Send,
     peer: Mutex<Option<Arc<Paper>>>,
@@ -31,10 +31,12 @@ struct Paper {
     hung: AtomicBool,
     /// How often it was asked what its pool holds.
     listed: AtomicUsize,
+    /// How often it was asked what it runs.
+    pub(super) asked: AtomicUsize,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Send {
+pub(super) enum Send {
     Works,
     FailsBefore,
     FailsAfter,
@@ -42,7 +44,7 @@ enum Send {
     WaitsForCancel,
 }
 
-fn name(s: &str) -> Name {
+pub(super) fn name(s: &str) -> Name {
     Name::new(s).expect("name")
 }
 
@@ -63,9 +65,10 @@ impl Paper {
             silent: AtomicBool::new(false),
             hung: AtomicBool::new(false),
             listed: AtomicUsize::new(0),
+            asked: AtomicUsize::new(0),
         })
     }
-    fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
+    pub(super) fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
         MachineStatus {
             vm,
             name: n.clone(),
@@ -80,7 +83,7 @@ impl Paper {
             activate: None,
         }
     }
-    fn all(&self) -> Vec<MachineStatus> {
+    pub(super) fn all(&self) -> Vec<MachineStatus> {
         self.machines.lock().expect("lock").clone()
     }
     fn drop_vm(&self, vm: VmId) {
@@ -110,6 +113,7 @@ impl SiteHost for Paper {
                 images: [name("tiny")].into(),
                 substrates: held.iter().map(|s| s.id).collect(),
                 holdings: Some(Hash::of(&postcard::to_stdvec(&held).expect("encoded"))),
+                machines: crate::site::digest(&self.all()),
                 ..SiteReport::default()
             })),
             SiteRequest::Images => Ok(SiteReply::Images(vec![ImageInfo {
@@ -125,7 +129,10 @@ impl SiteHost for Paper {
                 fault: None,
             }])),
             SiteRequest::Ping => Ok(SiteReply::Done),
-            SiteRequest::Machines => Ok(SiteReply::Machines(self.all())),
+            SiteRequest::Machines => {
+                self.asked.fetch_add(1, SeqCst);
+                Ok(SiteReply::Machines(self.all()))
+            }
             SiteRequest::Substrates => {
                 self.listed.fetch_add(1, SeqCst);
                 Ok(SiteReply::Substrates(held))
@@ -281,15 +288,15 @@ impl SiteHost for Paper {
     }
 }
 
-struct World {
+pub(super) struct World {
     _dir: tempfile::TempDir,
     authority: Arc<Authority>,
-    c: Arc<Controller>,
-    center: Arc<Paper>,
-    cafe: Arc<Paper>,
+    pub(super) c: Arc<Controller>,
+    pub(super) center: Arc<Paper>,
+    pub(super) cafe: Arc<Paper>,
 }
 
-async fn world(send: Send) -> World {
+pub(super) async fn world(send: Send) -> World {
     world_with(send, Duration::from_secs(60)).await
 }
 
@@ -306,7 +313,7 @@ async fn world_with(send: Send, patience: Duration) -> World {
     World { _dir: dir, authority, c, center, cafe }
 }
 
-async fn running(w: &World, n: &str) -> VmRecord {
+pub(super) async fn running(w: &World, n: &str) -> VmRecord {
     let want = CreateVm {
         name: Some(name(n)),
         image: Some(name("tiny")),
@@ -326,7 +333,7 @@ fn warranted(w: &World, vm: &VmRecord, generation: Generation) -> MachineStatus 
     MachineStatus { warrant: Some(warrant), ..status }
 }
 
-fn to(n: &str) -> MigrateVm {
+pub(super) fn to(n: &str) -> MigrateVm {
     MigrateVm { to: Some(name(n)), scheme: None }
 }
 
@@ -758,7 +765,7 @@ async fn a_site_that_does_not_answer_holds_up_nobody() {
     w.c.clone().keep(host).await;
 }
 
-fn docked(n: usize) -> SubstrateInfo {
+pub(super) fn docked(n: usize) -> SubstrateInfo {
     SubstrateInfo {
         id: SubstrateId::new(),
         name: name(&format!("s-{n}")),

@@ -27,15 +27,6 @@ impl Controller {
         if generation >= Generation::LAST {
             return Err(Fault::internal(format!("machine '{}' has had all generations", vm.name)));
         }
-        let voided =
-            self.registry.vm(&vm.id.to_string()).is_ok_and(|v| v.voided.contains_key(site));
-        if voided {
-            // It says the same as the one that was made void.
-            self.change_vm(vm, vm.generation, |v| {
-                v.voided.remove(site);
-                Ok(())
-            })?;
-        }
         self.authority.warrant(vm.id, generation, site).map_err(|e| Fault::of(&e))
     }
 

@@ -51,6 +51,8 @@ pub struct AgentConfig {
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
     /// out.
     pub link_patience: Option<Duration>,
+    /// How often all that is stored is read and checked; once a day when left out.
+    pub scrub_every: Option<Duration>,
     /// Whether it looks after the siblings among its vCPUs.
     pub co_schedule: bool,
 }
@@ -149,6 +151,7 @@ impl Agent {
         options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
         options.memory_cache_bytes = config.memory_cache_bytes;
         options.memory_promise_bytes = config.memory_promise_bytes;
+        options.scrub_every = config.scrub_every;
         let site = LocalSite::open(name.clone(), config.dirs, trust, options).await?;
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let (now, linked) = watch::channel(None);

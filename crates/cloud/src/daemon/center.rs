@@ -21,7 +21,7 @@ use super::{ClientFiles, RENEW, Ready, secrets};
 use crate::api::{Api, Gatekeeper};
 use crate::controller::Controller;
 use crate::error::Fault;
-use crate::registry::Registry;
+use crate::registry::{Registry, RegistryError};
 use crate::site::{LocalSite, RemoteSite, SiteDirs, SiteHost, SiteOptions};
 
 /// How long open requests may take to end when the daemon ends.
@@ -60,6 +60,8 @@ pub struct CenterConfig {
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
     /// out.
     pub link_patience: Option<Duration>,
+    /// How often all that is stored is read and checked; once a day when left out.
+    pub scrub_every: Option<Duration>,
     /// The operator's own certificate for the API; a self-signed one is made when left out.
     pub tls: Option<TlsFiles>,
     /// Seconds for which it issues certificates; 90 days when left out.
@@ -121,8 +123,16 @@ impl Center {
     /// What could not be opened, bound or read.
     pub async fn start(config: CenterConfig) -> Result<Self, Fault> {
         config.dirs.make()?;
-        let registry = Registry::open(&config.dirs.data.join("registry.redb"))
-            .map_err(|e| Fault::of(&e).hint("one center at a time uses a registry"))?;
+        let registry = Registry::open(&config.dirs.data.join("registry.redb")).map_err(|e| {
+            let hint = match &e {
+                RegistryError::FellBack { .. } => {
+                    "bring it back from a copy, or remove registry.mark beside it to go on \
+                         without the last change: what runs is asked of the sites"
+                }
+                _ => "one center at a time uses a registry",
+            };
+            Fault::of(&e).hint(hint)
+        })?;
         let operator = Name::new("operator").map_err(|e| Fault::internal(e.to_string()))?;
         let keys = config.dirs.keys();
         let mut authority =
@@ -151,6 +161,7 @@ impl Center {
             options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
             options.memory_cache_bytes = config.memory_cache_bytes;
             options.memory_promise_bytes = config.memory_promise_bytes;
+            options.scrub_every = config.scrub_every;
             let trust = authority.trust().clone();
             LocalSite::open(config.site.clone(), config.dirs.clone(), trust, options).await?
         };

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -20,6 +20,9 @@ use tokio::net::TcpStream;
 const CONNECTIONS: usize = 1024;
 /// Connections from one address that is not of this host.
 const FROM_ONE: usize = 128;
+/// Connections from this host, whose users and addresses all count as one: the half, so that they
+/// do not shut out everybody else.
+const FROM_HERE: usize = 512;
 /// How long a request's body may stand still.
 const BODY_STILL: Duration = Duration::from_secs(60);
 
@@ -29,6 +32,7 @@ pub(super) struct Guard {
     open: Arc<Mutex<Open>>,
     in_all: usize,
     from_one: usize,
+    from_here: usize,
 }
 
 #[derive(Debug, Default)]
@@ -40,20 +44,22 @@ struct Open {
 impl Guard {
     /// With the usual limits.
     pub(super) fn new() -> Self {
-        Self::with(CONNECTIONS, FROM_ONE)
+        Self::with(CONNECTIONS, FROM_ONE, FROM_HERE)
     }
 
-    fn with(in_all: usize, from_one: usize) -> Self {
-        Self { open: Arc::default(), in_all, from_one }
+    fn with(in_all: usize, from_one: usize, from_here: usize) -> Self {
+        Self { open: Arc::default(), in_all, from_one, from_here }
     }
 
     /// A place for one more connection, until it is dropped.
     fn enter(&self, from: IpAddr) -> Option<Place> {
-        let from = from.to_canonical();
+        let from = match from.to_canonical() {
+            ip if ip.is_loopback() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            ip => ip,
+        };
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let here = open.by_address.get(&from).copied().unwrap_or(0);
-        // All users of this host share one address.
-        let limit = if from.is_loopback() { self.in_all } else { self.from_one };
+        let limit = if from.is_loopback() { self.from_here } else { self.from_one };
         if open.all >= self.in_all || here >= limit {
             return None;
         }
@@ -209,7 +215,7 @@ mod tests {
 
     #[test]
     fn connections_are_limited_from_one_address_and_in_all() {
-        let guard = Guard::with(5, 2);
+        let guard = Guard::with(5, 2, 3);
         let ip = |text: &str| text.parse::<IpAddr>().expect("address");
         let far = ip("192.0.2.7");
         let first = guard.enter(far).expect("one");
@@ -217,6 +223,9 @@ mod tests {
         assert!(guard.enter(far).is_none(), "a third from there");
         let near: Vec<_> = (0..3).map(|_| guard.enter(ip("127.0.0.1")).expect("near")).collect();
         assert!(guard.enter(ip("198.51.100.1")).is_none(), "the sixth in all");
+        drop(first);
+        assert!(guard.enter(ip("127.0.0.2")).is_none(), "a fourth from this host");
+        let first = guard.enter(far).expect("there is a place for others");
         drop(first);
         assert!(guard.enter(far).is_some());
         drop(near);

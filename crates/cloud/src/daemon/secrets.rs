@@ -86,10 +86,39 @@ pub(super) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
     std::fs::rename(&temp, path).map_err(|e| fail("making", path, &e))
 }
 
+/// What begins a token that was drawn by a center of this version: `gwt-`, 64 hex digits, `-`, and
+/// the first 8 hex digits of the BLAKE3 hash of what is before that. Older ones have no check, nor
+/// have those that an operator has chosen.
+const DRAWN: &str = "gwt-";
+const DRAWN_LEN: usize = 4 + 64 + 1 + 8;
+
+fn draw() -> String {
+    let text = format!("{DRAWN}{}", hex::encode(rand::random::<[u8; 32]>()));
+    let check = check_of(&text);
+    format!("{text}-{check}")
+}
+
+fn check_of(text: &str) -> String {
+    hex::encode(&blake3::hash(text.as_bytes()).as_bytes()[..4])
+}
+
+/// Whether a token is whole, as far as it can tell. A changed byte can make its length one less at
+/// either end, where white space does not count.
+fn is_whole(token: &str) -> bool {
+    if !token.starts_with(DRAWN) && !(DRAWN_LEN - 1..=DRAWN_LEN).contains(&token.len()) {
+        return true;
+    }
+    let drawn = token.starts_with(DRAWN) && token.len() == DRAWN_LEN;
+    drawn
+        && token
+            .rsplit_once('-')
+            .is_some_and(|(text, check)| text.len() == DRAWN_LEN - 9 && check == check_of(text))
+}
+
 /// Reads an operator token; a file that others may read is refused.
 ///
 /// # Errors
-/// When it is not there, readable by others, or no token.
+/// When it is not there, readable by others, damaged, or no token.
 pub fn read_token(path: &Path) -> Result<String, Fault> {
     let meta = std::fs::metadata(path).map_err(|e| fail("reading", path, &e))?;
     if !meta.is_file() {
@@ -106,13 +135,24 @@ pub fn read_token(path: &Path) -> Result<String, Fault> {
         )
         .hint(format!("chmod 600 {}", path.display())));
     }
+    let damaged = |why: &str| {
+        let words = format!("the token file {} is damaged: {why}", path.display());
+        Err(Fault::new(Code::Damaged, words).hint(
+            "copy it again from the center's keys/operator-token; if that one is damaged, remove it \
+             and start the center again, which draws a new one",
+        ))
+    };
     if meta.len() > 4096 {
-        return Err(Fault::new(Code::Damaged, format!("{} is no token", path.display())));
+        return damaged("it is too long for a token");
     }
-    let text = std::fs::read_to_string(path).map_err(|e| fail("reading", path, &e))?;
+    let bytes = std::fs::read(path).map_err(|e| fail("reading", path, &e))?;
+    let Ok(text) = String::from_utf8(bytes) else { return damaged("it is no text") };
     let token = text.trim();
     if token.len() < 16 || !token.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(Fault::new(Code::Damaged, format!("{} is no token", path.display())));
+        return damaged("it holds no token");
+    }
+    if !is_whole(token) {
+        return damaged("its check does not fit");
     }
     Ok(token.to_owned())
 }
@@ -121,7 +161,7 @@ pub fn read_token(path: &Path) -> Result<String, Fault> {
 pub(super) fn token_or_new(path: &Path) -> Result<String, Fault> {
     match read_token(path) {
         Err(f) if f.code == Code::NotFound => {
-            let token = hex::encode(rand::random::<[u8; 32]>());
+            let token = draw();
             write_private(path, token.as_bytes())?;
             Ok(token)
         }
@@ -140,7 +180,7 @@ mod tests {
         assert!(f.message.ends_with("is a directory") && f.hint.is_none(), "{f}");
         let path = dir.path().join("token");
         let first = token_or_new(&path).expect("drawn");
-        assert_eq!(first.len(), 64);
+        assert_eq!(first.len(), DRAWN_LEN);
         assert_eq!(token_or_new(&path).expect("kept"), first);
         let mode = std::fs::metadata(&path).expect("there").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
@@ -150,5 +190,28 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("chmod");
         std::fs::write(&path, "short").expect("write");
         assert_eq!(read_token(&path).expect_err("no token").code, Code::Damaged);
+    }
+
+    #[test]
+    fn one_flipped_bit_of_a_token_is_damage_and_not_a_wrong_token() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("token");
+        let token = token_or_new(&path).expect("drawn");
+        for at in 0..token.len() {
+            for bit in 0..8 {
+                let mut bytes = token.clone().into_bytes();
+                bytes[at] ^= 1 << bit;
+                std::fs::write(&path, &bytes).expect("write");
+                let f = read_token(&path).expect_err("damaged");
+                let words = (f.code, f.message.contains("is damaged"), f.hint.is_some());
+                assert_eq!(words, (Code::Damaged, true, true), "{at}, {bit}: {f}");
+                assert_eq!(token_or_new(&path).expect_err("kept").code, Code::Damaged);
+            }
+        }
+        // Of an older center, or the operator's own.
+        for good in ["0123456789abcdef", &"a".repeat(64), &"b".repeat(200)] {
+            std::fs::write(&path, format!("{good}\n")).expect("write");
+            assert_eq!(read_token(&path).expect("taken"), *good);
+        }
     }
 }

@@ -19,6 +19,8 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTran
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use godwit_store::{CommitMark, Marked};
+
 use super::tables::{Change, SiteRow, Tables};
 use super::{RegistryError, Result};
 use crate::clock::UnixMs;
@@ -30,9 +32,14 @@ pub(super) const SITES: Table = TableDefinition::new("sites");
 pub(super) const SUBSTRATES: Table = TableDefinition::new("substrates");
 pub(super) const VMS: Table = TableDefinition::new("vms");
 pub(super) const OPS: Table = TableDefinition::new("ops");
+/// Came after format 2: a file without it has no such rows.
+pub(super) const DELETED: Table = TableDefinition::new("deleted-vms");
 /// Format 1: ids by name. Names are read from the rows since.
 const OLD_NAMES: [Table; 2] =
     [TableDefinition::new("substrate-names"), TableDefinition::new("vm-names")];
+
+/// In [`META`]: the number of the last transaction.
+const LAST: &str = "last-commit";
 
 /// Version of the layout. 1: the first, with each site's last report in its row and tables of
 /// names. 2: what sites report is not written down.
@@ -91,7 +98,14 @@ impl File {
     /// Opens the file, making it if it is not there, and brings one of format 1 to this one.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let db = open_db(path)?;
+        let beside = path.with_extension("mark");
+        let (mark, marked) = CommitMark::open(&beside).map_err(|e| RegistryError::Open {
+            path: beside.clone(),
+            source: Box::new(redb::Error::Io(e)),
+        })?;
+        has_reached(path, &db, marked)?;
         let commits = u64::from(prepare(&db)?);
+        mark.set(last_commit(&db)?);
         let tables = load(&db)?;
         for (key, why) in &tables.damaged {
             tracing::error!(%key, %why, "an entry of the registry is damaged and left out");
@@ -102,7 +116,7 @@ impl File {
             durable: RwLock::new(tables),
             commits: AtomicU64::new(commits),
         });
-        let writer = Writer { path: path.to_owned(), db: Some(db), shared: shared.clone() };
+        let writer = Writer { path: path.to_owned(), db: Some(db), mark, shared: shared.clone() };
         let thread = std::thread::Builder::new().name("registry".into());
         let writer = thread.spawn(move || writer.run()).map_err(|e| RegistryError::Open {
             path: path.to_owned(),
@@ -185,6 +199,7 @@ fn row(change: &Change) -> Result<Row> {
         Change::Substrate(id, v) => made(SUBSTRATES, id.to_string(), v.as_ref()),
         Change::Vm(id, v) => made(VMS, id.to_string(), v.as_ref()),
         Change::Op(id, v) => made(OPS, id.to_string(), v.as_ref()),
+        Change::Deleted(id, v) => made(DELETED, id.to_string(), v.as_ref()),
     }
 }
 
@@ -192,6 +207,7 @@ struct Writer {
     path: PathBuf,
     /// None while it could not be opened anew.
     db: Option<Database>,
+    mark: CommitMark,
     shared: Arc<Shared>,
 }
 
@@ -237,7 +253,9 @@ impl Writer {
         for row in jobs.iter().flat_map(|j| &j.rows) {
             put_row(&tx, row)?;
         }
+        let n = count(&tx)?;
         tx.commit()?;
+        self.mark.set(n);
         Ok(())
     }
 
@@ -323,6 +341,57 @@ fn open_db(path: &Path) -> Result<Database> {
         .map_err(|e| RegistryError::Open { path: path.to_owned(), source: Box::new(e.into()) })
 }
 
+/// The number of the last transaction; none in a file that does not count them yet.
+fn last_commit(db: &Database) -> Result<u64> {
+    let tx = db.begin_read()?;
+    match tx.open_table(META) {
+        Ok(meta) => number(meta.get(LAST)?.map(|v| v.value().to_vec())),
+        Err(redb::TableError::TableDoesNotExist(_)) => Ok(0),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn number(bytes: Option<Vec<u8>>) -> Result<u64> {
+    let Some(bytes) = bytes else { return Ok(0) };
+    match bytes.first_chunk() {
+        Some(n) if bytes.len() == 8 => Ok(u64::from_le_bytes(*n)),
+        _ => Err(RegistryError::Damaged {
+            key: LAST.into(),
+            source: serde::de::Error::custom("it is no number"),
+        }),
+    }
+}
+
+/// Gives a transaction its number.
+fn count(tx: &WriteTransaction) -> Result<u64> {
+    let mut meta = tx.open_table(META)?;
+    let n = number(meta.get(LAST)?.map(|v| v.value().to_vec()))? + 1;
+    meta.insert(LAST, n.to_le_bytes().as_slice())?;
+    Ok(n)
+}
+
+/// Refuses a file that lacks the last transaction alone: that is what the database does without a
+/// word when its newest commit is damaged. One that lacks more was brought back from a copy.
+fn has_reached(path: &Path, db: &Database, marked: Marked) -> Result<()> {
+    let wanted = match marked {
+        Marked::At(wanted) => wanted,
+        Marked::Nothing => return Ok(()),
+        Marked::Damaged => {
+            tracing::warn!(path = %path.display(), "the registry's mark is damaged: whether the registry has fallen back is not known; written anew");
+            return Ok(());
+        }
+    };
+    let found = last_commit(db)?;
+    match wanted.saturating_sub(found) {
+        0 => Ok(()),
+        1 => Err(RegistryError::FellBack { path: path.to_owned(), wanted, found }),
+        _ => {
+            tracing::warn!(path = %path.display(), wanted, found, "the registry is older than it was: taken for one that was brought back from a copy");
+            Ok(())
+        }
+    }
+}
+
 /// Makes the tables of a new file and rewrites one of format 1. Answers whether it wrote.
 fn prepare(db: &Database) -> Result<bool> {
     let found = {
@@ -343,7 +412,7 @@ fn prepare(db: &Database) -> Result<bool> {
         }
     }
     let tx = db.begin_write()?;
-    for t in [SITES, SUBSTRATES, VMS, OPS] {
+    for t in [SITES, SUBSTRATES, VMS, OPS, DELETED] {
         tx.open_table(t)?;
     }
     {
@@ -369,6 +438,7 @@ fn prepare(db: &Database) -> Result<bool> {
         tx.delete_table(old)?;
     }
     tx.open_table(META)?.insert("format", FORMAT)?;
+    count(&tx)?;
     tx.commit()?;
     Ok(true)
 }
@@ -380,7 +450,12 @@ fn load(db: &Database) -> Result<Tables> {
         tables: &mut Tables,
         enter: impl Fn(Arc<T>) -> Change,
     ) -> Result<()> {
-        for entry in tx.open_table(table)?.iter()? {
+        let rows = match tx.open_table(table) {
+            Ok(rows) => rows,
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        };
+        for entry in rows.iter()? {
             let (k, v) = entry?;
             match serde_json::from_slice::<T>(v.value()) {
                 Ok(row) => tables.apply(&enter(Arc::new(row))),
@@ -399,5 +474,6 @@ fn load(db: &Database) -> Result<Tables> {
     })?;
     rows(&tx, VMS, &mut t, |r: Arc<super::VmRecord>| Change::Vm(r.id, Some(r)))?;
     rows(&tx, OPS, &mut t, |r: Arc<super::OpRecord>| Change::Op(r.id, Some(r)))?;
+    rows(&tx, DELETED, &mut t, |r: Arc<super::DeletedVm>| Change::Deleted(r.vm, Some(r)))?;
     Ok(t)
 }

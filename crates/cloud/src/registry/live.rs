@@ -8,11 +8,14 @@ use godwit_types::{Hash, Name, SubstrateId};
 
 use super::tables::SiteRow;
 use super::{SiteRecord, SiteReport};
-use crate::clock::UnixMs;
+use crate::clock::{Moment, UnixMs};
 
+/// Times of this run, except what is told.
 #[derive(Debug, Clone, Default)]
 struct Site {
-    lease_until: UnixMs,
+    /// When its lease ends; zero without one.
+    lease_until: Duration,
+    heard: Duration,
     last_seen: UnixMs,
     report: SiteReport,
 }
@@ -21,7 +24,10 @@ struct Site {
 struct Inner {
     sites: HashMap<Name, Site>,
     /// Since when a site is known to hold a substrate, where that was seen.
-    held: HashMap<(SubstrateId, Name), UnixMs>,
+    held: HashMap<(SubstrateId, Name), Duration>,
+    /// At which revision of the registry each site was last asked what it runs and had nothing that
+    /// was deleted.
+    machines_seen: HashMap<Name, u64>,
 }
 
 /// The last reports of all sites.
@@ -36,47 +42,65 @@ impl Live {
 
     /// A site with what it last reported. One that has not reported since this daemon started has
     /// no lease.
-    pub(super) fn record(&self, row: &SiteRow) -> SiteRecord {
+    pub(super) fn record(&self, row: &SiteRow, now: Moment) -> SiteRecord {
         let site = self.inner().sites.get(&row.name).cloned().unwrap_or_default();
+        let lease_until = match site.lease_until {
+            Duration::ZERO => UnixMs::default(),
+            // However the clock on the wall was set since, so much of it is left.
+            until => now.wall_at(until),
+        };
         SiteRecord {
             name: row.name.clone(),
             kind: row.kind,
             joined: row.joined,
-            lease_until: site.lease_until,
-            last_seen: site.last_seen.max(row.last_seen),
+            lease_until,
+            last_seen: if site.heard == Duration::ZERO { row.last_seen } else { site.last_seen },
             revoked: row.revoked,
             report: site.report,
         }
     }
 
-    pub(super) fn put(&self, record: &SiteRecord) {
-        let site = Site {
-            lease_until: record.lease_until,
-            last_seen: record.last_seen,
-            report: record.report.clone(),
-        };
-        self.inner().sites.insert(record.name.clone(), site);
+    /// A site that is there; its lease comes with its report.
+    pub(super) fn put(&self, record: &SiteRecord, now: Moment) {
+        let mut inner = self.inner();
+        let site = inner.sites.entry(record.name.clone()).or_default();
+        site.heard = site.heard.max(now.run);
+        site.last_seen = record.last_seen;
+        site.report = record.report.clone();
     }
 
-    pub(super) fn report(&self, name: &Name, report: SiteReport, now: UnixMs, ttl: Duration) {
+    pub(super) fn report(&self, name: &Name, report: SiteReport, now: Moment, ttl: Duration) {
         let mut inner = self.inner();
         let site = inner.sites.entry(name.clone()).or_default();
-        site.lease_until = site.lease_until.max(now.plus(ttl));
-        site.last_seen = site.last_seen.max(now);
+        site.lease_until = site.lease_until.max(now.run + ttl);
+        site.heard = site.heard.max(now.run);
+        site.last_seen = now.wall;
         site.report = report;
     }
 
-    pub(super) fn silent(&self, name: &Name, asked: UnixMs) -> bool {
+    pub(super) fn silent(&self, name: &Name, asked: Duration) -> bool {
         match self.inner().sites.get_mut(name) {
-            Some(site) if site.last_seen < asked => {
-                std::mem::take(&mut site.lease_until) != UnixMs::default()
+            Some(site) if site.heard < asked => {
+                std::mem::take(&mut site.lease_until) != Duration::ZERO
             }
             _ => false,
         }
     }
 
-    pub(super) fn last_seen(&self, name: &Name) -> UnixMs {
-        self.inner().sites.get(name).map_or(UnixMs::default(), |s| s.last_seen)
+    pub(super) fn seen_machines(&self, name: &Name, revision: u64) {
+        let mut inner = self.inner();
+        let seen = inner.machines_seen.entry(name.clone()).or_default();
+        *seen = revision.max(*seen);
+    }
+
+    /// Zero for a site that was not asked since this daemon started.
+    pub(super) fn machines_seen(&self, name: &Name) -> u64 {
+        self.inner().machines_seen.get(name).copied().unwrap_or_default()
+    }
+
+    /// When it was heard of last, if that was in this run.
+    pub(super) fn last_seen(&self, name: &Name) -> Option<UnixMs> {
+        self.inner().sites.get(name).map(|s| s.last_seen)
     }
 
     /// What the last report said of its substrates.
@@ -84,15 +108,17 @@ impl Live {
         self.inner().sites.get(name).and_then(|s| s.report.holdings)
     }
 
-    pub(super) fn holds(&self, id: SubstrateId, site: &Name, now: UnixMs) {
-        self.inner().held.insert((id, site.clone()), now);
+    pub(super) fn holds(&self, id: SubstrateId, site: &Name, now: Moment) {
+        self.inner().held.insert((id, site.clone()), now.run);
     }
 
     pub(super) fn forget(&self, id: SubstrateId) {
         self.inner().held.retain(|(held, _), _| *held != id);
     }
 
-    pub(super) fn held_since(&self, id: SubstrateId, site: &Name) -> UnixMs {
-        self.inner().held.get(&(id, site.clone())).copied().unwrap_or_default()
+    /// How long ago a site came to hold a substrate, if that was in this run.
+    pub(super) fn held_for(&self, id: SubstrateId, site: &Name, now: Moment) -> Option<Duration> {
+        let since = self.inner().held.get(&(id, site.clone())).copied()?;
+        Some(now.run.saturating_sub(since))
     }
 }

@@ -16,6 +16,7 @@
 //! A change waits for one `fsync` of a thread of its own; a worker thread of a runtime hands its
 //! other tasks over meanwhile.
 
+mod deleted;
 mod file;
 mod live;
 mod records;
@@ -35,10 +36,11 @@ use live::Live;
 use tables::{Change, SiteRow, Tables};
 
 pub use records::{
-    Arriving, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord, VmRecord,
+    Arriving, DeletedVm, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord,
+    VmRecord,
 };
 
-use crate::clock::UnixMs;
+use crate::clock::{Moment, UnixMs};
 
 /// Finished operations that are kept; the oldest go first.
 pub const KEPT_OPS: usize = 1000;
@@ -60,6 +62,19 @@ pub enum RegistryError {
     Format {
         /// What the file says.
         found: String,
+    },
+    /// The file lacks what was written last.
+    #[error(
+        "the registry {path} is damaged: it has fallen back from transaction {wanted} to {found}; \
+         nothing was changed"
+    )]
+    FellBack {
+        /// The file.
+        path: PathBuf,
+        /// The last transaction that is known.
+        wanted: u64,
+        /// The one that is there.
+        found: u64,
     },
     /// The database failed.
     #[error("reading or writing the registry")]
@@ -130,7 +145,10 @@ impl CodedError for RegistryError {
             Self::Open { source, .. } if is_corrupt(source) => Code::Damaged,
             Self::Database(source) if is_corrupt(source) => Code::Damaged,
             Self::Open { .. } | Self::Database(_) => Code::Internal,
-            Self::Format { .. } | Self::Damaged { .. } | Self::OtherContent { .. } => Code::Damaged,
+            Self::Format { .. }
+            | Self::Damaged { .. }
+            | Self::FellBack { .. }
+            | Self::OtherContent { .. } => Code::Damaged,
             Self::NotFound { .. } => Code::NotFound,
             Self::Exists { .. } => Code::Exists,
             Self::Fenced { .. } => Code::Fenced,
@@ -183,8 +201,8 @@ pub struct Registry {
     live: Live,
 }
 
-/// The oldest that a report may be when it arrives, in milliseconds.
-const REPORT_AGE_MS: u64 = 30_000;
+/// The oldest that a report may be when it arrives.
+const REPORT_AGE: Duration = Duration::from_secs(30);
 
 fn missing(what: &'static str, key: &impl ToString) -> RegistryError {
     RegistryError::NotFound { what, key: key.to_string() }
@@ -229,7 +247,8 @@ impl Registry {
     /// When the database fails.
     pub fn sites(&self) -> Result<Vec<SiteRecord>> {
         let rows: Vec<_> = self.file.read(|t| t.sites.values().cloned().collect());
-        Ok(rows.iter().map(|r| self.live.record(r)).collect())
+        let now = Moment::now();
+        Ok(rows.iter().map(|r| self.live.record(r, now)).collect())
     }
 
     /// One site.
@@ -237,16 +256,21 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn site(&self, name: &Name) -> Result<SiteRecord> {
+        self.site_at(name, Moment::now())
+    }
+
+    fn site_at(&self, name: &Name, now: Moment) -> Result<SiteRecord> {
         let row = self.file.read(|t| {
             t.sites
                 .get(name)
                 .cloned()
                 .ok_or_else(|| Self::missing_or_damaged(t, "site", name.as_str()))
         })?;
-        Ok(self.live.record(&row))
+        Ok(self.live.record(&row, now))
     }
 
-    /// Enters a site, or renews the entry of one that joins again.
+    /// Enters a site, or renews the entry of one that joins again. Its lease comes with its first
+    /// report.
     ///
     /// # Errors
     /// When the database fails.
@@ -269,7 +293,7 @@ impl Registry {
             }
             Ok(())
         })?;
-        self.live.put(site);
+        self.live.put(site, Moment::now());
         Ok(())
     }
 
@@ -283,7 +307,7 @@ impl Registry {
         &self,
         name: &Name,
         report: SiteReport,
-        now: UnixMs,
+        now: Moment,
         ttl: Duration,
     ) -> Result<SiteRecord> {
         // What a site holds is known from its own word; the substrate table follows it.
@@ -313,16 +337,14 @@ impl Registry {
             }
             for id in known.into_iter().filter(|id| !report.substrates.contains(id)) {
                 // The report may have been made before the substrate was, or came there.
-                let since = t.substrates.get(id).map_or(UnixMs::default(), |s| s.created);
-                let since = since.max(self.live.held_since(*id, name));
-                if now.0.saturating_sub(since.0) >= REPORT_AGE_MS {
+                if self.live.held_for(*id, name, now).is_none_or(|held| held >= REPORT_AGE) {
                     hold(id, false);
                 }
             }
             Ok(row)
         })?;
         self.live.report(name, report, now, ttl);
-        Ok(self.live.record(&row))
+        Ok(self.live.record(&row, now))
     }
 
     /// Whether a report names no substrate that the site is not known to hold, and nothing has
@@ -339,8 +361,8 @@ impl Registry {
 
     /// Ends a site's lease, for it has not answered since `asked`; unless it has reported since.
     /// Answers whether there was a lease to end.
-    pub fn site_silent(&self, name: &Name, asked: UnixMs) -> bool {
-        self.live.silent(name, asked)
+    pub fn site_silent(&self, name: &Name, asked: Moment) -> bool {
+        self.live.silent(name, asked.run)
     }
 
     /// Ends a site's lease for it has gone away, and writes down when it was seen last.
@@ -348,10 +370,10 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn site_away(&self, name: &Name) -> Result<()> {
-        self.live.silent(name, UnixMs(u64::MAX));
+        self.live.silent(name, Duration::MAX);
         let seen = self.live.last_seen(name);
         self.site_change(name, |row| {
-            row.last_seen = row.last_seen.max(seen);
+            row.last_seen = seen.unwrap_or(row.last_seen);
         })
     }
 
@@ -417,7 +439,7 @@ impl Registry {
                 return Err(RegistryError::Exists { what: "substrate", key: s.name.to_string() });
             }
             for site in &s.holders {
-                self.live.holds(s.id, site, UnixMs::now());
+                self.live.holds(s.id, site, Moment::now());
             }
             changes.push(Change::Substrate(s.id, Some(Arc::new(s.clone()))));
             Ok(())
@@ -440,8 +462,8 @@ impl Registry {
     ) -> Result<Option<SubstrateRecord>> {
         self.file.write(|t, changes| {
             let before = t.substrates.get(&old).ok_or_else(|| missing("substrate", &old))?;
-            Self::fence(t, vm.0, vm.1)?;
-            changes.push(Change::Vm(vm.0, None));
+            let gone = Self::fence(t, vm.0, vm.1)?;
+            changes.extend(deleted::changes(gone));
             let kept = if t.vms_of(old).any(|id| *id != vm.0) {
                 if t.substrate_named(aside.as_str()).is_some() {
                     let key = aside.to_string();
@@ -458,7 +480,7 @@ impl Registry {
                 new.holders.extend(known.holders.iter().cloned());
             }
             for site in &new.holders {
-                self.live.holds(new.id, site, UnixMs::now());
+                self.live.holds(new.id, site, Moment::now());
             }
             changes.push(Change::Substrate(new.id, Some(Arc::new(new))));
             Ok(kept)
@@ -474,7 +496,7 @@ impl Registry {
             let s = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
             let mut s = SubstrateRecord::clone(s);
             let changed = if holds {
-                self.live.holds(id, site, UnixMs::now());
+                self.live.holds(id, site, Moment::now());
                 s.holders.insert(site.clone())
             } else {
                 s.damaged.remove(site);
@@ -507,7 +529,7 @@ impl Registry {
                 s.damaged.remove(site);
             } else {
                 if s.holders.insert(site.clone()) {
-                    self.live.holds(id, site, UnixMs::now());
+                    self.live.holds(id, site, Moment::now());
                 }
                 s.content = Some(content);
             }
@@ -610,6 +632,12 @@ impl Registry {
         self.file.read(|t| t.revision)
     }
 
+    /// The last of those changes that was of an environment which is, or was, at `site`.
+    #[must_use]
+    pub fn revision_at(&self, site: &Name) -> u64 {
+        self.file.read(|t| t.changed_at(site))
+    }
+
     /// The environments of a site and those of `others` that are known, without those that have
     /// changed after `revision`.
     #[must_use]
@@ -675,14 +703,14 @@ impl Registry {
         })
     }
 
-    /// Forgets an execution environment, if `generation` is the one the registry has.
+    /// Forgets an execution environment, if `generation` is the one the registry has. That it is
+    /// gone is remembered until no site can have it any more ([`Registry::vms_deleted`]).
     ///
     /// # Errors
     /// As [`Registry::vm_update`].
     pub fn vm_remove(&self, id: VmId, generation: Generation) -> Result<()> {
         self.file.write(|t, changes| {
-            Self::fence(t, id, generation)?;
-            changes.push(Change::Vm(id, None));
+            changes.extend(deleted::changes(Self::fence(t, id, generation)?));
             Ok(())
         })
     }

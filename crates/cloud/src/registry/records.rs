@@ -74,6 +74,9 @@ pub struct SiteReport {
     /// Hash of all that it tells of its substrates; while it is the same, nobody need ask.
     #[serde(default)]
     pub holdings: Option<Hash>,
+    /// Hash of all that it tells of its machines ([`crate::site::digest`]); likewise.
+    #[serde(default)]
+    pub machines: Option<Hash>,
     /// Substrates of which something was found damaged there, and what; a few of them.
     #[serde(default)]
     pub damaged: BTreeMap<SubstrateId, String>,
@@ -185,6 +188,13 @@ impl VmRecord {
             || self.arriving.is_some()
     }
 
+    /// The next generation that the machine may have anywhere: none for which there was ever a
+    /// warrant, also a void one.
+    #[must_use]
+    pub fn next_generation(&self) -> Generation {
+        self.voided.values().fold(self.generation, |a, b| a.max(*b)).next()
+    }
+
     /// From now on the machine has this generation; what is below it needs no mention any more.
     pub fn reach(&mut self, generation: Generation) {
         self.generation = generation;
@@ -206,6 +216,19 @@ impl VmRecord {
         }
         Ok(())
     }
+}
+
+/// A machine that was deleted or docked, remembered until every site has been seen without it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeletedVm {
+    /// Its id.
+    pub vm: VmId,
+    /// What it was called.
+    pub name: Name,
+    /// The last generation that the center knew.
+    pub generation: Generation,
+    /// When it went.
+    pub when: UnixMs,
 }
 
 /// One step of an operation, written down before it is taken and again when it is done, so that

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use godwit_types::{Name, OpId, SiteKind, SubstrateId, VmId};
 use serde::{Deserialize, Serialize};
 
-use super::{OpRecord, SubstrateRecord, VmRecord};
+use super::{DeletedVm, OpRecord, SubstrateRecord, VmRecord};
 use crate::clock::UnixMs;
 
 /// What is durable of a site. The rest of a [`super::SiteRecord`] is what it last reported.
@@ -31,12 +31,20 @@ pub(super) enum Change {
     Substrate(SubstrateId, Option<Arc<SubstrateRecord>>),
     Vm(VmId, Option<Arc<VmRecord>>),
     Op(OpId, Option<Arc<OpRecord>>),
+    Deleted(VmId, Option<Arc<DeletedVm>>),
 }
 
 /// A machine and the number of the change that made it as it is.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct VmEntry {
     pub(super) vm: Arc<VmRecord>,
+    pub(super) changed_by: u64,
+}
+
+/// A machine that is gone and the number of the change that made it so.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct DeletedEntry {
+    pub(super) vm: Arc<DeletedVm>,
     pub(super) changed_by: u64,
 }
 
@@ -47,12 +55,18 @@ pub(super) struct Tables {
     pub(super) substrates: BTreeMap<SubstrateId, Arc<SubstrateRecord>>,
     pub(super) vms: BTreeMap<VmId, VmEntry>,
     pub(super) ops: BTreeMap<OpId, Arc<OpRecord>>,
+    /// Machines that are gone and that a site may still have.
+    pub(super) deleted: BTreeMap<VmId, DeletedEntry>,
+    /// The same by the change that made them so.
+    pub(super) deleted_by: BTreeSet<(u64, VmId)>,
     /// Entries that do not parse, by key: what the parser said.
     pub(super) damaged: BTreeMap<String, String>,
     /// Counts the changes of machines.
     pub(super) revision: u64,
     substrate_names: BTreeMap<Name, SubstrateId>,
     vm_names: BTreeMap<Name, VmId>,
+    /// The last change of a machine that is, or was, at each site.
+    changed_at: BTreeMap<Name, u64>,
     /// The machines of each site.
     vms_at: BTreeMap<Name, BTreeSet<VmId>>,
     /// The machines that were activated from each substrate.
@@ -90,6 +104,7 @@ impl Tables {
             },
             Change::Substrate(id, row) => self.substrate(*id, row.as_ref()),
             Change::Vm(id, row) => self.vm(*id, row.as_ref()),
+            Change::Deleted(id, row) => self.deleted(*id, row.as_ref()),
             Change::Op(id, row) => {
                 let ended = row.as_ref().is_some_and(|o| o.state.is_final());
                 if ended {
@@ -139,6 +154,7 @@ impl Tables {
             None => self.vms.remove(&id),
         };
         if let Some(VmEntry { vm: old, .. }) = old {
+            self.changed_at.insert(old.site.clone(), self.revision);
             remove(&mut self.vms_at, &old.site, &id);
             if let Some(s) = &old.substrate {
                 remove(&mut self.vms_of, s, &id);
@@ -148,11 +164,24 @@ impl Tables {
             }
         }
         if let Some(vm) = row {
+            self.changed_at.insert(vm.site.clone(), self.revision);
             enter(&mut self.vms_at, vm.site.clone(), id);
             if let Some(s) = vm.substrate {
                 enter(&mut self.vms_of, s, id);
             }
             self.vm_names.insert(vm.name.clone(), id);
+        }
+    }
+
+    fn deleted(&mut self, id: VmId, row: Option<&Arc<DeletedVm>>) {
+        if let Some(old) = self.deleted.remove(&id) {
+            self.deleted_by.remove(&(old.changed_by, id));
+        }
+        if let Some(vm) = row {
+            self.revision += 1;
+            let entry = DeletedEntry { vm: vm.clone(), changed_by: self.revision };
+            self.deleted.insert(id, entry);
+            self.deleted_by.insert((self.revision, id));
         }
     }
 
@@ -162,6 +191,11 @@ impl Tables {
 
     pub(super) fn vm_named(&self, name: &str) -> Option<VmId> {
         Name::new(name).ok().and_then(|n| self.vm_names.get(&n).copied())
+    }
+
+    /// The last change of a machine that is, or was, at a site.
+    pub(super) fn changed_at(&self, site: &Name) -> u64 {
+        self.changed_at.get(site).copied().unwrap_or_default()
     }
 
     /// The machines of a site.
@@ -199,9 +233,16 @@ impl Tables {
     /// Takes every machine as changed by `revision`.
     pub(super) fn renumber(&mut self, revision: u64) {
         self.revision = revision;
+        for name in self.sites.keys() {
+            self.changed_at.insert(name.clone(), revision);
+        }
         for entry in self.vms.values_mut() {
             entry.changed_by = revision;
         }
+        for entry in self.deleted.values_mut() {
+            entry.changed_by = revision;
+        }
+        self.deleted_by = self.deleted.keys().map(|id| (revision, *id)).collect();
     }
 
     /// Whether the rows are the same; the numbers of changes may differ.
@@ -211,5 +252,10 @@ impl Tables {
             && self.ops == other.ops
             && self.vms.len() == other.vms.len()
             && self.vms.iter().all(|(id, e)| other.vms.get(id).is_some_and(|o| o.vm == e.vm))
+            && self.deleted.len() == other.deleted.len()
+            && self
+                .deleted
+                .iter()
+                .all(|(id, e)| other.deleted.get(id).is_some_and(|o| o.vm == e.vm))
     }
 }

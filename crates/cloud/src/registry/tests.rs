@@ -36,6 +36,10 @@ fn vm(n: &str) -> VmRecord {
     }
 }
 
+fn at(ms: u64) -> Moment {
+    Moment { wall: UnixMs(ms), run: Duration::from_millis(ms) }
+}
+
 fn site(n: &str) -> SiteRecord {
     SiteRecord {
         name: name(n),
@@ -146,17 +150,17 @@ fn leases_run_out_and_a_report_renews_them() {
     let (_d, reg) = open();
     reg.site_put(&site("cafe")).expect("put");
     let ttl = Duration::from_secs(10);
-    let s = reg.site_report(&name("cafe"), SiteReport::default(), UnixMs(1000), ttl).expect("ok");
+    let s = reg.site_report(&name("cafe"), SiteReport::default(), at(1000), ttl).expect("ok");
     assert_eq!(s.state(UnixMs(11_000)), SiteState::Ready);
     assert_eq!(s.state(UnixMs(11_001)), SiteState::Unreachable);
     // A report that was on its way for long does not shorten it.
-    let s = reg.site_report(&name("cafe"), SiteReport::default(), UnixMs(500), ttl).expect("ok");
+    let s = reg.site_report(&name("cafe"), SiteReport::default(), at(500), ttl).expect("ok");
     assert_eq!(s.lease_until, UnixMs(11_000));
     reg.site_revoke(&name("cafe")).expect("revoke");
     assert_eq!(reg.site(&name("cafe")).expect("there").state(UnixMs(0)), SiteState::Unreachable);
-    let e = reg.site_report(&name("cafe"), SiteReport::default(), UnixMs(1), ttl);
+    let e = reg.site_report(&name("cafe"), SiteReport::default(), at(1), ttl);
     assert_eq!(e.expect_err("revoked").code(), Code::Unauthenticated);
-    let e = reg.site_report(&name("nowhere"), SiteReport::default(), UnixMs(1), ttl);
+    let e = reg.site_report(&name("nowhere"), SiteReport::default(), at(1), ttl);
     assert_eq!(e.expect_err("unknown").code(), Code::NotFound);
 }
 
@@ -167,15 +171,16 @@ fn holders_follow_the_reports_and_a_used_substrate_stays() {
     reg.substrate_add(&s).expect("add");
     reg.site_put(&site("cafe")).expect("put");
     let report = SiteReport { substrates: [s.id].into(), ..SiteReport::default() };
-    reg.site_report(&name("cafe"), report, UnixMs(1), Duration::ZERO).expect("report");
+    reg.site_report(&name("cafe"), report, at(1), Duration::ZERO).expect("report");
     assert!(reg.substrate("abiword").expect("there").holders.contains(&name("cafe")));
     // A report without it may be older than the substrate, until that is impossible.
-    let without = |at| {
-        reg.site_report(&name("cafe"), SiteReport::default(), at, Duration::ZERO).expect("report");
+    let without = |ms| {
+        reg.site_report(&name("cafe"), SiteReport::default(), at(ms), Duration::ZERO)
+            .expect("report");
         reg.substrate("abiword").expect("there").holders.len()
     };
-    assert_eq!(without(UnixMs(s.created.0 + REPORT_AGE_MS - 1)), 1);
-    assert_eq!(without(UnixMs(s.created.0 + REPORT_AGE_MS)), 0);
+    assert_eq!(without(REPORT_AGE.as_millis() as u64), 1);
+    assert_eq!(without(1 + REPORT_AGE.as_millis() as u64), 0);
 
     let mut v = vm("a");
     v.substrate = Some(s.id);
@@ -313,14 +318,14 @@ fn reports_that_tell_nothing_new_are_not_written() {
     let ttl = Duration::from_secs(15);
     for n in &sites {
         reg.site_put(&site(n.as_str())).expect("put");
-        reg.site_report(n, report(0.0), UnixMs(1), ttl).expect("report");
+        reg.site_report(n, report(0.0), at(1), ttl).expect("report");
     }
     let before = reg.commits();
     for i in 1..100 {
         for n in &sites {
-            let now = UnixMs(i * 4000);
+            let now = at(i * 4000);
             let s = reg.site_report(n, report(i as f64), now, ttl).expect("report");
-            assert_eq!((s.report.load, s.last_seen), (i as f64, now));
+            assert_eq!((s.report.load, s.last_seen), (i as f64, now.wall));
             assert!(reg.knows_holdings(n, &report(0.0)));
             for s in &all {
                 reg.substrate_holder(s.id, n, true).expect("held already");
@@ -338,11 +343,11 @@ fn a_site_that_goes_away_loses_its_lease_and_is_remembered() {
     let reg = Registry::open(&path).expect("open");
     reg.site_put(&site("cafe")).expect("put");
     let ttl = Duration::from_secs(15);
-    reg.site_report(&name("cafe"), SiteReport::default(), UnixMs(7000), ttl).expect("report");
-    assert!(!reg.site_silent(&name("cafe"), UnixMs(6999)), "it has reported since");
-    assert!(reg.site_silent(&name("cafe"), UnixMs(7001)));
+    reg.site_report(&name("cafe"), SiteReport::default(), at(7000), ttl).expect("report");
+    assert!(!reg.site_silent(&name("cafe"), at(6999)), "it has reported since");
+    assert!(reg.site_silent(&name("cafe"), at(7001)));
     assert_eq!(reg.site(&name("cafe")).expect("there").state(UnixMs(7001)), SiteState::Unreachable);
-    let s = reg.site_report(&name("cafe"), SiteReport::default(), UnixMs(8000), ttl).expect("back");
+    let s = reg.site_report(&name("cafe"), SiteReport::default(), at(8000), ttl).expect("back");
     assert_eq!(s.state(UnixMs(8001)), SiteState::Ready);
     reg.site_away(&name("cafe")).expect("written");
     drop(reg);
@@ -533,4 +538,103 @@ fn a_full_disk_fails_a_change_whole_and_the_registry_goes_on() {
     std::fs::remove_file(&filler).expect("remove");
     reg.vm_add(&large, None).expect("room again");
     assert_eq!(reg.vms().expect("read").len(), 2);
+}
+
+#[test]
+fn a_deleted_machine_is_remembered_until_every_site_was_seen_without_it() {
+    let (dir, reg) = open();
+    for n in ["center", "cafe", "stolen"] {
+        reg.site_put(&site(n)).expect("joined");
+    }
+    let gone: Vec<_> = (0..3).map(|i| vm(&format!("vm-{i}"))).collect();
+    for vm in &gone {
+        reg.vm_add(vm, None).expect("added");
+        reg.vm_remove(vm.id, vm.generation).expect("removed");
+    }
+    let asked = reg.revision();
+    for n in ["center", "cafe"] {
+        reg.site_has_no_deleted(&name(n), asked).expect("told");
+    }
+    assert_eq!(reg.deleted_count(), 3);
+    // What it answered before is no word on what was deleted after.
+    let late = vm("late");
+    reg.vm_add(&late, None).expect("added");
+    reg.vm_remove(late.id, late.generation).expect("removed");
+    assert!(reg.vms_deleted([late.id], asked).is_empty());
+    assert_eq!(reg.vms_deleted([late.id, VmId::new()], reg.revision()).len(), 1);
+    reg.site_has_no_deleted(&name("stolen"), asked).expect("told");
+    assert_eq!(reg.deleted_count(), 1, "all have told of the first three");
+    reg.site_revoke(&name("stolen")).expect("revoked");
+    for n in ["center", "cafe"] {
+        reg.site_has_no_deleted(&name(n), reg.revision()).expect("told");
+    }
+    assert_eq!(reg.deleted_count(), 1, "one that joins anew may have it");
+    drop(reg);
+    let reg = Registry::open(&dir.path().join("r.redb")).expect("open");
+    assert_eq!(reg.vms_deleted([late.id], reg.revision())[0].name, name("late"));
+    for n in ["center", "cafe"] {
+        reg.site_has_no_deleted(&name(n), reg.revision()).expect("told");
+    }
+    assert_eq!(reg.deleted_count(), 1, "one has not told since the center came back");
+    reg.site_has_no_deleted(&name("stolen"), reg.revision()).expect("told");
+    assert_eq!(reg.deleted_count(), 0);
+}
+
+#[test]
+fn a_step_of_the_clock_neither_ends_nor_extends_a_lease() {
+    let (_d, reg) = open();
+    reg.site_put(&site("cafe")).expect("put");
+    let (cafe, ttl) = (name("cafe"), Duration::from_secs(15));
+    let day = 86_400_000;
+    let begun = Moment { wall: UnixMs(10 * day), run: Duration::from_secs(100) };
+    reg.site_report(&cafe, SiteReport::default(), begun, ttl).expect("report");
+    for wall in [UnixMs(day), UnixMs(10 * day), UnixMs(20 * day)] {
+        let state = |after| {
+            let run = begun.run + Duration::from_millis(after);
+            let now = Moment { wall: wall.plus(Duration::from_millis(after)), run };
+            reg.site_at(&cafe, now).expect("there").state(now.wall)
+        };
+        assert_eq!(state(14_999), SiteState::Ready, "{wall:?}");
+        assert_eq!(state(15_001), SiteState::Unreachable, "{wall:?}");
+    }
+    // Nor does it keep a report from counting, or a silent site from being taken for one.
+    let back = Moment { wall: UnixMs(day), run: Duration::from_secs(110) };
+    let s = reg.site_report(&cafe, SiteReport::default(), back, ttl).expect("report");
+    assert_eq!((s.lease_until, s.last_seen), (back.wall.plus(ttl), back.wall));
+    let asked = Moment { wall: UnixMs(2), run: Duration::from_secs(111) };
+    assert!(reg.site_silent(&cafe, asked));
+}
+
+#[test]
+fn a_flip_anywhere_in_the_head_of_the_file_loses_no_change_unsaid() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("r.redb");
+    let mark = path.with_extension("mark");
+    let reg = Registry::open(&path).expect("open");
+    for n in ["first", "last"] {
+        reg.vm_add(&vm(n), None).expect("added");
+    }
+    // As a daemon that is killed leaves it.
+    let (sound, at_last) =
+        (std::fs::read(&path).expect("read"), std::fs::read(&mark).expect("mark"));
+    drop(reg);
+    let mut fell_back = 0;
+    // The database's own head: which of two commit slots counts, and both.
+    for at in 0..320 {
+        let mut bytes = sound.clone();
+        bytes[at] ^= 1;
+        std::fs::write(&path, &bytes).expect("written");
+        std::fs::write(&mark, &at_last).expect("written");
+        match Registry::open(&path) {
+            Ok(reg) => assert!(reg.vm("last").is_ok(), "byte {at}: lost, and nothing said"),
+            Err(e) => {
+                fell_back += u32::from(matches!(e, RegistryError::FellBack { .. }));
+            }
+        }
+    }
+    assert!(fell_back > 0, "no flip reaches what this is about");
+    // An operator who takes it as it is.
+    std::fs::write(&path, &sound).expect("written");
+    std::fs::remove_file(&mark).expect("removed");
+    assert!(Registry::open(&path).expect("open").vm("last").is_ok());
 }

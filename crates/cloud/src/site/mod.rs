@@ -30,6 +30,12 @@ use crate::ops::Progress;
 use crate::registry::SiteReport;
 
 pub(crate) use local::in_use;
+/// What a list of machines says, in one hash: while it is the same, nobody need ask for the list.
+#[must_use]
+pub fn digest(machines: &[MachineStatus]) -> Option<godwit_types::Hash> {
+    postcard::to_stdvec(machines).ok().map(|told| godwit_types::Hash::of(&told))
+}
+
 pub use local::{LocalSite, SiteDirs, SiteOptions, image_info, images_of};
 pub use remote::{RemoteSite, serve};
 pub use types::{

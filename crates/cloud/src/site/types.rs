@@ -373,6 +373,8 @@ pub enum SiteRequest {
         vm: VmId,
         /// Its generation here.
         generation: Generation,
+        /// Its generation there.
+        next: Generation,
         /// Where to.
         to: Incoming,
         /// The scheme, e.g. `hybrid`.

@@ -229,3 +229,39 @@ pub(crate) fn listen(path: &Path, what: &'static str) -> Result<UnixListener, Re
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
     Ok(listener)
 }
+
+#[cfg(test)]
+mod tests {
+    use godwit_transfer::{Authority, PendingIdentity};
+    use godwit_types::{Name, SiteKind};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_relay_that_runs_takes_newer_lists_of_revoked_certificates_of_its_authority() {
+        let dir = tempfile::tempdir().expect("dir");
+        let make = |n: &str| Authority::create(&dir.path().join(n)).expect("authority");
+        let (ours, other) = (make("ours"), make("other"));
+        let cafe = Name::new("cafe").expect("name");
+        let revoke = |a: &Authority| {
+            let pending = PendingIdentity::make(&cafe, SiteKind::Ap).expect("key");
+            a.issue(pending.request(), &cafe, SiteKind::Ap).expect("issued");
+            a.revoke_site(&cafe).expect("revoked")
+        };
+        let trust = Trust::new(ours.certificate(), Revocations::default());
+        let trust = trust.expect("trust");
+        let file = dir.path().join("revoked");
+        let _task = follow_revocations(trust.clone(), file.clone());
+        let pass = || tokio::time::sleep(READ_REVOKED_EVERY * 2);
+        pass().await;
+        assert_eq!(trust.revocations().number, 0);
+        revoke(&other).save(&file).expect("written");
+        pass().await;
+        assert_eq!(trust.revocations().number, 0, "another authority's");
+        let list = revoke(&ours);
+        list.save(&file).expect("written");
+        pass().await;
+        assert_eq!(trust.revocations().number, list.number);
+        assert_eq!(trust.revocations().serials.len(), 1);
+    }
+}

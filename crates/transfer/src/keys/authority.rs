@@ -93,7 +93,7 @@ pub struct TokenInfo {
     pub state: TokenState,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct State {
     issued: Vec<Issued>,
     revoked: Revocations,
@@ -328,7 +328,7 @@ impl Authority {
             JoinRefusal::Internal
         };
         let mut state = self.lock();
-        let token = state.tokens.get_mut(&request.token_id).ok_or(JoinRefusal::UnknownToken)?;
+        let token = state.tokens.get(&request.token_id).ok_or(JoinRefusal::UnknownToken)?;
         // Hashes are compared, so the time it takes tells nothing about the secret.
         if Hash::of(&request.secret) != token.secret {
             return Err(JoinRefusal::WrongSecret);
@@ -341,12 +341,17 @@ impl Authority {
         if now >= token.expires {
             return Err(JoinRefusal::Expired);
         }
-        token.state = TokenState::Used { key };
         let (name, kind) = (token.site.clone(), token.kind);
         let (der, issued) = self.sign(&public_key, &name, kind, self.life).map_err(internal)?;
-        state.issued.retain(|i| i.not_after.saturating_add(CLOCK_SLACK) > unix_now());
-        state.issued.push(issued);
-        self.save(&state).map_err(internal)?;
+        // What cannot be written down has not happened: the token stays good.
+        let mut next = state.clone();
+        next.issued.retain(|i| i.not_after.saturating_add(CLOCK_SLACK) > unix_now());
+        next.issued.push(issued);
+        if let Some(token) = next.tokens.get_mut(&request.token_id) {
+            token.state = TokenState::Used { key };
+        }
+        self.save(&next).map_err(internal)?;
+        *state = next;
         Ok(der)
     }
 
@@ -631,6 +636,28 @@ mod tests {
             other.complete(&certificate, authority.certificate()),
             Err(KeyError::ForeignCertificate)
         ));
+    }
+
+    #[test]
+    fn a_token_is_not_used_up_by_an_answer_that_could_not_be_written_down() {
+        let dir = tempfile::tempdir().expect("dir");
+        let home = dir.path().join("authority");
+        let authority = Authority::create(&home).expect("create");
+        let token =
+            authority.invite(&name("cafe"), SiteKind::Ap, "127.0.0.1:7701", 60).expect("invite");
+        let request = || {
+            let pending = PendingIdentity::make(&name("cafe"), SiteKind::Ap).expect("key");
+            let csr = pending.request().to_vec();
+            JoinRequest { token_id: token.id.clone(), secret: token.secret.0, csr }
+        };
+        let away = dir.path().join("away");
+        std::fs::rename(&home, &away).expect("nothing can be written");
+        assert_eq!(authority.redeem(&request(), token.expires - 1), Err(JoinRefusal::Internal));
+        std::fs::rename(&away, &home).expect("back");
+        // Whoever tries again makes another key.
+        authority.redeem(&request(), token.expires - 1).expect("the token is good");
+        let other = authority.redeem(&request(), token.expires - 1);
+        assert_eq!(other, Err(JoinRefusal::Used));
     }
 
     #[test]

@@ -175,7 +175,8 @@ impl LocalSite {
 
     async fn bring_back_now(&self, vm: VmId, machine: Machine) -> Result<(), Fault> {
         let entry = self.entry(vm).await?;
-        let Some(Unfinished::Docking { nics, .. }) = entry.lock().await.record.unfinished.clone()
+        let Some(Unfinished::Docking { nics, substrate }) =
+            entry.lock().await.record.unfinished.clone()
         else {
             return Ok(());
         };
@@ -191,7 +192,7 @@ impl LocalSite {
         }
         let mut e = entry.lock().await;
         // Whoever ended it meanwhile has settled what it is.
-        if e.record.meant == Meant::Gone || e.record.unfinished.take().is_none() {
+        if e.record.meant == Meant::Gone || !take_docking(&mut e.record.unfinished, substrate) {
             return Ok(());
         }
         tracing::info!(vm = %e.record.name, "runs on: it was not docked");
@@ -276,6 +277,14 @@ impl LocalSite {
     }
 }
 
+/// Ends the mark of one docking. That of another, which began once this one was settled by whoever
+/// ended the machine, stays.
+fn take_docking(unfinished: &mut Option<Unfinished>, of: SubstrateId) -> bool {
+    let same =
+        matches!(unfinished, Some(Unfinished::Docking { substrate, .. }) if *substrate == of);
+    same && unfinished.take().is_some()
+}
+
 fn remove(path: &Path) {
     let is_dir = std::fs::symlink_metadata(path).is_ok_and(|m| m.is_dir());
     let removed = if is_dir { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
@@ -288,4 +297,21 @@ fn remove(path: &Path) {
 fn vm_of(name: &std::ffi::OsStr) -> Option<VmId> {
     let name = name.to_str().filter(|n| n.len() == 32)?;
     uuid::Uuid::try_parse(name).ok().map(VmId)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_docking_that_is_taken_back_late_leaves_the_mark_of_the_next() {
+        let (first, second) = (SubstrateId::new(), SubstrateId::new());
+        let docking = |substrate| Some(Unfinished::Docking { substrate, nics: Vec::new() });
+        let mut mark = docking(second);
+        assert!(!take_docking(&mut mark, first));
+        assert!(mark.is_some(), "what becomes of a crash in the second depends on it");
+        assert!(take_docking(&mut mark, second) && mark.is_none());
+        assert!(!take_docking(&mut mark, second));
+        assert!(!take_docking(&mut Some(Unfinished::Activating), second));
+    }
 }

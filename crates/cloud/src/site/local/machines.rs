@@ -25,13 +25,6 @@ use crate::site::{Call, MachineStatus, NewMachine, Origin, UNKNOWN_GENERATION};
 /// How long a guest may take to its agent's first answer.
 const BOOT_WITHIN: Duration = Duration::from_secs(300);
 
-/// How long a guest may take to power itself off before the power is cut.
-const OFF_WITHIN: Duration = Duration::from_secs(40);
-
-/// How long QEMU may take to end in good order, and how long when its end is forced.
-const QUIT_WITHIN: Duration = Duration::from_secs(60);
-const FORCE_WITHIN: Duration = Duration::from_secs(5);
-
 /// Disk that a machine that comes leaves free, in MiB.
 const DISK_MARGIN_MIB: u64 = 16;
 
@@ -359,73 +352,6 @@ impl LocalSite {
         }
     }
 
-    pub(super) async fn power_off(
-        &self,
-        vm: VmId,
-        generation: Generation,
-        force: bool,
-        call: Call,
-    ) -> Result<(), Fault> {
-        if force {
-            self.quit_move(vm, generation, false).await?;
-        }
-        let entry = self.entry(vm).await?;
-        let mut e = entry.lock().await;
-        Self::fence(&e.record, generation)?;
-        let docking = matches!(e.record.unfinished, Some(Unfinished::Docking { .. }));
-        if !(force && docking) {
-            Self::steady(&e.record)?;
-        }
-        if e.starting.is_some() && !force {
-            return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name))
-                .hint("wait for it, or end it at once with: godwit vm stop --force"));
-        }
-        if let Some(wanted) = e.starting.take() {
-            wanted.cancel();
-        }
-        e.record.generation = generation;
-        e.record.meant = Meant::Stopped;
-        e.record.unfinished = None;
-        e.record.save(&self.dirs.vm(vm))?;
-        if let Some(machine) = e.machine.clone() {
-            if !force {
-                call.progress(Progress {
-                    stage: "power off".into(),
-                    note: "waiting for the guest to power itself off".into(),
-                    ..Progress::default()
-                });
-                if let Err(error) = machine.power_button().await {
-                    tracing::debug!(%error, "the power button was not pressed");
-                }
-                // A guest without a daemon for the button has its agent.
-                let asked = async {
-                    if let Err(error) = machine.agent().power_off(OFF_WITHIN).await {
-                        tracing::debug!(%error, "the guest agent was not asked to power off");
-                    }
-                    std::future::pending::<()>().await;
-                };
-                let off = machine.wait_life("powering the guest off", Life::PoweredOff, OFF_WITHIN);
-                tokio::select! {
-                    () = call.cancel.cancelled() => {}
-                    () = asked => {}
-                    outcome = off => if let Err(error) = outcome {
-                        tracing::info!(vm = %e.record.name, %error, "the guest did not power itself off");
-                    },
-                }
-            }
-            let quit = machine.quit();
-            // One whose main loop hangs answers nobody.
-            match tokio::time::timeout(if force { FORCE_WITHIN } else { QUIT_WITHIN }, quit).await {
-                Ok(ended) => drop(ended.map_err(coded)?),
-                Err(_) => drop(machine.kill().await),
-            }
-            e.machine = None;
-        }
-        // One that could not be adopted yet.
-        self.end_strays(vm).await;
-        remove_file(&self.dirs.vm_memory(vm))
-    }
-
     /// Ends a machine and removes what it has; its generation is kept as a tombstone.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
         if self.entry(vm).await.is_ok() {
@@ -611,7 +537,7 @@ pub(super) fn layer_bytes(machine: &Machine) -> Result<u64, Fault> {
     })
 }
 
-fn remove_file(path: &Path) -> Result<(), Fault> {
+pub(super) fn remove_file(path: &Path) -> Result<(), Fault> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             Err(Fault::internal(format!("removing {}: {e}", path.display())))

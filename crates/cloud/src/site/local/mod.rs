@@ -19,6 +19,7 @@ mod resume;
 mod sched;
 mod screens;
 mod scrub;
+mod stop;
 mod stored;
 mod tombs;
 mod users;
@@ -56,11 +57,22 @@ struct Entry {
     machine: Option<Machine>,
     /// It is being started, without the lock; cancelled when it is not wanted any more.
     starting: Option<CancellationToken>,
+    /// Somebody waits, without the lock, for its guest to power itself off.
+    stopping: std::sync::Weak<()>,
 }
 
 impl Entry {
     fn new(record: MachineRecord, machine: Option<Machine>) -> Self {
-        Self { record, machine, starting: None }
+        Self { record, machine, starting: None, stopping: std::sync::Weak::new() }
+    }
+
+    /// Refuses what needs a guest that stays.
+    fn stays(&self) -> Result<(), Fault> {
+        if self.stopping.strong_count() == 0 {
+            return Ok(());
+        }
+        Err(Fault::conflict(format!("machine '{}' is being powered off", self.record.name))
+            .hint("wait for that, or end it at once with: godwit vm stop --force"))
     }
 
     /// The state of a machine that is in a change, whatever its QEMU says; a machine of which
@@ -94,6 +106,8 @@ pub struct SiteOptions {
     /// Bytes of memory that machines may be promised; what the host has, less a reserve, when left
     /// out.
     pub memory_promise_bytes: Option<u64>,
+    /// How often all that is stored is read and checked; once a day when left out.
+    pub scrub_every: Option<std::time::Duration>,
     /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
@@ -118,6 +132,7 @@ impl SiteOptions {
             store_memory_bytes: 256 << 20,
             memory_cache_bytes: None,
             memory_promise_bytes: None,
+            scrub_every: None,
             waiting: 1,
             co_schedule: false,
             link_patience: godwit_transfer::PATIENCE,
@@ -221,7 +236,7 @@ impl LocalSite {
         });
         site.adopt_all().await?;
         site.sweep_strays().await;
-        scrub::start(&site);
+        scrub::start(&site, site.options.scrub_every);
         Ok(site)
     }
 
@@ -511,11 +526,11 @@ impl LocalSite {
                     me.prepare(migration, machine, generation, warrant, from, &manifest).await?,
                 )
             }
-            SiteRequest::MigrateSend { vm, generation, to, scheme } => {
+            SiteRequest::MigrateSend { vm, generation, next, to, scheme } => {
                 if scheme != godwit_migrate::hybrid::SCHEME {
                     return Err(Fault::invalid(format!("no scheme '{}'", scheme.escape_debug())));
                 }
-                SiteReply::Sent(self.whole()?.send(vm, generation, to, call).await?)
+                SiteReply::Sent(self.whole()?.send(vm, (generation, next), to, call).await?)
             }
             SiteRequest::MigrateFollow { migration } => {
                 SiteReply::Sent(self.follow(migration, &call).await?)

@@ -423,17 +423,24 @@ impl LocalSite {
     pub(super) async fn send(
         self: &Arc<Self>,
         vm: VmId,
-        generation: Generation,
+        (generation, next): (Generation, Generation),
         to: Incoming,
         call: Call,
     ) -> Result<Vec<u8>, Fault> {
+        if next <= generation || !next.is_sane() {
+            return Err(Fault::invalid(format!(
+                "a machine of generation {generation} does not leave as generation {next}"
+            )));
+        }
         let entry = self.entry(vm).await?;
         let (record, machine) = {
             let mut e = entry.lock().await;
             Self::fence(&e.record, generation)?;
             Self::steady(&e.record)?;
+            e.stays()?;
             let machine = super::running(&e)?.clone();
-            e.record.migration = Some(Migration::new(to.migration, End::Source, to.peer.clone()));
+            let leaves = Migration::new(to.migration, End::Source, to.peer.clone());
+            e.record.migration = Some(Migration { next: Some(next), ..leaves });
             if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
                 e.record.migration = None;
                 return Err(f);

@@ -78,6 +78,7 @@ impl LocalSite {
         let mut e = entry.lock().await;
         Self::fence(&e.record, want.generation)?;
         Self::steady(&e.record)?;
+        e.stays()?;
         let machine = super::running(&e)?.clone();
         if e.starting.is_some() {
             return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name)));
@@ -358,6 +359,13 @@ impl LocalSite {
         let mut damaged: Vec<String> =
             found.store.damaged.iter().map(ToString::to_string).collect();
         let named = |what: &'static str| move |h: &godwit_types::Hash| format!("unit {h}: {what}");
+        damaged.extend(found.store.index.iter().map(|why| {
+            format!(
+                "the index of the store in {}: {why}; what it holds can be used until this daemon ends: \
+                 export what is nowhere else before that",
+                self.pool.store().dir().display()
+            )
+        }));
         damaged.extend(found.store.bad_entries.iter().map(named("its index entry is malformed")));
         damaged.extend(found.store.missing.iter().map(named("it is not there")));
         damaged.extend(found.broken.iter().map(|(id, why)| format!("substrate {id}: {why}")));

@@ -68,11 +68,14 @@ pub(crate) struct Migration {
     /// Destination: why what is missing is not waited for any more.
     #[serde(default)]
     pub(crate) given_up: Option<String>,
+    /// Source: the machine's generation at its destination; one more than here when left out.
+    #[serde(default)]
+    pub(crate) next: Option<Generation>,
 }
 
 impl Migration {
     pub(crate) fn new(id: MigrationId, end: End, peer: Name) -> Self {
-        Self { id, end, peer, attempt: 0, runs: false, given_up: None }
+        Self { id, end, peer, attempt: 0, runs: false, given_up: None, next: None }
     }
 }
 

@@ -46,7 +46,7 @@ impl LocalSite {
             .ok_or_else(|| Fault::internal("a relay for a machine that is in no migration"))?;
         let paths = MovePaths::of(&self.dirs.run, &migration);
         let generation = match migration.end {
-            End::Source => record.generation.next(),
+            End::Source => migration.next.unwrap_or_else(|| record.generation.next()),
             End::Destination => record.generation,
         };
         let config = RelayConfig {

@@ -21,12 +21,8 @@ impl LocalSite {
         let images: BTreeSet<_> =
             // Damaged ones, too: asked for one, the site says what is wrong with it.
             self.list_images().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
-        let vms = self
-            .list_machines()
-            .await
-            .iter()
-            .filter(|m| m.state == godwit_types::VmState::Running)
-            .count();
+        let machines = self.list_machines().await;
+        let vms = machines.iter().filter(|m| m.state == godwit_types::VmState::Running).count();
         let me = self.whole()?;
         let held = tokio::task::spawn_blocking(move || me.substrates())
             .await
@@ -49,6 +45,7 @@ impl LocalSite {
             vms: u32::try_from(vms).unwrap_or(u32::MAX),
             substrates: held.iter().map(|s| s.id).collect(),
             holdings: Some(Hash::of(&told)),
+            machines: crate::site::digest(&machines),
             damaged: self.pool.damaged(MOST_DAMAGED, DAMAGE_CHARS),
             images,
             rtt_ms: None,

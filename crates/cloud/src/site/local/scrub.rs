@@ -14,14 +14,14 @@ const PAUSE: Duration = Duration::from_secs(24 * 3600);
 /// The nice value of the threads that do it.
 const NICE: i32 = 15;
 
-/// Checks pool and images from time to time, for as long as the site is there.
-pub(super) fn start(site: &Arc<LocalSite>) {
+/// Checks pool and images from time to time, or `every` so often, for as long as the site is there.
+pub(super) fn start(site: &Arc<LocalSite>, every: Option<Duration>) {
     let site = Arc::downgrade(site);
     tokio::spawn(async move {
-        let mut pause = FIRST;
+        let mut pause = every.unwrap_or(FIRST);
         loop {
             tokio::time::sleep(pause).await;
-            pause = PAUSE;
+            pause = every.unwrap_or(PAUSE);
             let Some(site) = site.upgrade() else { return };
             let (pool, images) = (site.pool.clone(), site.images.clone());
             drop(site);
@@ -58,6 +58,9 @@ fn scrub(pool: &godwit_substrate::Pool, images: &godwit_image::ImageCache) {
             );
         }
         Ok(report) => {
+            if let Some(why) = &report.store.index {
+                tracing::error!("the index of the pool's store: {why}");
+            }
             for damaged in &report.store.damaged {
                 tracing::error!("{damaged}");
             }

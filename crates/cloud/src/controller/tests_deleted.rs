@@ -1,0 +1,131 @@
+//! Machines that were deleted while a site that has a copy was away.
+
+use std::sync::Arc;
+
+use godwit_types::{Generation, OpState, SiteKind, VmState};
+
+use super::tests::*;
+use super::*;
+use crate::site::SubstrateInfo;
+
+async fn delete(w: &World, n: &str) {
+    let op = w.c.delete(n, Mode::Act).expect("accepted").op.expect("op");
+    assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Done);
+}
+
+#[tokio::test]
+async fn a_machine_that_was_deleted_ends_at_a_site_that_was_away() {
+    let w = world(Send::Works).await;
+    let vm = running(&w, "a").await;
+    let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
+    // What a move left there: of an older generation, or of one that the center never saw run.
+    for generation in [Generation(1), vm.generation.next()] {
+        let n = format!("m{generation}");
+        let vm = running(&w, &n).await;
+        w.c.detach(&cafe);
+        let mut left = w.cafe.status(vm.id, &vm.name, generation);
+        left.state = VmState::Stopped;
+        w.cafe.machines.lock().expect("lock").push(left);
+        delete(&w, &n).await;
+        w.c.refresh(&center).await.expect("report");
+        assert_eq!(w.c.registry().deleted_count(), 1, "the other site may have it");
+        w.c.attach(cafe.clone(), SiteKind::Ap).await.expect("back");
+        assert!(w.cafe.all().is_empty(), "it lives on");
+        w.c.refresh(&cafe).await.expect("report");
+        w.c.refresh(&center).await.expect("report");
+        assert_eq!(w.c.registry().deleted_count(), 0, "every site has been seen without it");
+    }
+    // One that the center knows nothing of may be newer than its registry.
+    w.cafe.machines.lock().expect("lock").push(w.cafe.status(
+        godwit_types::VmId::new(),
+        &name("unknown"),
+        Generation(3),
+    ));
+    w.c.refresh(&cafe).await.expect("report");
+    assert_eq!(w.cafe.all().len(), 1);
+}
+
+/// A site says that it holds a substrate, and what it holds is another: the center does not count it
+/// among the holders, neither by its report nor by its list, and nothing is brought from it.
+#[tokio::test]
+async fn a_site_that_lies_about_what_a_substrate_is_holds_none() {
+    let w = world(Send::Works).await;
+    let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
+    let true_one = docked(1);
+    w.center.substrates.lock().expect("lock").push(true_one.clone());
+    w.c.refresh(&center).await.expect("report");
+    let lie = SubstrateInfo { content: godwit_types::Hash::of(b"a lie"), ..true_one.clone() };
+    w.cafe.substrates.lock().expect("lock").push(lie);
+    for _ in 0..2 {
+        w.c.refresh(&cafe).await.expect("report");
+        let s = w.c.registry().substrate(true_one.name.as_str()).expect("there");
+        assert_eq!(s.holders, [name("center")].into(), "it is believed");
+        assert_eq!(s.content, Some(true_one.content));
+        let there = w.c.registry().site(&name("cafe")).expect("there").report.substrates;
+        assert!(there.is_empty(), "{there:?}");
+    }
+    // One that tells the truth is a holder.
+    *w.cafe.substrates.lock().expect("lock") = vec![true_one.clone()];
+    w.c.refresh(&cafe).await.expect("report");
+    let s = w.c.registry().substrate(true_one.name.as_str()).expect("there");
+    assert_eq!(s.holders, [name("cafe"), name("center")].into());
+}
+
+#[tokio::test]
+async fn a_generation_whose_warrant_was_made_void_is_never_given_out_again() {
+    let w = world(Send::FailsBefore).await;
+    let vm = running(&w, "a").await;
+    for generation in [2, 3] {
+        let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+        assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Failed);
+        let now = w.c.registry().vm("a").expect("there");
+        assert_eq!(now.generation, vm.generation);
+        assert_eq!(now.voided[&name("cafe")], Generation(generation));
+    }
+    for how in [true, false] {
+        let op = match how {
+            true => w.c.stop("a", true, Mode::Act),
+            false => w.c.start("a", Mode::Act),
+        };
+        let _ = w.c.ops().wait(op.expect("accepted").op.expect("op")).await.expect("ends");
+    }
+    let now = w.c.registry().vm("a").expect("there");
+    assert_eq!((now.generation, now.voided.len()), (Generation(4), 0));
+}
+
+#[tokio::test]
+async fn what_a_site_runs_is_asked_for_only_when_something_has_changed() {
+    let w = world(Send::Works).await;
+    let vm = running(&w, "a").await;
+    let center: Arc<dyn SiteHost> = w.center.clone();
+    let asked = || w.center.asked.load(std::sync::atomic::Ordering::SeqCst);
+    w.c.refresh(&center).await.expect("report");
+    let before = asked();
+    for _ in 0..10 {
+        w.c.refresh(&center).await.expect("report");
+    }
+    assert_eq!(asked(), before, "nothing had changed");
+    // At the site.
+    w.center.machines.lock().expect("lock")[0].state = VmState::Stopped;
+    w.c.refresh(&center).await.expect("report");
+    assert_eq!(w.c.registry().vm("a").expect("there").state, VmState::Stopped);
+    // In the registry.
+    w.c.refresh(&center).await.expect("report");
+    let before = asked();
+    let change = |v: &mut VmRecord| {
+        v.state = VmState::Running;
+        Ok(())
+    };
+    w.c.registry().vm_update(vm.id, vm.generation, change).expect("written");
+    w.c.refresh(&center).await.expect("report");
+    assert!(asked() > before);
+    assert_eq!(w.c.registry().vm("a").expect("there").state, VmState::Stopped);
+    // One that the registry does not have there is looked at each time.
+    let other = w.center.status(godwit_types::VmId::new(), &name("b"), Generation(1));
+    w.center.machines.lock().expect("lock").push(other);
+    for _ in 0..3 {
+        let before = asked();
+        w.c.refresh(&center).await.expect("report");
+        assert!(asked() > before);
+    }
+}
