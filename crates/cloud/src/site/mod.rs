@@ -30,7 +30,7 @@ use crate::ops::Progress;
 use crate::registry::SiteReport;
 
 pub(crate) use local::in_use;
-pub use local::{LocalSite, SiteDirs, SiteOptions, image_info, images_of};
+pub use local::{LocalSite, SiteDirs, SiteOptions, Uids, image_info, images_of};
 pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
