@@ -80,9 +80,12 @@ fn each_qemu_has_a_uid_of_its_own_and_nothing_of_others() {
     assert!(can(pid, uid, "-w", &cloud.vm_dir(&a, Daemon::Center).join("top.qcow2")));
     assert!(can(pid, uid, "-w", Path::new("/dev/userfaultfd")));
     let memory = cloud.memory_dir(Daemon::Center);
-    let s = cloud.ok(&["substrate", "show", "s"])["id"].as_str().unwrap().to_owned();
-    let sealed = memory.join("substrates").join(format!("{s}.mem"));
-    assert!(can(pid, uid, "-r", &sealed));
+    let mut files = std::fs::read_dir(memory.join("substrates")).unwrap();
+    let sealed = files.next().unwrap().unwrap().path();
+    let docked = cloud.site_dir(Daemon::Center).join("data/substrates");
+    let docked = docked.join(sealed.file_stem().unwrap());
+    assert!(docked.join("state").exists());
+    assert!(can(pid, uid, "-r", &sealed) && can(pid, uid, "-r", &docked.join("ready/layer.qcow2")));
     assert!(!can(pid, uid, "-w", &sealed));
     for (what, path) in [
         ("-r", run(&a)),
@@ -95,7 +98,10 @@ fn each_qemu_has_a_uid_of_its_own_and_nothing_of_others() {
         ("-e", cloud.vm_dir(&b, Daemon::Center).join("top.qcow2")),
         ("-e", cloud.site_dir(Daemon::Center).join("data/keys")),
         ("-e", cloud.site_dir(Daemon::Center).join("data/store")),
-        ("-r", memory.join("substrates")),
+        ("-e", docked.join("state")),
+        ("-w", docked.join("ready/layer.qcow2")),
+        ("-w", memory.join("substrates")),
+        ("-r", memory.join("scratch")),
         ("-e", "/root".into()),
         ("-e", "/etc/passwd".into()),
         ("-w", "/".into()),
@@ -129,6 +135,8 @@ fn each_qemu_has_a_uid_of_its_own_and_nothing_of_others() {
     let _ = cloud.ok(&["vm", "migrate", "a", "--to", Daemon::Ap.site()]);
     let there = apart(cloud.qemu(&a, Daemon::Ap).unwrap());
     assert!(there != other_uid);
+    cloud.kill(Daemon::Center);
+    cloud.kill(Daemon::Ap);
     cloud.restart_both();
     let _ = cloud.ok(&["vm", "migrate", "a", "--to", "center"]);
     let _ = apart(cloud.qemu(&a, Daemon::Center).unwrap());
