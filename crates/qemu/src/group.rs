@@ -43,12 +43,38 @@ pub struct MemoryGroup {
 }
 
 impl MemoryGroups {
-    /// Removes the groups in which nobody is any more.
+    /// Removes the groups of this site in which nobody is any more, and those of sites without any.
     pub fn sweep(&self) {
-        for item in std::fs::read_dir(&self.parent).into_iter().flatten().flatten() {
-            // One in which a process is stays.
-            let _ = std::fs::remove_dir(item.path());
+        let sites = self.parent.parent().map(std::fs::read_dir).into_iter().flatten().flatten();
+        let sites = sites.flatten().map(|item| item.path()).filter(|path| path.is_dir());
+        let mine = std::fs::read_dir(&self.parent).into_iter().flatten().flatten();
+        let mine = mine.map(|item| item.path()).filter(|path| path.is_dir());
+        for group in mine.chain(sites) {
+            // One in which a process or another group is stays.
+            let _ = std::fs::remove_dir(group);
         }
+    }
+
+    /// Makes a group, and those above it. Another site may sweep them away in between.
+    fn make_dir(&self, dir: &Path) -> std::io::Result<()> {
+        const TRIES: usize = 5;
+        let make = || {
+            std::fs::create_dir_all(&self.parent)?;
+            if self.unified {
+                for above in [self.parent.parent(), Some(&self.parent)].into_iter().flatten() {
+                    std::fs::write(above.join("cgroup.subtree_control"), "+memory")?;
+                }
+            }
+            std::fs::create_dir(dir)
+        };
+        let mut made = make();
+        for _ in 1..TRIES {
+            if made.is_ok() {
+                break;
+            }
+            made = make();
+        }
+        made
     }
 
     /// Makes the group of a QEMU that runs `spec`.
@@ -60,7 +86,7 @@ impl MemoryGroups {
     ) -> Result<MemoryGroup, QemuError> {
         let dir = self.parent.join(uuid::Uuid::new_v4().simple().to_string());
         let limit = most(spec.memory, memory, accel);
-        std::fs::create_dir(&dir).map_err(QemuError::file("making the control group", &dir))?;
+        self.make_dir(&dir).map_err(QemuError::file("making the control group", &dir))?;
         let group = MemoryGroup { dir, unified: self.unified, limit };
         let file = group.dir.join(group.limit_file());
         if let Err(e) = std::fs::write(&file, limit.bytes().to_string()) {

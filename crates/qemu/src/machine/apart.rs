@@ -79,10 +79,10 @@ impl Machine {
         if let Some(dir) = path.parent() {
             confine::open_dir(dir, uid)?;
         }
-        // QEMU sees the directory under the name that it has now.
-        let told = self.paths().made("s");
-        // Left by a try that failed.
-        let _ = std::fs::remove_file(&told);
+        // QEMU sees the directory under the name that it has now. The name of the socket is new: QEMU
+        // removes it when it stops listening, and there may be another one by then.
+        let name = uuid::Uuid::new_v4().simple().to_string();
+        let told = self.paths().made(&name[..8]);
         Ok(Place { told, belongs: Some((path.to_owned(), uid)) })
     }
 

@@ -66,11 +66,9 @@ pub(super) fn groups(dirs: &SiteDirs) -> Option<MemoryGroups> {
         std::fs::create_dir_all(&parent)
             .map_err(|e| format!("making {}: {e}", parent.display()))?;
         if unified {
-            for dir in [hierarchy.mount(), &above, &parent] {
-                let file = dir.join("cgroup.subtree_control");
-                std::fs::write(&file, "+memory")
-                    .map_err(|e| format!("writing {}: {e}", file.display()))?;
-            }
+            let file = hierarchy.mount().join("cgroup.subtree_control");
+            std::fs::write(&file, "+memory")
+                .map_err(|e| format!("writing {}: {e}", file.display()))?;
         }
         Ok(MemoryGroups { parent, unified })
     };

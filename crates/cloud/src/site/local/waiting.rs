@@ -88,6 +88,9 @@ impl LocalSite {
     /// Ends what must not outlive the daemon: the QEMUs that wait. Machines run on.
     pub async fn close(&self) {
         self.shells.close().await;
+        if let Some(groups) = &self.groups {
+            groups.sweep();
+        }
         let service = self.sched.lock().ok().and_then(|mut s| s.take());
         // Its thread puts everything back before it ends.
         let _ = tokio::task::spawn_blocking(move || drop(service)).await;
