@@ -12,6 +12,14 @@ use crate::launch::{Launch, MemorySource, Start, VmGenId};
 use crate::machine::{RAM_BLOCK, RunPaths};
 use crate::spec::{MachineSpec, Nic, NicBackend};
 
+/// Listening sockets that QEMU inherits, by number.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Inherited {
+    pub(crate) qmp: [i32; 2],
+    pub(crate) console: i32,
+    pub(crate) agent: i32,
+}
+
 /// First slot of the spare NIC ports on the root bus.
 const NIC_PORT_SLOT: u8 = 0x10;
 
@@ -124,8 +132,8 @@ fn escaped(path: &Path) -> String {
 
 /// The whole command line of `launch`, without the program.
 ///
-/// `qmp_fds` are listening sockets that QEMU inherits.
-pub(crate) fn command_line(launch: &Launch, paths: &RunPaths, qmp_fds: &[i32]) -> Vec<String> {
+/// `fds` are listening sockets that QEMU inherits.
+pub(crate) fn command_line(launch: &Launch, paths: &RunPaths, fds: &Inherited) -> Vec<String> {
     let spec = &launch.spec;
     let mut args: Vec<String> = Vec::new();
     let mut push = |option: &str, value: String| args.extend([option.to_owned(), value]);
@@ -150,19 +158,19 @@ pub(crate) fn command_line(launch: &Launch, paths: &RunPaths, qmp_fds: &[i32]) -
     }
     push("-rtc", "base=utc,clock=host".to_owned());
 
-    for (n, fd) in qmp_fds.iter().enumerate() {
+    for (n, fd) in fds.qmp.iter().enumerate() {
         push("-chardev", format!("socket,id=qmp{n},fd={fd},server=on,wait=off"));
         push("-mon", format!("chardev=qmp{n},mode=control"));
     }
     push(
         "-chardev",
         format!(
-            "socket,id=console,path={},server=on,wait=off,logfile={},logappend=on",
-            escaped(&paths.console),
+            "socket,id=console,fd={},server=on,wait=off,logfile={},logappend=on",
+            fds.console,
             escaped(&paths.console_log)
         ),
     );
-    push("-chardev", format!("socket,id=agent,path={},server=on,wait=off", escaped(&paths.agent)));
+    push("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", fds.agent));
     if spec.arch == Arch::Aarch64 {
         push("-serial", "chardev:console".to_owned());
     }
@@ -180,7 +188,11 @@ pub(crate) fn command_line(launch: &Launch, paths: &RunPaths, qmp_fds: &[i32]) -
         push("-device", device.to_string());
     }
     if spec.display {
-        push("-vnc", format!("unix:{},share=force-shared", escaped(&paths.vnc)));
+        let vnc = match launch.confine {
+            Some(_) => &paths.vnc_made,
+            None => &paths.vnc,
+        };
+        push("-vnc", format!("unix:{},share=force-shared", escaped(vnc)));
     }
     push(
         "-sandbox",
@@ -219,6 +231,8 @@ mod tests {
     use crate::spec::MacAddress;
     use crate::spec::tests::spec;
 
+    const FDS: Inherited = Inherited { qmp: [7, 8], console: 9, agent: 10 };
+
     fn launch() -> Launch {
         Launch {
             disk: Some(DiskChain::over(vec![Layer::Raw { path: "/b,driver=x".into() }], "/t")),
@@ -234,9 +248,9 @@ mod tests {
     #[test]
     fn a_comma_in_a_path_stays_inside_its_value() {
         let paths = RunPaths::of(Path::new("/run/a,server=off"));
-        let args = command_line(&launch(), &paths, &[7, 8]);
+        let args = command_line(&launch(), &paths, &FDS);
         assert!(
-            args.iter().any(|a| a.contains("path=/run/a,,server=off/agent.sock,server=on")),
+            args.iter().any(|a| a.contains("logfile=/run/a,,server=off/console.log,logappend=on")),
             "{args:?}"
         );
         assert!(args.iter().any(|a| a.contains(r#""filename":"/b,driver=x""#)), "{args:?}");
@@ -248,7 +262,7 @@ mod tests {
         let mut there = launch();
         there.start = Start::Incoming;
         there.memory = MemorySource::PrivateOf { path: "/sealed".into() };
-        let at = |l: &Launch, dir: &str| command_line(l, &RunPaths::of(Path::new(dir)), &[7]);
+        let at = |l: &Launch, dir: &str| command_line(l, &RunPaths::of(Path::new(dir)), &FDS);
         let devices = |args: Vec<String>| -> Vec<String> {
             args.windows(2)
                 .filter(|w| {

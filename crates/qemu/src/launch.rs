@@ -12,8 +12,11 @@ use tokio::process::{Child, Command};
 use uuid::Uuid;
 
 use crate::accel::Accel;
+use crate::args::Inherited;
+use crate::confine::{self, Cell, Claim, Confine};
 use crate::disk::{DiskChain, Layer};
 use crate::error::QemuError;
+use crate::group::{MemoryGroup, MemoryGroups};
 use crate::machine::{Machine, Record, RunPaths};
 use crate::memory::MemoryFile;
 use crate::process::Process;
@@ -130,6 +133,18 @@ pub struct Launch {
     /// The generation GUID. A machine into which a running one migrates keeps its source's.
     #[serde(default)]
     pub vmgenid: VmGenId,
+    /// How its QEMU is kept apart from all else; without it QEMU is this process's user.
+    #[serde(default)]
+    pub confine: Option<Confine>,
+    /// Where its QEMU gets a control group with a memory limit; without it nothing limits it.
+    #[serde(default)]
+    pub groups: Option<MemoryGroups>,
+    /// That group; [`Launch::spawn`] makes it.
+    #[serde(default)]
+    pub group: Option<MemoryGroup>,
+    /// The uid and gid that its QEMU was given; [`Launch::spawn`] chooses it.
+    #[serde(default)]
+    pub user: Option<u32>,
 }
 
 impl Launch {
@@ -147,6 +162,10 @@ impl Launch {
             nics: Vec::new(),
             binaries: Binaries::default(),
             vmgenid: VmGenId::Fresh,
+            confine: None,
+            groups: None,
+            group: None,
+            user: None,
         }
     }
 
@@ -158,12 +177,21 @@ impl Launch {
     /// # Errors
     /// A launch that does not fit its spec, a living machine in the same directory, or a QEMU that
     /// ends at once (with its last words).
-    pub async fn spawn(self) -> Result<Machine, QemuError> {
+    pub async fn spawn(mut self) -> Result<Machine, QemuError> {
         self.check()?;
         let paths = RunPaths::of(&self.run_dir);
         paths.check(&self.name)?;
-        self.prepare(&paths)?;
-        let (child, process) = self.start_process(&paths)?;
+        let claim = self.prepare(&paths)?;
+        self.user = claim.as_ref().map(|c| c.uid);
+        let groups = self.groups.as_ref();
+        self.group = groups.map(|g| g.make(&self.spec, &self.memory, self.accel)).transpose()?;
+        let started = self.start_process(&paths);
+        if let (Err(_), Some(group)) = (&started, &self.group) {
+            group.remove();
+        }
+        let (child, process) = started?;
+        // From here on its uid is that of a process.
+        drop(claim);
         godwit_hold::at("qemu.started").await;
         let record = Record { process, launch: self };
         if let Err(e) = record.write(&paths) {
@@ -196,13 +224,22 @@ impl Launch {
                 Layer::Nbd { socket } => socket.as_path(),
             }));
         }
+        if self.confine.is_some() {
+            if self.memory.path().starts_with("/proc") {
+                return refuse("the memory of a confined machine is a file of its own".into());
+            }
+            if self.nics.iter().any(|n| matches!(n.backend, NicBackend::Tap(_))) {
+                return refuse("a confined machine cannot open an interface of the host".into());
+            }
+        }
         match files.iter().find(|p| !p.is_absolute() || p.to_str().is_none()) {
             Some(p) => refuse(format!("{} is not an absolute path in UTF-8", p.display())),
             None => Ok(()),
         }
     }
 
-    fn prepare(&self, paths: &RunPaths) -> Result<(), QemuError> {
+    /// Makes what QEMU needs, and hands it over to the uid that is chosen for it.
+    fn prepare(&self, paths: &RunPaths) -> Result<Option<Claim>, QemuError> {
         if let Ok(record) = Record::read(&self.run_dir)
             && record.process.is_alive()
         {
@@ -224,10 +261,63 @@ impl Launch {
                 _ => {}
             }
         }
+        let before = Record::read(&self.run_dir).ok().and_then(|r| r.launch.user);
         match &self.memory {
-            MemorySource::Shared { path } => MemoryFile::create(path, self.spec.memory),
-            MemorySource::PrivateOf { path } => MemoryFile::check(path, self.spec.memory),
+            MemorySource::Shared { path } => MemoryFile::create(path, self.spec.memory, before)?,
+            MemorySource::PrivateOf { path } => MemoryFile::check(path, self.spec.memory, None)?,
         }
+        let Some(confine) = &self.confine else { return Ok(None) };
+        let claim = confine.claim(&self.run_dir)?;
+        self.hand_over(paths, claim.uid)?;
+        Ok(Some(claim))
+    }
+
+    /// Gives the machine's own files to `uid`. What it shares with others stays ours.
+    fn hand_over(&self, paths: &RunPaths, uid: u32) -> Result<(), QemuError> {
+        confine::make_run_dir(&self.run_dir, &[&paths.console_log, &paths.screen], uid)?;
+        if let MemorySource::Shared { path } = &self.memory {
+            confine::give_file(path, uid)?;
+        }
+        let Some(disk) = &self.disk else { return Ok(()) };
+        if let Some(dir) = disk.top.parent() {
+            confine::open_dir(dir, uid)?;
+        }
+        confine::give_file(&disk.top, uid)?;
+        for l in &disk.layers {
+            match &l.layer {
+                Layer::Nbd { socket } => confine::open_socket(socket, uid)?,
+                Layer::Raw { path } | Layer::Qcow2 { path } => confine::let_read(path, uid)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What its QEMU sees of the host.
+    fn cell(&self, confine: &Confine, uid: u32) -> Result<Cell, QemuError> {
+        let mut cell = Cell::new(uid, self.binaries.of(self.spec.arch))?;
+        if self.accel == Accel::Kvm {
+            cell.device("/dev/kvm")?;
+        }
+        // All sockets: those of migrations come later. Those of others it can't open.
+        cell.bind(self.run_dir.parent().unwrap_or(&self.run_dir), false)?;
+        cell.bind(&confine.scratch, false)?;
+        for path in &confine.readable {
+            cell.bind(path, true)?;
+        }
+        let shared = matches!(self.memory, MemorySource::Shared { .. });
+        cell.bind(self.memory.path(), !shared)?;
+        cell.bind(&self.spec.kernel.path, true)?;
+        if let Some(file) = &self.spec.initrd {
+            cell.bind(&file.path, true)?;
+        }
+        let Some(disk) = &self.disk else { return Ok(cell) };
+        cell.bind(disk.top.parent().unwrap_or(&disk.top), false)?;
+        for l in &disk.layers {
+            if let Layer::Raw { path } | Layer::Qcow2 { path } = &l.layer {
+                cell.bind(path, true)?;
+            }
+        }
+        Ok(cell)
     }
 
     fn start_process(&self, paths: &RunPaths) -> Result<(Child, Process), QemuError> {
@@ -242,16 +332,25 @@ impl Launch {
         let err_log = log.try_clone().map_err(QemuError::file("sharing the log", &paths.log))?;
         // The control sockets listen before QEMU exists, so that nobody has to wait for them.
         let mut listeners = Vec::new();
-        for path in &paths.qmp {
+        for path in paths.handed() {
             listeners.push(
                 UnixListener::bind(path)
                     .map_err(QemuError::file("listening on the control socket", path))?,
             );
         }
         let fds: Vec<i32> = listeners.iter().map(AsRawFd::as_raw_fd).collect();
+        let inherited = match fds[..] {
+            [qmp0, qmp1, console, agent] => Inherited { qmp: [qmp0, qmp1], console, agent },
+            _ => unreachable!("one for each path"),
+        };
+        let cell = match (&self.confine, self.user) {
+            (Some(confine), Some(uid)) => Some(self.cell(confine, uid)?),
+            _ => None,
+        };
+        let door = self.group.as_ref().map(MemoryGroup::door).transpose()?;
         let mut command = Command::new(program);
         command
-            .args(crate::args::command_line(self, paths, &fds))
+            .args(crate::args::command_line(self, paths, &inherited))
             .env_clear()
             .envs(kept_environment())
             .env(MACHINE_VARIABLE, self.name.as_str())
@@ -260,16 +359,22 @@ impl Launch {
             .stdout(log)
             .stderr(err_log)
             .kill_on_drop(false);
-        // SAFETY: between fork and exec only the async-signal-safe calls setsid and fcntl are
-        // made, on descriptors that `listeners` keeps open until after the spawn.
+        // SAFETY: between fork and exec nothing but system calls is made, with what was allocated
+        // before, on descriptors that `listeners` keeps open until after the spawn.
         unsafe {
             command.pre_exec(move || {
                 rustix::process::setsid()?;
+                if let Some(door) = &door {
+                    rustix::io::write(door, b"0")?;
+                }
                 for &fd in &fds {
                     let fd = std::os::fd::BorrowedFd::borrow_raw(fd);
                     rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
                 }
-                Ok(())
+                match &cell {
+                    Some(cell) => cell.enter(),
+                    None => Ok(()),
+                }
             });
         }
         let start = |source| QemuError::Start { program: program.to_owned(), source };

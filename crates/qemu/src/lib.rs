@@ -14,9 +14,11 @@
 pub mod accel;
 mod agent;
 mod args;
+mod confine;
 mod disk;
 pub mod doctor;
 mod error;
+mod group;
 mod keys;
 mod launch;
 mod machine;
@@ -29,8 +31,10 @@ pub mod stream;
 
 pub use accel::Accel;
 pub use agent::{Agent, AgentError, AgentSession, ExecOutput, GuestCommand, Vcpus};
+pub use confine::{Confine, UidRange};
 pub use disk::{DiskChain, DiskLayer, Layer, Node};
 pub use error::QemuError;
+pub use group::{MemoryGroup, MemoryGroups};
 pub use keys::{Key, KeyStroke, UnknownCharacter, strokes};
 pub use launch::{Binaries, Launch, MACHINE_VARIABLE, MemorySource, Start, VmGenId};
 pub use machine::{

@@ -16,9 +16,11 @@ impl MemoryFile {
     /// Makes the file at `path`, all holes, readable by its owner alone. One that is there already
     /// with the right size is kept as it is.
     ///
+    /// `user` is the uid of a confined QEMU whose file it may be, besides ours.
+    ///
     /// # Errors
     /// A file of another size, or no room.
-    pub fn create(path: &Path, size: Mib) -> Result<(), QemuError> {
+    pub fn create(path: &Path, size: Mib, user: Option<u32>) -> Result<(), QemuError> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         if !is_descriptor(path) {
@@ -26,24 +28,26 @@ impl MemoryFile {
         }
         let file = options.open(path).map_err(QemuError::file("making the memory file", path))?;
         let meta = file.metadata().map_err(QemuError::file("reading the size of", path))?;
-        own(path, &meta)?;
+        own(path, &meta, user)?;
         match meta.len() {
             0 => file.set_len(size.bytes()).map_err(QemuError::file("sizing", path)),
-            _ => Self::check(path, size),
+            _ => Self::check(path, size, user),
         }
     }
 
     /// Checks that the file at `path` has exactly `size`.
     ///
+    /// `user` is the uid of a confined QEMU whose file it may be, besides ours.
+    ///
     /// # Errors
     /// When it is not there or of another size.
-    pub fn check(path: &Path, size: Mib) -> Result<(), QemuError> {
+    pub fn check(path: &Path, size: Mib, user: Option<u32>) -> Result<(), QemuError> {
         let meta = match is_descriptor(path) {
             true => std::fs::metadata(path),
             false => std::fs::symlink_metadata(path),
         };
         let meta = meta.map_err(QemuError::file("looking for the memory file", path))?;
-        own(path, &meta)?;
+        own(path, &meta, user)?;
         if meta.len() == size.bytes() {
             return Ok(());
         }
@@ -61,11 +65,11 @@ fn is_descriptor(path: &Path) -> bool {
 
 /// Refuses what is no memory file of ours: something that another user has put there, or made
 /// reachable under a second name.
-fn own(path: &Path, meta: &std::fs::Metadata) -> Result<(), QemuError> {
+fn own(path: &Path, meta: &std::fs::Metadata, user: Option<u32>) -> Result<(), QemuError> {
     let me = rustix::process::geteuid().as_raw();
     let why = if !meta.file_type().is_file() {
         "is no file"
-    } else if meta.uid() != me {
+    } else if meta.uid() != me && Some(meta.uid()) != user {
         "belongs to another user"
     } else if meta.mode() & 0o022 != 0 {
         "may be written by others"
@@ -90,8 +94,8 @@ pub struct MemoryReader {
 
 impl MemoryReader {
     /// Over a shared memory file.
-    pub(crate) fn shared(path: &Path, size: Mib) -> Result<Self, QemuError> {
-        MemoryFile::check(path, size)?;
+    pub(crate) fn shared(path: &Path, size: Mib, user: Option<u32>) -> Result<Self, QemuError> {
+        MemoryFile::check(path, size, user)?;
         let file = File::open(path).map_err(QemuError::file("opening the memory file", path))?;
         Ok(Self { file, offset: 0, len: size.bytes(), pagemap: None })
     }
@@ -221,11 +225,11 @@ mod tests {
     fn a_memory_file_of_another_size_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m");
-        MemoryFile::create(&path, Mib(2)).unwrap();
-        MemoryFile::create(&path, Mib(2)).unwrap();
-        let err = MemoryFile::create(&path, Mib(4)).expect_err("refused");
+        MemoryFile::create(&path, Mib(2), None).unwrap();
+        MemoryFile::create(&path, Mib(2), None).unwrap();
+        let err = MemoryFile::create(&path, Mib(4), None).expect_err("refused");
         assert!(err.to_string().contains("not 4 MiB"), "{err}");
-        let reader = MemoryReader::shared(&path, Mib(2)).unwrap();
+        let reader = MemoryReader::shared(&path, Mib(2), None).unwrap();
         let mut page = [1u8; 16];
         reader.read_at(0, &mut page).unwrap();
         assert_eq!(page, [0; 16]);
@@ -239,18 +243,18 @@ mod tests {
         let (real, link) = (dir.path().join("real"), dir.path().join("m"));
         std::fs::write(&real, vec![0; 2 << 20]).unwrap();
         std::os::unix::fs::symlink(&real, &link).unwrap();
-        assert!(MemoryFile::create(&link, Mib(2)).is_err());
-        let err = MemoryFile::check(&link, Mib(2)).expect_err("a link");
+        assert!(MemoryFile::create(&link, Mib(2), None).is_err());
+        let err = MemoryFile::check(&link, Mib(2), None).expect_err("a link");
         assert!(err.to_string().contains("is no file"), "{err}");
         let second = dir.path().join("n");
         std::fs::hard_link(&real, &second).unwrap();
-        let err = MemoryFile::create(&second, Mib(2)).expect_err("a second name");
+        let err = MemoryFile::create(&second, Mib(2), None).expect_err("a second name");
         assert!(err.to_string().contains("second name"), "{err}");
         std::fs::remove_file(&real).unwrap();
-        MemoryFile::check(&second, Mib(2)).unwrap();
+        MemoryFile::check(&second, Mib(2), None).unwrap();
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o666);
         std::fs::set_permissions(&second, open).unwrap();
-        let err = MemoryFile::create(&second, Mib(2)).expect_err("open to others");
+        let err = MemoryFile::create(&second, Mib(2), None).expect_err("open to others");
         assert!(err.to_string().contains("by others"), "{err}");
     }
 

@@ -6,6 +6,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use godwit_types::Mib;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
@@ -28,12 +29,17 @@ pub struct Exit {
     pub code: Option<i32>,
     /// The signal that ended it, when it was our child.
     pub signal: Option<i32>,
+    /// The memory limit that it outgrew, so that the kernel ended it.
+    pub outgrew: Option<Mib>,
     /// The last lines of QEMU's log, at most 2 KiB.
     pub log: String,
 }
 
 impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(limit) = self.outgrew {
+            return write!(f, "by the kernel: it wanted more than its {limit} of memory");
+        }
         match (self.code, self.signal) {
             (Some(0), _) => f.write_str("by itself")?,
             (Some(code), _) => write!(f, "with status {code}")?,
@@ -54,6 +60,9 @@ impl Exit {
     /// How it ended in half a line: the last thing that it said, and no more of it.
     #[must_use]
     pub fn brief(&self) -> String {
+        if let Some(limit) = self.outgrew {
+            return format!("its QEMU was ended: it wanted more than its {limit} of memory");
+        }
         if let Some(signal) = self.signal {
             return format!("its QEMU was ended by signal {signal}");
         }
@@ -194,11 +203,13 @@ mod tests {
     #[test]
     fn the_end_of_a_qemu_is_told_in_half_a_line() {
         let noise = "qemu: ram_block_discard_range: Discarding RAM is not supported | ".repeat(30);
-        let exit = |signal, log: String| Exit { code: None, signal, log }.brief();
+        let exit = |signal, log: String| Exit { code: None, signal, outgrew: None, log }.brief();
         assert_eq!(exit(Some(9), noise.clone()), "its QEMU was ended by signal 9");
         assert_eq!(exit(None, format!("{noise}bad disk")), "its QEMU ended: bad disk");
         assert_eq!(exit(None, String::new()), "its QEMU ended");
         assert!(exit(None, "x".repeat(2000)).len() < 200);
+        let exit = Exit { code: None, signal: Some(9), outgrew: Some(Mib(300)), log: noise };
+        assert!(exit.brief().ends_with("more than its 300 MiB of memory"), "{}", exit.brief());
     }
 
     #[test]

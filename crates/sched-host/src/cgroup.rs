@@ -38,10 +38,13 @@ pub enum NoCgroups {
     Mounts(#[source] io::Error),
     /// There is no such mount.
     #[error(
-        "no hierarchy of control groups with the cpu controller is mounted (mount -t cgroup2 none \
+        "no hierarchy of control groups with the {controller} controller is mounted (mount -t cgroup2 none \
          /sys/fs/cgroup)"
     )]
-    NoHierarchy,
+    NoHierarchy {
+        /// Which controller.
+        controller: &'static str,
+    },
     /// There is one that may not be written.
     #[error("{at} may not be written; run as root, outside a container")]
     ReadOnly {
@@ -105,8 +108,8 @@ pub fn cpu_path(text: &str) -> Option<&str> {
     unified
 }
 
-/// The hierarchy among the mounts of `/proc/self/mountinfo`.
-fn parse_mounts(text: &str) -> Option<Hierarchy> {
+/// The hierarchy that has `controller` among the mounts of `/proc/self/mountinfo`.
+fn parse_mounts(text: &str, controller: &str) -> Option<Hierarchy> {
     let mut unified = None;
     for line in text.lines() {
         // id parent dev root mount options optional* - type source super
@@ -116,7 +119,7 @@ fn parse_mounts(text: &str) -> Option<Hierarchy> {
         let mut after = after.split(' ');
         let (kind, controllers) = (after.next(), after.nth(1).unwrap_or_default());
         let version = match kind {
-            Some("cgroup") if controllers.split(',').any(|c| c == "cpu") => Version::V1,
+            Some("cgroup") if controllers.split(',').any(|c| c == controller) => Version::V1,
             Some("cgroup2") => Version::V2,
             _ => continue,
         };
@@ -158,13 +161,22 @@ impl Hierarchy {
     /// # Errors
     /// When there is none, or it may not be written.
     pub fn find() -> Result<Self, NoCgroups> {
+        Self::find_of("cpu")
+    }
+
+    /// Finds the hierarchy that has another controller than `cpu`, such as `memory`.
+    ///
+    /// # Errors
+    /// As [`Hierarchy::find`].
+    pub fn find_of(controller: &'static str) -> Result<Self, NoCgroups> {
+        let none = || NoCgroups::NoHierarchy { controller };
         let text = read_bounded(Path::new("/proc/self/mountinfo")).map_err(NoCgroups::Mounts)?;
-        let found = parse_mounts(&String::from_utf8_lossy(&text)).ok_or(NoCgroups::NoHierarchy)?;
+        let found = parse_mounts(&String::from_utf8_lossy(&text), controller).ok_or_else(none)?;
         if found.version == Version::V2 {
             let controllers = read_bounded(&found.mount.join("cgroup.controllers"));
             let controllers = controllers.map_err(NoCgroups::Mounts)?;
-            if !String::from_utf8_lossy(&controllers).split_whitespace().any(|c| c == "cpu") {
-                return Err(NoCgroups::NoHierarchy);
+            if !String::from_utf8_lossy(&controllers).split_whitespace().any(|c| c == controller) {
+                return Err(none());
             }
         }
         rustix::fs::access(&found.mount, rustix::fs::Access::WRITE_OK)
@@ -322,24 +334,24 @@ mod tests {
     #[test]
     fn mounts_are_read() {
         let v2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
-        let found = parse_mounts(v2).expect("version 2");
+        let found = parse_mounts(v2, "cpu").expect("version 2");
         assert_eq!(
             (found.version, found.mount.as_path()),
             (Version::V2, Path::new("/sys/fs/cgroup"))
         );
         let v1 =
             format!("{v2}31 23 0:27 /docker/x /sys/fs/a\\040b rw - cgroup cgroup rw,cpu,cpuacct\n");
-        let found = parse_mounts(&v1).expect("version 1");
+        let found = parse_mounts(&v1, "cpu").expect("version 1");
         assert_eq!((found.version, found.root.as_str()), (Version::V1, "/docker/x"));
         assert_eq!(found.mount, Path::new("/sys/fs/a b"));
-        assert_eq!(parse_mounts("30 23 0:26 / /sys rw - sysfs sysfs rw\n"), None);
+        assert_eq!(parse_mounts("30 23 0:26 / /sys rw - sysfs sysfs rw\n", "cpu"), None);
     }
 
     proptest! {
         #[test]
         fn no_text_brings_a_parser_down(text in "(\\PC|\n|:|\\\\)*") {
             let _ = cpu_path(&text);
-            let _ = parse_mounts(&text);
+            let _ = parse_mounts(&text, "cpu");
             let _ = unescaped(&text);
         }
     }

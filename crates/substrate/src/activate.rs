@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use godwit_image::Image;
 use godwit_qemu::{
-    Accel, DiskChain, Launch, Layer, MacAddress, Machine, MemorySource, Nic, NicBackend, Start,
+    Accel, Confine, DiskChain, Launch, Layer, MacAddress, Machine, MemoryGroups, MemorySource, Nic,
+    NicBackend, Start,
 };
 use godwit_types::{ActivateReport, Name, Phases, SubstrateId, SubstrateKind, VmId};
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,10 @@ pub struct Place {
     pub run_dir: PathBuf,
     /// The image that the guest writes to; made by the activation.
     pub top: PathBuf,
+    /// How its QEMU is kept apart from all else.
+    pub confine: Option<Confine>,
+    /// Where its QEMU gets a control group with a memory limit.
+    pub groups: Option<MemoryGroups>,
 }
 
 /// What is to be activated, and how.
@@ -136,6 +141,8 @@ impl Shell {
         let mut launch = Launch::new(spec, place.run_dir.clone(), name, memory);
         launch.start = Start::Incoming;
         launch.accel = accel;
+        launch.confine.clone_from(&place.confine);
+        launch.groups.clone_from(&place.groups);
         if let Some(disk) = &ready.disk {
             copy_new(&disk.top, &place.top)?;
             let layers = vec![

@@ -160,7 +160,11 @@ impl SealedMemory {
     }
 
     fn seal(file: &File, from: &Path, path: &Path) -> Result<Self, SubstrateError> {
-        file.set_permissions(Permissions::from_mode(0o400))
+        // Readable for every uid to which it is shown; nobody else comes to where it is.
+        let (me, group) = (rustix::process::geteuid(), rustix::process::getegid());
+        rustix::fs::fchown(file, Some(me), Some(group))
+            .map_err(|e| SubstrateError::io("taking over", from)(e.into()))?;
+        file.set_permissions(Permissions::from_mode(0o444))
             .map_err(SubstrateError::io("sealing", from))?;
         std::fs::rename(from, path).map_err(SubstrateError::io("renaming to", path))?;
         Ok(Self { path: path.to_owned() })

@@ -67,6 +67,8 @@ fn place(dir: &Path) -> Place {
         vm,
         run_dir: dir.join(format!("r-{short}")),
         top: dir.join(format!("vm-{short}/top.qcow2")),
+        confine: None,
+        groups: None,
     }
 }
 

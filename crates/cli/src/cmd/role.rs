@@ -18,7 +18,7 @@ use godwit_cloud::Fault;
 use godwit_cloud::daemon::{
     Agent, AgentConfig, Center, CenterConfig, ClientFiles, TlsFiles, join_site,
 };
-use godwit_cloud::site::SiteDirs;
+use godwit_cloud::site::{SiteDirs, Uids};
 use godwit_migrate::relay::{RelayConfig, run_relay};
 use godwit_transfer::JoinToken;
 use godwit_types::{Code, Name};
@@ -47,6 +47,10 @@ pub(crate) struct Living {
     /// Seconds between two checks of all that is stored [default: a day]
     #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(1..))]
     scrub_every: Option<u64>,
+    /// Uids, FIRST-LAST, of which each QEMU gets one of its own; `off` leaves them to this user. By
+    /// default 2000000000-2000065535 for root, off for others
+    #[arg(long, value_name = "UIDS", default_value = "usual", hide_default_value = true)]
+    uid_range: Uids,
     /// Leave the caller's session
     #[arg(long, hide = true)]
     own_session: bool,
@@ -165,6 +169,7 @@ impl CenterRole {
                 .map(|(certificate, key)| TlsFiles { certificate, key }),
             certificate_life: self.certificate_life,
             co_schedule: !self.living.no_co_scheduling,
+            uids: self.living.uid_range,
         };
         let center = tokio::select! {
             c = Box::pin(Center::start(config)) => c?,
@@ -221,6 +226,7 @@ impl ApRole {
             link_patience: self.living.link_patience.map(Duration::from_secs),
             scrub_every: self.living.scrub_every.map(Duration::from_secs),
             co_schedule: !self.living.no_co_scheduling,
+            uids: self.living.uid_range,
         };
         let mut agent = tokio::select! {
             a = Box::pin(Agent::start(config)) => a?,

@@ -24,7 +24,7 @@ use tokio_util::task::TaskTracker;
 use super::secrets::{make_dir, write_private};
 use super::{RENEW, Ready};
 use crate::error::Fault;
-use crate::site::{LocalSite, SiteDirs, SiteOptions, serve};
+use crate::site::{LocalSite, SiteDirs, SiteOptions, Uids, serve};
 
 /// First and longest pause between two tries to reach the center.
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
@@ -55,6 +55,8 @@ pub struct AgentConfig {
     pub scrub_every: Option<Duration>,
     /// Whether it looks after the siblings among its vCPUs.
     pub co_schedule: bool,
+    /// Whether each QEMU gets a uid of its own, and from where.
+    pub uids: Uids,
 }
 
 /// Joins the center that made `token` and keeps the identity under `dirs`.
@@ -148,6 +150,7 @@ impl Agent {
         let mut options = SiteOptions::new(own_address(link.ip(), &center.address).await?)?;
         options.link_patience = patience;
         options.co_schedule = config.co_schedule;
+        options.uids = config.uids;
         options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
         options.memory_cache_bytes = config.memory_cache_bytes;
         options.memory_promise_bytes = config.memory_promise_bytes;

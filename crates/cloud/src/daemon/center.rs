@@ -22,7 +22,7 @@ use crate::api::{Api, Gatekeeper};
 use crate::controller::Controller;
 use crate::error::Fault;
 use crate::registry::{Registry, RegistryError};
-use crate::site::{LocalSite, RemoteSite, SiteDirs, SiteHost, SiteOptions};
+use crate::site::{LocalSite, RemoteSite, SiteDirs, SiteHost, SiteOptions, Uids};
 
 /// How long open requests may take to end when the daemon ends.
 const GRACE: Duration = Duration::from_secs(5);
@@ -68,6 +68,8 @@ pub struct CenterConfig {
     pub certificate_life: Option<u64>,
     /// Whether it looks after the siblings among its vCPUs.
     pub co_schedule: bool,
+    /// Whether each QEMU gets a uid of its own, and from where.
+    pub uids: Uids,
 }
 
 /// A running center.
@@ -158,6 +160,7 @@ impl Center {
             let mut options = SiteOptions::new(link.ip())?;
             options.link_patience = patience;
             options.co_schedule = config.co_schedule;
+            options.uids = config.uids;
             options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
             options.memory_cache_bytes = config.memory_cache_bytes;
             options.memory_promise_bytes = config.memory_promise_bytes;

@@ -36,7 +36,7 @@ pub fn digest(machines: &[MachineStatus]) -> Option<godwit_types::Hash> {
     postcard::to_stdvec(machines).ok().map(|told| godwit_types::Hash::of(&told))
 }
 
-pub use local::{LocalSite, SiteDirs, SiteOptions, image_info, images_of};
+pub use local::{LocalSite, SiteDirs, SiteOptions, Uids, image_info, images_of};
 pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,

@@ -89,6 +89,10 @@ impl Machine {
     }
 
     async fn add_layer(&self, layer: &DiskLayer, under: Option<Node>) -> Result<(), QemuError> {
+        match &layer.layer {
+            Layer::Nbd { socket } => self.let_connect(socket)?,
+            Layer::Raw { path } | Layer::Qcow2 { path } => self.let_read(path)?,
+        }
         let nodes = layer_blockdevs(std::slice::from_ref(layer), under);
         for (n, node) in nodes.iter().enumerate() {
             if let Err(e) = self.qmp("blockdev-add", node.clone()).await {
@@ -127,9 +131,14 @@ impl Machine {
         let _one = self.inner.changing.lock().await;
         self.disk_chain()?;
         self.end_offer().await;
-        let address = json!({ "type": "unix", "data": { "path": path } });
+        let place = self.socket_place(path)?;
+        let address = json!({ "type": "unix", "data": { "path": place.told } });
         let server = json!({ "addr": address, "max-connections": 2 });
         self.qmp("nbd-server-start", server).await?;
+        if let Err(e) = place.take_socket() {
+            self.end_offer().await;
+            return Err(e);
+        }
         let export = json!({
             "id": WRITTEN, "type": "nbd", "node-name": Node::Top.to_string(), "name": "",
             "writable": false, "allocation-depth": true,

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::Machine;
 use super::life::Action;
+use crate::confine;
 use crate::error::QemuError;
 use crate::keys::{Key, KeyStroke, strokes};
 
@@ -50,6 +51,9 @@ impl Machine {
     pub async fn screenshot(&self) -> Result<Screenshot, QemuError> {
         let _one = self.inner.changing.lock().await;
         let path = &self.inner.paths.screen;
+        if let Some(uid) = self.user() {
+            confine::make_file(path, uid)?;
+        }
         let arguments = json!({
             "filename": path.to_string_lossy(), "format": "png", "device": "vga",
         });

@@ -244,9 +244,18 @@ impl Machine {
         self.qmp("stop", Value::Null).await?;
         self.set_capabilities(&[Capability::IgnoreShared]).await?;
         self.set_parameters(Parameters { max_bandwidth: Some(0), ..Parameters::default() }).await?;
-        self.qmp("migrate", json!({ "channels": file_channel(path) })).await?;
-        self.wait_migration("saving the state", &[MigrationStatus::Completed], STATE_WITHIN)
-            .await?;
+        let place = self.file_place(path)?;
+        let saved = async {
+            self.qmp("migrate", json!({ "channels": file_channel(&place.told) })).await?;
+            self.wait_migration("saving the state", &[MigrationStatus::Completed], STATE_WITHIN)
+                .await?;
+            place.take_file()
+        }
+        .await;
+        if saved.is_err() {
+            place.clear();
+        }
+        saved?;
         let meta = std::fs::metadata(path)
             .map_err(QemuError::file("reading the size of the state", path))?;
         Ok(meta.len())
@@ -278,9 +287,15 @@ impl Machine {
         const DOING: &str = "loading the state";
         self.allowed(Action::Load).await?;
         self.set_capabilities(&[Capability::IgnoreShared]).await?;
-        self.begin_incoming(file_channel(path)).await?;
-        self.wait_migration(DOING, &[MigrationStatus::Completed], STATE_WITHIN).await?;
-        self.wait_life(DOING, Life::Paused, STATE_WITHIN).await
+        let place = self.copy_place(path)?;
+        let loaded = async {
+            self.begin_incoming(file_channel(&place.told)).await?;
+            self.wait_migration(DOING, &[MigrationStatus::Completed], STATE_WITHIN).await?;
+            self.wait_life(DOING, Life::Paused, STATE_WITHIN).await
+        }
+        .await;
+        place.clear();
+        loaded
     }
 
     /// Waits for a connection on the unix socket at `path` and takes the state that comes over it
@@ -290,7 +305,9 @@ impl Machine {
     /// [`super::Refused`] unless it waits for a state.
     pub async fn migrate_incoming(&self, path: &Path) -> Result<(), QemuError> {
         self.allowed(Action::Load).await?;
-        self.begin_incoming(unix_channel(path)).await
+        let place = self.socket_place(path)?;
+        self.begin_incoming(unix_channel(&place.told)).await?;
+        place.take_socket()
     }
 
     async fn begin_incoming(&self, channels: Value) -> Result<(), QemuError> {
@@ -306,6 +323,7 @@ impl Machine {
     /// [`super::Refused`] unless running or paused.
     pub async fn migrate_to(&self, path: &Path) -> Result<(), QemuError> {
         self.allowed(Action::Send).await?;
+        self.let_connect(path)?;
         self.qmp("migrate", json!({ "channels": unix_channel(path) })).await.map(drop)
     }
 
@@ -350,8 +368,10 @@ impl Machine {
     /// When the post-copy is not paused.
     pub async fn migrate_recover(&self, path: &Path) -> Result<(), QemuError> {
         // This command still takes a URI; a path cannot change its scheme.
-        let arguments = json!({ "uri": format!("unix:{}", path.to_string_lossy()) });
-        Ok(self.inner.qmp.execute_oob("migrate-recover", arguments).await.map(drop)?)
+        let place = self.socket_place(path)?;
+        let arguments = json!({ "uri": format!("unix:{}", place.told.to_string_lossy()) });
+        self.inner.qmp.execute_oob("migrate-recover", arguments).await?;
+        place.take_socket()
     }
 
     /// At the source of a paused post-copy: goes on over the unix socket at `path`.
@@ -359,6 +379,7 @@ impl Machine {
     /// # Errors
     /// When the post-copy is not paused.
     pub async fn migrate_resume(&self, path: &Path) -> Result<(), QemuError> {
+        self.let_connect(path)?;
         let arguments = json!({ "channels": unix_channel(path), "resume": true });
         self.qmp("migrate", arguments).await.map(drop)
     }

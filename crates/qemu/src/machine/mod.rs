@@ -1,5 +1,6 @@
 //! A running QEMU, from its start or its adoption to its end.
 
+mod apart;
 mod block;
 mod display;
 mod life;
@@ -12,7 +13,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use godwit_types::{Arch, Name};
+use godwit_types::{Arch, Mib, Name};
 use serde_json::Value;
 use tokio::process::Child;
 use tokio::sync::watch;
@@ -28,7 +29,9 @@ pub(crate) use run_dir::Record;
 pub use run_dir::RunPaths;
 
 use crate::agent::Agent;
+use crate::confine;
 use crate::error::QemuError;
+use crate::group::MemoryGroup;
 use crate::launch::{Launch, MemorySource, Start};
 use crate::manifest::Manifest;
 use crate::memory::MemoryReader;
@@ -68,13 +71,14 @@ impl Machine {
         child: Child,
     ) -> Result<Self, QemuError> {
         let home = Home::new(Mutex::new(paths.clone()));
-        let exit = watch_child(child, Arc::clone(&home));
+        let exit = watch_child(child, Arc::clone(&home), record.launch.group.clone());
         let start = record.launch.start;
         let process = record.process.clone();
         let name = record.launch.name.to_string();
         let connected = async {
             let machine = Self::connect(record, home, exit.clone()).await?;
             machine.enable_migration_events().await?;
+            machine.take_display()?;
             if start == Start::Boot {
                 machine.qmp("cont", Value::Null).await?;
             }
@@ -143,7 +147,8 @@ impl Machine {
             return Err(not_running());
         }
         let home = Home::new(Mutex::new(RunPaths::of(run_dir)));
-        let exit = watch_stranger(record.process.clone(), Arc::clone(&home));
+        let group = record.launch.group.clone();
+        let exit = watch_stranger(record.process.clone(), Arc::clone(&home), group);
         info!(pid = record.process.pid, dir = %run_dir.display(), "a running machine is adopted");
         Self::connect(record, home, exit).await
     }
@@ -174,6 +179,9 @@ impl Machine {
         let before = self.launch();
         let moved = || {
             if let (Some(disk), Some(top)) = (&before.disk, top) {
+                if let (Some(uid), Some(dir)) = (before.user, top.parent()) {
+                    confine::open_dir(dir, uid)?;
+                }
                 std::fs::rename(&disk.top, top).map_err(QemuError::file("renaming to", top))?;
             }
             std::fs::rename(&before.run_dir, run_dir)
@@ -296,7 +304,9 @@ impl Machine {
     pub fn memory(&self) -> Result<MemoryReader, QemuError> {
         let launch = self.launch();
         match &launch.memory {
-            MemorySource::Shared { path } => MemoryReader::shared(path, launch.spec.memory),
+            MemorySource::Shared { path } => {
+                MemoryReader::shared(path, launch.spec.memory, launch.user)
+            }
             MemorySource::PrivateOf { path } => {
                 MemoryReader::private(path, launch.spec.memory, self.inner.process.pid)
             }
@@ -400,7 +410,7 @@ async fn wait_exit(exit: &mut watch::Receiver<Option<Exit>>) -> Exit {
         Ok(exit) => exit.clone(),
         Err(_) => None,
     }
-    .unwrap_or(Exit { code: None, signal: None, log: String::new() })
+    .unwrap_or(Exit { code: None, signal: None, outgrew: None, log: String::new() })
 }
 
 /// Where the machine's files are, as it may be renamed while it runs.
@@ -411,7 +421,11 @@ fn now_of(home: &Home) -> RunPaths {
 }
 
 /// Reaps `child` when it ends and keeps its logs bounded until then.
-fn watch_child(mut child: Child, home: Home) -> watch::Receiver<Option<Exit>> {
+fn watch_child(
+    mut child: Child,
+    home: Home,
+    group: Option<MemoryGroup>,
+) -> watch::Receiver<Option<Exit>> {
     use std::os::unix::process::ExitStatusExt;
     let (tell, exit) = watch::channel(None);
     tokio::spawn(async move {
@@ -420,13 +434,26 @@ fn watch_child(mut child: Child, home: Home) -> watch::Receiver<Option<Exit>> {
             () = run_dir::bound_logs(|| now_of(&home)) => None,
         };
         let (code, signal) = (status.and_then(|s| s.code()), status.and_then(|s| s.signal()));
-        tell.send_replace(Some(Exit { code, signal, log: log_tail(&now_of(&home).log) }));
+        let (outgrew, log) = (leave(group.as_ref()), log_tail(&now_of(&home).log));
+        tell.send_replace(Some(Exit { code, signal, outgrew, log }));
     });
     exit
 }
 
+/// Removes the group of a QEMU that has ended; gives the limit if that was its end.
+fn leave(group: Option<&MemoryGroup>) -> Option<Mib> {
+    let group = group?;
+    let limit = group.was_outgrown().then_some(group.limit);
+    group.remove();
+    limit
+}
+
 /// As [`watch_child`], for a process that is not our child.
-fn watch_stranger(process: Process, home: Home) -> watch::Receiver<Option<Exit>> {
+fn watch_stranger(
+    process: Process,
+    home: Home,
+    group: Option<MemoryGroup>,
+) -> watch::Receiver<Option<Exit>> {
     let (tell, exit) = watch::channel(None);
     tokio::spawn(async move {
         tokio::select! {
@@ -436,6 +463,7 @@ fn watch_stranger(process: Process, home: Home) -> watch::Receiver<Option<Exit>>
         tell.send_replace(Some(Exit {
             code: None,
             signal: None,
+            outgrew: leave(group.as_ref()),
             log: log_tail(&now_of(&home).log),
         }));
     });

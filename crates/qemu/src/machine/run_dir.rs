@@ -10,6 +10,7 @@ use godwit_types::Name;
 use serde::{Deserialize, Serialize};
 use tracing::debug;
 
+use crate::confine::NURSERY;
 use crate::error::QemuError;
 use crate::launch::Launch;
 use crate::process::Process;
@@ -36,6 +37,8 @@ pub struct RunPaths {
     pub agent: PathBuf,
     /// VNC, a socket; there when the machine has a display.
     pub vnc: PathBuf,
+    /// Where a confined QEMU makes that.
+    pub(crate) vnc_made: PathBuf,
     /// What QEMU itself printed.
     pub log: PathBuf,
     /// What runs here.
@@ -55,14 +58,25 @@ impl RunPaths {
             console_log: at("console.log"),
             agent: at("agent.sock"),
             vnc: at("vnc.sock"),
+            vnc_made: at(NURSERY).join("vnc"),
             log: at("qemu.log"),
             record: at("machine.json"),
             screen: at("screen.png"),
         }
     }
 
-    pub(crate) fn sockets(&self) -> [&Path; 5] {
-        [&self.qmp[0], &self.qmp[1], &self.console, &self.agent, &self.vnc]
+    pub(crate) fn sockets(&self) -> [&Path; 6] {
+        [&self.qmp[0], &self.qmp[1], &self.console, &self.agent, &self.vnc, &self.vnc_made]
+    }
+
+    /// Those that listen before QEMU is there, in the order in which it takes them.
+    pub(crate) fn handed(&self) -> [&Path; 4] {
+        [&self.qmp[0], &self.qmp[1], &self.console, &self.agent]
+    }
+
+    /// Where a confined QEMU makes a socket before it is moved to its place.
+    pub(crate) fn made(&self, name: &str) -> PathBuf {
+        self.vnc_made.with_file_name(name)
     }
 
     pub(crate) fn check(&self, name: &Name) -> Result<(), QemuError> {

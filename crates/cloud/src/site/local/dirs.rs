@@ -13,7 +13,8 @@ pub(super) const WAITING: &str = "wait-";
 
 /// Makes sure that a directory is this user's alone, and that nobody else can put another in its
 /// place: guest memory, keys and disks are below it.
-fn private(dir: &Path) -> Result<(), Fault> {
+/// `also` are rights of others that may stay.
+fn private(dir: &Path, also: u32) -> Result<(), Fault> {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     let looking = |e: std::io::Error| Fault::io("looking at", dir, &e);
     let refuse = |at: &Path, why: &str| {
@@ -27,7 +28,7 @@ fn private(dir: &Path) -> Result<(), Fault> {
         if meta.uid() != me {
             return refuse(dir, "belongs to another user");
         }
-        if meta.mode() & 0o077 != 0 {
+        if meta.mode() & 0o077 & !also != 0 {
             // Such as a file system of its own that is mounted there.
             std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
                 .map_err(looking)?;
@@ -105,9 +106,33 @@ impl SiteDirs {
                 Fault::internal(format!("making {}: {e}", dir.display()))
                     .hint("run as root, or name another place with --root")
             })?;
-            private(dir)?;
+            // Confined QEMUs go through the directory of sockets.
+            private(dir, if dir == &self.run { 0o011 } else { 0 })?;
         }
         Ok(())
+    }
+
+    /// Lets confined QEMUs go through the directory of sockets and the one for states on their way,
+    /// in which each opens its own files alone.
+    pub(super) fn let_through(&self) -> Result<(), Fault> {
+        use std::os::unix::fs::PermissionsExt;
+        let scratch = self.scratch();
+        match std::fs::create_dir(&scratch) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(Fault::io("making", &scratch, &e));
+            }
+            _ => private(&scratch, 0o011)?,
+        }
+        for dir in [&self.run, &scratch] {
+            std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o711))
+                .map_err(|e| Fault::io("opening", dir, &e))?;
+        }
+        Ok(())
+    }
+
+    /// States on their way between QEMUs and the pool, by uid.
+    pub(super) fn scratch(&self) -> PathBuf {
+        self.memory.join("scratch")
     }
 
     /// Certificates and keys.

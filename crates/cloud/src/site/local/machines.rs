@@ -6,8 +6,8 @@ use std::time::Duration;
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_image::Image;
 use godwit_qemu::{
-    BootFile, DiskChain, Launch, Layer, Life, MacAddress, Machine, MachineSpec, MemorySource, Nic,
-    NicBackend, Start,
+    BootFile, Confine, DiskChain, Launch, Layer, Life, MacAddress, Machine, MachineSpec,
+    MemorySource, Nic, NicBackend, Start,
 };
 use godwit_transfer::Warrant;
 use godwit_types::{Code, Generation, VmId, VmState};
@@ -291,6 +291,11 @@ impl LocalSite {
             launch.disk = Some(DiskChain::over(layers, dir.join(TOP)));
         }
         launch.start = Start::Boot;
+        launch.groups.clone_from(&self.groups);
+        launch.confine = self.confine.clone().map(|c| Confine {
+            readable: image.kernel_path().parent().map(Path::to_owned).into_iter().collect(),
+            ..c
+        });
         launch.accel = self.accel(image.arch)?;
         launch.nics = vec![Nic { port: 0, mac: record.mac, backend: NicBackend::Isolated }];
         Ok(launch)

@@ -5,6 +5,7 @@
 //! seen stays, so that an older one is refused for good.
 
 mod adopt;
+mod apart;
 mod dirs;
 mod exec;
 mod machines;
@@ -32,7 +33,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use godwit_image::{Image, ImageCache, Recipe};
-use godwit_qemu::{Accel, Machine};
+use godwit_qemu::{Accel, Confine, Machine, MemoryGroups};
 use godwit_transfer::{Revocations, Trust};
 use godwit_types::{Arch, Code, Generation, Name, VmId, VmState};
 use tokio::net::UnixStream;
@@ -46,6 +47,7 @@ use super::{
 use crate::error::Fault;
 use crate::ops::Progress;
 
+pub use apart::Uids;
 pub use dirs::SiteDirs;
 use record::MachineRecord;
 pub(crate) use users::in_use;
@@ -112,6 +114,8 @@ pub struct SiteOptions {
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
     pub co_schedule: bool,
+    /// Whether each QEMU gets a uid of its own, and from where.
+    pub uids: Uids,
     /// How long a relay keeps a silent link.
     pub link_patience: std::time::Duration,
 }
@@ -135,6 +139,7 @@ impl SiteOptions {
             scrub_every: None,
             waiting: 1,
             co_schedule: false,
+            uids: Uids::default(),
             link_patience: godwit_transfer::PATIENCE,
         })
     }
@@ -158,6 +163,8 @@ pub struct LocalSite {
     moves: moves::Moves,
     trust: Trust,
     options: SiteOptions,
+    confine: Option<Confine>,
+    groups: Option<MemoryGroups>,
     screens: screens::Screens,
     sched: std::sync::Mutex<Option<godwit_sched_host::service::Service>>,
     me: std::sync::Weak<Self>,
@@ -195,6 +202,8 @@ impl LocalSite {
     ) -> Result<Arc<Self>, Fault> {
         dirs.make()?;
         report::check_tmpfs(&dirs.memory)?;
+        let confine = apart::confine(options.uids, &dirs)?;
+        let groups = apart::groups(&dirs);
         let images = ImageCache::open(&dirs.images).map_err(|e| Fault::of(&e))?;
         let binaries = godwit_qemu::Binaries::default();
         let qemu = godwit_qemu::doctor::qemu_version(binaries.of(Arch::X86_64))
@@ -213,7 +222,7 @@ impl LocalSite {
         let pool = Self::open_pool(&dirs, &options)?;
         let sched = std::sync::Mutex::new(options.co_schedule.then(sched::start).flatten());
         waiting::sweep(&dirs).await;
-        let shells = waiting::shells(&pool, &dirs);
+        let shells = waiting::shells(&pool, &dirs, confine.clone(), groups.clone());
         let tombs = tombs::Tombs::open(dirs.tombs())?;
         let site = Arc::new_cyclic(|me| Self {
             name,
@@ -230,6 +239,8 @@ impl LocalSite {
             moves: moves::Moves::default(),
             trust,
             options,
+            confine,
+            groups,
             screens: screens::Screens::new(screens::SCREENS_AT_ONCE),
             sched,
             me: me.clone(),

@@ -275,6 +275,8 @@ impl LocalSite {
             substrate: substrate.id,
             image,
             place: Place {
+                confine: self.confine.clone(),
+                groups: self.groups.clone(),
                 vm: record.vm,
                 run_dir: self.dirs.vm_run(record.vm),
                 top: dir.join(super::machines::TOP),

@@ -67,7 +67,7 @@ impl LocalSite {
         let fail = |what: &str, e: &std::io::Error| {
             Fault::internal(format!("{what} in {}: {e}", paths.dir.display()))
         };
-        std::fs::create_dir_all(&paths.dir).map_err(|e| fail("making a place for a relay", &e))?;
+        paths.make().map_err(|e| fail("making a place for a relay", &e))?;
         let text =
             serde_json::to_vec_pretty(&config).map_err(|e| Fault::internal(e.to_string()))?;
         std::fs::OpenOptions::new()
@@ -216,6 +216,14 @@ impl MovePaths {
             log: dir.join("relay.log"),
             dir,
         }
+    }
+}
+
+impl MovePaths {
+    /// Makes the directory, nobody's but ours; the machine's QEMU is let through when there is one.
+    pub(super) fn make(&self) -> std::io::Result<()> {
+        use std::os::unix::fs::DirBuilderExt;
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)
     }
 }
 

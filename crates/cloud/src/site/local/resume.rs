@@ -253,7 +253,8 @@ impl LocalSite {
         }
         self.end_relay(&migration).await;
         let paths = MovePaths::of(&self.dirs.run, &migration);
-        std::fs::create_dir_all(&paths.dir)
+        paths
+            .make()
             .map_err(|e| Fault::internal(format!("making {}: {e}", paths.dir.display())))?;
         if let Err(e) = reclaim(&machine, &paths.qemu).await {
             if matches!(e, MoveError::Stuck | MoveError::Ended { .. }) {
@@ -440,10 +441,14 @@ impl LocalSite {
             }
             None => None,
         };
+        let has_disk = disk.is_some();
         let role = RelayRole::Destination { listen: (self.options.relay_address, 0).into() };
         let part = if memory { Part::Rest } else { Part::Disk };
         let relay = self.start_relay(&record, role, disk, part).await?;
         let address = listening(&relay).await?;
+        if has_disk {
+            machine.let_connect(&paths.nbd).map_err(coded)?;
+        }
         if memory {
             recover_incoming(&machine, &paths.qemu).await.map_err(coded)?;
         }
@@ -475,6 +480,7 @@ impl LocalSite {
             let server = NbdServer::bind(&paths.nbd, "").map_err(|e| {
                 Fault::internal(format!("offering the disk on {}: {e}", paths.nbd.display()))
             })?;
+            machine.let_connect(&paths.nbd).map_err(coded)?;
             let stop = CancellationToken::new();
             let served = server.serve(Arc::new(Arc::new(chain)), stop.clone());
             machine.withdraw_written().await;

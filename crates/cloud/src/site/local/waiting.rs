@@ -6,7 +6,7 @@
 //! ```
 
 use godwit_image::Image;
-use godwit_qemu::{Accel, Machine};
+use godwit_qemu::{Accel, Confine, Machine, MemoryGroups};
 use godwit_substrate::{Place, Pool, Shells};
 use godwit_types::{SubstrateId, VmId};
 
@@ -17,12 +17,18 @@ use super::{LocalSite, SiteDirs};
 const MOST_LINES: usize = 4;
 
 /// The waiting QEMUs of a site: none yet.
-pub(super) fn shells(pool: &Pool, dirs: &SiteDirs) -> Shells {
+pub(super) fn shells(
+    pool: &Pool,
+    dirs: &SiteDirs,
+    confine: Option<Confine>,
+    groups: Option<MemoryGroups>,
+) -> Shells {
     let dirs = dirs.clone();
     let place = move || {
         let vm = VmId::new();
         let top = dirs.waiting().join(vm.0.simple().to_string()).join(super::machines::TOP);
-        Place { vm, run_dir: dirs.waiting_run(vm), top }
+        let (confine, groups) = (confine.clone(), groups.clone());
+        Place { vm, run_dir: dirs.waiting_run(vm), top, confine, groups }
     };
     Shells::new(pool.clone(), Box::new(place))
 }
@@ -82,6 +88,9 @@ impl LocalSite {
     /// Ends what must not outlive the daemon: the QEMUs that wait. Machines run on.
     pub async fn close(&self) {
         self.shells.close().await;
+        if let Some(groups) = &self.groups {
+            groups.sweep();
+        }
         let service = self.sched.lock().ok().and_then(|mut s| s.take());
         // Its thread puts everything back before it ends.
         let _ = tokio::task::spawn_blocking(move || drop(service)).await;
