@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use godwit_qemu::stream::{Command, Limits, Record, ReturnMessage, StreamError, StreamParser};
-use godwit_qemu::{BlockInQemu, Machine, MigrationStatus, QemuError};
+use godwit_qemu::{BlockInUse, Machine, MigrationStatus, QemuError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
@@ -177,7 +177,6 @@ pub async fn reclaim(machine: &Machine, socket: &Path) -> Result<(), MoveError> 
         return Ok(());
     }
     let blocks = machine.ram_blocks().await.map_err(qemu(DOING))?;
-    let blocks = blocks.into_iter().map(|b| (b.name, b.used_bytes)).collect();
     let listener = crate::relay::listen(socket, "listening for QEMU on").map_err(relay(DOING))?;
     machine.migrate_resume(socket).await.map_err(qemu(DOING))?;
     let answered = answer(&listener, Receiver::new(blocks));
@@ -250,8 +249,8 @@ struct Receiver {
 }
 
 impl Receiver {
-    fn new(blocks: Vec<BlockInQemu>) -> Self {
-        let blocks = blocks.into_iter().map(|b| (Bytes::from(b.name), b.used)).collect();
+    fn new(blocks: Vec<BlockInUse>) -> Self {
+        let blocks = blocks.into_iter().map(|b| (Bytes::from(b.name), b.used_bytes)).collect();
         Self { main: StreamParser::resumed(Limits::default()), blocks, ended: false }
     }
 
@@ -289,7 +288,7 @@ mod tests {
 
     #[test]
     fn a_recovering_source_is_told_that_every_page_is_there() {
-        let m0 = BlockInQemu { name: "m0".into(), used: 65 * 4096, address: 0 };
+        let m0 = BlockInUse { name: "m0".into(), used_bytes: 65 * 4096, host_address: 0 };
         let mut r = Receiver::new(vec![m0]);
         let mut stream = Vec::new();
         let block = Bytes::from_static(b"m0");

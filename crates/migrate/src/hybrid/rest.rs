@@ -22,7 +22,7 @@ use bytes::{Bytes, BytesMut};
 use godwit_qemu::stream::{
     Command, Content, Page, Record, ReturnMessage, ReturnPathParser, StreamError,
 };
-use godwit_qemu::{BlockInQemu, Machine};
+use godwit_qemu::{BlockInUse, Machine};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -213,12 +213,12 @@ impl Teller {
 }
 
 /// The blocks that the stream named, as they lie in QEMU.
-fn blocks(ram: &RamSection, there: &[BlockInQemu]) -> Result<Vec<Block>, String> {
+fn blocks(ram: &RamSection, there: &[BlockInUse]) -> Result<Vec<Block>, String> {
     let found = ram.blocks.iter().map(|name| {
         let b = there.iter().find(|b| b.name == *name);
         let b = b.ok_or_else(|| format!("its QEMU has no block '{name}'"))?;
         let name = Bytes::from(name.clone());
-        Ok(Block { name, used: b.used, address: b.address, received: None })
+        Ok(Block { name, used: b.used_bytes, address: b.host_address, received: None })
     });
     found.collect()
 }
