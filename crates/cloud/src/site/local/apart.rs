@@ -62,7 +62,7 @@ pub(super) fn groups(dirs: &SiteDirs) -> Option<MemoryGroups> {
         // Not below this daemon's own group: machines outlive it.
         let above = hierarchy.mount().join("godwit");
         let site = Hash::of(dirs.run.as_os_str().as_encoded_bytes()).short();
-        let parent = above.join(site.to_string());
+        let parent = above.join(&site);
         std::fs::create_dir_all(&parent)
             .map_err(|e| format!("making {}: {e}", parent.display()))?;
         if unified {
