@@ -97,7 +97,7 @@ fn reports(c: &mut Criterion) {
         std::thread::scope(|s| {
             for part in vms.chunks(vms.len().div_ceil(256)) {
                 let registry = &registry;
-                s.spawn(move || part.iter().for_each(|vm| registry.vm_add(vm).expect("add")));
+                s.spawn(move || part.iter().for_each(|vm| registry.vm_add(vm, None).expect("add")));
             }
         });
         let machines = vms.iter().filter(|v| v.site == site).map(status).collect();

@@ -28,7 +28,7 @@ use utoipa::ToSchema;
 
 use crate::clock::UnixMs;
 use crate::error::Fault;
-use crate::registry::{OpRecord, Registry, RegistryError, Step, StepState};
+use crate::registry::{OpRecord, Registry, RegistryError, Step, StepState, VmRecord};
 
 /// What an operation does, with what is needed to take it up again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -249,6 +249,28 @@ impl Ops {
         self.live().len()
     }
 
+    /// As [`Ops::start`], of an operation that makes `vm`: both are written down, or neither. A
+    /// machine that nobody works on would come of a kill in between.
+    ///
+    /// # Errors
+    /// As [`Registry::vm_add`]; then the job is not run.
+    pub fn start_new<F, Fut>(
+        self: &Arc<Self>,
+        vm: &VmRecord,
+        kind: OpKind,
+        job: F,
+    ) -> Result<OpId, RegistryError>
+    where
+        F: FnOnce(OpHandle) -> Fut,
+        Fut: Future<Output = Result<Value, Fault>> + Send + 'static,
+    {
+        let record = OpRecord::begun(kind);
+        self.registry.vm_add(vm, Some(&record))?;
+        let id = record.id;
+        self.run(record, job);
+        Ok(id)
+    }
+
     /// Writes a new operation down and runs `job` in the background. What the job returns
     /// becomes the result; [`Fault`] of class cancelled after a request to stop means that
     /// nothing was left behind.
@@ -260,17 +282,7 @@ impl Ops {
         F: FnOnce(OpHandle) -> Fut,
         Fut: Future<Output = Result<Value, Fault>> + Send + 'static,
     {
-        let record = OpRecord {
-            id: OpId::new(),
-            kind,
-            state: OpState::Running,
-            started: UnixMs::now(),
-            ended: None,
-            progress: Vec::new(),
-            journal: Vec::new(),
-            error: None,
-            result: None,
-        };
+        let record = OpRecord::begun(kind);
         self.registry.op_put(&record)?;
         let id = record.id;
         self.run(record, job);

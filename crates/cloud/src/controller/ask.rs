@@ -160,12 +160,13 @@ impl Controller {
     }
 
     /// Looks whether a site answers at all, and takes it for unreachable when it does not, until
-    /// its next report.
+    /// its next report. A host that another one has replaced says nothing of the site.
     pub(super) async fn check_answers(&self, host: &Arc<dyn SiteHost>) {
         let asked = UnixMs::now();
         let ping = host.ask(SiteRequest::Ping, Call::quiet());
         // Whatever it answers, it answers.
         if tokio::time::timeout(ANSWER_WITHIN, ping).await.is_err()
+            && self.is_attached(host)
             && self.registry.site_silent(host.name(), asked)
         {
             tracing::warn!(site = %host.name(), "does not answer");

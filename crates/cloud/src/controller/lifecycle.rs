@@ -151,11 +151,6 @@ impl Controller {
             voided: std::collections::BTreeMap::new(),
         };
         let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
-        {
-            let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
-            self.once(shape.substrate.as_ref())?;
-            self.registry.vm_add(&vm).map_err(registry_fault)?;
-        }
         let kind = match &shape.substrate {
             Some(s) => OpKind::VmActivate { vm: vm.id, name: name.clone(), substrate: s.id },
             None => OpKind::VmCreate { vm: vm.id, name: name.clone() },
@@ -171,20 +166,16 @@ impl Controller {
             content: None,
         };
         let (me, record) = (self.clone(), vm.clone());
-        let bring = shape.substrate.filter(|_| !placed.holds);
-        let started = self.ops.start(kind, |op| async move {
+        let substrate = shape.substrate;
+        let bring = substrate.clone().filter(|_| !placed.holds);
+        let job = |op: OpHandle| async move {
             let outcome = me.run_create(&op, host, new, bring).await;
             me.end_create(&op, &record, outcome).await
-        });
-        match started {
-            Ok(op) => {
-                Ok((Accepted { op: Some(op), plan, target: Some(name.to_string()) }, Some(vm)))
-            }
-            Err(e) => {
-                self.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
-                Err(registry_fault(e))
-            }
-        }
+        };
+        let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
+        self.once(substrate.as_ref())?;
+        let op = self.ops.start_new(&vm, kind, job).map_err(registry_fault)?;
+        Ok((Accepted { op: Some(op), plan, target: Some(name.to_string()) }, Some(vm)))
     }
 
     async fn run_create(

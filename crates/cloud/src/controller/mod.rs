@@ -274,13 +274,18 @@ impl Controller {
         }
     }
 
+    /// Whether `host` is the one by which its site is reached.
+    fn is_attached(&self, host: &Arc<dyn SiteHost>) -> bool {
+        let hosts = self.sites.hosts.read().unwrap_or_else(PoisonError::into_inner);
+        hosts.get(host.name()).is_some_and(|h| Arc::ptr_eq(h, host))
+    }
+
     /// Waits until `host` is not the attached one any more: its link is gone, or replaced.
     async fn gone(&self, host: &Arc<dyn SiteHost>) {
         let mut changes = self.sites.changes.subscribe();
         loop {
             changes.borrow_and_update();
-            let same = self.host(host.name()).is_ok_and(|h| Arc::ptr_eq(&h, host));
-            if !same || changes.changed().await.is_err() {
+            if !self.is_attached(host) || changes.changed().await.is_err() {
                 return;
             }
         }
@@ -306,13 +311,17 @@ impl Controller {
         self.settle_machines(host).await
     }
 
-    /// Keeps a site's lease fresh until it stops answering; then it is detached.
+    /// Keeps a site's lease fresh until it stops answering, when it is detached, or until another
+    /// link to it has replaced this one.
     pub async fn keep(self: Arc<Self>, host: Arc<dyn SiteHost>) {
         let mut tick = tokio::time::interval(REPORT_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut missed = 0;
         loop {
             tick.tick().await;
+            if !self.is_attached(&host) {
+                return;
+            }
             let report = tokio::time::timeout(LEASE, self.refresh(&host));
             // A site that takes long to tell what it has is there; one that is stopped is not.
             let (reported, ()) = tokio::join!(report, self.check_answers(&host));

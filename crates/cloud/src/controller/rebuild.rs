@@ -115,11 +115,10 @@ impl Controller {
             voided: std::collections::BTreeMap::new(),
         };
         let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
-        self.registry.vm_add(&vm).map_err(registry_fault)?;
         let new = SubstrateId::new();
         let kind = OpKind::SubstrateRebuild { vm: vm.id, name: old.name.clone(), old: old.id, new };
         let (me, record) = (self.clone(), vm.clone());
-        let started = self.ops.start(kind, |op| async move {
+        let started = self.ops.start_new(&vm, kind, |op| async move {
             let job = Rebuild { old, new, vm: record };
             let outcome = me.run_rebuild(&op, &job, warrant, &host).await;
             if let Err(f) = &outcome {
@@ -128,13 +127,8 @@ impl Controller {
             }
             outcome
         });
-        match started {
-            Ok(op) => Ok(Accepted { op: Some(op), plan, target }),
-            Err(e) => {
-                self.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
-                Err(registry_fault(e))
-            }
-        }
+        let op = started.map_err(registry_fault)?;
+        Ok(Accepted { op: Some(op), plan, target })
     }
 
     async fn run_rebuild(

@@ -749,6 +749,13 @@ async fn a_site_that_does_not_answer_holds_up_nobody() {
     w.c.refresh(&host).await.expect("report");
     let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
     assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
+    // A link that another has replaced says nothing of the site, and nobody keeps it up.
+    w.cafe.hung.store(true, SeqCst);
+    w.c.attach(Paper::new("cafe", Send::Works), SiteKind::Ap).await.expect("a new link");
+    w.c.check_answers(&host).await;
+    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
+    w.c.clone().keep(host).await;
 }
 
 fn docked(n: usize) -> SubstrateInfo {

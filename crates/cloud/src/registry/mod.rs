@@ -630,16 +630,17 @@ impl Registry {
         })
     }
 
-    /// Enters a new execution environment.
+    /// Enters a new execution environment and the operation that makes it, both or neither.
     ///
     /// # Errors
     /// [`RegistryError::Exists`] when the name is taken.
-    pub fn vm_add(&self, vm: &VmRecord) -> Result<()> {
+    pub fn vm_add(&self, vm: &VmRecord, op: Option<&OpRecord>) -> Result<()> {
         self.file.write(|t, changes| {
             if t.vm_named(vm.name.as_str()).is_some() {
                 return Err(RegistryError::Exists { what: "machine", key: vm.name.to_string() });
             }
             changes.push(Change::Vm(vm.id, Some(Arc::new(vm.clone()))));
+            changes.extend(op.map(|op| Change::Op(op.id, Some(Arc::new(op.clone())))));
             Ok(())
         })
     }

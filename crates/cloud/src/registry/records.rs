@@ -258,6 +258,22 @@ pub struct OpRecord {
 }
 
 impl OpRecord {
+    /// One that begins now.
+    #[must_use]
+    pub fn begun(kind: OpKind) -> Self {
+        Self {
+            id: OpId::new(),
+            kind,
+            state: OpState::Running,
+            started: UnixMs::now(),
+            ended: None,
+            progress: Vec::new(),
+            journal: Vec::new(),
+            error: None,
+            result: None,
+        }
+    }
+
     /// Class of the failure, if it failed.
     #[must_use]
     pub fn failure(&self) -> Option<Code> {

@@ -71,7 +71,7 @@ fn substrate(n: &str) -> SubstrateRecord {
 fn an_older_generation_is_fenced_and_changes_nothing() {
     let (_d, reg) = open();
     let v = vm("report");
-    reg.vm_add(&v).expect("add");
+    reg.vm_add(&v, None).expect("add");
     let moved = reg
         .vm_update(v.id, Generation(1), |v| {
             v.become_state(VmState::Running, UnixMs(2))?;
@@ -103,7 +103,7 @@ fn an_older_generation_is_fenced_and_changes_nothing() {
 fn a_change_that_the_state_table_refuses_writes_nothing() {
     let (_d, reg) = open();
     let v = vm("a");
-    reg.vm_add(&v).expect("add");
+    reg.vm_add(&v, None).expect("add");
     let e = reg.vm_update(v.id, v.generation, |v| {
         v.site = name("elsewhere");
         v.become_state(VmState::Moving, UnixMs(5))?;
@@ -117,12 +117,28 @@ fn a_change_that_the_state_table_refuses_writes_nothing() {
 fn names_are_unique_and_free_again_after_removal() {
     let (_d, reg) = open();
     let v = vm("a");
-    reg.vm_add(&v).expect("add");
-    assert_eq!(reg.vm_add(&vm("a")).expect_err("taken").code(), Code::Exists);
+    reg.vm_add(&v, None).expect("add");
+    assert_eq!(reg.vm_add(&vm("a"), None).expect_err("taken").code(), Code::Exists);
     assert_eq!(reg.vm(&v.id.to_string()).expect("by id").name, v.name);
     reg.vm_remove(v.id, v.generation).expect("remove");
-    reg.vm_add(&vm("a")).expect("free again");
+    reg.vm_add(&vm("a"), None).expect("free again");
     assert_eq!(reg.vm("../etc\n").expect_err("none").to_string(), "no machine '../etc\\n'");
+}
+
+#[test]
+fn a_machine_and_the_operation_that_makes_it_are_written_together() {
+    let (_d, reg) = open();
+    let v = vm("a");
+    let begun = |v: &VmRecord| OpRecord::begun(OpKind::VmCreate { vm: v.id, name: v.name.clone() });
+    let (before, op) = (reg.revision(), begun(&v));
+    reg.vm_add(&v, Some(&op)).expect("add");
+    // One step of the registry: a kill finds both or neither.
+    assert_eq!(reg.revision(), before + 1);
+    assert_eq!(reg.op(op.id).expect("written").kind, op.kind);
+    let other = vm("a");
+    let op = begun(&other);
+    assert_eq!(reg.vm_add(&other, Some(&op)).expect_err("taken").code(), Code::Exists);
+    assert!(reg.op(op.id).is_err(), "nobody's operation");
 }
 
 #[test]
@@ -163,7 +179,7 @@ fn holders_follow_the_reports_and_a_used_substrate_stays() {
 
     let mut v = vm("a");
     v.substrate = Some(s.id);
-    reg.vm_add(&v).expect("add");
+    reg.vm_add(&v, None).expect("add");
     let e = reg.substrate_remove(s.id).expect_err("in use");
     assert_eq!(e.to_string(), "substrate 'abiword' is in use by machine 'a'");
     reg.vm_remove(v.id, v.generation).expect("remove");
@@ -269,7 +285,7 @@ fn an_entry_that_does_not_parse_is_named_and_the_rest_is_there() {
     let path = dir.path().join("r.redb");
     let (good, bad) = (vm("good"), vm("bad"));
     let reg = Registry::open(&path).expect("open");
-    reg.vm_add(&good).expect("add");
+    reg.vm_add(&good, None).expect("add");
     drop(reg);
     let db = redb::Database::create(&path).expect("closed");
     put_raw(&db, file::VMS, &bad.id.to_string(), b"{\"id\": 7}");
@@ -342,7 +358,7 @@ fn changes_that_come_together_share_a_transaction() {
     std::thread::scope(|s| {
         for i in 0..64 {
             let reg = &reg;
-            s.spawn(move || reg.vm_add(&vm(&format!("vm-{i}"))).expect("add"));
+            s.spawn(move || reg.vm_add(&vm(&format!("vm-{i}")), None).expect("add"));
         }
     });
     assert_eq!(reg.vms().expect("list").len(), 64);
@@ -367,7 +383,7 @@ async fn a_change_does_not_hold_up_the_other_tasks_of_a_runtime() {
     is_locked.recv().expect("locked");
     let change = tokio::spawn({
         let reg = reg.clone();
-        async move { reg.vm_add(&vm("a")) }
+        async move { reg.vm_add(&vm("a"), None) }
     });
     // On the only worker, which waits for the change.
     let other = tokio::spawn(async { tokio::task::yield_now().await });
@@ -383,7 +399,7 @@ fn the_machines_of_a_site_are_found_by_it_and_what_changed_since_is_left_out() {
     let (_d, reg) = open();
     let (a, b, c) = (vm("a"), VmRecord { site: name("cafe"), ..vm("b") }, vm("c"));
     for v in [&a, &b, &c] {
-        reg.vm_add(v).expect("add");
+        reg.vm_add(v, None).expect("add");
     }
     let at = |site: &str, others: Vec<VmId>, since| {
         let found = reg.vms_about(&name(site), others, since);
@@ -413,7 +429,7 @@ fn a_rebuilt_substrate_takes_the_name_and_one_in_use_is_kept_aside() {
     let aside = name("abiword-old");
     let made = |n: &str, of: &SubstrateRecord| {
         let v = VmRecord { substrate: Some(of.id), ..vm(n) };
-        reg.vm_add(&v).expect("add");
+        reg.vm_add(&v, None).expect("add");
         (v.id, v.generation)
     };
     reg.substrate_add(&old).expect("add");
@@ -441,7 +457,7 @@ fn child_that_writes_until_it_is_killed() {
     let Ok(path) = std::env::var("GODWIT_TEST_REGISTRY") else { return };
     let reg = Registry::open(Path::new(&path)).expect("open");
     for i in 0.. {
-        reg.vm_add(&vm(&format!("vm-{i}"))).expect("add");
+        reg.vm_add(&vm(&format!("vm-{i}")), None).expect("add");
         let mut out = std::io::stderr();
         writeln!(out, "in {i}").expect("tell");
     }
@@ -504,17 +520,17 @@ fn a_full_disk_fails_a_change_whole_and_the_registry_goes_on() {
     let mount = Tmpfs(dir);
     let reg = Registry::open(&mount.0.path().join("r.redb")).expect("open");
     let small = vm("a");
-    reg.vm_add(&small).expect("room");
+    reg.vm_add(&small, None).expect("room");
     let filler = mount.0.path().join("filler");
     let free = rustix::fs::statvfs(mount.0.path()).expect("statvfs");
     std::fs::write(&filler, vec![1; (free.f_bavail * free.f_frsize) as usize]).expect("fill");
     let large = VmRecord { reason: Some("x".repeat(4 << 20)), ..vm("b") };
     for _ in 0..2 {
-        let e = reg.vm_add(&large).expect_err("full");
+        let e = reg.vm_add(&large, None).expect_err("full");
         assert_eq!(e.code(), Code::NoRoom, "{e:?}");
         assert_eq!(reg.vms().expect("read"), std::slice::from_ref(&small));
     }
     std::fs::remove_file(&filler).expect("remove");
-    reg.vm_add(&large).expect("room again");
+    reg.vm_add(&large, None).expect("room again");
     assert_eq!(reg.vms().expect("read").len(), 2);
 }
