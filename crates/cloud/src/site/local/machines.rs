@@ -328,9 +328,13 @@ impl LocalSite {
             m.quit().await.map_err(coded)?;
             e.machine = None;
         }
-        self.check_promise(vm, e.record.memory).await?;
         e.record.generation = generation;
         e.record.warrant = Some(warrant);
+        if let Err(f) = self.check_promise(vm, e.record.memory).await {
+            // It stays stopped, at the generation at which it was asked.
+            e.record.save(&self.dirs.vm(vm))?;
+            return Err(f);
+        }
         e.record.meant = Meant::Running;
         e.record.reason = None;
         e.record.unfinished = None;
