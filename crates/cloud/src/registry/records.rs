@@ -74,7 +74,7 @@ pub struct SiteReport {
     /// Hash of all that it tells of its substrates; while it is the same, nobody need ask.
     #[serde(default)]
     pub holdings: Option<Hash>,
-    /// Hash of all that it tells of its machines ([`crate::site::digest`]); likewise.
+    /// Hash of all that it tells of its machines; likewise.
     #[serde(default)]
     pub machines: Option<Hash>,
     /// Substrates of which something was found damaged there, and what; a few of them.
