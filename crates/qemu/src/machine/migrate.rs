@@ -274,8 +274,16 @@ impl Machine {
         self.qmp("stop", Value::Null).await?;
         // Named for what it was made for; it is there in every build, and asks nothing of Xen. Not
         // `live` is what leaves the disks as they are.
-        let arguments = json!({ "filename": path.to_string_lossy(), "live": false });
-        self.qmp("xen-save-devices-state", arguments).await.map(drop)
+        let place = self.file_place(path)?;
+        let arguments = json!({ "filename": place.told.to_string_lossy(), "live": false });
+        let saved = match self.qmp("xen-save-devices-state", arguments).await {
+            Ok(_) => place.take_file(),
+            Err(e) => Err(e),
+        };
+        if saved.is_err() {
+            place.clear();
+        }
+        saved
     }
 
     /// Loads the state that [`Machine::save_state`] wrote to `path`. The machine is paused
