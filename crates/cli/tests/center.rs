@@ -50,11 +50,14 @@ impl Center {
         if Path::new(IMAGES).join("tiny").exists() {
             // Images of its own: what is deleted here is needed elsewhere.
             std::fs::create_dir(&images).expect("images");
+            // The image alone: others may be built on this machine, too.
+            let image = std::fs::read_link(format!("{IMAGES}/tiny")).expect("a link");
+            std::fs::create_dir(images.join("by-hash")).expect("a directory");
             let copied = Command::new("cp")
-                .args(["-a", "--sparse=always"])
-                .arg(format!("{IMAGES}/tiny"))
-                .arg(format!("{IMAGES}/by-hash"))
+                .args(["-a", "--sparse=always", "--parents"])
+                .args([Path::new("tiny"), &image])
                 .arg(&images)
+                .current_dir(IMAGES)
                 .status()
                 .expect("cp");
             assert!(copied.success());
