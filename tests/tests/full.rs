@@ -298,8 +298,8 @@ fn memory_of_idle_substrates_stays_within_its_budget_and_all_can_be_activated() 
     let _ = cloud.ok(&["vm", "dock", "b", "--name", "of-b"]);
     let _ = cloud.ok(&["vm", "start", "a"]);
     let _ = cloud.ok(&["vm", "dock", "a", "--name", "of-a"]);
-    let peak = sealed.end();
-    assert!(peak > 0 && peak <= BUDGET, "{peak} bytes of sealed memory on tmpfs");
+    let (peak, files) = sealed.end();
+    assert!(peak > 0 && peak <= BUDGET, "{peak} bytes of sealed memory on tmpfs: {files:?}");
     clean(&cloud);
 }
 
@@ -307,10 +307,10 @@ fn names_of_machines(cloud: &Cloud) -> Vec<String> {
     names(&cloud.ok(&["vm", "list"]))
 }
 
-/// The most that the files of a directory took at once, looked at all the time.
+/// The most that the files of a directory took at once, looked at all the time, and which they were.
 struct Peak {
     over: Arc<AtomicBool>,
-    looks: std::thread::JoinHandle<u64>,
+    looks: std::thread::JoinHandle<(u64, Vec<(String, u64)>)>,
 }
 
 impl Peak {
@@ -318,11 +318,18 @@ impl Peak {
         let (over, dir) = (Arc::new(AtomicBool::new(false)), dir.to_owned());
         let told = Arc::clone(&over);
         let looks = std::thread::spawn(move || {
-            let mut most = 0;
+            let mut most = (0, Vec::new());
             while !told.load(Ordering::Relaxed) {
                 let files = std::fs::read_dir(&dir).into_iter().flatten().flatten();
-                let now: u64 = files.filter_map(|f| Some(f.metadata().ok()?.blocks() * 512)).sum();
-                most = most.max(now);
+                let sizes = files.filter_map(|f| {
+                    let name = f.file_name().to_string_lossy().into_owned();
+                    Some((name, f.metadata().ok()?.blocks() * 512))
+                });
+                let sizes: Vec<_> = sizes.collect();
+                let now = sizes.iter().map(|(_, bytes)| bytes).sum();
+                if now > most.0 {
+                    most = (now, sizes);
+                }
                 std::thread::sleep(Duration::from_millis(2));
             }
             most
@@ -330,7 +337,7 @@ impl Peak {
         Self { over, looks }
     }
 
-    fn end(self) -> u64 {
+    fn end(self) -> (u64, Vec<(String, u64)>) {
         self.over.store(true, Ordering::Relaxed);
         self.looks.join().unwrap()
     }

@@ -22,6 +22,21 @@ use crate::pool::{Pool, lock};
 pub(crate) struct MemoryCache {
     budget_bytes: AtomicU64,
     uses: Mutex<Uses>,
+    /// Bytes of what is being laid out at this moment.
+    coming: Mutex<HashMap<SubstrateId, u64>>,
+}
+
+/// Room for memory that is being laid out, until it is there.
+#[derive(Debug)]
+pub(crate) struct Room<'a> {
+    cache: &'a MemoryCache,
+    id: SubstrateId,
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        lock(&self.cache.coming).remove(&self.id);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -42,7 +57,11 @@ pub(crate) struct InUse(#[allow(dead_code, reason = "it is counted")] Arc<()>);
 
 impl Default for MemoryCache {
     fn default() -> Self {
-        Self { budget_bytes: AtomicU64::new(u64::MAX), uses: Mutex::default() }
+        Self {
+            budget_bytes: AtomicU64::new(u64::MAX),
+            uses: Mutex::default(),
+            coming: Mutex::default(),
+        }
     }
 }
 
@@ -55,6 +74,11 @@ impl MemoryCache {
         let one = uses.by_id.entry(id).or_default();
         one.last = count;
         InUse(Arc::clone(&one.users))
+    }
+
+    /// Bytes of what is being laid out of others than `id`.
+    fn coming_beside(&self, id: SubstrateId) -> u64 {
+        lock(&self.coming).iter().filter(|(other, _)| **other != id).map(|(_, bytes)| bytes).sum()
     }
 
     pub(crate) fn forget(&self, id: SubstrateId) {
@@ -128,19 +152,25 @@ impl Pool {
     pub fn memory_fits(&self, id: SubstrateId) -> bool {
         let Ok(substrate) = self.get(id) else { return false };
         let others = self.sealed().into_iter().filter(|s| s.id != id && !s.idle);
-        let others: u64 = others.map(|s| s.bytes).sum();
+        let others = others.map(|s| s.bytes).sum::<u64>() + self.inner.cache.coming_beside(id);
         others.saturating_add(substrate.sizes.memory_bytes) <= self.memory_budget()
     }
 
-    /// Makes room for the sealed memory of a substrate, or for the one it has, within the budget
-    /// and on tmpfs. What is in use stays; whether that leaves room shows when it is made.
-    pub(crate) fn make_room(&self, id: SubstrateId, more: u64) {
+    /// Makes room for `more` bytes of sealed memory of a substrate, or for the one it has, within the
+    /// budget and on tmpfs, and keeps that until what is given is dropped. What is in use stays;
+    /// whether that leaves room shows when it is made.
+    pub(crate) fn make_room(&self, id: SubstrateId, more: u64) -> Room<'_> {
+        let cache = &self.inner.cache;
+        // First, so that of two at the same time each sees the other.
+        lock(&cache.coming).insert(id, more);
         let here: u64 = self.sealed().iter().map(|s| s.bytes).sum();
-        let over = (here + more).saturating_sub(self.memory_budget());
+        let wanted = more + cache.coming_beside(id);
+        let over = (here + wanted).saturating_sub(self.memory_budget());
         let free = rustix::fs::statvfs(&self.inner.dirs.memory)
             .map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize));
         let lacking = more.saturating_sub(free);
         self.drop_idle(over.max(lacking), Some(id));
+        Room { cache, id }
     }
 
     fn drop_idle(&self, bytes: u64, but: Option<SubstrateId>) -> u64 {
@@ -180,4 +210,34 @@ impl Pool {
 /// Bytes that the sealed memory with `pages` pages takes.
 pub(crate) fn bytes_of(pages: usize) -> u64 {
     pages as u64 * PAGE_SIZE as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_store::{Store, StoreOptions};
+
+    use super::*;
+    use crate::pool::PoolDirs;
+
+    #[test]
+    fn two_that_are_laid_out_at_once_both_count() {
+        const ONE: u64 = 1 << 20;
+        let dir = tempfile::tempdir().expect("a directory");
+        let dirs = PoolDirs {
+            substrates: dir.path().join("substrates"),
+            memory: dir.path().join("memory"),
+        };
+        let store = Store::open(&dir.path().join("store"), StoreOptions::default()).expect("open");
+        let pool = Pool::open(dirs, store, u64::MAX).expect("open");
+        pool.set_memory_budget(2 * ONE);
+        let idle = pool.memory_path(SubstrateId::new());
+        std::fs::create_dir_all(&pool.inner.dirs.memory).expect("a directory");
+        std::fs::write(&idle, vec![1; ONE as usize]).expect("written");
+        let first = pool.make_room(SubstrateId::new(), ONE);
+        assert!(idle.exists(), "there is room for both");
+        let _second = pool.make_room(SubstrateId::new(), ONE);
+        assert!(!idle.exists(), "each would have taken the room of the other");
+        drop(first);
+        assert_eq!(pool.inner.cache.coming_beside(SubstrateId::new()), ONE);
+    }
 }

@@ -202,7 +202,7 @@ async fn convert(
     if let MemorySource::Shared { path } = &launch.memory {
         // As an idle one's, it goes to where others have to give way; else it is laid out when it is
         // needed.
-        pool.make_room(substrate.id, substrate.sizes.memory_bytes);
+        let _room = pool.make_room(substrate.id, substrate.sizes.memory_bytes);
         let sealed = pool.memory_path(substrate.id);
         if !pool.memory_fits(substrate.id) {
             tracing::info!(id = %substrate.id, "memory file not taken over: it is over the budget");

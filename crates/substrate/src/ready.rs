@@ -209,7 +209,7 @@ impl Pool {
     fn ready_memory(&self, docked: &Docked) -> Result<SealedMemory, SubstrateError> {
         let path = self.memory_path(docked.substrate.id);
         if let Some(there) = SealedMemory::find(&path, docked.substrate.shape.memory.bytes()) {
-            self.make_room(docked.substrate.id, 0);
+            drop(self.make_room(docked.substrate.id, 0));
             if self.inner.verified.knows(&path) {
                 return Ok(there);
             }
@@ -227,7 +227,7 @@ impl Pool {
             }
         }
         let pages = docked.pages()?;
-        self.make_room(docked.substrate.id, bytes_of(pages.entries().len()));
+        let _room = self.make_room(docked.substrate.id, bytes_of(pages.entries().len()));
         let memory = SealedMemory::lay_out(&self.inner.store, &pages, &path)?;
         self.inner.verified.note(&path, Stamp::of(&path)?);
         Ok(memory)

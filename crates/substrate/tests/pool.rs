@@ -241,7 +241,7 @@ fn a_sealed_memory_file_holds_the_pages_and_is_written_by_nobody() {
     let path = dir.path().join("m/x.mem");
     let sealed = SealedMemory::lay_out(&store, &map, &path).expect("laid out");
     let meta = std::fs::metadata(sealed.path()).expect("file");
-    assert_eq!((meta.len(), meta.permissions().mode() & 0o777), (Mib(32).bytes(), 0o400));
+    assert_eq!((meta.len(), meta.permissions().mode() & 0o777), (Mib(32).bytes(), 0o444));
     let bytes = std::fs::read(&path).expect("read");
     let mut wanted = vec![0; bytes.len()];
     for (n, page) in memory() {

@@ -283,8 +283,9 @@ impl LocalSite {
             match record.below {
                 Below::Image => {}
                 Below::Substrate(id) => {
-                    let ready = self.pool.prepare(id, image).map_err(coded)?;
-                    layers.extend(ready.layer().map(|path| Layer::Qcow2 { path: path.to_owned() }));
+                    // Its memory is of no use to a guest that boots.
+                    let layer = self.pool.prepare_layer(id, image).map_err(coded)?;
+                    layers.extend(layer.map(|path| Layer::Qcow2 { path }));
                 }
                 Below::Mid => layers.push(Layer::Qcow2 { path: dir.join(MID) }),
             }

@@ -134,10 +134,16 @@ impl LocalSite {
                 return Err(coded(error));
             }
         };
-        // What every activation needs is made now, so that the first one does not wait for it.
+        // What every activation needs is made now, so that the first one does not wait for it; its
+        // memory only where that is within the budget beside what is in use.
         let (pool, id) = (self.pool.clone(), substrate.id);
         tokio::task::spawn_blocking(move || {
-            if let Err(e) = pool.prepare(id, &image) {
+            let ready = if pool.memory_fits(id) {
+                pool.prepare(id, &image).map(drop)
+            } else {
+                pool.prepare_layer(id, &image).map(drop)
+            };
+            if let Err(e) = ready {
                 tracing::warn!(%id, error = %crate::error::chain(&e), "not made ready");
             }
         });
