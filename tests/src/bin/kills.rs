@@ -341,6 +341,18 @@ fn travel(cloud: &mut Cloud, chance: &mut Chance, n: u64) -> String {
     };
     // A QEMU that is killed takes what only it had along.
     let qemu = matches!(victim, Victim::SourceQemu | Victim::DestinationQemu);
+    // One that was killed after its move is told of by its site's next report.
+    let dead = |at: &Value| {
+        let at = if at["site"] == Daemon::Ap.site() { Daemon::Ap } else { Daemon::Center };
+        !cloud.qemu(&vm, at).is_some_and(exists)
+    };
+    let end = if qemu && end["state"] == "running" && dead(&end) {
+        within(SETTLE_WITHIN, "the end of its QEMU to be told", || {
+            listed(cloud, &name).filter(|vm| vm["state"] != "running")
+        })
+    } else {
+        end
+    };
     let how = if end["state"] == "running" {
         work.whole(cloud);
         if end["site"] == work.site.site() {
