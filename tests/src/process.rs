@@ -68,6 +68,14 @@ pub(crate) fn recorded(run_dir: &Path) -> Option<i32> {
     let text = std::fs::read(run_dir.join("machine.json")).ok()?;
     let record: serde_json::Value = serde_json::from_slice(&text).ok()?;
     let pid = i32::try_from(record["process"]["pid"].as_i64()?).ok()?;
-    let dir = run_dir.to_str()?;
-    (exists(pid) && words(pid).iter().any(|w| w.contains(dir))).then_some(pid)
+    let began = record["process"]["start_ticks"].as_u64()?;
+    (exists(pid) && start_ticks(pid) == Some(began)).then_some(pid)
+}
+
+/// When a process began, in ticks since the host did: with its number it is one process for good. (A
+/// QEMU that waited has the directory that it waited in on its command line.)
+fn start_ticks(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name of the program, in brackets, may hold anything; the 22nd field is the 20th after it.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
