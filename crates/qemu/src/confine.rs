@@ -110,14 +110,7 @@ impl Confine {
     /// Chooses a uid for the machine whose run directory is `run_dir`.
     pub(crate) fn claim(&self, run_dir: &Path) -> Result<Claim, QemuError> {
         let path = Path::new(LOCK);
-        let lock = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
-            .open(path)
-            .map_err(QemuError::file("opening the lock on uids", path))?;
+        let lock = own_file(path).map_err(QemuError::file("opening the lock on uids", path))?;
         rustix::fs::flock(&lock, FlockOperation::LockExclusive)
             .map_err(|e| QemuError::file("taking the lock on uids", path)(e.into()))?;
         let taken = taken(run_dir);
@@ -180,16 +173,20 @@ pub(crate) fn let_read(path: &Path, uid: u32) -> Result<(), QemuError> {
         .map_err(QemuError::file("handing over", path))
 }
 
-/// Makes an empty file of `uid`'s, or gives it one that is there.
-pub(crate) fn make_file(path: &Path, uid: u32) -> Result<(), QemuError> {
-    let file = OpenOptions::new()
+/// The file at `path`, made where there is none, for its owner alone; never through a link.
+fn own_file(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
         .mode(0o600)
         .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
         .open(path)
-        .map_err(QemuError::file("making", path))?;
+}
+
+/// Makes an empty file of `uid`'s, or gives it one that is there.
+pub(crate) fn make_file(path: &Path, uid: u32) -> Result<(), QemuError> {
+    let file = own_file(path).map_err(QemuError::file("making", path))?;
     rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))
         .map_err(|e| QemuError::file("handing over", path)(e.into()))
 }

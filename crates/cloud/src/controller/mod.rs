@@ -31,7 +31,7 @@ mod settle;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
-mod tests_deleted;
+mod tests_belief;
 mod warrants;
 
 use std::collections::BTreeMap;

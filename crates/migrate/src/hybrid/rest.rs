@@ -342,7 +342,7 @@ mod tests {
         out
     }
 
-    fn said(message: &ReturnMessage) -> Vec<u8> {
+    fn encoded(message: &ReturnMessage) -> Vec<u8> {
         let mut out = Vec::new();
         message.encode(&mut out);
         out
@@ -369,9 +369,10 @@ mod tests {
         main.push(&resume);
         assert_eq!(main.next().expect("a stream"), Some(Record::Command(Command::PostcopyResume)));
         let m0 = Some(Bytes::from_static(b"m0"));
-        let _ = t.take(&said(&ReturnMessage::ReqPages { block: m0, start: 9 * PAGE, len: 4096 }));
+        let _ =
+            t.take(&encoded(&ReturnMessage::ReqPages { block: m0, start: 9 * PAGE, len: 4096 }));
         assert!(t.urgent().is_empty(), "not resumed yet");
-        let _ = t.take(&said(&ReturnMessage::ResumeAck(1)));
+        let _ = t.take(&encoded(&ReturnMessage::ResumeAck(1)));
         assert_eq!(pages(&t.urgent()), [(0, 9, 0x10000 + 9 * PAGE)]);
         let rest = t.following();
         let expected = [(0, 1), (0, 4), (1, 1), (1, 2)];
@@ -387,7 +388,7 @@ mod tests {
         assert_eq!(came.len(), 4);
         assert!(t.following().is_empty());
         // Asked for again, although it is on its way.
-        let _ = t.take(&said(&ReturnMessage::ReqPages { block: None, start: PAGE, len: 4096 }));
+        let _ = t.take(&encoded(&ReturnMessage::ReqPages { block: None, start: PAGE, len: 4096 }));
         assert!(t.urgent().is_empty());
         let (preempt, over) = t.end();
         assert_eq!(preempt.len(), 8);
@@ -397,7 +398,7 @@ mod tests {
             last = Some(r);
         }
         assert_eq!(last, Some(Record::Eof));
-        let _ = t.take(&said(&ReturnMessage::Shut(0)));
+        let _ = t.take(&encoded(&ReturnMessage::Shut(0)));
         assert_eq!(t.shut, Some(0));
     }
 }

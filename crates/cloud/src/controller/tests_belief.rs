@@ -1,8 +1,8 @@
-//! Machines that were deleted while a site that has a copy was away.
+//! What the center believes of a site: copies of deleted machines, lies, void warrants, unchanged lists.
 
 use std::sync::Arc;
 
-use godwit_types::{Generation, OpState, SiteKind, VmState};
+use godwit_types::{Code, Generation, OpState, SiteKind, VmState};
 
 use super::tests::*;
 use super::*;
@@ -128,4 +128,20 @@ async fn what_a_site_runs_is_asked_for_only_when_something_has_changed() {
         w.c.refresh(&center).await.expect("report");
         assert!(asked() > before);
     }
+}
+
+#[tokio::test]
+async fn a_warrant_of_a_move_that_never_switched_is_void() {
+    let w = world(Send::FailsBefore).await;
+    let vm = running(&w, "a").await;
+    let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
+    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
+    // The site that was to have it has kept what it was given.
+    w.cafe.machines.lock().expect("lock").push(warranted(&w, &vm, vm.generation.next()));
+    w.c.refresh(&cafe).await.expect("report");
+    w.c.refresh(&center).await.expect("report");
+    let now = w.c.registry().vm("a").expect("there");
+    assert_eq!((now.site.as_str(), now.generation), ("center", vm.generation));
+    assert_eq!(w.center.all().len(), 1, "the true one lives");
 }
