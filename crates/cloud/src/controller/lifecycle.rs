@@ -181,12 +181,12 @@ impl Controller {
     async fn run_create(
         &self,
         op: &OpHandle,
-        host: Arc<dyn SiteHost>,
+        mut host: Arc<dyn SiteHost>,
         mut new: NewMachine,
         bring: Option<SubstrateRecord>,
     ) -> Result<serde_json::Value, Fault> {
         if let Some(s) = bring {
-            self.bring_substrate(op, s.id, &host).await?;
+            host = self.bring_substrate(op, s.id, &host).await?;
         }
         if let Origin::Substrate(id) = new.origin {
             let record = self.registry.substrate(&id.to_string()).map_err(registry_fault)?;

@@ -585,6 +585,18 @@ pub enum StreamRequest {
         /// Which.
         id: SubstrateId,
     },
+    /// A substrate for another site that asks for the units it lacks: read in the frames of
+    /// `site/frames.rs`, written [`godwit_substrate::TakerMsg`]s.
+    SubstrateSupply {
+        /// Which.
+        id: SubstrateId,
+    },
+    /// A substrate from another site: read [`godwit_substrate::TakerMsg`]s and after the last of
+    /// them the verdict as JSON, written the parts of `site/frames.rs`.
+    SubstrateTake {
+        /// The content that it must have, unless any will do.
+        content: Option<Hash>,
+    },
     /// A substrate to write; ends with one [`SiteEvent`] from the site after the last byte.
     SubstrateImport {
         /// Its name here, if not its own.
