@@ -12,12 +12,17 @@ use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{Call, NewMachine, Origin, SiteHost, SiteRequest};
+use crate::site::{Call, NewMachine, News, Origin, SiteHost, SiteRequest};
 
 /// A call of a site whose progress is shown by the operation.
 pub(super) fn call_of(op: &OpHandle) -> Call {
     let shown = op.clone();
-    Call::new(move |p| shown.progress(p), op.cancel().clone())
+    let show = move |news| {
+        if let News::Progress(p) = news {
+            shown.progress(p);
+        }
+    };
+    Call::new(show, op.cancel().clone())
 }
 
 struct Shape {

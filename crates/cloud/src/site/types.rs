@@ -606,11 +606,27 @@ pub enum StreamRequest {
     },
 }
 
+/// What a site tells while it works on a request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum News {
+    /// How far it is. The next one says more, so one may be dropped.
+    Progress(Progress),
+    /// A source: the destination runs the machine under this generation. This is the commit point
+    /// of a move; it is never dropped.
+    Switched {
+        /// The generation that the machine left under; [`UNKNOWN_GENERATION`] where a daemon of
+        /// before did not write it down.
+        generation: Generation,
+    },
+    /// A source that lost its destination during the switch asks what became of it. Never dropped.
+    Uncertain,
+}
+
 /// What a site sends in answer to a request over a link.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum SiteEvent {
-    /// How far it is.
-    Progress(Progress),
+    /// What happened meanwhile.
+    News(News),
     /// The end.
     Done(Box<Result<SiteReply, Fault>>),
 }
