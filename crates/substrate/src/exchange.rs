@@ -9,8 +9,8 @@
 //!    | Enough ----------------------------------------------> |
 //! ```
 //! The taker decides: it asks its own store which units it lacks. Units travel as they are stored.
-//! A supplier gives nothing that is not of the substrate. When the stream breaks off, what has come
-//! is set aside for [`KEPT`]; the next try asks for the rest only.
+//! A supplier gives nothing that is not of the substrate, and nothing twice. When the stream breaks
+//! off, what has come is set aside for [`KEPT`]; the next try asks for the rest only.
 
 use std::collections::{HashMap, HashSet};
 use std::io::{ErrorKind, Read, Write};
@@ -194,7 +194,7 @@ impl Pool {
         mut out: impl Write,
     ) -> Result<(), SubstrateError> {
         let bundle = self.bundle(id)?;
-        let own: HashSet<Hash> = self.units(id)?.into_iter().collect();
+        let mut own: HashSet<Hash> = self.units(id)?.into_iter().collect();
         let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(SubstrateError::BrokeOff);
         write_head(&bundle, &mut put)?;
         out.flush().map_err(SubstrateError::BrokeOff)?;
@@ -205,8 +205,9 @@ impl Pool {
                     let mut put =
                         |bytes: &[u8]| out.write_all(bytes).map_err(SubstrateError::BrokeOff);
                     for hash in hashes {
-                        if !own.contains(&hash) {
-                            return Err(bad("the taker asks for a unit that is not of it"));
+                        if !own.remove(&hash) {
+                            let why = "the taker asks for a unit that is not of it, or that it got";
+                            return Err(bad(why));
                         }
                         write_unit(self.store(), &mut encoder, hash, &mut put)?;
                     }

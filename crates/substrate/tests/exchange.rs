@@ -192,6 +192,11 @@ fn a_supplier_gives_nothing_else_and_a_taker_takes_nothing_else() {
     assert_eq!(e.code(), Code::Damaged, "{e}");
     assert!(!out.windows(10).any(|w| w == b"of another"));
 
+    let unit = here.units(id).expect("units")[0];
+    let twice = TakerMsg::Want(vec![unit, unit]).encode();
+    let e = here.supply(id, &twice[..], Vec::new()).expect_err("twice");
+    assert_eq!(e.code(), Code::Damaged, "{e}");
+
     // Units that come unasked, or in another order, are refused and leave nothing.
     let mut stream = Vec::new();
     let wanted = here.units(id).expect("units");
