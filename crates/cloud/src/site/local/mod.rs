@@ -6,6 +6,7 @@
 
 mod adopt;
 mod apart;
+mod carry;
 mod dirs;
 mod exec;
 mod machines;
@@ -435,6 +436,8 @@ impl SiteHost for LocalSite {
             StreamRequest::Console { vm } => (vm, false),
             StreamRequest::Display { vm } => (vm, true),
             StreamRequest::SubstrateExport { id } => return self.export(id).await,
+            StreamRequest::SubstrateSupply { id } => return Ok(self.supply(id)),
+            StreamRequest::SubstrateTake { content } => return Ok(self.take(content)),
             StreamRequest::SubstrateImport { name, content } => {
                 return Ok(self.import(name, content));
             }
