@@ -686,17 +686,21 @@ impl Feed {
         self.ring().now()
     }
 
-    pub(super) fn watch(self: &Arc<Self>, after: Option<EventId>) -> Result<Watcher, Forgotten> {
+    pub(super) fn watch_now(self: &Arc<Self>) -> Watcher {
         // Subscribed first: what comes in between wakes it.
         let moved = self.moved.subscribe();
         let ring = self.ring();
-        let now = ring.now();
-        let next = match after {
-            None => ring.end(),
-            Some(id) => ring.after(id).ok_or(Forgotten { now })?,
-        };
+        let (next, last) = (ring.end(), ring.now());
         drop(ring);
-        Ok(Watcher { feed: self.clone(), moved, next, last: after.unwrap_or(now) })
+        Watcher { feed: self.clone(), moved, next, last }
+    }
+
+    pub(super) fn watch_after(self: &Arc<Self>, id: EventId) -> Result<Watcher, Forgotten> {
+        let moved = self.moved.subscribe();
+        let ring = self.ring();
+        let next = ring.after(id).ok_or_else(|| Forgotten { now: ring.now() })?;
+        drop(ring);
+        Ok(Watcher { feed: self.clone(), moved, next, last: id })
     }
 }
 

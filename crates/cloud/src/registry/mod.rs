@@ -240,7 +240,16 @@ impl Registry {
     /// # Errors
     /// [`Forgotten`] when what came after that event is not kept, or it is none of this registry.
     pub fn watch(&self, after: Option<EventId>) -> std::result::Result<Watcher, Forgotten> {
-        self.file.feed().watch(after)
+        match after {
+            Some(id) => self.file.feed().watch_after(id),
+            None => Ok(self.watch_now()),
+        }
+    }
+
+    /// Follows what is changed from now on.
+    #[must_use]
+    pub fn watch_now(&self) -> Watcher {
+        self.file.feed().watch_now()
     }
 
     /// Tells those who follow of an operation that is asked to stop, which is not written down.
