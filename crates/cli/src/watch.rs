@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use crate::args::Talk;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Format, Row};
@@ -59,13 +60,15 @@ pub(crate) struct Watched<'a, T> {
 
 /// Shows a list and what becomes of it, until it is interrupted or nobody reads any more; one object
 /// until it is gone.
-pub(crate) async fn watch<T: Watch>(
-    client: &Client,
-    format: Format,
-    what: Watched<'_, T>,
-) -> Result {
-    let shown = Shown::new(format);
-    let mut view = View { client, what, shown, rows: BTreeMap::new(), last: String::new() };
+pub(crate) async fn watch<T: Watch>(talk: &Talk, what: Watched<'_, T>) -> Result {
+    let mut view = View {
+        talk,
+        client: Client::open(&talk.connect)?,
+        what,
+        shown: Shown::new(talk.output),
+        rows: BTreeMap::new(),
+        last: String::new(),
+    };
     tokio::select! {
         done = view.run() => done.or_else(|end| match end {
             End::NothingMore => Ok(Outcome::Done),
@@ -90,7 +93,8 @@ impl From<Failure> for End {
 }
 
 struct View<'a, T> {
-    client: &'a Client,
+    talk: &'a Talk,
+    client: Client,
     what: Watched<'a, T>,
     shown: Shown,
     rows: BTreeMap<String, T>,
@@ -119,6 +123,10 @@ impl<T: Watch> View<'_, T> {
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(AGAIN.1);
+            // One that was started again may have another address.
+            if let Ok(client) = Client::open(&self.talk.connect) {
+                self.client = client;
+            }
         }
     }
 

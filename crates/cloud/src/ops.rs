@@ -534,6 +534,8 @@ impl OpHandle {
         let mut record = {
             let live = self.ops.live();
             let Some(l) = live.get(&self.id) else { return };
+            // A request to stop that comes now is not told of after the end.
+            l.committed.store(true, Ordering::SeqCst);
             l.view.borrow().clone()
         };
         record.ended = Some(UnixMs::now());

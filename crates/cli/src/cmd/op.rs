@@ -94,7 +94,7 @@ impl Noun {
             Verb::List { running, watch: true } => {
                 let keep = Box::new(move |o: &OpRecord| !running || !o.state.is_final());
                 let what = Watched { list: "/v1/ops", only: None, keep };
-                return watch(&client, format, what).await;
+                return watch(&self.talk, what).await;
             }
             Verb::List { running, watch: false } => {
                 let mut all: Vec<OpRecord> = client.get("/v1/ops").await?;

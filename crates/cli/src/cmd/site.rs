@@ -217,10 +217,9 @@ impl Noun {
         let format = self.talk.output;
         match self.verb {
             Verb::List { watch: true } => {
-                let client = Client::open(&self.talk.connect)?;
                 let keep = Box::new(|_: &Seen| true);
                 let what = Watched { list: "/v1/sites", only: None, keep };
-                return watch(&client, format, what).await;
+                return watch(&self.talk, what).await;
             }
             Verb::List { watch: false } => {
                 let client = Client::open(&self.talk.connect)?;

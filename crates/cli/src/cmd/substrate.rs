@@ -130,7 +130,7 @@ impl Noun {
             Verb::List { watch: true } => {
                 let keep = Box::new(|_: &SubstrateRecord| true);
                 let what = Watched { list: "/v1/substrates", only: None, keep };
-                return watch(&client, format, what).await;
+                return watch(&self.talk, what).await;
             }
             Verb::List { watch: false } => {
                 let all: Vec<SubstrateRecord> = client.get("/v1/substrates").await?;

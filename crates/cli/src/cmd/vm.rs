@@ -213,7 +213,7 @@ impl Noun {
                 }
                 let keep = Box::new(move |v: &VmRecord| site.as_ref().is_none_or(|s| *s == v.site));
                 let what = Watched { list: "/v1/vms", only: None, keep };
-                watch(&at.client, at.talk.output, what).await
+                watch(&at.talk, what).await
             }
             Verb::List { site, watch: false } => {
                 let filter = site.map(|s| format!("?site={s}")).unwrap_or_default();
@@ -229,7 +229,7 @@ impl Noun {
                     only,
                     keep: Box::new(move |v: &VmRecord| v.id == id),
                 };
-                watch::<VmRecord>(&at.client, at.talk.output, what).await
+                watch::<VmRecord>(&at.talk, what).await
             }
             Verb::Get { vm, watch: false } => {
                 out::one(at.talk.output, &at.vm(&vm).await?)?;
