@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::api::Api;
 use crate::guest::Guest;
-use crate::run::{Answer, run, within};
+use crate::run::{Answer, Followed, run, within};
 use crate::setup::{Setup, Use};
 use crate::tmpfs::Tmpfs;
 use crate::{archive, process};
@@ -255,6 +255,14 @@ impl Cloud {
         let mut command = self.command();
         command.args(args).stdin(Stdio::null()).stdout(Stdio::piped());
         Running(command.spawn().unwrap_or_else(|e| panic!("starting {args:?}: {e}")))
+    }
+
+    /// A command that runs on beside the test, with the lines that it writes.
+    #[must_use]
+    pub fn follow(&self, args: &[&str]) -> Followed {
+        let mut command = self.command();
+        command.args(args);
+        Followed::begin(command, format!("godwit {}", args.join(" ")))
     }
 
     /// Runs `godwit` with the words of `line` on a terminal of its own and gives all that it
