@@ -8,6 +8,7 @@ mod adopt;
 mod apart;
 mod dirs;
 mod exec;
+mod filling;
 mod machines;
 mod moves;
 mod pool;
@@ -204,6 +205,7 @@ impl LocalSite {
         report::check_tmpfs(&dirs.memory)?;
         let confine = apart::confine(options.uids, &dirs)?;
         let groups = apart::groups(&dirs);
+        relays::tell_revoked(&dirs, &trust)?;
         let images = ImageCache::open(&dirs.images).map_err(|e| Fault::of(&e))?;
         let binaries = godwit_qemu::Binaries::default();
         let qemu = godwit_qemu::doctor::qemu_version(binaries.of(Arch::X86_64))
@@ -341,8 +343,10 @@ impl LocalSite {
         if newer {
             tracing::info!(number = list.number, "a newer list of revoked certificates");
         }
-        // Relays read it there. The center's own site shares its list, and has it without being told.
-        list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))
+        // Relays of earlier versions read it there. The center's own site shares its list, and has it
+        // without being told.
+        list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))?;
+        relays::tell_revoked(&self.dirs, &self.trust)
     }
 
     /// Refuses a request with an older generation than the site has seen.
