@@ -9,6 +9,7 @@ mod apart;
 mod carry;
 mod dirs;
 mod exec;
+mod filling;
 mod machines;
 mod moves;
 mod pool;
@@ -205,6 +206,7 @@ impl LocalSite {
         report::check_tmpfs(&dirs.memory)?;
         let confine = apart::confine(options.uids, &dirs)?;
         let groups = apart::groups(&dirs);
+        relays::tell_revoked(&dirs, &trust)?;
         let images = ImageCache::open(&dirs.images).map_err(|e| Fault::of(&e))?;
         let binaries = godwit_qemu::Binaries::default();
         let qemu = godwit_qemu::doctor::qemu_version(binaries.of(Arch::X86_64))
@@ -342,8 +344,10 @@ impl LocalSite {
         if newer {
             tracing::info!(number = list.number, "a newer list of revoked certificates");
         }
-        // Relays read it there. The center's own site shares its list, and has it without being told.
-        list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))
+        // Relays of earlier versions read it there. The center's own site shares its list, and has it
+        // without being told.
+        list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))?;
+        relays::tell_revoked(&self.dirs, &self.trust)
     }
 
     /// Refuses a request with an older generation than the site has seen.

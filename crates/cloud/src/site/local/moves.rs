@@ -30,12 +30,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
-use super::LocalSite;
 use super::machines::{TOP, coded, joined, layer_bytes};
 use super::quit::NotSent;
 use super::record::{Below, End, MachineRecord, Meant, Migration};
 use super::relays::{MovePaths, Part};
 use super::resume::forget_measured;
+use super::{LocalSite, filling};
 use crate::error::Fault;
 use crate::ops::Progress;
 use crate::site::{Call, Incoming, MachineStatus, News, UNKNOWN_GENERATION};
@@ -281,7 +281,7 @@ impl LocalSite {
                     .await
                     .map_err(joined)?
                     .map_err(coded)?;
-                let mid = dir.join(MID);
+                let mid = filling::place(&dir);
                 let (nbd, written) = (paths.nbd.clone(), paths.written.clone());
                 Some(RelayDisk::Destination { base, mid, bytes, nbd, written })
             }
@@ -327,7 +327,9 @@ impl LocalSite {
         let me = Arc::clone(self);
         Self::drive(&moving, async move {
             let written = MovePaths::of(&me.dirs.run, &migration).written;
-            let disk = me.pivot_of(&record).map(|layers| ArrivingDisk { layers, written });
+            let dir = me.dirs.vm(record.vm);
+            let filled = filling::is_there(&dir).then(|| filling::place(&dir));
+            let disk = me.pivot_of(&record).map(|layers| ArrivingDisk { layers, filled, written });
             let outcome = {
                 let noted = me.note_run(&record, &relay);
                 let arriving = receive(&machine, &relay, disk, &mut received, resumed);
@@ -391,9 +393,12 @@ impl LocalSite {
         {
             warn!(vm = %record.name, %error, "the list of what came stays beside the layer");
         }
+        if let Err(error) = filling::end(&dir) {
+            warn!(vm = %record.name, %error, "where its disk was filled stays");
+        }
         forget_measured(&dir);
-        if let Ok(paths) = self.move_paths(record) {
-            let _ = std::fs::remove_dir_all(&paths.dir);
+        if let Some(m) = &record.migration {
+            self.clear_move(m);
         }
         info!(vm = %record.name, "has arrived");
         Ok(())
