@@ -169,6 +169,28 @@ fn a_full_file_system_is_named_and_nothing_is_left() {
     assert_eq!(left, 0);
 }
 
+/// Whoever makes a layer may be killed between its file and its record.
+#[test]
+fn a_middle_layer_without_a_record_has_not_begun_and_is_made_again() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let at = |n: &str| dir.path().join(n);
+    base(&at("base.raw"), 4);
+    let mut sent = BlockBitmap::for_bytes(4 * MIB).expect("small");
+    sent.set_range(10..40);
+    let (path, below) = (at("mid.qcow2"), at("base.raw"));
+    assert!(!MidLayer::is_begun(&path));
+    image::create_overlay(&path, Backing::Raw(&below), 4 * MIB).expect("its file");
+    assert!(!MidLayer::is_begun(&path));
+    assert!(MidLayer::create(&path, &below, 4 * MIB, &sent).is_err(), "another's");
+    let made = MidLayer::create_again(&path, &below, 4 * MIB, &sent).expect("made");
+    assert!(MidLayer::is_begun(&path));
+    assert_eq!(made.received().count(), 0);
+    drop(made);
+    assert_eq!(MidLayer::missing(&path).expect("a record"), (30, false));
+    // One that has begun is nobody's to make again.
+    assert!(MidLayer::create_again(&path, &below, 4 * MIB, &sent).is_err());
+}
+
 #[test]
 fn the_middle_layer_survives_a_kill_and_is_sealed_once() {
     let dir = tempfile::tempdir().expect("a temporary directory");

@@ -91,6 +91,28 @@ impl MidLayer {
         made
     }
 
+    /// As [`MidLayer::create`], in place of what somebody left who was killed before the layer had
+    /// begun: see [`MidLayer::is_begun`].
+    ///
+    /// # Errors
+    /// As [`MidLayer::create`].
+    pub fn create_again(
+        path: &Path,
+        base: &Path,
+        bytes: u64,
+        sent: &BlockBitmap,
+    ) -> Result<Self, DiskError> {
+        if !Self::is_begun(path) {
+            match fs::remove_file(path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(io_error("removing", path)(e));
+                }
+                _ => {}
+            }
+        }
+        Self::create(path, base, bytes, sent)
+    }
+
     fn open(
         path: &Path,
         base: &Path,
@@ -262,6 +284,13 @@ impl MidLayer {
         left.subtract(&record.received)
             .map_err(|source| DiskError::Bitmap { path: path.to_path_buf(), source })?;
         Ok((left.count(), record.finished))
+    }
+
+    /// Whether a layer was begun at `path`. A file without its record is none: whoever made it was
+    /// killed before anything came, and it is made anew.
+    #[must_use]
+    pub fn is_begun(path: &Path) -> bool {
+        path.exists() && record_path(path).exists()
     }
 
     /// Where the record of the layer at `path` is.

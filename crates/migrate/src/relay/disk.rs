@@ -291,8 +291,11 @@ pub(super) async fn destination(
     let (base, mid) = (arrival.base.to_owned(), arrival.mid.to_owned());
     let (bytes, resume) = (arrival.bytes, arrival.resume);
     let made = tokio::task::spawn_blocking(move || {
-        if !(resume && mid.exists()) {
-            let layer = MidLayer::create(&mid, &base, bytes, &bitmap)?;
+        if !(resume && MidLayer::is_begun(&mid)) {
+            let layer = match resume {
+                true => MidLayer::create_again(&mid, &base, bytes, &bitmap)?,
+                false => MidLayer::create(&mid, &base, bytes, &bitmap)?,
+            };
             let mut core = PostcopyDestination::new(bitmap);
             if resume {
                 // The source waits for a word of what is here, even if it is nothing.

@@ -376,7 +376,7 @@ impl LocalSite {
             Ok((left, false)) => {
                 Some(told.filter(|c| c.disk_blocks > 0).map_or(left, |c| left.min(c.disk_left)))
             }
-            Err(_) if mid.exists() => {
+            Err(_) if MidLayer::is_begun(&mid) => {
                 return MidLayer::missing(&mid).map(|_| (pages, None)).map_err(coded);
             }
             Err(_) => None,
