@@ -20,6 +20,7 @@
 mod arrive;
 mod ask;
 pub(crate) mod bring;
+mod carry;
 mod depart;
 mod exec;
 pub(crate) mod lifecycle;
