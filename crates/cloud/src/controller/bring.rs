@@ -9,6 +9,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 
+use super::rebuild::{suffixed, tail};
 use super::{Controller, registry_fault};
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
@@ -104,10 +105,12 @@ impl Controller {
                 continue;
             }
             if let Err(f) = self.adopt_substrate(host.name(), s) {
-                if f.code != Code::Damaged {
+                // One substrate costs a site neither its report nor its lease.
+                if !matches!(f.code, Code::Damaged | Code::Exists | Code::NotFound | Code::Invalid)
+                {
                     return Err(f);
                 }
-                tracing::warn!(%id, "{f}");
+                tracing::warn!(site = %host.name(), %id, "not listed: {f}");
                 report.substrates.remove(&id);
             }
         }
@@ -150,7 +153,23 @@ impl Controller {
             .collect())
     }
 
-    /// Enters a substrate that `site` holds.
+    /// Refuses what a site says to have made when it is not what it was asked for.
+    pub(super) fn is_wanted(
+        site: &Name,
+        wanted: SubstrateId,
+        info: &SubstrateInfo,
+    ) -> Result<(), Fault> {
+        if info.id == wanted {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Code::Damaged,
+            format!("site '{site}' made substrate {} where {wanted} was asked for", info.id),
+        ))
+    }
+
+    /// Enters a substrate that `site` holds. One whose name another has come by meanwhile gets a
+    /// name of its own.
     pub(crate) fn adopt_substrate(
         &self,
         site: &Name,
@@ -158,8 +177,15 @@ impl Controller {
     ) -> Result<SubstrateRecord, Fault> {
         match self.registry.substrate_seen(info.id, site, info.content) {
             Err(RegistryError::NotFound { .. }) => {
-                let record = Self::record_of(site, info);
-                let added = self.registry.substrate_add(&record);
+                let mut record = Self::record_of(site, info);
+                let mut added = self.registry.substrate_add(&record);
+                if matches!(added, Err(RegistryError::Exists { .. }))
+                    && self.registry.substrate(&record.id.to_string()).is_err()
+                {
+                    // Docked under that name at another site at the same time.
+                    record.name = suffixed(&record.name, &tail(record.id))?;
+                    added = self.registry.substrate_add(&record);
+                }
                 // The site's report and the answer to its docking may both come now.
                 match (added, self.registry.substrate(&record.id.to_string())) {
                     (Ok(()), _) => Ok(record),

@@ -394,6 +394,7 @@ impl Controller {
             match outcome {
                 Ok(info) => {
                     let report = info.dock.clone();
+                    Self::is_wanted(&record.site, substrate, &info)?;
                     me.adopt_substrate(&record.site, info)?;
                     me.registry.vm_remove(record.id, record.generation).map_err(registry_fault)?;
                     op.done("dock")?;

@@ -23,14 +23,14 @@ use crate::registry::{SubstrateRecord, VmRecord};
 use crate::site::{Call, NewMachine, Origin, SiteHost, SiteRequest, SubstrateInfo};
 
 /// `base-suffix`, cut to the length that a name may have.
-fn suffixed(base: &Name, suffix: &str) -> Result<Name, Fault> {
+pub(super) fn suffixed(base: &Name, suffix: &str) -> Result<Name, Fault> {
     let room = Name::MAX_LEN - suffix.len() - 1;
     let short: String = base.as_str().chars().take(room).collect();
     Name::new(&format!("{short}-{suffix}")).map_err(|e| Fault::internal(e.to_string()))
 }
 
 /// The last digits of an id, which differ from one to the next.
-fn tail(id: SubstrateId) -> String {
+pub(super) fn tail(id: SubstrateId) -> String {
     let text = id.0.simple().to_string();
     text[text.len() - 6..].to_owned()
 }
@@ -166,6 +166,7 @@ impl Controller {
             owner: job.old.owner.clone(),
         };
         let info = host.vm_dock(request, call_of(op)).await?;
+        Self::is_wanted(host.name(), job.new, &info)?;
         let report = info.dock.clone();
         self.replace(&job.old, info, &job.vm).await?;
         op.done("rebuild")?;

@@ -159,3 +159,25 @@ async fn a_switch_to_another_generation_than_was_asked_for_is_not_believed() {
     );
     assert!(w.cafe.all().is_empty(), "the destination keeps nothing");
 }
+
+/// Two sites may dock under one name at the same time: both substrates are there, and neither site
+/// is lost over it.
+#[tokio::test]
+async fn two_substrates_of_one_name_cost_no_site_its_report() {
+    let w = world(Send::Works).await;
+    let center: Arc<dyn SiteHost> = w.center.clone();
+    let (first, second) = (docked(1), docked(2));
+    let second = SubstrateInfo { name: first.name.clone(), ..second };
+    w.center.substrates.lock().expect("lock").extend([first.clone(), second.clone()]);
+    for _ in 0..2 {
+        w.c.refresh(&center).await.expect("report");
+    }
+    let named = |id: godwit_types::SubstrateId| {
+        w.c.registry().substrate(&id.to_string()).expect("there").name
+    };
+    assert_eq!(named(first.id), first.name);
+    let other = named(second.id);
+    assert!(other.as_str().starts_with(&format!("{}-", first.name)), "{other}");
+    let site = w.c.registry().site(&name("center")).expect("there");
+    assert_eq!(site.report.substrates, [first.id, second.id].into());
+}
