@@ -277,7 +277,8 @@ impl Cloud {
     #[must_use]
     pub fn on_terminal(&self, line: &str, keys: &[(&str, &[u8])]) -> String {
         let mut command = self.command_of("script");
-        let line = format!("{} {line}", self.program.display());
+        // In place of the shell, which would end by a key that the command takes.
+        let line = format!("exec {} {line}", self.program.display());
         command.args(["-qefc", &line, "/dev/null"]).env("TERM", "xterm");
         crate::run::converse(command, &line, keys)
     }
