@@ -29,9 +29,7 @@ use crate::pool::Pool;
 use crate::ready::Ready;
 use crate::shells::Shells;
 
-/// How long a restored guest may take to answer.
-const ANSWER_WITHIN: Duration = Duration::from_secs(60);
-/// How long it may take to renew its identity.
+/// How long a restored guest may take to renew its identity.
 const RENEW_WITHIN: Duration = Duration::from_secs(120);
 
 /// Where a machine lives on its host.
@@ -313,16 +311,15 @@ async fn bring_up(
     phases.end("run");
     godwit_hold::at("activate.running").await;
     let running_ms = phases.elapsed().as_secs_f64() * 1e3;
-    let mut agent = machine
-        .agent()
-        .connect("guest-exec", ANSWER_WITHIN)
-        .await
-        .map_err(|e| SubstrateError::machine("waiting for the guest")(e.into()))?;
+    let set = environment(identity.as_ref())?;
+    let asked = machine.agent().renew(&set, RENEW_WITHIN).await;
+    let agent = asked.map_err(|e| SubstrateError::machine("renewing the identity")(e.into()))?;
     let first_answer_ms = phases.elapsed().as_secs_f64() * 1e3;
-    phases.end("answer");
-    let env = environment(identity.as_ref())?;
-    run_script(&mut agent, AFTER_ACTIVATE, &[], &env, RENEW_WITHIN).await?;
-    drop(agent);
+    if let Some(mut agent) = agent {
+        // Docked with an agent that has to start a program for it.
+        phases.end("answer");
+        run_script(&mut agent, AFTER_ACTIVATE, &[], &set, RENEW_WITHIN).await?;
+    }
     phases.end("renew");
     godwit_hold::at("activate.identity").await;
     // Until now the guest has no card at all. Its drivers take the only vCPU for a while when one
