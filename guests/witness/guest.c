@@ -413,7 +413,7 @@ static int after_activate(void) {
  *   {"execute":"godwit-activate","arguments":{"id":7,"set":"GODWIT_SEED=.. GODWIT_HOSTNAME=.."}}
  *   <- 0xff {"return":7}     or     0xff {"error":{"desc":".."},"id":7}
  * and does what after-activate does, only that a card which is not there yet is awaited for good.
- * Asked again with the same id, it only answers again. All other lines go to qemu-ga, and whatever
+ * Asked again with the same id, which no two activations have, it only answers again. All other lines go to qemu-ga, and whatever
  * that says to the host. Everything is ready when the machine is docked: pages, descriptors, the
  * socket for news of cards. */
 #define GA_SOCKET "/run/godwit-ga"

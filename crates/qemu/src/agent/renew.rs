@@ -17,6 +17,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::io::AsyncWriteExt;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::frames::next_line;
 use super::{Agent, AgentError, AgentSession, Channel, MARK, refused, sync_answer};
@@ -48,6 +49,11 @@ enum Heard {
     Failed(String),
     Unknown,
     Nothing,
+}
+
+/// An id that no question ever had: a machine may be docked again, and remembers the last one.
+fn unique() -> u64 {
+    u64::try_from(Uuid::new_v4().as_u128() >> 65).unwrap_or(1)
 }
 
 fn heard(line: &[u8], id: u64) -> Heard {
@@ -93,11 +99,10 @@ impl AgentSession<'_> {
     /// Whether the agent did it; if not, the channel is in step for another question.
     async fn renew(&mut self, set: &[String]) -> Result<bool, AgentError> {
         let io = |source| AgentError::Io { command: COMMAND.to_owned(), source };
-        let Channel { last_id, wire, in_step } = &mut *self.channel;
+        let Channel { wire, in_step, .. } = &mut *self.channel;
         let wire = wire.as_mut().ok_or_else(|| io(std::io::ErrorKind::NotConnected.into()))?;
         *in_step = None;
-        *last_id += 1;
-        let id = *last_id;
+        let id = unique();
         // As the guest reads it: without a blank, the id first.
         let line = format!(
             "\n{{\"execute\":\"{COMMAND}\",\"arguments\":{{\"id\":{id},\"set\":\"{}\"}}}}\n",
@@ -209,6 +214,13 @@ mod tests {
         let session = agent.renew(&set(), WITHIN).await.unwrap();
         assert!(session.is_some_and(|s| s.channel.in_step.is_some()));
         drop(guest.await.unwrap());
+    }
+
+    #[test]
+    fn no_two_questions_have_one_id() {
+        let ids: std::collections::HashSet<u64> = (0..1000).map(|_| unique()).collect();
+        assert_eq!(ids.len(), 1000);
+        assert!(ids.iter().all(|id| i64::try_from(*id).is_ok()), "JSON of C has signed numbers");
     }
 
     #[test]
