@@ -295,8 +295,6 @@ impl Machine {
         const DOING: &str = "loading the state";
         self.allowed(Action::Load).await?;
         self.set_capabilities(&[Capability::IgnoreShared]).await?;
-        // Nobody waits for a docked machine at its old address, and it may get another.
-        self.qmp("migrate-set-parameters", json!({ "announce-rounds": 0 })).await?;
         let place = self.copy_place(path)?;
         let loaded = async {
             self.begin_incoming(file_channel(&place.told)).await?;
