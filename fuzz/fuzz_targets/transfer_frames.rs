@@ -2,7 +2,6 @@
 #![no_main]
 
 use godwit_transfer::JoinToken;
-use godwit_transfer::chunk::ChunkMsg;
 use godwit_transfer::codec::unpack;
 use godwit_transfer::keys::Peer;
 use godwit_transfer::link::JoinRequest;
@@ -26,10 +25,11 @@ fuzz_target!(|data: &[u8]| {
     let _ = LaneHeader::decode(data);
     let _ = Call::decode(data);
     let _ = Peer::of_certificate(data);
-    if let Ok(ChunkMsg::Unit { raw_len, packed, .. }) = ChunkMsg::decode(data)
-        && let Ok(raw) = unpack(&packed, raw_len as usize, 64 << 10)
-    {
-        assert_eq!(raw.len(), raw_len as usize);
+    if let Some((len, packed)) = data.split_first_chunk::<2>() {
+        let len = usize::from(u16::from_le_bytes(*len));
+        if let Ok(raw) = unpack(packed, len, 64 << 10) {
+            assert_eq!(raw.len(), len);
+        }
     }
     if let Ok(text) = std::str::from_utf8(data)
         && let Ok(token) = text.parse::<JoinToken>()

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::api::Api;
 use crate::guest::Guest;
-use crate::run::{Answer, run, within};
+use crate::run::{Answer, Followed, run, within};
 use crate::setup::{Setup, Use};
 use crate::tmpfs::Tmpfs;
 use crate::{archive, process};
@@ -132,6 +132,7 @@ impl Cloud {
             net,
             _turn: turn,
         };
+        cloud.make_hold_dir();
         for (at, what, mib) in setup.mounts {
             let path = match what {
                 Use::Disk => cloud.site_dir(at).join("data"),
@@ -213,14 +214,20 @@ impl Cloud {
         Api::of(&self.root.path().join("config"))
     }
 
-    /// Memory that a daemon has in use, in MiB.
+    /// The process of a daemon.
     #[must_use]
-    pub fn resident_mib(&self, which: Daemon) -> u64 {
+    pub fn pid(&self, which: Daemon) -> i32 {
         let child = match which {
             Daemon::Center => &self.center,
             Daemon::Ap => &self.ap,
         };
-        let pid = child.as_ref().expect("a daemon").id();
+        child.as_ref().expect("a daemon").id().cast_signed()
+    }
+
+    /// Memory that a daemon has in use, in MiB.
+    #[must_use]
+    pub fn resident_mib(&self, which: Daemon) -> u64 {
+        let pid = self.pid(which);
         let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
         let line = text.lines().find_map(|l| l.strip_prefix("VmRSS:")).expect("its memory");
         line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") >> 10
@@ -255,6 +262,14 @@ impl Cloud {
         let mut command = self.command();
         command.args(args).stdin(Stdio::null()).stdout(Stdio::piped());
         Running(command.spawn().unwrap_or_else(|e| panic!("starting {args:?}: {e}")))
+    }
+
+    /// A command that runs on beside the test, with the lines that it writes.
+    #[must_use]
+    pub fn follow(&self, args: &[&str]) -> Followed {
+        let mut command = self.command();
+        command.args(args);
+        Followed::begin(command, format!("godwit {}", args.join(" ")))
     }
 
     /// Runs `godwit` with the words of `line` on a terminal of its own and gives all that it
@@ -355,9 +370,18 @@ impl Cloud {
         self.root.path().join("hold")
     }
 
+    /// Relays have users of their own, and are to be held too.
+    fn make_hold_dir(&self) {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = self.hold_dir();
+        std::fs::create_dir_all(&dir).expect("a directory");
+        let all = std::fs::Permissions::from_mode(0o777);
+        std::fs::set_permissions(&dir, all).expect("a directory of everybody's");
+    }
+
     /// Whoever comes to `step` from now on waits there, until [`Cloud::let_go`].
     pub fn hold(&self, step: &str) {
-        std::fs::create_dir_all(self.hold_dir()).expect("a directory");
+        self.make_hold_dir();
         std::fs::write(self.hold_dir().join(step), "").expect("a request to hold");
     }
 

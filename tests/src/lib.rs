@@ -23,6 +23,6 @@ pub use bits::flip;
 pub use cloud::{Cloud, Daemon, Fed, Running, Unwanted, free_port, has_image};
 pub use guest::{Guest, Identity};
 pub use process::{exists, kill, pause, resume};
-pub use run::{Answer, within};
+pub use run::{Answer, Followed, within};
 pub use setup::{Setup, Use};
 pub use tmpfs::Tmpfs;

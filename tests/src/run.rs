@@ -1,7 +1,8 @@
 //! Running commands, and waiting for states.
 
-use std::io::{Read, Write};
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -94,6 +95,71 @@ pub(crate) fn converse(mut command: Command, line: &str, keys: &[(&str, &[u8])])
     let status = child.wait().unwrap_or_else(|e| panic!("waiting for {line}: {e}"));
     assert!(status.success(), "{line}: {status}: {all:?}");
     all
+}
+
+/// A command that runs on beside the test, and the lines that it writes.
+#[derive(Debug)]
+pub struct Followed {
+    child: Child,
+    line: String,
+    lines: Arc<Mutex<Vec<String>>>,
+}
+
+impl Followed {
+    pub(crate) fn begin(mut command: Command, line: String) -> Self {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("starting {line}: {e}"));
+        let lines = Arc::<Mutex<Vec<String>>>::default();
+        let from = BufReader::new(child.stdout.take().expect("its output"));
+        let to = lines.clone();
+        std::thread::spawn(move || {
+            for text in from.lines().map_while(Result::ok) {
+                to.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+            }
+        });
+        Self { child, line, lines }
+    }
+
+    /// What it has written so far.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The same as JSON, one value a line.
+    #[must_use]
+    pub fn json(&self) -> Vec<Value> {
+        let value = |l: &String| {
+            serde_json::from_str(l).unwrap_or_else(|e| panic!("{}: {e} in {l:?}", self.line))
+        };
+        self.lines().iter().map(value).collect()
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    /// Interrupts it, as Ctrl-C does, and gives its exit code.
+    pub fn interrupt(&mut self) -> i32 {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("a signal");
+        let status =
+            within(COMMAND_WITHIN, "a command to end", || self.child.try_wait().expect("wait"));
+        status.code().unwrap_or(-1)
+    }
+}
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        // What is gone already needs no end.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// Runs a command to its end.

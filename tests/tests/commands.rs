@@ -373,6 +373,9 @@ fn progress_is_drawn_on_a_terminal_and_the_console_is_left_by_its_key() {
     assert!(!drawn.contains('\u{2588}'), "a bar without its dress: {drawn:?}");
     assert!(drawn.trim_end().ends_with("a   running at center   from image tiny"), "{drawn:?}");
     cloud.guest("a").answers();
+    // A list that is kept up to date, until Ctrl-C.
+    let drawn = cloud.on_terminal("vm list --watch", &[("center", b"\x03".as_slice())]);
+    assert!(drawn.contains("\x1b[HNAME   STATE"), "{drawn:?}");
 
     let keys: [(&str, &[u8]); 3] =
         [("Ctrl-] leaves", b"\r"), ("/#", b"echo $((6*7))\r"), ("42", &[0x1d])];

@@ -1,6 +1,6 @@
-//! Each QEMU is a uid of its own that sees nothing of other machines, and lives through all that a
-//! machine lives through.
-#![allow(clippy::unwrap_used, reason = "a test")]
+//! Each QEMU and each relay is a uid of its own that sees nothing of other machines, and lives through
+//! all that a machine lives through.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -9,11 +9,15 @@ use std::time::Duration;
 
 use godwit_tests::{Cloud, Daemon, within};
 
+/// The machine may run at its destination, and the source does not know it.
+const COMMITTED: &str = "relay.committed";
+
 /// The values of one line of `/proc/PID/status`.
 fn status(pid: i32, key: &str) -> Vec<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = text.lines().find_map(|l| l.strip_prefix(key)).unwrap();
-    line.trim_start_matches(':').split_whitespace().map(|n| n.parse().unwrap()).collect()
+    let words = line.trim_start_matches(':').trim_end_matches(" kB").split_whitespace();
+    words.map(|n| n.parse().unwrap()).collect()
 }
 
 /// The uid of a QEMU, which has it in every sense, no other right and mounts of its own.
@@ -53,6 +57,82 @@ fn can(pid: i32, uid: u64, what: &str, path: &Path) -> bool {
         .unwrap();
     assert!(matches!(done.code(), Some(0 | 1)), "{done}");
     done.success()
+}
+
+/// Whether who has taken that process over can signal `other`.
+fn can_signal(pid: i32, uid: u64, other: i32) -> bool {
+    let done = Command::new("nsenter")
+        .args(["-t", &pid.to_string(), "-m", "-S", &uid.to_string(), "-G", &uid.to_string()])
+        .args(["/bin/sh", "-c", &format!("kill -0 {other} 2>&1")])
+        .output()
+        .unwrap();
+    done.status.success()
+}
+
+/// Both relays of a move are uids of their own, at the step at which the machine may run at its
+/// destination; `qemus` are the uids of its QEMUs at the center and at the AP.
+fn relays_are_apart(cloud: &Cloud, vm: &serde_json::Value, qemus: [u64; 2]) {
+    let ends = [Daemon::Center, Daemon::Ap];
+    let pids = ends.map(|at| cloud.relays(at)[0]);
+    let uids = pids.map(apart);
+    let all: HashSet<u64> = uids.into_iter().chain(qemus).collect();
+    assert_eq!(all.len(), 4, "{all:?}");
+    for (n, at) in ends.into_iter().enumerate() {
+        let (pid, uid, site) = (pids[n], uids[n], cloud.site_dir(at));
+        let run = site.join("run");
+        let mine = std::fs::read_dir(&run).unwrap().flatten().map(|e| e.path());
+        let mine = mine.filter(|p| p.file_name().unwrap().to_string_lossy().starts_with("mig-"));
+        let mine = mine.last().unwrap();
+        let config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(mine.join("relay.json")).unwrap()).unwrap();
+        let disk = &config["disk"];
+        assert!(can(pid, uid, "-r", Path::new(disk["base"].as_str().unwrap())));
+        assert!(can(pid, uid, "-r", &run.join("told/revoked.json")));
+        let data = cloud.vm_dir(vm, at);
+        if at == Daemon::Ap {
+            assert!(can(pid, uid, "-w", &data.join("in")));
+            assert!(can(pid, uid, "-w", Path::new(config["qemu"].as_str().unwrap())));
+        }
+        let qemu = cloud.qemu(vm, at).unwrap();
+        let id = vm["id"].as_str().unwrap().replace('-', "");
+        for (what, path) in [
+            ("-w", mine.clone()),
+            ("-r", mine.clone()),
+            ("-r", mine.join("relay.json")),
+            ("-r", mine.join("relay.log")),
+            ("-w", mine.join("control")),
+            ("-w", run.join("told")),
+            ("-w", run.join("told/revoked.json")),
+            ("-w", disk["base"].as_str().unwrap().into()),
+            ("-e", run.join(id)),
+            ("-e", data.join("top.qcow2")),
+            ("-e", data.join("environment.json")),
+            ("-w", data),
+            ("-e", site.join("data/keys")),
+            ("-e", site.join("data/store")),
+            ("-e", cloud.memory_dir(at)),
+            ("-e", "/root".into()),
+            ("-e", "/etc/passwd".into()),
+            ("-e", "/dev/userfaultfd".into()),
+            ("-w", "/".into()),
+            ("-e", format!("/proc/{qemu}/status").into()),
+            ("-e", format!("/proc/{}/status", std::process::id()).into()),
+        ] {
+            assert!(!can(pid, uid, what, &path), "{at:?}: {what} {}", path.display());
+        }
+        assert!(can_signal(pid, uid, pid));
+        for other in [qemu, pids[1 - n], cloud.pid(at)] {
+            assert!(!can_signal(pid, uid, other), "{at:?}: {other}");
+        }
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        for to in open.filter_map(|e| std::fs::read_link(e.path()).ok()) {
+            assert!(!to.starts_with(site.join("data/keys")), "{}", to.display());
+        }
+        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        assert!(groups.contains("/mig-"), "{groups}");
+        let had = status(pid, "VmHWM").first().copied();
+        eprintln!("the relay at {at:?} has had {had:?} KiB");
+    }
 }
 
 #[test]
@@ -132,8 +212,23 @@ fn each_qemu_has_a_uid_of_its_own_and_nothing_of_others() {
 
     // It moves while it runs, there and back, and a daemon's restart finds it again.
     let found = cloud.guest("a").identity();
-    let _ = cloud.ok(&["vm", "migrate", "a", "--to", Daemon::Ap.site()]);
+    cloud.hold(COMMITTED);
+    let begun = cloud.ok(&["vm", "migrate", "a", "--to", Daemon::Ap.site(), "--no-wait"]);
+    let _ = cloud.held(COMMITTED);
     let there = apart(cloud.qemu(&a, Daemon::Ap).unwrap());
+    relays_are_apart(&cloud, &a, [uid, there]);
+    cloud.let_go(COMMITTED);
+    let op = begun["op"].as_str().unwrap();
+    within(Duration::from_secs(60), "the move's end", || {
+        Some(()).filter(|()| cloud.op(op)["state"] == "done")
+    });
+    // Nothing of its relays is left.
+    for at in [Daemon::Center, Daemon::Ap] {
+        assert!(!cloud.vm_dir(&a, at).join("in").exists());
+        within(Duration::from_secs(20), "relays to be gone", || {
+            Some(()).filter(|()| cloud.relays(at).is_empty())
+        });
+    }
     assert!(there != other_uid);
     cloud.kill(Daemon::Center);
     cloud.kill(Daemon::Ap);

@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use godwit_tests::{Answer, Body, Cloud, Daemon, pause, resume, within};
+use godwit_tests::{Answer, Body, Cloud, Daemon, Followed, pause, resume, within};
+use serde_json::Value;
 
 /// How long anything may take that does not need the site that is stopped.
 const SOON: Duration = Duration::from_secs(15);
@@ -29,10 +30,31 @@ fn commits(cloud: &Cloud) -> u64 {
     line.unwrap_or_else(|| panic!("{text}")).trim().parse().unwrap()
 }
 
+/// What was told of one object, each change beginning where the one before ended.
+fn story(of: &Followed, name: &str) -> Vec<Value> {
+    let all = of.json();
+    assert!(all.iter().all(|e| e["kind"] != "reset"), "nothing was forgotten: {all:?}");
+    let told: Vec<_> = all.into_iter().filter(|e| e["name"] == name).collect();
+    for two in told.windows(2).filter(|two| two[0]["new"].is_object()) {
+        assert_eq!(two[0]["new"], two[1]["old"], "something was missed: {told:?}");
+    }
+    told
+}
+
+fn became(of: &Followed, name: &str, state: &str) {
+    within(SOON * 6, &format!("'{name}' to be told to be {state}"), || {
+        let told = story(of, name);
+        told.iter().any(|e| e["new"]["state"] == state).then_some(())
+    });
+}
+
 #[test]
 fn a_stopped_site_holds_up_nobody_and_idle_ones_cost_nothing() {
     let mut cloud = Cloud::start();
     cloud.bring_substrate();
+    let mut machines = cloud.follow(&["vm", "list", "--watch", "-o", "json"]);
+    let sites = cloud.follow(&["site", "list", "--watch", "-o", "json"]);
+    within(SOON, "the sites", || (sites.lines().len() == 2).then_some(()));
     // Three reports of each site, at least.
     let before = commits(&cloud);
     let begun = std::time::Instant::now();
@@ -60,6 +82,7 @@ fn a_stopped_site_holds_up_nobody_and_idle_ones_cost_nothing() {
         let cafe = sites.as_array()?.iter().find(|s| s["name"] == "cafe")?.clone();
         (cafe["state"] == "unreachable").then_some(())
     });
+    became(&sites, "cafe", "unreachable");
     create("anywhere", &[]);
     assert_eq!(cloud.vm("anywhere")["site"], "center");
     let words = cloud.refused(&["vm", "activate", "base", "--name", "there", "--site", "cafe"], 1);
@@ -70,10 +93,26 @@ fn a_stopped_site_holds_up_nobody_and_idle_ones_cost_nothing() {
         (answer.exit == 0 && answer.stdout.contains("cafe")).then_some(())
     });
 
+    became(&sites, "cafe", "ready");
+    became(&machines, "here", "running");
+
+    // Whoever follows is cut off, and is told of nothing for a while.
+    pause(machines.pid());
     // An AP serves its machines before it has found its center.
     cloud.kill(Daemon::Ap);
     cloud.kill(Daemon::Center);
     cloud.serves(Daemon::Ap);
     cloud.restart_center();
     cloud.wait_ap();
+
+    // What happens meanwhile is told by a center that was started again since.
+    let _ = cloud.ok(&["vm", "delete", "here"]);
+    cloud.kill(Daemon::Center);
+    cloud.restart_center();
+    resume(machines.pid());
+    within(SOON, "the end of 'here'", || {
+        let told = story(&machines, "here");
+        (told.last()?["deleted"] == true).then_some(())
+    });
+    assert_eq!(machines.interrupt(), 0);
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use godwit_cloud::Fault;
+use godwit_cloud::api::REVISION_HEADER;
 use godwit_cloud::daemon::read_token;
 use godwit_types::Code;
 use reqwest::{Certificate, Method, RequestBuilder, Response, StatusCode};
@@ -167,7 +168,10 @@ impl Client {
     }
 
     async fn read<T: DeserializeOwned>(&self, path: &str, request: RequestBuilder) -> Result<T> {
-        let answer = self.send(request).await?;
+        self.parsed(path, self.send(request).await?).await
+    }
+
+    async fn parsed<T: DeserializeOwned>(&self, path: &str, answer: Response) -> Result<T> {
         let body = self.body(answer).await?;
         let body: &[u8] = if body.is_empty() { b"null" } else { &body };
         serde_json::from_slice(body).map_err(|e| {
@@ -180,6 +184,17 @@ impl Client {
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         let request = self.request(Method::GET, path).timeout(ANSWER_WITHIN);
         self.read(path, request).await
+    }
+
+    /// As [`Client::get`], with the event from which on what was read can be followed.
+    pub(crate) async fn get_as_of<T: DeserializeOwned>(&self, path: &str) -> Result<(T, String)> {
+        let answer = self.send(self.request(Method::GET, path).timeout(ANSWER_WITHIN)).await?;
+        let id = answer.headers().get(REVISION_HEADER).and_then(|v| v.to_str().ok());
+        let id = id.map(ToOwned::to_owned).ok_or_else(|| {
+            Failure::internal("the center does not say with which event its answer was made")
+                .hint("center and command should be of one version")
+        })?;
+        Ok((self.parsed(path, answer).await?, id))
     }
 
     /// What a request that got no answer means.

@@ -16,6 +16,7 @@ mod cmd;
 mod failure;
 mod out;
 mod wait;
+mod watch;
 
 use std::process::ExitCode;
 

@@ -78,7 +78,7 @@ pub(crate) fn shows_progress() -> bool {
 /// Prints a list.
 pub(crate) fn list<T: Row>(format: Format, rows: &[T]) -> Result<()> {
     match format {
-        Format::Table | Format::Wide => bytes(table(format, rows).as_bytes()),
+        Format::Table | Format::Wide => bytes(table(format, rows.iter()).as_bytes()),
         Format::Name => rows.iter().try_for_each(|r| line(&r.name())),
         Format::Json | Format::Yaml => value(format, &rows),
     }
@@ -117,11 +117,12 @@ pub(crate) fn value<T: Serialize + ?Sized>(format: Format, data: &T) -> Result<(
     bytes(text.map_err(|e| Failure::internal(format!("writing the answer: {e}")))?.as_bytes())
 }
 
-fn table<T: Row>(format: Format, rows: &[T]) -> String {
+/// A list as a table.
+pub(crate) fn table<'a, T: Row + 'a>(format: Format, rows: impl Iterator<Item = &'a T>) -> String {
     let columns = if format == Format::Wide { T::COLUMNS.len() } else { T::WIDE };
     let mut lines: Vec<Vec<String>> =
         vec![T::COLUMNS[..columns].iter().map(ToString::to_string).collect()];
-    lines.extend(rows.iter().map(|r| r.cells().iter().take(columns).map(|c| cell(c)).collect()));
+    lines.extend(rows.map(|r| r.cells().iter().take(columns).map(|c| cell(c)).collect()));
     let widths: Vec<usize> = (0..columns)
         .map(|i| lines.iter().map(|l| l[i].chars().count()).max().unwrap_or(0))
         .collect();
@@ -147,7 +148,8 @@ fn properties<T: Row>(row: &T) -> String {
     out
 }
 
-fn cell(text: &str) -> String {
+/// A text as it stands in a table.
+pub(crate) fn cell(text: &str) -> String {
     if text.is_empty() { "-".into() } else { short(text, CELL) }
 }
 
@@ -262,10 +264,16 @@ mod tests {
     #[test]
     fn tables_align_and_trim() {
         let birds = [Bird("godwit", "", 12_000), Bird("owl", "hoo\x07", 3)];
-        assert_eq!(table(Format::Table, &birds), "NAME     SAYS\ngodwit   -\nowl      hoo\\u{7}\n");
-        assert_eq!(table(Format::Wide, &birds[..1]), "NAME     SAYS   KM\ngodwit   -      12000\n");
+        assert_eq!(
+            table(Format::Table, birds.iter()),
+            "NAME     SAYS\ngodwit   -\nowl      hoo\\u{7}\n"
+        );
+        assert_eq!(
+            table(Format::Wide, birds[..1].iter()),
+            "NAME     SAYS   KM\ngodwit   -      12000\n"
+        );
         assert_eq!(properties(&birds[0]), "name   godwit\nsays   -\nkm     12000\n");
-        assert_eq!(table::<Bird>(Format::Table, &[]), "NAME   SAYS\n");
+        assert_eq!(table(Format::Table, [].iter() as std::slice::Iter<'_, Bird>), "NAME   SAYS\n");
     }
 
     #[test]

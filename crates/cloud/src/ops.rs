@@ -349,7 +349,8 @@ impl Ops {
     pub fn list(&self) -> Result<Vec<OpRecord>, RegistryError> {
         let mut ops = self.registry.ops()?;
         let live = self.live();
-        for op in &mut ops {
+        // What has ended is listed so: whoever follows the registry was told already.
+        for op in ops.iter_mut().filter(|o| !o.state.is_final()) {
             if let Some(l) = live.get(&op.id) {
                 *op = l.view.borrow().clone();
             }
@@ -410,13 +411,16 @@ impl Ops {
                 .hint(format!("follow it with: godwit op wait {id}")));
             }
             l.cancel.cancel();
-            l.view.send_if_modified(|o| {
+            let asked = l.view.send_if_modified(|o| {
                 let change = o.state == OpState::Running;
                 if change {
                     o.state = OpState::Cancelling;
                 }
                 change
             });
+            if asked {
+                self.registry.op_cancelling(&l.view.borrow());
+            }
             return Ok(());
         }
         let op = self.registry.op(id).map_err(crate::controller::registry_fault)?;
@@ -530,6 +534,8 @@ impl OpHandle {
         let mut record = {
             let live = self.ops.live();
             let Some(l) = live.get(&self.id) else { return };
+            // A request to stop that comes now is not told of after the end.
+            l.committed.store(true, Ordering::SeqCst);
             l.view.borrow().clone()
         };
         record.ended = Some(UnixMs::now());

@@ -70,6 +70,12 @@ impl NbdServer {
         Ok(Self { listener, path: path.to_path_buf(), export: export.to_owned() })
     }
 
+    /// Offers `export` on a socket that somebody else has made at `path`.
+    #[must_use]
+    pub fn on(listener: UnixListener, path: &Path, export: &str) -> Self {
+        Self { listener, path: path.to_path_buf(), export: export.to_owned() }
+    }
+
     /// The socket.
     #[must_use]
     pub fn path(&self) -> &Path {

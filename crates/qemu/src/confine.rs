@@ -1,4 +1,5 @@
-//! A QEMU under a uid of its own that sees nothing but what is its machine's.
+//! A QEMU under a uid of its own that sees nothing but what is its machine's; and so the programs
+//! that work beside it ([`crate::Companion`]).
 //!
 //! ```text
 //! one lock a host ---+                                  +--- until the exec is done
@@ -46,7 +47,7 @@ const DEVICES: &[&str] = &["/dev/null", "/dev/zero", "/dev/random", "/dev/urando
 /// Below the run directory: where QEMU may make sockets.
 pub(crate) const NURSERY: &str = "v";
 
-/// The uids that QEMUs get, one each.
+/// The uids that QEMUs and the programs beside them get, one each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UidRange {
     /// The first.
@@ -106,27 +107,24 @@ pub(crate) struct Claim {
     _lock: File,
 }
 
-impl Confine {
-    /// Chooses a uid for the machine whose run directory is `run_dir`.
-    pub(crate) fn claim(&self, run_dir: &Path) -> Result<Claim, QemuError> {
-        let path = Path::new(LOCK);
-        let lock = own_file(path).map_err(QemuError::file("opening the lock on uids", path))?;
-        rustix::fs::flock(&lock, FlockOperation::LockExclusive)
-            .map_err(|e| QemuError::file("taking the lock on uids", path)(e.into()))?;
-        let taken = taken(run_dir);
-        let n = self.uids.last - self.uids.first + 1;
-        // Not always from the first: a uid rests for long after its machine has gone.
-        let start =
-            u32::from_ne_bytes(uuid::Uuid::new_v4().as_bytes()[..4].try_into().unwrap_or_default())
-                % n;
-        let mut all = (0..n).map(|i| self.uids.first + (start + i) % n);
-        match all.find(|uid| !taken.contains(uid)) {
-            Some(uid) => Ok(Claim { uid, _lock: lock }),
-            None => Err(QemuError::Launch {
-                name: run_dir.display().to_string(),
-                why: format!("none of the uids {} is free", self.uids),
-            }),
-        }
+/// Chooses one of `uids` for the process whose directory among those of the site's is `run_dir`.
+pub(crate) fn claim(uids: UidRange, run_dir: &Path) -> Result<Claim, QemuError> {
+    let path = Path::new(LOCK);
+    let lock = own_file(path).map_err(QemuError::file("opening the lock on uids", path))?;
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive)
+        .map_err(|e| QemuError::file("taking the lock on uids", path)(e.into()))?;
+    let taken = taken(run_dir);
+    let n = uids.last - uids.first + 1;
+    // Not always from the first: a uid rests for long after its machine has gone.
+    let start =
+        u32::from_ne_bytes(uuid::Uuid::new_v4().as_bytes()[..4].try_into().unwrap_or_default()) % n;
+    let mut all = (0..n).map(|i| uids.first + (start + i) % n);
+    match all.find(|uid| !taken.contains(uid)) {
+        Some(uid) => Ok(Claim { uid, _lock: lock }),
+        None => Err(QemuError::Launch {
+            name: run_dir.display().to_string(),
+            why: format!("none of the uids {uids} is free"),
+        }),
     }
 }
 
@@ -149,8 +147,28 @@ fn taken(run_dir: &Path) -> HashSet<u32> {
     taken
 }
 
+/// The mode of a directory of ours in which QEMU and a program beside it find each other's sockets:
+/// everybody may go through, and its group is that program's.
+pub(crate) const MEETING: u32 = 0o711;
+
+fn is_meeting(dir: &std::fs::Metadata) -> bool {
+    dir.is_dir()
+        && dir.mode() & 0o777 == MEETING
+        && dir.uid() == rustix::process::geteuid().as_raw()
+}
+
+/// Makes a directory of ours one in which the program with the uid `uid` meets a QEMU.
+pub(crate) fn make_meeting(dir: &Path, uid: u32) -> Result<(), QemuError> {
+    lchown(dir, None, Some(uid))
+        .and_then(|()| std::fs::set_permissions(dir, Permissions::from_mode(MEETING)))
+        .map_err(QemuError::file("handing over", dir))
+}
+
 /// Lets the group `uid` go through a directory of ours, and nobody else.
 pub(crate) fn open_dir(dir: &Path, uid: u32) -> Result<(), QemuError> {
+    if std::fs::symlink_metadata(dir).is_ok_and(|meta| is_meeting(&meta)) {
+        return Ok(());
+    }
     lchown(dir, None, Some(uid))
         .and_then(|()| std::fs::set_permissions(dir, Permissions::from_mode(0o710)))
         .map_err(QemuError::file("handing over", dir))
@@ -210,12 +228,23 @@ pub(crate) fn make_run_dir(run_dir: &Path, files: &[&Path], uid: u32) -> Result<
         .map_err(QemuError::file("handing over", &nursery))
 }
 
-/// Lets `uid` connect to the socket at `path`, whose directory is ours or of a relay.
+/// Lets `uid` connect to the socket at `path`, whose directory is ours.
 pub(crate) fn open_socket(path: &Path, uid: u32) -> Result<(), QemuError> {
-    let fail = |e: rustix::io::Errno| QemuError::file("handing over", path)(e.into());
     if let Some(dir) = path.parent() {
         open_dir(dir, uid)?;
     }
+    let_connect(path, uid)
+}
+
+/// Lets the program that a QEMU meets in the socket's directory connect to it, if there is one.
+pub(crate) fn share_socket(path: &Path) -> Result<(), QemuError> {
+    let dir = path.parent().unwrap_or(path);
+    let meta = std::fs::symlink_metadata(dir).map_err(QemuError::file("looking at", dir))?;
+    if is_meeting(&meta) { let_connect(path, meta.gid()) } else { Ok(()) }
+}
+
+fn let_connect(path: &Path, uid: u32) -> Result<(), QemuError> {
+    let fail = |e: rustix::io::Errno| QemuError::file("handing over", path)(e.into());
     // Held open, so that what is looked at is what is changed.
     let socket =
         rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
@@ -306,8 +335,8 @@ fn inside(path: &Path) -> Result<CString, QemuError> {
 }
 
 impl Cell {
-    /// One for `uid`, with the programs of the host and `program`, which may lie elsewhere.
-    pub(crate) fn new(uid: u32, program: &Path) -> Result<Self, QemuError> {
+    /// One for `uid`, with the programs of the host.
+    pub(crate) fn new(uid: u32) -> Result<Self, QemuError> {
         let names = Names {
             root: c("/")?,
             base: c(BASE)?,
@@ -332,17 +361,21 @@ impl Cell {
                 _ => {}
             }
         }
-        if let Some(dir) = found(program).as_deref().and_then(Path::parent)
-            && !PROGRAMS.iter().any(|p| dir.starts_with(p))
-        {
-            cell.bind(dir.parent().filter(|p| p.parent().is_some()).unwrap_or(dir), true)?;
-        }
         for device in DEVICES {
             cell.bind(Path::new(device), false)?;
         }
-        cell.device("/dev/userfaultfd")?;
         cell.dir(Path::new("/proc"))?;
         Ok(cell)
+    }
+
+    /// Shows `program`, which may lie elsewhere, with what is installed beside it.
+    pub(crate) fn program(&mut self, program: &Path) -> Result<(), QemuError> {
+        if let Some(dir) = found(program).as_deref().and_then(Path::parent)
+            && !PROGRAMS.iter().any(|p| dir.starts_with(p))
+        {
+            self.bind(dir.parent().filter(|p| p.parent().is_some()).unwrap_or(dir), true)?;
+        }
+        Ok(())
     }
 
     /// A device of the host as one of the uid's own, if the host has it.
@@ -483,7 +516,7 @@ mod tests {
         let (inner, file) = (dir.path().join("d"), dir.path().join("d/f"));
         std::fs::create_dir(&inner).unwrap();
         std::fs::write(&file, b"x").unwrap();
-        let mut cell = Cell::new(2_000_000_000, Path::new("/usr/bin/true")).unwrap();
+        let mut cell = Cell::new(2_000_000_000).unwrap();
         cell.bind(dir.path(), true).unwrap();
         let steps = cell.steps.len();
         for path in [&inner, &file] {

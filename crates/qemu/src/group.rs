@@ -77,6 +77,29 @@ impl MemoryGroups {
         made
     }
 
+    /// Makes the group `name` for a program beside a QEMU; one that is there gets the limit.
+    ///
+    /// # Errors
+    /// When it can't be made or limited.
+    pub fn make_named(&self, name: &str, limit: Mib) -> Result<MemoryGroup, QemuError> {
+        let group = self.named(name, limit);
+        let made = match group.dir.is_dir() {
+            true => Ok(()),
+            false => self.make_dir(&group.dir),
+        };
+        made.map_err(QemuError::file("making the control group", &group.dir))?;
+        let file = group.dir.join(group.limit_file());
+        std::fs::write(&file, limit.bytes().to_string())
+            .map_err(QemuError::file("limiting the memory in", &file))?;
+        Ok(group)
+    }
+
+    /// The group that [`MemoryGroups::make_named`] makes.
+    #[must_use]
+    pub fn named(&self, name: &str, limit: Mib) -> MemoryGroup {
+        MemoryGroup { dir: self.parent.join(name), unified: self.unified, limit }
+    }
+
     /// Makes the group of a QEMU that runs `spec`.
     pub(crate) fn make(
         &self,
@@ -126,13 +149,14 @@ impl MemoryGroup {
     }
 
     /// Whether the kernel has ended one that was in it.
-    pub(crate) fn was_outgrown(&self) -> bool {
+    #[must_use]
+    pub fn was_outgrown(&self) -> bool {
         let file = if self.unified { "memory.events" } else { "memory.oom_control" };
         counts_a_kill(&std::fs::read_to_string(self.dir.join(file)).unwrap_or_default())
     }
 
     /// Removes it, if nobody is in it.
-    pub(crate) fn remove(&self) {
+    pub fn remove(&self) {
         if let Err(error) = remove(&self.dir) {
             tracing::debug!(group = %self.dir.display(), %error, "a control group stays until the site starts next");
         }

@@ -267,7 +267,7 @@ impl Launch {
             MemorySource::PrivateOf { path } => MemoryFile::check(path, self.spec.memory, None)?,
         }
         let Some(confine) = &self.confine else { return Ok(None) };
-        let claim = confine.claim(&self.run_dir)?;
+        let claim = confine::claim(confine.uids, &self.run_dir)?;
         self.hand_over(paths, claim.uid)?;
         Ok(Some(claim))
     }
@@ -294,7 +294,9 @@ impl Launch {
 
     /// What its QEMU sees of the host.
     fn cell(&self, confine: &Confine, uid: u32) -> Result<Cell, QemuError> {
-        let mut cell = Cell::new(uid, self.binaries.of(self.spec.arch))?;
+        let mut cell = Cell::new(uid)?;
+        cell.program(self.binaries.of(self.spec.arch))?;
+        cell.device("/dev/userfaultfd")?;
         if self.accel == Accel::Kvm {
             cell.device("/dev/kvm")?;
         }

@@ -14,6 +14,7 @@
 pub mod accel;
 mod agent;
 mod args;
+mod companion;
 mod confine;
 mod disk;
 pub mod doctor;
@@ -31,6 +32,7 @@ pub mod stream;
 
 pub use accel::Accel;
 pub use agent::{Agent, AgentError, AgentSession, ExecOutput, GuestCommand, Vcpus};
+pub use companion::{Companion, NotStarted};
 pub use confine::{Confine, UidRange};
 pub use disk::{DiskChain, DiskLayer, Layer, Node};
 pub use error::QemuError;

@@ -1,4 +1,4 @@
-//! One substrate on its way from one pool to another: as a file, or unit by unit over a link.
+//! A substrate as a file, and what comes in.
 //!
 //! File form (little-endian):
 //!
@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::path::Path;
 
-use godwit_store::{Effort, Encoder, Encoding, PageMap, UNIT, Writer, decode, zero_hash};
+use godwit_store::{Effort, Encoder, Encoding, PageMap, Store, UNIT, Writer, decode, zero_hash};
 use godwit_types::{Hash, Name, SubstrateId};
 
 use crate::error::SubstrateError;
@@ -53,9 +53,16 @@ pub struct Import {
     pool: Pool,
     substrate: Substrate,
     parts: Parts,
+    /// As it came, and what was wanted of it.
+    manifest: Vec<u8>,
+    becomes: Becomes,
+    hashes: usize,
     lacking: HashSet<Hash>,
+    /// What was lacking at first, as the substrate has it.
+    order: Vec<Hash>,
     writer: Writer,
-    _turn: Turn,
+    /// None while it is set aside.
+    turn: Option<Turn>,
 }
 
 impl Import {
@@ -66,7 +73,7 @@ impl Import {
     /// [`SubstrateError::OtherContent`].
     pub fn begin(pool: &Pool, bundle: Bundle, becomes: Becomes) -> Result<Self, SubstrateError> {
         let mut substrate = Substrate::parse(&bundle.json, "the substrate's manifest")?;
-        let Bundle { state, pages, disk, .. } = bundle;
+        let Bundle { state, pages, disk, json: manifest } = bundle;
         let same = |part: Part, content: &[u8]| Part::of(content) == part;
         let whole = same(substrate.state, &state)
             && same(substrate.pages, &pages)
@@ -85,23 +92,21 @@ impl Import {
         if let Some(wanted) = becomes.content.filter(|wanted| *wanted != found) {
             return Err(SubstrateError::OtherContent { name: substrate.name, wanted, found });
         }
-        let mut hashes = HashSet::new();
+        let (mut hashes, mut seen) = (Vec::new(), HashSet::from([zero_hash()]));
         let memory = memory_map(&pages, substrate.shape.memory, "the memory")?;
         let blocks = disk.as_deref().map(|d| disk_map(d, "the disk")).transpose()?;
         for map in [Some(&memory), blocks.as_ref()].into_iter().flatten() {
-            hashes.extend(map.entries().iter().map(|(_, h)| *h));
+            hashes.extend(map.entries().iter().map(|(_, h)| *h).filter(|h| seen.insert(*h)));
         }
-        hashes.remove(&zero_hash());
-        if let Some(owner) = becomes.owner {
-            substrate.owner = owner;
+        if let Some(owner) = &becomes.owner {
+            substrate.owner = owner.clone();
         }
-        if let Some(name) = becomes.name.filter(|n| *n != substrate.name) {
-            substrate.name = name;
+        if let Some(name) = becomes.name.as_ref().filter(|n| **n != substrate.name) {
+            substrate.name = name.clone();
             substrate.id = SubstrateId::new();
         }
         let turn = pool.turn(substrate.id);
         pool.is_free(substrate.id, &substrate.name)?;
-        let hashes: Vec<Hash> = hashes.into_iter().collect();
         let mut writer = pool
             .store()
             .writer(substrate.id.into(), Effort::Small)
@@ -111,9 +116,13 @@ impl Import {
             pool: pool.clone(),
             substrate,
             parts: Parts { state, pages, disk },
-            lacking: lacking.into_iter().collect(),
+            manifest,
+            becomes,
+            hashes: hashes.len(),
+            lacking: lacking.iter().copied().collect(),
+            order: lacking,
             writer,
-            _turn: turn,
+            turn: Some(turn),
         })
     }
 
@@ -123,10 +132,39 @@ impl Import {
         &self.substrate
     }
 
-    /// The units that this site still lacks.
+    /// The units that this site still lacks, in the order of memory and disk.
     #[must_use]
     pub fn lacking(&self) -> Vec<Hash> {
-        self.lacking.iter().copied().collect()
+        self.order.iter().filter(|h| self.lacking.contains(h)).copied().collect()
+    }
+
+    /// The distinct units of the substrate, that of zeros left out.
+    #[must_use]
+    pub const fn units(&self) -> u64 {
+        self.hashes as u64
+    }
+
+    /// Lets others import the same substrate, until [`Import::go_on`].
+    pub(crate) fn rest(&mut self) {
+        self.turn = None;
+    }
+
+    /// Goes on with what came so far, if it is of that `bundle` and is to become the same; a
+    /// failure when somebody else has taken the substrate in meanwhile.
+    pub(crate) fn go_on(
+        mut self,
+        bundle: &Bundle,
+        becomes: &Becomes,
+    ) -> Option<Result<Self, SubstrateError>> {
+        let Parts { state, pages, disk } = &self.parts;
+        let same = self.manifest == bundle.json
+            && (state, pages, disk) == (&bundle.state, &bundle.pages, &bundle.disk)
+            && self.becomes == *becomes;
+        same.then(|| {
+            self.turn = Some(self.pool.turn(self.substrate.id));
+            self.pool.is_free(self.substrate.id, &self.substrate.name)?;
+            Ok(self)
+        })
     }
 
     /// Takes one unit in, after checking it. One that is not lacking is ignored.
@@ -215,35 +253,11 @@ impl Pool {
         let mut put = |bytes: &[u8]| {
             out.write_all(bytes).map_err(SubstrateError::io("writing", Path::new("the archive")))
         };
-        put(MAGIC)?;
-        put(&VERSION.to_le_bytes())?;
-        put(&(bundle.json.len() as u32).to_le_bytes())?;
-        for part in
-            [Some(&bundle.json), Some(&bundle.state), Some(&bundle.pages), bundle.disk.as_ref()]
-        {
-            put(part.map_or(&[], Vec::as_slice))?;
-        }
+        write_head(&bundle, &mut put)?;
         put(&(units.len() as u64).to_le_bytes())?;
         let mut encoder = Encoder::new(Effort::Small);
-        let (mut raw, mut smaller) = ([0; UNIT], Vec::new());
         for hash in units {
-            let unit = self.store().get_encoded(&hash)?;
-            let (mut encoding, mut body) = (unit.encoding, &unit.body[..]);
-            if encoding == Encoding::Lz4 && unit.raw_len <= UNIT {
-                let raw = &mut raw[..unit.raw_len];
-                decode(encoding, body, raw)
-                    .map_err(|e| SubstrateError::damaged(format!("unit {hash}"), e.to_string()))?;
-                smaller.clear();
-                let other = encoder.encode(raw, &mut smaller);
-                if smaller.len() < body.len() {
-                    (encoding, body) = (other, &smaller);
-                }
-            }
-            put(&hash.0)?;
-            put(&[encoding as u8])?;
-            put(&(unit.raw_len as u16).to_le_bytes())?;
-            put(&(body.len() as u16).to_le_bytes())?;
-            put(body)?;
+            write_unit(self.store(), &mut encoder, hash, &mut put)?;
         }
         let sum = *out.hasher.finalize().as_bytes();
         out.write_all(&sum)
@@ -261,35 +275,14 @@ impl Pool {
         let mut from = Hashing { inner: from, hasher: blake3::Hasher::new(), bytes: 0 };
         let (io, bad) =
             (SubstrateError::io, |why: &str| SubstrateError::damaged("the archive", why));
-        if take::<4>(&mut from)? != *MAGIC {
-            return Err(bad("it is not an archive of a substrate"));
-        }
-        let version = u16::from_le_bytes(take(&mut from)?);
-        if version != VERSION {
-            return Err(bad(&format!("version {version} is not known here ({VERSION} is)")));
-        }
-        let json_bytes = u64::from(u32::from_le_bytes(take(&mut from)?));
-        if json_bytes > MAX_JSON {
-            return Err(bad("its manifest is longer than allowed"));
-        }
-        let json = take_many(&mut from, json_bytes)?;
-        let substrate = Substrate::parse(&json, "the archive's manifest")?;
-        let state = take_many(&mut from, substrate.state.bytes)?;
-        let pages = take_many(&mut from, substrate.pages.bytes)?;
-        let disk = substrate.disk.map(|d| take_many(&mut from, d.bytes)).transpose()?;
-        let mut import = Import::begin(self, Bundle { json, state, pages, disk }, becomes)?;
+        let bundle = read_head(&mut |out: &mut [u8]| read(&mut from, out))?;
+        let mut import = Import::begin(self, bundle, becomes)?;
         let units = u64::from_le_bytes(take(&mut from)?);
         let mut body = [0; UNIT];
         for _ in 0..units {
-            let hash = Hash(take(&mut from)?);
-            let [encoding] = take(&mut from)?;
-            let encoding =
-                Encoding::from_u8(encoding).ok_or_else(|| bad("an encoding is not known"))?;
-            let raw_len = usize::from(u16::from_le_bytes(take(&mut from)?));
-            let len = usize::from(u16::from_le_bytes(take(&mut from)?));
-            let body = body.get_mut(..len).ok_or_else(|| bad("a unit is longer than allowed"))?;
-            read(&mut from, body)?;
-            import.put(hash, encoding, raw_len, body)?;
+            let UnitHead { hash, encoding, raw_len, len } =
+                take_unit(&mut |out: &mut [u8]| read(&mut from, out), &mut body)?;
+            import.put(hash, encoding, raw_len, &body[..len])?;
         }
         let sum = *from.hasher.finalize().as_bytes();
         if take::<32>(&mut from)? != sum {
@@ -366,8 +359,105 @@ fn take<const N: usize>(from: &mut Hashing<impl Read>) -> Result<[u8; N], Substr
     Ok(out)
 }
 
+/// Writes the archive form up to its units.
+pub(crate) fn write_head(
+    bundle: &Bundle,
+    put: &mut impl FnMut(&[u8]) -> Result<(), SubstrateError>,
+) -> Result<(), SubstrateError> {
+    put(MAGIC)?;
+    put(&VERSION.to_le_bytes())?;
+    put(&(bundle.json.len() as u32).to_le_bytes())?;
+    for part in [Some(&bundle.json), Some(&bundle.state), Some(&bundle.pages), bundle.disk.as_ref()]
+    {
+        put(part.map_or(&[], Vec::as_slice))?;
+    }
+    Ok(())
+}
+
+/// Fills a slice from where an archive comes from, or fails.
+type Fill<'a> = dyn FnMut(&mut [u8]) -> Result<(), SubstrateError> + 'a;
+
+/// Reads what [`write_head`] wrote. Memory use grows with what is really there.
+pub(crate) fn read_head(fill: &mut Fill<'_>) -> Result<Bundle, SubstrateError> {
+    let bad = |why: &str| SubstrateError::damaged("the archive", why);
+    let (mut magic, mut version, mut len) = ([0; 4], [0; 2], [0; 4]);
+    fill(&mut magic)?;
+    if magic != *MAGIC {
+        return Err(bad("it is not an archive of a substrate"));
+    }
+    fill(&mut version)?;
+    let version = u16::from_le_bytes(version);
+    if version != VERSION {
+        return Err(bad(&format!("version {version} is not known here ({VERSION} is)")));
+    }
+    fill(&mut len)?;
+    let len = u64::from(u32::from_le_bytes(len));
+    if len > MAX_JSON {
+        return Err(bad("its manifest is longer than allowed"));
+    }
+    let json = take_many(fill, len)?;
+    let substrate = Substrate::parse(&json, "the archive's manifest")?;
+    let state = take_many(fill, substrate.state.bytes)?;
+    let pages = take_many(fill, substrate.pages.bytes)?;
+    let disk = substrate.disk.map(|d| take_many(fill, d.bytes)).transpose()?;
+    Ok(Bundle { json, state, pages, disk })
+}
+
+/// Writes one unit of the archive form, as it is stored or smaller.
+pub(crate) fn write_unit(
+    store: &Store,
+    encoder: &mut Encoder,
+    hash: Hash,
+    put: &mut impl FnMut(&[u8]) -> Result<(), SubstrateError>,
+) -> Result<(), SubstrateError> {
+    let (mut raw, mut smaller) = ([0; UNIT], Vec::new());
+    let unit = store.get_encoded(&hash)?;
+    let (mut encoding, mut body) = (unit.encoding, &unit.body[..]);
+    if encoding == Encoding::Lz4 && unit.raw_len <= UNIT {
+        let raw = &mut raw[..unit.raw_len];
+        decode(encoding, body, raw)
+            .map_err(|e| SubstrateError::damaged(format!("unit {hash}"), e.to_string()))?;
+        let other = encoder.encode(raw, &mut smaller);
+        if smaller.len() < body.len() {
+            (encoding, body) = (other, &smaller);
+        }
+    }
+    put(&hash.0)?;
+    put(&[encoding as u8])?;
+    put(&(unit.raw_len as u16).to_le_bytes())?;
+    put(&(body.len() as u16).to_le_bytes())?;
+    put(body)
+}
+
+/// What stands before the bytes of a unit.
+pub(crate) struct UnitHead {
+    pub(crate) hash: Hash,
+    pub(crate) encoding: Encoding,
+    pub(crate) raw_len: usize,
+    /// Bytes of its body.
+    pub(crate) len: usize,
+}
+
+/// Reads what [`write_unit`] wrote; its body is at the front of `body`.
+pub(crate) fn take_unit(
+    fill: &mut Fill<'_>,
+    body: &mut [u8; UNIT],
+) -> Result<UnitHead, SubstrateError> {
+    let bad = |why: &str| SubstrateError::damaged("the archive", why);
+    let (mut hash, mut encoding, mut raw_len, mut len) = ([0; 32], [0; 1], [0; 2], [0; 2]);
+    fill(&mut hash)?;
+    fill(&mut encoding)?;
+    fill(&mut raw_len)?;
+    fill(&mut len)?;
+    let encoding = Encoding::from_u8(encoding[0]).ok_or_else(|| bad("an encoding is not known"))?;
+    let len = usize::from(u16::from_le_bytes(len));
+    fill(body.get_mut(..len).ok_or_else(|| bad("a unit is longer than allowed"))?)?;
+    let raw_len = usize::from(u16::from_le_bytes(raw_len));
+    Ok(UnitHead { hash: Hash(hash), encoding, raw_len, len })
+}
+
 /// Reads `len` bytes, growing with what is really there.
-fn take_many(from: &mut Hashing<impl Read>, len: u64) -> Result<Vec<u8>, SubstrateError> {
+fn take_many(fill: &mut Fill<'_>, len: u64) -> Result<Vec<u8>, SubstrateError> {
     let mut out = Vec::new();
     let mut left = usize::try_from(len)
         .map_err(|_| SubstrateError::damaged("the archive", "a part is longer than allowed"))?;
@@ -375,7 +465,7 @@ fn take_many(from: &mut Hashing<impl Read>, len: u64) -> Result<Vec<u8>, Substra
         let n = left.min(1 << 20);
         let at = out.len();
         out.resize(at + n, 0);
-        read(from, &mut out[at..])?;
+        fill(&mut out[at..])?;
         left -= n;
     }
     Ok(out)

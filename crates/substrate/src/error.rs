@@ -90,6 +90,9 @@ pub enum SubstrateError {
         /// Bytes there are.
         free_bytes: u64,
     },
+    /// The stream on which a substrate came or went ended early.
+    #[error("the stream broke off")]
+    BrokeOff(#[source] io::Error),
     /// The guest agent does not answer, so that the machine cannot be brought to rest.
     #[error("the guest agent of the machine does not answer; it runs on undocked")]
     AgentSilent(#[source] Box<AgentError>),
@@ -217,7 +220,7 @@ impl CodedError for SubstrateError {
             Self::In { source, .. } => source.code(),
             Self::Pages { source, .. } => source.code(),
             Self::NoRoom { .. } => Code::NoRoom,
-            Self::AgentSilent(_) => Code::Unavailable,
+            Self::AgentSilent(_) | Self::BrokeOff(_) => Code::Unavailable,
             Self::Script { .. } | Self::Worker(_) => Code::Internal,
             Self::Cancelled => Code::Cancelled,
             Self::NotRunningOn { why, .. } => why.code(),

@@ -5,7 +5,9 @@
 //! belong to. Pages and blocks themselves are in the store, each once.
 //!
 //! - [`dock_convert`]: a running machine becomes a substrate, or runs on as before.
-//! - [`Pool`]: the substrates of a site; [`Import`] and [`Pool::export`] carry them elsewhere.
+//! - [`Pool`]: the substrates of a site; [`Import`] and [`Pool::export`] carry them
+//!   elsewhere as files, [`Pool::supply`] and [`Pool::take`] to another site, which asks for what it
+//!   lacks.
 //! - [`activate`]: a substrate becomes a running machine whose memory is a private mapping of
 //!   one sealed file, several at once; [`Shells`] keeps QEMUs waiting for it.
 //!
@@ -20,6 +22,7 @@ mod archive;
 mod cache;
 mod dock;
 mod error;
+mod exchange;
 mod identity;
 mod manifest;
 mod memory;
@@ -34,6 +37,7 @@ pub use activate::{ActivateRequest, Activated, Place, activate};
 pub use archive::{ArchiveEnd, Becomes, Bundle, Import};
 pub use dock::{DockRequest, DockStop, dock_convert, run_on};
 pub use error::SubstrateError;
+pub use exchange::{KEPT, MAX_WANT, TakerMsg};
 pub use identity::Identity;
 pub use manifest::{Docked, Part, Shape, Sizes, Substrate};
 pub use memory::SealedMemory;

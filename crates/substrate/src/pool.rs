@@ -21,6 +21,7 @@ use godwit_types::{BLOCK_SIZE, Code, CodedError, Hash, Name, SubstrateId, VmId, 
 
 use crate::cache::MemoryCache;
 use crate::error::SubstrateError;
+use crate::exchange::SetAside;
 use crate::manifest::{DISK, Docked, JSON, PAGES, Part, STATE, Substrate};
 use crate::stamp::Verified;
 use crate::turns::{Turn, Turns};
@@ -52,6 +53,7 @@ pub(crate) struct Inner {
     pub(crate) cache: MemoryCache,
     damaged: Mutex<HashMap<SubstrateId, Finding>>,
     turns: Arc<Turns>,
+    set_aside: SetAside,
     publishing: Mutex<()>,
 }
 
@@ -139,6 +141,7 @@ impl Pool {
                 cache: MemoryCache::default(),
                 damaged: Mutex::default(),
                 turns: Arc::default(),
+                set_aside: SetAside::default(),
                 publishing: Mutex::new(()),
             }),
         })
@@ -407,6 +410,11 @@ impl Pool {
     #[must_use]
     pub fn damage(&self, id: SubstrateId) -> Option<String> {
         lock(&self.inner.damaged).get(&id).map(|d| d.why.clone())
+    }
+
+    /// What came in part.
+    pub(crate) fn set_aside(&self) -> &SetAside {
+        &self.inner.set_aside
     }
 
     /// Waits until nobody else imports the substrate `id`.

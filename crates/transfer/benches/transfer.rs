@@ -1,13 +1,11 @@
-//! Packing, framing and the window: what each page of a bulk transfer pays.
+//! Packing and framing: what each page of a bulk transfer pays.
 #![allow(missing_docs)]
 
 use std::hint::black_box;
-use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use godwit_transfer::codec::{Packer, unpack};
 use godwit_transfer::wire::{FrameDecoder, frame_head};
-use godwit_transfer::{Window, WindowConfig};
 
 fn noise(n: usize) -> Vec<u8> {
     let mut x = 0x9e37_79b9_7f4a_7c15_u64;
@@ -60,19 +58,5 @@ fn frames(c: &mut Criterion) {
     group.finish();
 }
 
-fn window(c: &mut Criterion) {
-    c.bench_function("window/sent and acked", |b| {
-        let mut window = Window::new(WindowConfig::default());
-        let (mut now, mut total) = (Duration::ZERO, 0u64);
-        b.iter(|| {
-            now += Duration::from_micros(300);
-            window.on_sent(4096, now);
-            total += 4096;
-            window.on_acked(total.saturating_sub(400_000), now);
-            black_box(window.room())
-        });
-    });
-}
-
-criterion_group!(benches, codec, frames, window);
+criterion_group!(benches, codec, frames);
 criterion_main!(benches);

@@ -5,19 +5,14 @@
 //! - [`wire`]: frames, greeting, lane headers (sans-IO).
 //! - [`rpc`]: typed calls.
 //! - [`codec`]: compression of bulk, bounded on the way back.
-//! - [`window`]: how much bulk may be in flight (sans-IO); [`BulkSender`] and [`BulkReceiver`] use
-//!   it on a lane.
-//! - [`chunk`]: bringing units of the store by their hashes, demanded ones first.
 //!
 //! The clock of the system matters to certificates and tokens only; everything else goes by
 //! elapsed time.
 
-pub mod chunk;
 pub mod codec;
 pub mod keys;
 pub mod link;
 pub mod rpc;
-pub mod window;
 pub mod wire;
 
 pub use keys::{
@@ -25,9 +20,8 @@ pub use keys::{
     Revocations, Serial, Trust, Warrant, unix_now,
 };
 pub use link::{
-    BulkReceiver, BulkSender, Endpoint, EndpointOptions, JoinError, JoinRefusal, Joined, Lane,
-    LaneError, LaneReceiver, LaneSender, Link, LinkError, LinkStats, PATIENCE, join,
+    Endpoint, EndpointOptions, JoinError, JoinRefusal, Joined, Lane, LaneError, LaneReceiver,
+    LaneSender, Link, LinkError, LinkStats, PATIENCE, join,
 };
 pub use rpc::{Fault, Router, RpcError};
-pub use window::{Window, WindowConfig};
 pub use wire::{LaneKind, MAX_FRAME, Priority, Versions, WireError};

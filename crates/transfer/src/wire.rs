@@ -206,8 +206,6 @@ pub enum LaneKind {
     Rpc = 1,
     /// Small messages that steer one job (a move, a transfer): typed by the room that opens it.
     Steering = 2,
-    /// Device state of a machine that stands still: nothing may delay it but demanded pages.
-    DeviceState = 3,
     /// Memory pages that a vCPU waits for, and the requests for them.
     MemoryDemand = 4,
     /// Memory in the order of the sender's choice (a pre-copy round, an active push).
@@ -216,30 +214,20 @@ pub enum LaneKind {
     DiskDemand = 6,
     /// Disk blocks in the order of the sender's choice.
     DiskBulk = 7,
-    /// Units of the store that somebody waits for, and the requests for them.
-    ChunkDemand = 8,
-    /// Units of the store in the background.
-    ChunkBulk = 9,
     /// A byte stream that is passed on as it is (a console, a display).
     Pipe = 10,
-    /// Bytes that only measure the link.
-    Probe = 11,
 }
 
 impl LaneKind {
     /// All kinds.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 7] = [
         Self::Rpc,
         Self::Steering,
-        Self::DeviceState,
         Self::MemoryDemand,
         Self::MemoryBulk,
         Self::DiskDemand,
         Self::DiskBulk,
-        Self::ChunkDemand,
-        Self::ChunkBulk,
         Self::Pipe,
-        Self::Probe,
     ];
 
     /// The priority that suits the kind.
@@ -247,10 +235,9 @@ impl LaneKind {
     pub const fn usual_priority(self) -> Priority {
         match self {
             Self::Rpc | Self::Steering => Priority::Control,
-            Self::MemoryDemand | Self::DiskDemand | Self::ChunkDemand => Priority::Demand,
-            Self::DeviceState | Self::Pipe => Priority::State,
+            Self::MemoryDemand | Self::DiskDemand => Priority::Demand,
+            Self::Pipe => Priority::State,
             Self::MemoryBulk | Self::DiskBulk => Priority::Bulk,
-            Self::ChunkBulk | Self::Probe => Priority::Background,
         }
     }
 }

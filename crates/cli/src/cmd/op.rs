@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use godwit_cloud::registry::OpRecord;
+use godwit_cloud::registry::{EventKind, OpRecord};
 use godwit_types::OpId;
 use reqwest::Method;
 use serde_json::json;
@@ -14,6 +14,7 @@ use crate::client::{Client, EMPTY};
 use crate::failure::{Outcome, Result};
 use crate::out::{self, Row, millis};
 use crate::wait::follow;
+use crate::watch::{Watch, Watched, watch};
 
 #[derive(Debug, Args)]
 pub(crate) struct Noun {
@@ -31,6 +32,9 @@ enum Verb {
         /// Only those that have not ended
         #[arg(long)]
         running: bool,
+        /// Keep the list up to date
+        #[arg(short, long)]
+        watch: bool,
     },
     /// Wait for an operation's end; fails as the operation did
     Wait {
@@ -71,12 +75,28 @@ impl Row for OpRecord {
     }
 }
 
+impl Watch for OpRecord {
+    const KIND: EventKind = EventKind::Op;
+    type Record = Self;
+    fn of(record: Self) -> Self {
+        record
+    }
+    fn key(&self) -> String {
+        self.id.to_string()
+    }
+}
+
 impl Noun {
     pub(crate) async fn run(self) -> Result {
         let client = Client::open(&self.talk.connect)?;
         let format = self.talk.output;
         match self.verb {
-            Verb::List { running } => {
+            Verb::List { running, watch: true } => {
+                let keep = Box::new(move |o: &OpRecord| !running || !o.state.is_final());
+                let what = Watched { list: "/v1/ops", only: None, keep };
+                return watch(&self.talk, what).await;
+            }
+            Verb::List { running, watch: false } => {
                 let mut all: Vec<OpRecord> = client.get("/v1/ops").await?;
                 all.retain(|o| !running || !o.state.is_final());
                 out::list(format, &all)?;

@@ -47,7 +47,7 @@ pub(crate) struct Living {
     /// Seconds between two checks of all that is stored [default: a day]
     #[arg(long, value_name = "SECONDS", hide = true, value_parser = clap::value_parser!(u64).range(1..))]
     scrub_every: Option<u64>,
-    /// Uids, FIRST-LAST, of which each QEMU gets one of its own; `off` leaves them to this user. By
+    /// Uids, FIRST-LAST, of which each QEMU and relay gets one of its own; `off` leaves them to this user. By
     /// default 2000000000-2000065535 for root, off for others
     #[arg(long, value_name = "UIDS", default_value = "usual", hide_default_value = true)]
     uid_range: Uids,
@@ -142,6 +142,9 @@ pub(crate) struct ApRole {
 pub(crate) struct RelayRole {
     /// The configuration, JSON
     config: PathBuf,
+    /// It is on standard input; CONFIG is only its name
+    #[arg(long)]
+    given: bool,
 }
 
 impl CenterRole {
@@ -251,7 +254,11 @@ impl ApRole {
 impl RelayRole {
     pub(crate) async fn run(self) -> Result {
         Living::default().begin()?;
-        let config = RelayConfig::load(&self.config).map_err(|e| Fault::of(&e))?;
+        let config = match self.given {
+            true => RelayConfig::read(std::io::stdin(), &self.config),
+            false => RelayConfig::load(&self.config),
+        };
+        let config = config.map_err(|e| Fault::of(&e))?;
         let status = Box::pin(run_relay(config)).await.map_err(|e| Fault::of(&e))?;
         tracing::info!(?status, "relay ended");
         Ok(Outcome::Done)

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use godwit_cloud::api::{NewToken, Token, TokenText, TokenUse};
 use godwit_cloud::clock::UnixMs;
 use godwit_cloud::daemon::join_site;
-use godwit_cloud::registry::SiteRecord;
+use godwit_cloud::registry::{EventKind, SiteRecord};
 use godwit_transfer::JoinToken;
 use godwit_types::{Name, SiteKind, SiteState};
 use reqwest::Method;
@@ -18,6 +18,7 @@ use crate::args::{Places, Talk, duration};
 use crate::client::{Client, EMPTY};
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Row};
+use crate::watch::{Watch, Watched, watch};
 
 #[derive(Debug, Args)]
 pub(crate) struct Noun {
@@ -31,7 +32,11 @@ pub(crate) struct Noun {
 enum Verb {
     /// List sites
     #[command(visible_alias = "ls")]
-    List,
+    List {
+        /// Keep the list up to date
+        #[arg(short, long)]
+        watch: bool,
+    },
     /// Make a token with which one site can join this center; list or withdraw such tokens
     #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
     Token {
@@ -153,6 +158,19 @@ impl Row for Seen {
     }
 }
 
+impl Watch for Seen {
+    const KIND: EventKind = EventKind::Site;
+    // Load and room.
+    const MOVES: bool = true;
+    type Record = SiteRecord;
+    fn of(record: SiteRecord) -> Self {
+        Self::from(record)
+    }
+    fn key(&self) -> String {
+        self.record.name.to_string()
+    }
+}
+
 impl Row for Token {
     const COLUMNS: &'static [&'static str] = &["ID", "SITE", "KIND", "STATE", "EXPIRES"];
     const WIDE: usize = 5;
@@ -198,7 +216,12 @@ impl Noun {
     pub(crate) async fn run(self) -> Result {
         let format = self.talk.output;
         match self.verb {
-            Verb::List => {
+            Verb::List { watch: true } => {
+                let keep = Box::new(|_: &Seen| true);
+                let what = Watched { list: "/v1/sites", only: None, keep };
+                return watch(&self.talk, what).await;
+            }
+            Verb::List { watch: false } => {
                 let client = Client::open(&self.talk.connect)?;
                 out::list(format, &sites(&client).await?)?;
             }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use futures::StreamExt;
-use godwit_cloud::registry::SubstrateRecord;
+use godwit_cloud::registry::{EventKind, SubstrateRecord};
 use godwit_substrate::ArchiveEnd;
 use godwit_types::Name;
 use indicatif::ProgressBar;
@@ -19,6 +19,7 @@ use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Row, size};
 use crate::wait::{change_and_tell, style};
+use crate::watch::{Watch, Watched, watch};
 
 #[derive(Debug, Args)]
 pub(crate) struct Noun {
@@ -32,7 +33,11 @@ pub(crate) struct Noun {
 enum Verb {
     /// List substrates
     #[command(visible_alias = "ls")]
-    List,
+    List {
+        /// Keep the list up to date
+        #[arg(short, long)]
+        watch: bool,
+    },
     /// Show one substrate
     Get {
         /// Name or id
@@ -106,12 +111,28 @@ impl Row for SubstrateRecord {
     }
 }
 
+impl Watch for SubstrateRecord {
+    const KIND: EventKind = EventKind::Substrate;
+    type Record = Self;
+    fn of(record: Self) -> Self {
+        record
+    }
+    fn key(&self) -> String {
+        self.id.to_string()
+    }
+}
+
 impl Noun {
     pub(crate) async fn run(self) -> Result {
         let client = Client::open(&self.talk.connect)?;
         let format = self.talk.output;
         match self.verb {
-            Verb::List => {
+            Verb::List { watch: true } => {
+                let keep = Box::new(|_: &SubstrateRecord| true);
+                let what = Watched { list: "/v1/substrates", only: None, keep };
+                return watch(&self.talk, what).await;
+            }
+            Verb::List { watch: false } => {
                 let all: Vec<SubstrateRecord> = client.get("/v1/substrates").await?;
                 out::list(format, &all)?;
             }

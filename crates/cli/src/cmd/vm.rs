@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use godwit_cloud::controller::{CreateVm, DockVm, MigrateVm};
-use godwit_cloud::registry::{SubstrateRecord, VmRecord};
+use godwit_cloud::registry::{EventKind, SiteRecord, SubstrateRecord, VmRecord};
 use godwit_types::{ActivateReport, DockReport, Mib, MoveReport, Name, SubstrateKind, VmState};
 use reqwest::Method;
 use serde::de::DeserializeOwned;
@@ -16,6 +16,7 @@ use crate::client::Client;
 use crate::failure::{Outcome, Result};
 use crate::out::{self, Row, millis, size};
 use crate::wait::{Changed, change, change_and_tell, parts};
+use crate::watch::{Watch, Watched, watch};
 
 #[derive(Debug, Args)]
 pub(crate) struct Noun {
@@ -37,11 +38,17 @@ enum Verb {
         /// Only those at this site
         #[arg(long)]
         site: Option<Name>,
+        /// Keep the list up to date
+        #[arg(short, long)]
+        watch: bool,
     },
     /// Show one environment
     Get {
         /// Name or id
         vm: Name,
+        /// Show what becomes of it until it is gone
+        #[arg(short, long)]
+        watch: bool,
     },
     /// Power an environment off; its disk is kept
     Stop {
@@ -181,6 +188,17 @@ impl Row for VmRecord {
     }
 }
 
+impl Watch for VmRecord {
+    const KIND: EventKind = EventKind::Vm;
+    type Record = Self;
+    fn of(record: Self) -> Self {
+        record
+    }
+    fn key(&self) -> String {
+        self.id.to_string()
+    }
+}
+
 impl Noun {
     pub(crate) async fn run(self) -> Result {
         let client = Client::open(&self.talk.connect)?;
@@ -188,13 +206,32 @@ impl Noun {
         match self.verb {
             Verb::Create(c) => at.create(c).await,
             Verb::Activate(c) => at.activate(c).await,
-            Verb::List { site } => {
+            Verb::List { site, watch: true } => {
+                // A site that there is not is refused.
+                if let Some(site) = &site {
+                    let _: SiteRecord = at.client.get(&format!("/v1/sites/{site}")).await?;
+                }
+                let keep = Box::new(move |v: &VmRecord| site.as_ref().is_none_or(|s| *s == v.site));
+                let what = Watched { list: "/v1/vms", only: None, keep };
+                watch(&at.talk, what).await
+            }
+            Verb::List { site, watch: false } => {
                 let filter = site.map(|s| format!("?site={s}")).unwrap_or_default();
                 let vms: Vec<VmRecord> = at.client.get(&format!("/v1/vms{filter}")).await?;
                 out::list(at.talk.output, &vms)?;
                 Ok(Outcome::Done)
             }
-            Verb::Get { vm } => {
+            Verb::Get { vm, watch: true } => {
+                let id = at.vm(&vm).await?.id;
+                let only = Some(id.to_string());
+                let what = Watched {
+                    list: "/v1/vms",
+                    only,
+                    keep: Box::new(move |v: &VmRecord| v.id == id),
+                };
+                watch::<VmRecord>(&at.talk, what).await
+            }
+            Verb::Get { vm, watch: false } => {
                 out::one(at.talk.output, &at.vm(&vm).await?)?;
                 Ok(Outcome::Done)
             }

@@ -5,6 +5,7 @@
 //! of a substrate is streamed, to its own limit. Every error is a [`Fault`] in JSON with the status of its class. Fields and parameters that are not
 //! known are refused. What takes long answers 202 with the operation that does it.
 
+mod events;
 mod exec;
 mod images;
 mod meta;
@@ -33,11 +34,13 @@ use godwit_transfer::keys::TokenInfo;
 use godwit_types::{Code, Name, SiteKind};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 use utoipa::{IntoParams, OpenApi, ToSchema};
 
 use crate::controller::{Accepted, Controller, Mode};
 use crate::error::Fault;
 
+pub use events::{EventFilter, FeedEvent, MAX_STREAMS, RESET, REVISION_HEADER, Reset};
 pub use exec::{Encoding, ExecReply, ExecRequest, MAX_INPUT};
 pub use meta::Health;
 pub use sites::{NewToken, Token, TokenText, TokenUse};
@@ -91,6 +94,9 @@ pub struct Api {
     pub(crate) gate: Arc<dyn Gatekeeper>,
     /// Hash of the operator token: comparing hashes takes the same time for every wrong token.
     token: blake3::Hash,
+    streams: events::Streams,
+    /// Ends the streams of events.
+    stop: CancellationToken,
 }
 
 impl std::fmt::Debug for Api {
@@ -103,7 +109,14 @@ impl Api {
     /// The API of `controller`, for whoever has `token`.
     #[must_use]
     pub fn new(controller: Arc<Controller>, gate: Arc<dyn Gatekeeper>, token: &str) -> Self {
-        Self { controller, gate, token: blake3::hash(token.as_bytes()) }
+        let (streams, stop) = (events::Streams::default(), CancellationToken::new());
+        Self { controller, gate, token: blake3::hash(token.as_bytes()), streams, stop }
+    }
+
+    /// The same; its streams of events end with `stop`.
+    #[must_use]
+    pub fn until(self, stop: CancellationToken) -> Self {
+        Self { stop, ..self }
     }
 
     /// The routes.
@@ -140,6 +153,7 @@ impl Api {
             .route("/v1/ops/{id}", get(operations::one))
             .route("/v1/ops/{id}/events", get(operations::events))
             .route("/v1/ops/{id}/cancel", post(operations::cancel))
+            .route("/v1/events", get(events::events))
             .route("/v1/pool", get(substrates::pool))
             .route("/v1/pool/{site}/check", post(substrates::pool_check))
             .fallback(|| async {
@@ -149,6 +163,7 @@ impl Api {
                 let f = Fault::invalid("this path does not take that method");
                 (StatusCode::METHOD_NOT_ALLOWED, axum::Json(f.hint("see /v1/openapi.json")))
             })
+            .layer(middleware::from_fn_with_state(self.clone(), events::say_revision))
             .layer(middleware::from_fn_with_state(self.clone(), authenticate));
         Router::new().route("/healthz", get(meta::healthz)).merge(guarded).with_state(self)
     }
@@ -376,8 +391,9 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         operations::one,
         operations::events,
         operations::cancel,
+        events::events,
     ),
-    components(schemas(Fault))
+    components(schemas(Fault, events::Reset))
 )]
 struct Spec;
 

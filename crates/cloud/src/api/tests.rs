@@ -6,7 +6,7 @@ use godwit_transfer::keys::TokenState;
 use super::*;
 use crate::registry::Registry;
 
-struct NoGate;
+pub(super) struct NoGate;
 impl Gatekeeper for NoGate {
     fn invite(&self, site: &Name, _: SiteKind, _: u64) -> Result<String, Fault> {
         Ok(format!("token-for-{site}"))

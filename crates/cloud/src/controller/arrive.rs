@@ -29,11 +29,17 @@ use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
 use crate::registry::VmRecord;
 use crate::site::{
-    Call, MemoryStand, MoveStand, SWITCHED, SiteHost, SiteReply, SiteRequest, UNCERTAIN,
+    Call, MemoryStand, MoveStand, News, SiteHost, SiteReply, SiteRequest, UNKNOWN_GENERATION,
 };
 
 /// The stage that an operation shows while a broken migration is taken up again.
 pub(super) const RECOVERING: &str = "recovering";
+
+/// The stage that an operation shows once the destination runs the machine.
+const SWITCHED: &str = "switched";
+
+/// The stage that it shows while it is not known where the machine runs.
+pub(super) const UNCERTAIN: &str = "uncertain";
 
 /// How long a machine is waited for that lacks something of a site that is away, or that breaks
 /// off again and again.
@@ -195,18 +201,34 @@ impl Controller {
         let (me, shown, at_switch) = (Arc::clone(self), op.clone(), m.clone());
         let deciding = Arc::new(tokio::sync::Mutex::new(()));
         Call::new(
-            move |p| {
-                // It asks until it is answered; one answer at a time is looked for.
-                if p.stage == UNCERTAIN
-                    && let Ok(turn) = Arc::clone(&deciding).try_lock_owned()
-                {
-                    let (me, lost) = (me.clone(), at_switch.clone());
-                    tokio::spawn(async move {
-                        me.decide_fate(&lost).await;
-                        drop(turn);
+            move |news| match news {
+                News::Progress(p) => shown.progress(p),
+                News::Uncertain => {
+                    shown.progress(Progress {
+                        stage: UNCERTAIN.into(),
+                        note:
+                            "the destination was lost during the switch; asking what became of it"
+                                .into(),
+                        ..Progress::default()
                     });
+                    // It asks until it is answered; one answer at a time is looked for.
+                    if let Ok(turn) = Arc::clone(&deciding).try_lock_owned() {
+                        let (me, lost) = (me.clone(), at_switch.clone());
+                        tokio::spawn(async move {
+                            me.decide_fate(&lost).await;
+                            drop(turn);
+                        });
+                    }
                 }
-                if p.stage == SWITCHED {
+                News::Switched { generation }
+                    if ![at_switch.generation, UNKNOWN_GENERATION].contains(&generation) =>
+                {
+                    tracing::error!(
+                        vm = %at_switch.vm.name, %generation, expected = %at_switch.generation,
+                        "a source tells of a switch that is not this one"
+                    );
+                }
+                News::Switched { .. } => {
                     // The site has passed the point; a cancel that came too late is not undone.
                     if let Err(f) = shown.commit() {
                         tracing::info!(op = %shown.id(), "a cancel came after the switch: {f}");
@@ -214,8 +236,8 @@ impl Controller {
                     if let Err(f) = me.note_switch(&at_switch) {
                         tracing::error!(vm = %at_switch.vm.name, error = %f, "noting a switch");
                     }
+                    shown.progress(Progress { stage: SWITCHED.into(), ..Progress::default() });
                 }
-                shown.progress(p);
             },
             op.cancel().clone(),
         )

@@ -1,5 +1,5 @@
 //! What the center knows of the substrates that sites hold, and how one comes to a site that lacks
-//! it: through the center, once, however many machines wait for it.
+//! it: once, however many machines wait for it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
@@ -11,23 +11,23 @@ use tokio::sync::Mutex;
 
 use super::{Controller, registry_fault};
 use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind, Progress};
+use crate::ops::{OpHandle, OpKind};
 use crate::registry::{RegistryError, SiteReport, SubstrateRecord};
-use crate::site::frames::FrameReader;
-use crate::site::{SiteHost, StreamRequest, SubstrateInfo, bounds};
+use crate::site::{SiteHost, SubstrateInfo, bounds};
 
 /// The substrates that are on their way, by where they go.
 pub(super) type Bringing = std::sync::Mutex<HashMap<(SubstrateId, Name), Arc<Mutex<()>>>>;
 
 impl Controller {
-    /// Brings a substrate to `to` from a site that holds it. Whoever wants the same meanwhile
-    /// waits for the first, and finds it there.
+    /// Brings a substrate to `to` from a site that holds it, and answers with that site, whose link
+    /// may have become another one. Whoever wants the same meanwhile waits for the first, and finds
+    /// it there.
     pub(super) async fn bring_substrate(
         &self,
         op: &OpHandle,
         id: SubstrateId,
         to: &Arc<dyn SiteHost>,
-    ) -> Result<(), Fault> {
+    ) -> Result<Arc<dyn SiteHost>, Fault> {
         let key = (id, to.name().clone());
         let one = {
             let mut all = self.bringing.lock().unwrap_or_else(PoisonError::into_inner);
@@ -41,7 +41,7 @@ impl Controller {
         let s = self.registry.substrate(&id.to_string()).map_err(registry_fault)?;
         // Brought by another, or just docked there: the site's next report says so too.
         if s.holders.contains(to.name()) {
-            return Ok(());
+            return Ok(Arc::clone(to));
         }
         let mut sources: Vec<_> = s.holders.iter().filter_map(|n| self.host(n).ok()).collect();
         // A holder that is known to be damaged is asked last, the center's own site first.
@@ -52,57 +52,30 @@ impl Controller {
         let mut last =
             Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name));
         for from in sources {
-            op.begin("bring", json!({ "from": from.name(), "to": to.name(), "substrate": s.id }))?;
-            let info = match self.carry(op, &s, &from, to).await {
-                Ok(info) => info,
+            let from = from.name();
+            op.begin("bring", json!({ "from": from, "to": to.name(), "substrate": s.id }))?;
+            match self.carry(op, &s, from, to.name()).await {
+                Ok(info) => {
+                    self.adopt_substrate(to.name(), info)?;
+                    op.done("bring")?;
+                    return self.host(to.name());
+                }
                 // A bring that an earlier daemon of the center began has come to its end meanwhile.
                 Err(f) if f.code == Code::Exists => {
+                    let to = self.host(to.name())?;
                     let there = to.substrates().await?.into_iter().find(|i| i.id == id);
-                    there.ok_or(f)?
+                    self.adopt_substrate(to.name(), there.ok_or(f)?)?;
+                    op.done("bring")?;
+                    return Ok(to);
                 }
                 Err(f) if matches!(f.code, Code::Damaged | Code::Unavailable | Code::TimedOut) => {
-                    tracing::warn!(substrate = %s.name, from = %from.name(), error = %f, "not brought from there");
+                    tracing::warn!(substrate = %s.name, %from, error = %f, "not brought from there");
                     last = f;
-                    continue;
                 }
                 Err(f) => return Err(f),
-            };
-            self.adopt_substrate(to.name(), info)?;
-            return op.done("bring");
+            }
         }
         Err(last)
-    }
-
-    async fn carry(
-        &self,
-        op: &OpHandle,
-        s: &SubstrateRecord,
-        from: &Arc<dyn SiteHost>,
-        to: &Arc<dyn SiteHost>,
-    ) -> Result<SubstrateInfo, Fault> {
-        let out = from.open(StreamRequest::SubstrateExport { id: s.id }).await?;
-        let mut out = FrameReader::new(out, from.name().clone());
-        let request = StreamRequest::SubstrateImport { name: None, content: s.content };
-        let mut into = to.open(request).await?;
-        let mut done = 0u64;
-        // When the source gives up `into` is dropped, and the site takes nothing in.
-        while let Some(part) = out.next().await? {
-            op.check()?;
-            // A site that refuses closes its end; its verdict follows.
-            if let Err(e) = into.write_all(&part).await {
-                finish_import(into, &s.name).await?;
-                return Err(cut("writing", &s.name, &e));
-            }
-            done += part.len() as u64;
-            op.progress(Progress {
-                stage: "substrate".into(),
-                done,
-                total: s.stored_bytes.max(done),
-                unit: "bytes".into(),
-                note: format!("{} to {}", from.name(), to.name()),
-            });
-        }
-        finish_import(into, &s.name).await
     }
 
     /// Enters what a site holds. What it holds under the id of something else is taken out of its
@@ -199,7 +172,7 @@ impl Controller {
     }
 }
 
-fn cut(doing: &str, name: &Name, e: &std::io::Error) -> Fault {
+pub(super) fn cut(doing: &str, name: &Name, e: &std::io::Error) -> Fault {
     Fault::unavailable(format!("{doing} substrate '{name}': {e}"))
 }
 
@@ -212,8 +185,22 @@ pub(crate) async fn finish_import(
     name: &Name,
 ) -> Result<SubstrateInfo, Fault> {
     into.shutdown().await.map_err(|e| cut("writing", name, &e))?;
+    verdict(into, name).await
+}
+
+/// Reads a site's verdict on a substrate that it took in, up to the end of the stream.
+///
+/// # Errors
+/// The site's refusal, or a broken stream.
+pub(super) async fn verdict(
+    from: impl tokio::io::AsyncRead + Unpin,
+    name: &Name,
+) -> Result<SubstrateInfo, Fault> {
     let mut verdict = Vec::new();
-    into.take(64 << 10).read_to_end(&mut verdict).await.map_err(|e| cut("writing", name, &e))?;
+    from.take(64 << 10).read_to_end(&mut verdict).await.map_err(|e| cut("writing", name, &e))?;
+    if verdict.is_empty() {
+        return Err(cut("writing", name, &std::io::ErrorKind::UnexpectedEof.into()));
+    }
     let verdict = serde_json::from_slice::<Result<SubstrateInfo, Fault>>(&verdict)
         .map_err(|e| Fault::new(Code::Damaged, format!("the verdict on '{name}': {e}")))?;
     let mut info = verdict.map_err(bounds::fault)?;

@@ -12,12 +12,17 @@ use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{Call, NewMachine, Origin, SiteHost, SiteRequest};
+use crate::site::{Call, NewMachine, News, Origin, SiteHost, SiteRequest};
 
 /// A call of a site whose progress is shown by the operation.
 pub(super) fn call_of(op: &OpHandle) -> Call {
     let shown = op.clone();
-    Call::new(move |p| shown.progress(p), op.cancel().clone())
+    let show = move |news| {
+        if let News::Progress(p) = news {
+            shown.progress(p);
+        }
+    };
+    Call::new(show, op.cancel().clone())
 }
 
 struct Shape {
@@ -181,12 +186,12 @@ impl Controller {
     async fn run_create(
         &self,
         op: &OpHandle,
-        host: Arc<dyn SiteHost>,
+        mut host: Arc<dyn SiteHost>,
         mut new: NewMachine,
         bring: Option<SubstrateRecord>,
     ) -> Result<serde_json::Value, Fault> {
         if let Some(s) = bring {
-            self.bring_substrate(op, s.id, &host).await?;
+            host = self.bring_substrate(op, s.id, &host).await?;
         }
         if let Origin::Substrate(id) = new.origin {
             let record = self.registry.substrate(&id.to_string()).map_err(registry_fault)?;

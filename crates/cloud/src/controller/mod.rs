@@ -20,6 +20,7 @@
 mod arrive;
 mod ask;
 pub(crate) mod bring;
+mod carry;
 mod depart;
 mod exec;
 pub(crate) mod lifecycle;
@@ -336,6 +337,7 @@ impl Controller {
             if !self.is_attached(&host) {
                 return;
             }
+            self.registry.site_lapsed(host.name(), Moment::now());
             let report = tokio::time::timeout(LEASE, self.refresh(&host));
             // A site that takes long to tell what it has is there; one that is stopped is not.
             let (reported, ()) = tokio::join!(report, self.check_answers(&host));

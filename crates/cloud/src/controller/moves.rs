@@ -15,7 +15,7 @@ use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
 use crate::placement::{Demand, Source};
 use crate::registry::{Arriving, VmRecord};
-use crate::site::{Call, MachineStatus, SiteHost, SiteReply, SiteRequest, UNCERTAIN};
+use crate::site::{Call, MachineStatus, SiteHost, SiteReply, SiteRequest};
 
 /// How long a destination that was lost during the switch is asked for.
 const FATE_LIMIT: Duration = Duration::from_secs(600);
@@ -288,7 +288,7 @@ impl Controller {
                 Err(_) => {}
             }
             op.progress(Progress {
-                stage: UNCERTAIN.into(),
+                stage: super::arrive::UNCERTAIN.into(),
                 note: format!("finding out where it runs: {}", why.message),
                 ..Progress::default()
             });

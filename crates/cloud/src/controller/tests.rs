@@ -7,10 +7,9 @@ use godwit_types::{Arch, Code, Hash, OpState, SubstrateId, VmId, VmState};
 
 use super::*;
 use crate::error::Fault;
-use crate::ops::Progress;
 use crate::site::{
     ByteStream, Call, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
-    MemoryStand, MoveStand, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
+    MemoryStand, MoveStand, News, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
@@ -42,6 +41,8 @@ pub(super) enum Send {
     FailsAfter,
     BreaksAfter,
     WaitsForCancel,
+    /// It says that a machine runs there under a generation that nobody asked for.
+    TellsOfAnother,
 }
 
 pub(super) fn name(s: &str) -> Name {
@@ -245,10 +246,14 @@ impl SiteHost for Paper {
                     ..Received::default()
                 })))
             }
-            SiteRequest::MigrateSend { vm, .. } => {
+            SiteRequest::MigrateSend { vm, next, .. } => {
                 let peer = self.peer.lock().expect("lock").clone().expect("peer");
                 match self.send {
                     Send::FailsBefore => return Err(Fault::unavailable("link cut")),
+                    Send::TellsOfAnother => {
+                        call.news(News::Switched { generation: Generation(next.0 + 1) });
+                        return Err(Fault::unavailable("link cut"));
+                    }
                     Send::WaitsForCancel => {
                         call.cancel.cancelled().await;
                         return Err(Fault::cancelled());
@@ -266,10 +271,7 @@ impl SiteHost for Paper {
                     // It switched, but the news of it never came.
                     return Err(Fault::unavailable("link cut"));
                 }
-                call.progress(Progress {
-                    stage: crate::site::SWITCHED.into(),
-                    ..Progress::default()
-                });
+                call.news(News::Switched { generation: next });
                 if self.send == Send::BreaksAfter {
                     return Err(Fault::unavailable("the relay is gone"));
                 }

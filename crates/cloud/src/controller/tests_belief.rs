@@ -145,3 +145,17 @@ async fn a_warrant_of_a_move_that_never_switched_is_void() {
     assert_eq!((now.site.as_str(), now.generation), ("center", vm.generation));
     assert_eq!(w.center.all().len(), 1, "the true one lives");
 }
+
+#[tokio::test]
+async fn a_switch_to_another_generation_than_was_asked_for_is_not_believed() {
+    let w = world(Send::TellsOfAnother).await;
+    running(&w, "a").await;
+    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!(
+        (vm.state, vm.site.as_str(), vm.generation),
+        (VmState::Running, "center", Generation(1))
+    );
+    assert!(w.cafe.all().is_empty(), "the destination keeps nothing");
+}

@@ -239,7 +239,7 @@ async fn serve_api(
     if let Some(files) = config.tls.clone() {
         tasks.spawn(stop.clone().run_until_cancelled_owned(files.keep(tls.clone())));
     }
-    let router = Api::new(controller.clone(), door, token).router();
+    let router = Api::new(controller.clone(), door, token).until(stop.clone()).router();
     let router = router.layer(axum::middleware::map_request(impatient));
     let handle = Handle::new();
     let mut server = axum_server::from_tcp_rustls(listener, tls)

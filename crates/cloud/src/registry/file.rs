@@ -21,8 +21,9 @@ use serde::de::DeserializeOwned;
 
 use godwit_store::{CommitMark, Marked};
 
+use super::feed::{Batch, Feed};
 use super::tables::{Change, SiteRow, Tables};
-use super::{RegistryError, Result};
+use super::{RegistryError, Result, saved};
 use crate::clock::UnixMs;
 
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;
@@ -72,6 +73,7 @@ struct Shared {
     queue: Mutex<Queue>,
     wake: Condvar,
     durable: RwLock<Tables>,
+    feed: Arc<Feed>,
     commits: AtomicU64,
 }
 
@@ -110,9 +112,11 @@ impl File {
         for (key, why) in &tables.damaged {
             tracing::error!(%key, %why, "an entry of the registry is damaged and left out");
         }
+        let feed = Feed::new(saved::read(&db, last_commit(&db)?)?, &tables);
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue { next: tables.clone(), ..Queue::default() }),
             wake: Condvar::new(),
+            feed,
             durable: RwLock::new(tables),
             commits: AtomicU64::new(commits),
         });
@@ -128,6 +132,11 @@ impl File {
     /// Write transactions made so far.
     pub(super) fn commits(&self) -> u64 {
         self.shared.commits.load(Ordering::Relaxed)
+    }
+
+    /// What was changed, for whoever follows it.
+    pub(super) fn feed(&self) -> &Arc<Feed> {
+        &self.shared.feed
     }
 
     /// Looks at what is on disk.
@@ -232,15 +241,16 @@ impl Writer {
                         Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)))
                     });
             match done {
-                Ok(()) => self.succeeded(jobs),
+                Ok(told) => self.succeeded(jobs, told),
                 Err(e) => self.failed(jobs, &e),
             }
         }
     }
 
-    fn commit(&mut self, jobs: &[Job]) -> Result<()> {
+    /// Answers with what the feed has to tell, if anything was written.
+    fn commit(&mut self, jobs: &[Job]) -> Result<Option<Batch>> {
         if jobs.iter().all(|j| j.rows.is_empty()) {
-            return Ok(());
+            return Ok(None);
         }
         if self.db.is_none() {
             self.reopen()?;
@@ -248,23 +258,34 @@ impl Writer {
         let Some(db) = &self.db else {
             return Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)));
         };
+        let told = {
+            let durable = self.shared.durable.read().unwrap_or_else(PoisonError::into_inner);
+            let changes = jobs.iter().flat_map(|j| j.changes.iter().zip(&j.rows));
+            let bytes = |r: &Row| r.value.as_ref().map_or(0, Vec::len);
+            self.shared.feed.plan(&durable, changes.map(|(c, r)| (c, bytes(r))))
+        };
         self.shared.commits.fetch_add(1, Ordering::Relaxed);
         let tx = db.begin_write()?;
         for row in jobs.iter().flat_map(|j| &j.rows) {
             put_row(&tx, row)?;
         }
         let n = count(&tx)?;
+        saved::write(&tx, &told, n)?;
         tx.commit()?;
         self.mark.set(n);
-        Ok(())
+        Ok(Some(told))
     }
 
-    fn succeeded(&self, jobs: Vec<Job>) {
+    fn succeeded(&self, jobs: Vec<Job>, told: Option<Batch>) {
         {
             let mut durable = self.shared.durable.write().unwrap_or_else(PoisonError::into_inner);
             for change in jobs.iter().flat_map(|j| &j.changes) {
                 durable.apply(change);
             }
+        }
+        // Whoever is told of a change finds it.
+        if let Some(told) = told {
+            self.shared.feed.publish(told);
         }
         self.shared.queue().writing = false;
         for job in jobs {
@@ -278,10 +299,13 @@ impl Writer {
         self.db = None;
         let mut queue = self.shared.queue();
         jobs.append(&mut queue.jobs);
-        let reopened = open_db(&self.path).and_then(|db| load(&db).map(|tables| (db, tables)));
+        let reopened = open_db(&self.path).and_then(|db| {
+            let saved = saved::read(&db, last_commit(&db)?)?;
+            load(&db).map(|tables| (db, tables, saved))
+        });
         let mut durable = self.shared.durable.write().unwrap_or_else(PoisonError::into_inner);
         match reopened {
-            Ok((db, tables)) => {
+            Ok((db, tables, saved)) => {
                 self.db = Some(db);
                 if !tables.same_rows(&durable) {
                     // No number that a reader has seen stands for these rows.
@@ -289,6 +313,7 @@ impl Writer {
                     *durable = tables;
                     durable.renumber(revision + 1);
                 }
+                self.shared.feed.reopened(saved);
             }
             Err(error) => {
                 let error = crate::error::chain(&error);
@@ -363,7 +388,7 @@ fn number(bytes: Option<Vec<u8>>) -> Result<u64> {
 }
 
 /// Gives a transaction its number.
-fn count(tx: &WriteTransaction) -> Result<u64> {
+pub(super) fn count(tx: &WriteTransaction) -> Result<u64> {
     let mut meta = tx.open_table(META)?;
     let n = number(meta.get(LAST)?.map(|v| v.value().to_vec()))? + 1;
     meta.insert(LAST, n.to_le_bytes().as_slice())?;

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use godwit_types::{Hash, Name, SubstrateId};
+use godwit_types::{Hash, Name, SiteState, SubstrateId};
 
+use super::feed::Feed;
 use super::tables::SiteRow;
 use super::{SiteRecord, SiteReport};
 use crate::clock::{Moment, UnixMs};
@@ -69,22 +70,45 @@ impl Live {
         site.report = record.report.clone();
     }
 
-    pub(super) fn report(&self, name: &Name, report: SiteReport, now: Moment, ttl: Duration) {
+    /// Tells the feed when the site had no lease. It is told while nobody else can change that.
+    pub(super) fn report(
+        &self,
+        name: &Name,
+        report: SiteReport,
+        now: Moment,
+        ttl: Duration,
+        feed: &Feed,
+    ) {
         let mut inner = self.inner();
         let site = inner.sites.entry(name.clone()).or_default();
+        let back = site.lease_until == Duration::ZERO;
         site.lease_until = site.lease_until.max(now.run + ttl);
         site.heard = site.heard.max(now.run);
         site.last_seen = now.wall;
         site.report = report;
+        if back {
+            feed.site(name, SiteState::Ready);
+        }
     }
 
-    pub(super) fn silent(&self, name: &Name, asked: Duration) -> bool {
-        match self.inner().sites.get_mut(name) {
-            Some(site) if site.heard < asked => {
-                std::mem::take(&mut site.lease_until) != Duration::ZERO
-            }
-            _ => false,
+    /// Ends a lease that has run out by itself.
+    pub(super) fn lapsed(&self, name: &Name, now: Duration, feed: &Feed) {
+        self.end_if(name, |site| site.lease_until < now, feed);
+    }
+
+    fn end_if(&self, name: &Name, is_over: impl FnOnce(&Site) -> bool, feed: &Feed) -> bool {
+        let mut inner = self.inner();
+        let Some(site) = inner.sites.get_mut(name).filter(|s| is_over(s)) else { return false };
+        let ended = std::mem::take(&mut site.lease_until) != Duration::ZERO;
+        if ended {
+            feed.site(name, SiteState::Unreachable);
         }
+        ended
+    }
+
+    /// Ends the lease of a site that was not heard of since `asked`; answers whether it had one.
+    pub(super) fn silent(&self, name: &Name, asked: Duration, feed: &Feed) -> bool {
+        self.end_if(name, |site| site.heard < asked, feed)
     }
 
     pub(super) fn seen_machines(&self, name: &Name, revision: u64) {

@@ -17,12 +17,16 @@
 //! other tasks over meanwhile.
 
 mod deleted;
+mod feed;
 mod file;
 mod live;
 mod records;
+mod saved;
 mod tables;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_feed;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -35,6 +39,7 @@ use file::File;
 use live::Live;
 use tables::{Change, SiteRow, Tables};
 
+pub use feed::{Event, EventId, EventKind, Forgotten, NoEventId, Object, Summary, Watcher, What};
 pub use records::{
     Arriving, DeletedVm, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord,
     VmRecord,
@@ -224,6 +229,34 @@ impl Registry {
         self.file.commits()
     }
 
+    /// The last event of the feed. What is read after this call shows everything up to it.
+    #[must_use]
+    pub fn now(&self) -> EventId {
+        self.file.feed().now()
+    }
+
+    /// Follows what is changed after an event, or from now on.
+    ///
+    /// # Errors
+    /// [`Forgotten`] when what came after that event is not kept, or it is none of this registry.
+    pub fn watch(&self, after: Option<EventId>) -> std::result::Result<Watcher, Forgotten> {
+        match after {
+            Some(id) => self.file.feed().watch_after(id),
+            None => Ok(self.watch_now()),
+        }
+    }
+
+    /// Follows what is changed from now on.
+    #[must_use]
+    pub fn watch_now(&self) -> Watcher {
+        self.file.feed().watch_now()
+    }
+
+    /// Tells those who follow of an operation that is asked to stop, which is not written down.
+    pub(crate) fn op_cancelling(&self, op: &OpRecord) {
+        self.file.feed().op_cancelling(op);
+    }
+
     /// Keys of entries that do not parse and were left out.
     #[must_use]
     pub fn damaged(&self) -> Vec<String> {
@@ -343,7 +376,7 @@ impl Registry {
             }
             Ok(row)
         })?;
-        self.live.report(name, report, now, ttl);
+        self.live.report(name, report, now, ttl, self.file.feed());
         Ok(self.live.record(&row, now))
     }
 
@@ -362,7 +395,12 @@ impl Registry {
     /// Ends a site's lease, for it has not answered since `asked`; unless it has reported since.
     /// Answers whether there was a lease to end.
     pub fn site_silent(&self, name: &Name, asked: Moment) -> bool {
-        self.live.silent(name, asked.run)
+        self.live.silent(name, asked.run, self.file.feed())
+    }
+
+    /// Ends a site's lease that has run out by itself, and tells of that.
+    pub fn site_lapsed(&self, name: &Name, now: Moment) {
+        self.live.lapsed(name, now.run, self.file.feed());
     }
 
     /// Ends a site's lease for it has gone away, and writes down when it was seen last.
@@ -370,7 +408,7 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn site_away(&self, name: &Name) -> Result<()> {
-        self.live.silent(name, Duration::MAX);
+        self.live.silent(name, Duration::MAX, self.file.feed());
         let seen = self.live.last_seen(name);
         self.site_change(name, |row| {
             row.last_seen = seen.unwrap_or(row.last_seen);

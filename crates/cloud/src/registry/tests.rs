@@ -5,7 +5,7 @@ use godwit_types::{Arch, Mib, OpState, SiteKind, SiteState, SubstrateKind, VmSta
 use super::*;
 use crate::ops::OpKind;
 
-fn name(s: &str) -> Name {
+pub(super) fn name(s: &str) -> Name {
     Name::new(s).expect("name")
 }
 
@@ -15,7 +15,7 @@ fn open() -> (tempfile::TempDir, Registry) {
     (dir, reg)
 }
 
-fn vm(n: &str) -> VmRecord {
+pub(super) fn vm(n: &str) -> VmRecord {
     VmRecord {
         id: VmId::new(),
         name: name(n),
@@ -36,11 +36,11 @@ fn vm(n: &str) -> VmRecord {
     }
 }
 
-fn at(ms: u64) -> Moment {
+pub(super) fn at(ms: u64) -> Moment {
     Moment { wall: UnixMs(ms), run: Duration::from_millis(ms) }
 }
 
-fn site(n: &str) -> SiteRecord {
+pub(super) fn site(n: &str) -> SiteRecord {
     SiteRecord {
         name: name(n),
         kind: SiteKind::Ap,
@@ -52,7 +52,7 @@ fn site(n: &str) -> SiteRecord {
     }
 }
 
-fn substrate(n: &str) -> SubstrateRecord {
+pub(super) fn substrate(n: &str) -> SubstrateRecord {
     SubstrateRecord {
         id: SubstrateId::new(),
         name: name(n),
@@ -464,7 +464,7 @@ fn child_that_writes_until_it_is_killed() {
     for i in 0.. {
         reg.vm_add(&vm(&format!("vm-{i}")), None).expect("add");
         let mut out = std::io::stderr();
-        writeln!(out, "in {i}").expect("tell");
+        writeln!(out, "in {i} {}", reg.now()).expect("tell");
     }
 }
 
@@ -482,11 +482,14 @@ fn kill_9_loses_nothing_that_was_told() {
         .spawn()
         .expect("spawn");
     let mut told = 0;
+    let mut ids = Vec::new();
     let mut lines = BufReader::new(child.stderr.take().expect("pipe")).lines();
     for line in lines.by_ref() {
         let line = line.expect("line");
         if let Some(n) = line.strip_prefix("in ") {
+            let (n, id) = n.split_once(' ').expect("number and event");
             told = n.parse::<usize>().expect("number") + 1;
+            ids.push(id.parse().expect("id"));
             if told == 20 {
                 break;
             }
@@ -501,6 +504,13 @@ fn kill_9_loses_nothing_that_was_told() {
     for i in 0..told {
         assert!(reg.vm(&format!("vm-{i}")).is_ok(), "vm-{i}");
     }
+    // Whoever has read the tenth goes on with the eleventh.
+    let mut rest = reg.watch(Some(ids[9])).expect("known");
+    for i in 10..vms.len() {
+        let event = rest.read().expect("kept").expect("there");
+        assert_eq!(event.what.name, format!("vm-{i}"));
+    }
+    assert_eq!(rest.read().expect("kept"), None, "there are no sites");
 }
 
 /// A small tmpfs, unmounted when dropped.
@@ -525,6 +535,7 @@ fn a_full_disk_fails_a_change_whole_and_the_registry_goes_on() {
     let mount = Tmpfs(dir);
     let reg = Registry::open(&mount.0.path().join("r.redb")).expect("open");
     let small = vm("a");
+    let mut watcher = reg.watch(None).expect("from now");
     reg.vm_add(&small, None).expect("room");
     let filler = mount.0.path().join("filler");
     let free = rustix::fs::statvfs(mount.0.path()).expect("statvfs");
@@ -538,6 +549,9 @@ fn a_full_disk_fails_a_change_whole_and_the_registry_goes_on() {
     std::fs::remove_file(&filler).expect("remove");
     reg.vm_add(&large, None).expect("room again");
     assert_eq!(reg.vms().expect("read").len(), 2);
+    let told: Vec<_> = std::iter::from_fn(|| watcher.read().expect("kept")).collect();
+    let told: Vec<_> = told.iter().map(|e| (e.id.revision(), e.what.name.as_str())).collect();
+    assert_eq!(told, [(1, "a"), (2, "b")], "what failed is not told and costs no number");
 }
 
 #[test]

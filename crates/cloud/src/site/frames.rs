@@ -8,7 +8,7 @@
 //!
 //! A stream that ends with neither broke off.
 
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 
 use bytes::Bytes;
 use godwit_types::{Code, Name};
@@ -89,6 +89,52 @@ impl<W: Write> Write for FrameWriter<W> {
     fn flush(&mut self) -> std::io::Result<()> {
         self.put()?;
         self.out.flush()
+    }
+}
+
+/// A substrate on its way to a site: frames as above, without a checksum, since all that is in them
+/// is checked against hashes; and an end that says whether the sender gave it up.
+///
+/// ```text
+/// u32 length (1 to 1 MiB) | bytes      as many as it takes
+/// u32 0xffff_ffff                      given up: nothing of it is to be kept
+/// ```
+pub(crate) struct PartReader<R> {
+    from: R,
+    left: usize,
+}
+
+/// The bytes before those of a part.
+pub(crate) fn part_head(bytes: &[u8]) -> [u8; 4] {
+    (bytes.len() as u32).to_le_bytes()
+}
+
+/// What says that nothing of what was sent is to be kept.
+pub(crate) const GIVEN_UP: [u8; 4] = FAILED.to_le_bytes();
+
+impl<R: Read> PartReader<R> {
+    pub(crate) const fn new(from: R) -> Self {
+        Self { from, left: 0 }
+    }
+}
+
+impl<R: Read> Read for PartReader<R> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        if self.left == 0 {
+            let mut head = [0; 4];
+            self.from.read_exact(&mut head)?;
+            self.left = match u32::from_le_bytes(head) {
+                FAILED => {
+                    return Err(std::io::Error::new(ErrorKind::ConnectionAborted, "given up"));
+                }
+                n if (1..=MAX_FRAME).contains(&(n as usize)) => n as usize,
+                _ => return Err(std::io::Error::new(ErrorKind::InvalidData, "no such frame")),
+            };
+        }
+        let n = buf.len().min(self.left);
+        let n = self.from.read(&mut buf[..n])?;
+        self.left -= n;
+        Ok(n)
     }
 }
 

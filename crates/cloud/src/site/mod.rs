@@ -3,7 +3,7 @@
 //! ```text
 //! center                                   site
 //!   | -- SiteRequest --------------------> |   one stream a request
-//!   | <-- SiteEvent::Progress ... -------- |   as often as there is news
+//!   | <-- SiteEvent::News ... ------------ |   as often as there is any
 //!   | -- cancel (optional) --------------> |
 //!   | <-- SiteEvent::Done(Result) -------- |   always last
 //! ```
@@ -40,15 +40,9 @@ pub use local::{LocalSite, SiteDirs, SiteOptions, Uids, image_info, images_of};
 pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
-    MachineStatus, MemoryStand, MoveStand, NewMachine, Origin, PoolReport, SiteEvent, SiteReply,
-    SiteRequest, StreamRequest, SubstrateInfo, UNKNOWN_GENERATION,
+    MachineStatus, MemoryStand, MoveStand, NewMachine, News, Origin, PoolReport, SiteEvent,
+    SiteReply, SiteRequest, StreamRequest, SubstrateInfo, UNKNOWN_GENERATION,
 };
-
-/// The stage that a source reports when the destination runs the machine: the commit point.
-pub const SWITCHED: &str = "switched";
-
-/// Stage of a source that lost its destination during the switch and asks what became of it.
-pub const UNCERTAIN: &str = "uncertain";
 
 /// A byte stream in both directions: a console, a display, a substrate on its way.
 pub type ByteStream = Pin<Box<dyn ReadWrite>>;
@@ -60,7 +54,7 @@ impl<T: AsyncRead + AsyncWrite + Send> ReadWrite for T {}
 /// How a request tells of its progress and hears that it is to stop.
 #[derive(Clone)]
 pub struct Call {
-    progress: Arc<dyn Fn(Progress) + Send + Sync>,
+    news: Arc<dyn Fn(News) + Send + Sync>,
     /// Fires when the caller wants it stopped.
     pub cancel: CancellationToken,
 }
@@ -72,12 +66,9 @@ impl std::fmt::Debug for Call {
 }
 
 impl Call {
-    /// A call whose progress goes to `progress`.
-    pub fn new(
-        progress: impl Fn(Progress) + Send + Sync + 'static,
-        cancel: CancellationToken,
-    ) -> Self {
-        Self { progress: Arc::new(progress), cancel }
+    /// A call whose news go to `news`.
+    pub fn new(news: impl Fn(News) + Send + Sync + 'static, cancel: CancellationToken) -> Self {
+        Self { news: Arc::new(news), cancel }
     }
 
     /// A call that nobody watches.
@@ -88,7 +79,12 @@ impl Call {
 
     /// Tells how far it is.
     pub fn progress(&self, p: Progress) {
-        (self.progress)(p);
+        (self.news)(News::Progress(p));
+    }
+
+    /// Passes on what happened.
+    pub fn news(&self, news: News) {
+        (self.news)(news);
     }
 }
 

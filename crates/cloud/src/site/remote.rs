@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! steering lane: request | center -> SiteRequest, later perhaps the one byte CANCEL
-//!                answer  | site   -> SiteEvent::Progress ..., SiteEvent::Done
+//!                answer  | site   -> SiteEvent::News ..., SiteEvent::Done
 //! pipe lane:     request | center -> StreamRequest
 //!                verdict | site   -> Result<(), Fault>; after Ok bytes flow both ways
 //! ```
@@ -17,7 +17,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use godwit_transfer::{Expected, Lane, LaneError, LaneKind, LaneReceiver, LaneSender, Link, Peer};
+use godwit_transfer::{
+    Expected, Lane, LaneError, LaneKind, LaneReceiver, LaneSender, Link, Peer, Priority,
+};
 use godwit_types::{Code, Name};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -25,7 +27,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::bounds;
-use super::{ByteStream, Call, SiteEvent, SiteHost, SiteReply, SiteRequest, StreamRequest};
+use super::{ByteStream, Call, News, SiteEvent, SiteHost, SiteReply, SiteRequest, StreamRequest};
 use crate::error::Fault;
 
 /// The longest message in bytes: what a program in a guest printed, 16 MiB of each kind.
@@ -126,8 +128,8 @@ impl RemoteSite {
         Fault { message, hint: f.hint.or(hint), ..f }
     }
 
-    async fn lane(&self, kind: LaneKind) -> Result<Lane, Fault> {
-        self.link.open(kind, kind.usual_priority()).await.map_err(|e| self.away(Fault::of(&e)))
+    async fn lane(&self, kind: LaneKind, priority: Priority) -> Result<Lane, Fault> {
+        self.link.open(kind, priority).await.map_err(|e| self.away(Fault::of(&e)))
     }
 }
 
@@ -138,7 +140,7 @@ impl SiteHost for RemoteSite {
     }
 
     async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
-        let (mut to, mut from) = self.lane(LaneKind::Steering).await?.split();
+        let (mut to, mut from) = self.lane(LaneKind::Steering, Priority::Control).await?.split();
         send_message(&mut to, &request).await.map_err(|f| self.away(f))?;
         let measured = matches!(request, SiteRequest::Report);
         // What must not be asked twice is not told as something that may be.
@@ -159,7 +161,7 @@ impl SiteHost for RemoteSite {
                 }
             };
             match event {
-                SiteEvent::Progress(p) => call.progress(p),
+                SiteEvent::News(news) => call.news(news),
                 SiteEvent::Done(outcome) => {
                     let reply = outcome.map_err(bounds::fault).and_then(bounds::checked);
                     let mut reply = reply.map_err(|f| self.away(f))?;
@@ -173,7 +175,15 @@ impl SiteHost for RemoteSite {
     }
 
     async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
-        let (mut to, mut from) = self.lane(LaneKind::Pipe).await?.split();
+        let priority = match request {
+            StreamRequest::Console { .. } | StreamRequest::Display { .. } => Priority::State,
+            // A machine that is on its way goes first.
+            StreamRequest::SubstrateExport { .. }
+            | StreamRequest::SubstrateSupply { .. }
+            | StreamRequest::SubstrateTake { .. }
+            | StreamRequest::SubstrateImport { .. } => Priority::Background,
+        };
+        let (mut to, mut from) = self.lane(LaneKind::Pipe, priority).await?.split();
         send_message(&mut to, &request).await.map_err(|f| self.away(f))?;
         let taken = recv_message::<Result<(), Fault>>(&mut from).await?;
         taken.map_err(|f| self.away(bounds::fault(f)))?;
@@ -277,16 +287,15 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Re
     let (mut to, mut from) = lane.split();
     let request: SiteRequest = arrival(&mut from).await?;
     let turn = takes_turns(&request).then_some(room);
-    // Progress that comes faster than the link takes it is dropped but for the latest.
-    let (tx, mut news) = mpsc::channel(32);
+    // Progress that comes faster than the link takes it is dropped; nothing else is.
+    let (progress, mut shown) = mpsc::channel(32);
+    let (certain, mut news) = mpsc::unbounded_channel();
     let call = Call::new(
-        move |p| {
-            // Full: the next report says more anyway. But the switch must not be lost.
-            if p.stage == super::SWITCHED {
-                let tx = tx.clone();
-                tokio::spawn(async move { tx.send(p).await });
-            } else {
-                let _ = tx.try_send(p);
+        move |told| {
+            // Fails only when nobody is left who could be told.
+            match told {
+                News::Progress(_) => drop(progress.try_send(told)),
+                News::Switched { .. } | News::Uncertain => drop(certain.send(told)),
             }
         },
         tokio_util::sync::CancellationToken::new(),
@@ -307,10 +316,11 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Re
             outcome = &mut work => {
                 break outcome.unwrap_or_else(|_| Err(Fault::internal("the site failed; see its log")));
             }
-            Some(p) = news.recv() => {
-                if linked && send_message(&mut to, &SiteEvent::Progress(p)).await.is_err() {
-                    linked = false;
-                }
+            Some(told) = news.recv() => {
+                linked = linked && send_message(&mut to, &SiteEvent::News(told)).await.is_ok();
+            }
+            Some(told) = shown.recv() => {
+                linked = linked && send_message(&mut to, &SiteEvent::News(told)).await.is_ok();
             }
             frame = from.recv(), if listening => match frame {
                 Ok(Some(f)) if f == CANCEL => cancel.cancel(),
@@ -319,10 +329,8 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Re
             },
         }
     };
-    while let Ok(p) = news.try_recv() {
-        if linked && send_message(&mut to, &SiteEvent::Progress(p)).await.is_err() {
-            linked = false;
-        }
+    while let Some(told) = shown.try_recv().ok().or_else(|| news.try_recv().ok()) {
+        linked = linked && send_message(&mut to, &SiteEvent::News(told)).await.is_ok();
     }
     send_message(&mut to, &SiteEvent::Done(Box::new(outcome))).await?;
     to.finish().await.map_err(|e| Fault::of(&e))

@@ -585,6 +585,18 @@ pub enum StreamRequest {
         /// Which.
         id: SubstrateId,
     },
+    /// A substrate for another site that asks for the units it lacks: read in the frames of
+    /// `site/frames.rs`, written [`godwit_substrate::TakerMsg`]s.
+    SubstrateSupply {
+        /// Which.
+        id: SubstrateId,
+    },
+    /// A substrate from another site: read [`godwit_substrate::TakerMsg`]s and after the last of
+    /// them the verdict as JSON, written the parts of `site/frames.rs`.
+    SubstrateTake {
+        /// The content that it must have, unless any will do.
+        content: Option<Hash>,
+    },
     /// A substrate to write; ends with one [`SiteEvent`] from the site after the last byte.
     SubstrateImport {
         /// Its name here, if not its own.
@@ -594,11 +606,27 @@ pub enum StreamRequest {
     },
 }
 
+/// What a site tells while it works on a request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum News {
+    /// How far it is. The next one says more, so one may be dropped.
+    Progress(Progress),
+    /// A source: the destination runs the machine under this generation. This is the commit point
+    /// of a move; it is never dropped.
+    Switched {
+        /// The generation that the machine left under; [`UNKNOWN_GENERATION`] where a daemon of
+        /// before did not write it down.
+        generation: Generation,
+    },
+    /// A source that lost its destination during the switch asks what became of it. Never dropped.
+    Uncertain,
+}
+
 /// What a site sends in answer to a request over a link.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum SiteEvent {
-    /// How far it is.
-    Progress(Progress),
+    /// What happened meanwhile.
+    News(News),
     /// The end.
     Done(Box<Result<SiteReply, Fault>>),
 }

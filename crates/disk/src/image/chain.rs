@@ -51,8 +51,16 @@ pub(super) fn open_layer(
     lower: Option<Access>,
     write: bool,
 ) -> Result<FormatAccess<File>, DiskError> {
-    let builder: imago::qcow2::Qcow2OpenBuilder<File, Access> =
-        Qcow2::builder(open_file(path, write)?);
+    open_layer_in(open_file(path, write)?, path, lower, write)
+}
+
+fn open_layer_in(
+    file: File,
+    path: &Path,
+    lower: Option<Access>,
+    write: bool,
+) -> Result<FormatAccess<File>, DiskError> {
+    let builder: imago::qcow2::Qcow2OpenBuilder<File, Access> = Qcow2::builder(file);
     let open =
         builder.write(write).backing(lower).data_file(None).open(DenyImplicitOpenGate::default());
     Ok(FormatAccess::new(block_on(open).map_err(io_error("opening", path))?))
@@ -65,16 +73,30 @@ impl FrozenChain {
     /// # Errors
     /// If a file can't be opened or must not be used.
     pub fn open(base: &Path, layers: &[PathBuf]) -> Result<Self, DiskError> {
+        let open = |path: &PathBuf| {
+            let file = std::fs::File::open(path).map_err(io_error("opening", path))?;
+            Ok((path.clone(), file))
+        };
+        Self::of_open(base, layers.iter().map(open).collect::<Result<_, DiskError>>()?)
+    }
+
+    /// As [`FrozenChain::open`], of layers that are open already, with their names.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn of_open(base: &Path, layers: Vec<(PathBuf, std::fs::File)>) -> Result<Self, DiskError> {
         let mut bytes = tool::check_base(base)?;
         let mut levels = vec![open_base(base)?];
-        let mut below = Backing::Raw(base);
-        for path in layers {
-            bytes = tool::inspect(path, below)?.virtual_bytes;
+        let mut paths: Vec<PathBuf> = Vec::new();
+        for (path, file) in layers {
+            let below = paths.last().map_or(Backing::Raw(base), |p| Backing::Qcow2(p));
+            bytes = tool::inspect_open(&file, &path, below)?.virtual_bytes;
             let lower = levels.last().map(Arc::clone);
-            levels.push(Arc::new(open_layer(path, lower, false)?));
-            below = Backing::Qcow2(path);
+            let file = File::try_from(file).map_err(io_error("opening", &path))?;
+            levels.push(Arc::new(open_layer_in(file, &path, lower, false)?));
+            paths.push(path);
         }
-        Ok(Self { base: base.to_path_buf(), paths: layers.to_vec(), levels, bytes })
+        Ok(Self { base: base.to_path_buf(), paths, levels, bytes })
     }
 
     /// The raw base.

@@ -9,7 +9,8 @@
 //! durable, so that it never tells of a block that is not there.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -263,6 +264,49 @@ impl MidLayer {
         Ok((left.count(), record.finished))
     }
 
+    /// Where the record of the layer at `path` is.
+    #[must_use]
+    pub fn record_of(path: &Path) -> PathBuf {
+        record_path(path)
+    }
+
+    /// Gives the sealed layer at `from`, where another user may have filled it, the name `to` as a
+    /// file of this process's user. What is at `to` goes; the layer is also at `from` after it.
+    /// Again is the same as once.
+    ///
+    /// # Errors
+    /// If it is no plain file, or cannot be moved or kept.
+    pub fn take_over(from: &Path, to: &Path) -> Result<(), DiskError> {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
+        let unfit = |why| DiskError::Unfit { path: from.to_path_buf(), why };
+        let meta = fs::symlink_metadata(from).map_err(io_error("looking at", from))?;
+        if !meta.is_file() {
+            return Err(unfit("it is not a plain file"));
+        }
+        let same = fs::symlink_metadata(to)
+            .is_ok_and(|there| (there.dev(), there.ino()) == (meta.dev(), meta.ino()));
+        if !same {
+            match fs::remove_file(to) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(io_error("removing", to)(e));
+                }
+                _ => {}
+            }
+            fs::hard_link(from, to).map_err(io_error("taking over", from))?;
+        }
+        // Whoever owns `from` may have put a link there in between.
+        if !fs::symlink_metadata(to).map_err(io_error("looking at", to))?.is_file() {
+            return Err(unfit("it is not a plain file"));
+        }
+        let me = rustix::process::geteuid().as_raw();
+        if meta.uid() != me {
+            lchown(to, Some(me), None)
+                .and_then(|()| fs::set_permissions(to, fs::Permissions::from_mode(0o640)))
+                .map_err(io_error("taking over", to))?;
+        }
+        tool::sync_dir(to)
+    }
+
     /// Removes the record beside a finished layer: it is now a layer like any other.
     ///
     /// # Errors
@@ -284,11 +328,21 @@ fn record_path(path: &Path) -> PathBuf {
 fn read_record(layer: &Path) -> Result<Record, DiskError> {
     let path = record_path(layer);
     let damaged = || DiskError::Record { path: path.clone() };
-    let bytes = fs::metadata(&path).map_err(io_error("reading", &path))?.len();
-    if bytes > MAX_RECORD {
+    // Another user may have made it: a link is not followed, and a pipe not waited for.
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(flags.bits().cast_signed())
+        .open(&path)
+        .map_err(io_error("reading", &path))?;
+    if !file.metadata().map_err(io_error("reading", &path))?.is_file() {
         return Err(damaged());
     }
-    let data = fs::read(&path).map_err(io_error("reading", &path))?;
+    let mut data = Vec::new();
+    file.take(MAX_RECORD + 1).read_to_end(&mut data).map_err(io_error("reading", &path))?;
+    if data.len() as u64 > MAX_RECORD {
+        return Err(damaged());
+    }
     let (body, sum) = data.split_last_chunk::<32>().ok_or_else(damaged)?;
     if Hash::of(body) != Hash(*sum) {
         return Err(damaged());
@@ -299,4 +353,33 @@ fn read_record(layer: &Path) -> Result<Record, DiskError> {
         return Err(damaged());
     }
     Ok(record)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_is_taken_over_only_if_it_is_a_plain_file() {
+        use std::os::unix::fs::{MetadataExt, symlink};
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        symlink("/etc/passwd", &from).expect("a link");
+        MidLayer::take_over(&from, &to).expect_err("a link");
+        assert!(fs::symlink_metadata(&to).is_err());
+        symlink("/etc/passwd", record_path(&from)).expect("a link");
+        MidLayer::missing(&from).expect_err("a link");
+        fs::remove_file(&from).expect("removed");
+        fs::write(&from, b"blocks").expect("a file");
+        fs::write(&to, b"of another move").expect("a file");
+        let me = rustix::process::geteuid();
+        if me.is_root() {
+            std::os::unix::fs::chown(&from, Some(2_000_000_001), Some(2_000_000_001)).expect("its");
+        }
+        for _ in 0..2 {
+            MidLayer::take_over(&from, &to).expect("a plain file");
+            let meta = fs::symlink_metadata(&to).expect("there");
+            assert_eq!((meta.uid(), meta.len()), (me.as_raw(), 6));
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -61,6 +62,11 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
 /// Renames the finished `from` to `to` and makes the directory entry durable.
 pub(super) fn publish(from: &Path, to: &Path) -> Result<(), DiskError> {
     fs::rename(from, to).map_err(io_error("renaming a new file to", to))?;
+    sync_dir(to)
+}
+
+/// Makes the directory entry `to` durable.
+pub(super) fn sync_dir(to: &Path) -> Result<(), DiskError> {
     if let Some(dir) = to.parent() {
         File::open(dir).and_then(|d| d.sync_all()).map_err(io_error("syncing", dir))?;
     }
@@ -122,13 +128,21 @@ pub fn create_overlay(path: &Path, backing: Backing<'_>, bytes: u64) -> Result<(
 /// # Errors
 /// If it must not be used; says why.
 pub fn inspect(path: &Path, backing: Backing<'_>) -> Result<Qcow2Header, DiskError> {
-    let file = File::open(path).map_err(io_error("opening", path))?;
+    inspect_open(&File::open(path).map_err(io_error("opening", path))?, path, backing)
+}
+
+/// As [`inspect`], of an open file that is called `path`.
+pub(super) fn inspect_open(
+    file: &File,
+    path: &Path,
+    backing: Backing<'_>,
+) -> Result<Qcow2Header, DiskError> {
     let meta = file.metadata().map_err(io_error("inspecting", path))?;
     if !meta.is_file() {
         return Err(DiskError::Unfit { path: path.to_path_buf(), why: "it is not a plain file" });
     }
-    let mut head = Vec::new();
-    file.take(HEADER_BYTES as u64).read_to_end(&mut head).map_err(io_error("reading", path))?;
+    let mut head = vec![0; HEADER_BYTES.min(usize::try_from(meta.len()).unwrap_or(HEADER_BYTES))];
+    file.read_exact_at(&mut head, 0).map_err(io_error("reading", path))?;
     let refused = |source| DiskError::Refused { path: path.to_path_buf(), source };
     let header = Qcow2Header::parse(&head, meta.len()).map_err(refused)?;
     if let Some(name) = &header.backing

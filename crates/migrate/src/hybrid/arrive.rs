@@ -1,9 +1,10 @@
 //! Carries out what the destination's table asks for.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use godwit_qemu::{DiskLayer, EventCursor, Life, Machine, MigrationStatus};
+use godwit_disk::MidLayer;
+use godwit_qemu::{DiskLayer, EventCursor, Layer, Life, Machine, MigrationStatus, Node};
 use tokio::sync::watch;
 
 use super::measure::now;
@@ -23,6 +24,8 @@ const RUN_OR_FAIL: Duration = Duration::from_secs(3);
 pub struct ArrivingDisk {
     /// The chain below `top` once the source is not needed any more: base and middle layer.
     pub layers: Vec<DiskLayer>,
+    /// Where the relay fills the middle layer, if that is elsewhere.
+    pub filled: Option<PathBuf>,
     /// Unix socket on which QEMU tells the relay what the guest overwrites.
     pub written: PathBuf,
 }
@@ -47,6 +50,17 @@ pub async fn receive(
     let before = received.counts;
     let mut arrival = Arriving { machine, client, disk, driver, received, before, events };
     arrival.drive(client.watch()).await
+}
+
+/// Gives the middle layer that a relay has filled at `filled` its place in `layers`.
+async fn take_over(filled: &Path, layers: &[DiskLayer]) -> Result<(), MoveError> {
+    for l in layers.iter().filter(|l| l.node == Node::Mid) {
+        let Layer::Qcow2 { path } = &l.layer else { continue };
+        let (from, to) = (filled.to_owned(), path.clone());
+        let taken = tokio::task::spawn_blocking(move || MidLayer::take_over(&from, &to)).await;
+        taken.map_err(|_| MoveError::LayerWorker)?.map_err(MoveError::Layer)?;
+    }
+    Ok(())
 }
 
 struct Arriving<'a> {
@@ -139,7 +153,10 @@ impl Arriving<'_> {
                 }
                 DestinationEffect::Pivot => {
                     self.settle().await?;
-                    if let Some(ArrivingDisk { layers, .. }) = self.disk.take() {
+                    if let Some(ArrivingDisk { layers, filled, .. }) = self.disk.take() {
+                        if let Some(filled) = filled {
+                            take_over(&filled, &layers).await?;
+                        }
                         self.machine.withdraw_written().await;
                         let took = self
                             .machine

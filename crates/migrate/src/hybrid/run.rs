@@ -50,6 +50,12 @@ pub enum MoveError {
     /// The state does not allow it.
     #[error("driving the migration on")]
     State(#[source] InvalidTransition),
+    /// The disk that has come can't be given to its machine.
+    #[error("taking over the disk that has come")]
+    Layer(#[source] godwit_disk::DiskError),
+    /// The same, for no reason that is known.
+    #[error("taking over the disk that has come: its worker has ended")]
+    LayerWorker,
     /// The machine never ran at the destination; it runs at the source.
     #[error("the migration was given up before the machine left its source: {why}")]
     Cancelled {
@@ -101,6 +107,8 @@ impl CodedError for MoveError {
             Self::Relay { source, .. } => source.code(),
             Self::Stuck | Self::Ended { .. } => Code::Damaged,
             Self::RelayRefused(_) | Self::State(_) => Code::Conflict,
+            Self::Layer(e) => e.code(),
+            Self::LayerWorker => Code::Internal,
             Self::Cancelled { .. } => Code::Cancelled,
             Self::Reclaimed { .. } | Self::Interrupted { .. } | Self::Uncertain { .. } => {
                 Code::Unavailable

@@ -1,5 +1,6 @@
 //! What a relay process is told at its start.
 
+use std::io::Read as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -7,7 +8,7 @@ use godwit_transfer::Revocations;
 use godwit_types::{Generation, MigrationId, Name};
 use serde::{Deserialize, Serialize};
 
-use super::RelayError;
+use super::{Given, RelayError};
 
 /// The largest configuration file in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -65,6 +66,9 @@ pub struct RelayConfig {
     /// The disk, when the machine has one.
     #[serde(default)]
     pub disk: Option<RelayDisk>,
+    /// What the relay inherits open, in place of opening or making it.
+    #[serde(default)]
+    pub given: Option<Given>,
 }
 
 /// The disk of the machine as a relay needs it.
@@ -112,8 +116,25 @@ impl RelayConfig {
         if std::fs::metadata(path).map_err(read)?.len() > MAX_CONFIG {
             return Err(read(std::io::Error::other("it is larger than 1 MiB")));
         }
-        let text = std::fs::read(path).map_err(read)?;
-        let config: Self = serde_json::from_slice(&text)
+        Self::parse(&std::fs::read(path).map_err(read)?, path)
+    }
+
+    /// As [`RelayConfig::load`], of a configuration that `from` gives and that is called `path`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read(from: impl std::io::Read, path: &Path) -> Result<Self, RelayError> {
+        let read = |source| RelayError::ReadConfig { path: path.to_owned(), source };
+        let mut text = Vec::new();
+        from.take(MAX_CONFIG + 1).read_to_end(&mut text).map_err(read)?;
+        if text.len() as u64 > MAX_CONFIG {
+            return Err(read(std::io::Error::other("it is larger than 1 MiB")));
+        }
+        Self::parse(&text, path)
+    }
+
+    fn parse(text: &[u8], path: &Path) -> Result<Self, RelayError> {
+        let config: Self = serde_json::from_slice(text)
             .map_err(|source| RelayError::Config { path: path.to_owned(), source })?;
         config.check()?;
         Ok(config)

@@ -9,7 +9,7 @@
 //!   active push            ==== disk bulk lane =====>   after memory, paced
 //! ```
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -81,10 +81,29 @@ async fn receive(from: &mut LaneReceiver) -> Result<Option<DiskMsg>, RelayError>
         .transpose()
 }
 
+/// The disk as the source has it when its machine stands still.
+pub(super) struct Frozen {
+    pub(super) base: PathBuf,
+    /// Names of the layers above, lowest first.
+    pub(super) layers: Vec<PathBuf>,
+    /// The same, if they are open already.
+    pub(super) opened: Option<Vec<std::fs::File>>,
+}
+
+impl Frozen {
+    fn open(self) -> Result<FrozenChain, godwit_disk::DiskError> {
+        match self.opened {
+            Some(files) => {
+                FrozenChain::of_open(&self.base, self.layers.into_iter().zip(files).collect())
+            }
+            None => FrozenChain::open(&self.base, &self.layers),
+        }
+    }
+}
+
 /// The source's end: waits for STOP, then serves until the destination has everything.
 pub(super) async fn source(
-    base: &Path,
-    layers: &[std::path::PathBuf],
+    frozen: Frozen,
     demand: (LaneSender, LaneReceiver),
     mut bulk: LaneSender,
     pacer: SharedPacer,
@@ -95,9 +114,8 @@ pub(super) async fn source(
     let lost = |_| RelayError::Protocol("the relay is over");
     // QEMU has flushed its images and given them up when SWITCHOVER_START comes.
     phases.wait_for(|s| s.phase >= RelayPhase::Stopped).await.map_err(lost)?;
-    let (path, above) = (base.to_owned(), layers.to_vec());
     let opened = tokio::task::spawn_blocking(move || {
-        let chain = FrozenChain::open(&path, &above)?;
+        let chain = frozen.open()?;
         let bitmap = chain.allocation()?;
         Ok::<_, godwit_disk::DiskError>((chain, bitmap))
     })

@@ -21,6 +21,7 @@ mod destination;
 mod disk;
 mod error;
 mod frame;
+mod given;
 mod handover;
 mod pacer;
 mod round;
@@ -32,6 +33,7 @@ mod wire;
 pub use config::{RelayConfig, RelayDisk, RelayRole};
 pub use control::{RelayClient, RelayCommand};
 pub use error::RelayError;
+pub use given::Given;
 pub use status::{Counts, RamSection, RelayEnd, RelayPhase, RelayStatus};
 
 use std::path::Path;
@@ -56,7 +58,14 @@ const READ_REVOKED_EVERY: Duration = Duration::from_secs(2);
 /// [`RelayError`] when the relay could not even begin.
 pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     config.check()?;
-    let identity = Identity::load(&config.keys).map_err(RelayError::Keys)?;
+    let (identity, control, given) = match &config.given {
+        Some(given) => {
+            let taken = given.take()?;
+            let inputs = Inputs { qemu: taken.qemu, nbd: taken.nbd, layers: Some(taken.layers) };
+            (taken.identity, Some(taken.control), inputs)
+        }
+        None => (Identity::load(&config.keys).map_err(RelayError::Keys)?, None, Inputs::default()),
+    };
     let trust =
         Trust::new(identity.authority(), config.revoked.clone()).map_err(RelayError::Keys)?;
     let address = match &config.role {
@@ -71,7 +80,10 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
         .map_err(|source| RelayError::Link { peer: config.peer.to_string(), source })?;
     let _revocations = config.revoked_file.clone().map(|file| follow_revocations(trust, file));
 
-    let control = listen(&config.control, "listening for the daemon on")?;
+    let control = match control {
+        Some(control) => control,
+        None => listen(&config.control, "listening for the daemon on")?,
+    };
     let (status_tx, status) = watch::channel(RelayStatus::new(config.migration));
     if config.resume {
         status_tx.send_modify(|s| s.committed = true);
@@ -81,10 +93,11 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
 
     // QEMU has the disk as a node from its start, so it is served before anything else, and until
     // the driver has pivoted away from it.
-    let served = BlockDevice::serve(&config, &status_tx)?;
+    let served = BlockDevice::serve(&config, given.nbd, &status_tx)?;
     let worked = match &config.role {
         RelayRole::Source { .. } => {
-            source::run(&config, &endpoint, &status_tx, &mut commands).await
+            let opened = (given.qemu, given.layers);
+            source::run(&config, opened, &endpoint, &status_tx, &mut commands).await
         }
         RelayRole::Destination { .. } => {
             destination::run(&config, &endpoint, served.as_ref(), &status_tx, &mut commands).await
@@ -122,6 +135,14 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     let _ = std::fs::remove_file(&config.control);
     let last = status.borrow().clone();
     Ok(last)
+}
+
+/// What is open already for a relay's work.
+#[derive(Debug, Default)]
+struct Inputs {
+    qemu: Option<UnixListener>,
+    nbd: Option<UnixListener>,
+    layers: Option<Vec<std::fs::File>>,
 }
 
 /// Takes newer lists of revoked certificates over while the relay works: the link to a peer that
@@ -163,6 +184,7 @@ struct BlockDevice {
 impl BlockDevice {
     fn serve(
         config: &RelayConfig,
+        given: Option<UnixListener>,
         status: &watch::Sender<RelayStatus>,
     ) -> Result<Option<Self>, RelayError> {
         let Some(RelayDisk::Destination { base, bytes, nbd, .. }) = &config.disk else {
@@ -170,7 +192,10 @@ impl BlockDevice {
         };
         let fail =
             |source| RelayError::Socket { what: "offering the disk on", path: nbd.clone(), source };
-        let server = NbdServer::bind(nbd, "").map_err(fail)?;
+        let server = match given {
+            Some(listener) => NbdServer::on(listener, nbd, ""),
+            None => NbdServer::bind(nbd, "").map_err(fail)?,
+        };
         let (late, there) = disk::LateDisk::new(base, *bytes, status.subscribe())?;
         let stop = CancellationToken::new();
         let token = stop.clone();

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 
 use super::control::Asked;
 use super::core::{Channel as Lane, SourceCore};
-use super::disk::{self, SharedPacer};
+use super::disk::{self, Frozen, SharedPacer};
 use super::frame::seal;
 use super::wire::{About, Note, VERSION, hear, tell};
 use super::{
@@ -31,14 +31,22 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// How long the other relay may take to have heard that the migration has ended well.
 const LAST_WORD: Duration = Duration::from_secs(10);
 
+/// What is open already: where QEMU connects, and the layers of the disk.
+type Opened = (Option<UnixListener>, Option<Vec<std::fs::File>>);
+
 pub(super) async fn run(
     config: &RelayConfig,
+    (listener, layers): Opened,
     endpoint: &Endpoint,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<Outcome, RelayError> {
-    let listener = super::listen(&config.qemu, "listening for QEMU on")?;
-    let mut source = unless_aborted(commands, Source::join(config, endpoint, status)).await?;
+    let listener = match listener {
+        Some(listener) => listener,
+        None => super::listen(&config.qemu, "listening for QEMU on")?,
+    };
+    let joined = Source::join(config, layers, endpoint, status);
+    let mut source = unless_aborted(commands, joined).await?;
     source.compare_clocks().await?;
     source.publish();
     let worked = source.work(&listener, commands).await;
@@ -151,6 +159,7 @@ async fn disk_over(
 impl<'a> Source<'a> {
     async fn join(
         config: &RelayConfig,
+        opened: Option<Vec<std::fs::File>>,
         endpoint: &Endpoint,
         status: &'a watch::Sender<RelayStatus>,
     ) -> Result<Self, RelayError> {
@@ -179,7 +188,8 @@ impl<'a> Source<'a> {
             let (bulk, _) = open(LaneKind::DiskBulk).await?.split();
             let (pacer, status, resume) = (disk_pacer.clone(), status.clone(), config.resume);
             disk = Some(tokio::spawn(async move {
-                disk::source(&base, &layers, demand, bulk, pacer, status, resume).await
+                let frozen = Frozen { base, layers, opened };
+                disk::source(frozen, demand, bulk, pacer, status, resume).await
             }));
         }
         match hear(&mut steering.1).await? {

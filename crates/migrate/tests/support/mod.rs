@@ -133,7 +133,7 @@ impl Place {
             DiskLayer { node: Node::Base, layer: self.base() },
             DiskLayer { node: Node::Mid, layer: Layer::Qcow2 { path: self.path("mid.qcow2") } },
         ];
-        ArrivingDisk { layers, written: self.path("written") }
+        ArrivingDisk { layers, filled: None, written: self.path("written") }
     }
 
     fn config(&self, role: RelayRole, disk: RelayDisk, resume: bool) -> RelayConfig {
@@ -155,6 +155,7 @@ impl Place {
             resume,
             memory: true,
             disk: Some(disk),
+            given: None,
         }
     }
 

@@ -19,11 +19,15 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Moves the socket that QEMU has made to where it belongs.
+    /// Moves the socket that QEMU has made to where it belongs, and lets the program connect to it
+    /// that QEMU meets there.
     pub(super) fn take_socket(&self) -> Result<(), QemuError> {
         match &self.belongs {
-            Some((path, uid)) => confine::take_socket(&self.told, path, *uid),
-            None => Ok(()),
+            Some((path, uid)) => {
+                confine::take_socket(&self.told, path, *uid)?;
+                confine::share_socket(path)
+            }
+            None => confine::share_socket(&self.told),
         }
     }
 

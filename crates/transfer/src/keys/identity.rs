@@ -90,6 +90,37 @@ impl std::fmt::Debug for Identity {
 }
 
 impl Identity {
+    /// All of it, its key too, for another process of this site: never for a file.
+    ///
+    /// # Errors
+    /// [`KeyError::Damaged`], which does not happen.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, KeyError> {
+        let parts = (&self.key_pem, self.certificate.as_ref(), self.authority.as_ref());
+        postcard::to_allocvec(&parts).map_err(handed)
+    }
+
+    /// What [`Identity::to_bytes`] gave.
+    ///
+    /// # Errors
+    /// [`KeyError::Damaged`], [`KeyError::NotASite`], [`KeyError::ForeignCertificate`].
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, KeyError> {
+        use rcgen::PublicKeyData;
+        let (pem, certificate, authority): (String, Vec<u8>, Vec<u8>) =
+            postcard::from_bytes(bytes).map_err(handed)?;
+        let me = Peer::of_certificate(&certificate)?;
+        let key = rcgen::KeyPair::from_pem(&pem).map_err(handed)?;
+        if public_key_of(&certificate).as_ref() != Some(&key.subject_public_key_info()) {
+            return Err(KeyError::ForeignCertificate);
+        }
+        Ok(Self {
+            me,
+            key_pem: pem,
+            key_der: key.serialize_der(),
+            certificate: certificate.into(),
+            authority: authority.into(),
+        })
+    }
+
     /// Loads the identity that [`Identity::save`] wrote into `dir`.
     ///
     /// # Errors
@@ -165,6 +196,10 @@ impl Identity {
     }
 }
 
+fn handed(e: impl std::fmt::Display) -> KeyError {
+    KeyError::Damaged { path: "an identity as it was handed over".into(), why: e.to_string() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::{Authority, Trust};
@@ -195,6 +230,12 @@ mod tests {
         second.save(&at).expect("again, whole");
         loads(&second);
         assert!(!at.join(NEXT_KEY_FILE).exists());
+        let mut bytes = second.to_bytes().expect("bytes");
+        assert_eq!(Identity::from_bytes(&bytes).expect("the same").me(), second.me());
+        let mixed = Identity { key_pem: first.key_pem.clone(), ..second.clone() };
+        Identity::from_bytes(&mixed.to_bytes().expect("bytes")).expect_err("another's key");
+        bytes.truncate(100);
+        Identity::from_bytes(&bytes).expect_err("cut");
         Trust::new(second.authority(), Default::default()).expect("trust");
     }
 }

@@ -71,10 +71,8 @@ impl EndpointOptions {
 ///
 /// Sized for 100 Mbit/s at 200 ms (2.5 MB in flight) with room to spare: one stream may use
 /// 8 MiB, all together 24 MiB. The send window is the same, since what waits there can still be
-/// overtaken by a lane of higher priority. CUBIC stays QUIC's congestion control: bulk is kept
-/// near the bandwidth-delay product by [`crate::Window`], which stays below the point where CUBIC
-/// fills the queue; its first window is 64 KiB, so that a demanded page or a device state does
-/// not wait for slow start.
+/// overtaken by a lane of higher priority. CUBIC stays QUIC's congestion control; its first window
+/// is 64 KiB, so that a demanded page does not wait for slow start.
 fn transport(options: &EndpointOptions) -> quinn::TransportConfig {
     let mut cubic = quinn::congestion::CubicConfig::default();
     cubic.initial_window(64 << 10);

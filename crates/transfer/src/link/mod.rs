@@ -14,7 +14,6 @@ mod endpoint;
 mod error;
 mod join;
 mod lane;
-mod paced;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -33,7 +32,6 @@ pub(crate) use error::{
 pub use error::{JoinError, LaneError, LinkError};
 pub use join::{JoinRefusal, JoinRequest, Joined, join};
 pub use lane::{Lane, LaneReceiver, LaneSender};
-pub use paced::{BulkReceiver, BulkSender};
 
 /// How many lanes may wait for [`Link::accept_lane`]; the peer is told to stop opening more.
 const WAITING_LANES: usize = 256;

@@ -1,4 +1,4 @@
-//! Whether the QEMUs of this site run under uids of their own, and what limits their memory.
+//! Whether the QEMUs and relays of this site run under uids of their own, and what limits their memory.
 
 use godwit_qemu::{Confine, MemoryGroups, UidRange};
 use godwit_sched_host::cgroup::{Hierarchy, Version};
@@ -7,7 +7,7 @@ use godwit_types::Hash;
 use super::SiteDirs;
 use crate::error::Fault;
 
-/// Which uids a site gives its QEMUs.
+/// Which uids a site gives its QEMUs and relays.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Uids {
     /// Those of [`UidRange::USUAL`], when the site may give any.
@@ -31,12 +31,12 @@ impl std::str::FromStr for Uids {
     }
 }
 
-/// How the QEMUs of a site are confined; makes what that needs.
+/// How the QEMUs and relays of a site are confined; makes what that needs.
 pub(super) fn confine(uids: Uids, dirs: &SiteDirs) -> Result<Option<Confine>, Fault> {
     let uids = match uids {
         Uids::Off => {
             tracing::warn!(
-                "QEMU runs as this site's user, as was asked for: a guest that breaks out of it has the site"
+                "QEMUs and relays run as this site's user, as was asked for: a guest that breaks out of QEMU has the site"
             );
             return Ok(None);
         }
@@ -45,7 +45,7 @@ pub(super) fn confine(uids: Uids, dirs: &SiteDirs) -> Result<Option<Confine>, Fa
     };
     if !rustix::process::geteuid().is_root() {
         tracing::warn!(
-            "this site does not run as root, so QEMU runs as its user: a guest that breaks out of it has the site"
+            "this site does not run as root, so QEMUs and relays run as its user: a guest that breaks out of QEMU has the site"
         );
         return Ok(None);
     }
@@ -53,7 +53,7 @@ pub(super) fn confine(uids: Uids, dirs: &SiteDirs) -> Result<Option<Confine>, Fa
     Ok(Some(Confine { uids, scratch: dirs.scratch(), readable: Vec::new() }))
 }
 
-/// Where the QEMUs of a site get control groups with memory limits; what is left of earlier ones is
+/// Where the QEMUs and relays of a site get control groups with memory limits; what is left of earlier ones is
 /// removed. Where none can be had the site says so and does without.
 pub(super) fn groups(dirs: &SiteDirs) -> Option<MemoryGroups> {
     let found = || -> Result<MemoryGroups, String> {

@@ -147,6 +147,11 @@ impl SiteDirs {
         self.keys().join("revoked.json")
     }
 
+    /// What relays read while they work, which is no secret.
+    pub(super) fn told(&self) -> PathBuf {
+        self.run.join("told")
+    }
+
     /// What is kept of one machine.
     #[must_use]
     pub fn vm(&self, vm: VmId) -> PathBuf {

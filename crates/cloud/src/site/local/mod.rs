@@ -6,8 +6,10 @@
 
 mod adopt;
 mod apart;
+mod carry;
 mod dirs;
 mod exec;
+mod filling;
 mod machines;
 mod moves;
 mod pool;
@@ -204,6 +206,7 @@ impl LocalSite {
         report::check_tmpfs(&dirs.memory)?;
         let confine = apart::confine(options.uids, &dirs)?;
         let groups = apart::groups(&dirs);
+        relays::tell_revoked(&dirs, &trust)?;
         let images = ImageCache::open(&dirs.images).map_err(|e| Fault::of(&e))?;
         let binaries = godwit_qemu::Binaries::default();
         let qemu = godwit_qemu::doctor::qemu_version(binaries.of(Arch::X86_64))
@@ -341,8 +344,10 @@ impl LocalSite {
         if newer {
             tracing::info!(number = list.number, "a newer list of revoked certificates");
         }
-        // Relays read it there. The center's own site shares its list, and has it without being told.
-        list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))
+        // Relays of earlier versions read it there. The center's own site shares its list, and has it
+        // without being told.
+        list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))?;
+        relays::tell_revoked(&self.dirs, &self.trust)
     }
 
     /// Refuses a request with an older generation than the site has seen.
@@ -435,6 +440,8 @@ impl SiteHost for LocalSite {
             StreamRequest::Console { vm } => (vm, false),
             StreamRequest::Display { vm } => (vm, true),
             StreamRequest::SubstrateExport { id } => return self.export(id).await,
+            StreamRequest::SubstrateSupply { id } => return Ok(self.supply(id)),
+            StreamRequest::SubstrateTake { content } => return Ok(self.take(content)),
             StreamRequest::SubstrateImport { name, content } => {
                 return Ok(self.import(name, content));
             }

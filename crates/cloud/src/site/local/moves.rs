@@ -30,15 +30,15 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
-use super::LocalSite;
 use super::machines::{TOP, coded, joined, layer_bytes};
 use super::quit::NotSent;
 use super::record::{Below, End, MachineRecord, Meant, Migration};
 use super::relays::{MovePaths, Part};
 use super::resume::forget_measured;
+use super::{LocalSite, filling};
 use crate::error::Fault;
 use crate::ops::Progress;
-use crate::site::{Call, Incoming, MachineStatus, SWITCHED, UNCERTAIN};
+use crate::site::{Call, Incoming, MachineStatus, News, UNKNOWN_GENERATION};
 
 /// How long an end may take to undo its part when it is told to.
 const UNDO_WITHIN: Duration = Duration::from_secs(40);
@@ -281,7 +281,7 @@ impl LocalSite {
                     .await
                     .map_err(joined)?
                     .map_err(coded)?;
-                let mid = dir.join(MID);
+                let mid = filling::place(&dir);
                 let (nbd, written) = (paths.nbd.clone(), paths.written.clone());
                 Some(RelayDisk::Destination { base, mid, bytes, nbd, written })
             }
@@ -327,7 +327,9 @@ impl LocalSite {
         let me = Arc::clone(self);
         Self::drive(&moving, async move {
             let written = MovePaths::of(&me.dirs.run, &migration).written;
-            let disk = me.pivot_of(&record).map(|layers| ArrivingDisk { layers, written });
+            let dir = me.dirs.vm(record.vm);
+            let filled = filling::is_there(&dir).then(|| filling::place(&dir));
+            let disk = me.pivot_of(&record).map(|layers| ArrivingDisk { layers, filled, written });
             let outcome = {
                 let noted = me.note_run(&record, &relay);
                 let arriving = receive(&machine, &relay, disk, &mut received, resumed);
@@ -391,9 +393,12 @@ impl LocalSite {
         {
             warn!(vm = %record.name, %error, "the list of what came stays beside the layer");
         }
+        if let Err(error) = filling::end(&dir) {
+            warn!(vm = %record.name, %error, "where its disk was filled stays");
+        }
         forget_measured(&dir);
-        if let Ok(paths) = self.move_paths(record) {
-            let _ = std::fs::remove_dir_all(&paths.dir);
+        if let Some(m) = &record.migration {
+            self.clear_move(m);
         }
         info!(vm = %record.name, "has arrived");
         Ok(())
@@ -517,23 +522,23 @@ impl LocalSite {
     pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
         let asking = Asked::arrives();
         let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
+        let next = match self.entry(moving.vm).await {
+            Ok(e) => e.lock().await.record.migration.as_ref().and_then(|m| m.next),
+            Err(_) => None,
+        };
+        let switched = News::Switched { generation: next.unwrap_or(UNKNOWN_GENERATION) };
         let show = async {
             let mut shown = moving.shown.subscribe();
             let status = shown.wait_for(Option::is_some).await.ok().and_then(|s| s.clone());
             if let Some(status) = status {
-                tell(status, call.clone()).await;
+                tell(status, call.clone(), switched.clone()).await;
             }
             std::future::pending::<()>().await;
         };
         let ask = async {
             let mut asking = moving.asking.subscribe();
             while asking.wait_for(|a| *a).await.is_ok() {
-                call.progress(Progress {
-                    stage: UNCERTAIN.into(),
-                    note: "the destination was lost during the switch; asking what became of it"
-                        .into(),
-                    ..Progress::default()
-                });
+                call.news(News::Uncertain);
                 // The question may be dropped on its way, and so may the answer.
                 if let Ok(Err(_)) = tokio::time::timeout(ASK_EVERY, asking.wait_for(|a| !*a)).await
                 {
@@ -556,7 +561,7 @@ impl LocalSite {
         match ended {
             Ended::Sent(sent) => {
                 // Told once more: the end may have come before the progress.
-                call.progress(Progress { stage: SWITCHED.into(), ..Progress::default() });
+                call.news(switched.clone());
                 let sent = Sent { asking: asking.replies(), ..*sent };
                 serde_json::to_vec(&sent).map_err(|e| Fault::internal(e.to_string()))
             }
@@ -705,16 +710,16 @@ fn parse_manifest(bytes: &[u8]) -> Result<MoveManifest, Fault> {
 }
 
 /// Tells the progress of a migration as its relay counts it.
-async fn tell(mut status: watch::Receiver<RelayStatus>, call: Call) {
-    let mut switched = false;
+async fn tell(mut status: watch::Receiver<RelayStatus>, call: Call, switched: News) {
+    let mut committed = false;
     loop {
         let s = status.borrow_and_update().clone();
         for p in progress(&s) {
             call.progress(p);
         }
-        if !switched && s.committed {
-            switched = true;
-            call.progress(Progress { stage: SWITCHED.into(), ..Progress::default() });
+        if !committed && s.committed {
+            committed = true;
+            call.news(switched.clone());
         }
         if s.end.is_some() || status.changed().await.is_err() {
             return;

@@ -5,13 +5,11 @@ use std::time::Duration;
 
 use godwit_qemu::NicBackend;
 use godwit_substrate::{
-    ActivateRequest, Becomes, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
+    ActivateRequest, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
     SubstrateError, activate, dock_convert,
 };
-use godwit_types::{DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
-use tokio::io::{AsyncWriteExt, DuplexStream};
+use godwit_types::{DockReport, Generation, Name, SubstrateId, SubstrateKind, VmId};
 use tokio::sync::Mutex;
-use tokio_util::io::SyncIoBridge;
 use tokio_util::sync::CancellationToken;
 
 use super::machines::{coded, joined};
@@ -19,13 +17,7 @@ use super::record::{Below, MachineRecord, Meant, Unfinished};
 use super::{Entry, LocalSite};
 use crate::error::Fault;
 use crate::ops::Progress;
-use crate::site::frames::FrameWriter;
-use crate::site::{
-    ByteStream, Call, CheckReport, MachineStatus, NewMachine, PoolReport, SubstrateInfo,
-};
-
-/// Bytes that a substrate's stream buffers between its two ends.
-const PIPE: usize = 1 << 20;
+use crate::site::{Call, CheckReport, MachineStatus, NewMachine, PoolReport, SubstrateInfo};
 
 /// How long an activation keeps others waiting at most.
 const TURN: Duration = Duration::from_secs(3);
@@ -396,39 +388,6 @@ impl LocalSite {
         Ok(CheckReport { units: found.store.units, damaged })
     }
 
-    /// A substrate as a stream to read: an archive in frames. Refused before its first byte when
-    /// something of it is damaged.
-    pub(super) async fn export(&self, id: SubstrateId) -> Result<ByteStream, Fault> {
-        let pool = self.pool.clone();
-        blocking(move || pool.verify_units(id)).await?;
-        let (near, far) = tokio::io::duplex(PIPE);
-        let pool = self.pool.clone();
-        tokio::task::spawn_blocking(move || {
-            let mut to = FrameWriter::new(SyncIoBridge::new(far));
-            let done = pool.export(id, &mut to).map(drop).map_err(coded);
-            if let Err(f) = &done {
-                tracing::warn!(%id, error = %f, "an export broke off");
-            }
-            if let Err(error) = to.end(done.as_ref().copied()) {
-                tracing::info!(%id, %error, "an export has no reader any more");
-            }
-        });
-        Ok(Box::pin(near))
-    }
-
-    /// A stream to write a substrate to; after its end the site answers with one event.
-    pub(super) fn import(&self, name: Option<Name>, content: Option<Hash>) -> ByteStream {
-        let (near, far) = tokio::io::duplex(PIPE);
-        let (pool, site) = (self.pool.clone(), self.name.clone());
-        tokio::spawn(async move {
-            let becomes = Becomes { owner: None, name, content };
-            if let Err(e) = take_in(pool, site, becomes, far).await {
-                tracing::warn!(error = %e, "an import's answer could not be delivered");
-            }
-        });
-        Box::pin(near)
-    }
-
     /// Enters a machine that is being made; nobody else can make it meanwhile. No machine's lock is
     /// waited for while the list of all is locked.
     pub(super) async fn enter(&self, record: MachineRecord) -> Result<Arc<Mutex<Entry>>, Fault> {
@@ -499,26 +458,7 @@ impl LocalSite {
     }
 }
 
-async fn take_in(
-    pool: Pool,
-    site: Name,
-    becomes: Becomes,
-    far: DuplexStream,
-) -> std::io::Result<()> {
-    let (read, mut write) = tokio::io::split(far);
-    let reader = SyncIoBridge::new(read);
-    let outcome = tokio::task::spawn_blocking(move || pool.import(reader, becomes)).await;
-    let verdict: Result<SubstrateInfo, Fault> = match outcome {
-        Ok(Ok(s)) => Ok(info(&s, None)),
-        Ok(Err(e)) => Err(super::advise(&site, Fault::of(&e))),
-        Err(e) => Err(joined(e)),
-    };
-    let text = serde_json::to_vec(&verdict)?;
-    write.write_all(&text).await?;
-    write.shutdown().await
-}
-
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     job: impl FnOnce() -> Result<T, SubstrateError> + Send + 'static,
 ) -> Result<T, Fault> {
     tokio::task::spawn_blocking(job).await.map_err(joined)?.map_err(coded)

@@ -69,8 +69,8 @@ impl LocalSite {
         if let (Err(_), Some(m)) = (&done, &record.migration) {
             self.end_relay(m).await;
         }
-        if let (Ok(paths), false) = (self.move_paths(record), keep) {
-            let _ = std::fs::remove_dir_all(&paths.dir);
+        if let (Some(m), false) = (&record.migration, keep) {
+            self.clear_move(m);
         }
         done.map(|()| Ended::Sent(Box::new(sent))).map_err(|e| e.fault)
     }
@@ -117,7 +117,7 @@ impl LocalSite {
         }
         if let Some(m) = &record.migration {
             self.end_relay(m).await;
-            let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, m).dir);
+            self.clear_move(m);
         }
         self.leave(record.vm).await;
     }
@@ -160,7 +160,7 @@ impl LocalSite {
                 moving.outcome.send_replace(Some(Err(Fault::conflict(words))));
             }
         }
-        let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, migration).dir);
+        self.clear_move(migration);
         // An arrival that never ran here is gone by now.
         if let Ok(entry) = self.entry(vm).await {
             let mut e = entry.lock().await;
@@ -178,7 +178,7 @@ impl LocalSite {
         self.unmark(record.vm).await;
         if let Some(m) = &record.migration {
             self.end_relay(m).await;
-            let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, m).dir);
+            self.clear_move(m);
         }
         let why = record.reason.clone().unwrap_or_else(|| "its QEMU is gone".into());
         Fault::new(

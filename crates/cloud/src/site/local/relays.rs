@@ -1,15 +1,31 @@
 //! The relay processes of this site: started, found, ended.
+//!
+//! ```text
+//! given open:  configuration, identity, listening sockets, at the source the layers of the disk
+//! seen:        programs, the base image, the list of revoked certificates; at the destination its
+//!              QEMU's sockets, and the directory in which it fills the disk
+//! ```
+//!
+//! Where QEMUs have uids of their own relays have, too, and nothing else of the site's is there for
+//! them ([`Companion`]). The site's key is: a relay speaks for its site.
 
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::Write as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayRole};
+use godwit_migrate::relay::{Given, RelayCommand, RelayDisk, RelayRole};
 use godwit_migrate::{RelayClient, RelayConfig};
+use godwit_qemu::{Companion, NotStarted};
+use godwit_transfer::{Identity, Trust};
+use godwit_types::Mib;
 
-use super::LocalSite;
 use super::machines::coded;
 use super::record::{End, MachineRecord, Migration};
+use super::{LocalSite, SiteDirs, filling};
 use crate::error::Fault;
 
 /// How long a relay may take until it can be steered, and until it has ended when it is told to.
@@ -17,6 +33,10 @@ const RELAY_WITHIN: Duration = Duration::from_secs(20);
 
 /// How long a relay's process may take to go once it has said that it ends.
 const END_WITHIN: Duration = Duration::from_secs(5);
+/// The most memory that a relay may take, with what the kernel caches of the disk it fills.
+const MEMORY: Mib = Mib(1024);
+/// The list of revoked certificates where relays read it.
+const REVOKED: &str = "revoked.json";
 /// How often a process is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -49,34 +69,28 @@ impl LocalSite {
             End::Source => migration.next.unwrap_or_else(|| record.generation.next()),
             End::Destination => record.generation,
         };
-        let config = RelayConfig {
+        let fail = |what: &str, e: &std::io::Error| {
+            Fault::internal(format!("{what} in {}: {e}", paths.dir.display()))
+        };
+        paths.make().map_err(|e| fail("making a place for a relay", &e))?;
+        let mut config = RelayConfig {
             role,
             migration: migration.id,
             generation,
-            peer: migration.peer,
+            peer: migration.peer.clone(),
             keys: self.dirs.keys().join("identity"),
             revoked: (*self.trust.revocations()).clone(),
-            revoked_file: Some(self.dirs.revoked()),
+            revoked_file: Some(self.dirs.told().join(REVOKED)),
             link_patience_ms: self.options.link_patience.as_millis() as u64,
             control: paths.control.clone(),
             qemu: paths.qemu.clone(),
             resume: part != Part::Whole,
             memory: part != Part::Disk,
             disk,
+            given: None,
         };
-        let fail = |what: &str, e: &std::io::Error| {
-            Fault::internal(format!("{what} in {}: {e}", paths.dir.display()))
-        };
-        paths.make().map_err(|e| fail("making a place for a relay", &e))?;
-        let text =
-            serde_json::to_vec_pretty(&config).map_err(|e| Fault::internal(e.to_string()))?;
-        std::fs::OpenOptions::new()
-            .create(true)
-            .write(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&paths.config)
-            .and_then(|mut f| std::io::Write::write_all(&mut f, &text))
+        let open = give(&mut config)?;
+        let input = written(&config, &paths.config)
             .map_err(|e| fail("writing a relay's configuration", &e))?;
         let log = std::fs::OpenOptions::new()
             .create(true)
@@ -84,35 +98,81 @@ impl LocalSite {
             .mode(0o600)
             .open(&paths.log)
             .map_err(|e| fail("making a relay's log", &e))?;
-        let err = log.try_clone().map_err(|e| fail("sharing a relay's log", &e))?;
-        let mut command = tokio::process::Command::new(&self.options.relay_program);
-        command
-            .arg("relay")
-            .arg(&paths.config)
-            .env_clear()
-            .envs(kept_environment())
-            .stdin(std::process::Stdio::null())
-            .stdout(log)
-            .stderr(err)
-            .process_group(0)
-            .kill_on_drop(false);
-        let mut child = command.spawn().map_err(|e| fail("starting a relay", &e))?;
+        let groups = self.groups.as_ref();
+        let group = groups
+            .map(|g| g.make_named(&paths.group(&migration), MEMORY).map_err(coded))
+            .transpose()?;
+        let mut readable = vec![self.dirs.told()];
+        let mut writable = Vec::new();
+        let mut filled = None;
+        match &config.disk {
+            Some(RelayDisk::Source { base, .. }) => readable.push(base.clone()),
+            Some(RelayDisk::Destination { base, mid, .. }) => {
+                readable.push(base.clone());
+                writable.extend(mid.parent().map(Path::to_owned));
+                filled = Some(self.dirs.vm(record.vm));
+            }
+            None => {}
+        }
+        writable.extend(hold_dir());
+        let relay = Companion {
+            program: self.options.relay_program.clone(),
+            args: vec!["relay".into(), paths.config.clone().into(), "--given".into()],
+            env: kept_environment().map(|(name, value)| (name.into(), value)).collect(),
+            meeting: paths.dir.clone(),
+            readable,
+            writable,
+            uids: self.confine.as_ref().map(|c| c.uids),
+            group: group.clone(),
+            open,
+            input,
+            log,
+        };
+        let mut child = relay
+            .spawn(|uid| match &filled {
+                Some(dir) => filling::make(dir, uid),
+                None => Ok(()),
+            })
+            .map_err(|e| match e {
+                NotStarted::Qemu(e) => coded(e),
+                NotStarted::Caller(f) => f,
+            })?;
         let attach = RelayClient::attach_within(&paths.control, RELAY_WITHIN);
         let client = tokio::select! {
-            client = attach => client.map_err(coded),
+            client = tokio::time::timeout(RELAY_WITHIN, attach) => match client {
+                Ok(client) => client.map_err(coded),
+                Err(_) => Err(Fault::internal("a relay does not answer")),
+            },
             status = child.wait() => Err(Fault::internal(format!(
                 "the relay ended at its start ({}): {}",
                 status.map_or_else(|e| e.to_string(), |s| s.to_string()),
                 last_line(&paths.log),
             ))),
         };
-        if client.is_ok() {
-            // Reaped when it ends; it is not this task's to end.
-            tokio::spawn(async move { child.wait().await });
-        } else {
+        if client.is_err() {
             let _ = child.start_kill();
         }
+        // Reaped when it ends; it is not this task's to end.
+        tokio::spawn(async move {
+            let _ = child.wait().await;
+            if let Some(group) = group {
+                if group.was_outgrown() {
+                    tracing::error!(limit = %group.limit, "a relay wanted more than its memory and was ended");
+                }
+                group.remove();
+            }
+        });
         client
+    }
+
+    /// Removes what a move that is over has left for its relay.
+    pub(super) fn clear_move(&self, migration: &Migration) {
+        let paths = MovePaths::of(&self.dirs.run, migration);
+        // What stays is removed when the site starts next.
+        let _ = std::fs::remove_dir_all(&paths.dir);
+        if let Some(groups) = &self.groups {
+            groups.named(&paths.group(migration), MEMORY).remove();
+        }
     }
 
     /// Ends this site's relay of a migration, if it is there, and waits until its process is gone:
@@ -142,6 +202,90 @@ impl LocalSite {
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }
+}
+
+/// Opens what a relay is to have open, and says so in its configuration.
+fn give(config: &mut RelayConfig) -> Result<Vec<OwnedFd>, Fault> {
+    let listen = |path: &Path| -> Result<OwnedFd, Fault> {
+        listen(path).map(OwnedFd::from).map_err(|e| Fault::io("listening on", path, &e))
+    };
+    let identity = Identity::load(&config.keys).map_err(|e| Fault::of(&e))?;
+    let identity = Given::identity(&identity)
+        .map_err(|e| Fault::internal(format!("handing a relay its identity: {e}")))?;
+    let control = listen(&config.control)?;
+    let mut given = Given {
+        control: Given::number(&control),
+        identity: Given::number(&identity),
+        ..Given::default()
+    };
+    let mut open = vec![control, identity];
+    if matches!(config.role, RelayRole::Source { .. }) {
+        let qemu = listen(&config.qemu)?;
+        given.qemu = Some(Given::number(&qemu));
+        open.push(qemu);
+    }
+    match &config.disk {
+        Some(RelayDisk::Source { layers, .. }) => {
+            for path in layers {
+                let file = std::fs::File::open(path).map_err(|e| Fault::io("opening", path, &e))?;
+                given.layers.push(Given::number(&file));
+                open.push(file.into());
+            }
+        }
+        Some(RelayDisk::Destination { nbd, .. }) => {
+            let nbd = listen(nbd)?;
+            given.nbd = Some(Given::number(&nbd));
+            open.push(nbd);
+        }
+        None => {}
+    }
+    config.given = Some(given);
+    Ok(open)
+}
+
+/// A unix socket for our user at `path`, in place of what a relay that is gone had there.
+fn listen(path: &Path) -> std::io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Writes a configuration down, and opens it for whom it is meant for.
+fn written(config: &RelayConfig, path: &Path) -> std::io::Result<std::fs::File> {
+    let text = serde_json::to_vec_pretty(config)?;
+    std::fs::OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?
+        .write_all(&text)?;
+    std::fs::File::open(path)
+}
+
+/// Puts the list of revoked certificates where relays read it again and again.
+pub(super) fn tell_revoked(dirs: &SiteDirs, trust: &Trust) -> Result<(), Fault> {
+    /// The list is read and written by one at a time, so that an older one is never the last.
+    static TELLING: Mutex<()> = Mutex::new(());
+    let _one = TELLING.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = dirs.told();
+    let failed = |e: std::io::Error| Fault::io("writing below", &dir, &e);
+    std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(failed)?;
+    let part = dir.join("part");
+    trust.revocations().save(&part).map_err(|e| Fault::of(&e))?;
+    std::fs::set_permissions(&part, std::fs::Permissions::from_mode(0o644))
+        .and_then(|()| std::fs::rename(&part, dir.join(REVOKED)))
+        .map_err(failed)
+}
+
+/// Where a test has relays wait.
+fn hold_dir() -> Option<PathBuf> {
+    let dir = std::env::var_os(godwit_hold::VARIABLE).filter(|_| cfg!(debug_assertions))?;
+    Some(PathBuf::from(dir)).filter(|dir| dir.is_dir())
 }
 
 /// What a relay keeps of this daemon's environment, which may hold secrets.
@@ -220,9 +364,14 @@ impl MovePaths {
 }
 
 impl MovePaths {
-    /// Makes the directory, nobody's but ours; the machine's QEMU is let through when there is one.
+    /// The name of the relay's control group.
+    fn group(&self, migration: &Migration) -> String {
+        let dir = self.dir.file_name().unwrap_or_default().to_string_lossy();
+        format!("{dir}-{}", migration.attempt)
+    }
+
+    /// Makes the directory, nobody's but ours; QEMU and relay are let through when there are any.
     pub(super) fn make(&self) -> std::io::Result<()> {
-        use std::os::unix::fs::DirBuilderExt;
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)
     }
 }

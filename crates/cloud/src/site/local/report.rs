@@ -23,6 +23,7 @@ impl LocalSite {
             self.list_images().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
         let machines = self.list_machines().await;
         let vms = machines.iter().filter(|m| m.state == godwit_types::VmState::Running).count();
+        self.pool.forget_set_aside(godwit_substrate::KEPT);
         let me = self.whole()?;
         let held = tokio::task::spawn_blocking(move || me.substrates())
             .await

@@ -31,7 +31,7 @@ use super::moves::{Ended, MID, listening, runs};
 use super::quit::NotSent;
 use super::record::{Below, End, MachineRecord, Meant, Migration};
 use super::relays::{MovePaths, Part};
-use super::{Entry, LocalSite};
+use super::{Entry, LocalSite, filling};
 use crate::error::{Fault, chain};
 use crate::site::{Call, Incoming, MemoryStand, MoveStand};
 
@@ -226,7 +226,7 @@ impl LocalSite {
         self.unmark(record.vm).await;
         if let Some(m) = &record.migration {
             self.end_relay(m).await;
-            let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, m).dir);
+            self.clear_move(m);
         }
     }
 
@@ -266,7 +266,7 @@ impl LocalSite {
         machine.run().await.map_err(coded)?;
         info!(vm = %record.name, "runs on at its source");
         self.unmark(record.vm).await;
-        let _ = std::fs::remove_dir_all(&paths.dir);
+        self.clear_move(&migration);
         Ok(())
     }
 
@@ -370,7 +370,7 @@ impl LocalSite {
             .as_ref()
             .and_then(|m| self.moving(m.id))
             .and_then(|m| m.shown.borrow().as_ref().map(|s| s.borrow().counts));
-        let mid = self.dirs.vm(record.vm).join(MID);
+        let mid = filling::layer(&self.dirs.vm(record.vm));
         let blocks = match MidLayer::missing(&mid) {
             Ok((_, true)) => Some(0),
             Ok((left, false)) => {
@@ -435,7 +435,7 @@ impl LocalSite {
         let disk = match image.disk_path() {
             Some(base) => {
                 let bytes = godwit_disk::image::check_base(&base).map_err(coded)?;
-                let mid = self.dirs.vm(vm).join(MID);
+                let mid = filling::place(&self.dirs.vm(vm));
                 let (nbd, written) = (paths.nbd.clone(), paths.written.clone());
                 Some(RelayDisk::Destination { base, mid, bytes, nbd, written })
             }
@@ -472,7 +472,11 @@ impl LocalSite {
         let record = self.next_attempt(&record).await?;
         if let Some(layers) = self.pivot_of(&record) {
             let paths = self.move_paths(&record)?;
-            let mid = self.dirs.vm(vm).join(MID);
+            let dir = self.dirs.vm(vm);
+            let mid = dir.join(MID);
+            if filling::is_there(&dir) {
+                MidLayer::take_over(&filling::place(&dir), &mid).map_err(coded)?;
+            }
             let base = self.image_by_hash(&record)?.disk_path();
             let base = base.ok_or_else(|| Fault::internal("a disk without a base"))?;
             // What QEMU still reads through the link is answered from here until the pivot.
@@ -614,7 +618,7 @@ impl LocalSite {
                 let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
             }
             self.end_relay(&m).await;
-            let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, &m).dir);
+            self.clear_move(&m);
             self.unmark(vm).await;
         }
         self.remove(vm, generation).await
@@ -632,7 +636,7 @@ impl LocalSite {
         let dir = self.dirs.vm(e.record.vm);
         let mid = dir.join(MID);
         if keep_disk && self.image_by_hash(&e.record)?.disk_path().is_some() {
-            match MidLayer::missing(&mid) {
+            match MidLayer::missing(&filling::layer(&dir)) {
                 Ok((_, true)) => {}
                 Ok((left, false)) => {
                     return Err(Fault::new(
@@ -654,17 +658,24 @@ impl LocalSite {
                     ));
                 }
             }
-            MidLayer::forget(&mid).map_err(coded)?;
+            if filling::is_there(&dir) {
+                MidLayer::take_over(&filling::place(&dir), &mid).map_err(coded)?;
+            }
             e.record.below = Below::Mid;
         }
         if let Some(m) = e.machine.take() {
             m.kill().await;
         }
         self.end_relay(&m).await;
-        let _ = std::fs::remove_dir_all(MovePaths::of(&self.dirs.run, &m).dir);
+        self.clear_move(&m);
         e.record.migration = None;
         if e.record.meant != Meant::Gone {
             e.record.save(&dir)?;
+        }
+        if keep_disk {
+            // Only then: without the record's word they tell of a layer that is still to be filled.
+            MidLayer::forget(&mid).map_err(coded)?;
+            filling::end(&dir)?;
         }
         Ok(())
     }

@@ -1,0 +1,413 @@
+//! The change feed as server-sent events.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method};
+use axum::middleware::Next;
+use axum::response::{Response, Sse, sse};
+use futures::Stream;
+use godwit_types::Name;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+use utoipa::{IntoParams, ToSchema};
+
+use super::{Answer, Api, Params};
+use crate::error::Fault;
+use crate::registry::{Event, EventId, EventKind, Forgotten, Summary, Watcher, What};
+
+/// In the answer to each reading request: the last event whose change it shows at least. What is
+/// followed from there on misses nothing.
+pub const REVISION_HEADER: &str = "godwit-revision";
+
+/// The event that says that some were lost: list anew; it goes on from the id that it has.
+pub const RESET: &str = "reset";
+
+/// Streams of events that are open at once, in all.
+pub const MAX_STREAMS: usize = 256;
+
+/// How long a stream is silent before it says where it is.
+const ALIVE: Duration = Duration::from_secs(15);
+
+/// Which events to send.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct EventFilter {
+    /// Those after this one; the header `Last-Event-ID` goes before it. From now on when neither is
+    /// there.
+    pub after: Option<String>,
+    /// Only of these kinds, with commas between: `vm`, `substrate`, `site`, `op`.
+    pub kind: Option<String>,
+    /// Only of objects with this name or id.
+    pub name: Option<String>,
+}
+
+/// One change.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct FeedEvent {
+    /// Which event, as in `Last-Event-ID`.
+    pub id: String,
+    /// The number of the last change that was written; it never decreases.
+    pub revision: u64,
+    /// What it is about.
+    pub kind: EventKind,
+    /// The id of the object; of a site its name.
+    pub key: String,
+    /// The name of the object; of an operation the one of its target.
+    pub name: String,
+    /// Whether the object is gone.
+    pub deleted: bool,
+    /// What it was; none for a new one.
+    pub old: Option<Summary>,
+    /// What it is; none for one that is gone.
+    pub new: Option<Summary>,
+    /// The object, as the API shows it: as this change left it, a site as it is now. None when it is
+    /// gone, or has changed again in an earlier run of the center.
+    #[schema(value_type = Option<Object>)]
+    pub record: Option<serde_json::Value>,
+}
+
+/// What `reset` says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Reset {
+    /// The last event that there is.
+    pub id: String,
+    /// Its number.
+    pub revision: u64,
+}
+
+/// The streams of events of an API.
+#[derive(Debug, Clone)]
+pub(super) struct Streams(Arc<Semaphore>);
+
+impl Default for Streams {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(MAX_STREAMS)))
+    }
+}
+
+/// Says in each answer to a reading request what the request cannot have missed.
+pub(super) async fn say_revision(State(api): State<Api>, request: Request, next: Next) -> Response {
+    if request.method() != Method::GET {
+        return next.run(request).await;
+    }
+    // Taken before anything is read: the answer shows all of it, and maybe more.
+    let now = api.controller.registry().now().to_string();
+    let mut answer = next.run(request).await;
+    if answer.status().is_success()
+        && let Ok(now) = HeaderValue::from_str(&now)
+    {
+        answer.headers_mut().insert(REVISION_HEADER, now);
+    }
+    answer
+}
+
+/// Which events pass.
+#[derive(Debug)]
+struct Filter {
+    /// Empty: all.
+    kinds: Vec<EventKind>,
+    name: Option<String>,
+}
+
+impl Filter {
+    fn of(f: &EventFilter) -> Result<Self, Fault> {
+        let kinds = f.kind.as_deref().unwrap_or_default();
+        let kinds = kinds.split(',').filter(|k| !k.is_empty()).map(|word| {
+            EventKind::ALL.into_iter().find(|k| k.word() == word).ok_or_else(|| {
+                Fault::invalid(format!("'{}' is no kind of event", word.escape_debug()))
+                    .hint("there are vm, substrate, site and op")
+            })
+        });
+        Ok(Self { kinds: kinds.collect::<Result<_, _>>()?, name: f.name.clone() })
+    }
+
+    fn takes(&self, what: &What) -> bool {
+        (self.kinds.is_empty() || self.kinds.contains(&what.kind))
+            && self.name.as_ref().is_none_or(|n| *n == what.name || *n == what.key)
+    }
+}
+
+struct Following {
+    api: Api,
+    watcher: Watcher,
+    filter: Filter,
+    /// What is said first.
+    first: Option<sse::Event>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Following {
+    /// The next thing to say; none when the center stops.
+    async fn next(&mut self) -> Option<sse::Event> {
+        if let Some(first) = self.first.take() {
+            return Some(first);
+        }
+        let late = Instant::now() + ALIVE;
+        loop {
+            let next = tokio::time::timeout_at(late, self.watcher.next());
+            match self.api.stop.run_until_cancelled(next).await? {
+                Ok(Ok(event)) if self.filter.takes(&event.what) => {
+                    return Some(self.told(&event));
+                }
+                Ok(Ok(_)) => {}
+                Ok(Err(forgotten)) => return Some(reset(forgotten)),
+                // Who is told of little goes on from here too.
+                Err(_) => return Some(at(self.watcher.last()).comment("alive")),
+            }
+        }
+    }
+
+    fn told(&self, event: &Event) -> sse::Event {
+        let what = &event.what;
+        let record = match &what.object {
+            Some(object) => serde_json::to_value(object).ok(),
+            None if what.kind == EventKind::Site => {
+                let name = Name::new(&what.key).ok();
+                let site = name.and_then(|n| self.api.controller.registry().site(&n).ok());
+                site.and_then(|s| serde_json::to_value(s).ok())
+            }
+            None => None,
+        };
+        let data = FeedEvent {
+            id: event.id.to_string(),
+            revision: event.id.revision(),
+            kind: what.kind,
+            key: what.key.clone(),
+            name: what.name.clone(),
+            deleted: what.new.is_none(),
+            old: what.old.clone(),
+            new: what.new.clone(),
+            record,
+        };
+        json(at(event.id).event(what.kind.word()), &data)
+    }
+}
+
+/// Says where the stream is, and nothing else: whoever breaks off goes on from there.
+fn at(id: EventId) -> sse::Event {
+    sse::Event::default().id(id.to_string())
+}
+
+fn json<T: Serialize>(event: sse::Event, data: &T) -> sse::Event {
+    // A string cannot fail to become one.
+    let text = serde_json::to_string(data).unwrap_or_else(|_| "null".into());
+    event.data(text)
+}
+
+fn reset(forgotten: Forgotten) -> sse::Event {
+    let now = forgotten.now;
+    let data = Reset { id: now.to_string(), revision: now.revision() };
+    json(at(now).event(RESET), &data)
+}
+
+/// What changes in the cloud, as server-sent events: machines, substrates, sites and operations, each
+/// change once and in the order in which they came. `event` is the kind, `data` a `FeedEvent`, and
+/// `id` what `Last-Event-ID` or `after` takes to go on after that event, also when the center was
+/// started again in between. Every answer to a `GET` has such an id in its header
+/// `godwit-revision`: a list that is followed from there misses nothing. Some thousand events are
+/// kept. When those after an id are not, or it is none of this cloud's history, or a reader was too
+/// slow, the event `reset` (`data` a `Reset`) says so: list anew; the stream goes on from its id.
+/// The progress and steps of an operation are in its own stream. At most 256 streams are open.
+#[utoipa::path(get, path = "/v1/events", params(EventFilter),
+    responses((status = 200, content_type = "text/event-stream", body = FeedEvent),
+    (status = 400, body = Fault), (status = 503, body = Fault)))]
+pub(super) async fn events(
+    State(api): State<Api>,
+    headers: HeaderMap,
+    Params(f): Params<EventFilter>,
+) -> Answer<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>> {
+    let filter = Filter::of(&f)?;
+    let registry = api.controller.registry();
+    let after = match (headers.get("last-event-id"), &f.after) {
+        // An id of another version is as good as one that is forgotten.
+        (Some(id), _) => id.to_str().ok().map(str::parse),
+        (None, Some(id)) => {
+            let id = id.parse::<EventId>().map_err(|e| Fault::invalid(format!("after: {e}")))?;
+            Some(Ok(id))
+        }
+        (None, None) => None,
+    };
+    let full = |_| {
+        Fault::unavailable(format!("{MAX_STREAMS} streams of events are open already"))
+            .hint("close one, or come back later")
+    };
+    let place = api.streams.0.clone().try_acquire_owned().map_err(full)?;
+    let watched = match after {
+        None => Ok(registry.watch_now()),
+        Some(Ok(id)) => registry.watch(Some(id)),
+        Some(Err(_)) => Err(Forgotten { now: registry.now() }),
+    };
+    let (watcher, first) = match watched {
+        Ok(watcher) => {
+            let first = at(watcher.last());
+            (watcher, first)
+        }
+        Err(_) => {
+            let watcher = registry.watch_now();
+            let first = reset(Forgotten { now: watcher.last() });
+            (watcher, first)
+        }
+    };
+    let following = Following { api, watcher, filter, first: Some(first), _place: place };
+    let stream = futures::stream::unfold(following, |mut following| async move {
+        let event = following.next().await?;
+        Some((Ok(event), following))
+    });
+    Ok(Sse::new(stream))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::{Body, BodyDataStream};
+    use axum::http::StatusCode;
+    use axum::http::header::AUTHORIZATION;
+    use futures::StreamExt;
+    use tokio_util::sync::CancellationToken;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::registry::{OpRecord, Registry};
+
+    struct Place {
+        _dir: tempfile::TempDir,
+        registry: Arc<Registry>,
+        router: axum::Router,
+        stop: CancellationToken,
+    }
+
+    fn place() -> Place {
+        let dir = tempfile::tempdir().expect("dir");
+        let registry = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
+        let authority = godwit_transfer::Authority::create(&dir.path().join("authority"));
+        let operator = Name::new("operator").expect("name");
+        let authority = Arc::new(authority.expect("authority"));
+        let c = crate::controller::Controller::new(registry.clone(), operator, authority);
+        let stop = CancellationToken::new();
+        let api = Api::new(c, Arc::new(super::super::tests::NoGate), "secret").until(stop.clone());
+        Place { _dir: dir, registry, router: api.router(), stop }
+    }
+
+    impl Place {
+        async fn get(&self, path: &str, last: Option<&str>) -> Response {
+            let mut r = axum::http::Request::get(path).header(AUTHORIZATION, "Bearer secret");
+            if let Some(id) = last {
+                r = r.header("Last-Event-ID", id);
+            }
+            let r = r.body(Body::empty()).expect("request");
+            self.router.clone().oneshot(r).await.expect("answer")
+        }
+
+        async fn follow(&self, path: &str, last: Option<&str>) -> BodyDataStream {
+            let answer = self.get(path, last).await;
+            assert_eq!(answer.status(), StatusCode::OK);
+            assert_eq!(answer.headers()["content-type"], "text/event-stream");
+            answer.into_body().into_data_stream()
+        }
+
+        fn check(&self, site: &str) {
+            let site = Name::new(site).expect("name");
+            let op = OpRecord::begun(crate::ops::OpKind::PoolCheck { site });
+            self.registry.op_put(&op).expect("put");
+        }
+    }
+
+    async fn frame(s: &mut BodyDataStream) -> String {
+        let bytes = s.next().await.expect("goes on").expect("whole");
+        String::from_utf8(bytes.to_vec()).expect("text")
+    }
+
+    /// Id, kind and data of an event.
+    fn parts(frame: &str) -> (String, String, serde_json::Value) {
+        let part = |key: &str| {
+            let line = frame.lines().find_map(|l| l.strip_prefix(key));
+            line.unwrap_or_else(|| panic!("no {key} in {frame}")).trim().to_owned()
+        };
+        (part("id:"), part("event:"), serde_json::from_str(&part("data:")).expect("JSON"))
+    }
+
+    #[tokio::test]
+    async fn a_list_is_followed_from_the_id_that_it_came_with() {
+        let p = place();
+        p.check("early");
+        let list = p.get("/v1/ops", None).await;
+        let id = list.headers()[REVISION_HEADER].to_str().expect("text").to_owned();
+        p.check("cafe");
+        p.check("hall");
+        let mut s = p.follow(&format!("/v1/events?after={id}"), None).await;
+        assert_eq!(frame(&mut s).await, format!("id: {id}\n\n"), "it says at once where it is");
+        let (first, kind, data) = parts(&frame(&mut s).await);
+        assert_eq!(
+            (kind.as_str(), &data["name"], &data["deleted"]),
+            ("op", &"cafe".into(), &false.into())
+        );
+        assert_eq!((&data["id"], &data["revision"]), (&first.as_str().into(), &2.into()));
+        assert_eq!(data["new"]["does"], "pool check");
+        assert_eq!(data["record"]["state"], "running");
+        serde_json::from_value::<FeedEvent>(data).expect("it is read as it is written");
+        assert_eq!(parts(&frame(&mut s).await).2["name"], "hall");
+        // The header is what a browser adds to the address of before.
+        let mut s = p.follow(&format!("/v1/events?after={id}"), Some(&first)).await;
+        frame(&mut s).await;
+        assert_eq!(parts(&frame(&mut s).await).2["name"], "hall");
+        // Filters.
+        let query = format!("/v1/events?after={id}&kind=vm,op&name=hall");
+        let mut s = p.follow(&query, None).await;
+        frame(&mut s).await;
+        assert_eq!(parts(&frame(&mut s).await).2["name"], "hall");
+        p.stop.cancel();
+        assert!(s.next().await.is_none(), "it ends with the center");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_told_of_little_still_goes_on_from_now() {
+        let p = place();
+        let mut s = p.follow("/v1/events?kind=vm", None).await;
+        let began = frame(&mut s).await;
+        p.check("cafe");
+        let alive = frame(&mut s).await;
+        assert_eq!(alive, format!("id: {}\n: alive\n\n", p.registry.now()));
+        assert_ne!(alive, began);
+    }
+
+    #[tokio::test]
+    async fn an_id_that_is_not_known_begins_anew_and_what_is_no_id_is_refused() {
+        let p = place();
+        p.check("cafe");
+        let unknown = "0000000000000001-1";
+        for (path, header) in [
+            (format!("/v1/events?after={unknown}"), None),
+            ("/v1/events".to_owned(), Some(unknown)),
+            ("/v1/events".to_owned(), Some("of another version")),
+        ] {
+            let mut s = p.follow(&path, header).await;
+            let (id, kind, data) = parts(&frame(&mut s).await);
+            assert_eq!((kind.as_str(), &id), (RESET, &p.registry.now().to_string()));
+            let said: Reset = serde_json::from_value(data).expect("reset");
+            assert_eq!(said, Reset { id, revision: p.registry.now().revision() });
+            p.check("hall");
+            assert_eq!(parts(&frame(&mut s).await).2["name"], "hall", "and goes on from there");
+        }
+        for bad in ["after=7", "kind=vms", "kin=vm"] {
+            let answer = p.get(&format!("/v1/events?{bad}"), None).await;
+            assert_eq!(answer.status(), StatusCode::BAD_REQUEST, "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn streams_are_limited_in_number_and_one_that_ends_makes_room() {
+        let p = place();
+        let mut open = Vec::new();
+        for _ in 0..MAX_STREAMS {
+            open.push(p.follow("/v1/events", None).await);
+        }
+        let full = p.get("/v1/events", None).await;
+        assert_eq!(full.status(), StatusCode::SERVICE_UNAVAILABLE);
+        open.pop();
+        open.push(p.follow("/v1/events", None).await);
+    }
+}

@@ -1,0 +1,209 @@
+//! Substrates between two pools by the units that one lacks.
+
+use std::io::{ErrorKind, Read, Write};
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use godwit_store::UNIT;
+use godwit_substrate::{Becomes, Pool, Substrate, SubstrateError, TakerMsg};
+use godwit_types::{Code, CodedError, SubstrateId};
+
+mod common;
+use common::{fill, image, name, open};
+
+/// One direction of a stream between two threads, which counts and may break.
+struct Pipe {
+    to: mpsc::Sender<Vec<u8>>,
+    /// Bytes that still get through.
+    left: usize,
+}
+
+impl Write for Pipe {
+    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+        let n = buf.len().min(self.left);
+        if n == 0 && !buf.is_empty() {
+            return Err(ErrorKind::BrokenPipe.into());
+        }
+        self.left -= n;
+        self.to.send(buf[..n].to_vec()).map_err(|_| ErrorKind::BrokenPipe)?;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Out {
+    from: mpsc::Receiver<Vec<u8>>,
+    held: Vec<u8>,
+    bytes: usize,
+    /// How it ends.
+    end: ErrorKind,
+}
+
+impl Read for Out {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        while self.held.is_empty() {
+            match self.from.recv() {
+                Ok(part) => self.held = part,
+                Err(_) if self.end == ErrorKind::UnexpectedEof => return Ok(0),
+                Err(_) => return Err(self.end.into()),
+            }
+        }
+        let n = buf.len().min(self.held.len());
+        buf[..n].copy_from_slice(&self.held[..n]);
+        self.held.drain(..n);
+        self.bytes += n;
+        Ok(n)
+    }
+}
+
+fn pipe(left: usize, end: ErrorKind) -> (Pipe, Out) {
+    let (to, from) = mpsc::channel();
+    (Pipe { to, left }, Out { from, held: Vec::new(), bytes: 0, end })
+}
+
+/// Brings a substrate; at most `left` bytes get through. The bytes that came.
+fn bring(
+    from: &Pool,
+    to: &Pool,
+    id: SubstrateId,
+    left: usize,
+    end: ErrorKind,
+) -> (Result<Substrate, SubstrateError>, usize) {
+    let (out, mut data) = pipe(left, end);
+    let (mut control, wants) = pipe(usize::MAX, ErrorKind::UnexpectedEof);
+    std::thread::scope(|s| {
+        let supplier = s.spawn(move || from.supply(id, wants, out));
+        let taken = to.take(Becomes::default(), &mut data, &mut control);
+        if taken.is_ok() {
+            control.write_all(&TakerMsg::Enough.encode()).expect("it listens");
+        }
+        drop(control);
+        let supplied = supplier.join().expect("no panic");
+        assert_eq!(supplied.is_ok(), taken.is_ok(), "{supplied:?} {taken:?}");
+        (taken, data.bytes)
+    })
+}
+
+/// Bytes of what is no unit.
+fn small_parts(pool: &Pool, id: SubstrateId) -> usize {
+    let small = pool.bundle(id).expect("a bundle");
+    let disk = small.disk.map_or(0, |d| d.len());
+    small.json.len() + small.state.len() + small.pages.len() + disk
+}
+
+fn places(dir: &Path) -> (Pool, Pool, godwit_image::Image) {
+    let image = image(&dir.join("image"));
+    (open(&dir.join("here")).expect("pool"), open(&dir.join("there")).expect("pool"), image)
+}
+
+#[test]
+fn only_what_the_other_lacks_travels() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (here, there, image) = places(dir.path());
+    let id = SubstrateId::new();
+    let docked = fill(&here, id, &image);
+    let (taken, all) = bring(&here, &there, id, usize::MAX, ErrorKind::UnexpectedEof);
+    assert_eq!(taken.expect("brought").content(), docked.content());
+    assert!(there.check().expect("check").is_clean());
+    assert!(there.verify_units(id).is_ok());
+
+    // The same memory under another id: its units are there.
+    let mut copy = Vec::new();
+    here.export(id, &mut copy).expect("exported");
+    let named = Becomes { name: Some(name("copy")), ..Becomes::default() };
+    let copied = here.import(&copy[..], named).expect("a copy");
+    let (taken, little) = bring(&here, &there, copied.id, usize::MAX, ErrorKind::UnexpectedEof);
+    taken.expect("brought");
+    let head = small_parts(&here, copied.id);
+    assert!(little < head + 256, "{little} bytes, its small parts have {head}");
+    assert!(all > little + 70 * 100, "{all} and {little} bytes");
+    let (again, _) = bring(&here, &there, id, usize::MAX, ErrorKind::UnexpectedEof);
+    assert_eq!(again.expect_err("it is there").code(), Code::Exists);
+}
+
+#[test]
+fn after_a_break_nothing_travels_twice() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (here, there, image) = places(dir.path());
+    let id = SubstrateId::new();
+    fill(&here, id, &image);
+    let whole = {
+        let third = open(&dir.path().join("third")).expect("pool");
+        bring(&here, &third, id, usize::MAX, ErrorKind::UnexpectedEof).1
+    };
+    let head = small_parts(&here, id);
+    let cut = head + (whole - head) / 2;
+    let (taken, first) = bring(&here, &there, id, cut, ErrorKind::UnexpectedEof);
+    let e = taken.expect_err("cut");
+    assert_eq!(e.code(), Code::Unavailable, "{e}");
+    // In the midst of it nothing is in the pool.
+    assert!(there.get(id).is_err());
+    let (taken, second) = bring(&here, &there, id, usize::MAX, ErrorKind::UnexpectedEof);
+    taken.expect("it goes on");
+    // The small parts come again, and at most the unit that was cut.
+    assert!(first + second < whole + head + UNIT, "{first} + {second} bytes of {whole}");
+    assert!(there.check().expect("check").is_clean());
+}
+
+#[test]
+fn what_is_given_up_or_kept_too_long_is_gone() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (here, there, image) = places(dir.path());
+    let id = SubstrateId::new();
+    fill(&here, id, &image);
+    let whole = {
+        let third = open(&dir.path().join("third")).expect("pool");
+        bring(&here, &third, id, usize::MAX, ErrorKind::UnexpectedEof).1
+    };
+    let cut = whole - 2000;
+    let (taken, _) = bring(&here, &there, id, cut, ErrorKind::ConnectionAborted);
+    taken.expect_err("given up");
+    let (taken, _) = bring(&here, &there, id, cut, ErrorKind::UnexpectedEof);
+    taken.expect_err("cut");
+    there.forget_set_aside(Duration::ZERO);
+    let (taken, bytes) = bring(&here, &there, id, usize::MAX, ErrorKind::UnexpectedEof);
+    taken.expect("brought");
+    assert_eq!(bytes, whole, "all of it came again");
+    // What is set aside keeps nobody from importing the same.
+    let third = open(&dir.path().join("fourth")).expect("pool");
+    bring(&here, &third, id, cut, ErrorKind::UnexpectedEof).0.expect_err("cut");
+    let mut file = Vec::new();
+    here.export(id, &mut file).expect("exported");
+    third.import(&file[..], Becomes::default()).expect("from a file");
+    let (taken, _) = bring(&here, &third, id, usize::MAX, ErrorKind::UnexpectedEof);
+    assert_eq!(taken.expect_err("it is there").code(), Code::Exists);
+    assert!(third.check().expect("check").is_clean());
+}
+
+#[test]
+fn a_supplier_gives_nothing_else_and_a_taker_takes_nothing_else() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (here, there, image) = places(dir.path());
+    let id = SubstrateId::new();
+    fill(&here, id, &image);
+    let secret = here.store().put(godwit_store::Owner([7; 16]), b"of another").expect("stored");
+    let wants = TakerMsg::Want(vec![secret]).encode();
+    let mut out = Vec::new();
+    let e = here.supply(id, &wants[..], &mut out).expect_err("foreign");
+    assert_eq!(e.code(), Code::Damaged, "{e}");
+    assert!(!out.windows(10).any(|w| w == b"of another"));
+
+    let unit = here.units(id).expect("units")[0];
+    let twice = TakerMsg::Want(vec![unit, unit]).encode();
+    let e = here.supply(id, &twice[..], Vec::new()).expect_err("twice");
+    assert_eq!(e.code(), Code::Damaged, "{e}");
+
+    // Units that come unasked, or in another order, are refused and leave nothing.
+    let mut stream = Vec::new();
+    let wanted = here.units(id).expect("units");
+    let mut wants = TakerMsg::Want(vec![wanted[1], wanted[0]]).encode();
+    wants.extend(TakerMsg::Enough.encode());
+    here.supply(id, &wants[..], &mut stream).expect("supplied");
+    let e = there.take(Becomes::default(), &stream[..], Vec::new()).expect_err("not in its turn");
+    assert_eq!(e.code(), Code::Damaged, "{e}");
+    assert_eq!(there.store().stats().expect("stats").units, 0);
+}
