@@ -111,7 +111,10 @@ pub(crate) fn device_shape(spec: &MachineSpec) -> Vec<String> {
 pub(crate) fn nic(nic: &Nic) -> (Value, Value) {
     let id = format!("net{}", nic.port);
     let netdev = match &nic.backend {
-        NicBackend::Isolated => json!({ "type": "user", "id": id, "restrict": true }),
+        // Routers that lead nowhere are nothing to tell a guest of.
+        NicBackend::Isolated => {
+            json!({ "type": "user", "id": id, "restrict": true, "ipv6": false })
+        }
         NicBackend::User => json!({ "type": "user", "id": id }),
         NicBackend::Tap(ifname) => json!({
             "type": "tap", "id": id, "ifname": ifname, "script": "no", "downscript": "no",

@@ -5,8 +5,10 @@
 //! disk:    a fresh top image                           } done ahead
 //! spawn:   QEMU in -incoming defer, memory mapped      } by a waiting shell
 //! load:    device state                                privately
-//! run:     NIC plugged, cont          <- vCPUs run here
-//! renew:   identity, entropy, clock; then user programs go on
+//! run:     cont                       <- vCPUs run here
+//! renew:   identity, entropy, clock, the address of the NIC; then user programs go on, and the
+//!          interface comes up
+//! nic:     plugged, unless it was in the machine all the time
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -23,15 +25,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::{AFTER_ACTIVATE, run_script};
 use crate::error::SubstrateError;
-use crate::identity::{Identity, environment};
-use crate::manifest::STATE;
+use crate::identity::{Identity, environment, fresh_mac};
+use crate::manifest::{STATE, Substrate};
 use crate::pool::Pool;
 use crate::ready::Ready;
 use crate::shells::Shells;
 
-/// How long a restored guest may take to answer.
-const ANSWER_WITHIN: Duration = Duration::from_secs(60);
-/// How long it may take to renew its identity.
+/// How long a restored guest may take to renew its identity.
 const RENEW_WITHIN: Duration = Duration::from_secs(120);
 
 /// Where a machine lives on its host.
@@ -61,7 +61,8 @@ pub struct ActivateRequest {
     /// Name of the machine.
     pub name: Name,
     /// The identity. A machine from a private substrate keeps its own when this is `None`; any
-    /// other gets a fresh one under `name`.
+    /// other gets a fresh one under `name`. The address of a NIC that waits in a QEMU already comes
+    /// before the one here; see [`Activated::identity`].
     pub identity: Option<Identity>,
     /// What its NIC is joined to.
     pub nic: Option<NicBackend>,
@@ -101,8 +102,9 @@ impl Shell {
         place: Place,
         name: Name,
         accel: Accel,
+        nic: Option<Nic>,
     ) -> Result<Self, SubstrateError> {
-        let started = Self::spawn(ready, image, &place, name, accel).await;
+        let started = Self::spawn(ready, image, &place, name, accel, nic).await;
         if started.is_err() {
             clean(&place);
         }
@@ -134,6 +136,7 @@ impl Shell {
         place: &Place,
         name: Name,
         accel: Accel,
+        nic: Option<Nic>,
     ) -> Result<Machine, SubstrateError> {
         let substrate = &ready.docked.substrate;
         let spec = substrate.spec(image)?;
@@ -143,6 +146,7 @@ impl Shell {
         launch.accel = accel;
         launch.confine.clone_from(&place.confine);
         launch.groups.clone_from(&place.groups);
+        launch.nics.extend(nic);
         if let Some(disk) = &ready.disk {
             copy_new(&disk.top, &place.top)?;
             let layers = vec![
@@ -242,8 +246,10 @@ async fn activate_here(
                 let ready = prepare(pool, id, &request.image).await?;
                 phases.end("prepare");
                 let (place, name) = (request.place.clone(), request.name.clone());
+                let mac = request.identity.as_ref().map(|i| i.mac);
+                let nic = nic_inside(&ready.docked.substrate, mac, request.nic.as_ref())?;
                 let shell =
-                    Shell::start(&ready, &request.image, place, name, request.accel).await?;
+                    Shell::start(&ready, &request.image, place, name, request.accel, nic).await?;
                 phases.end("spawn");
                 (shell, ready)
             }
@@ -302,6 +308,12 @@ async fn bring_up(
         (None, _) => Some(Identity::fresh(request.name.clone())?),
     };
     let machine = &shell.machine;
+    let inside = machine.launch().nics.into_iter().next();
+    // Its own address from its next reset on; until then the guest has to be told.
+    let identity = match (identity, &inside) {
+        (Some(i), Some(nic)) => Some(Identity { mac: nic.mac, ..i }),
+        (identity, _) => identity,
+    };
     // A substrate that went bad starts nothing, not even what was loaded when it was good.
     ready.docked.state()?;
     if !shell.loaded {
@@ -313,29 +325,51 @@ async fn bring_up(
     phases.end("run");
     godwit_hold::at("activate.running").await;
     let running_ms = phases.elapsed().as_secs_f64() * 1e3;
-    let mut agent = machine
-        .agent()
-        .connect("guest-exec", ANSWER_WITHIN)
-        .await
-        .map_err(|e| SubstrateError::machine("waiting for the guest")(e.into()))?;
+    let set = environment(identity.as_ref(), inside.is_some())?;
+    let asked = machine.agent().renew(&set, RENEW_WITHIN).await;
+    let agent = asked.map_err(|e| SubstrateError::machine("renewing the identity")(e.into()))?;
     let first_answer_ms = phases.elapsed().as_secs_f64() * 1e3;
-    phases.end("answer");
-    let env = environment(identity.as_ref())?;
-    run_script(&mut agent, AFTER_ACTIVATE, &[], &env, RENEW_WITHIN).await?;
-    drop(agent);
+    if let Some(mut agent) = agent {
+        // Docked with an agent that has to start a program for it.
+        phases.end("answer");
+        run_script(&mut agent, AFTER_ACTIVATE, &[], &set, RENEW_WITHIN).await?;
+    }
     phases.end("renew");
     godwit_hold::at("activate.identity").await;
-    // Until now the guest has no card at all. Its drivers take the only vCPU for a while when one
-    // appears, which user programs shall not wait for.
+    if inside.as_ref().map(|nic| &nic.backend) == request.nic.as_ref() {
+        return Ok((identity, running_ms, first_answer_ms));
+    }
+    let (port, mac) = nic_of(identity.as_ref(), &substrate.macs);
+    if inside.is_some() {
+        let unplugged = machine.unplug_nic(port).await;
+        unplugged.map_err(SubstrateError::machine("unplugging the NIC"))?;
+    }
+    // Its drivers take the only vCPU for a while when one appears, which user programs shall not
+    // wait for.
     if let Some(backend) = &request.nic {
-        let (port, mac) = nic_of(identity.as_ref(), &substrate.macs);
         machine
             .plug_nic(Nic { port, mac, backend: backend.clone() })
             .await
             .map_err(SubstrateError::machine("plugging the NIC"))?;
-        phases.end("nic");
     }
+    phases.end("nic");
     Ok((identity, running_ms, first_answer_ms))
+}
+
+/// The NIC that stayed in the machine, as a QEMU for `substrate` has it from its start: on the user
+/// network that is wanted, or on an isolated one. Its address is `mac`, else the machine's own if it
+/// keeps that, else a fresh one.
+pub(crate) fn nic_inside(
+    substrate: &Substrate,
+    mac: Option<MacAddress>,
+    wanted: Option<&NicBackend>,
+) -> Result<Option<Nic>, SubstrateError> {
+    let Some(port) = substrate.nic_in else { return Ok(None) };
+    let own = substrate.macs.iter().find(|(p, _)| *p == port).map(|(_, mac)| *mac);
+    let own = own.filter(|_| substrate.kind == SubstrateKind::Private);
+    let mac = mac.or(own).map_or_else(fresh_mac, Ok)?;
+    let backend = wanted.filter(|b| !matches!(b, NicBackend::Tap(_))).cloned();
+    Ok(Some(Nic { port, mac, backend: backend.unwrap_or(NicBackend::Isolated) }))
 }
 
 /// Port and address of the NIC: the new identity's, or those that the machine had.

@@ -8,6 +8,10 @@ use crate::error::SubstrateError;
 
 /// Brings the guest to rest.
 pub(crate) const BEFORE_DOCK: &str = "/usr/lib/godwit/before-dock";
+/// In its environment: the NIC may stay in the guest.
+pub(crate) const KEEP_CARD: &str = "GODWIT_CARD=keep";
+/// What it says then if the NIC does: its interface is down.
+pub(crate) const CARD_KEPT: &str = "card kept";
 /// Renews its identity and lets it go on.
 pub(crate) const AFTER_ACTIVATE: &str = "/usr/lib/godwit/after-activate";
 
@@ -20,19 +24,20 @@ pub(crate) const END_BEFORE_DOCK: [&str; 2] = [
      kill -9 ${p#/proc/}; done 2>/dev/null; exit 0",
 ];
 
+/// Runs a program in the guest; gives what it says.
 pub(crate) async fn run_script(
     agent: &mut AgentSession<'_>,
     script: &'static str,
     args: &[&str],
     env: &[String],
     within: Duration,
-) -> Result<(), SubstrateError> {
+) -> Result<String, SubstrateError> {
     let out = agent
         .exec(script, args, env, &[], within)
         .await
         .map_err(|e| SubstrateError::machine("talking to the guest")(QemuError::Agent(e)))?;
     if out.ok() {
-        return Ok(());
+        return Ok(out.text());
     }
     let how = match (out.exit, out.signal) {
         (Some(n), _) => format!("exit status {n}"),

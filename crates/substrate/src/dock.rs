@@ -29,6 +29,7 @@ use godwit_disk::FrozenChain;
 use godwit_image::Image;
 use godwit_qemu::{
     AgentSession, BlockInUse, DiskChain, Launch, Layer, Life, Machine, Manifest, MemorySource, Nic,
+    NicBackend,
 };
 use godwit_store::{Effort, PageMap, UNIT, Writer, zero_hash};
 use godwit_types::{
@@ -38,7 +39,9 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use tokio::task::JoinHandle;
 
-use crate::agent::{AFTER_ACTIVATE, BEFORE_DOCK, END_BEFORE_DOCK, SHELL, run_script};
+use crate::agent::{
+    AFTER_ACTIVATE, BEFORE_DOCK, CARD_KEPT, END_BEFORE_DOCK, KEEP_CARD, SHELL, run_script,
+};
 use crate::error::SubstrateError;
 use crate::manifest::{FORMAT, MAX_STATE, Part, Shape, Sizes, Substrate, read_bounded};
 use crate::memory::{SealedMemory, room};
@@ -144,7 +147,7 @@ async fn convert(
 ) -> Result<(Substrate, DockReport), SubstrateError> {
     let mut phases = Phases::start();
     let launch = machine.launch();
-    let plan = Plan::of(machine, &launch, pool, &request)?;
+    let mut plan = Plan::of(machine, &launch, pool, &request)?;
     let nics = launch.nics.clone();
     let mut agent = match machine.agent().connect("guest-exec", ANSWER_WITHIN).await {
         Ok(agent) => agent,
@@ -158,7 +161,7 @@ async fn convert(
     let done = async {
         let rested = quiesce(machine, &nics, &mut agent).await;
         drop(agent);
-        rested?;
+        plan.substrate.nic_in = rested?;
         godwit_hold::at("dock.quiesced").await;
         stop.check()?;
         phases.end("quiesce");
@@ -272,6 +275,7 @@ impl Plan {
             cmdline: spec.cmdline.clone(),
             machine: machine.manifest(),
             macs: launch.nics.iter().map(|n| (n.port, n.mac)).collect(),
+            nic_in: None,
             agent: true,
             state: unknown,
             pages: unknown,
@@ -463,23 +467,27 @@ fn layers(chain: &DiskChain, image: &Image) -> Result<(PathBuf, Vec<PathBuf>), S
     }
 }
 
+/// Brings the guest to rest and takes its NICs out, but for one that its interface can be taken down
+/// of instead: to find a new one takes an emulated guest more than all else in an activation. Gives
+/// the port of that one.
 async fn quiesce(
     machine: &Machine,
     nics: &[Nic],
     agent: &mut AgentSession<'_>,
-) -> Result<(), SubstrateError> {
-    let unplug = async {
-        for nic in nics {
-            machine
-                .unplug_nic(nic.port)
-                .await
-                .map_err(SubstrateError::machine("unplugging the NIC"))?;
-        }
-        Ok(())
+) -> Result<Option<u8>, SubstrateError> {
+    // A TAP offers the guest more than a user network does.
+    let may_stay = match nics {
+        [nic] if !matches!(nic.backend, NicBackend::Tap(_)) => Some(nic.port),
+        _ => None,
     };
-    let rest = run_script(agent, BEFORE_DOCK, &[], &[], SCRIPT_WITHIN);
-    let (unplugged, rested) = tokio::join!(unplug, rest);
-    unplugged.and(rested)
+    let env: Vec<String> = may_stay.iter().map(|_| KEEP_CARD.to_owned()).collect();
+    let said = run_script(agent, BEFORE_DOCK, &[], &env, SCRIPT_WITHIN).await?;
+    let inside = may_stay.filter(|_| said.lines().any(|l| l == CARD_KEPT));
+    for nic in nics.iter().filter(|n| Some(n.port) != inside) {
+        let unplugged = machine.unplug_nic(nic.port).await;
+        unplugged.map_err(SubstrateError::machine("unplugging the NIC"))?;
+    }
+    Ok(inside)
 }
 
 /// Lets a machine run on whose docking broke off, at whatever step and in whichever process: its
@@ -509,7 +517,7 @@ pub async fn run_on(machine: &Machine, nics: &[Nic]) -> Result<(), SubstrateErro
     if let Err(error) = run_script(&mut agent, SHELL, &END_BEFORE_DOCK, &[], SCRIPT_WITHIN).await {
         tracing::debug!(%error, "not looked for what brings the guest to rest");
     }
-    run_script(&mut agent, AFTER_ACTIVATE, &[], &[], SCRIPT_WITHIN).await
+    run_script(&mut agent, AFTER_ACTIVATE, &[], &[], SCRIPT_WITHIN).await.map(drop)
 }
 
 /// Puts the memory file of a stopped machine into the store, holes left out.

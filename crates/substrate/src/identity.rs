@@ -28,15 +28,21 @@ impl Identity {
     /// # Errors
     /// [`SubstrateError::Io`] when the system gives no random numbers.
     pub fn fresh(hostname: Name) -> Result<Self, SubstrateError> {
-        let [a, b, c, d, e] = random()?;
         let machine_id = uuid::Uuid::new_v4().simple().to_string();
-        Ok(Self { hostname, machine_id, mac: MacAddress::from_seed([a, b, c, d, e]) })
+        Ok(Self { hostname, machine_id, mac: fresh_mac()? })
     }
 }
 
-/// The environment of the script that renews it. A machine that keeps its identity gets only a
-/// seed and the time.
-pub(crate) fn environment(identity: Option<&Identity>) -> Result<Vec<String>, SubstrateError> {
+pub(crate) fn fresh_mac() -> Result<MacAddress, SubstrateError> {
+    Ok(MacAddress::from_seed(random()?))
+}
+
+/// What the guest is told to renew it. A machine that keeps its identity gets only a seed and the
+/// time; the address of its NIC is the guest's to set when that is `inside`.
+pub(crate) fn environment(
+    identity: Option<&Identity>,
+    inside: bool,
+) -> Result<Vec<String>, SubstrateError> {
     let seed: [u8; 32] = random()?;
     let seed: String = seed.iter().map(|b| format!("{b:02x}")).collect();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
@@ -44,6 +50,9 @@ pub(crate) fn environment(identity: Option<&Identity>) -> Result<Vec<String>, Su
     if let Some(i) = identity {
         env.push(format!("GODWIT_HOSTNAME={}", i.hostname));
         env.push(format!("GODWIT_MACHINE_ID={}", i.machine_id));
+        if inside {
+            env.push(format!("GODWIT_MAC={}", i.mac));
+        }
     }
     Ok(env)
 }

@@ -103,6 +103,10 @@ pub struct Substrate {
     pub machine: Manifest,
     /// MAC addresses of the NICs that it had, by port.
     pub macs: Vec<(u8, MacAddress)>,
+    /// The port of the NIC that stayed in it, of QEMU's user network, its interface down. The others
+    /// were taken out, and one is plugged anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nic_in: Option<u8>,
     /// Whether a guest agent answers in it.
     pub agent: bool,
     /// QEMU's device state.
@@ -180,6 +184,9 @@ impl Substrate {
         }
         if self.macs.iter().any(|(port, _)| *port >= self.shape.nic_ports) || self.macs.len() > 8 {
             return bad("it has a NIC in a port that its shape lacks");
+        }
+        if self.nic_in.is_some_and(|inside| self.macs.iter().all(|(port, _)| *port != inside)) {
+            return bad("a NIC stayed in it that it did not have");
         }
         let file = |hash| BootFile { path: PathBuf::new(), hash };
         self.spec_of(file(self.machine.kernel), self.machine.initrd.map(file))

@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use godwit_image::Image;
-use godwit_qemu::Accel;
+use godwit_qemu::{Accel, NicBackend};
 use godwit_types::{Name, SubstrateId};
 use tokio::sync::Notify;
 
-use crate::activate::{Place, Shell, prepare};
+use crate::activate::{Place, Shell, nic_inside, prepare};
 use crate::error::SubstrateError;
 use crate::pool::{Pool, lock};
 use crate::ready::Ready;
@@ -229,7 +229,8 @@ impl Shells {
         let ready = prepare(&self.inner.pool, id, image).await?;
         let place = (self.inner.places)();
         let name = shell_name(&place);
-        let shell = Shell::start(&ready, image, place, name, accel).await?;
+        let nic = nic_inside(&ready.docked.substrate, None, Some(&NicBackend::Isolated))?;
+        let shell = Shell::start(&ready, image, place, name, accel, nic).await?;
         let shell = shell.load(&ready).await?;
         Ok((shell, ready))
     }

@@ -11,8 +11,8 @@ use std::time::Duration;
 use godwit_disk::image::{Backing, create_overlay};
 use godwit_image::{DEFAULT_CACHE, Image, ImageCache};
 use godwit_qemu::{
-    Accel, BootFile, DiskChain, Launch, Layer, Life, MacAddress, Machine, MachineSpec,
-    MemorySource, Nic, NicBackend,
+    Accel, BootFile, DiskChain, GuestCommand, Launch, Layer, Life, MacAddress, Machine,
+    MachineSpec, MemorySource, Nic, NicBackend,
 };
 use godwit_store::{Store, StoreOptions};
 use godwit_substrate::{
@@ -225,7 +225,9 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
         assert_eq!(who["hostname"], format!("w{n}"));
         let given = clone.identity.as_ref().expect("given");
         assert_eq!(who["machine_id"], given.machine_id.as_str());
-        for key in ["hostname", "machine_id", "random"] {
+        assert_eq!(who["mac"], given.mac.to_string());
+        assert!(!clone.report.phases.iter().any(|p| p.name == "nic"), "its NIC was there already");
+        for key in ["hostname", "machine_id", "mac", "random"] {
             let new = seen.entry(key.into()).or_default().insert(who[key].to_string());
             assert!(new, "{key} twice: {who}");
         }
@@ -243,6 +245,20 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
     assert_eq!(warm.machine.launch().run_dir, warm.place.run_dir, "it lives at its own place");
     assert!(warm.place.top.exists());
     assert_intact(&warm.machine).await;
+    let who = json(&warm.machine, "/usr/lib/godwit/identity").await;
+    let mac = warm.identity.as_ref().expect("given").mac;
+    assert_eq!(who["mac"], mac.to_string());
+    assert_eq!(warm.machine.launch().nics[0].mac, mac, "its own after a reset, too");
+    let up = sh(&warm.machine, "cat /sys/class/net/eth0/flags; ip route").await;
+    assert!(up.contains("0x1003") && up.contains("default via"), "{up}");
+
+    // One that shall have none.
+    let without = ActivateRequest { nic: None, ..site.request(id, "without") };
+    let without = activate(&site.pool, None, without).await.expect("activated");
+    sh(&without.machine, "! test -e /sys/class/net/eth0").await;
+    assert_eq!(without.machine.launch().nics, []);
+    without.machine.kill().await;
+    site.pool.forget_clone(without.place.vm);
 
     // A clone is docked: only what it has written is read and stored, and the holes of the memory
     // that it maps stay holes. The other clones go on reading it meanwhile.
@@ -317,4 +333,48 @@ async fn a_machine_that_cannot_be_docked_runs_on_and_nothing_is_left() {
     machine.run().await.expect("runs on");
     assert_intact(&machine).await;
     machine.kill().await;
+}
+
+/// An agent and programs as the guests had them that knew neither the one question of an activation
+/// nor a card that stays.
+const OLD_AGENT: &str = r#"
+cd /usr/lib/godwit && mkdir old && cp godwit-guest old/before-dock && cp godwit-guest old/other
+rm before-dock after-activate && ln -s old/other after-activate
+printf '#!/bin/sh\nunset GODWIT_CARD\nexec /usr/lib/godwit/old/before-dock\n' >before-dock
+printf '#!/bin/sh\n[ "$1" = agent ] && exec qemu-ga -m virtio-serial -p "$2" -t /run\n' >script
+printf 'exec /usr/lib/godwit/old/other "$@"\n' >>script
+chmod 755 before-dock script && mv script godwit-guest
+"#;
+/// Has it take the place of the agent that answers, and says so in a file.
+const OLD_AGENT_STARTS: &str = "sleep 0.3; kill $(pidof godwit-guest); touch /run/old";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_docked_with_an_older_agent_comes_to_life_by_a_program() {
+    let Some(site) = site(1 << 30) else { return };
+    let machine = site.boot().await;
+    start_witness(&machine).await;
+    sh(&machine, OLD_AGENT).await;
+    let args = ["-c", OLD_AGENT_STARTS];
+    let start = GuestCommand { path: "/bin/sh", args: &args, ..GuestCommand::default() };
+    machine.agent().start(start, LONG).await.expect("started");
+    let deadline = std::time::Instant::now() + LONG;
+    let there = serde_json::json!({ "path": "/run/old" });
+    let soon = Duration::from_secs(1);
+    while machine.agent().ask("guest-file-open", there.clone(), soon).await.is_err() {
+        assert!(std::time::Instant::now() < deadline, "the agent is still the same");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let request = site.dock("old");
+    let id = request.id;
+    let (substrate, _) = dock_convert(&machine, &site.pool, request).await.expect("docked");
+    assert_eq!(substrate.nic_in, None);
+    let clone = activate(&site.pool, None, site.request(id, "new")).await.expect("activated");
+    show("activate, older agent", &clone.report);
+    assert!(clone.report.phases.iter().any(|p| p.name == "answer"), "a program did it");
+    assert_intact(&clone.machine).await;
+    let mac = clone.identity.as_ref().expect("given").mac.to_string();
+    let who =
+        format!("until grep -q {mac} /sys/class/net/eth0/address; do sleep 0.1; done; hostname");
+    assert_eq!(sh(&clone.machine, &who).await.trim(), "new");
+    clone.machine.kill().await;
 }

@@ -83,6 +83,7 @@ fn bundle(id: SubstrateId) -> Bundle {
         cmdline: "quiet".into(),
         machine: Manifest::of(&spec, "10.0.2"),
         macs: Vec::new(),
+        nic_in: None,
         agent: true,
         state: part(&state),
         pages: part(&pages),

@@ -19,6 +19,7 @@
 
 mod exec;
 mod frames;
+mod renew;
 
 use std::path::PathBuf;
 use std::time::Duration;

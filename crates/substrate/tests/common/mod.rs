@@ -114,6 +114,7 @@ pub(crate) fn bundle(id: SubstrateId, image: &Image) -> Bundle {
         cmdline: "quiet".into(),
         machine: Manifest::of(&spec, "10.0.2"),
         macs: Vec::new(),
+        nic_in: None,
         agent: true,
         state: part(&state),
         pages: part(&pages),

@@ -215,6 +215,9 @@ impl LocalSite {
             let accel = activated.machine.launch().accel;
             // Until this is written, a restart of the daemon takes the activation back.
             e.record.unfinished = None;
+            if let Some(identity) = &activated.identity {
+                e.record.mac = identity.mac;
+            }
             if let Err(f) = e.record.save(&self.dirs.vm(record.vm)) {
                 activated.machine.kill().await;
                 return Err(f);
