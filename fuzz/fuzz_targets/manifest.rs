@@ -1,12 +1,12 @@
 //! Descriptions that come with an archive, an image or a peer: of a substrate, of a machine, of
-//! an image. Parsed or refused; what is taken keeps its bounds and survives being written again.
+//! an image; and what a site asks for of a substrate. Parsed or refused; what is taken keeps its bounds and survives being written again.
 #![no_main]
 
 use std::path::Path;
 
 use godwit_image::Image;
 use godwit_qemu::Manifest;
-use godwit_substrate::Substrate;
+use godwit_substrate::{Substrate, TakerMsg};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -27,6 +27,14 @@ fuzz_target!(|data: &[u8]| {
         let again = Substrate::parse(&text, "the input again").expect("and read again");
         assert_eq!(again, substrate);
         assert_eq!(again.content(), substrate.content());
+    }
+    if let Some((&tag, rest)) = data.split_first()
+        && let Some((fixed, rest)) = TakerMsg::fixed(tag).and_then(|n| rest.split_at_checked(n))
+        && let Ok(n) = TakerMsg::hashes(tag, fixed)
+        && let Some(hashes) = rest.get(..n)
+    {
+        let message = TakerMsg::decode(tag, fixed, hashes).expect("its parts fit");
+        assert_eq!(message.encode(), data[..1 + fixed.len() + n]);
     }
     if let Ok(image) = Image::parse(data, Path::new("/images/x")) {
         for file in [Some(image.kernel_path()), image.initrd_path(), image.disk_path()] {
