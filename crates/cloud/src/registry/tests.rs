@@ -1,6 +1,8 @@
 use std::collections::BTreeSet;
 
-use godwit_types::{Arch, Mib, OpState, SiteKind, SiteState, SubstrateKind, VmState};
+use godwit_types::{
+    Arch, Code, CodedError, Mib, OpState, SiteKind, SiteState, SubstrateKind, VmState,
+};
 
 use super::*;
 use crate::ops::OpKind;
