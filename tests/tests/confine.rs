@@ -87,7 +87,7 @@ fn relays_are_apart(cloud: &Cloud, vm: &serde_json::Value, qemus: [u64; 2]) {
             serde_json::from_slice(&std::fs::read(mine.join("relay.json")).unwrap()).unwrap();
         let disk = &config["disk"];
         assert!(can(pid, uid, "-r", Path::new(disk["base"].as_str().unwrap())));
-        assert!(can(pid, uid, "-r", &run.join("told/revoked.json")));
+        assert!(can(pid, uid, "-r", &run.join("for-relays/revoked.json")));
         let data = cloud.vm_dir(vm, at);
         if at == Daemon::Ap {
             assert!(can(pid, uid, "-w", &data.join("in")));
@@ -101,8 +101,8 @@ fn relays_are_apart(cloud: &Cloud, vm: &serde_json::Value, qemus: [u64; 2]) {
             ("-r", mine.join("relay.json")),
             ("-r", mine.join("relay.log")),
             ("-w", mine.join("control")),
-            ("-w", run.join("told")),
-            ("-w", run.join("told/revoked.json")),
+            ("-w", run.join("for-relays")),
+            ("-w", run.join("for-relays/revoked.json")),
             ("-w", disk["base"].as_str().unwrap().into()),
             ("-e", run.join(id)),
             ("-e", data.join("top.qcow2")),

@@ -95,6 +95,12 @@ fn small_parts(pool: &Pool, id: SubstrateId) -> usize {
     small.json.len() + small.state.len() + small.pages.len() + disk
 }
 
+/// Bytes that come when nothing is there yet.
+fn whole_size(from: &Pool, id: SubstrateId, dir: &Path) -> usize {
+    let empty = open(&dir.join("empty")).expect("pool");
+    bring(from, &empty, id, usize::MAX, ErrorKind::UnexpectedEof).1
+}
+
 fn places(dir: &Path) -> (Pool, Pool, godwit_image::Image) {
     let image = image(&dir.join("image"));
     (open(&dir.join("here")).expect("pool"), open(&dir.join("there")).expect("pool"), image)
@@ -131,10 +137,7 @@ fn after_a_break_nothing_travels_twice() {
     let (here, there, image) = places(dir.path());
     let id = SubstrateId::new();
     fill(&here, id, &image);
-    let whole = {
-        let third = open(&dir.path().join("third")).expect("pool");
-        bring(&here, &third, id, usize::MAX, ErrorKind::UnexpectedEof).1
-    };
+    let whole = whole_size(&here, id, dir.path());
     let head = small_parts(&here, id);
     let cut = head + (whole - head) / 2;
     let (taken, first) = bring(&here, &there, id, cut, ErrorKind::UnexpectedEof);
@@ -155,10 +158,7 @@ fn what_is_given_up_or_kept_too_long_is_gone() {
     let (here, there, image) = places(dir.path());
     let id = SubstrateId::new();
     fill(&here, id, &image);
-    let whole = {
-        let third = open(&dir.path().join("third")).expect("pool");
-        bring(&here, &third, id, usize::MAX, ErrorKind::UnexpectedEof).1
-    };
+    let whole = whole_size(&here, id, dir.path());
     let cut = whole - 2000;
     let (taken, _) = bring(&here, &there, id, cut, ErrorKind::ConnectionAborted);
     taken.expect_err("given up");

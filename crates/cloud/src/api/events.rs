@@ -152,7 +152,7 @@ impl Following {
             let next = tokio::time::timeout_at(late, self.watcher.next());
             match self.api.stop.run_until_cancelled(next).await? {
                 Ok(Ok(event)) if self.filter.takes(&event.what) => {
-                    return Some(self.told(&event));
+                    return Some(self.sse_event(&event));
                 }
                 Ok(Ok(_)) => {}
                 Ok(Err(forgotten)) => return Some(reset(forgotten)),
@@ -162,7 +162,7 @@ impl Following {
         }
     }
 
-    fn told(&self, event: &Event) -> sse::Event {
+    fn sse_event(&self, event: &Event) -> sse::Event {
         let what = &event.what;
         let record = match &what.object {
             Some(object) => serde_json::to_value(object).ok(),

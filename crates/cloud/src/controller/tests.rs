@@ -402,6 +402,16 @@ async fn a_program_is_asked_for_where_its_machine_has_gone() {
     assert!(f.message.contains("was deleted while the program ran (pid 7)"), "{f}");
 }
 
+/// Machine `a` runs at the center as if nobody had moved it.
+pub(super) fn runs_on_at_its_source(w: &World) {
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!(
+        (vm.state, vm.site.as_str(), vm.generation),
+        (VmState::Running, "center", Generation(1))
+    );
+    assert!(w.cafe.all().is_empty(), "the destination keeps nothing");
+}
+
 #[tokio::test]
 async fn a_second_migration_is_refused_and_a_cancel_leaves_it_at_the_source() {
     let w = world(Send::WaitsForCancel).await;
@@ -413,12 +423,7 @@ async fn a_second_migration_is_refused_and_a_cancel_leaves_it_at_the_source() {
     assert!(w.c.stop("a", false, Mode::Act).is_err());
     w.c.ops().cancel(first).expect("in time");
     assert_eq!(w.c.ops().wait(first).await.expect("ends").state, OpState::Cancelled);
-    let vm = w.c.registry().vm("a").expect("there");
-    assert_eq!(
-        (vm.state, vm.site.as_str(), vm.generation),
-        (VmState::Running, "center", Generation(1))
-    );
-    assert!(w.cafe.all().is_empty(), "the destination keeps nothing");
+    runs_on_at_its_source(&w);
 }
 
 #[tokio::test]

@@ -152,12 +152,7 @@ async fn a_switch_to_another_generation_than_was_asked_for_is_not_believed() {
     running(&w, "a").await;
     let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
-    let vm = w.c.registry().vm("a").expect("there");
-    assert_eq!(
-        (vm.state, vm.site.as_str(), vm.generation),
-        (VmState::Running, "center", Generation(1))
-    );
-    assert!(w.cafe.all().is_empty(), "the destination keeps nothing");
+    runs_on_at_its_source(&w);
 }
 
 /// Two sites may dock under one name at the same time: both substrates are there, and neither site

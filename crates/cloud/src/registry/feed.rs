@@ -359,12 +359,12 @@ impl Ring {
             before: 0,
             floor: (saved.revision, 0),
         };
-        ring.take_in(saved.stored, tables);
+        ring.load_stored(saved.stored, tables);
         ring
     }
 
     /// Takes in the events of the file, as far back as none is missing.
-    fn take_in(&mut self, mut stored: Vec<Stored>, tables: &Tables) {
+    fn load_stored(&mut self, mut stored: Vec<Stored>, tables: &Tables) {
         stored.sort_by_key(|s| std::cmp::Reverse(s.first));
         let mut kept = Vec::new();
         let mut next = self.revision + 1;
@@ -629,7 +629,7 @@ impl Feed {
     }
 
     /// Tells of something that is in memory only.
-    pub(super) fn tell(&self, what: What) {
+    pub(super) fn publish_unwritten(&self, what: What) {
         let mut ring = self.ring();
         ring.unwritten += 1;
         let id = ring.now();
@@ -644,7 +644,7 @@ impl Feed {
             SiteState::Ready => SiteState::Unreachable,
             SiteState::Unreachable => SiteState::Ready,
         };
-        self.tell(What {
+        self.publish_unwritten(What {
             kind: EventKind::Site,
             key: name.to_string(),
             name: name.to_string(),
@@ -657,7 +657,7 @@ impl Feed {
     /// Tells that an operation is asked to stop.
     pub(super) fn op_cancelling(&self, op: &OpRecord) {
         let was = OpRecord { state: OpState::Running, ..op.clone() };
-        self.tell(What {
+        self.publish_unwritten(What {
             kind: EventKind::Op,
             key: op.id.to_string(),
             name: op.kind.target().to_string(),

@@ -241,7 +241,7 @@ impl Writer {
                         Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)))
                     });
             match done {
-                Ok(told) => self.succeeded(jobs, told),
+                Ok(batch) => self.succeeded(jobs, batch),
                 Err(e) => self.failed(jobs, &e),
             }
         }
@@ -258,7 +258,7 @@ impl Writer {
         let Some(db) = &self.db else {
             return Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)));
         };
-        let told = {
+        let batch = {
             let durable = self.shared.durable.read().unwrap_or_else(PoisonError::into_inner);
             let changes = jobs.iter().flat_map(|j| j.changes.iter().zip(&j.rows));
             let bytes = |r: &Row| r.value.as_ref().map_or(0, Vec::len);
@@ -270,22 +270,22 @@ impl Writer {
             put_row(&tx, row)?;
         }
         let n = count(&tx)?;
-        saved::write(&tx, &told, n)?;
+        saved::write(&tx, &batch, n)?;
         tx.commit()?;
         self.mark.set(n);
-        Ok(Some(told))
+        Ok(Some(batch))
     }
 
-    fn succeeded(&self, jobs: Vec<Job>, told: Option<Batch>) {
+    fn succeeded(&self, jobs: Vec<Job>, batch: Option<Batch>) {
         {
             let mut durable = self.shared.durable.write().unwrap_or_else(PoisonError::into_inner);
             for change in jobs.iter().flat_map(|j| &j.changes) {
                 durable.apply(change);
             }
         }
-        // Whoever is told of a change finds it.
-        if let Some(told) = told {
-            self.shared.feed.publish(told);
+        // Whoever is batch of a change finds it.
+        if let Some(batch) = batch {
+            self.shared.feed.publish(batch);
         }
         self.shared.queue().writing = false;
         for job in jobs {

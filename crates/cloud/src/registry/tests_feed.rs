@@ -19,7 +19,7 @@ fn all(w: &mut Watcher) -> Vec<Arc<Event>> {
 }
 
 /// Kind, name, and the states before and after.
-fn told(events: &[Arc<Event>]) -> Vec<(&str, &str, &str, &str)> {
+fn summaries(events: &[Arc<Event>]) -> Vec<(&str, &str, &str, &str)> {
     fn state(of: Option<&Summary>) -> &str {
         of.map_or("-", |s| &s.state)
     }
@@ -57,7 +57,7 @@ fn every_change_that_somebody_follows_is_one_event_in_its_order() {
     reg.vm_remove(v.id, v.generation).expect("remove");
     let events = all(&mut w);
     assert_eq!(
-        told(&events),
+        summaries(&events),
         [
             ("vm", "a", "-", "starting"),
             ("op", "a", "-", "running"),
@@ -98,7 +98,7 @@ fn a_site_is_told_of_when_it_falls_silent_and_is_back_and_not_for_each_report() 
     reg.site_revoke(&cafe).expect("revoke");
     let events = all(&mut w);
     assert_eq!(
-        told(&events),
+        summaries(&events),
         [
             ("site", "cafe", "unreachable", "ready"),
             ("site", "cafe", "ready", "unreachable"),
@@ -240,16 +240,18 @@ fn a_registry_that_is_opened_again_goes_on_where_it_was() {
     for round in 0..3 {
         let reg = Registry::open(&path).expect("opens again");
         let after = all(&mut reg.watch(Some(read)).expect("known"));
-        let expected: Vec<_> =
-            told(&before).into_iter().chain([("site", "cafe", "ready", "unreachable")]).collect();
-        assert_eq!(told(&after), expected, "also that no site has reported yet");
+        let expected: Vec<_> = summaries(&before)
+            .into_iter()
+            .chain([("site", "cafe", "ready", "unreachable")])
+            .collect();
+        assert_eq!(summaries(&after), expected, "also that no site has reported yet");
         let ids = |events: &[Arc<Event>]| events.iter().map(|e| e.id).collect::<Vec<_>>();
         assert_eq!(ids(&after[..before.len()]), ids(&before));
         let objects: Vec<_> = after.iter().map(|e| e.what.object.is_some()).collect();
         assert_eq!(objects, [false, false, true, false, false], "as far as it is known still");
         // Of what was in memory only the states of now are told.
         let rest = all(&mut reg.watch(Some(unwritten)).expect("known"));
-        assert_eq!(told(&rest), [("site", "cafe", "ready", "unreachable")], "{round}");
+        assert_eq!(summaries(&rest), [("site", "cafe", "ready", "unreachable")], "{round}");
         assert_eq!(reg.now().revision(), before.last().expect("some").id.revision());
     }
     let reg = Registry::open(&path).expect("opens again");
@@ -258,7 +260,7 @@ fn a_registry_that_is_opened_again_goes_on_where_it_was() {
     assert_eq!(reg.now().revision(), last.revision() + 1, "no number comes twice");
     assert_ne!(reg.now().to_string()[..16], last.to_string()[..16], "a run has its own epoch");
     let rest = all(&mut reg.watch(Some(last)).expect("known"));
-    assert_eq!(told(&rest).last(), Some(&("vm", "b", "-", "starting")));
+    assert_eq!(summaries(&rest).last(), Some(&("vm", "b", "-", "starting")));
 }
 
 #[test]
@@ -280,7 +282,7 @@ fn a_registry_that_was_brought_back_does_not_take_another_history_for_its_own() 
     }
     // The copy comes to the same numbers, and past them.
     let reg = Registry::open(&copy).expect("open");
-    assert_eq!(told(&all(&mut reg.watch(Some(shared)).expect("before the copy"))), []);
+    assert_eq!(summaries(&all(&mut reg.watch(Some(shared)).expect("before the copy"))), []);
     for n in ["p", "q", "r"] {
         for id in &lost {
             assert!(reg.watch(Some(*id)).is_err(), "{id} is of another history");

@@ -44,7 +44,7 @@ impl LocalSite {
         let (pool, site) = (self.pool.clone(), self.name.clone());
         tokio::spawn(async move {
             let becomes = Becomes { owner: None, name, content };
-            if let Err(e) = take_in(pool, site, becomes, far).await {
+            if let Err(e) = import_archive(pool, site, becomes, far).await {
                 tracing::warn!(error = %e, "an import's answer could not be delivered");
             }
         });
@@ -96,7 +96,7 @@ impl LocalSite {
     }
 }
 
-async fn take_in(
+async fn import_archive(
     pool: Pool,
     site: Name,
     becomes: Becomes,

@@ -148,8 +148,8 @@ impl SiteDirs {
     }
 
     /// What relays read while they work, which is no secret.
-    pub(super) fn told(&self) -> PathBuf {
-        self.run.join("told")
+    pub(super) fn for_relays(&self) -> PathBuf {
+        self.run.join("for-relays")
     }
 
     /// What is kept of one machine.

@@ -80,7 +80,7 @@ impl LocalSite {
             peer: migration.peer.clone(),
             keys: self.dirs.keys().join("identity"),
             revoked: (*self.trust.revocations()).clone(),
-            revoked_file: Some(self.dirs.told().join(REVOKED)),
+            revoked_file: Some(self.dirs.for_relays().join(REVOKED)),
             link_patience_ms: self.options.link_patience.as_millis() as u64,
             control: paths.control.clone(),
             qemu: paths.qemu.clone(),
@@ -102,7 +102,7 @@ impl LocalSite {
         let group = groups
             .map(|g| g.make_named(&paths.group(&migration), MEMORY).map_err(coded))
             .transpose()?;
-        let mut readable = vec![self.dirs.told()];
+        let mut readable = vec![self.dirs.for_relays()];
         let mut writable = Vec::new();
         let mut filled = None;
         match &config.disk {
@@ -272,7 +272,7 @@ pub(super) fn tell_revoked(dirs: &SiteDirs, trust: &Trust) -> Result<(), Fault> 
     /// The list is read and written by one at a time, so that an older one is never the last.
     static TELLING: Mutex<()> = Mutex::new(());
     let _one = TELLING.lock().unwrap_or_else(PoisonError::into_inner);
-    let dir = dirs.told();
+    let dir = dirs.for_relays();
     let failed = |e: std::io::Error| Fault::io("writing below", &dir, &e);
     std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(failed)?;
     let part = dir.join("part");
