@@ -12,6 +12,8 @@
 //! Versions of the protocol (the greeting carries the range that a site speaks; the highest
 //! common one is used, and a site speaks at least its own and the previous one):
 //! - 1: the first.
+//! - 2: center and site know by it which requests the other has, and relays which version of
+//!   theirs; to a request that it does not know, a site answers in words.
 
 use bytes::{Buf, Bytes, BytesMut};
 use godwit_types::{Code, CodedError, Name};
@@ -153,13 +155,19 @@ pub struct Versions {
 
 impl Versions {
     /// What this build speaks.
-    pub const OURS: Self = Self { min: 1, max: 1 };
+    pub const OURS: Self = Self { min: 1, max: 2 };
 
     /// The version that both sides use: the highest common one.
     ///
     /// # Errors
-    /// [`WireError::NoCommonVersion`].
+    /// [`WireError::NoCommonVersion`], and [`WireError::Bounds`] for a range that is none.
     pub fn agree(self, theirs: Self) -> Result<u16, WireError> {
+        if theirs.min == 0 || theirs.min > theirs.max {
+            return Err(WireError::Bounds {
+                what: "greeting",
+                why: "the versions in it are no range that begins at 1 or later",
+            });
+        }
         let version = self.max.min(theirs.max);
         if version >= self.min.max(theirs.min) {
             Ok(version)
@@ -364,6 +372,10 @@ mod tests {
         assert_eq!(v(2, 3).agree(v(1, 2)), Ok(2));
         assert_eq!(v(1, 4).agree(v(2, 9)), Ok(4));
         assert!(matches!(v(3, 4).agree(v(1, 2)), Err(WireError::NoCommonVersion { .. })));
+        assert_eq!(v(1, 2).agree(v(1, u16::MAX)), Ok(2), "however far ahead it is");
+        for nonsense in [v(2, 1), v(0, 0), v(0, 2), v(u16::MAX, 0), v(u16::MAX, 2)] {
+            assert!(matches!(v(1, 2).agree(nonsense), Err(WireError::Bounds { .. })), "{nonsense}");
+        }
     }
 
     #[test]

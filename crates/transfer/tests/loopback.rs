@@ -225,8 +225,18 @@ async fn versions_are_negotiated_or_refused_in_words() {
         )
         .expect("bind")
     };
-    let newer = bind(Versions { min: 1, max: 2 });
-    assert_eq!(within(newer.connect(address, None)).await.expect("connect").version(), 1);
+    let speaks = async |versions| {
+        let link = within(bind(versions).connect(address, None)).await;
+        link.expect("connect").version()
+    };
+    let Versions { max, .. } = Versions::OURS;
+    assert_eq!(speaks(Versions { min: 1, max: 1 }).await, 1, "the release of before");
+    assert_eq!(speaks(Versions { min: 1, max: max + 1 }).await, max, "the one to come");
+    assert_eq!(speaks(Versions { min: 1, max: u16::MAX }).await, max);
+    for nonsense in [Versions { min: 2, max: 1 }, Versions { min: 0, max: 0 }] {
+        let error = within(bind(nonsense).connect(address, None)).await.expect_err("nonsense");
+        assert!(error.to_string().contains("no range"), "{error}");
+    }
     let far_ahead = bind(Versions { min: 8, max: 9 });
     let error = within(far_ahead.connect(address, None)).await.expect_err("no common version");
     assert!(error.to_string().contains("no common protocol version"), "{error}");

@@ -18,7 +18,7 @@ use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
 use super::frame::{Kind, open};
 use super::waits::{Channel, Waits};
-use super::wire::{About, Note, VERSION, hear, tell};
+use super::wire::{About, NEWEST, Note, hear, tell};
 use super::{
     BlockDevice, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase,
     RelayStatus, unless_aborted,
@@ -79,9 +79,8 @@ pub(super) async fn run(
 /// Waits for the source relay of this migration and for its lanes.
 async fn accept(config: &RelayConfig, endpoint: &Endpoint) -> Result<Lanes, RelayError> {
     let fail = |source| RelayError::Link { peer: config.peer.to_string(), source };
-    let about =
-        About { version: VERSION, migration: config.migration, generation: config.generation }
-            .bytes()?;
+    let (migration, generation) = (config.migration, config.generation);
+    let ours = About { version: NEWEST, migration, generation };
     loop {
         let link = endpoint.accept().await.ok_or(RelayError::Protocol("the endpoint is closed"))?;
         if link.peer().name != config.peer {
@@ -98,9 +97,12 @@ async fn accept(config: &RelayConfig, endpoint: &Endpoint) -> Result<Lanes, Rela
         let wanted = if config.disk.is_some() { 5 } else { 3 };
         for _ in 0..wanted {
             let lane: Lane = link.accept_lane().await.map_err(fail)?;
-            if *lane.about() != about {
-                link.close("this relay serves another migration or generation");
-                return Err(RelayError::Protocol("it speaks of another migration or generation"));
+            match ours.agree(lane.about()) {
+                Ok(version) => tracing::debug!(version, kind = ?lane.kind(), "a lane"),
+                Err(e) => {
+                    link.close(&e.to_string());
+                    return Err(e);
+                }
             }
             match lane.kind() {
                 LaneKind::Steering => steering = Some(lane),

@@ -101,6 +101,14 @@ pub enum RelayError {
     /// A message out of place.
     #[error("the other relay does not keep to the protocol: {0}")]
     Protocol(&'static str),
+    /// What the other relay says is older than anything that is still understood.
+    #[error("the other relay speaks version {theirs}, and {oldest} is the oldest here; update it")]
+    TooOld {
+        /// Its version.
+        theirs: u16,
+        /// The oldest that is spoken here.
+        oldest: u16,
+    },
     /// The other relay gave up.
     #[error("the other relay gave up: {0}")]
     PeerAborted(String),
@@ -133,6 +141,7 @@ impl CodedError for RelayError {
             Self::Lane { source, .. } => source.code(),
             Self::Disk { source, .. } => source.code(),
             Self::WrongPeer { .. } => Code::Unauthenticated,
+            Self::TooOld { .. } => Code::Conflict,
             Self::Stream(_) | Self::Frame(_) | Self::Protocol(_) => Code::Damaged,
             Self::Aborted(_) => Code::Cancelled,
             Self::Socket { .. }

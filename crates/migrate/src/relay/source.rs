@@ -17,7 +17,7 @@ use super::control::Asked;
 use super::core::{Channel as Lane, SourceCore};
 use super::disk::{self, Frozen, SharedPacer};
 use super::frame::seal;
-use super::wire::{About, Note, VERSION, hear, tell};
+use super::wire::{About, Note, hear, known_by_peer, tell};
 use super::{
     Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayRole,
     RelayStatus, unless_aborted,
@@ -170,9 +170,9 @@ impl<'a> Source<'a> {
             .connect(destination, Some(&config.peer))
             .await
             .map_err(|source| RelayError::Link { peer: config.peer.to_string(), source })?;
-        let about =
-            About { version: VERSION, migration: config.migration, generation: config.generation }
-                .bytes()?;
+        let version = known_by_peer(link.version());
+        let (migration, generation) = (config.migration, config.generation);
+        let about = About { version, migration, generation }.bytes()?;
         let open = async |kind: LaneKind| {
             link.open_about(kind, kind.usual_priority(), about.clone())
                 .await

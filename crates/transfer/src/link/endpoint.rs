@@ -353,23 +353,13 @@ impl Shared {
             .ok_or_else(|| greeting_error(LaneError::Ended))?;
         match decode_open("greeting", &answer).map_err(LinkError::Greeting)? {
             Greeting::Hello(theirs) => {
-                let version = self.check(&theirs, &peer)?;
+                let version = agreed(&theirs, &peer, self.options.versions)?;
                 Ok(Link::start(connection, peer, theirs.boot, version, &self.trust))
             }
             Greeting::Refusal(words) => {
                 Err(LinkError::Refused(words.escape_debug().take(400).collect()))
             }
         }
-    }
-
-    fn check(&self, theirs: &Hello, peer: &Peer) -> Result<u16, LinkError> {
-        if theirs.name != peer.name {
-            return Err(LinkError::Greeting(WireError::Bounds {
-                what: "greeting",
-                why: "the name in it differs from the certificate's",
-            }));
-        }
-        self.options.versions.agree(theirs.versions).map_err(LinkError::Greeting)
     }
 
     /// The acceptor's side of the greeting.
@@ -390,7 +380,7 @@ impl Shared {
             .ok_or_else(|| greeting_error(LaneError::Ended))?;
         let checked = decode_open::<Hello>("greeting", &theirs)
             .map_err(LinkError::Greeting)
-            .and_then(|theirs| Ok((self.check(&theirs, &peer)?, theirs.boot)));
+            .and_then(|theirs| Ok((agreed(&theirs, &peer, self.options.versions)?, theirs.boot)));
         let answer = match &checked {
             Ok(_) => Greeting::Hello(self.hello()),
             Err(LinkError::Greeting(why)) => Greeting::Refusal(why.to_string()),
@@ -410,6 +400,17 @@ impl Shared {
             }
         }
     }
+}
+
+/// The version that both sides of a link use, by the other's greeting.
+fn agreed(theirs: &Hello, peer: &Peer, ours: Versions) -> Result<u16, LinkError> {
+    if theirs.name != peer.name {
+        return Err(LinkError::Greeting(WireError::Bounds {
+            what: "greeting",
+            why: "the name in it differs from the certificate's",
+        }));
+    }
+    ours.agree(theirs.versions).map_err(LinkError::Greeting)
 }
 
 fn greeting_error(error: LaneError) -> LinkError {
