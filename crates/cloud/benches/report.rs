@@ -34,16 +34,16 @@ impl SiteHost for Listed {
     fn name(&self) -> &Name {
         &self.name
     }
-    async fn ask(&self, request: SiteRequest, _: Call) -> Result<SiteReply, Fault> {
+    async fn answer(&self, request: SiteRequest, _: Call) -> Result<SiteReply, Fault> {
         Ok(match request {
-            SiteRequest::Report => SiteReply::Report(SiteReport {
+            SiteRequest::Report(_) => SiteReply::Report(SiteReport {
                 holdings: Some(godwit_types::Hash::of(b"none")),
                 machines: self.digest,
                 ..SiteReport::default()
             }),
-            SiteRequest::Substrates => SiteReply::Substrates(Vec::new()),
-            SiteRequest::Machines => SiteReply::Machines(self.machines.clone()),
-            _ => SiteReply::Done,
+            SiteRequest::Substrates(_) => SiteReply::Substrates(Vec::new()),
+            SiteRequest::Machines(_) => SiteReply::Machines(self.machines.clone()),
+            _ => SiteReply::Done(()),
         })
     }
     async fn open(&self, _: StreamRequest) -> Result<ByteStream, Fault> {

@@ -20,7 +20,7 @@ use crate::controller::{Accepted, Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
 use crate::site::frames::FrameReader;
-use crate::site::{Call, PoolReport, SiteReply, SiteRequest, StreamRequest};
+use crate::site::{Call, PoolReport, StreamRequest, verbs};
 
 /// How long an import may stand still.
 const IMPORT_SILENCE: Duration = Duration::from_secs(60);
@@ -194,8 +194,7 @@ async fn take_in(
         Ok(record) => Ok(record),
         Err(f) => {
             // What the center does not know nobody could use or delete.
-            if let Err(error) = host.tell(SiteRequest::SubstrateDelete { id }, Call::quiet()).await
-            {
+            if let Err(error) = host.ask(verbs::SubstrateDelete { id }, Call::quiet()).await {
                 tracing::warn!(%id, %site, %error, "a refused substrate is still there");
             }
             Err(f)
@@ -210,12 +209,8 @@ fn too_large() -> Fault {
 /// The pools of all sites. A site that does not answer in time is named beside them.
 #[utoipa::path(get, path = "/v1/pool", responses((status = 200, body = PoolList)))]
 pub(super) async fn pool(State(api): State<Api>) -> Answer<Json<PoolList>> {
-    let all = ask_all(api.controller.hosts(), async |host| {
-        match host.ask(SiteRequest::Pool, Call::quiet()).await? {
-            SiteReply::Pool(pool) => Ok(pool),
-            other => Err(Fault::internal(format!("the site answered {}", other.label()))),
-        }
-    });
+    let all =
+        ask_all(api.controller.hosts(), async |host| host.ask(verbs::Pool {}, Call::quiet()).await);
     let all = all.await;
     let pools = all.answers.into_iter().map(|(site, pool)| SitePool { site, pool }).collect();
     Ok(Json(PoolList { pools, unanswered: all.unanswered }))

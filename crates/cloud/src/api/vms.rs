@@ -14,7 +14,7 @@ use super::{Answer, Api, DryRun, Params, Path, Payload, accepted};
 use crate::controller::{Accepted, CreateVm, DockVm, MigrateVm};
 use crate::error::Fault;
 use crate::registry::VmRecord;
-use crate::site::{Call, ConsoleTail, SiteReply, SiteRequest, StreamRequest};
+use crate::site::{Call, ConsoleTail, StreamRequest, verbs};
 
 /// Which environments to list.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
@@ -161,10 +161,7 @@ pub(super) async fn console(
     let vm = api.controller.registry().vm(&vm)?;
     let max_bytes = t.max_bytes.unwrap_or(16 << 10).min(MAX_TAIL);
     let host = api.controller.host(&vm.site)?;
-    match host.ask(SiteRequest::VmConsole { vm: vm.id, max_bytes }, Call::quiet()).await? {
-        SiteReply::Console(c) => Ok(Json(c)),
-        other => Err(Fault::internal(format!("the site answered {}", other.label())).into()),
-    }
+    Ok(Json(host.ask(verbs::VmConsole { vm: vm.id, max_bytes }, Call::quiet()).await?))
 }
 
 /// The screen as PNG.
@@ -173,10 +170,8 @@ pub(super) async fn console(
 pub(super) async fn screenshot(State(api): State<Api>, Path(vm): Path<String>) -> Answer<Response> {
     let vm = api.controller.registry().vm(&vm)?;
     let host = api.controller.host(&vm.site)?;
-    match host.ask(SiteRequest::VmScreenshot { vm: vm.id }, Call::quiet()).await? {
-        SiteReply::Screenshot(png) => Ok(([(CONTENT_TYPE, "image/png")], png).into_response()),
-        other => Err(Fault::internal(format!("the site answered {}", other.label())).into()),
-    }
+    let png = host.ask(verbs::VmScreenshot { vm: vm.id }, Call::quiet()).await?;
+    Ok(([(CONTENT_TYPE, "image/png")], png).into_response())
 }
 
 /// Types into the keyboard.
@@ -192,7 +187,7 @@ pub(super) async fn type_text(
     }
     let vm = api.controller.registry().vm(&vm)?;
     let host = api.controller.host(&vm.site)?;
-    host.tell(SiteRequest::VmType { vm: vm.id, text: t.text }, Call::quiet()).await?;
+    host.ask(verbs::VmType { vm: vm.id, text: t.text }, Call::quiet()).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

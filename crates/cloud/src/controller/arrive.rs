@@ -6,7 +6,7 @@
 //!               |   ^
 //!        broken |   | both ends have new relays
 //!               v   |
-//!            recovering: wait for both sites, ask how they stand
+//!            recovering: wait for both sites, ask how far they are
 //!               |
 //!               +-> lost: what the source had is gone, or it does not come back
 //! ```
@@ -22,14 +22,14 @@ use godwit_types::{Code, MoveReport, Name, VmState, human_bytes};
 use tokio::time::Instant;
 
 use super::lifecycle::dry;
-use super::moves::{Move, measured, odd};
+use super::moves::{Move, measured};
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
 use crate::registry::VmRecord;
 use crate::site::{
-    Call, MemoryStand, MoveStand, News, SiteHost, SiteReply, SiteRequest, UNKNOWN_GENERATION,
+    Asking, Call, MemoryStatus, MoveStatus, News, Request as _, SiteHost, UNKNOWN_GENERATION, verbs,
 };
 
 /// The stage that an operation shows while a broken migration is taken up again.
@@ -78,7 +78,7 @@ impl Controller {
         self: &Arc<Self>,
         op: &OpHandle,
         m: &Move,
-        first: SiteRequest,
+        first: Asking<Vec<u8>>,
     ) -> Result<Option<MoveReport>, Fault> {
         let sending = self.hear_source(op, m, first);
         let arriving = self.hear_destination(op, m);
@@ -106,10 +106,10 @@ impl Controller {
                     Err(f) => {
                         // Its relay may be killed, and then the source's finds out late.
                         let request =
-                            SiteRequest::MigrateLost { migration: m.id, why: f.message.clone() };
+                            verbs::MigrateLost { migration: m.id, why: f.message.clone() };
                         told = Some(f);
                         let said = match self.host(&m.from) {
-                            Ok(src) => src.tell(request, Call::quiet()).await,
+                            Ok(src) => src.ask(request, Call::quiet()).await,
                             Err(f) => Err(f),
                         };
                         if let Err(e) = said {
@@ -125,23 +125,22 @@ impl Controller {
         self: &Arc<Self>,
         op: &OpHandle,
         m: &Move,
-        first: SiteRequest,
+        first: Asking<Vec<u8>>,
     ) -> Result<(Sent, Option<Request>), Fault> {
         let mut request = first;
         loop {
             let host = self.await_site(op, &m.from).await?;
             let call = self.call_of_move(op, m);
             let asked = clock::now();
-            match self.ask_while_there(&host, request, call).await? {
-                Some(SiteReply::Sent(bytes)) => {
+            match self.while_there(&host, host.ask_any(request, call)).await? {
+                Some(bytes) => {
                     let (returned, clock) = (clock::now(), ClockId::here());
                     let sent = measured(&host, &bytes)?;
                     let request =
                         m.requested.map(|began| Request { began, sent: asked, returned, clock });
                     return Ok((sent, request));
                 }
-                Some(other) => return Err(odd(&host, &other)),
-                None => request = SiteRequest::MigrateFollow { migration: m.id },
+                None => request = verbs::MigrateFollow { migration: m.id }.asking(),
             }
         }
     }
@@ -149,24 +148,22 @@ impl Controller {
     async fn hear_destination(&self, op: &OpHandle, m: &Move) -> Result<Received, Fault> {
         loop {
             let host = self.await_site(op, &m.to).await?;
-            let request = SiteRequest::MigrateReceived { migration: m.id };
-            match self.ask_while_there(&host, request, Call::quiet()).await? {
-                Some(SiteReply::Received(bytes)) => return measured(&host, &bytes),
-                Some(other) => return Err(odd(&host, &other)),
-                None => {}
+            let request = verbs::MigrateReceived { migration: m.id };
+            let asked = host.ask(request, Call::quiet());
+            if let Some(bytes) = self.while_there(&host, asked).await? {
+                return measured(&host, &bytes);
             }
         }
     }
 
-    /// Asks a site; `None` when it went away before it answered.
-    async fn ask_while_there(
+    /// Waits for a site's answer; `None` when it went away before it answered.
+    async fn while_there<T>(
         &self,
         host: &Arc<dyn SiteHost>,
-        request: SiteRequest,
-        call: Call,
-    ) -> Result<Option<SiteReply>, Fault> {
+        asked: impl Future<Output = Result<T, Fault>>,
+    ) -> Result<Option<T>, Fault> {
         let answer = tokio::select! {
-            answer = host.ask(request, call) => answer,
+            answer = asked => answer,
             () = self.gone(host) => return Ok(None),
         };
         match answer {
@@ -292,23 +289,23 @@ impl Controller {
         m: &Move,
     ) -> Result<Option<MoveReport>, Broken> {
         let dst = self.await_site(op, &m.to).await?;
-        let mut here = stand(&dst, m).await?;
-        let all_here = here.memory == MemoryStand::Whole && here.missing_blocks == Some(0);
+        let mut here = move_status(&dst, m).await?;
+        let all_here = here.memory == MemoryStatus::Whole && here.missing_blocks == Some(0);
         if all_here && !here.over {
-            let request = SiteRequest::MigrateFinish { migration: m.id, vm: m.vm.id };
-            dst.tell(request, Call::quiet()).await?;
+            let request = verbs::MigrateFinish { migration: m.id, vm: m.vm.id };
+            dst.ask(request, Call::quiet()).await?;
         }
         if all_here {
             return Ok(None);
         }
         let src = self.await_site(op, &m.from).await?;
-        let there = match stand(&src, m).await {
+        let there = match move_status(&src, m).await {
             // It has let go of the machine.
-            Ok(s) if s.over => MoveStand { memory: MemoryStand::Gone, ..s },
+            Ok(s) if s.over => MoveStatus { memory: MemoryStatus::Gone, ..s },
             Ok(s) => s,
             // Files of a machine that is not known there are not either.
-            Err(f) if f.code == Code::NotFound => MoveStand {
-                memory: MemoryStand::Gone,
+            Err(f) if f.code == Code::NotFound => MoveStatus {
+                memory: MemoryStatus::Gone,
                 missing_pages: 0,
                 missing_blocks: None,
                 runs: false,
@@ -317,12 +314,12 @@ impl Controller {
             },
             Err(f) => return Err(f.into()),
         };
-        if here.memory == MemoryStand::Partial && there.memory == MemoryStand::Gone {
+        if here.memory == MemoryStatus::Partial && there.memory == MemoryStatus::Gone {
             // What it had sent may still be arriving.
             tokio::time::sleep(SECOND_LOOK).await;
-            here = stand(&dst, m).await?;
+            here = move_status(&dst, m).await?;
         }
-        if here.memory == MemoryStand::Gone {
+        if here.memory == MemoryStatus::Gone {
             let why = here.why.unwrap_or_else(|| "its QEMU is gone".into());
             return Err(Broken::Lost(Fault::new(
                 Code::Damaged,
@@ -332,31 +329,28 @@ impl Controller {
                 ),
             )));
         }
-        let lost = here.memory == MemoryStand::Partial && there.memory == MemoryStand::Gone;
+        let lost = here.memory == MemoryStatus::Partial && there.memory == MemoryStatus::Gone;
         if lost && here.missing_blocks == Some(0) {
             return Err(Broken::Lost(memory_lost(m, &here, &there)));
         }
         // A source that has sent everything sends again what was lost on the way.
-        let memory = here.memory == MemoryStand::Partial && !lost;
+        let memory = here.memory == MemoryStatus::Partial && !lost;
         show(op, 0, format!("still missing at '{}': {}", m.to, missing(&here)));
-        let request = SiteRequest::MigrateResumeIn { migration: m.id, vm: m.vm.id, memory };
-        let to = match dst.ask(request, Call::quiet()).await? {
-            SiteReply::Incoming(i) => i,
-            other => return Err(odd(&dst, &other).into()),
-        };
-        let request = SiteRequest::MigrateResumeOut { migration: m.id, vm: m.vm.id, to, memory };
-        let report = self.follow(op, m, request).await?;
+        let request = verbs::MigrateResumeIn { migration: m.id, vm: m.vm.id, memory };
+        let to = dst.ask(request, Call::quiet()).await?;
+        let request = verbs::MigrateResumeOut { migration: m.id, vm: m.vm.id, to, memory };
+        let report = self.follow(op, m, request.asking()).await?;
         if !lost {
             return Ok(report);
         }
-        let after = stand(&dst, m).await.unwrap_or(here);
+        let after = move_status(&dst, m).await.unwrap_or(here);
         Err(Broken::Lost(memory_lost(m, &after, &there)))
     }
 
     /// What to say of a machine whose source cannot be had.
     async fn still_missing(&self, m: &Move, why: &Fault) -> Fault {
         let what = match self.host(&m.to) {
-            Ok(dst) => stand(&dst, m).await.ok().map(|s| missing(&s)),
+            Ok(dst) => move_status(&dst, m).await.ok().map(|s| missing(&s)),
             Err(_) => None,
         };
         let what = what.unwrap_or_else(|| "part of its memory or disk".into());
@@ -372,12 +366,9 @@ impl Controller {
     /// QEMU is left as it is.
     async fn give_up(&self, m: &Move, why: &Fault, for_good: bool) -> Result<(), Fault> {
         if let Ok(dst) = self.host(&m.to) {
-            let request = SiteRequest::MigrateGiveUp {
-                migration: m.id,
-                vm: m.vm.id,
-                why: why.message.clone(),
-            };
-            if let Err(e) = dst.tell(request, Call::quiet()).await {
+            let request =
+                verbs::MigrateGiveUp { migration: m.id, vm: m.vm.id, why: why.message.clone() };
+            if let Err(e) = dst.ask(request, Call::quiet()).await {
                 tracing::warn!(vm = %m.vm.name, error = %e, "its site was not told");
             }
         }
@@ -393,7 +384,7 @@ impl Controller {
             Ok(())
         })?;
         let whole_disk = match self.host(&m.to) {
-            Ok(dst) => stand(&dst, m).await.is_ok_and(|s| s.missing_blocks == Some(0)),
+            Ok(dst) => move_status(&dst, m).await.is_ok_and(|s| s.missing_blocks == Some(0)),
             Err(_) => false,
         };
         if for_good && whole_disk {
@@ -419,9 +410,9 @@ impl Controller {
     /// again whenever that site reports.
     pub(super) async fn release_source(&self, vm: &VmRecord) {
         let Some(a) = &vm.arriving else { return };
-        let request = SiteRequest::MigrateRelease { vm: vm.id, generation: vm.generation };
+        let request = verbs::MigrateRelease { vm: vm.id, generation: vm.generation };
         let told = match self.host(&a.from) {
-            Ok(src) => src.tell(request, Call::quiet()).await,
+            Ok(src) => src.ask(request, Call::quiet()).await,
             Err(f) => Err(f),
         };
         if let Err(f) = told {
@@ -501,18 +492,15 @@ fn show(op: &OpHandle, attempt: u64, note: String) {
     });
 }
 
-async fn stand(host: &Arc<dyn SiteHost>, m: &Move) -> Result<MoveStand, Fault> {
-    let request = SiteRequest::MigrateStand { migration: m.id, vm: m.vm.id };
-    match host.ask(request, Call::quiet()).await? {
-        SiteReply::Stand(s) => Ok(s),
-        other => Err(odd(host, &other)),
-    }
+async fn move_status(host: &Arc<dyn SiteHost>, m: &Move) -> Result<MoveStatus, Fault> {
+    let request = verbs::MigrateStatus { migration: m.id, vm: m.vm.id };
+    host.ask(request, Call::quiet()).await
 }
 
 /// What a destination lacks, in words.
-fn missing(s: &MoveStand) -> String {
+fn missing(s: &MoveStatus) -> String {
     let pages = match (s.memory, s.missing_pages) {
-        (MemoryStand::Whole, _) => "no memory".to_owned(),
+        (MemoryStatus::Whole, _) => "no memory".to_owned(),
         (_, n) => format!("{n} pages ({}) of its memory", human_bytes(n * 4096)),
     };
     let blocks = match s.missing_blocks {
@@ -523,7 +511,7 @@ fn missing(s: &MoveStand) -> String {
     format!("{pages} and {blocks}")
 }
 
-fn memory_lost(m: &Move, here: &MoveStand, there: &MoveStand) -> Fault {
+fn memory_lost(m: &Move, here: &MoveStatus, there: &MoveStatus) -> Fault {
     let why = there.why.clone().unwrap_or_else(|| "its QEMU is gone".into());
     let disk = match here.missing_blocks {
         Some(0) => "its disk is whole".to_owned(),

@@ -14,7 +14,7 @@ use crate::clock::{Moment, UnixMs};
 use crate::error::Fault;
 use crate::placement::{Demand, Placement, PlacementRefusal, Unfit, place};
 use crate::registry::SubstrateRecord;
-use crate::site::{Call, ImageInfo, SiteHost, SiteRequest};
+use crate::site::{Call, ImageInfo, SiteHost, verbs};
 
 /// How long a site may take to tell what it has when several are asked.
 pub const ANSWER_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 300 } else { 3000 });
@@ -163,7 +163,7 @@ impl Controller {
     /// its next report. A host that another one has replaced says nothing of the site.
     pub(super) async fn check_answers(&self, host: &Arc<dyn SiteHost>) {
         let asked = Moment::now();
-        let ping = host.ask(SiteRequest::Ping, Call::quiet());
+        let ping = host.ask(verbs::Ping {}, Call::quiet());
         // Whatever it answers, it answers.
         if tokio::time::timeout(ANSWER_WITHIN, ping).await.is_err()
             && self.is_attached(host)

@@ -20,7 +20,7 @@ use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
 use crate::registry::VmRecord;
-use crate::site::{Call, SiteRequest};
+use crate::site::{Call, verbs};
 
 /// How long a move that was asked to stop may take to end by itself.
 const CANCEL_WITHIN: Duration = Duration::from_secs(20);
@@ -70,7 +70,7 @@ impl Controller {
                 }
                 op.begin("vm stop", json!({ "site": now.site, "generation": now.generation }))?;
                 let (vm, generation) = (now.id, now.generation);
-                let request = SiteRequest::VmStop { vm, generation, force: true };
+                let request = verbs::VmStop { vm, generation, force: true };
                 me.host(&now.site)?.ask(request, call_of(&op)).await?;
                 me.become_stopped(&now)?;
                 op.done("vm stop")?;
@@ -194,8 +194,8 @@ impl Controller {
             (to, _) => to.is_none(),
         };
         let src = self.host(&vm.site)?;
-        let stop = |generation| SiteRequest::VmStop { vm: vm.id, generation, force: true };
-        let told = src.tell(stop(vm.generation), Call::quiet());
+        let stop = |generation| verbs::VmStop { vm: vm.id, generation, force: true };
+        let told = src.ask(stop(vm.generation), Call::quiet());
         match tokio::time::timeout(FORCE_WITHIN, told).await {
             // A machine that is not there any more is as good as off.
             Ok(Err(f)) if f.code != Code::NotFound => return Err(f),
@@ -223,7 +223,7 @@ impl Controller {
             v.generation = generation;
             Ok(())
         })?;
-        match tokio::time::timeout(FORCE_WITHIN, src.tell(stop(generation), Call::quiet())).await {
+        match tokio::time::timeout(FORCE_WITHIN, src.ask(stop(generation), Call::quiet())).await {
             Ok(told) => told?,
             Err(_) => {
                 let words = format!("site '{}' does not end its part of the move", vm.site);
@@ -241,8 +241,8 @@ impl Controller {
         migration: MigrationId,
     ) -> Result<bool, Fault> {
         let Ok(dst) = self.host(to) else { return Ok(false) };
-        let abort = SiteRequest::MigrateAbort { migration, vm: vm.id };
-        match tokio::time::timeout(CANCEL_WITHIN, dst.tell(abort, Call::quiet())).await {
+        let abort = verbs::MigrateAbort { migration, vm: vm.id };
+        match tokio::time::timeout(CANCEL_WITHIN, dst.ask(abort, Call::quiet())).await {
             Ok(Ok(())) => Ok(true),
             Ok(Err(f)) if f.code == Code::Conflict => Err(f.hint("it has just arrived; ask again")),
             Ok(Err(_)) | Err(_) => Ok(false),

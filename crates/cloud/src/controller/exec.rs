@@ -20,7 +20,7 @@ use super::{Controller, registry_fault};
 use crate::error::Fault;
 use crate::ops::OpKind;
 use crate::registry::VmRecord;
-use crate::site::{Call, GuestExec, GuestOutput, GuestProgram, SiteHost, SiteReply, SiteRequest};
+use crate::site::{Call, GuestExec, GuestOutput, GuestProgram, SiteHost, verbs};
 
 /// How often a guest that stands still is asked again, and a machine's place is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -64,11 +64,8 @@ impl Controller {
             }
             let asked = async {
                 let host = self.runs_at(&vm)?;
-                let request = SiteRequest::VmExec { vm: vm.id, program: program.clone() };
-                match host.ask(request, Call::quiet()).await? {
-                    SiteReply::Executing(pid) => Ok(pid),
-                    other => Err(Fault::internal(format!("the site answered {}", other.label()))),
-                }
+                let request = verbs::VmExec { vm: vm.id, program: program.clone() };
+                host.ask(request, Call::quiet()).await
             };
             match asked.await {
                 Ok(pid) => return Ok(GuestProcess { vm: vm.id, name: vm.name, pid }),
@@ -130,11 +127,8 @@ impl Controller {
     ) -> Result<GuestExec, Fault> {
         let host = self.runs_at(vm)?;
         let within_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
-        let request = SiteRequest::VmExecWait { vm: vm.id, pid, within_ms };
-        match host.ask(request, Call::quiet()).await? {
-            SiteReply::Executed(known) => Ok(known),
-            other => Err(Fault::internal(format!("the site answered {}", other.label()))),
-        }
+        let request = verbs::VmExecWait { vm: vm.id, pid, within_ms };
+        host.ask(request, Call::quiet()).await
     }
 
     /// The site of a machine whose guest can be asked.

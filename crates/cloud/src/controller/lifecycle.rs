@@ -12,7 +12,7 @@ use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{Call, NewMachine, News, Origin, SiteHost, SiteRequest};
+use crate::site::{Call, NewMachine, News, Origin, SiteHost, verbs};
 
 /// A call of a site whose progress is shown by the operation.
 pub(super) fn call_of(op: &OpHandle) -> Call {
@@ -199,7 +199,7 @@ impl Controller {
         }
         op.check()?;
         op.begin("start", json!({ "site": host.name() }))?;
-        let status = host.vm_new(new, call_of(op)).await?;
+        let status = host.ask(verbs::VmNew { machine: new }, call_of(op)).await?;
         op.done("start")?;
         Ok(json!({ "site": host.name(), "activate": status.activate }))
     }
@@ -233,8 +233,8 @@ impl Controller {
     pub(super) async fn undo_create(&self, vm: &VmRecord, why: &Fault) -> Result<(), Fault> {
         let removed = match self.host(&vm.site) {
             Ok(h) => {
-                let request = SiteRequest::VmDelete { vm: vm.id, generation: vm.generation };
-                h.tell(request, Call::quiet()).await
+                let request = verbs::VmDelete { vm: vm.id, generation: vm.generation };
+                h.ask(request, Call::quiet()).await
             }
             Err(f) => Err(f),
         };
@@ -275,7 +275,7 @@ impl Controller {
         let kind = OpKind::VmStart { vm: vm.id, name: vm.name.clone() };
         let me = self.clone();
         self.launch(kind, plan, vm, VmState::Running, |vm, op| async move {
-            let request = SiteRequest::VmStart { vm: vm.id, generation: vm.generation, warrant };
+            let request = verbs::VmStart { vm: vm.id, generation: vm.generation, warrant };
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
             me.release_source(&vm).await;
@@ -303,7 +303,7 @@ impl Controller {
         }
         let kind = OpKind::VmStop { vm: vm.id, name: vm.name.clone() };
         self.launch(kind, plan, vm, VmState::Stopped, move |vm, op| async move {
-            let request = SiteRequest::VmStop { vm: vm.id, generation: vm.generation, force };
+            let request = verbs::VmStop { vm: vm.id, generation: vm.generation, force };
             host.ask(request, call_of(&op)).await?;
             Ok(json!({}))
         })
@@ -343,8 +343,8 @@ impl Controller {
                     (vm, host)
                 };
                 op.begin("delete", json!({ "site": vm.site }))?;
-                let request = SiteRequest::VmDelete { vm: vm.id, generation: vm.generation };
-                match host.tell(request, call_of(&op)).await {
+                let request = verbs::VmDelete { vm: vm.id, generation: vm.generation };
+                match host.ask(request, call_of(&op)).await {
                     Err(f) if f.code != Code::NotFound => return Err(f),
                     _ => {}
                 }
@@ -378,7 +378,7 @@ impl Controller {
             Ok(v.become_state(VmState::Docking, UnixMs::now())?)
         })?;
         let substrate = SubstrateId::new();
-        let request = SiteRequest::VmDock {
+        let request = verbs::VmDock {
             vm: vm.id,
             generation: vm.generation,
             substrate,
@@ -390,7 +390,7 @@ impl Controller {
         let (me, record) = (self.clone(), vm.clone());
         let started = self.ops.start(kind, |op| async move {
             op.begin("dock", json!({ "site": record.site, "substrate": substrate }))?;
-            let outcome = host.vm_dock(request, call_of(&op)).await;
+            let outcome = host.ask(request, call_of(&op)).await;
             match outcome {
                 Ok(info) => {
                     let report = info.dock.clone();

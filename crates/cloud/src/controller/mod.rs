@@ -51,7 +51,7 @@ use crate::clock::{Moment, UnixMs};
 use crate::error::Fault;
 use crate::ops::Ops;
 use crate::registry::{Registry, SiteRecord, SiteReport, VmRecord};
-use crate::site::{Call, SiteHost, SiteRequest};
+use crate::site::{Call, SiteHost, verbs};
 
 pub(crate) use ask::ask_all;
 pub use ask::{ANSWER_WITHIN, Unanswered};
@@ -274,8 +274,8 @@ impl Controller {
 
     /// Sends the list of revoked certificates to one site.
     pub async fn tell_revocations(&self, host: &Arc<dyn SiteHost>, list: &Revocations) {
-        let request = SiteRequest::Revocations(list.clone());
-        let told = tokio::time::timeout(ANSWER_WITHIN, host.tell(request, Call::quiet())).await;
+        let request = verbs::Revoke { list: list.clone() };
+        let told = tokio::time::timeout(ANSWER_WITHIN, host.ask(request, Call::quiet())).await;
         let told = told.unwrap_or_else(|_| Err(Fault::unavailable("it did not answer")));
         if let Err(error) = told {
             tracing::warn!(site = %host.name(), %error, "not told of revoked certificates");

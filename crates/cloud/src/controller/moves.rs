@@ -15,7 +15,7 @@ use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
 use crate::placement::{Demand, Source};
 use crate::registry::{Arriving, VmRecord};
-use crate::site::{Call, MachineStatus, SiteHost, SiteReply, SiteRequest};
+use crate::site::{Asking, Call, MachineStatus, Request, SiteHost, verbs};
 
 /// How long a destination that was lost during the switch is asked for.
 const FATE_LIMIT: Duration = Duration::from_secs(600);
@@ -154,8 +154,8 @@ impl Controller {
                 self.void_warrant(&m.vm, m.generation, &m.to);
                 for site in [&m.to, &m.from] {
                     let Ok(host) = self.host(site) else { continue };
-                    let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
-                    if let Err(e) = host.tell(abort, Call::quiet()).await {
+                    let abort = verbs::MigrateAbort { migration: m.id, vm: m.vm.id };
+                    if let Err(e) = host.ask(abort, Call::quiet()).await {
                         tracing::warn!(%site, error = %e, "abort of a migration");
                     }
                 }
@@ -171,25 +171,22 @@ impl Controller {
     /// The failure as the destination tells it, where that says more: it was full.
     async fn explained(&self, m: &Move, f: Fault) -> Fault {
         let Ok(dst) = self.host(&m.to) else { return f };
-        let whole = SiteRequest::MigrateReceived { migration: m.id };
+        let whole = verbs::MigrateReceived { migration: m.id };
         match tokio::time::timeout(EXPLAIN_WITHIN, dst.ask(whole, Call::quiet())).await {
             Ok(Err(there)) if there.code == Code::NoRoom => there,
             _ => f,
         }
     }
 
-    async fn prepare(self: &Arc<Self>, op: &OpHandle, m: &Move) -> Result<SiteRequest, Fault> {
+    async fn prepare(self: &Arc<Self>, op: &OpHandle, m: &Move) -> Result<Asking<Vec<u8>>, Fault> {
         let (src, dst) = (self.host(&m.from)?, self.host(&m.to)?);
         let (vm, generation) = (m.vm.id, m.vm.generation);
-        let request = SiteRequest::MigrateManifest { vm, generation };
-        let manifest = match src.ask(request, Call::quiet()).await? {
-            SiteReply::Manifest(bytes) => bytes,
-            other => return Err(odd(&src, &other)),
-        };
+        let request = verbs::MigrateManifest { vm, generation };
+        let manifest = src.ask(request, Call::quiet()).await?;
         op.check()?;
         op.begin("prepare", json!({ "migration": m.id, "at": m.to }))?;
         let warrant = self.warrant(&m.vm, m.generation, &m.to)?;
-        let request = SiteRequest::MigratePrepare {
+        let request = verbs::MigratePrepare {
             migration: m.id,
             machine: status_of(&m.vm),
             generation: m.generation,
@@ -197,14 +194,11 @@ impl Controller {
             from: m.from.clone(),
             manifest,
         };
-        let to = match dst.ask(request, call_of(op)).await? {
-            SiteReply::Incoming(i) => i,
-            other => return Err(odd(&dst, &other)),
-        };
+        let to = dst.ask(request, call_of(op)).await?;
         op.done("prepare")?;
         op.check()?;
         let (next, scheme) = (m.generation, m.scheme.clone());
-        Ok(SiteRequest::MigrateSend { vm, generation, next, to, scheme })
+        Ok(verbs::MigrateSend { vm, generation, next, to, scheme }.asking())
     }
 
     /// From the first end of a migration, good or bad, to its last.
@@ -249,11 +243,11 @@ impl Controller {
         let mut told = false;
         let mut asked: Option<tokio::time::Instant> = None;
         loop {
-            let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
+            let abort = verbs::MigrateAbort { migration: m.id, vm: m.vm.id };
             let home = self.state_at_source(m).await;
             let at_home = home.is_some();
             let fenced = match self.host(&m.to) {
-                Ok(dst) => tokio::time::timeout(ABORT_WITHIN, dst.tell(abort, Call::quiet())).await,
+                Ok(dst) => tokio::time::timeout(ABORT_WITHIN, dst.ask(abort, Call::quiet())).await,
                 Err(f) => Ok(Err(f)),
             };
             match fenced {
@@ -261,8 +255,8 @@ impl Controller {
                 Ok(Ok(())) => {
                     // The source waits for this word, or has nobody left who could take it.
                     if let Ok(src) = self.host(&m.from) {
-                        let fate = SiteRequest::MigrateFate { migration: m.id, dead: true };
-                        match src.tell(fate, Call::quiet()).await {
+                        let fate = verbs::MigrateFate { migration: m.id, dead: true };
+                        match src.ask(fate, Call::quiet()).await {
                             // It has ended, and its site has cleared up after the move.
                             Err(_) if at_home => return Ok(false),
                             Ok(()) if at_home => return Ok(false),
@@ -325,9 +319,9 @@ impl Controller {
     /// What a machine is at its source, if it is there and settled.
     async fn state_at_source(&self, m: &Move) -> Option<VmState> {
         let src = self.host(&m.from).ok()?;
-        let all = tokio::time::timeout(ABORT_WITHIN, src.machines()).await.ok()?.ok()?;
-        let same = |s: &&MachineStatus| s.vm == m.vm.id && s.generation == m.vm.generation;
-        let state = all.iter().find(same)?.state;
+        let asked = tokio::time::timeout(ABORT_WITHIN, src.machine(m.vm.id)).await;
+        let there = asked.ok()?.ok()??;
+        let state = (there.generation == m.vm.generation).then_some(there.state)?;
         matches!(state, VmState::Running | VmState::Failed | VmState::Stopped).then_some(state)
     }
 
@@ -336,9 +330,9 @@ impl Controller {
     pub(super) async fn decide_fate(&self, m: &Move) {
         let deadline = tokio::time::Instant::now() + FATE_LIMIT;
         let dead = loop {
-            let abort = SiteRequest::MigrateAbort { migration: m.id, vm: m.vm.id };
+            let abort = verbs::MigrateAbort { migration: m.id, vm: m.vm.id };
             let said = match self.host(&m.to) {
-                Ok(dst) => dst.tell(abort, Call::quiet()).await,
+                Ok(dst) => dst.ask(abort, Call::quiet()).await,
                 Err(f) => Err(f),
             };
             match said {
@@ -354,9 +348,9 @@ impl Controller {
                 }
             }
         };
-        let fate = SiteRequest::MigrateFate { migration: m.id, dead };
+        let fate = verbs::MigrateFate { migration: m.id, dead };
         let told = match self.host(&m.from) {
-            Ok(src) => src.tell(fate, Call::quiet()).await,
+            Ok(src) => src.ask(fate, Call::quiet()).await,
             Err(f) => Err(f),
         };
         if let Err(error) = told {
@@ -410,10 +404,6 @@ pub(super) fn measured<T: serde::de::DeserializeOwned>(
     serde_json::from_slice(bytes).map_err(|e| {
         Fault::new(Code::Damaged, format!("what site '{}' measured: {e}", host.name()))
     })
-}
-
-pub(super) fn odd(host: &Arc<dyn SiteHost>, reply: &SiteReply) -> Fault {
-    Fault::internal(format!("site '{}' answered {} out of turn", host.name(), reply.label()))
 }
 
 fn status_of(vm: &VmRecord) -> MachineStatus {

@@ -9,7 +9,7 @@ use super::lifecycle::call_of;
 use super::{Accepted, Controller, Mode, registry_fault};
 use crate::error::Fault;
 use crate::ops::OpKind;
-use crate::site::{Call, SiteReply, SiteRequest, in_use};
+use crate::site::{Call, in_use, verbs};
 
 impl Controller {
     /// The center's own site.
@@ -46,7 +46,7 @@ impl Controller {
         let op = self
             .ops
             .start(kind, |op| async move {
-                let info = host.image_build(image, call_of(&op)).await?;
+                let info = host.ask(verbs::ImageBuild { name: image }, call_of(&op)).await?;
                 Ok(json!({ "image": info }))
             })
             .map_err(registry_fault)?;
@@ -89,8 +89,8 @@ impl Controller {
         }
         let (mut removed, mut none) = (false, None);
         for host in hosts {
-            let request = SiteRequest::ImageDelete { name: image.clone() };
-            match host.tell(request, Call::quiet()).await {
+            let request = verbs::ImageDelete { name: image.clone() };
+            match host.ask(request, Call::quiet()).await {
                 Ok(()) => removed = true,
                 Err(f) if f.code == Code::NotFound => none = Some(f),
                 Err(f) => return Err(f),
@@ -122,16 +122,9 @@ impl Controller {
         }
         let hosts = s.holders.iter().map(|n| self.host(n)).collect::<Result<Vec<_>, Fault>>()?;
         for host in &hosts {
-            let request = SiteRequest::SubstrateUsers { id: s.id };
-            match host.ask(request, Call::quiet()).await? {
-                SiteReply::Names(users) => {
-                    if let Some(vm) = users.first() {
-                        return Err(in_use(vm));
-                    }
-                }
-                other => {
-                    return Err(Fault::internal(format!("the site answered {}", other.label())));
-                }
+            let request = verbs::SubstrateUsers { id: s.id };
+            if let Some(vm) = host.ask(request, Call::quiet()).await?.first() {
+                return Err(in_use(vm));
             }
         }
         let at: Vec<_> = s.holders.iter().map(Name::as_str).collect();
@@ -141,7 +134,7 @@ impl Controller {
             return Ok(Accepted { op: None, plan, target });
         }
         for host in hosts {
-            match host.tell(SiteRequest::SubstrateDelete { id: s.id }, Call::quiet()).await {
+            match host.ask(verbs::SubstrateDelete { id: s.id }, Call::quiet()).await {
                 Err(f) if f.code != Code::NotFound => return Err(f),
                 _ => self
                     .registry
@@ -168,23 +161,23 @@ impl Controller {
         let op = self
             .ops
             .start(kind, |op| async move {
-                match host.ask(SiteRequest::PoolCheck, call_of(&op)).await? {
-                    SiteReply::Checked(r) if r.damaged.is_empty() => Ok(json!({ "check": r })),
-                    SiteReply::Checked(r) => Err(Fault::new(
-                        Code::Damaged,
-                        format!(
-                            "{} found damaged, {} units read: {}",
-                            r.damaged.len(),
-                            r.units,
-                            r.damaged.join("; ")
-                        ),
-                    )
-                    .hint(
-                        "what is made again mends itself; delete substrates with damaged units and \
-                         import them again; build damaged images again",
-                    )),
-                    other => Err(Fault::internal(format!("the site answered {}", other.label()))),
+                let r = host.ask(verbs::PoolCheck {}, call_of(&op)).await?;
+                if r.damaged.is_empty() {
+                    return Ok(json!({ "check": r }));
                 }
+                Err(Fault::new(
+                    Code::Damaged,
+                    format!(
+                        "{} found damaged, {} units read: {}",
+                        r.damaged.len(),
+                        r.units,
+                        r.damaged.join("; ")
+                    ),
+                )
+                .hint(
+                    "what is made again mends itself; delete substrates with damaged units and \
+                     import them again; build damaged images again",
+                ))
             })
             .map_err(registry_fault)?;
         Ok(Accepted { op: Some(op), plan, target })

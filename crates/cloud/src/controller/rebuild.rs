@@ -20,7 +20,7 @@ use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{Call, NewMachine, Origin, SiteHost, SiteRequest, SubstrateInfo};
+use crate::site::{Call, NewMachine, Origin, SiteHost, SubstrateInfo, verbs};
 
 /// `base-suffix`, cut to the length that a name may have.
 pub(super) fn suffixed(base: &Name, suffix: &str) -> Result<Name, Fault> {
@@ -149,14 +149,14 @@ impl Controller {
             vcpus: None,
             content: None,
         };
-        host.vm_new(machine, call_of(op)).await?;
+        host.ask(verbs::VmNew { machine }, call_of(op)).await?;
         for state in [VmState::Running, VmState::Docking] {
             self.change_vm(&job.vm, job.vm.generation, |v| {
                 Ok(v.become_state(state, UnixMs::now())?)
             })?;
         }
         op.check()?;
-        let request = SiteRequest::VmDock {
+        let request = verbs::VmDock {
             vm: job.vm.id,
             generation: job.vm.generation,
             substrate: job.new,
@@ -165,7 +165,7 @@ impl Controller {
             kind: job.old.kind,
             owner: job.old.owner.clone(),
         };
-        let info = host.vm_dock(request, call_of(op)).await?;
+        let info = host.ask(request, call_of(op)).await?;
         Self::is_wanted(host.name(), job.new, &info)?;
         let report = info.dock.clone();
         self.replace(&job.old, info, &job.vm).await?;
@@ -190,10 +190,10 @@ impl Controller {
             tracing::info!(substrate = %old.name, kept = %kept.name, "rebuilt; a machine stands on the old one");
             return Ok(());
         }
-        let request = SiteRequest::SubstrateDelete { id: old.id };
+        let request = verbs::SubstrateDelete { id: old.id };
         for site in &old.holders {
             let removed = match self.host(site) {
-                Ok(host) => host.tell(request.clone(), Call::quiet()).await,
+                Ok(host) => host.ask(request.clone(), Call::quiet()).await,
                 Err(f) => Err(f),
             };
             if let Err(error) = removed

@@ -16,7 +16,7 @@ use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::registry::{OpRecord, VmRecord};
-use crate::site::{Call, MachineStatus, SiteHost, SiteRequest, UNKNOWN_GENERATION};
+use crate::site::{Call, MachineStatus, Request, SiteHost, UNKNOWN_GENERATION, verbs};
 
 /// How long a restarted center waits for a site to come back before it decides without it.
 pub(super) const RETURN_LIMIT: Duration = Duration::from_secs(60);
@@ -81,9 +81,8 @@ impl Controller {
                     return Ok(serde_json::json!({}));
                 };
                 let host = self.await_host(&record.site, RETURN_LIMIT).await?;
-                let request =
-                    SiteRequest::VmDelete { vm: record.id, generation: record.generation };
-                match host.tell(request, Call::quiet()).await {
+                let request = verbs::VmDelete { vm: record.id, generation: record.generation };
+                match host.ask(request, Call::quiet()).await {
                     Err(f) if f.code != Code::NotFound => return Err(f),
                     _ => {}
                 }
@@ -119,8 +118,8 @@ impl Controller {
                     // It has moved on since.
                     return Ok(serde_json::json!({ "site": record.site }));
                 }
-                let request = SiteRequest::MigrateFollow { migration: id };
-                let first = self.follow(handle, &m, request).await;
+                let request = verbs::MigrateFollow { migration: id };
+                let first = self.follow(handle, &m, request.asking()).await;
                 self.conclude(handle, &m, first).await
             }
         }
@@ -132,8 +131,8 @@ impl Controller {
         let id = prepared.and_then(|s| serde_json::from_value(s.data["migration"].clone()).ok());
         let (Some(migration), OpKind::VmMigrate { to, .. }) = (id, &op.kind) else { return };
         let Ok(host) = self.host(to) else { return };
-        let abort = SiteRequest::MigrateAbort { migration, vm: vm.id };
-        if let Err(e) = host.tell(abort, Call::quiet()).await {
+        let abort = verbs::MigrateAbort { migration, vm: vm.id };
+        if let Err(e) = host.ask(abort, Call::quiet()).await {
             tracing::warn!(site = %to, error = %e, "abort of a migration");
         }
     }
@@ -269,10 +268,9 @@ impl Controller {
             match verdict {
                 Verdict::Fine => {}
                 Verdict::End => {
-                    let release =
-                        SiteRequest::MigrateRelease { vm: vm.id, generation: vm.generation };
+                    let release = verbs::MigrateRelease { vm: vm.id, generation: vm.generation };
                     tracing::warn!(vm = %vm.name, site = %host.name(), "ending an older generation");
-                    host.tell(release, Call::quiet()).await?;
+                    host.ask(release, Call::quiet()).await?;
                 }
                 Verdict::Become(m) => {
                     self.change_vm(&vm, vm.generation, |v| {
@@ -344,8 +342,8 @@ impl Controller {
             let claimed = Some(here.generation).filter(|g| g.is_sane());
             let generation = claimed.map_or(gone.generation, |g| g.max(gone.generation));
             tracing::warn!(vm = %gone.name, site = %host.name(), deleted = %gone.when.rfc3339(), "ending a machine that was deleted while its site was away");
-            let request = SiteRequest::VmDelete { vm: gone.vm, generation };
-            match host.tell(request, Call::quiet()).await {
+            let request = verbs::VmDelete { vm: gone.vm, generation };
+            match host.ask(request, Call::quiet()).await {
                 Err(f) if f.code != Code::NotFound => {
                     tracing::warn!(vm = %gone.name, site = %host.name(), error = %f, "a deleted machine is still there");
                 }

@@ -84,7 +84,7 @@ impl Controller {
         why: Fault,
     ) -> Result<Value, Fault> {
         if let Some(host) = self.await_settled(op, &vm.site, vm.id).await {
-            let here = host.machines().await?.into_iter().find(|m| m.vm == vm.id);
+            let here = host.machine(vm.id).await?;
             if here.is_some_and(|m| m.state == VmState::Running) {
                 return Ok(json!({ "site": vm.site }));
             }
@@ -108,9 +108,9 @@ impl Controller {
         };
         loop {
             if let Ok(host) = self.host(site)
-                && let Ok(machines) = host.machines().await
+                && let Ok(machine) = host.machine(vm).await
             {
-                if machines.iter().find(|m| m.vm == vm).is_none_or(settled) {
+                if machine.as_ref().is_none_or(settled) {
                     return Some(host);
                 }
                 heard = Instant::now();

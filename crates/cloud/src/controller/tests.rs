@@ -7,9 +7,13 @@ use godwit_types::{Arch, Code, Hash, OpState, SubstrateId, VmId, VmState};
 
 use super::*;
 use crate::error::Fault;
+use crate::site::verbs::{
+    MigrateAbort, MigratePrepare, MigrateRelease, MigrateResumeIn, MigrateSend, VmDelete,
+    VmExecWait, VmNew, VmStatus, VmStop,
+};
 use crate::site::{
     ByteStream, Call, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
-    MemoryStand, MoveStand, News, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
+    MemoryStatus, MoveStatus, News, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
@@ -100,13 +104,13 @@ impl SiteHost for Paper {
     async fn open(&self, _: StreamRequest) -> Result<ByteStream, Fault> {
         Err(Fault::invalid("no streams on paper"))
     }
-    async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+    async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
         if self.hung.load(SeqCst) {
             std::future::pending::<()>().await;
         }
         let held = self.substrates.lock().expect("lock").clone();
         match request {
-            SiteRequest::Report => Ok(SiteReply::Report(SiteReport {
+            SiteRequest::Report(_) => Ok(SiteReply::Report(SiteReport {
                 cpus: 2,
                 memory_free_mib: 8000,
                 ram_files_free_mib: 8000,
@@ -117,7 +121,7 @@ impl SiteHost for Paper {
                 machines: crate::site::digest(&self.all()),
                 ..SiteReport::default()
             })),
-            SiteRequest::Images => Ok(SiteReply::Images(vec![ImageInfo {
+            SiteRequest::Images(_) => Ok(SiteReply::Images(vec![ImageInfo {
                 name: name("tiny"),
                 hash: godwit_types::Hash::of(b"tiny"),
                 arch: Arch::X86_64,
@@ -129,16 +133,20 @@ impl SiteHost for Paper {
                 built: true,
                 fault: None,
             }])),
-            SiteRequest::Ping => Ok(SiteReply::Done),
-            SiteRequest::Machines => {
+            SiteRequest::Ping(_) => Ok(SiteReply::Done(())),
+            SiteRequest::Machines(_) => {
                 self.asked.fetch_add(1, SeqCst);
                 Ok(SiteReply::Machines(self.all()))
             }
-            SiteRequest::Substrates => {
+            SiteRequest::VmStatus(VmStatus { vm }) => {
+                let here = self.all().into_iter().find(|m| m.vm == vm);
+                here.map(SiteReply::Machine).ok_or_else(|| Fault::not_found("not on paper"))
+            }
+            SiteRequest::Substrates(_) => {
                 self.listed.fetch_add(1, SeqCst);
                 Ok(SiteReply::Substrates(held))
             }
-            SiteRequest::VmNew(n) => {
+            SiteRequest::VmNew(VmNew { machine: n }) => {
                 if n.origin == Origin::Image(name("broken")) || n.name == name("unlucky") {
                     return Err(Fault::new(Code::NoRoom, "tmpfs is full"));
                 }
@@ -147,23 +155,24 @@ impl SiteHost for Paper {
                 self.machines.lock().expect("lock").push(s.clone());
                 Ok(SiteReply::Machine(s))
             }
-            SiteRequest::VmStop { vm, .. } => {
+            SiteRequest::VmStop(VmStop { vm, .. }) => {
                 for m in self.machines.lock().expect("lock").iter_mut().filter(|m| m.vm == vm) {
                     m.state = VmState::Stopped;
                 }
-                Ok(SiteReply::Done)
+                Ok(SiteReply::Done(()))
             }
-            SiteRequest::VmDelete { vm, .. } | SiteRequest::MigrateRelease { vm, .. } => {
+            SiteRequest::VmDelete(VmDelete { vm, .. })
+            | SiteRequest::MigrateRelease(MigrateRelease { vm, .. }) => {
                 self.drop_vm(vm);
-                Ok(SiteReply::Done)
+                Ok(SiteReply::Done(()))
             }
-            SiteRequest::MigrateManifest { .. } => Ok(SiteReply::Manifest(vec![1])),
-            SiteRequest::VmExec { .. } => Ok(SiteReply::Executing(7)),
+            SiteRequest::MigrateManifest(_) => Ok(SiteReply::Manifest(vec![1])),
+            SiteRequest::VmExec(_) => Ok(SiteReply::Executing(7)),
             // The guest stands still here, as in a switch, and answers at the other site.
-            SiteRequest::VmExecWait { .. } if self.name == name("center") => {
+            SiteRequest::VmExecWait(_) if self.name == name("center") => {
                 std::future::pending().await
             }
-            SiteRequest::VmExecWait { pid: 7, .. } => {
+            SiteRequest::VmExecWait(VmExecWait { pid: 7, .. }) => {
                 Ok(SiteReply::Executed(GuestExec::Ended(GuestOutput {
                     exit: Some(3),
                     signal: None,
@@ -172,8 +181,14 @@ impl SiteHost for Paper {
                     truncated: false,
                 })))
             }
-            SiteRequest::VmExecWait { .. } => Ok(SiteReply::Executed(GuestExec::Unknown)),
-            SiteRequest::MigratePrepare { migration, machine, generation, warrant, .. } => {
+            SiteRequest::VmExecWait(_) => Ok(SiteReply::Executed(GuestExec::Unknown)),
+            SiteRequest::MigratePrepare(MigratePrepare {
+                migration,
+                machine,
+                generation,
+                warrant,
+                ..
+            }) => {
                 let mut s = self.status(machine.vm, &machine.name, generation);
                 s.warrant = Some(warrant);
                 s.state = VmState::Moving;
@@ -181,7 +196,7 @@ impl SiteHost for Paper {
                 let address = "127.0.0.1:1".parse().expect("address");
                 Ok(SiteReply::Incoming(Incoming { migration, address, peer: self.name.clone() }))
             }
-            SiteRequest::MigrateAbort { vm, .. } => {
+            SiteRequest::MigrateAbort(MigrateAbort { vm, .. }) => {
                 if self.send == Send::Works
                     && self.all().iter().any(|m| m.vm == vm && m.state == VmState::Running)
                 {
@@ -191,26 +206,26 @@ impl SiteHost for Paper {
                     .lock()
                     .expect("lock")
                     .retain(|m| m.vm != vm || m.state != VmState::Moving);
-                Ok(SiteReply::Done)
+                Ok(SiteReply::Done(()))
             }
-            SiteRequest::MigrateFollow { .. } => Err(Fault::not_found("no migration on paper")),
-            SiteRequest::MigrateLost { .. }
-            | SiteRequest::MigrateFate { .. }
-            | SiteRequest::MigrateGiveUp { .. } => Ok(SiteReply::Done),
-            SiteRequest::MigrateStand { .. } => {
+            SiteRequest::MigrateFollow(_) => Err(Fault::not_found("no migration on paper")),
+            SiteRequest::MigrateLost(_)
+            | SiteRequest::MigrateFate(_)
+            | SiteRequest::MigrateGiveUp(_) => Ok(SiteReply::Done(())),
+            SiteRequest::MigrateStatus(_) => {
                 if self.silent.load(SeqCst) {
                     return Err(Fault::unavailable("nobody answers"));
                 }
                 let broken = self.broken.load(SeqCst);
                 let memory = match (self.gone.load(SeqCst), broken, self.send) {
-                    (true, _, _) => MemoryStand::Gone,
-                    (false, true, _) | (false, false, Send::BreaksAfter) => MemoryStand::Partial,
-                    _ => MemoryStand::Whole,
+                    (true, _, _) => MemoryStatus::Gone,
+                    (false, true, _) | (false, false, Send::BreaksAfter) => MemoryStatus::Partial,
+                    _ => MemoryStatus::Whole,
                 };
                 let missing_pages = if broken { 10 } else { 0 };
                 let (missing_blocks, runs, why) = (Some(0), true, None);
                 let over = !broken && self.send != Send::BreaksAfter;
-                Ok(SiteReply::Stand(MoveStand {
+                Ok(SiteReply::MoveStatus(MoveStatus {
                     memory,
                     missing_pages,
                     missing_blocks,
@@ -219,15 +234,15 @@ impl SiteHost for Paper {
                     why,
                 }))
             }
-            SiteRequest::MigrateResumeIn { migration, .. } => {
+            SiteRequest::MigrateResumeIn(MigrateResumeIn { migration, .. }) => {
                 self.broken.store(false, SeqCst);
                 let address = "127.0.0.1:1".parse().expect("address");
                 Ok(SiteReply::Incoming(Incoming { migration, address, peer: self.name.clone() }))
             }
-            SiteRequest::MigrateResumeOut { .. } => {
+            SiteRequest::MigrateResumeOut(_) => {
                 Ok(SiteReply::Sent(measured(&Sent { began: None, ..Sent::default() })))
             }
-            SiteRequest::MigrateReceived { .. } => {
+            SiteRequest::MigrateReceived(_) => {
                 while !self.all().iter().any(|m| m.state == VmState::Running) {
                     if self.all().is_empty() {
                         return Err(Fault::not_found("no such migration"));
@@ -246,7 +261,7 @@ impl SiteHost for Paper {
                     ..Received::default()
                 })))
             }
-            SiteRequest::MigrateSend { vm, next, .. } => {
+            SiteRequest::MigrateSend(MigrateSend { vm, next, .. }) => {
                 let peer = self.peer.lock().expect("lock").clone().expect("peer");
                 match self.send {
                     Send::FailsBefore => return Err(Fault::unavailable("link cut")),

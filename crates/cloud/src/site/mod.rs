@@ -15,13 +15,17 @@ pub(crate) mod bounds;
 pub(crate) mod frames;
 mod local;
 mod remote;
+#[cfg(test)]
+mod tests_previous;
 mod types;
+pub mod verbs;
 
 use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use godwit_types::Name;
+use godwit_transfer::wire::Versions;
+use godwit_types::{Code, Name, VmId};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
@@ -40,9 +44,10 @@ pub use local::{LocalSite, SiteDirs, SiteOptions, Uids, image_info, images_of};
 pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
-    MachineStatus, MemoryStand, MoveStand, NewMachine, News, Origin, PoolReport, SiteEvent,
-    SiteReply, SiteRequest, StreamRequest, SubstrateInfo, UNKNOWN_GENERATION,
+    MachineStatus, MemoryStatus, MoveStatus, NewMachine, News, Origin, PoolReport, SiteEvent,
+    StreamRequest, SubstrateInfo, UNKNOWN_GENERATION,
 };
+pub use verbs::{Asking, Request, SiteReply, SiteRequest};
 
 /// A byte stream in both directions: a console, a display, a substrate on its way.
 pub type ByteStream = Pin<Box<dyn ReadWrite>>;
@@ -94,11 +99,17 @@ pub trait SiteHost: Send + Sync {
     /// Its name.
     fn name(&self) -> &Name;
 
-    /// Does what is asked and answers with the reply that belongs to the request.
+    /// Which version of the protocol it speaks: verbs that came later cannot be asked of it.
+    fn speaks(&self) -> u16 {
+        Versions::OURS.max
+    }
+
+    /// Does what is asked and answers with the reply that belongs to the request. Callers use
+    /// `ask`, which knows that reply's type.
     ///
     /// # Errors
     /// What the site refused, or that it could not be reached.
-    async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault>;
+    async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault>;
 
     /// Opens a byte stream.
     ///
@@ -107,88 +118,70 @@ pub trait SiteHost: Send + Sync {
     async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault>;
 }
 
-macro_rules! expect_reply {
-    ($reply:expr, $variant:ident) => {
-        match $reply {
-            SiteReply::$variant(v) => Ok(v),
-            other => Err(Fault::internal(format!(
-                "the site answered {} where {} was due",
-                other.label(),
-                stringify!($variant)
-            ))),
-        }
-    };
-}
-
-/// The requests by name, with the reply that each gives.
 impl dyn SiteHost {
+    /// Asks for something.
+    ///
+    /// # Errors
+    /// What the site refused, or that it could not be reached; so for all below.
+    pub async fn ask<R: Request>(&self, request: R, call: Call) -> Result<R::Reply, Fault> {
+        self.ask_any(request.asking(), call).await
+    }
+
+    /// Asks for something by any of the verbs that have such a reply.
+    ///
+    /// # Errors
+    /// As [`SiteHost::ask`](#method.ask).
+    pub async fn ask_any<T>(&self, asking: Asking<T>, call: Call) -> Result<T, Fault> {
+        let name = asking.request.name();
+        (asking.reply)(self.answer(asking.request, call).await?).map_err(|unexpected| {
+            let (site, kind) = (self.name(), unexpected.label());
+            Fault::internal(format!("site '{site}' answered '{name}' with {kind}"))
+        })
+    }
+
     /// What the site has now.
     ///
     /// # Errors
-    /// As [`SiteHost::ask`]; so for all below.
+    /// As [`SiteHost::ask`](#method.ask).
     pub async fn report(&self) -> Result<SiteReport, Fault> {
-        expect_reply!(self.ask(SiteRequest::Report, Call::quiet()).await?, Report)
+        self.ask(verbs::Report {}, Call::quiet()).await
     }
 
     /// The images that are there.
     ///
     /// # Errors
-    /// As [`SiteHost::ask`].
+    /// As [`SiteHost::ask`](#method.ask).
     pub async fn images(&self) -> Result<Vec<ImageInfo>, Fault> {
-        expect_reply!(self.ask(SiteRequest::Images, Call::quiet()).await?, Images)
+        self.ask(verbs::Images {}, Call::quiet()).await
     }
 
     /// The substrates that are there.
     ///
     /// # Errors
-    /// As [`SiteHost::ask`].
+    /// As [`SiteHost::ask`](#method.ask).
     pub async fn substrates(&self) -> Result<Vec<SubstrateInfo>, Fault> {
-        expect_reply!(self.ask(SiteRequest::Substrates, Call::quiet()).await?, Substrates)
+        self.ask(verbs::Substrates {}, Call::quiet()).await
     }
 
     /// The machines that the site knows, those that ended included.
     ///
     /// # Errors
-    /// As [`SiteHost::ask`].
+    /// As [`SiteHost::ask`](#method.ask).
     pub async fn machines(&self) -> Result<Vec<MachineStatus>, Fault> {
-        expect_reply!(self.ask(SiteRequest::Machines, Call::quiet()).await?, Machines)
+        self.ask(verbs::Machines {}, Call::quiet()).await
     }
 
-    /// Asks for something whose only answer is that it was done.
+    /// One machine, if it is there. A site of before `vm status` is asked for all that it has.
     ///
     /// # Errors
-    /// As [`SiteHost::ask`].
-    pub async fn tell(&self, request: SiteRequest, call: Call) -> Result<(), Fault> {
-        match self.ask(request, call).await? {
-            SiteReply::Done => Ok(()),
-            other => Err(Fault::internal(format!(
-                "the site answered {} where Done was due",
-                other.label()
-            ))),
+    /// As [`SiteHost::ask`](#method.ask).
+    pub async fn machine(&self, vm: VmId) -> Result<Option<MachineStatus>, Fault> {
+        if self.speaks() < verbs::VmStatus::SINCE {
+            return Ok(self.machines().await?.into_iter().find(|m| m.vm == vm));
         }
-    }
-
-    /// Builds an image.
-    ///
-    /// # Errors
-    /// As [`SiteHost::ask`].
-    pub async fn image_build(&self, name: Name, call: Call) -> Result<ImageInfo, Fault> {
-        expect_reply!(self.ask(SiteRequest::ImageBuild { name }, call).await?, Image)
-    }
-
-    /// Makes a machine and starts it.
-    ///
-    /// # Errors
-    /// As [`SiteHost::ask`].
-    pub async fn vm_new(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
-        expect_reply!(self.ask(SiteRequest::VmNew(new), call).await?, Machine)
-    }
-
-    /// Docks a machine.
-    ///
-    /// # Errors
-    /// As [`SiteHost::ask`].
-    pub async fn vm_dock(&self, request: SiteRequest, call: Call) -> Result<SubstrateInfo, Fault> {
-        expect_reply!(self.ask(request, call).await?, Substrate)
+        match self.ask(verbs::VmStatus { vm }, Call::quiet()).await {
+            Err(f) if f.code == Code::NotFound => Ok(None),
+            answer => answer.map(Some),
+        }
     }
 }

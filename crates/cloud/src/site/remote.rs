@@ -27,6 +27,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::bounds;
+use super::verbs::Manner;
 use super::{ByteStream, Call, News, SiteEvent, SiteHost, SiteReply, SiteRequest, StreamRequest};
 use crate::error::Fault;
 
@@ -128,6 +129,15 @@ impl RemoteSite {
         Fault { message, hint: f.hint.or(hint), ..f }
     }
 
+    /// Refuses what the site is too old for.
+    fn has(&self, request: &SiteRequest) -> Result<(), Fault> {
+        let (speaks, since) = (self.speaks(), request.since());
+        if speaks >= since {
+            return Ok(());
+        }
+        Err(too_old(&self.name, speaks, request.name(), since))
+    }
+
     async fn lane(&self, kind: LaneKind, priority: Priority) -> Result<Lane, Fault> {
         self.link.open(kind, priority).await.map_err(|e| self.away(Fault::of(&e)))
     }
@@ -139,12 +149,17 @@ impl SiteHost for RemoteSite {
         &self.name
     }
 
-    async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+    fn speaks(&self) -> u16 {
+        self.link.version()
+    }
+
+    async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+        self.has(&request)?;
         let (mut to, mut from) = self.lane(LaneKind::Steering, Priority::Control).await?.split();
         send_message(&mut to, &request).await.map_err(|f| self.away(f))?;
-        let measured = matches!(request, SiteRequest::Report);
+        let measured = matches!(request, SiteRequest::Report(_));
         // What must not be asked twice is not told as something that may be.
-        let once = matches!(request, SiteRequest::VmExec { .. });
+        let once = request.has(Manner::Once);
         let lost = |f: Fault| {
             let words =
                 || format!("the answer was lost, the program may have started: {}", f.message);
@@ -191,6 +206,11 @@ impl SiteHost for RemoteSite {
         tokio::spawn(pump(far, to, from));
         Ok(Box::pin(near))
     }
+}
+
+fn too_old(site: &Name, speaks: u16, what: &str, since: u16) -> Fault {
+    Fault::conflict(format!("site '{site}' speaks protocol {speaks}, and '{what}' needs {since}"))
+        .hint(format!("update '{site}'"))
 }
 
 /// Carries bytes between a stream and a lane until both directions have ended.
@@ -264,19 +284,6 @@ pub async fn serve(link: Link, center: &Name, host: Arc<dyn SiteHost>) {
     }
 }
 
-/// Whether a request waits for a guest or a tool, for as long as that takes.
-const fn takes_turns(request: &SiteRequest) -> bool {
-    matches!(
-        request,
-        SiteRequest::ImageBuild { .. }
-            | SiteRequest::PoolCheck
-            | SiteRequest::VmConsole { .. }
-            | SiteRequest::VmExec { .. }
-            | SiteRequest::VmScreenshot { .. }
-            | SiteRequest::VmType { .. }
-    )
-}
-
 async fn arrival<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T, Fault> {
     tokio::time::timeout(ARRIVAL, recv_message(from))
         .await
@@ -285,8 +292,18 @@ async fn arrival<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T, Faul
 
 async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Result<(), Fault> {
     let (mut to, mut from) = lane.split();
-    let request: SiteRequest = arrival(&mut from).await?;
-    let turn = takes_turns(&request).then_some(room);
+    let request: SiteRequest = match arrival(&mut from).await {
+        Ok(request) => request,
+        // Of a center that is newer, or none at all: it is told, and the link goes on.
+        Err(f) if f.code == Code::Damaged => {
+            let f = Fault::invalid(format!("a request that site '{}' does not know", host.name()))
+                .hint("is its version older than the center's? see: godwit site list -o wide");
+            send_message(&mut to, &SiteEvent::Done(Box::new(Err(f)))).await?;
+            return to.finish().await.map_err(|e| Fault::of(&e));
+        }
+        Err(f) => return Err(f),
+    };
+    let turn = request.has(Manner::InTurn).then_some(room);
     // Progress that comes faster than the link takes it is dropped; nothing else is.
     let (progress, mut shown) = mpsc::channel(32);
     let (certain, mut news) = mpsc::unbounded_channel();
@@ -307,7 +324,7 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Re
             Some(room) => room.acquire_owned().await.ok(),
             None => None,
         };
-        host.ask(request, call).await
+        host.answer(request, call).await
     });
     let mut listening = true;
     let mut linked = true;
@@ -374,7 +391,7 @@ mod tests {
         fn name(&self) -> &Name {
             &self.name
         }
-        async fn ask(&self, _: SiteRequest, _: Call) -> Result<SiteReply, Fault> {
+        async fn answer(&self, _: SiteRequest, _: Call) -> Result<SiteReply, Fault> {
             self.asked.fetch_add(1, SeqCst);
             Ok(SiteReply::Machines(vec![]))
         }

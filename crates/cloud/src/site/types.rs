@@ -1,10 +1,10 @@
-//! What the center asks of a site, and the answers.
+//! What requests between the center and a site, and their replies, are made of.
 
 use std::fmt;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use godwit_transfer::{Revocations, Warrant};
+use godwit_transfer::Warrant;
 use godwit_types::{
     ActivateReport, Arch, DockReport, Generation, Hash, Mib, MigrationId, Name, SubstrateId,
     SubstrateKind, VmId, VmState,
@@ -12,10 +12,10 @@ use godwit_types::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::verbs::SiteReply;
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::Progress;
-use crate::registry::SiteReport;
 
 /// A guest image at a site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -149,7 +149,7 @@ pub struct Incoming {
 
 /// What an end of a migration can say of the machine's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MemoryStand {
+pub enum MemoryStatus {
     /// All of it is at the destination.
     Whole,
     /// Pages are missing at the destination; the source can still give them.
@@ -160,9 +160,9 @@ pub enum MemoryStand {
 
 /// How far a migration has come at one of its ends.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MoveStand {
+pub struct MoveStatus {
     /// The memory.
-    pub memory: MemoryStand,
+    pub memory: MemoryStatus,
     /// Destination: pages of guest memory that are not there.
     pub missing_pages: u64,
     /// Destination: blocks of the disk that are not there; `None` when it was never told which
@@ -252,319 +252,6 @@ pub struct CheckReport {
     pub units: u64,
     /// What is damaged, each named by hash or substrate.
     pub damaged: Vec<String>,
-}
-
-/// What the center asks.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum SiteRequest {
-    /// Resources and holdings.
-    Report,
-    /// Images.
-    Images,
-    /// Builds an image from its recipe.
-    ImageBuild {
-        /// Which.
-        name: Name,
-    },
-    /// Machines.
-    Machines,
-    /// Makes and starts a machine.
-    VmNew(NewMachine),
-    /// Starts a stopped machine from its disk.
-    VmStart {
-        /// Which.
-        vm: VmId,
-        /// Its new generation.
-        generation: Generation,
-        /// The center's word for that.
-        warrant: Warrant,
-    },
-    /// Powers a machine off; its disk is kept.
-    VmStop {
-        /// Which.
-        vm: VmId,
-        /// Its generation.
-        generation: Generation,
-        /// Without asking the guest.
-        force: bool,
-    },
-    /// Ends a machine and removes all it has.
-    VmDelete {
-        /// Which.
-        vm: VmId,
-        /// Its generation.
-        generation: Generation,
-    },
-    /// Turns a machine into a substrate.
-    VmDock {
-        /// Which.
-        vm: VmId,
-        /// Its generation.
-        generation: Generation,
-        /// Id of the substrate.
-        substrate: SubstrateId,
-        /// Name of the substrate.
-        name: Name,
-        /// Who may use it.
-        kind: SubstrateKind,
-        /// Whose it is.
-        owner: Name,
-    },
-    /// The end of its serial console's log.
-    VmConsole {
-        /// Which.
-        vm: VmId,
-        /// At most so many bytes.
-        max_bytes: u32,
-    },
-    /// Its screen as PNG.
-    VmScreenshot {
-        /// Which.
-        vm: VmId,
-    },
-    /// Types into its keyboard.
-    VmType {
-        /// Which.
-        vm: VmId,
-        /// What.
-        text: String,
-    },
-    /// Starts a program in the guest, by its agent.
-    VmExec {
-        /// Which.
-        vm: VmId,
-        /// What.
-        program: GuestProgram,
-    },
-    /// Waits until a program that `VmExec` started has ended. The guest tells that once.
-    VmExecWait {
-        /// Which.
-        vm: VmId,
-        /// The program's process in the guest.
-        pid: u64,
-        /// Milliseconds to wait, at most.
-        within_ms: u32,
-    },
-    /// Makes ready for a machine that is to come.
-    MigratePrepare {
-        /// The migration.
-        migration: MigrationId,
-        /// The machine, as the source has it.
-        machine: MachineStatus,
-        /// Its generation here.
-        generation: Generation,
-        /// The center's word that it may run here.
-        warrant: Warrant,
-        /// The site it comes from, as in its certificate.
-        from: Name,
-        /// What the migrate rooms of both sites must agree on, opaque to the center.
-        manifest: Vec<u8>,
-    },
-    /// What a destination must know of a machine to make ready for it.
-    MigrateManifest {
-        /// The machine.
-        vm: VmId,
-        /// Its generation.
-        generation: Generation,
-    },
-    /// Sends a machine; ends when the destination depends on the source no more.
-    MigrateSend {
-        /// The machine.
-        vm: VmId,
-        /// Its generation here.
-        generation: Generation,
-        /// Its generation there.
-        next: Generation,
-        /// Where to.
-        to: Incoming,
-        /// The scheme, e.g. `hybrid`.
-        scheme: String,
-    },
-    /// To a source that asked: what became of a destination that was lost during the switch.
-    MigrateFate {
-        /// The migration.
-        migration: MigrationId,
-        /// The machine never ran there and its QEMU is gone for good; otherwise it runs there.
-        dead: bool,
-    },
-    /// As `MigrateSend` for a migration that goes on at its source: tells its progress and ends as
-    /// it ends.
-    MigrateFollow {
-        /// The migration.
-        migration: MigrationId,
-    },
-    /// To a source: its destination is lost, before its relay can have noticed.
-    MigrateLost {
-        /// The migration.
-        migration: MigrationId,
-        /// What was lost.
-        why: String,
-    },
-    /// How far a migration has come at this end, also after a break.
-    MigrateStand {
-        /// The migration.
-        migration: MigrationId,
-        /// The machine.
-        vm: VmId,
-    },
-    /// After a break beyond the commit point, to the destination: a new relay that waits for the
-    /// source's.
-    MigrateResumeIn {
-        /// The migration.
-        migration: MigrationId,
-        /// The machine.
-        vm: VmId,
-        /// Memory moves on; otherwise only the disk.
-        memory: bool,
-    },
-    /// After a break beyond the commit point, to the source: a new relay that goes on. Ends as
-    /// `MigrateSend` does.
-    MigrateResumeOut {
-        /// The migration.
-        migration: MigrationId,
-        /// The machine.
-        vm: VmId,
-        /// Where to.
-        to: Incoming,
-        /// Memory moves on; otherwise only the disk.
-        memory: bool,
-    },
-    /// To a destination that lacks nothing any more and has lost its relay: it ends the migration
-    /// by itself.
-    MigrateFinish {
-        /// The migration.
-        migration: MigrationId,
-        /// The machine.
-        vm: VmId,
-    },
-    /// To a destination: what the machine still lacks will not come by itself.
-    MigrateGiveUp {
-        /// The migration.
-        migration: MigrationId,
-        /// The machine.
-        vm: VmId,
-        /// What it lacks, and why.
-        why: String,
-    },
-    /// Waits at the destination until the machine there is whole.
-    MigrateReceived {
-        /// The migration.
-        migration: MigrationId,
-    },
-    /// After the commit point: the source removes what it has of the machine.
-    MigrateRelease {
-        /// The machine.
-        vm: VmId,
-        /// The generation that runs elsewhere.
-        generation: Generation,
-    },
-    /// Before the commit point: both ends take back what they did.
-    MigrateAbort {
-        /// The migration.
-        migration: MigrationId,
-        /// The machine.
-        vm: VmId,
-    },
-    /// Substrates.
-    Substrates,
-    /// Removes an image that nothing here uses, with its older builds.
-    ImageDelete {
-        /// Which.
-        name: Name,
-    },
-    /// The machines here that need a substrate.
-    SubstrateUsers {
-        /// Which.
-        id: SubstrateId,
-    },
-    /// Removes a substrate.
-    SubstrateDelete {
-        /// Which.
-        id: SubstrateId,
-    },
-    /// The pool.
-    Pool,
-    /// Checks the pool.
-    PoolCheck,
-    /// The certificates that are no longer good. An older list than the one that is there
-    /// changes nothing.
-    Revocations(Revocations),
-    /// Whether the site answers: done at once.
-    Ping,
-}
-
-/// What the site answers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum SiteReply {
-    /// It was done.
-    Done,
-    /// To `Report`.
-    Report(SiteReport),
-    /// To `Images`.
-    Images(Vec<ImageInfo>),
-    /// To `ImageBuild`.
-    Image(ImageInfo),
-    /// To `Machines`.
-    Machines(Vec<MachineStatus>),
-    /// To requests that change one machine.
-    Machine(MachineStatus),
-    /// To `VmDock`.
-    Substrate(SubstrateInfo),
-    /// To `Substrates`.
-    Substrates(Vec<SubstrateInfo>),
-    /// To `VmConsole`.
-    Console(ConsoleTail),
-    /// To `VmScreenshot`: PNG.
-    Screenshot(Vec<u8>),
-    /// To `VmExec`: the program's process in the guest.
-    Executing(u64),
-    /// To `VmExecWait`.
-    Executed(GuestExec),
-    /// To `MigrateManifest`.
-    Manifest(Vec<u8>),
-    /// To `MigratePrepare` and `MigrateResumeIn`.
-    Incoming(Incoming),
-    /// To `MigrateStand`.
-    Stand(MoveStand),
-    /// To `MigrateSend`, `MigrateFollow` and `MigrateResumeOut`: what the source measured, for the migrate room.
-    Sent(Vec<u8>),
-    /// To `MigrateReceived`: what the destination measured, for the migrate room.
-    Received(Vec<u8>),
-    /// To `SubstrateUsers`.
-    Names(Vec<Name>),
-    /// To `Pool`.
-    Pool(PoolReport),
-    /// To `PoolCheck`.
-    Checked(CheckReport),
-}
-
-impl SiteReply {
-    /// The variant's name, for messages.
-    #[must_use]
-    pub const fn label(&self) -> &'static str {
-        match self {
-            Self::Done => "Done",
-            Self::Report(_) => "Report",
-            Self::Images(_) => "Images",
-            Self::Image(_) => "Image",
-            Self::Machines(_) => "Machines",
-            Self::Machine(_) => "Machine",
-            Self::Substrate(_) => "Substrate",
-            Self::Substrates(_) => "Substrates",
-            Self::Console(_) => "Console",
-            Self::Screenshot(_) => "Screenshot",
-            Self::Executing(_) => "Executing",
-            Self::Executed(_) => "Executed",
-            Self::Manifest(_) => "Manifest",
-            Self::Incoming(_) => "Incoming",
-            Self::Stand(_) => "Stand",
-            Self::Sent(_) => "Sent",
-            Self::Received(_) => "Received",
-            Self::Names(_) => "Names",
-            Self::Pool(_) => "Pool",
-            Self::Checked(_) => "Checked",
-        }
-    }
 }
 
 /// A byte stream that the center opens.

@@ -1,6 +1,7 @@
 //! The machines of this host: made, started, stopped, removed.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_disk::image::{Backing, check_base, create_overlay};
@@ -47,34 +48,45 @@ impl LocalSite {
         let entries: Vec<_> =
             self.machines.read().await.iter().map(|(vm, e)| (*vm, e.clone())).collect();
         // Side by side: one that answers late keeps nobody waiting for the others.
-        let looks = entries.into_iter().map(|(vm, entry)| async move {
-            // One that is being changed answers with what is known of it without waiting.
-            let Ok(mut e) = tokio::time::timeout(LOOK_EVERY, entry.lock()).await else {
-                return self.busy_status(vm);
-            };
-            if e.record.meant == Meant::Gone {
-                return None;
-            }
-            if let Some(state) = e.changing() {
-                return Some(status_as(&e.record, state));
-            }
-            let mut life = life_of(&e).await;
-            if life == Some(Life::Stalled) {
-                self.wake_stalled(&mut e).await;
-                life = life_of(&e).await;
-            }
-            let meant = e.record.meant;
-            let status = status_of(&mut e, life).await;
-            if e.record.meant != meant {
-                tracing::info!(vm = %e.record.name, "its guest powered itself off");
-                let kept = e.record.save(&self.dirs.vm(vm));
-                if let Err(f) = kept.and_then(|()| remove_file(&self.dirs.vm_memory(vm))) {
-                    tracing::warn!(error = %f, "what it left behind");
-                }
-            }
-            Some(status)
-        });
+        let looks = entries.into_iter().map(|(vm, entry)| self.look_at(vm, entry));
         futures::future::join_all(looks).await.into_iter().flatten().collect()
+    }
+
+    /// One machine of this site.
+    pub(super) async fn machine_status(&self, vm: VmId) -> Result<MachineStatus, Fault> {
+        let entry = self.entry(vm).await?;
+        self.look_at(vm, entry).await.ok_or_else(|| {
+            Fault::not_found(format!("site '{}' does not have machine {vm}", self.name))
+        })
+    }
+
+    /// What a machine is now; `None` for one that is gone.
+    async fn look_at(&self, vm: VmId, entry: Arc<Mutex<Entry>>) -> Option<MachineStatus> {
+        // One that is being changed answers with what is known of it without waiting.
+        let Ok(mut e) = tokio::time::timeout(LOOK_EVERY, entry.lock()).await else {
+            return self.busy_status(vm);
+        };
+        if e.record.meant == Meant::Gone {
+            return None;
+        }
+        if let Some(state) = e.changing() {
+            return Some(status_as(&e.record, state));
+        }
+        let mut life = life_of(&e).await;
+        if life == Some(Life::Stalled) {
+            self.wake_stalled(&mut e).await;
+            life = life_of(&e).await;
+        }
+        let meant = e.record.meant;
+        let status = status_of(&mut e, life).await;
+        if e.record.meant != meant {
+            tracing::info!(vm = %e.record.name, "its guest powered itself off");
+            let kept = e.record.save(&self.dirs.vm(vm));
+            if let Err(f) = kept.and_then(|()| remove_file(&self.dirs.vm_memory(vm))) {
+                tracing::warn!(error = %f, "what it left behind");
+            }
+        }
+        Some(status)
     }
 
     /// Lets a machine run on that a full disk stopped, once there is room again.

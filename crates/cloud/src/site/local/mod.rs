@@ -5,6 +5,7 @@
 //! seen stays, so that an older one is refused for good.
 
 mod adopt;
+mod answers;
 mod apart;
 mod carry;
 mod dirs;
@@ -43,7 +44,7 @@ use tokio::sync::{Mutex, RwLock, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ByteStream, Call, ConsoleTail, ImageInfo, SiteHost, SiteReply, SiteRequest, StreamRequest,
+    ByteStream, Call, ImageInfo, SiteHost, SiteReply, SiteRequest, StreamRequest,
     UNKNOWN_GENERATION,
 };
 use crate::error::Fault;
@@ -431,8 +432,8 @@ impl SiteHost for LocalSite {
         &self.name
     }
 
-    async fn ask(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
-        self.answer(request, call).await.map_err(|f| advise(&self.name, f))
+    async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+        self.handle(request, call).await.map_err(|f| advise(&self.name, f))
     }
 
     async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
@@ -458,139 +459,6 @@ impl SiteHost for LocalSite {
             Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
         })?;
         Ok(Box::pin(screens::Shown::new(stream, place)))
-    }
-}
-
-impl LocalSite {
-    async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
-        Ok(match request {
-            SiteRequest::Report => SiteReply::Report(self.report().await?),
-            SiteRequest::Images => SiteReply::Images(self.list_images().await?),
-            SiteRequest::ImageBuild { name } => {
-                SiteReply::Image(self.build_image(name, call).await?)
-            }
-            SiteRequest::Machines => SiteReply::Machines(self.list_machines().await),
-            SiteRequest::VmNew(new) => SiteReply::Machine(self.create(new, call).await?),
-            SiteRequest::VmStart { vm, generation, warrant } => {
-                SiteReply::Machine(self.restart(vm, generation, warrant, call).await?)
-            }
-            SiteRequest::VmStop { vm, generation, force } => {
-                self.power_off(vm, generation, force, call).await?;
-                SiteReply::Done
-            }
-            SiteRequest::VmDelete { vm, generation } => {
-                self.remove(vm, generation).await?;
-                SiteReply::Done
-            }
-            SiteRequest::MigrateRelease { vm, generation } => {
-                self.release(vm, generation).await?;
-                SiteReply::Done
-            }
-            SiteRequest::VmConsole { vm, max_bytes } => {
-                let entry = self.entry(vm).await?;
-                let bytes = self.console_log(&*entry.lock().await, max_bytes as usize)?;
-                SiteReply::Console(ConsoleTail {
-                    bytes: bytes.len() as u64,
-                    text: String::from_utf8_lossy(&bytes).into_owned(),
-                })
-            }
-            SiteRequest::VmScreenshot { vm } => {
-                let entry = self.entry(vm).await?;
-                let machine = displayed(&*entry.lock().await)?.clone();
-                let shot = machine.screenshot().await.map_err(|e| Fault::of(&e))?;
-                SiteReply::Screenshot(shot.png)
-            }
-            SiteRequest::VmType { vm, text } => {
-                let entry = self.entry(vm).await?;
-                let machine = displayed(&*entry.lock().await)?.clone();
-                machine.send_text(&text).await.map_err(|e| Fault::of(&e))?;
-                SiteReply::Done
-            }
-            SiteRequest::VmExec { vm, program } => {
-                SiteReply::Executing(self.exec(vm, program).await?)
-            }
-            SiteRequest::VmExecWait { vm, pid, within_ms } => {
-                SiteReply::Executed(self.exec_wait(vm, pid, within_ms).await?)
-            }
-            SiteRequest::VmDock { vm, generation, substrate, name, kind, owner } => {
-                let want = pool::Dock { vm, generation, substrate, name, kind, owner };
-                SiteReply::Substrate(self.whole()?.dock(want, call).await?)
-            }
-            SiteRequest::ImageDelete { name } => {
-                self.image_delete(name).await?;
-                SiteReply::Done
-            }
-            SiteRequest::Substrates => SiteReply::Substrates(self.substrates()?),
-            SiteRequest::SubstrateUsers { id } => SiteReply::Names(self.substrate_users(id).await),
-            SiteRequest::SubstrateDelete { id } => {
-                self.substrate_delete(id).await?;
-                SiteReply::Done
-            }
-            SiteRequest::Pool => SiteReply::Pool(self.pool_report().await?),
-            SiteRequest::PoolCheck => SiteReply::Checked(self.pool_check().await?),
-            SiteRequest::MigrateManifest { vm, generation } => {
-                SiteReply::Manifest(self.manifest(vm, generation).await?)
-            }
-            SiteRequest::MigratePrepare {
-                migration,
-                machine,
-                generation,
-                warrant,
-                from,
-                manifest,
-            } => {
-                let me = self.whole()?;
-                SiteReply::Incoming(
-                    me.prepare(migration, machine, generation, warrant, from, &manifest).await?,
-                )
-            }
-            SiteRequest::MigrateSend { vm, generation, next, to, scheme } => {
-                if scheme != godwit_migrate::hybrid::SCHEME {
-                    return Err(Fault::invalid(format!("no scheme '{}'", scheme.escape_debug())));
-                }
-                SiteReply::Sent(self.whole()?.send(vm, (generation, next), to, call).await?)
-            }
-            SiteRequest::MigrateFollow { migration } => {
-                SiteReply::Sent(self.follow(migration, &call).await?)
-            }
-            SiteRequest::MigrateLost { migration, why } => {
-                self.tell_lost(migration, why)?;
-                SiteReply::Done
-            }
-            SiteRequest::MigrateStand { migration, vm } => {
-                SiteReply::Stand(self.stand(migration, vm).await?)
-            }
-            SiteRequest::MigrateResumeIn { migration, vm, memory } => {
-                SiteReply::Incoming(self.whole()?.resume_in(migration, vm, memory).await?)
-            }
-            SiteRequest::MigrateResumeOut { migration, vm, to, memory } => {
-                SiteReply::Sent(self.whole()?.resume_out(migration, vm, to, memory, &call).await?)
-            }
-            SiteRequest::MigrateFinish { migration, vm } => {
-                self.finish_in(migration, vm).await?;
-                SiteReply::Done
-            }
-            SiteRequest::MigrateGiveUp { migration, vm, why } => {
-                self.give_up(migration, vm, why).await?;
-                SiteReply::Done
-            }
-            SiteRequest::MigrateReceived { migration } => {
-                SiteReply::Received(self.received(migration).await?)
-            }
-            SiteRequest::MigrateFate { migration, dead } => {
-                self.whole()?.tell_fate(migration, dead).await?;
-                SiteReply::Done
-            }
-            SiteRequest::Ping => SiteReply::Done,
-            SiteRequest::Revocations(list) => {
-                self.take_revocations(list)?;
-                SiteReply::Done
-            }
-            SiteRequest::MigrateAbort { migration, vm } => {
-                self.abort(migration, vm).await?;
-                SiteReply::Done
-            }
-        })
     }
 }
 

@@ -1,10 +1,10 @@
 //! Migrations after a break: found again by a new daemon, taken up over new relays, given up.
 //!
 //! Beyond the commit point nothing is undone. Both QEMUs hold what they have, and the disk's blocks
-//! are where they are; the center asks both ends how they stand ([`SiteRequest::MigrateStand`]),
+//! are where they are; the center asks both ends how far they are ([`SiteRequest::MigrateStatus`]),
 //! has the destination start a relay that waits, and the source one that goes on.
 //!
-//! [`SiteRequest::MigrateStand`]: crate::site::SiteRequest::MigrateStand
+//! [`SiteRequest::MigrateStatus`]: crate::site::SiteRequest::MigrateStatus
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -33,7 +33,7 @@ use super::record::{Below, End, MachineRecord, Meant, Migration};
 use super::relays::{MovePaths, Part};
 use super::{Entry, LocalSite, filling};
 use crate::error::{Fault, chain};
-use crate::site::{Call, Incoming, MemoryStand, MoveStand};
+use crate::site::{Call, Incoming, MemoryStatus, MoveStatus};
 
 /// How long QEMU may take to say how its migration stands.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
@@ -283,7 +283,7 @@ impl LocalSite {
     }
 
     /// How far a migration has come here.
-    pub(super) async fn stand(&self, id: MigrationId, vm: VmId) -> Result<MoveStand, Fault> {
+    pub(super) async fn move_status(&self, id: MigrationId, vm: VmId) -> Result<MoveStatus, Fault> {
         let entry = self.entry(vm).await?;
         let (record, machine) = {
             let e = entry.lock().await;
@@ -292,10 +292,10 @@ impl LocalSite {
         let Some(migration) = record.migration.clone().filter(|m| m.id == id) else {
             // What arrived or left whole is in no migration any more.
             let memory = match &machine {
-                Some(_) => MemoryStand::Whole,
-                None => MemoryStand::Gone,
+                Some(_) => MemoryStatus::Whole,
+                None => MemoryStatus::Gone,
             };
-            return Ok(MoveStand {
+            return Ok(MoveStatus {
                 memory,
                 missing_pages: 0,
                 missing_blocks: Some(0),
@@ -307,10 +307,10 @@ impl LocalSite {
         let (memory, why) = match &machine {
             // One that waits for a page answers nobody, and is there.
             None if Machine::recorded(&self.dirs.vm_run(vm)).is_some() => {
-                (MemoryStand::Partial, None)
+                (MemoryStatus::Partial, None)
             }
-            None => (MemoryStand::Gone, record.reason.clone()),
-            Some(m) => self.memory_stand(m, migration.end).await,
+            None => (MemoryStatus::Gone, record.reason.clone()),
+            Some(m) => self.memory_status(m, migration.end).await,
         };
         let (missing_pages, missing_blocks) = match migration.end {
             End::Source => (0, Some(0)),
@@ -318,10 +318,10 @@ impl LocalSite {
         };
         let runs =
             migration.runs || (migration.end == End::Destination && runs(machine.as_ref()).await);
-        Ok(MoveStand { memory, missing_pages, missing_blocks, runs, over: false, why })
+        Ok(MoveStatus { memory, missing_pages, missing_blocks, runs, over: false, why })
     }
 
-    async fn memory_stand(&self, m: &Machine, end: End) -> (MemoryStand, Option<String>) {
+    async fn memory_status(&self, m: &Machine, end: End) -> (MemoryStatus, Option<String>) {
         let life = tokio::time::timeout(ANSWER_WITHIN, m.life()).await;
         if matches!(life, Ok(Ok(Life::Exited))) {
             let exit = m.exited().await;
@@ -329,7 +329,7 @@ impl LocalSite {
                 || "its QEMU has ended".to_owned(),
                 |s| format!("its QEMU was ended by signal {s}"),
             );
-            return (MemoryStand::Gone, Some(why));
+            return (MemoryStatus::Gone, Some(why));
         }
         let status = match tokio::time::timeout(ANSWER_WITHIN, m.query_migrate()).await {
             Ok(Ok(info)) => info.status,
@@ -337,12 +337,12 @@ impl LocalSite {
             Ok(Err(_)) | Err(_) => MigrationStatus::PostcopyPaused,
         };
         match (status, end) {
-            (MigrationStatus::Completed, _) => (MemoryStand::Whole, None),
+            (MigrationStatus::Completed, _) => (MemoryStatus::Whole, None),
             (MigrationStatus::Failed | MigrationStatus::Cancelled, _) => {
                 let why = "its QEMU has ended the migration and cannot take it up again";
-                (MemoryStand::Gone, Some(why.into()))
+                (MemoryStatus::Gone, Some(why.into()))
             }
-            _ => (MemoryStand::Partial, None),
+            _ => (MemoryStatus::Partial, None),
         }
     }
 
@@ -350,9 +350,9 @@ impl LocalSite {
     async fn missing(
         &self,
         record: &MachineRecord,
-        memory: MemoryStand,
+        memory: MemoryStatus,
     ) -> Result<(u64, Option<u64>), Fault> {
-        let pages = if memory == MemoryStand::Whole {
+        let pages = if memory == MemoryStatus::Whole {
             0
         } else {
             // A page that has not come is a hole in the file.
@@ -455,8 +455,8 @@ impl LocalSite {
         let received: Received = get(&self.dirs.vm(vm), RECEIVED);
         let whole = memory
             || matches!(
-                self.memory_stand(&machine, End::Destination).await,
-                (MemoryStand::Whole, _)
+                self.memory_status(&machine, End::Destination).await,
+                (MemoryStatus::Whole, _)
             );
         if whole {
             self.take_in(record, machine, relay, received, true);
