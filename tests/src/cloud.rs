@@ -51,6 +51,8 @@ pub struct Cloud {
     flags: Vec<(Daemon, String)>,
     co_scheduling: bool,
     program: PathBuf,
+    /// Daemons that are of another build.
+    others: Vec<(Daemon, PathBuf)>,
     root: tempfile::TempDir,
     link: u16,
     center: Option<Child>,
@@ -125,6 +127,7 @@ impl Cloud {
             flags: setup.flags,
             co_scheduling: setup.co_scheduling,
             program,
+            others: setup.others,
             root,
             link,
             center: None,
@@ -416,7 +419,8 @@ impl Cloud {
     }
 
     fn command_at(&self, which: Daemon) -> Command {
-        self.command_in(which, self.program.as_os_str())
+        let other = self.others.iter().find(|(at, _)| *at == which).map(|(_, program)| program);
+        self.command_in(which, other.unwrap_or(&self.program).as_os_str())
     }
 
     fn command_in(&self, which: Daemon, program: &std::ffi::OsStr) -> Command {

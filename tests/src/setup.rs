@@ -16,6 +16,7 @@ pub enum Use {
 pub struct Setup {
     pub(crate) mounts: Vec<(Daemon, Use, u64)>,
     pub(crate) flags: Vec<(Daemon, String)>,
+    pub(crate) others: Vec<(Daemon, std::path::PathBuf)>,
     pub(crate) net: Option<(f64, f64)>,
     pub(crate) co_scheduling: bool,
 }
@@ -46,6 +47,13 @@ impl Setup {
     #[must_use]
     pub fn flag(mut self, at: Daemon, word: &str) -> Self {
         self.flags.push((at, word.to_owned()));
+        self
+    }
+
+    /// Lets a daemon, with its relays, be of another build.
+    #[must_use]
+    pub fn other_build(mut self, at: Daemon, program: impl Into<std::path::PathBuf>) -> Self {
+        self.others.push((at, program.into()));
         self
     }
 

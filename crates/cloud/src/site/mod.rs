@@ -133,9 +133,10 @@ impl dyn SiteHost {
     /// As [`SiteHost::ask`](#method.ask).
     pub async fn ask_any<T>(&self, asking: Asking<T>, call: Call) -> Result<T, Fault> {
         let name = asking.request.name();
-        (asking.reply)(self.answer(asking.request, call).await?).map_err(|unexpected| {
-            let (site, kind) = (self.name(), unexpected.label());
-            Fault::internal(format!("site '{site}' answered '{name}' with {kind}"))
+        let answer = self.answer(asking.request, call).await?;
+        let kind = answer.label();
+        (asking.reply)(answer).ok_or_else(|| {
+            Fault::internal(format!("site '{}' answered '{name}' with {kind}", self.name()))
         })
     }
 

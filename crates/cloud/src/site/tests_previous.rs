@@ -106,6 +106,30 @@ fn every_message_of_the_release_before_is_read_and_written_as_it_was() {
     assert_eq!(verbs, had.collect(), "all that the release before had, and nothing else");
 }
 
+proptest::proptest! {
+    /// Whatever a peer sends in place of a message is refused or read, and what is read is bounded.
+    #[test]
+    fn nonsense_is_read_without_harm(
+        at in 0..10_000_usize, place in 0..10_000_usize, byte: u8, cut: bool,
+        noise in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200),
+    ) {
+        let all: Vec<_> = recorded().into_values().flatten().collect();
+        let mut bytes = all[at % all.len()].clone();
+        let place = place % bytes.len();
+        bytes[place] = byte;
+        if cut {
+            bytes.truncate(place);
+        }
+        for bytes in [bytes, noise] {
+            let _ = postcard::from_bytes::<SiteRequest>(&bytes);
+            let _ = postcard::from_bytes::<StreamRequest>(&bytes);
+            if let Ok(SiteEvent::Done(outcome)) = postcard::from_bytes(&bytes) {
+                let _ = outcome.map_err(bounds::fault).and_then(bounds::checked);
+            }
+        }
+    }
+}
+
 fn name(text: &str) -> Name {
     Name::new(text).expect("name")
 }

@@ -29,11 +29,8 @@ pub trait Request: Into<SiteRequest> + Send + 'static {
     /// Wraps the reply for the way back.
     fn answer(reply: Self::Reply) -> SiteReply;
 
-    /// Takes the reply out.
-    ///
-    /// # Errors
-    /// The reply, where it is one of another kind.
-    fn reply(answer: SiteReply) -> Result<Self::Reply, SiteReply>;
+    /// Takes the reply out; `None` where it is one of another kind.
+    fn reply(answer: SiteReply) -> Option<Self::Reply>;
 
     /// The request as one of all those that have such a reply.
     fn asking(self) -> Asking<Self::Reply> {
@@ -55,7 +52,7 @@ pub enum Manner {
 #[derive(Debug, Clone)]
 pub struct Asking<T> {
     pub(super) request: SiteRequest,
-    pub(super) reply: fn(SiteReply) -> Result<T, SiteReply>,
+    pub(super) reply: fn(SiteReply) -> Option<T>,
 }
 
 /// A kind of reply.
@@ -106,10 +103,10 @@ macro_rules! verbs {
                 fn answer(reply: Self::Reply) -> SiteReply {
                     SiteReply::$reply(reply)
                 }
-                fn reply(answer: SiteReply) -> Result<Self::Reply, SiteReply> {
+                fn reply(answer: SiteReply) -> Option<Self::Reply> {
                     match answer {
-                        SiteReply::$reply(reply) => Ok(reply),
-                        other => Err(other),
+                        SiteReply::$reply(reply) => Some(reply),
+                        _ => None,
                     }
                 }
             }
