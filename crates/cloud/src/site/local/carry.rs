@@ -8,7 +8,7 @@ use tokio::io::{AsyncWriteExt, DuplexStream, WriteHalf};
 use tokio_util::io::SyncIoBridge;
 
 use super::LocalSite;
-use super::machines::{coded, joined};
+use super::machines::{into_fault, join_error};
 use super::pool::{blocking, info};
 use crate::error::Fault;
 use crate::site::frames::{FrameWriter, PartReader};
@@ -27,7 +27,7 @@ impl LocalSite {
         let pool = self.pool.clone();
         tokio::task::spawn_blocking(move || {
             let mut to = FrameWriter::new(SyncIoBridge::new(far));
-            let done = pool.export(id, &mut to).map(drop).map_err(coded);
+            let done = pool.export(id, &mut to).map(drop).map_err(into_fault);
             if let Err(f) = &done {
                 tracing::warn!(%id, error = %f, "an export broke off");
             }
@@ -59,7 +59,7 @@ impl LocalSite {
         let pool = self.pool.clone();
         tokio::task::spawn_blocking(move || {
             let mut to = FrameWriter::new(out);
-            let done = pool.supply(id, wants, &mut to).map_err(coded);
+            let done = pool.supply(id, wants, &mut to).map_err(into_fault);
             if let Err(f) = &done {
                 tracing::warn!(%id, error = %f, "a substrate was not handed to the end");
             }
@@ -89,7 +89,7 @@ impl LocalSite {
                         tracing::info!(%error, "nobody hears what became of a substrate");
                     }
                 }
-                Err(e) => tracing::error!(error = %joined(e), "a substrate was not taken in"),
+                Err(e) => tracing::error!(error = %join_error(e), "a substrate was not taken in"),
             }
         });
         Box::pin(near)
@@ -107,7 +107,7 @@ async fn import_archive(
     let outcome = tokio::task::spawn_blocking(move || pool.import(reader, becomes)).await;
     match outcome {
         Ok(taken) => tell_verdict(&site, taken, &mut write, false).await,
-        Err(e) => Err(std::io::Error::other(joined(e).message)),
+        Err(e) => Err(std::io::Error::other(join_error(e).message)),
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use godwit_qemu::{AgentError, GuestCommand, Life, Machine};
 use godwit_types::VmId;
 
-use super::machines::coded;
+use super::machines::into_fault;
 use super::{Entry, LocalSite};
 use crate::error::Fault;
 use crate::site::{GuestExec, GuestOutput, GuestProgram};
@@ -26,7 +26,7 @@ impl LocalSite {
             e @ (AgentError::Io { .. } | AgentError::TimedOut { .. }) => {
                 Fault::unavailable(format!("asking the guest: {}", crate::error::chain(&e)))
             }
-            e => coded(e),
+            e => into_fault(e),
         })
     }
 
@@ -62,7 +62,7 @@ impl LocalSite {
             let e: &Entry = &*entry.lock().await;
             (super::running(e)?.clone(), e.record.name.clone())
         };
-        match machine.life().await.map_err(coded)? {
+        match machine.life().await.map_err(into_fault)? {
             Life::Running | Life::Paused => Ok(machine),
             // The center may ask again: it goes on elsewhere, or will be known to have ended.
             life => Err(Fault::unavailable(format!(

@@ -35,11 +35,11 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// The file that a machine writes its disk to.
 pub(super) const TOP: &str = "top.qcow2";
 
-pub(super) fn coded<E: godwit_types::CodedError>(e: E) -> Fault {
+pub(super) fn into_fault<E: godwit_types::CodedError>(e: E) -> Fault {
     Fault::of(&e)
 }
 
-pub(super) fn joined(e: tokio::task::JoinError) -> Fault {
+pub(super) fn join_error(e: tokio::task::JoinError) -> Fault {
     Fault::internal(format!("a job ended by a panic: {e}"))
 }
 
@@ -139,8 +139,8 @@ impl LocalSite {
             cache.check(&image).map(|()| image)
         })
         .await
-        .map_err(joined)?
-        .map_err(coded)?;
+        .map_err(join_error)?
+        .map_err(into_fault)?;
         let record = MachineRecord {
             vm: new.vm,
             name: new.name,
@@ -197,8 +197,8 @@ impl LocalSite {
                 create_overlay(&top, Backing::None, bytes)
             })
             .await
-            .map_err(joined)?
-            .map_err(coded)?;
+            .map_err(join_error)?
+            .map_err(into_fault)?;
         }
         self.boot(entry, record, image, call, wanted).await
     }
@@ -215,7 +215,7 @@ impl LocalSite {
     ) -> Result<(), Fault> {
         // Memory of an earlier run is of no use to a boot.
         remove_file(&self.dirs.vm_memory(record.vm))?;
-        let machine = self.launch(record, image)?.spawn().await.map_err(coded)?;
+        let machine = self.launch(record, image)?.spawn().await.map_err(into_fault)?;
         {
             let mut e = entry.lock().await;
             if wanted.is_cancelled() {
@@ -296,7 +296,7 @@ impl LocalSite {
                 Below::Image => {}
                 Below::Substrate(id) => {
                     // Its memory is of no use to a guest that boots.
-                    let layer = self.pool.prepare_layer(id, image).map_err(coded)?;
+                    let layer = self.pool.prepare_layer(id, image).map_err(into_fault)?;
                     layers.extend(layer.map(|path| Layer::Qcow2 { path }));
                 }
                 Below::Mid => layers.push(Layer::Qcow2 { path: dir.join(MID) }),
@@ -335,10 +335,10 @@ impl LocalSite {
         }
         self.end_arrival(&mut e, true).await?;
         if let Some(m) = &e.machine {
-            if m.life().await.map_err(coded)? == Life::Running {
+            if m.life().await.map_err(into_fault)? == Life::Running {
                 return Err(Fault::conflict(format!("machine '{}' runs already", e.record.name)));
             }
-            m.quit().await.map_err(coded)?;
+            m.quit().await.map_err(into_fault)?;
             e.machine = None;
         }
         e.record.generation = generation;
@@ -527,7 +527,7 @@ impl LocalSite {
     /// The end of a machine's console log, also of one that has ended.
     pub(super) fn console_log(&self, e: &Entry, max: usize) -> Result<Vec<u8>, Fault> {
         if let Some(m) = &e.machine {
-            return m.console_tail(max).map_err(coded);
+            return m.console_tail(max).map_err(into_fault);
         }
         let path = godwit_qemu::RunPaths::of(&self.dirs.vm_run(e.record.vm)).console_log;
         tail(&path, max)

@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
-use super::machines::{TOP, coded, joined, layer_bytes};
+use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::quit::NotSent;
 use super::record::{Below, End, MachineRecord, Meant, Migration};
 use super::relays::{MovePaths, Part};
@@ -191,7 +191,7 @@ impl LocalSite {
         let machine = super::running(&e)?;
         let image = self.sound_disk(&e.record).await?;
         let disk_bytes = match image.disk_path() {
-            Some(base) => Some(check_base(&base).map_err(coded)?),
+            Some(base) => Some(check_base(&base).map_err(into_fault)?),
             None => None,
         };
         let manifest = MoveManifest {
@@ -202,7 +202,7 @@ impl LocalSite {
             mac: e.record.mac,
             disk_bytes,
             layer_bytes: layer_bytes(machine)?,
-            generation_id: machine.generation_id().await.map_err(coded)?,
+            generation_id: machine.generation_id().await.map_err(into_fault)?,
         };
         serde_json::to_vec(&manifest).map_err(|e| Fault::internal(e.to_string()))
     }
@@ -241,7 +241,7 @@ impl LocalSite {
         };
         let image = self.sound_image(&record).await?;
         let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
-        manifest.machine.check(&here).map_err(coded)?;
+        manifest.machine.check(&here).map_err(into_fault)?;
         let entry = {
             let _one = self.promising.lock().await;
             self.check_promise(record.vm, record.memory).await?;
@@ -279,8 +279,8 @@ impl LocalSite {
                 let top = dir.join(TOP);
                 tokio::task::spawn_blocking(move || create_overlay(&top, Backing::None, bytes))
                     .await
-                    .map_err(joined)?
-                    .map_err(coded)?;
+                    .map_err(join_error)?
+                    .map_err(into_fault)?;
                 let mid = filling::place(&dir);
                 let (nbd, written) = (paths.nbd.clone(), paths.written.clone());
                 Some(RelayDisk::Destination { base, mid, bytes, nbd, written })
@@ -301,7 +301,7 @@ impl LocalSite {
             let remote = Layer::Nbd { socket: paths.nbd.clone() };
             launch.disk = Some(DiskChain::over(vec![remote], dir.join(TOP)));
         }
-        let machine = launch.spawn().await.map_err(coded)?;
+        let machine = launch.spawn().await.map_err(into_fault)?;
         match prepare_incoming(&machine, &paths.qemu).await {
             Ok(()) => Ok((machine, relay, address)),
             Err(e) => {
@@ -693,7 +693,7 @@ pub(super) async fn runs(machine: Option<&Machine>) -> bool {
 
 /// Where a destination's relay waits for the other one.
 pub(super) async fn listening(relay: &RelayClient) -> Result<std::net::SocketAddr, Fault> {
-    let status = relay.wait(|s| s.listening.is_some()).await.map_err(coded)?;
+    let status = relay.wait(|s| s.listening.is_some()).await.map_err(into_fault)?;
     status.listening.ok_or_else(|| Fault::internal(format!("the relay ended: {:?}", status.end)))
 }
 

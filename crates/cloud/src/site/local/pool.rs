@@ -12,7 +12,7 @@ use godwit_types::{DockReport, Generation, Name, SubstrateId, SubstrateKind, VmI
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use super::machines::{coded, joined};
+use super::machines::{into_fault, join_error};
 use super::record::{Below, MachineRecord, Meant, Unfinished};
 use super::{Entry, LocalSite};
 use crate::error::Fault;
@@ -41,13 +41,14 @@ impl LocalSite {
             memory_limit_bytes: site.store_memory_bytes,
             ..godwit_store::StoreOptions::default()
         };
-        let store = godwit_store::Store::open(&dirs.data.join("store"), options).map_err(coded)?;
+        let store =
+            godwit_store::Store::open(&dirs.data.join("store"), options).map_err(into_fault)?;
         let dirs = PoolDirs {
             substrates: dirs.data.join("substrates"),
             memory: dirs.memory.join("substrates"),
         };
         let memory = dirs.memory.clone();
-        let pool = Pool::open(dirs, store, site.pool_bytes).map_err(coded)?;
+        let pool = Pool::open(dirs, store, site.pool_bytes).map_err(into_fault)?;
         let half = rustix::fs::statvfs(&memory)
             .map(|s| s.f_blocks.saturating_mul(s.f_frsize) / 2)
             .map_err(|e| Fault::io("asking for the size of", &memory, &e.into()))?;
@@ -62,7 +63,7 @@ impl LocalSite {
         call: Call,
     ) -> Result<SubstrateInfo, Fault> {
         // On a task of its own: it must come to its end when the caller goes away.
-        tokio::spawn(async move { self.dock_here(want, call).await }).await.map_err(joined)?
+        tokio::spawn(async move { self.dock_here(want, call).await }).await.map_err(join_error)?
     }
 
     async fn dock_here(self: &Arc<Self>, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
@@ -115,7 +116,7 @@ impl LocalSite {
             Err(error @ SubstrateError::NotRunningOn { .. }) => {
                 drop(e);
                 self.bring_back(want.vm, machine);
-                return Err(coded(error));
+                return Err(into_fault(error));
             }
             Err(error) => {
                 e.record.unfinished = None;
@@ -123,7 +124,7 @@ impl LocalSite {
                     // The next daemon lets it run on once more, which changes nothing.
                     tracing::warn!(vm = %e.record.name, error = %f, "not written that it runs on");
                 }
-                return Err(coded(error));
+                return Err(into_fault(error));
             }
         };
         // What every activation needs is made now, so that the first one does not wait for it; its
@@ -158,10 +159,10 @@ impl LocalSite {
         id: SubstrateId,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
-        let substrate = self.pool.get(id).map_err(coded)?;
+        let substrate = self.pool.get(id).map_err(into_fault)?;
         if let Some(wanted) = new.content.filter(|wanted| *wanted != substrate.content()) {
             let found = substrate.content();
-            return Err(coded(SubstrateError::OtherContent {
+            return Err(into_fault(SubstrateError::OtherContent {
                 name: substrate.name,
                 wanted,
                 found,
@@ -268,7 +269,7 @@ impl LocalSite {
         let identity = match substrate.kind {
             SubstrateKind::Private => None,
             SubstrateKind::Public | SubstrateKind::Restricted => {
-                let fresh = Identity::fresh(record.name.clone()).map_err(coded)?;
+                let fresh = Identity::fresh(record.name.clone()).map_err(into_fault)?;
                 Some(Identity { mac: record.mac, ..fresh })
             }
         };
@@ -301,7 +302,7 @@ impl LocalSite {
         turn.abort();
         let mut activated = activated.map_err(|e| {
             let outdated = matches!(e, SubstrateError::Shape { .. });
-            let fault = coded(e);
+            let fault = into_fault(e);
             if outdated {
                 let name = &substrate.name;
                 return fault.hint(format!(
@@ -330,7 +331,7 @@ impl LocalSite {
 
     /// The substrates that are here.
     pub(super) fn substrates(&self) -> Result<Vec<SubstrateInfo>, Fault> {
-        let all = self.pool.list().map_err(coded)?;
+        let all = self.pool.list().map_err(into_fault)?;
         Ok(all.iter().map(|s| info(s, None)).collect())
     }
 
@@ -341,8 +342,8 @@ impl LocalSite {
     }
 
     pub(super) async fn pool_report(&self) -> Result<PoolReport, Fault> {
-        let substrates = self.pool.list().map_err(coded)?;
-        let stats = self.pool.store().stats().map_err(coded)?;
+        let substrates = self.pool.list().map_err(into_fault)?;
+        let stats = self.pool.store().stats().map_err(into_fault)?;
         Ok(PoolReport {
             substrates: substrates.len() as u64,
             units: stats.units,
@@ -384,7 +385,7 @@ impl LocalSite {
                     .collect::<Vec<_>>(),
             )
         };
-        damaged.extend(tokio::task::spawn_blocking(check).await.map_err(joined)??);
+        damaged.extend(tokio::task::spawn_blocking(check).await.map_err(join_error)??);
         Ok(CheckReport { units: found.store.units, damaged })
     }
 
@@ -461,7 +462,7 @@ impl LocalSite {
 pub(super) async fn blocking<T: Send + 'static>(
     job: impl FnOnce() -> Result<T, SubstrateError> + Send + 'static,
 ) -> Result<T, Fault> {
-    tokio::task::spawn_blocking(job).await.map_err(joined)?.map_err(coded)
+    tokio::task::spawn_blocking(job).await.map_err(join_error)?.map_err(into_fault)
 }
 
 /// The part of a machine's id that its MAC address is made of.

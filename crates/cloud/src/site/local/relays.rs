@@ -23,7 +23,7 @@ use godwit_qemu::{Companion, NotStarted};
 use godwit_transfer::{Identity, Trust};
 use godwit_types::Mib;
 
-use super::machines::coded;
+use super::machines::into_fault;
 use super::record::{End, MachineRecord, Migration};
 use super::{LocalSite, SiteDirs, filling};
 use crate::error::Fault;
@@ -100,7 +100,7 @@ impl LocalSite {
             .map_err(|e| fail("making a relay's log", &e))?;
         let groups = self.groups.as_ref();
         let group = groups
-            .map(|g| g.make_named(&paths.group(&migration), MEMORY).map_err(coded))
+            .map(|g| g.make_named(&paths.group(&migration), MEMORY).map_err(into_fault))
             .transpose()?;
         let mut readable = vec![self.dirs.for_relays()];
         let mut writable = Vec::new();
@@ -134,13 +134,13 @@ impl LocalSite {
                 None => Ok(()),
             })
             .map_err(|e| match e {
-                NotStarted::Qemu(e) => coded(e),
+                NotStarted::Qemu(e) => into_fault(e),
                 NotStarted::Caller(f) => f,
             })?;
         let attach = RelayClient::attach_within(&paths.control, RELAY_WITHIN);
         let client = tokio::select! {
             client = tokio::time::timeout(RELAY_WITHIN, attach) => match client {
-                Ok(client) => client.map_err(coded),
+                Ok(client) => client.map_err(into_fault),
                 Err(_) => Err(Fault::internal("a relay does not answer")),
             },
             status = child.wait() => Err(Fault::internal(format!(

@@ -26,7 +26,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::machines::coded;
+use super::machines::into_fault;
 use super::moves::{Ended, MID, listening, runs};
 use super::quit::NotSent;
 use super::record::{Below, End, MachineRecord, Meant, Migration};
@@ -261,9 +261,9 @@ impl LocalSite {
                 // Nothing is left to decide: it may be started from its disk, or removed.
                 self.unmark(record.vm).await;
             }
-            return Err(coded(e));
+            return Err(into_fault(e));
         }
-        machine.run().await.map_err(coded)?;
+        machine.run().await.map_err(into_fault)?;
         info!(vm = %record.name, "runs on at its source");
         self.unmark(record.vm).await;
         self.clear_move(&migration);
@@ -377,7 +377,7 @@ impl LocalSite {
                 Some(told.filter(|c| c.disk_blocks > 0).map_or(left, |c| left.min(c.disk_left)))
             }
             Err(_) if MidLayer::is_begun(&mid) => {
-                return MidLayer::missing(&mid).map(|_| (pages, None)).map_err(coded);
+                return MidLayer::missing(&mid).map(|_| (pages, None)).map_err(into_fault);
             }
             Err(_) => None,
         };
@@ -434,7 +434,7 @@ impl LocalSite {
         let image = self.image_by_hash(&record)?;
         let disk = match image.disk_path() {
             Some(base) => {
-                let bytes = godwit_disk::image::check_base(&base).map_err(coded)?;
+                let bytes = godwit_disk::image::check_base(&base).map_err(into_fault)?;
                 let mid = filling::place(&self.dirs.vm(vm));
                 let (nbd, written) = (paths.nbd.clone(), paths.written.clone());
                 Some(RelayDisk::Destination { base, mid, bytes, nbd, written })
@@ -447,10 +447,10 @@ impl LocalSite {
         let relay = self.start_relay(&record, role, disk, part).await?;
         let address = listening(&relay).await?;
         if has_disk {
-            machine.let_connect(&paths.nbd).map_err(coded)?;
+            machine.let_connect(&paths.nbd).map_err(into_fault)?;
         }
         if memory {
-            recover_incoming(&machine, &paths.qemu).await.map_err(coded)?;
+            recover_incoming(&machine, &paths.qemu).await.map_err(into_fault)?;
         }
         let received: Received = get(&self.dirs.vm(vm), RECEIVED);
         let whole = memory
@@ -475,16 +475,16 @@ impl LocalSite {
             let dir = self.dirs.vm(vm);
             let mid = dir.join(MID);
             if filling::is_there(&dir) {
-                MidLayer::take_over(&filling::place(&dir), &mid).map_err(coded)?;
+                MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
             }
             let base = self.image_by_hash(&record)?.disk_path();
             let base = base.ok_or_else(|| Fault::internal("a disk without a base"))?;
             // What QEMU still reads through the link is answered from here until the pivot.
-            let chain = FrozenChain::open(&base, &[mid]).map_err(coded)?;
+            let chain = FrozenChain::open(&base, &[mid]).map_err(into_fault)?;
             let server = NbdServer::bind(&paths.nbd, "").map_err(|e| {
                 Fault::internal(format!("offering the disk on {}: {e}", paths.nbd.display()))
             })?;
-            machine.let_connect(&paths.nbd).map_err(coded)?;
+            machine.let_connect(&paths.nbd).map_err(into_fault)?;
             let stop = CancellationToken::new();
             let served = server.serve(Arc::new(Arc::new(chain)), stop.clone());
             machine.withdraw_written().await;
@@ -498,7 +498,7 @@ impl LocalSite {
             };
             stop.cancel();
             let _ = served.await;
-            took.map_err(coded)?;
+            took.map_err(into_fault)?;
         }
         self.settle_in(&record).await
     }
@@ -510,7 +510,7 @@ impl LocalSite {
         moving.shown.send_replace(Some(relay.watch()));
         let vm = record.vm;
         Self::drive(&moving, async move {
-            let last = relay.wait(|s| s.phase >= RelayPhase::Done).await.map_err(coded)?;
+            let last = relay.wait(|s| s.phase >= RelayPhase::Done).await.map_err(into_fault)?;
             if last.phase < RelayPhase::Done {
                 let why = format!("{:?}", last.end);
                 return Err(Fault::of(&MoveError::Interrupted { why }));
@@ -659,7 +659,7 @@ impl LocalSite {
                 }
             }
             if filling::is_there(&dir) {
-                MidLayer::take_over(&filling::place(&dir), &mid).map_err(coded)?;
+                MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
             }
             e.record.below = Below::Mid;
         }
@@ -674,7 +674,7 @@ impl LocalSite {
         }
         if keep_disk {
             // Only then: without the record's word they tell of a layer that is still to be filled.
-            MidLayer::forget(&mid).map_err(coded)?;
+            MidLayer::forget(&mid).map_err(into_fault)?;
             filling::end(&dir)?;
         }
         Ok(())

@@ -8,7 +8,7 @@ use godwit_qemu::{Life, Machine};
 use godwit_types::{Generation, VmId};
 
 use super::LocalSite;
-use super::machines::{coded, remove_file};
+use super::machines::{into_fault, remove_file};
 use super::record::{Meant, Unfinished};
 use crate::error::Fault;
 use crate::ops::Progress;
@@ -74,7 +74,7 @@ impl LocalSite {
             let within = if force { FORCE_WITHIN } else { QUIT_WITHIN };
             // One whose main loop hangs answers nobody.
             match tokio::time::timeout(within, machine.quit()).await {
-                Ok(ended) => drop(ended.map_err(coded)?),
+                Ok(ended) => drop(ended.map_err(into_fault)?),
                 Err(_) => drop(machine.kill().await),
             }
             e.machine = None;

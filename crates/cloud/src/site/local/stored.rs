@@ -8,7 +8,7 @@ use godwit_types::SubstrateId;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use super::machines::{TOP, coded, joined};
+use super::machines::{TOP, into_fault, join_error};
 use super::pool::mac_seed;
 use super::record::{Below, MachineRecord, Meant};
 use super::{Entry, LocalSite};
@@ -23,7 +23,7 @@ impl LocalSite {
         id: SubstrateId,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
-        let substrate = self.pool.get(id).map_err(coded)?;
+        let substrate = self.pool.get(id).map_err(into_fault)?;
         let record = MachineRecord {
             vm: new.vm,
             name: new.name,
@@ -74,8 +74,8 @@ impl LocalSite {
                 create_overlay(&top, Backing::None, bytes)
             })
             .await
-            .map_err(joined)?
-            .map_err(coded)?;
+            .map_err(join_error)?
+            .map_err(into_fault)?;
         }
         self.boot(entry, record, image, call, wanted).await
     }

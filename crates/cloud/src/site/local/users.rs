@@ -3,7 +3,7 @@
 use godwit_types::{Name, SubstrateId};
 
 use super::LocalSite;
-use super::machines::{coded, joined};
+use super::machines::{into_fault, join_error};
 use super::record::{Below, MachineRecord, Meant};
 use crate::error::Fault;
 
@@ -44,8 +44,8 @@ impl LocalSite {
         let cache = self.images.clone();
         tokio::task::spawn_blocking(move || cache.remove(&name))
             .await
-            .map_err(joined)?
-            .map_err(coded)
+            .map_err(join_error)?
+            .map_err(into_fault)
     }
 }
 
