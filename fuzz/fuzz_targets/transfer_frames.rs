@@ -6,7 +6,9 @@ use godwit_transfer::codec::unpack;
 use godwit_transfer::keys::Peer;
 use godwit_transfer::link::JoinRequest;
 use godwit_transfer::rpc::{Answer, Call};
-use godwit_transfer::wire::{FrameDecoder, Greeting, Hello, LaneHeader, MAX_FRAME, decode_open};
+use godwit_transfer::wire::{
+    FrameDecoder, Greeting, Hello, LaneHeader, MAX_FRAME, Versions, decode_open,
+};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -18,7 +20,12 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     let _ = frames.finish();
-    let _ = decode_open::<Hello>("greeting", data);
+    if let Ok(hello) = decode_open::<Hello>("greeting", data)
+        && let Ok(version) = Versions::OURS.agree(hello.versions)
+    {
+        assert!((Versions::OURS.min..=Versions::OURS.max).contains(&version));
+        assert!((hello.versions.min..=hello.versions.max).contains(&version));
+    }
     let _ = decode_open::<Greeting>("greeting", data);
     let _ = decode_open::<JoinRequest>("join request", data);
     let _ = decode_open::<Answer>("answer", data);

@@ -447,6 +447,16 @@ impl Cloud {
         run(command, format!("godwit {}", args.join(" ")))
     }
 
+    /// As [`Cloud::ok`], by the command line of another build.
+    #[must_use]
+    pub fn ok_by(&self, program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Value {
+        let mut command = self.command_of(program);
+        command.args(args).args(["-o", "json"]);
+        let a = run(command, format!("another godwit {}", args.join(" ")));
+        assert_eq!(a.exit, 0, "{}: {}", a.line, a.stderr);
+        a.json()
+    }
+
     /// Runs `godwit` with these arguments and this on its standard input.
     #[must_use]
     pub fn feed(&self, args: &[&str], input: &[u8]) -> Fed {

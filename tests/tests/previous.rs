@@ -32,5 +32,13 @@ fn the_release_before_works_beside_this_one_at_either_end() {
     for which in [Daemon::Ap, Daemon::Center] {
         let cloud = Setup::new().other_build(which, &previous).start();
         works(&cloud);
+        // And its command line, whichever the center is.
+        let by = |args: &[&str]| cloud.ok_by(&previous, args);
+        let _ = by(&["vm", "activate", "base", "--name", "asked", "--site", "center"]);
+        let _ = by(&["vm", "migrate", "asked", "--to", "cafe"]);
+        assert_eq!(by(&["vm", "get", "asked"])["site"], "cafe");
+        assert!(by(&["site", "list"]).as_array().is_some_and(|sites| sites.len() == 2));
+        assert!(by(&["op", "list"]).as_array().is_some_and(|ops| !ops.is_empty()));
+        let _ = by(&["vm", "delete", "asked"]);
     }
 }

@@ -8,6 +8,9 @@
 //!   | <-- SiteEvent::Done(Result) -------- |   always last
 //! ```
 //!
+//! Each verb is a type of its own with its reply and the version of the protocol that has it
+//! ([`verbs`]); both ends of a link know from the greeting which version they speak.
+//!
 //! In the center's own process the same requests go to the site directly. Requests that act on
 //! a machine carry its generation; a site remembers the highest it has seen and refuses less.
 

@@ -130,12 +130,13 @@ impl RemoteSite {
     }
 
     /// Refuses what the site is too old for.
-    fn has(&self, request: &SiteRequest) -> Result<(), Fault> {
-        let (speaks, since) = (self.speaks(), request.since());
+    fn has(&self, what: &str, since: u16) -> Result<(), Fault> {
+        let (site, speaks) = (&self.name, self.speaks());
         if speaks >= since {
             return Ok(());
         }
-        Err(too_old(&self.name, speaks, request.name(), since))
+        let words = format!("site '{site}' speaks protocol {speaks}, and '{what}' needs {since}");
+        Err(Fault::conflict(words).hint(format!("update '{site}'")))
     }
 
     async fn lane(&self, kind: LaneKind, priority: Priority) -> Result<Lane, Fault> {
@@ -154,7 +155,7 @@ impl SiteHost for RemoteSite {
     }
 
     async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
-        self.has(&request)?;
+        self.has(request.name(), request.since())?;
         let (mut to, mut from) = self.lane(LaneKind::Steering, Priority::Control).await?.split();
         send_message(&mut to, &request).await.map_err(|f| self.away(f))?;
         let measured = matches!(request, SiteRequest::Report(_));
@@ -198,6 +199,7 @@ impl SiteHost for RemoteSite {
             | StreamRequest::SubstrateTake { .. }
             | StreamRequest::SubstrateImport { .. } => Priority::Background,
         };
+        self.has(request.name(), request.since())?;
         let (mut to, mut from) = self.lane(LaneKind::Pipe, priority).await?.split();
         send_message(&mut to, &request).await.map_err(|f| self.away(f))?;
         let taken = recv_message::<Result<(), Fault>>(&mut from).await?;
@@ -206,11 +208,6 @@ impl SiteHost for RemoteSite {
         tokio::spawn(pump(far, to, from));
         Ok(Box::pin(near))
     }
-}
-
-fn too_old(site: &Name, speaks: u16, what: &str, since: u16) -> Fault {
-    Fault::conflict(format!("site '{site}' speaks protocol {speaks}, and '{what}' needs {since}"))
-        .hint(format!("update '{site}'"))
 }
 
 /// Carries bytes between a stream and a lane until both directions have ended.
@@ -290,18 +287,22 @@ async fn arrival<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T, Faul
         .map_err(|_| Fault::new(Code::TimedOut, "a lane with no request"))?
 }
 
+/// What is said of a request that does not parse: it is of a center that is newer, or of none at
+/// all. The link goes on.
+fn not_known(site: &Name) -> Fault {
+    Fault::invalid(format!("a request that site '{site}' does not know"))
+        .hint("is its version older than the center's? see: godwit site list -o wide")
+}
+
 async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Result<(), Fault> {
     let (mut to, mut from) = lane.split();
     let request: SiteRequest = match arrival(&mut from).await {
-        Ok(request) => request,
-        // Of a center that is newer, or none at all: it is told, and the link goes on.
         Err(f) if f.code == Code::Damaged => {
-            let f = Fault::invalid(format!("a request that site '{}' does not know", host.name()))
-                .hint("is its version older than the center's? see: godwit site list -o wide");
-            send_message(&mut to, &SiteEvent::Done(Box::new(Err(f)))).await?;
+            let refused = Box::new(Err(not_known(host.name())));
+            send_message(&mut to, &SiteEvent::Done(refused)).await?;
             return to.finish().await.map_err(|e| Fault::of(&e));
         }
-        Err(f) => return Err(f),
+        request => request?,
     };
     let turn = request.has(Manner::InTurn).then_some(room);
     // Progress that comes faster than the link takes it is dropped; nothing else is.
@@ -355,7 +356,13 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Re
 
 async fn answer_stream(lane: Lane, host: Arc<dyn SiteHost>) -> Result<(), Fault> {
     let (mut to, mut from) = lane.split();
-    let request: StreamRequest = arrival(&mut from).await?;
+    let request: StreamRequest = match arrival(&mut from).await {
+        Err(f) if f.code == Code::Damaged => {
+            send_message(&mut to, &Err::<(), Fault>(not_known(host.name()))).await?;
+            return to.finish().await.map_err(|e| Fault::of(&e));
+        }
+        request => request?,
+    };
     match host.open(request).await {
         Ok(stream) => {
             send_message(&mut to, &Ok::<(), Fault>(())).await?;

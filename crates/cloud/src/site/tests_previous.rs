@@ -70,6 +70,7 @@ fn every_message_of_the_release_before_is_read_and_written_as_it_was() {
                 Some(("stream", what)) => {
                     let request: StreamRequest = read_and_write(kind, bytes);
                     assert!(format!("{request:?}").starts_with(what), "{request:?}");
+                    assert_eq!(request.since(), 1, "{what}");
                 }
                 Some(("news", what)) => match read_and_write(kind, bytes) {
                     SiteEvent::News(news) => assert!(format!("{news:?}").starts_with(what)),
@@ -241,6 +242,10 @@ async fn a_site_answers_the_center_of_the_release_before_in_its_words() {
         assert_eq!(fault.code, Code::Invalid);
         assert!(fault.message.contains("'cafe' does not know"), "{fault}");
     }
+    let mut lane = far.open(LaneKind::Pipe, Priority::State).await.expect("a lane");
+    send(&mut lane, &[200, 1]).await;
+    let verdict: Result<(), Fault> = read("a verdict", &recv(&mut lane).await.expect("a verdict"));
+    assert!(verdict.expect_err("refused").message.contains("'cafe' does not know"));
     assert!(site.asked.lock().expect("lock").is_empty(), "nothing of it came through");
     let mut lane = open().await;
     send(&mut lane, &first("request Ping")).await;

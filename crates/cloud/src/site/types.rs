@@ -293,6 +293,34 @@ pub enum StreamRequest {
     },
 }
 
+impl StreamRequest {
+    /// What it is called in messages.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Console { .. } => "console stream",
+            Self::Display { .. } => "display stream",
+            Self::SubstrateExport { .. } => "substrate export",
+            Self::SubstrateSupply { .. } => "substrate supply",
+            Self::SubstrateTake { .. } => "substrate take",
+            Self::SubstrateImport { .. } => "substrate import",
+        }
+    }
+
+    /// The first version of the protocol that has it.
+    #[must_use]
+    pub const fn since(&self) -> u16 {
+        match self {
+            Self::Console { .. }
+            | Self::Display { .. }
+            | Self::SubstrateExport { .. }
+            | Self::SubstrateSupply { .. }
+            | Self::SubstrateTake { .. }
+            | Self::SubstrateImport { .. } => 1,
+        }
+    }
+}
+
 /// What a site tells while it works on a request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum News {
