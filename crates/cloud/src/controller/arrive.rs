@@ -298,6 +298,9 @@ impl Controller {
         if all_here {
             return Ok(None);
         }
+        if here.memory == MemoryStatus::Gone && here.missing_blocks == Some(0) {
+            return Err(Broken::Lost(ended_there(m, &here)));
+        }
         let src = self.await_site(op, &m.from).await?;
         let there = match move_status(&src, m).await {
             // It has let go of the machine.
@@ -319,32 +322,34 @@ impl Controller {
             tokio::time::sleep(SECOND_LOOK).await;
             here = move_status(&dst, m).await?;
         }
-        if here.memory == MemoryStatus::Gone {
-            let why = here.why.unwrap_or_else(|| "its QEMU is gone".into());
-            return Err(Broken::Lost(Fault::new(
-                Code::Damaged,
-                format!(
-                    "machine '{}' ended at '{}' before it needed '{}' no more: {why}",
-                    m.vm.name, m.to, m.from
-                ),
-            )));
-        }
-        let lost = here.memory == MemoryStatus::Partial && there.memory == MemoryStatus::Gone;
-        if lost && here.missing_blocks == Some(0) {
-            return Err(Broken::Lost(memory_lost(m, &here, &there)));
+        // Memory that is lost leaves the disk to be brought: the source has all of it yet.
+        let lost = match here.memory {
+            MemoryStatus::Gone => Some(ended_there(m, &here)),
+            MemoryStatus::Partial if there.memory == MemoryStatus::Gone => {
+                Some(memory_lost(m, &here, &there))
+            }
+            MemoryStatus::Partial | MemoryStatus::Whole => None,
+        };
+        if let Some(f) = &lost
+            && (here.missing_blocks == Some(0) || there.over)
+        {
+            return Err(Broken::Lost(f.clone()));
         }
         // A source that has sent everything sends again what was lost on the way.
-        let memory = here.memory == MemoryStatus::Partial && !lost;
+        let memory = here.memory == MemoryStatus::Partial && lost.is_none();
         show(op, 0, format!("still missing at '{}': {}", m.to, missing(&here)));
         let request = verbs::MigrateResumeIn { migration: m.id, vm: m.vm.id, memory };
         let to = dst.ask(request, Call::quiet()).await?;
         let request = verbs::MigrateResumeOut { migration: m.id, vm: m.vm.id, to, memory };
         let report = self.follow(op, m, request.asking()).await?;
-        if !lost {
+        if lost.is_none() {
             return Ok(report);
         }
         let after = move_status(&dst, m).await.unwrap_or(here);
-        Err(Broken::Lost(memory_lost(m, &after, &there)))
+        Err(Broken::Lost(match after.memory {
+            MemoryStatus::Gone => ended_there(m, &after),
+            MemoryStatus::Partial | MemoryStatus::Whole => memory_lost(m, &after, &there),
+        }))
     }
 
     /// What to say of a machine whose source cannot be had.
@@ -511,13 +516,39 @@ fn missing(s: &MoveStatus) -> String {
     format!("{pages} and {blocks}")
 }
 
-fn memory_lost(m: &Move, here: &MoveStatus, there: &MoveStatus) -> Fault {
-    let why = there.why.clone().unwrap_or_else(|| "its QEMU is gone".into());
-    let disk = match here.missing_blocks {
+/// A machine whose QEMU has ended at its destination while something of it was at its source.
+fn ended_there(m: &Move, here: &MoveStatus) -> Fault {
+    let why = here.why.clone().unwrap_or_else(|| "its QEMU is gone".into());
+    let message = format!(
+        "machine '{}' ended at '{}' before it needed '{}' no more: {why}; {}",
+        m.vm.name,
+        m.to,
+        m.from,
+        disk_left(here)
+    );
+    Fault::new(Code::Damaged, message).hint(way_on(m, here))
+}
+
+/// What is known of the disk of a machine whose memory is lost.
+fn disk_left(here: &MoveStatus) -> String {
+    match here.missing_blocks {
         Some(0) => "its disk is whole".to_owned(),
         Some(n) => format!("and {n} blocks ({}) of its disk", human_bytes(n * 4096)),
         None => "and all that was written to its disk".to_owned(),
-    };
+    }
+}
+
+/// What can be done with a machine whose memory is lost.
+fn way_on(m: &Move, here: &MoveStatus) -> String {
+    match here.missing_blocks {
+        Some(0) => format!("start it from its disk: godwit vm start {}", m.vm.name),
+        _ => format!("remove it: godwit vm delete {}", m.vm.name),
+    }
+}
+
+fn memory_lost(m: &Move, here: &MoveStatus, there: &MoveStatus) -> Fault {
+    let why = there.why.clone().unwrap_or_else(|| "its QEMU is gone".into());
+    let disk = disk_left(here);
     Fault::new(
         Code::Damaged,
         format!(
@@ -528,8 +559,5 @@ fn memory_lost(m: &Move, here: &MoveStatus, there: &MoveStatus) -> Fault {
             m.from
         ),
     )
-    .hint(match here.missing_blocks {
-        Some(0) => format!("start it from its disk: godwit vm start {}", m.vm.name),
-        _ => format!("remove it: godwit vm delete {}", m.vm.name),
-    })
+    .hint(way_on(m, here))
 }
