@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use godwit_store::{Effort, Encoder, Encoding, PageMap, UNIT, Writer, decode, zero_hash};
-use godwit_types::{Hash, Name, SubstrateId};
+use godwit_types::{Hash, Name, SubstrateId, SubstrateKind};
 
 use crate::error::SubstrateError;
 use crate::manifest::{MAX_JSON, Part, Substrate, disk_map, memory_map};
@@ -45,6 +45,13 @@ pub struct Becomes {
     pub name: Option<Name>,
     /// The content that it must have, as [`Substrate::content`] tells it, unless any will do.
     pub content: Option<Hash>,
+    /// Its id.
+    pub id: Option<SubstrateId>,
+    /// What says that it is public becomes restricted.
+    pub not_public: bool,
+    /// The substrates of this pool whose units it may name without bringing them; all that the
+    /// store has when left out. For what a user brings: whoever names a unit gets to read it.
+    pub among: Option<Vec<SubstrateId>>,
 }
 
 /// A substrate that is coming in. Dropped without [`Import::finish`], it leaves nothing behind.
@@ -99,6 +106,10 @@ impl Import {
             substrate.name = name;
             substrate.id = SubstrateId::new();
         }
+        substrate.id = becomes.id.unwrap_or(substrate.id);
+        if becomes.not_public && substrate.kind == SubstrateKind::Public {
+            substrate.kind = SubstrateKind::Restricted;
+        }
         let turn = pool.turn(substrate.id);
         pool.is_free(substrate.id, &substrate.name)?;
         let hashes: Vec<Hash> = hashes.into_iter().collect();
@@ -107,11 +118,23 @@ impl Import {
             .writer(substrate.id.into(), Effort::Small)
             .map_err(SubstrateError::store("opening the store"))?;
         let lacking = writer.hold(&hashes).map_err(SubstrateError::store("looking for units"))?;
+        let mut lacking: HashSet<Hash> = lacking.into_iter().collect();
+        if let Some(among) = &becomes.among {
+            let mut known = HashSet::new();
+            for id in among {
+                match pool.units(*id) {
+                    Ok(units) => known.extend(units),
+                    Err(SubstrateError::NotFound(_)) => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            lacking.extend(hashes.iter().filter(|h| !known.contains(*h)));
+        }
         Ok(Self {
             pool: pool.clone(),
             substrate,
             parts: Parts { state, pages, disk },
-            lacking: lacking.into_iter().collect(),
+            lacking,
             writer,
             _turn: turn,
         })

@@ -1,6 +1,8 @@
 //! The HTTPS API: JSON over axum, described by OpenAPI ([`openapi`]).
 //!
-//! Every request but `/healthz` carries `Authorization: Bearer <operator token>`. Bodies are at
+//! Every request but `/healthz` carries `Authorization: Bearer TOKEN`, of the operator or of a user,
+//! and is made by that [`Principal`]; what another tenant has is not there for it. An operator acts in
+//! the tenant that the header [`TENANT_HEADER`] names. Bodies are at
 //! most [`MAX_BODY`] bytes, but for a guest's program and its input ([`MAX_INPUT`]); only an import
 //! of a substrate is streamed, to its own limit. Every error is a [`Fault`] in JSON with the status of its class. Fields and parameters that are not
 //! known are refused. What takes long answers 202 with the operation that does it.
@@ -9,6 +11,7 @@ mod exec;
 mod images;
 mod meta;
 mod operations;
+mod people;
 mod sites;
 mod substrates;
 #[cfg(test)]
@@ -35,6 +38,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, OpenApi, ToSchema};
 
+use crate::access::Principal;
+use crate::clock::UnixMs;
 use crate::controller::{Accepted, Controller, Mode};
 use crate::error::Fault;
 
@@ -42,6 +47,9 @@ pub use exec::{Encoding, ExecReply, ExecRequest, MAX_INPUT};
 pub use meta::Health;
 pub use sites::{NewToken, Token, TokenText, TokenUse};
 pub use vms::{TypeText, VmFilter};
+
+/// The header by which an operator names the tenant that it acts in.
+pub const TENANT_HEADER: &str = "godwit-tenant";
 
 /// The longest body of a request, in bytes.
 pub const MAX_BODY: usize = 1 << 20;
@@ -115,6 +123,12 @@ impl Api {
             .route("/v1/sites/{name}", get(sites::one).delete(sites::revoke))
             .route("/v1/tokens", get(sites::tokens).post(sites::token))
             .route("/v1/tokens/{id}", delete(sites::withdraw))
+            .route("/v1/tenants", get(people::tenants).post(people::tenant_create))
+            .route("/v1/tenants/{tenant}", delete(people::tenant_delete))
+            .route("/v1/users", get(people::users).post(people::user_create))
+            .route("/v1/users/{user}", delete(people::user_delete))
+            .route("/v1/api-tokens", get(people::tokens).post(people::token_create))
+            .route("/v1/api-tokens/{id}", delete(people::token_delete))
             .route("/v1/images", get(images::list))
             .route("/v1/images/{name}", get(images::one).delete(images::remove))
             .route("/v1/images/{name}/build", post(images::build))
@@ -154,22 +168,27 @@ impl Api {
     }
 }
 
-async fn authenticate(State(api): State<Api>, request: Request, next: Next) -> Response {
+async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) -> Response {
     let given = request
         .headers()
         .get(AUTHORIZATION)
         .and_then(|v| v.to_str().ok())
         .and_then(|v| v.strip_prefix("Bearer "));
     match given {
-        // `blake3::Hash` compares in constant time.
-        Some(t) if blake3::hash(t.as_bytes()) == api.token => next.run(request).await,
+        Some(t) if let Some(who) = api.principal(t) => match api.acting(who, request.headers()) {
+            Ok(who) => {
+                request.extensions_mut().insert(who);
+                next.run(request).await
+            }
+            Err(f) => HttpFault(f).into_response(),
+        },
         given => HttpFault(
             Fault::new(
                 Code::Unauthenticated,
                 if given.is_some() {
-                    "the operator token is not the one of this center"
+                    "the token is none of this center, or not any more"
                 } else {
-                    "an operator token is needed"
+                    "a token is needed"
                 },
             )
             .hint(
@@ -177,6 +196,48 @@ async fn authenticate(State(api): State<Api>, request: Request, next: Next) -> R
             ),
         )
         .into_response(),
+    }
+}
+
+impl Api {
+    /// Who shows that token.
+    fn principal(&self, token: &str) -> Option<Principal> {
+        // `blake3::Hash` compares in constant time.
+        if blake3::hash(token.as_bytes()) == self.token {
+            return Some(Principal::operator());
+        }
+        self.controller.registry().principal(token, UnixMs::now())
+    }
+
+    /// The same in the tenant that the request names.
+    fn acting(&self, mut who: Principal, headers: &HeaderMap) -> Result<Principal, Fault> {
+        let Some(named) = headers.get(TENANT_HEADER) else { return Ok(who) };
+        let named = name(named.to_str().unwrap_or_default())?;
+        let there = self.controller.registry().tenant(&named).is_ok();
+        if !there || !who.is_operator() && named != who.tenant {
+            return Err(crate::controller::whose::unseen("tenant", named.as_str()));
+        }
+        who.tenant = named;
+        who.narrowed = true;
+        Ok(who)
+    }
+}
+
+/// Who makes a request.
+pub(crate) struct Who(pub(crate) Principal);
+
+impl std::ops::Deref for Who {
+    type Target = Principal;
+    fn deref(&self) -> &Principal {
+        &self.0
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Who {
+    type Rejection = HttpFault;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, HttpFault> {
+        let who = parts.extensions.get::<Principal>().cloned();
+        who.map(Self).ok_or_else(|| Fault::internal("a request of nobody").into())
     }
 }
 
@@ -345,6 +406,15 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         sites::token,
         sites::tokens,
         sites::withdraw,
+        people::tenants,
+        people::tenant_create,
+        people::tenant_delete,
+        people::users,
+        people::user_create,
+        people::user_delete,
+        people::tokens,
+        people::token_create,
+        people::token_delete,
         images::list,
         images::one,
         images::build,

@@ -14,8 +14,10 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, MAX_IMPORT, Params, Path, accepted, drop_rest, is_type, name};
+use super::{Answer, Api, MAX_IMPORT, Params, Path, Who, accepted, drop_rest, is_type, name};
+use crate::access::{Action, Object, Principal, default_tenant};
 use crate::controller::bring::finish_import;
+use crate::controller::whose::allow;
 use crate::controller::{Accepted, Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
@@ -56,8 +58,8 @@ pub(super) struct PoolList {
 
 /// All substrates.
 #[utoipa::path(get, path = "/v1/substrates", responses((status = 200, body = Vec<SubstrateRecord>)))]
-pub(super) async fn list(State(api): State<Api>) -> Answer<Json<Vec<SubstrateRecord>>> {
-    let mut all = api.controller.registry().substrates()?;
+pub(super) async fn list(State(api): State<Api>, who: Who) -> Answer<Json<Vec<SubstrateRecord>>> {
+    let mut all = api.controller.substrates_for(&who)?;
     all.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(Json(all))
 }
@@ -67,9 +69,10 @@ pub(super) async fn list(State(api): State<Api>) -> Answer<Json<Vec<SubstrateRec
     responses((status = 200, body = SubstrateRecord), (status = 404, body = Fault)))]
 pub(super) async fn one(
     State(api): State<Api>,
+    who: Who,
     Path(s): Path<String>,
 ) -> Answer<Json<SubstrateRecord>> {
-    Ok(Json(api.controller.registry().substrate(&s)?))
+    Ok(Json(api.controller.substrate_for(&who, Action::See, &s)?))
 }
 
 /// Removes a substrate from every site that holds it.
@@ -77,10 +80,11 @@ pub(super) async fn one(
     responses((status = 200, body = Accepted), (status = 404, body = Fault), (status = 409, body = Fault)))]
 pub(super) async fn remove(
     State(api): State<Api>,
+    who: Who,
     Path(s): Path<String>,
     Params(dry): Params<super::DryRun>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.substrate_delete(&s, dry.mode()).await?))
+    Ok(accepted(api.controller.substrate_delete(&who, &s, dry.mode()).await?))
 }
 
 /// Boots the disk that a substrate stores and docks the machine in its place: for one whose saved
@@ -90,10 +94,11 @@ pub(super) async fn remove(
     responses((status = 202, body = Accepted), (status = 404, body = Fault), (status = 409, body = Fault)))]
 pub(super) async fn rebuild(
     State(api): State<Api>,
+    who: Who,
     Path(s): Path<String>,
     Params(dry): Params<super::DryRun>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.substrate_rebuild(&s, dry.mode())?))
+    Ok(accepted(api.controller.substrate_rebuild(&who, &s, dry.mode())?))
 }
 
 /// A substrate as one file. Refused when something of it is damaged; a body that is cut off is not
@@ -101,8 +106,12 @@ pub(super) async fn rebuild(
 #[utoipa::path(get, path = "/v1/substrates/{substrate}/export", params(("substrate" = String, Path)),
     responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>),
     (status = 404, body = Fault), (status = 500, body = Fault), (status = 503, body = Fault)))]
-pub(super) async fn export(State(api): State<Api>, Path(s): Path<String>) -> Answer<Response> {
-    let s = api.controller.registry().substrate(&s)?;
+pub(super) async fn export(
+    State(api): State<Api>,
+    who: Who,
+    Path(s): Path<String>,
+) -> Answer<Response> {
+    let s = api.controller.substrate_for(&who, Action::Use, &s)?;
     let mut holders: Vec<_> = s.holders.iter().collect();
     holders.sort_by_key(|n| s.damaged.contains_key(*n));
     let host = holders.into_iter().find_map(|n| api.controller.host(n).ok()).ok_or_else(|| {
@@ -129,6 +138,7 @@ pub(super) async fn export(State(api): State<Api>, Path(s): Path<String>) -> Ans
     (status = 422, body = Fault), (status = 507, body = Fault)))]
 pub(super) async fn import(
     State(api): State<Api>,
+    who: Who,
     Params(to): Params<ImportTo>,
     headers: HeaderMap,
     body: Body,
@@ -140,7 +150,7 @@ pub(super) async fn import(
         return Err(too_large().into());
     }
     let mut body = body.into_data_stream();
-    match take_in(&api, to, &mut body).await {
+    match take_in(&api, &who, to, &mut body).await {
         Ok(record) => Ok((StatusCode::CREATED, Json(record))),
         Err(f) => {
             // A sender that is cut off while it sends never reads why.
@@ -152,11 +162,12 @@ pub(super) async fn import(
 
 async fn take_in(
     api: &Api,
+    who: &Principal,
     to: ImportTo,
     body: &mut BodyDataStream,
 ) -> Result<SubstrateRecord, Fault> {
     if let Some(n) = &to.name
-        && api.controller.registry().substrate(n.as_str()).is_ok()
+        && api.controller.registry().substrate_in(&who.tenant, n.as_str()).is_ok()
     {
         return Err(Fault::new(Code::Exists, format!("substrate '{n}' exists already")));
     }
@@ -166,8 +177,19 @@ async fn take_in(
     };
     let host = api.controller.host(&site)?;
     let label = to.name.clone().unwrap_or_else(|| site.clone());
-    let mut into =
-        host.open(StreamRequest::SubstrateImport { name: to.name, content: None }).await?;
+    // An operator brings back what was exported, as it was; whatever else comes is its bringer's.
+    let taking = match (who.is_operator() && who.tenant == default_tenant(), &to.name) {
+        (true, _) => None,
+        (false, Some(name)) => Some(api.controller.take_in(who, name)?),
+        (false, None) => {
+            return Err(Fault::invalid("say what it is to be called").hint("add --name NAME"));
+        }
+    };
+    let request = match &taking {
+        Some(taking) => StreamRequest::SubstrateTakeIn(taking.want.clone()),
+        None => StreamRequest::SubstrateImport { name: to.name, content: None },
+    };
+    let mut into = host.open(request).await?;
     let mut taken = 0u64;
     let mut refused = false;
     let silent = |_| Fault::new(Code::TimedOut, "no more of the body came");
@@ -209,7 +231,8 @@ fn too_large() -> Fault {
 
 /// The pools of all sites. A site that does not answer in time is named beside them.
 #[utoipa::path(get, path = "/v1/pool", responses((status = 200, body = PoolList)))]
-pub(super) async fn pool(State(api): State<Api>) -> Answer<Json<PoolList>> {
+pub(super) async fn pool(State(api): State<Api>, who: Who) -> Answer<Json<PoolList>> {
+    allow(&who, Action::See, &Object::Cloud, ("site", ""))?;
     let all = ask_all(api.controller.hosts(), async |host| {
         match host.ask(SiteRequest::Pool, Call::quiet()).await? {
             SiteReply::Pool(pool) => Ok(pool),
@@ -226,7 +249,8 @@ pub(super) async fn pool(State(api): State<Api>) -> Answer<Json<PoolList>> {
     responses((status = 202, body = Accepted)))]
 pub(super) async fn pool_check(
     State(api): State<Api>,
+    who: Who,
     Path(site): Path<String>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.pool_check(name(&site)?, Mode::Act)?))
+    Ok(accepted(api.controller.pool_check(&who, name(&site)?, Mode::Act)?))
 }

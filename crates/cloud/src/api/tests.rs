@@ -41,7 +41,7 @@ fn api() -> (tempfile::TempDir, Router) {
     let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
     let authority = godwit_transfer::Authority::create(&dir.path().join("authority"));
     let authority = Arc::new(authority.expect("authority"));
-    let c = Controller::new(reg, Name::new("operator").expect("name"), authority);
+    let c = Controller::new(reg, authority);
     (dir, Api::new(c, Arc::new(NoGate), "secret").router())
 }
 

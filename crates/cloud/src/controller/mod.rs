@@ -24,6 +24,7 @@ mod depart;
 mod exec;
 pub(crate) mod lifecycle;
 mod moves;
+mod people;
 mod pool;
 mod rebuild;
 mod recover;
@@ -33,6 +34,7 @@ mod tests;
 #[cfg(test)]
 mod tests_belief;
 mod warrants;
+pub(crate) mod whose;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -45,6 +47,7 @@ use tokio::sync::watch;
 use utoipa::ToSchema;
 
 pub use exec::GuestProcess;
+pub use people::{ApiToken, NewApiToken, NewTenant, NewUser};
 
 use crate::clock::{Moment, UnixMs};
 use crate::error::Fault;
@@ -132,8 +135,8 @@ pub struct Controller {
     authority: Arc<Authority>,
     sites: Sites,
     bringing: bring::Bringing,
+    taking_in: bring::TakingIn,
     settled: recover::Settled,
-    operator: Name,
     /// One machine at a time is entered: what may run once only is not entered twice.
     entering: std::sync::Mutex<()>,
     /// How long a machine is waited for that lacks something of a site that is away.
@@ -158,6 +161,15 @@ pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
         crate::registry::RegistryError::NotFound { what: "site", .. } => {
             fault.hint("see the sites with: godwit site list")
         }
+        crate::registry::RegistryError::NotFound { what: "user", .. } => {
+            fault.hint("see the users with: godwit user list")
+        }
+        crate::registry::RegistryError::NotFound { what: "tenant", .. } => {
+            fault.hint("see the tenants with: godwit tenant list")
+        }
+        crate::registry::RegistryError::NotFound { what: "token", .. } => {
+            fault.hint("see the tokens with: godwit token list")
+        }
         _ if fault.code == godwit_types::Code::NoRoom => {
             fault.hint("make room on the file system of the center's data directory")
         }
@@ -166,10 +178,10 @@ pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
 }
 
 impl Controller {
-    /// A controller on `registry`; `operator` owns what is made, `authority` signs warrants.
+    /// A controller on `registry`; `authority` signs warrants.
     #[must_use]
-    pub fn new(registry: Arc<Registry>, operator: Name, authority: Arc<Authority>) -> Arc<Self> {
-        Self::with_patience(registry, operator, authority, arrive::RECOVER_LIMIT)
+    pub fn new(registry: Arc<Registry>, authority: Arc<Authority>) -> Arc<Self> {
+        Self::with_patience(registry, authority, arrive::RECOVER_LIMIT)
     }
 
     /// As [`Controller::new`]; a machine that lacks something of a site that is away is waited for
@@ -177,7 +189,6 @@ impl Controller {
     #[must_use]
     pub fn with_patience(
         registry: Arc<Registry>,
-        operator: Name,
         authority: Arc<Authority>,
         patience: Duration,
     ) -> Arc<Self> {
@@ -188,8 +199,8 @@ impl Controller {
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
             bringing: bring::Bringing::default(),
+            taking_in: bring::TakingIn::default(),
             settled: recover::Settled::default(),
-            operator,
             entering: std::sync::Mutex::default(),
         })
     }

@@ -135,7 +135,6 @@ impl Center {
             };
             Fault::of(&e).hint(hint)
         })?;
-        let operator = Name::new("operator").map_err(|e| Fault::internal(e.to_string()))?;
         let keys = config.dirs.keys();
         let mut authority =
             Authority::open_or_create(&keys.join("authority")).map_err(|e| Fault::of(&e))?;
@@ -143,7 +142,7 @@ impl Center {
             authority = authority.with_life(seconds);
         }
         let authority = Arc::new(authority);
-        let controller = Controller::new(Arc::new(registry), operator, authority.clone());
+        let controller = Controller::new(Arc::new(registry), authority.clone());
         let identity = authority
             .own_identity(&keys.join("identity"), &config.site)
             .map_err(|e| Fault::of(&e))?;

@@ -15,6 +15,7 @@ use godwit_types::Name;
 
 pub use agent::{Agent, AgentConfig, join_site};
 pub use center::{Center, CenterConfig};
+pub(crate) use secrets::checked;
 pub use secrets::{ClientFiles, read_token};
 pub use tls::TlsFiles;
 

@@ -21,6 +21,7 @@ use serde::de::DeserializeOwned;
 
 use godwit_store::{CommitMark, Marked};
 
+use super::people::{TenantRecord, TokenRecord, UserRecord};
 use super::tables::{Change, SiteRow, Tables};
 use super::{RegistryError, Result};
 use crate::clock::UnixMs;
@@ -34,6 +35,10 @@ pub(super) const VMS: Table = TableDefinition::new("vms");
 pub(super) const OPS: Table = TableDefinition::new("ops");
 /// Came after format 2: a file without it has no such rows.
 pub(super) const DELETED: Table = TableDefinition::new("deleted-vms");
+/// Format 3, as the two below.
+pub(super) const TENANTS: Table = TableDefinition::new("tenants");
+pub(super) const USERS: Table = TableDefinition::new("users");
+pub(super) const TOKENS: Table = TableDefinition::new("api-tokens");
 /// Format 1: ids by name. Names are read from the rows since.
 const OLD_NAMES: [Table; 2] =
     [TableDefinition::new("substrate-names"), TableDefinition::new("vm-names")];
@@ -42,8 +47,9 @@ const OLD_NAMES: [Table; 2] =
 const LAST: &str = "last-commit";
 
 /// Version of the layout. 1: the first, with each site's last report in its row and tables of
-/// names. 2: what sites report is not written down.
-const FORMAT: &[u8] = b"2";
+/// names. 2: what sites report is not written down. 3: everything belongs to a tenant; what does not
+/// say to which belongs to the default one.
+const FORMAT: &[u8] = b"3";
 
 /// A row as it is written.
 struct Row {
@@ -95,7 +101,7 @@ impl Shared {
 }
 
 impl File {
-    /// Opens the file, making it if it is not there, and brings one of format 1 to this one.
+    /// Opens the file, making it if it is not there, and brings one of an earlier format to this one.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let db = open_db(path)?;
         let beside = path.with_extension("mark");
@@ -200,6 +206,9 @@ fn row(change: &Change) -> Result<Row> {
         Change::Vm(id, v) => made(VMS, id.to_string(), v.as_ref()),
         Change::Op(id, v) => made(OPS, id.to_string(), v.as_ref()),
         Change::Deleted(id, v) => made(DELETED, id.to_string(), v.as_ref()),
+        Change::Tenant(name, v) => made(TENANTS, name.to_string(), v.as_ref()),
+        Change::User(id, v) => made(USERS, id.to_string(), v.as_ref()),
+        Change::Token(id, v) => made(TOKENS, id.clone(), v.as_ref()),
     }
 }
 
@@ -392,7 +401,8 @@ fn has_reached(path: &Path, db: &Database, marked: Marked) -> Result<()> {
     }
 }
 
-/// Makes the tables of a new file and rewrites one of format 1. Answers whether it wrote.
+/// Makes the tables of a new file and brings one of an earlier format to this one, in one
+/// transaction. Answers whether it wrote.
 fn prepare(db: &Database) -> Result<bool> {
     let found = {
         let tx = db.begin_read()?;
@@ -404,7 +414,7 @@ fn prepare(db: &Database) -> Result<bool> {
     };
     match found.as_deref() {
         Some(FORMAT) => return Ok(false),
-        None | Some(b"1") => {}
+        None | Some(b"1" | b"2") => {}
         Some(other) => {
             return Err(RegistryError::Format {
                 found: String::from_utf8_lossy(other).escape_debug().to_string(),
@@ -412,10 +422,17 @@ fn prepare(db: &Database) -> Result<bool> {
         }
     }
     let tx = db.begin_write()?;
-    for t in [SITES, SUBSTRATES, VMS, OPS, DELETED] {
+    for t in [SITES, SUBSTRATES, VMS, OPS, DELETED, TENANTS, USERS, TOKENS] {
         tx.open_table(t)?;
     }
     {
+        let all = TenantRecord::new(crate::access::default_tenant());
+        let key = all.name.to_string();
+        let bytes = serde_json::to_vec(&all)
+            .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;
+        tx.open_table(TENANTS)?.insert(key.as_str(), bytes.as_slice())?;
+    }
+    if found.as_deref() != Some(b"2") {
         let mut sites = tx.open_table(SITES)?;
         let mut rows = Vec::new();
         for entry in sites.iter()? {
@@ -439,6 +456,7 @@ fn prepare(db: &Database) -> Result<bool> {
     }
     tx.open_table(META)?.insert("format", FORMAT)?;
     count(&tx)?;
+    godwit_hold::at_blocking("registry.upgrading");
     tx.commit()?;
     Ok(true)
 }
@@ -475,5 +493,8 @@ fn load(db: &Database) -> Result<Tables> {
     rows(&tx, VMS, &mut t, |r: Arc<super::VmRecord>| Change::Vm(r.id, Some(r)))?;
     rows(&tx, OPS, &mut t, |r: Arc<super::OpRecord>| Change::Op(r.id, Some(r)))?;
     rows(&tx, DELETED, &mut t, |r: Arc<super::DeletedVm>| Change::Deleted(r.vm, Some(r)))?;
+    rows(&tx, TENANTS, &mut t, |r: Arc<TenantRecord>| Change::Tenant(r.name.clone(), Some(r)))?;
+    rows(&tx, USERS, &mut t, |r: Arc<UserRecord>| Change::User(r.id.clone(), Some(r)))?;
+    rows(&tx, TOKENS, &mut t, |r: Arc<TokenRecord>| Change::Token(r.id.clone(), Some(r)))?;
     Ok(t)
 }

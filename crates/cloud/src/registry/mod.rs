@@ -17,182 +17,40 @@
 //! other tasks over meanwhile.
 
 mod deleted;
+mod error;
 mod file;
 mod live;
+pub(crate) mod people;
 mod records;
 mod tables;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_types::{Code, CodedError, Generation, Hash, Name, OpId, SubstrateId, VmId};
+use godwit_types::{Generation, Hash, Name, OpId, SubstrateId, VmId};
 
 use file::File;
 use live::Live;
 use tables::{Change, SiteRow, Tables};
 
+pub use error::RegistryError;
+pub use people::{Drawn, MAX_TOKENS, TenantRecord, TokenInfo, TokenRecord, UserRecord};
 pub use records::{
     Arriving, DeletedVm, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord,
     VmRecord,
 };
 
+use crate::access::default_tenant;
 use crate::clock::{Moment, UnixMs};
 
 /// Finished operations that are kept; the oldest go first.
 pub const KEPT_OPS: usize = 1000;
 
-/// Why the registry refused or failed.
-#[derive(Debug, thiserror::Error)]
-pub enum RegistryError {
-    /// The file cannot be used.
-    #[error("opening the registry {path}")]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: Box<redb::Error>,
-    },
-    /// The file was written by a version with another layout.
-    #[error("the registry has format {found}, this version knows formats 1 and 2")]
-    Format {
-        /// What the file says.
-        found: String,
-    },
-    /// The file lacks what was written last.
-    #[error(
-        "the registry {path} is damaged: it has fallen back from transaction {wanted} to {found}; \
-         nothing was changed"
-    )]
-    FellBack {
-        /// The file.
-        path: PathBuf,
-        /// The last transaction that is known.
-        wanted: u64,
-        /// The one that is there.
-        found: u64,
-    },
-    /// The database failed.
-    #[error("reading or writing the registry")]
-    Database(#[source] Arc<redb::Error>),
-    /// A value does not parse.
-    #[error("the registry's entry '{key}' is damaged")]
-    Damaged {
-        /// Its key.
-        key: String,
-        /// What the parser said.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// No such object.
-    #[error("no {what} '{key}'")]
-    NotFound {
-        /// Kind of object.
-        what: &'static str,
-        /// Its name or id.
-        key: String,
-    },
-    /// The name is taken.
-    #[error("{what} '{key}' exists already")]
-    Exists {
-        /// Kind of object.
-        what: &'static str,
-        /// Its name.
-        key: String,
-    },
-    /// An older generation tried to act.
-    #[error("machine '{name}' is at generation {current}; generation {given} may no longer act")]
-    Fenced {
-        /// The machine.
-        name: Name,
-        /// What the registry has.
-        current: Generation,
-        /// What the caller had.
-        given: Generation,
-    },
-    /// The state table forbids it.
-    #[error(transparent)]
-    Transition(#[from] godwit_types::InvalidTransition),
-    /// The object is in use.
-    #[error("{0}")]
-    Busy(String),
-    /// A site holds something else under a substrate's id.
-    #[error("site '{site}' holds {found} under the id of substrate '{name}', which is {wanted}")]
-    OtherContent {
-        /// The site.
-        site: Name,
-        /// The substrate.
-        name: Name,
-        /// The content that its id stands for.
-        wanted: Hash,
-        /// What the site has.
-        found: Hash,
-    },
-    /// The site is no longer trusted.
-    #[error("site '{0}' was revoked")]
-    Revoked(Name),
-}
-
-impl CodedError for RegistryError {
-    fn code(&self) -> Code {
-        match self {
-            Self::Open { source, .. } if is_full(source) => Code::NoRoom,
-            Self::Database(source) if is_full(source) => Code::NoRoom,
-            Self::Open { source, .. } if is_corrupt(source) => Code::Damaged,
-            Self::Database(source) if is_corrupt(source) => Code::Damaged,
-            Self::Open { .. } | Self::Database(_) => Code::Internal,
-            Self::Format { .. }
-            | Self::Damaged { .. }
-            | Self::FellBack { .. }
-            | Self::OtherContent { .. } => Code::Damaged,
-            Self::NotFound { .. } => Code::NotFound,
-            Self::Exists { .. } => Code::Exists,
-            Self::Fenced { .. } => Code::Fenced,
-            Self::Transition(_) | Self::Busy(_) => Code::Conflict,
-            Self::Revoked(_) => Code::Unauthenticated,
-        }
-    }
-}
-
-fn is_full(e: &redb::Error) -> bool {
-    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
-    matches!(e, redb::Error::Io(e) if matches!(e.kind(), StorageFull | QuotaExceeded))
-}
-
-fn is_corrupt(e: &redb::Error) -> bool {
-    matches!(e, redb::Error::Corrupted(_))
-}
-
-macro_rules! from_redb {
-    ($($t:ty),+) => { $(
-        impl From<$t> for RegistryError {
-            fn from(e: $t) -> Self { Self::Database(Arc::new(e.into())) }
-        }
-    )+ };
-}
-from_redb!(
-    redb::DatabaseError,
-    redb::TransactionError,
-    redb::TableError,
-    redb::StorageError,
-    redb::CommitError
-);
-
 type Result<T> = std::result::Result<T, RegistryError>;
-
-impl RegistryError {
-    /// The same failure for another whose change was in the same transaction.
-    fn again(&self) -> Self {
-        match self {
-            Self::Database(e) => Self::Database(e.clone()),
-            _ => Self::Database(Arc::new(redb::Error::PreviousIo)),
-        }
-    }
-}
 
 /// The registry of one center.
 #[derive(Debug)]
@@ -416,13 +274,22 @@ impl Registry {
         Ok(rows.into_iter().map(Arc::unwrap_or_clone).collect())
     }
 
-    /// A substrate by name or id.
+    /// A substrate by id, or by its name in the default tenant.
     ///
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn substrate(&self, key: &str) -> Result<SubstrateRecord> {
+        self.substrate_in(&default_tenant(), key)
+    }
+
+    /// A substrate by id, by its name in `tenant`, or as `TENANT/NAME`.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`], or when the database fails.
+    pub fn substrate_in(&self, tenant: &Name, key: &str) -> Result<SubstrateRecord> {
         self.file.read(|t| {
-            let id = key.parse::<SubstrateId>().ok().or_else(|| t.substrate_named(key));
+            let named = || full_name(tenant, key).and_then(|(of, n)| t.substrate_named(&of, &n));
+            let id = key.parse::<SubstrateId>().ok().or_else(named);
             id.and_then(|id| t.substrates.get(&id))
                 .map(|s| SubstrateRecord::clone(s))
                 .ok_or_else(|| Self::missing_or_damaged(t, "substrate", key))
@@ -435,7 +302,9 @@ impl Registry {
     /// [`RegistryError::Exists`] when the name or id is taken.
     pub fn substrate_add(&self, s: &SubstrateRecord) -> Result<()> {
         self.file.write(|t, changes| {
-            if t.substrate_named(s.name.as_str()).is_some() || t.substrates.contains_key(&s.id) {
+            t.has_tenant(&s.tenant)?;
+            let taken = t.substrate_named(&s.tenant, &s.name).is_some();
+            if taken || t.substrates.contains_key(&s.id) {
                 return Err(RegistryError::Exists { what: "substrate", key: s.name.to_string() });
             }
             for site in &s.holders {
@@ -465,7 +334,7 @@ impl Registry {
             let gone = Self::fence(t, vm.0, vm.1)?;
             changes.extend(deleted::changes(gone));
             let kept = if t.vms_of(old).any(|id| *id != vm.0) {
-                if t.substrate_named(aside.as_str()).is_some() {
+                if t.substrate_named(&before.tenant, aside).is_some() {
                     let key = aside.to_string();
                     return Err(RegistryError::Exists { what: "substrate", key });
                 }
@@ -474,7 +343,13 @@ impl Registry {
                 None
             };
             changes.push(Change::Substrate(old, kept.clone().map(Arc::new)));
-            let mut new = SubstrateRecord { name: before.name.clone(), ..new.clone() };
+            let mut new = SubstrateRecord {
+                name: before.name.clone(),
+                tenant: before.tenant.clone(),
+                owner: before.owner.clone(),
+                granted: before.granted.clone(),
+                ..new.clone()
+            };
             // A report may have told of it already.
             if let Some(known) = t.substrates.get(&new.id) {
                 new.holders.extend(known.holders.iter().cloned());
@@ -584,10 +459,12 @@ impl Registry {
         self.file.write(|t, changes| {
             let s = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
             if let Some(vm) = t.passing(id) {
-                return Err(RegistryError::Busy(format!(
-                    "substrate '{}' is in use by machine '{}'",
-                    s.name, vm.name
-                )));
+                let by = match vm.tenant == s.tenant {
+                    true => format!("machine '{}'", vm.name),
+                    false => "a machine of another tenant".into(),
+                };
+                let words = format!("substrate '{}' is in use by {by}", s.name);
+                return Err(RegistryError::Busy(words));
             }
             changes.push(Change::Substrate(id, None));
             Ok(())
@@ -607,13 +484,22 @@ impl Registry {
         Ok(rows.into_iter().map(Arc::unwrap_or_clone).collect())
     }
 
-    /// An execution environment by name or id.
+    /// An execution environment by id, or by its name in the default tenant.
     ///
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn vm(&self, key: &str) -> Result<VmRecord> {
+        self.vm_in(&default_tenant(), key)
+    }
+
+    /// An execution environment by id, by its name in `tenant`, or as `TENANT/NAME`.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`], or when the database fails.
+    pub fn vm_in(&self, tenant: &Name, key: &str) -> Result<VmRecord> {
         self.file.read(|t| {
-            let id = key.parse::<VmId>().ok().or_else(|| t.vm_named(key));
+            let named = || full_name(tenant, key).and_then(|(of, n)| t.vm_named(&of, &n));
+            let id = key.parse::<VmId>().ok().or_else(named);
             id.and_then(|id| t.vms.get(&id))
                 .map(|e| VmRecord::clone(&e.vm))
                 .ok_or_else(|| Self::missing_or_damaged(t, "machine", key))
@@ -664,7 +550,8 @@ impl Registry {
     /// [`RegistryError::Exists`] when the name is taken.
     pub fn vm_add(&self, vm: &VmRecord, op: Option<&OpRecord>) -> Result<()> {
         self.file.write(|t, changes| {
-            if t.vm_named(vm.name.as_str()).is_some() {
+            t.has_tenant(&vm.tenant)?;
+            if t.vm_named(&vm.tenant, &vm.name).is_some() {
                 return Err(RegistryError::Exists { what: "machine", key: vm.name.to_string() });
             }
             changes.push(Change::Vm(vm.id, Some(Arc::new(vm.clone()))));
@@ -688,7 +575,8 @@ impl Registry {
             let old = Self::fence(t, id, generation)?;
             let mut vm = VmRecord::clone(old);
             change(&mut vm)?;
-            debug_assert!(vm.id == id && vm.name == old.name, "identity of a machine is fixed");
+            let same = (vm.id, &vm.name, &vm.tenant) == (id, &old.name, &old.tenant);
+            debug_assert!(same, "identity of a machine is fixed");
             if vm.generation < generation {
                 return Err(RegistryError::Fenced {
                     name: vm.name,
@@ -770,6 +658,14 @@ impl Registry {
             }
             Ok(())
         })
+    }
+}
+
+/// `TENANT/NAME`, or a name in `tenant`.
+pub(crate) fn full_name(tenant: &Name, key: &str) -> Option<(Name, Name)> {
+    match key.split_once('/') {
+        Some((of, name)) => Some((Name::new(of).ok()?, Name::new(name).ok()?)),
+        None => Some((tenant.clone(), Name::new(key).ok()?)),
     }
 }
 

@@ -1,8 +1,11 @@
 use std::collections::BTreeSet;
 
-use godwit_types::{Arch, Mib, OpState, SiteKind, SiteState, SubstrateKind, VmState};
+use godwit_types::{
+    Arch, Code, CodedError, Mib, OpState, SiteKind, SiteState, SubstrateKind, VmState,
+};
 
 use super::*;
+use crate::access::Principal;
 use crate::ops::OpKind;
 
 fn name(s: &str) -> Name {
@@ -19,6 +22,7 @@ fn vm(n: &str) -> VmRecord {
     VmRecord {
         id: VmId::new(),
         name: name(n),
+        tenant: default_tenant(),
         state: VmState::Starting,
         site: name("center"),
         generation: Generation::FIRST,
@@ -56,6 +60,8 @@ fn substrate(n: &str) -> SubstrateRecord {
     SubstrateRecord {
         id: SubstrateId::new(),
         name: name(n),
+        tenant: default_tenant(),
+        granted: BTreeSet::new(),
         kind: SubstrateKind::Restricted,
         owner: name("operator"),
         image: name("tiny"),
@@ -133,7 +139,9 @@ fn names_are_unique_and_free_again_after_removal() {
 fn a_machine_and_the_operation_that_makes_it_are_written_together() {
     let (_d, reg) = open();
     let v = vm("a");
-    let begun = |v: &VmRecord| OpRecord::begun(OpKind::VmCreate { vm: v.id, name: v.name.clone() });
+    let begun = |v: &VmRecord| {
+        OpRecord::begun(&Principal::operator(), OpKind::VmCreate { vm: v.id, name: v.name.clone() })
+    };
     let (before, op) = (reg.revision(), begun(&v));
     reg.vm_add(&v, Some(&op)).expect("add");
     // One step of the registry: a kill finds both or neither.
@@ -197,6 +205,8 @@ fn old_finished_operations_make_room() {
     let (_d, reg) = open();
     let op = |state| OpRecord {
         id: OpId::new(),
+        tenant: default_tenant(),
+        user: crate::access::operator(),
         kind: OpKind::PoolCheck { site: name("center") },
         state,
         started: UnixMs(1),
@@ -236,7 +246,7 @@ fn a_file_of_another_format_or_in_use_is_refused() {
     put_raw(&db, file::META, "format", b"9");
     drop(db);
     let e = Registry::open(&path).expect_err("format");
-    assert_eq!(e.to_string(), "the registry has format 9, this version knows formats 1 and 2");
+    assert_eq!(e.to_string(), "the registry has format 9, this version knows formats 1 to 3");
 }
 
 fn put_raw(

@@ -41,7 +41,7 @@ pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
     MachineStatus, MemoryStand, MoveStand, NewMachine, Origin, PoolReport, SiteEvent, SiteReply,
-    SiteRequest, StreamRequest, SubstrateInfo, UNKNOWN_GENERATION,
+    SiteRequest, StreamRequest, SubstrateInfo, TakeIn, UNKNOWN_GENERATION,
 };
 
 /// The stage that a source reports when the destination runs the machine: the commit point.

@@ -436,7 +436,19 @@ impl SiteHost for LocalSite {
             StreamRequest::Display { vm } => (vm, true),
             StreamRequest::SubstrateExport { id } => return self.export(id).await,
             StreamRequest::SubstrateImport { name, content } => {
-                return Ok(self.import(name, content));
+                let becomes = godwit_substrate::Becomes { name, content, ..Default::default() };
+                return Ok(self.import(becomes));
+            }
+            StreamRequest::SubstrateTakeIn(t) => {
+                return Ok(self.import(godwit_substrate::Becomes {
+                    name: Some(t.name),
+                    id: Some(t.id),
+                    owner: Some(t.owner),
+                    // What a file says of itself makes nothing public.
+                    not_public: true,
+                    content: None,
+                    among: Some(t.among),
+                }));
             }
         };
         let place = self.screens.place(&self.name)?;

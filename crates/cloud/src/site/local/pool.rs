@@ -8,7 +8,7 @@ use godwit_substrate::{
     ActivateRequest, Becomes, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
     SubstrateError, activate, dock_convert,
 };
-use godwit_types::{DockReport, Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
+use godwit_types::{DockReport, Generation, Name, SubstrateId, SubstrateKind, VmId};
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::Mutex;
 use tokio_util::io::SyncIoBridge;
@@ -414,11 +414,10 @@ impl LocalSite {
     }
 
     /// A stream to write a substrate to; after its end the site answers with one event.
-    pub(super) fn import(&self, name: Option<Name>, content: Option<Hash>) -> ByteStream {
+    pub(super) fn import(&self, becomes: Becomes) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
         let (pool, site) = (self.pool.clone(), self.name.clone());
         tokio::spawn(async move {
-            let becomes = Becomes { owner: None, name, content };
             if let Err(e) = take_in(pool, site, becomes, far).await {
                 tracing::warn!(error = %e, "an import's answer could not be delivered");
             }
