@@ -16,6 +16,8 @@ mod sites;
 mod substrates;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_access;
 mod vms;
 
 use std::sync::Arc;

@@ -6,7 +6,7 @@ use godwit_transfer::keys::TokenState;
 use super::*;
 use crate::registry::Registry;
 
-struct NoGate;
+pub(super) struct NoGate;
 impl Gatekeeper for NoGate {
     fn invite(&self, site: &Name, _: SiteKind, _: u64) -> Result<String, Fault> {
         Ok(format!("token-for-{site}"))
@@ -63,7 +63,29 @@ async fn send(
     (status, String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn fault(text: &str) -> Fault {
+/// As [`send`] with a token, in the type that the path wants.
+pub(super) async fn send_as(
+    router: &Router,
+    method: Method,
+    path: &str,
+    token: &str,
+    body: &str,
+) -> (StatusCode, String) {
+    let kind = if body == "GWSA" { "application/octet-stream" } else { "application/json" };
+    let r = axum::http::Request::builder()
+        .method(method)
+        .uri(path)
+        .header(AUTHORIZATION, format!("Bearer {token}"))
+        .header(CONTENT_TYPE, kind)
+        .body(Body::from(body.to_owned()))
+        .expect("request");
+    let answer = router.clone().oneshot(r).await.expect("answer");
+    let status = answer.status();
+    let bytes = axum::body::to_bytes(answer.into_body(), 1 << 22).await.expect("body");
+    (status, String::from_utf8_lossy(&bytes).into_owned())
+}
+
+pub(super) fn fault(text: &str) -> Fault {
     serde_json::from_str(text).expect("a fault")
 }
 

@@ -30,7 +30,7 @@ mod rebuild;
 mod recover;
 mod settle;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(test)]
 mod tests_belief;
 mod warrants;

@@ -15,7 +15,7 @@ use crate::site::{
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
-pub(super) struct Paper {
+pub(crate) struct Paper {
     pub(super) name: Name,
     pub(super) machines: Mutex<Vec<MachineStatus>>,
     pub(super) substrates: Mutex<Vec<SubstrateInfo>>,
@@ -37,7 +37,7 @@ pub(super) struct Paper {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Send {
+pub(crate) enum Send {
     Works,
     FailsBefore,
     FailsAfter,
@@ -49,7 +49,7 @@ pub(super) fn me() -> Principal {
     Principal::operator()
 }
 
-pub(super) fn name(s: &str) -> Name {
+pub(crate) fn name(s: &str) -> Name {
     Name::new(s).expect("name")
 }
 
@@ -293,15 +293,15 @@ impl SiteHost for Paper {
     }
 }
 
-pub(super) struct World {
+pub(crate) struct World {
     _dir: tempfile::TempDir,
     authority: Arc<Authority>,
-    pub(super) c: Arc<Controller>,
-    pub(super) center: Arc<Paper>,
-    pub(super) cafe: Arc<Paper>,
+    pub(crate) c: Arc<Controller>,
+    pub(crate) center: Arc<Paper>,
+    pub(crate) cafe: Arc<Paper>,
 }
 
-pub(super) async fn world(send: Send) -> World {
+pub(crate) async fn world(send: Send) -> World {
     world_with(send, Duration::from_secs(60)).await
 }
 
