@@ -204,6 +204,11 @@ pub enum Object<'a> {
     Site,
     /// What is about the cloud as a whole: pools, join tokens, metrics.
     Cloud,
+    /// What a tenant's users did.
+    Audit {
+        /// Whose.
+        tenant: &'a Name,
+    },
     /// A tenant.
     Tenant {
         /// Which.
@@ -254,6 +259,7 @@ impl<'a> Object<'a> {
             Self::Image => "images",
             Self::Site => "sites",
             Self::Cloud => "what concerns the whole cloud",
+            Self::Audit { .. } => "the audit log",
             Self::Tenant { .. } => "tenants",
             Self::User { .. } => "such users",
             Self::Token { .. } => "such tokens",
@@ -298,9 +304,10 @@ pub fn forbidden(who: &Principal, action: Action, object: &Object<'_>) -> String
 /// Whether it is there for `who`, who is no operator.
 fn sees(who: &Principal, object: &Object<'_>) -> bool {
     match *object {
-        Object::Machine { tenant } | Object::Operation { tenant } | Object::User { tenant, .. } => {
-            *tenant == who.tenant
-        }
+        Object::Machine { tenant }
+        | Object::Operation { tenant }
+        | Object::Audit { tenant }
+        | Object::User { tenant, .. } => *tenant == who.tenant,
         Object::Tenant { name } => *name == who.tenant,
         Object::Token { tenant, user, .. } => {
             *tenant == who.tenant && (*user == who.user || who.role >= Role::Admin)
@@ -341,6 +348,7 @@ fn needed(who: &Principal, action: Action, object: &Object<'_>) -> Option<Role> 
             SubstrateKind::Private if *owner != who.user => Some(Admin),
             _ => Some(Member),
         },
+        (Object::Audit { .. }, See) => Some(Admin),
         (Object::Site, See) => Some(Viewer),
         (Object::Site, Use) => Some(Member),
         (Object::Tenant { .. } | Object::User { .. }, See) => Some(Viewer),
@@ -352,8 +360,13 @@ fn needed(who: &Principal, action: Action, object: &Object<'_>) -> Option<Role> 
             false => None,
         },
         (Object::Operation { .. } | Object::Substrate { .. } | Object::Image, _)
-        | (Object::Site | Object::Tenant { .. } | Object::User { .. } | Object::Token { .. }, _) => {
-            None
-        }
+        | (
+            Object::Audit { .. }
+            | Object::Site
+            | Object::Tenant { .. }
+            | Object::User { .. }
+            | Object::Token { .. },
+            _,
+        ) => None,
     }
 }

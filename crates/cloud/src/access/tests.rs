@@ -90,6 +90,8 @@ fn each_role_may_what_the_table_says_and_nothing_else() {
         ("image", Object::Image, ["viewer", "-", "member", "-", "-", "-"]),
         ("site", Object::Site, ["viewer", "-", "member", "-", "-", "-"]),
         ("cloud", Object::Cloud, ["-"; 6]),
+        ("audit", Object::Audit { tenant: &acme }, ["admin", "-", "-", "-", "-", "-"]),
+        ("foreign audit", Object::Audit { tenant: &other }, ["x"; 6]),
         ("own tenant", Object::Tenant { name: &acme }, ["viewer", "-", "-", "-", "-", "-"]),
         ("other tenant", Object::Tenant { name: &other }, ["x"; 6]),
         ("viewer", user(&acme, Role::Viewer), ["viewer", "-", "-", "admin", "admin", "-"]),

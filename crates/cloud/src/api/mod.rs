@@ -48,6 +48,7 @@ use crate::error::Fault;
 pub use exec::{Encoding, ExecReply, ExecRequest, MAX_INPUT};
 pub use meta::Health;
 pub use sites::{NewToken, Token, TokenText, TokenUse};
+pub use substrates::Grant;
 pub use vms::{TypeText, VmFilter};
 
 /// The header by which an operator names the tenant that it acts in.
@@ -131,6 +132,8 @@ impl Api {
             .route("/v1/users/{user}", delete(people::user_delete))
             .route("/v1/api-tokens", get(people::tokens).post(people::token_create))
             .route("/v1/api-tokens/{id}", delete(people::token_delete))
+            .route("/v1/audit", get(people::audit))
+            .route("/v1/audit/end", get(people::audit_end))
             .route("/v1/images", get(images::list))
             .route("/v1/images/{name}", get(images::one).delete(images::remove))
             .route("/v1/images/{name}/build", post(images::build))
@@ -150,6 +153,9 @@ impl Api {
             .route("/v1/substrates", get(substrates::list).post(substrates::import))
             .route("/v1/substrates/{substrate}", get(substrates::one))
             .route("/v1/substrates/{substrate}", delete(substrates::remove))
+            .route("/v1/substrates/{substrate}/grants", post(substrates::grant))
+            .route("/v1/substrates/{substrate}/grants/{tenant}", delete(substrates::revoke))
+            .route("/v1/tenants/{tenant}/quota", get(people::quota).put(people::quota_set))
             .route("/v1/substrates/{substrate}/export", get(substrates::export))
             .route("/v1/substrates/{substrate}/rebuild", post(substrates::rebuild))
             .route("/v1/ops", get(operations::list))
@@ -179,8 +185,13 @@ async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) 
     match given {
         Some(t) if let Some(who) = api.principal(t) => match api.acting(who, request.headers()) {
             Ok(who) => {
-                request.extensions_mut().insert(who);
-                next.run(request).await
+                let asked = format!("{} {}", request.method(), request.uri().path());
+                request.extensions_mut().insert(who.clone());
+                let answer = next.run(request).await;
+                if answer.status() == StatusCode::FORBIDDEN {
+                    api.controller.note_refused(&who, &asked);
+                }
+                answer
             }
             Err(f) => HttpFault(f).into_response(),
         },
@@ -411,12 +422,16 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         people::tenants,
         people::tenant_create,
         people::tenant_delete,
+        people::quota,
+        people::quota_set,
         people::users,
         people::user_create,
         people::user_delete,
         people::tokens,
         people::token_create,
         people::token_delete,
+        people::audit,
+        people::audit_end,
         images::list,
         images::one,
         images::build,
@@ -440,6 +455,8 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         substrates::one,
         substrates::remove,
         substrates::rebuild,
+        substrates::grant,
+        substrates::revoke,
         substrates::export,
         substrates::import,
         substrates::pool,

@@ -3,11 +3,15 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use serde::Deserialize;
+use utoipa::IntoParams;
 
-use super::{Answer, Api, Path, Payload, Who, name};
+use super::{Answer, Api, Params, Path, Payload, Who, name};
 use crate::controller::{ApiToken, NewApiToken, NewTenant, NewUser};
 use crate::error::Fault;
-use crate::registry::{TenantRecord, TokenInfo, UserRecord};
+use crate::registry::{
+    AuditEnd, AuditEntry, MAX_AUDIT, Quota, TenantQuota, TenantRecord, TokenInfo, UserRecord,
+};
 
 /// All tenants for an operator, its own for a user.
 #[utoipa::path(get, path = "/v1/tenants", responses((status = 200, body = Vec<TenantRecord>)))]
@@ -37,6 +41,30 @@ pub(super) async fn tenant_delete(
 ) -> Answer<StatusCode> {
     api.controller.tenant_delete(&who, &name(&tenant)?)?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// How much a tenant may have, and has.
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/quota", params(("tenant" = String, Path)),
+    responses((status = 200, body = TenantQuota), (status = 404, body = Fault)))]
+pub(super) async fn quota(
+    State(api): State<Api>,
+    who: Who,
+    Path(tenant): Path<String>,
+) -> Answer<Json<TenantQuota>> {
+    Ok(Json(api.controller.quota(&who, &name(&tenant)?)?))
+}
+
+/// Sets how much a tenant may have; what is left out has no limit.
+#[utoipa::path(put, path = "/v1/tenants/{tenant}/quota", request_body = Quota,
+    params(("tenant" = String, Path)),
+    responses((status = 200, body = TenantQuota), (status = 403, body = Fault), (status = 404, body = Fault)))]
+pub(super) async fn quota_set(
+    State(api): State<Api>,
+    who: Who,
+    Path(tenant): Path<String>,
+    Payload(quota): Payload<Quota>,
+) -> Answer<Json<TenantQuota>> {
+    Ok(Json(api.controller.quota_set(&who, &name(&tenant)?, quota)?))
 }
 
 /// The users of the tenant; of all tenants for an operator who names none.
@@ -97,4 +125,31 @@ pub(super) async fn token_delete(
 ) -> Answer<StatusCode> {
     api.controller.token_delete(&who, &id)?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Newest {
+    /// At most so many entries, and at most 1000; 100 when left out.
+    limit: Option<u32>,
+}
+
+/// The newest entries of the audit log, oldest first: of all tenants for an operator who names none.
+#[utoipa::path(get, path = "/v1/audit", params(Newest),
+    responses((status = 200, body = Vec<AuditEntry>), (status = 403, body = Fault)))]
+pub(super) async fn audit(
+    State(api): State<Api>,
+    who: Who,
+    Params(newest): Params<Newest>,
+) -> Answer<Json<Vec<AuditEntry>>> {
+    let limit = usize::try_from(newest.limit.unwrap_or(100)).unwrap_or(MAX_AUDIT);
+    Ok(Json(api.controller.audit_for(&who, limit)?))
+}
+
+/// Reads the whole audit log: where it ends, if it is whole.
+#[utoipa::path(get, path = "/v1/audit/end",
+    responses((status = 200, body = AuditEnd), (status = 403, body = Fault), (status = 422, body = Fault)))]
+pub(super) async fn audit_end(State(api): State<Api>, who: Who) -> Answer<Json<AuditEnd>> {
+    Ok(Json(api.controller.audit_verify(&who)?))
 }

@@ -14,10 +14,12 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, MAX_IMPORT, Params, Path, Who, accepted, drop_rest, is_type, name};
+use super::{
+    Answer, Api, MAX_IMPORT, Params, Path, Payload, Who, accepted, drop_rest, is_type, name,
+};
 use crate::access::{Action, Object, Principal, default_tenant};
 use crate::controller::bring::finish_import;
-use crate::controller::whose::allow;
+use crate::controller::whose::{allow, shown};
 use crate::controller::{Accepted, Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
@@ -72,7 +74,7 @@ pub(super) async fn one(
     who: Who,
     Path(s): Path<String>,
 ) -> Answer<Json<SubstrateRecord>> {
-    Ok(Json(api.controller.substrate_for(&who, Action::See, &s)?))
+    Ok(Json(shown(&who, api.controller.substrate_for(&who, Action::See, &s)?)))
 }
 
 /// Removes a substrate from every site that holds it.
@@ -101,6 +103,40 @@ pub(super) async fn rebuild(
     Ok(accepted(api.controller.substrate_rebuild(&who, &s, dry.mode())?))
 }
 
+/// To whom a substrate is granted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Grant {
+    /// The tenant that may use it.
+    pub tenant: Name,
+}
+
+/// Lets another tenant use a restricted substrate.
+#[utoipa::path(post, path = "/v1/substrates/{substrate}/grants", request_body = Grant,
+    params(("substrate" = String, Path)),
+    responses((status = 200, body = SubstrateRecord), (status = 403, body = Fault), (status = 404, body = Fault),
+    (status = 409, body = Fault)))]
+pub(super) async fn grant(
+    State(api): State<Api>,
+    who: Who,
+    Path(s): Path<String>,
+    Payload(to): Payload<Grant>,
+) -> Answer<Json<SubstrateRecord>> {
+    Ok(Json(api.controller.grant(&who, &s, &to.tenant, true)?))
+}
+
+/// Another tenant may no longer use a substrate; machines that it has made of it stay.
+#[utoipa::path(delete, path = "/v1/substrates/{substrate}/grants/{tenant}",
+    params(("substrate" = String, Path), ("tenant" = String, Path)),
+    responses((status = 200, body = SubstrateRecord), (status = 403, body = Fault), (status = 404, body = Fault)))]
+pub(super) async fn revoke(
+    State(api): State<Api>,
+    who: Who,
+    Path((s, tenant)): Path<(String, String)>,
+) -> Answer<Json<SubstrateRecord>> {
+    Ok(Json(api.controller.grant(&who, &s, &name(&tenant)?, false)?))
+}
+
 /// A substrate as one file. Refused when something of it is damaged; a body that is cut off is not
 /// whole, whatever cut it.
 #[utoipa::path(get, path = "/v1/substrates/{substrate}/export", params(("substrate" = String, Path)),
@@ -118,6 +154,7 @@ pub(super) async fn export(
         Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
     })?;
     let stream = host.open(StreamRequest::SubstrateExport { id: s.id }).await?;
+    api.controller.note(&who, "substrate export", s.name.as_str());
     let frames = FrameReader::new(stream, host.name().clone());
     // An error in the stream cuts the body off, so that no client takes it for whole.
     let body = futures::stream::try_unfold(frames, async |mut frames| match frames.next().await {
@@ -213,7 +250,10 @@ async fn take_in(
     };
     let id = info.id;
     match api.controller.adopt_substrate(&site, info) {
-        Ok(record) => Ok(record),
+        Ok(record) => {
+            api.controller.note(who, "substrate import", record.name.as_str());
+            Ok(record)
+        }
         Err(f) => {
             // What the center does not know nobody could use or delete.
             if let Err(error) = host.tell(SiteRequest::SubstrateDelete { id }, Call::quiet()).await

@@ -20,8 +20,12 @@ enum About {
     One { changes: bool },
     /// One tenant; all changes are the operator's.
     Tenant,
+    /// One tenant, seen by its users.
+    TenantSeen,
     /// A list of what is one's own.
     List,
+    /// The same, for an admin alone.
+    AdminList,
     /// Makes something in one's own tenant: not for a viewer.
     Make,
     /// A viewer may do that as well: look at sites, make a token of its own.
@@ -32,7 +36,7 @@ enum About {
 
 /// Every path and method of the API, and a body that is understood.
 fn paths() -> BTreeMap<(&'static str, &'static str), (About, &'static str)> {
-    use About::{Anybody, List, Make, One, Operators, Tenant};
+    use About::{AdminList, Anybody, List, Make, One, Operators, Tenant, TenantSeen};
     let (reads, changes) = (One { changes: false }, One { changes: true });
     BTreeMap::from([
         (("get", "/healthz"), (Anybody, "")),
@@ -46,12 +50,16 @@ fn paths() -> BTreeMap<(&'static str, &'static str), (About, &'static str)> {
         (("get", "/v1/tenants"), (List, "")),
         (("post", "/v1/tenants"), (Operators, r#"{"name":"third"}"#)),
         (("delete", "/v1/tenants/{tenant}"), (Tenant, "")),
+        (("get", "/v1/tenants/{tenant}/quota"), (TenantSeen, "")),
+        (("put", "/v1/tenants/{tenant}/quota"), (Tenant, "{}")),
         (("get", "/v1/users"), (List, "")),
         (("post", "/v1/users"), (Make, r#"{"name":"zoe"}"#)),
         (("delete", "/v1/users/{user}"), (changes, "")),
         (("get", "/v1/api-tokens"), (List, "")),
         (("post", "/v1/api-tokens"), (Anybody, "")),
         (("delete", "/v1/api-tokens/{id}"), (changes, "")),
+        (("get", "/v1/audit"), (AdminList, "")),
+        (("get", "/v1/audit/end"), (Operators, "")),
         (("get", "/v1/images"), (Anybody, "")),
         (("get", "/v1/images/{name}"), (Anybody, "")),
         (("delete", "/v1/images/{name}"), (Operators, "")),
@@ -77,6 +85,8 @@ fn paths() -> BTreeMap<(&'static str, &'static str), (About, &'static str)> {
         (("delete", "/v1/substrates/{substrate}"), (changes, "")),
         (("get", "/v1/substrates/{substrate}/export"), (changes, "")),
         (("post", "/v1/substrates/{substrate}/rebuild"), (changes, "")),
+        (("post", "/v1/substrates/{substrate}/grants"), (changes, r#"{"tenant":"acme"}"#)),
+        (("delete", "/v1/substrates/{substrate}/grants/{tenant}"), (changes, "")),
         (("get", "/v1/ops"), (List, "")),
         (("get", "/v1/ops/{id}"), (reads, "")),
         (("get", "/v1/ops/{id}/events"), (reads, "")),
@@ -118,11 +128,11 @@ fn substrate(n: &str, tenant: &Name, owner: &Name, kind: SubstrateKind) -> Subst
 
 /// Enters a tenant with one of everything; what it has is named after `prefix`.
 fn furnish(w: &World, tenant: &str, prefix: &str) -> Has {
-    let (c, tenant) = (&w.c, name(tenant));
+    let (c, tenant, me) = (&w.c, name(tenant), Principal::operator());
     let reg = c.registry();
-    reg.tenant_add(&TenantRecord::new(tenant.clone())).expect("tenant");
+    reg.tenant_add(&me, &TenantRecord::new(tenant.clone())).expect("tenant");
     let user = name(&format!("{prefix}-user"));
-    let user = reg.user_add(&tenant, &user, Role::Admin).expect("user");
+    let user = reg.user_add(&me, &tenant, &user, Role::Admin).expect("user");
     let of = Principal::of(&user);
     let vm = VmRecord {
         id: godwit_types::VmId::new(),
@@ -150,7 +160,7 @@ fn furnish(w: &World, tenant: &str, prefix: &str) -> Has {
     let substrate = substrate(&format!("{prefix}-sub"), &tenant, &user.name, kind);
     reg.substrate_add(&substrate).expect("substrate");
     let drawn = Drawn::new(user.id, Role::Member, None);
-    reg.token_add(&drawn.record).expect("token");
+    reg.token_add(&me, &drawn.record).expect("token");
     Has { vm, substrate, op, token: drawn.record.id, user: user.name }
 }
 
@@ -179,7 +189,7 @@ impl Has {
 fn with(path: &str, named: &str) -> String {
     let (before, rest) = path.split_once('{').expect("a parameter");
     let (_, after) = rest.split_once('}').expect("its end");
-    format!("{before}{named}{}", after.replace("{pid}", "7"))
+    format!("{before}{named}{}", after.replace("{pid}", "7").replace("{tenant}", "acme"))
 }
 
 fn router(w: &World) -> Router {
@@ -188,9 +198,14 @@ fn router(w: &World) -> Router {
 
 /// A token of a new user of acme.
 fn token_of(w: &World, role: Role) -> String {
-    let user = w.c.registry().user_add(&name("acme"), &name(&format!("a-{role}")), role);
+    let user = w.c.registry().user_add(
+        &Principal::operator(),
+        &name("acme"),
+        &name(&format!("a-{role}")),
+        role,
+    );
     let drawn = Drawn::new(user.expect("user").id, role, None);
-    w.c.registry().token_add(&drawn.record).expect("token");
+    w.c.registry().token_add(&Principal::operator(), &drawn.record).expect("token");
     drawn.text
 }
 
@@ -232,7 +247,7 @@ async fn nothing_of_another_tenant_is_seen_or_changed_by_any_path() {
             let ask = async |path: &str| send_as(&r, m.clone(), path, token, body).await;
             let shown = format!("{method} {path} by a foreign {role}");
             match about {
-                About::One { .. } | About::Tenant => {
+                About::One { .. } | About::Tenant | About::TenantSeen => {
                     for named in other.names("other", path) {
                         let (status, text) = ask(&with(path, &named)).await;
                         assert_eq!(status, StatusCode::NOT_FOUND, "{shown}: {named}: {text}");
@@ -247,10 +262,12 @@ async fn nothing_of_another_tenant_is_seen_or_changed_by_any_path() {
                         assert_eq!(text, nothing.replace(&absent, &named), "{shown}");
                     }
                 }
-                About::List => {
+                About::List | About::AdminList => {
                     let (status, text) = ask(path).await;
-                    assert_eq!(status, StatusCode::OK, "{shown}: {text}");
-                    for foreign in ["their-", "other", &other.token, &other.vm.id.to_string()] {
+                    let sees = about == About::List || *role == Role::Admin;
+                    let want = if sees { StatusCode::OK } else { StatusCode::FORBIDDEN };
+                    assert_eq!(status, want, "{shown}: {text}");
+                    for foreign in ["their-", "\"other\"", &other.token, &other.vm.id.to_string()] {
                         assert!(!text.contains(foreign), "{shown}: {text}");
                     }
                 }
@@ -299,12 +316,16 @@ async fn a_viewer_sees_what_its_tenant_has_and_changes_nothing() {
                 let (status, text) = ask(&with(path, "acme")).await;
                 assert_eq!(status, StatusCode::FORBIDDEN, "{shown}: {text}");
             }
+            About::TenantSeen => {
+                let (status, text) = ask(&with(path, "acme")).await;
+                assert_eq!(status, StatusCode::OK, "{shown}: {text}");
+            }
             About::List => {
                 let (status, text) = ask(path).await;
                 assert_eq!(status, StatusCode::OK, "{shown}: {text}");
                 assert!(path.contains("tokens") || text.contains("acme"), "{shown}: {text}");
             }
-            About::Make | About::Operators => {
+            About::Make | About::Operators | About::AdminList => {
                 let query = if path == "/v1/substrates" { "?name=mine" } else { "" };
                 let path = format!("{}{query}", path.replace(['{', '}'], ""));
                 let (status, text) = ask(&path).await;

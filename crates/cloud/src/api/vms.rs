@@ -211,6 +211,7 @@ pub(super) async fn type_text(
     let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
     let host = api.controller.host(&vm.site)?;
     host.tell(SiteRequest::VmType { vm: vm.id, text: t.text }, Call::quiet()).await?;
+    api.controller.note(&who.at(&vm.tenant), "vm type", vm.name.as_str());
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -224,7 +225,9 @@ pub(super) async fn view(
     request: Request,
 ) -> Answer<Response> {
     let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
-    upgrade(&api, &vm, StreamRequest::Display { vm: vm.id }, "rfb", request).await
+    let shown = upgrade(&api, &vm, StreamRequest::Display { vm: vm.id }, "rfb", request).await?;
+    api.controller.note(&who.at(&vm.tenant), "vm view", vm.name.as_str());
+    Ok(shown)
 }
 
 /// The serial console as a raw byte stream, after an HTTP/1.1 upgrade to `console`.
@@ -237,7 +240,10 @@ pub(super) async fn attach(
     request: Request,
 ) -> Answer<Response> {
     let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
-    upgrade(&api, &vm, StreamRequest::Console { vm: vm.id }, "console", request).await
+    let shown =
+        upgrade(&api, &vm, StreamRequest::Console { vm: vm.id }, "console", request).await?;
+    api.controller.note(&who.at(&vm.tenant), "vm attach", vm.name.as_str());
+    Ok(shown)
 }
 
 async fn upgrade(

@@ -260,7 +260,14 @@ impl Controller {
         match self.registry.substrate_seen(info.id, site, info.content) {
             Err(RegistryError::NotFound { .. }) => {
                 let record = self.record_of(site, info);
-                let added = self.registry.substrate_add(&record);
+                let brought = {
+                    let taken = self.taking_in.lock().unwrap_or_else(PoisonError::into_inner);
+                    taken.contains_key(&record.id)
+                };
+                let added = match brought {
+                    true => self.registry.substrate_bring(&record),
+                    false => self.registry.substrate_add(&record),
+                };
                 // The site's report and the answer to its docking may both come now.
                 match (added, self.registry.substrate(&record.id.to_string())) {
                     (Ok(()), _) => Ok(record),

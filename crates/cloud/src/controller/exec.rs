@@ -82,7 +82,10 @@ impl Controller {
                 }
             };
             match asked.await {
-                Ok(pid) => return Ok(GuestProcess { vm: vm.id, name: vm.name, pid }),
+                Ok(pid) => {
+                    self.note(&who.at(&vm.tenant), "vm exec", vm.name.as_str());
+                    return Ok(GuestProcess { vm: vm.id, name: vm.name, pid });
+                }
                 Err(f) if Instant::now() < until && self.passing(&vm, &f) => {
                     tokio::time::sleep(LOOK_EVERY).await;
                 }

@@ -170,6 +170,9 @@ pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
         crate::registry::RegistryError::NotFound { what: "token", .. } => {
             fault.hint("see the tokens with: godwit token list")
         }
+        crate::registry::RegistryError::OverQuota { .. } => {
+            fault.hint("see the quota with: godwit quota get; an operator sets it")
+        }
         _ if fault.code == godwit_types::Code::NoRoom => {
             fault.hint("make room on the file system of the center's data directory")
         }

@@ -9,7 +9,11 @@ use super::{Controller, registry_fault};
 use crate::access::{Action, OPERATOR, Object, Principal, Role, may};
 use crate::clock::UnixMs;
 use crate::error::Fault;
-use crate::registry::{Drawn, TenantRecord, TokenInfo, UserRecord};
+use crate::registry::audit::Note;
+use crate::registry::{
+    AuditEnd, AuditEntry, Drawn, Quota, SubstrateRecord, TenantQuota, TenantRecord, TokenInfo,
+    UserRecord,
+};
 
 /// A tenant to be made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -71,7 +75,7 @@ impl Controller {
         // Whether there is one is not told: only an operator may, or may not.
         allow(who, Action::Create, &Object::Tenant { name: &who.tenant }, ("tenant", ""))?;
         let tenant = TenantRecord::new(new.name);
-        self.registry.tenant_add(&tenant).map_err(registry_fault)?;
+        self.registry.tenant_add(who, &tenant).map_err(registry_fault)?;
         Ok(tenant)
     }
 
@@ -81,7 +85,84 @@ impl Controller {
     /// Forbidden, not found; conflict that says what it still has.
     pub fn tenant_delete(&self, who: &Principal, name: &Name) -> Result<(), Fault> {
         allow(who, Action::Change, &Object::Tenant { name }, ("tenant", name.as_str()))?;
-        self.registry.tenant_remove(name).map_err(registry_fault)
+        self.registry.tenant_remove(who, name).map_err(registry_fault)
+    }
+
+    /// How much a tenant may have, and has.
+    ///
+    /// # Errors
+    /// Not found.
+    pub fn quota(&self, who: &Principal, name: &Name) -> Result<TenantQuota, Fault> {
+        allow(who, Action::See, &Object::Tenant { name }, ("tenant", name.as_str()))?;
+        self.registry.quota(name).map_err(registry_fault)
+    }
+
+    /// Sets how much a tenant may have.
+    ///
+    /// # Errors
+    /// Forbidden, not found.
+    pub fn quota_set(
+        &self,
+        who: &Principal,
+        name: &Name,
+        quota: Quota,
+    ) -> Result<TenantQuota, Fault> {
+        allow(who, Action::Change, &Object::Tenant { name }, ("tenant", name.as_str()))?;
+        self.registry.tenant_quota(who, name, quota).map_err(registry_fault)?;
+        self.registry.quota(name).map_err(registry_fault)
+    }
+
+    /// Lets another tenant use a restricted substrate, or no longer.
+    ///
+    /// # Errors
+    /// Forbidden, not found; conflict for a substrate that is not restricted.
+    pub fn grant(
+        &self,
+        who: &Principal,
+        key: &str,
+        tenant: &Name,
+        may: bool,
+    ) -> Result<SubstrateRecord, Fault> {
+        let s = self.substrate_for(who, Action::Change, key)?;
+        self.registry.substrate_grant(who, s.id, tenant, may).map_err(registry_fault)
+    }
+
+    /// The newest entries of the audit log that are there for `who`, at most `limit`, oldest first.
+    ///
+    /// # Errors
+    /// Forbidden; when the registry fails.
+    pub fn audit_for(&self, who: &Principal, limit: usize) -> Result<Vec<AuditEntry>, Fault> {
+        let own = Object::Audit { tenant: &who.tenant };
+        allow(who, Action::See, &own, ("tenant", who.tenant.as_str()))?;
+        let there = |e: &AuditEntry| who.lists(&e.tenant);
+        self.registry.audit_entries(limit, there).map_err(registry_fault)
+    }
+
+    /// Reads the whole audit log and tells where it ends.
+    ///
+    /// # Errors
+    /// Forbidden; damaged, with the number of the entry.
+    pub fn audit_verify(&self, who: &Principal) -> Result<AuditEnd, Fault> {
+        allow(who, Action::See, &Object::Cloud, ("site", ""))?;
+        self.registry.audit_verify().map_err(registry_fault)
+    }
+
+    /// Writes into the audit log what changed nothing in the registry. What was done is done: a
+    /// log that cannot be written is told of in the daemon's own.
+    pub(crate) fn note(&self, who: &Principal, action: &str, object: &str) {
+        if let Err(error) = self.registry.audit(Note::of(who, action, object)) {
+            let error = crate::error::chain(&error);
+            tracing::error!(user = %who.user, action, object, %error, "not in the audit log");
+        }
+    }
+
+    /// As [`Controller::note`], of what was refused.
+    pub(crate) fn note_refused(&self, who: &Principal, object: &str) {
+        let note = Note { outcome: "forbidden", ..Note::of(who, "request", object) };
+        if let Err(error) = self.registry.audit(note) {
+            let error = crate::error::chain(&error);
+            tracing::error!(user = %who.user, object, %error, "a refusal is not in the audit log");
+        }
     }
 
     /// The users that are there for `who`, by tenant and name.
@@ -106,7 +187,7 @@ impl Controller {
         if role == Role::Operator && *tenant != crate::access::default_tenant() {
             return Err(Fault::invalid("operators are users of tenant 'default'"));
         }
-        self.registry.user_add(tenant, &new.name, role).map_err(registry_fault)
+        self.registry.user_add(who, tenant, &new.name, role).map_err(registry_fault)
     }
 
     /// A user by name, or `TENANT/NAME`, if `who` may do `action` with it.
@@ -125,7 +206,7 @@ impl Controller {
     /// Forbidden, not found; conflict while it has a private substrate.
     pub fn user_delete(&self, who: &Principal, key: &str) -> Result<(), Fault> {
         let user = self.user_for(who, Action::Change, key)?;
-        self.registry.user_remove(&user.tenant, &user.name).map_err(registry_fault)
+        self.registry.user_remove(who, &user.tenant, &user.name).map_err(registry_fault)
     }
 
     /// The tokens that are there for `who`, without their secrets.
@@ -176,7 +257,7 @@ impl Controller {
         let now = UnixMs::now().0;
         let expires = lifetime.map(|s| UnixMs(now.saturating_add(s * 1000)));
         let Drawn { record, text } = Drawn::new(id, role, expires);
-        self.registry.token_add(&record).map_err(registry_fault)?;
+        self.registry.token_add(who, &record).map_err(registry_fault)?;
         let created = record.created;
         let info = TokenInfo { id: record.id, tenant, user, role, created, expires };
         Ok(ApiToken { info, token: text })
@@ -190,6 +271,6 @@ impl Controller {
         let t = self.registry.token(id).map_err(|_| unseen("token", id))?;
         let object = Object::Token { tenant: &t.tenant, user: &t.user, role: t.role };
         allow(who, Action::Change, &object, ("token", id))?;
-        self.registry.token_remove(&t.id).map_err(registry_fault)
+        self.registry.token_remove(who, &t.id).map_err(registry_fault)
     }
 }

@@ -108,7 +108,10 @@ impl Controller {
                 Err(Fault::not_found(format!("no site has image '{image}' built"))
                     .hint("see the images with: godwit image list"))
             }
-            _ => Ok(Accepted { op: None, plan, target }),
+            _ => {
+                self.note(who, "image delete", image.as_str());
+                Ok(Accepted { op: None, plan, target })
+            }
         }
     }
 
@@ -165,7 +168,7 @@ impl Controller {
                     .map_err(registry_fault)?,
             }
         }
-        self.registry.substrate_remove(s.id).map_err(registry_fault)?;
+        self.registry.substrate_remove(who, s.id).map_err(registry_fault)?;
         Ok(Accepted { op: None, plan, target })
     }
 

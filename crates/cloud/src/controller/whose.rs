@@ -119,7 +119,7 @@ impl Controller {
     pub fn substrates_for(&self, who: &Principal) -> Result<Vec<SubstrateRecord>, Fault> {
         let mut all = self.registry.substrates().map_err(registry_fault)?;
         all.retain(|s| self.lists_substrate(who, s));
-        Ok(all)
+        Ok(all.into_iter().map(|s| shown(who, s)).collect())
     }
 
     fn lists_substrate(&self, who: &Principal, s: &SubstrateRecord) -> bool {
@@ -161,6 +161,14 @@ impl Controller {
             Err(_) => "a machine of another tenant".into(),
         }
     }
+}
+
+/// A substrate as `who` may know it: to whom else it was granted is its tenant's business.
+pub(crate) fn shown(who: &Principal, mut s: SubstrateRecord) -> SubstrateRecord {
+    if s.tenant != who.tenant && !who.is_operator() {
+        s.granted.retain(|t| *t == who.tenant);
+    }
+    s
 }
 
 /// What a substrate is called at its sites: names are per tenant, a site knows of no tenants.

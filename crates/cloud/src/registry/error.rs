@@ -80,6 +80,18 @@ pub enum RegistryError {
     /// The object is in use.
     #[error("{0}")]
     Busy(String),
+    /// The tenant has no room for it.
+    #[error("tenant '{tenant}' has {used} {what} and may have {limit}")]
+    OverQuota {
+        /// Whose quota.
+        tenant: Name,
+        /// What it counts.
+        what: &'static str,
+        /// What there is of it.
+        used: u64,
+        /// The most there may be.
+        limit: u64,
+    },
     /// A site holds something else under a substrate's id.
     #[error("site '{site}' holds {found} under the id of substrate '{name}', which is {wanted}")]
     OtherContent {
@@ -116,6 +128,7 @@ impl CodedError for RegistryError {
             | Self::Damaged { .. }
             | Self::FellBack { .. }
             | Self::OtherContent { .. } => Code::Damaged,
+            Self::OverQuota { .. } => Code::NoRoom,
             Self::NotFound { .. } => Code::NotFound,
             Self::Exists { .. } => Code::Exists,
             Self::Fenced { .. } => Code::Fenced,

@@ -21,6 +21,7 @@ use serde::de::DeserializeOwned;
 
 use godwit_store::{CommitMark, Marked};
 
+use super::audit::AuditEntry;
 use super::people::{TenantRecord, TokenRecord, UserRecord};
 use super::tables::{Change, SiteRow, Tables};
 use super::{RegistryError, Result};
@@ -35,10 +36,12 @@ pub(super) const VMS: Table = TableDefinition::new("vms");
 pub(super) const OPS: Table = TableDefinition::new("ops");
 /// Came after format 2: a file without it has no such rows.
 pub(super) const DELETED: Table = TableDefinition::new("deleted-vms");
-/// Format 3, as the two below.
+/// Format 3, as the three below.
 pub(super) const TENANTS: Table = TableDefinition::new("tenants");
 pub(super) const USERS: Table = TableDefinition::new("users");
 pub(super) const TOKENS: Table = TableDefinition::new("api-tokens");
+/// By number, so that the order of keys is theirs.
+pub(super) const AUDIT: Table = TableDefinition::new("audit");
 /// Format 1: ids by name. Names are read from the rows since.
 const OLD_NAMES: [Table; 2] =
     [TableDefinition::new("substrate-names"), TableDefinition::new("vm-names")];
@@ -79,6 +82,8 @@ struct Shared {
     wake: Condvar,
     durable: RwLock<Tables>,
     commits: AtomicU64,
+    /// None while it could not be opened anew. Only the writer changes which it is.
+    db: RwLock<Option<Database>>,
 }
 
 /// The tables, in memory and on disk.
@@ -97,6 +102,18 @@ impl Shared {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         // Changes are made whole between any two statements that could panic.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_db(&self, db: Option<Database>) {
+        *self.db.write().unwrap_or_else(PoisonError::into_inner) = db;
+    }
+
+    /// Does something with the database that is open.
+    fn with_db<T>(&self, act: impl FnOnce(&Database) -> Result<T>) -> Result<T> {
+        match &*self.db.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(db) => act(db),
+            None => Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo))),
+        }
     }
 }
 
@@ -121,8 +138,9 @@ impl File {
             wake: Condvar::new(),
             durable: RwLock::new(tables),
             commits: AtomicU64::new(commits),
+            db: RwLock::new(Some(db)),
         });
-        let writer = Writer { path: path.to_owned(), db: Some(db), mark, shared: shared.clone() };
+        let writer = Writer { path: path.to_owned(), mark, shared: shared.clone() };
         let thread = std::thread::Builder::new().name("registry".into());
         let writer = thread.spawn(move || writer.run()).map_err(|e| RegistryError::Open {
             path: path.to_owned(),
@@ -139,6 +157,23 @@ impl File {
     /// Looks at what is on disk.
     pub(super) fn read<T>(&self, look: impl FnOnce(&Tables) -> T) -> T {
         look(&self.shared.durable.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Shows the entries of the audit log, newest first, for as long as `more` wants.
+    pub(super) fn audit_back(&self, mut more: impl FnMut(AuditEntry) -> bool) -> Result<()> {
+        self.shared.with_db(|db| {
+            let tx = db.begin_read()?;
+            for entry in tx.open_table(AUDIT)?.iter()?.rev() {
+                let (key, value) = entry?;
+                let entry = serde_json::from_slice(value.value()).map_err(|source| {
+                    RegistryError::Damaged { key: format!("audit/{}", key.value()), source }
+                })?;
+                if !more(entry) {
+                    return Ok(());
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Makes the changes that `plan` names and returns when they are on disk. A plan that fails
@@ -209,13 +244,12 @@ fn row(change: &Change) -> Result<Row> {
         Change::Tenant(name, v) => made(TENANTS, name.to_string(), v.as_ref()),
         Change::User(id, v) => made(USERS, id.to_string(), v.as_ref()),
         Change::Token(id, v) => made(TOKENS, id.clone(), v.as_ref()),
+        Change::Audit(e) => made(AUDIT, format!("{:020}", e.number), Some(e)),
     }
 }
 
 struct Writer {
     path: PathBuf,
-    /// None while it could not be opened anew.
-    db: Option<Database>,
     mark: CommitMark,
     shared: Arc<Shared>,
 }
@@ -251,19 +285,19 @@ impl Writer {
         if jobs.iter().all(|j| j.rows.is_empty()) {
             return Ok(());
         }
-        if self.db.is_none() {
+        if self.shared.db.read().unwrap_or_else(PoisonError::into_inner).is_none() {
             self.reopen()?;
         }
-        let Some(db) = &self.db else {
-            return Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)));
-        };
-        self.shared.commits.fetch_add(1, Ordering::Relaxed);
-        let tx = db.begin_write()?;
-        for row in jobs.iter().flat_map(|j| &j.rows) {
-            put_row(&tx, row)?;
-        }
-        let n = count(&tx)?;
-        tx.commit()?;
+        let n = self.shared.with_db(|db| {
+            self.shared.commits.fetch_add(1, Ordering::Relaxed);
+            let tx = db.begin_write()?;
+            for row in jobs.iter().flat_map(|j| &j.rows) {
+                put_row(&tx, row)?;
+            }
+            let n = count(&tx)?;
+            tx.commit()?;
+            Ok(n)
+        })?;
         self.mark.set(n);
         Ok(())
     }
@@ -284,14 +318,14 @@ impl Writer {
 
     /// Everything that was queued meanwhile was planned on top of what failed.
     fn failed(&mut self, mut jobs: Vec<Job>, error: &RegistryError) {
-        self.db = None;
+        self.shared.set_db(None);
         let mut queue = self.shared.queue();
         jobs.append(&mut queue.jobs);
         let reopened = open_db(&self.path).and_then(|db| load(&db).map(|tables| (db, tables)));
         let mut durable = self.shared.durable.write().unwrap_or_else(PoisonError::into_inner);
         match reopened {
             Ok((db, tables)) => {
-                self.db = Some(db);
+                self.shared.set_db(Some(db));
                 if !tables.same_rows(&durable) {
                     // No number that a reader has seen stands for these rows.
                     let revision = durable.revision;
@@ -324,7 +358,7 @@ impl Writer {
             // `failed` reads it again.
             return Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)));
         }
-        self.db = Some(db);
+        self.shared.set_db(Some(db));
         Ok(())
     }
 }
@@ -422,7 +456,7 @@ fn prepare(db: &Database) -> Result<bool> {
         }
     }
     let tx = db.begin_write()?;
-    for t in [SITES, SUBSTRATES, VMS, OPS, DELETED, TENANTS, USERS, TOKENS] {
+    for t in [SITES, SUBSTRATES, VMS, OPS, DELETED, TENANTS, USERS, TOKENS, AUDIT] {
         tx.open_table(t)?;
     }
     {
@@ -496,5 +530,21 @@ fn load(db: &Database) -> Result<Tables> {
     rows(&tx, TENANTS, &mut t, |r: Arc<TenantRecord>| Change::Tenant(r.name.clone(), Some(r)))?;
     rows(&tx, USERS, &mut t, |r: Arc<UserRecord>| Change::User(r.id.clone(), Some(r)))?;
     rows(&tx, TOKENS, &mut t, |r: Arc<TokenRecord>| Change::Token(r.id.clone(), Some(r)))?;
+    match tx.open_table(AUDIT) {
+        Ok(audit) => {
+            if let Some(last) = audit.last()? {
+                match serde_json::from_slice::<AuditEntry>(last.1.value()) {
+                    Ok(e) => t.apply(&Change::Audit(Arc::new(e))),
+                    // What comes next would not hold on to anything.
+                    Err(source) => {
+                        let key = format!("audit/{}", last.0.value());
+                        return Err(RegistryError::Damaged { key, source });
+                    }
+                }
+            }
+        }
+        Err(redb::TableError::TableDoesNotExist(_)) => {}
+        Err(e) => return Err(e.into()),
+    }
     Ok(t)
 }

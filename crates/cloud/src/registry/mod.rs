@@ -16,15 +16,19 @@
 //! A change waits for one `fsync` of a thread of its own; a worker thread of a runtime hands its
 //! other tasks over meanwhile.
 
+pub(crate) mod audit;
 mod deleted;
 mod error;
 mod file;
 mod live;
 pub(crate) mod people;
+mod quota;
 mod records;
 mod tables;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_tenants;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -33,18 +37,21 @@ use std::time::Duration;
 
 use godwit_types::{Generation, Hash, Name, OpId, SubstrateId, VmId};
 
+use audit::Note;
 use file::File;
 use live::Live;
 use tables::{Change, SiteRow, Tables};
 
+pub use audit::{AuditEnd, AuditEntry, MAX_AUDIT};
 pub use error::RegistryError;
 pub use people::{Drawn, MAX_TOKENS, TenantRecord, TokenInfo, TokenRecord, UserRecord};
+pub use quota::{Quota, TenantQuota, Usage};
 pub use records::{
     Arriving, DeletedVm, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord,
     VmRecord,
 };
 
-use crate::access::default_tenant;
+use crate::access::{Principal, default_tenant};
 use crate::clock::{Moment, UnixMs};
 
 /// Finished operations that are kept; the oldest go first.
@@ -301,8 +308,24 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Exists`] when the name or id is taken.
     pub fn substrate_add(&self, s: &SubstrateRecord) -> Result<()> {
+        self.substrate_enter(s, false)
+    }
+
+    /// As [`Registry::substrate_add`], of one that a user brings: refused when its tenant has no
+    /// room for it.
+    ///
+    /// # Errors
+    /// As [`Registry::substrate_add`]; [`RegistryError::OverQuota`].
+    pub fn substrate_bring(&self, s: &SubstrateRecord) -> Result<()> {
+        self.substrate_enter(s, true)
+    }
+
+    fn substrate_enter(&self, s: &SubstrateRecord, counted: bool) -> Result<()> {
         self.file.write(|t, changes| {
             t.has_tenant(&s.tenant)?;
+            if counted {
+                t.has_room_for(s)?;
+            }
             let taken = t.substrate_named(&s.tenant, &s.name).is_some();
             if taken || t.substrates.contains_key(&s.id) {
                 return Err(RegistryError::Exists { what: "substrate", key: s.name.to_string() });
@@ -455,7 +478,7 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Busy`] that names an environment on its way, which may.
-    pub fn substrate_remove(&self, id: SubstrateId) -> Result<()> {
+    pub fn substrate_remove(&self, who: &Principal, id: SubstrateId) -> Result<()> {
         self.file.write(|t, changes| {
             let s = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
             if let Some(vm) = t.passing(id) {
@@ -466,6 +489,8 @@ impl Registry {
                 let words = format!("substrate '{}' is in use by {by}", s.name);
                 return Err(RegistryError::Busy(words));
             }
+            let note = Note::of(who, "substrate delete", s.name.as_str());
+            changes.push(t.audited(Note { tenant: &s.tenant, ..note }));
             changes.push(Change::Substrate(id, None));
             Ok(())
         })?;
@@ -554,7 +579,9 @@ impl Registry {
             if t.vm_named(&vm.tenant, &vm.name).is_some() {
                 return Err(RegistryError::Exists { what: "machine", key: vm.name.to_string() });
             }
+            t.has_room(None, vm)?;
             changes.push(Change::Vm(vm.id, Some(Arc::new(vm.clone()))));
+            changes.extend(op.and_then(|op| t.audited_op(op)));
             changes.extend(op.map(|op| Change::Op(op.id, Some(Arc::new(op.clone())))));
             Ok(())
         })
@@ -584,6 +611,7 @@ impl Registry {
                     given: vm.generation,
                 });
             }
+            t.has_room(Some(old), &vm)?;
             if vm != **old {
                 changes.push(Change::Vm(id, Some(Arc::new(vm.clone()))));
             }
@@ -649,6 +677,7 @@ impl Registry {
     /// When the database fails.
     pub fn op_put(&self, op: &OpRecord) -> Result<()> {
         self.file.write(|t, changes| {
+            changes.extend(t.audited_op(op));
             changes.push(Change::Op(op.id, Some(Arc::new(op.clone()))));
             if op.state.is_final() {
                 // With this one there is one more, unless it had ended before.

@@ -13,6 +13,8 @@ use godwit_types::{Hash, Name};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::audit::Note;
+use super::quota::Quota;
 use super::tables::{Change, Tables};
 use super::{Registry, RegistryError, Result, missing};
 use crate::access::{DEFAULT_TENANT, OPERATOR, Principal, Role, default_tenant, operator};
@@ -31,13 +33,16 @@ pub struct TenantRecord {
     pub name: Name,
     /// When it was made.
     pub created: UnixMs,
+    /// How much it may have.
+    #[serde(default)]
+    pub quota: Quota,
 }
 
 impl TenantRecord {
     /// One that is made now.
     #[must_use]
     pub fn new(name: Name) -> Self {
-        Self { name, created: UnixMs::now() }
+        Self { name, created: UnixMs::now(), quota: Quota::default() }
     }
 }
 
@@ -170,12 +175,13 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Exists`].
-    pub fn tenant_add(&self, tenant: &TenantRecord) -> Result<()> {
+    pub fn tenant_add(&self, who: &Principal, tenant: &TenantRecord) -> Result<()> {
         self.file.write(|t, changes| {
             let name = &tenant.name;
             if t.tenants.contains_key(name) {
                 return Err(RegistryError::Exists { what: "tenant", key: name.to_string() });
             }
+            changes.push(t.audited(Note::of(who, "tenant create", name.as_str())));
             changes.push(Change::Tenant(name.clone(), Some(Arc::new(tenant.clone()))));
             Ok(())
         })
@@ -186,7 +192,7 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Busy`] that says what it still has.
-    pub fn tenant_remove(&self, name: &Name) -> Result<()> {
+    pub fn tenant_remove(&self, who: &Principal, name: &Name) -> Result<()> {
         self.file.write(|t, changes| {
             t.has_tenant(name)?;
             if name.as_str() == DEFAULT_TENANT {
@@ -215,8 +221,64 @@ impl Registry {
                 s.granted.remove(name);
                 changes.push(Change::Substrate(s.id, Some(Arc::new(s))));
             }
+            changes.push(t.audited(Note::of(who, "tenant delete", name.as_str())));
             changes.push(Change::Tenant(name.clone(), None));
             Ok(())
+        })
+    }
+
+    /// Sets how much a tenant may have. What it has already stays.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`].
+    pub fn tenant_quota(&self, who: &Principal, name: &Name, quota: Quota) -> Result<TenantRecord> {
+        self.file.write(|t, changes| {
+            let old = t.tenants.get(name).ok_or_else(|| missing("tenant", name))?;
+            let tenant = TenantRecord { quota, ..TenantRecord::clone(old) };
+            if tenant != **old {
+                let note = Note::of(who, "quota set", name.as_str());
+                changes.push(t.audited(Note { tenant: name, ..note }));
+                changes.push(Change::Tenant(name.clone(), Some(Arc::new(tenant.clone()))));
+            }
+            Ok(tenant)
+        })
+    }
+
+    /// Lets another tenant use a restricted substrate, or no longer.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`]; [`RegistryError::Busy`] for one that is not restricted.
+    pub fn substrate_grant(
+        &self,
+        who: &Principal,
+        id: godwit_types::SubstrateId,
+        tenant: &Name,
+        may: bool,
+    ) -> Result<super::SubstrateRecord> {
+        self.file.write(|t, changes| {
+            let old = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
+            let mut s = super::SubstrateRecord::clone(old);
+            if may {
+                t.has_tenant(tenant)?;
+                if s.kind != godwit_types::SubstrateKind::Restricted {
+                    let words = format!(
+                        "substrate '{}' is {}: only restricted ones are granted",
+                        s.name, s.kind
+                    );
+                    return Err(busy(words));
+                }
+                s.granted.insert(tenant.clone());
+            } else if !s.granted.remove(tenant) {
+                return Err(missing("grant to", tenant));
+            }
+            if s != **old {
+                let action = if may { "grant create" } else { "grant delete" };
+                let object = format!("{} to {tenant}", s.name);
+                let note = Note::of(who, action, &object);
+                changes.push(t.audited(Note { tenant: &s.tenant, ..note }));
+                changes.push(Change::Substrate(id, Some(Arc::new(s.clone()))));
+            }
+            Ok(s)
         })
     }
 
@@ -247,7 +309,13 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::NotFound`] without its tenant; [`RegistryError::Exists`].
-    pub fn user_add(&self, tenant: &Name, name: &Name, role: Role) -> Result<UserRecord> {
+    pub fn user_add(
+        &self,
+        who: &Principal,
+        tenant: &Name,
+        name: &Name,
+        role: Role,
+    ) -> Result<UserRecord> {
         let (tenant, name) = (tenant.clone(), name.clone());
         let user = UserRecord { id: user_id(), tenant, name, role, created: UnixMs::now() };
         self.file.write(|t, changes| {
@@ -256,6 +324,9 @@ impl Registry {
             if taken || t.user_named(&user.tenant, &user.name).is_some() {
                 return Err(RegistryError::Exists { what: "user", key: user.name.to_string() });
             }
+            let object = format!("{} ({role})", user.name);
+            let note = Note::of(who, "user create", &object);
+            changes.push(t.audited(Note { tenant: &user.tenant, ..note }));
             changes.push(Change::User(user.id.clone(), Some(Arc::new(user.clone()))));
             Ok(())
         })?;
@@ -267,7 +338,7 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`]; [`RegistryError::Busy`] while it has a private substrate, which
     /// nobody else may use.
-    pub fn user_remove(&self, tenant: &Name, name: &Name) -> Result<()> {
+    pub fn user_remove(&self, who: &Principal, tenant: &Name, name: &Name) -> Result<()> {
         self.file.write(|t, changes| {
             let user = t.user_named(tenant, name).ok_or_else(|| missing("user", name))?;
             let theirs = t.substrates.values().find(|s| {
@@ -280,6 +351,8 @@ impl Registry {
             }
             let tokens = t.tokens.values().filter(|k| k.user == user.id);
             changes.extend(tokens.map(|k| Change::Token(k.id.clone(), None)));
+            let note = Note::of(who, "user delete", name.as_str());
+            changes.push(t.audited(Note { tenant, ..note }));
             changes.push(Change::User(user.id.clone(), None));
             Ok(())
         })
@@ -307,9 +380,9 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`] without its user; [`RegistryError::Busy`] when that has
     /// [`MAX_TOKENS`].
-    pub fn token_add(&self, token: &TokenRecord) -> Result<()> {
+    pub fn token_add(&self, who: &Principal, token: &TokenRecord) -> Result<()> {
         self.file.write(|t, changes| {
-            let Some((_, user)) = t.who(&token.user) else {
+            let Some((tenant, user)) = t.who(&token.user) else {
                 return Err(missing("user", &token.user));
             };
             if t.tokens.values().filter(|k| k.user == token.user).count() >= MAX_TOKENS {
@@ -317,6 +390,9 @@ impl Registry {
                     "user '{user}' has {MAX_TOKENS} tokens; remove one first"
                 )));
             }
+            let object = format!("{} of {user} ({})", token.id, token.role);
+            let note = Note::of(who, "token create", &object);
+            changes.push(t.audited(Note { tenant: &tenant, ..note }));
             changes.push(Change::Token(token.id.clone(), Some(Arc::new(token.clone()))));
             Ok(())
         })
@@ -326,12 +402,15 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::NotFound`].
-    pub fn token_remove(&self, id: &str) -> Result<()> {
+    pub fn token_remove(&self, who: &Principal, id: &str) -> Result<()> {
         self.file.write(|t, changes| {
             let token = t
                 .tokens
                 .get(id)
                 .ok_or_else(|| RegistryError::NotFound { what: "token", key: super::shown(id) })?;
+            let note = Note::of(who, "token delete", &token.id);
+            let tenant = t.who(&token.user).map_or_else(|| who.tenant.clone(), |(of, _)| of);
+            changes.push(t.audited(Note { tenant: &tenant, ..note }));
             changes.push(Change::Token(token.id.clone(), None));
             Ok(())
         })

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use godwit_types::{Name, OpId, SiteKind, SubstrateId, VmId};
 use serde::{Deserialize, Serialize};
 
+use super::audit::{AuditEnd, AuditEntry};
 use super::people::{TenantRecord, TokenRecord, UserRecord};
 use super::{DeletedVm, OpRecord, SubstrateRecord, VmRecord};
 use crate::clock::UnixMs;
@@ -36,6 +37,8 @@ pub(super) enum Change {
     Tenant(Name, Option<Arc<TenantRecord>>),
     User(Name, Option<Arc<UserRecord>>),
     Token(String, Option<Arc<TokenRecord>>),
+    /// Only ever added.
+    Audit(Arc<AuditEntry>),
 }
 
 /// A machine and the number of the change that made it as it is.
@@ -68,6 +71,8 @@ pub(super) struct Tables {
     pub(super) users: BTreeMap<Name, Arc<UserRecord>>,
     /// Tokens for the API, by their ids.
     pub(super) tokens: BTreeMap<String, Arc<TokenRecord>>,
+    /// Where the audit log ends; its entries are read from the file.
+    pub(super) audit: AuditEnd,
     /// Entries that do not parse, by key: what the parser said.
     pub(super) damaged: BTreeMap<String, String>,
     /// Counts the changes of machines.
@@ -122,6 +127,7 @@ impl Tables {
             Change::Tenant(name, row) => put(&mut self.tenants, name, row.as_ref()),
             Change::User(id, row) => put(&mut self.users, id, row.as_ref()),
             Change::Token(id, row) => put(&mut self.tokens, id, row.as_ref()),
+            Change::Audit(e) => self.audit = AuditEnd { entries: e.number, last: e.hash() },
             Change::Op(id, row) => {
                 let ended = row.as_ref().is_some_and(|o| o.state.is_final());
                 if ended {
@@ -270,6 +276,7 @@ impl Tables {
             && self.tenants == other.tenants
             && self.users == other.users
             && self.tokens == other.tokens
+            && self.audit == other.audit
             && self.vms.len() == other.vms.len()
             && self.vms.iter().all(|(id, e)| other.vms.get(id).is_some_and(|o| o.vm == e.vm))
             && self.deleted.len() == other.deleted.len()

@@ -8,17 +8,17 @@ use super::*;
 use crate::access::Principal;
 use crate::ops::OpKind;
 
-fn name(s: &str) -> Name {
+pub(super) fn name(s: &str) -> Name {
     Name::new(s).expect("name")
 }
 
-fn open() -> (tempfile::TempDir, Registry) {
+pub(super) fn open() -> (tempfile::TempDir, Registry) {
     let dir = tempfile::tempdir().expect("dir");
     let reg = Registry::open(&dir.path().join("r.redb")).expect("open");
     (dir, reg)
 }
 
-fn vm(n: &str) -> VmRecord {
+pub(super) fn vm(n: &str) -> VmRecord {
     VmRecord {
         id: VmId::new(),
         name: name(n),
@@ -56,7 +56,7 @@ fn site(n: &str) -> SiteRecord {
     }
 }
 
-fn substrate(n: &str) -> SubstrateRecord {
+pub(super) fn substrate(n: &str) -> SubstrateRecord {
     SubstrateRecord {
         id: SubstrateId::new(),
         name: name(n),
@@ -193,10 +193,10 @@ fn holders_follow_the_reports_and_a_used_substrate_stays() {
     let mut v = vm("a");
     v.substrate = Some(s.id);
     reg.vm_add(&v, None).expect("add");
-    let e = reg.substrate_remove(s.id).expect_err("in use");
+    let e = reg.substrate_remove(&Principal::operator(), s.id).expect_err("in use");
     assert_eq!(e.to_string(), "substrate 'abiword' is in use by machine 'a'");
     reg.vm_remove(v.id, v.generation).expect("remove");
-    reg.substrate_remove(s.id).expect("free");
+    reg.substrate_remove(&Principal::operator(), s.id).expect("free");
     assert_eq!(reg.substrate("abiword").expect_err("gone").code(), Code::NotFound);
 }
 
@@ -249,7 +249,7 @@ fn a_file_of_another_format_or_in_use_is_refused() {
     assert_eq!(e.to_string(), "the registry has format 9, this version knows formats 1 to 3");
 }
 
-fn put_raw(
+pub(super) fn put_raw(
     db: &redb::Database,
     table: redb::TableDefinition<'static, &'static str, &'static [u8]>,
     key: &str,
@@ -461,7 +461,7 @@ fn a_rebuilt_substrate_takes_the_name_and_one_in_use_is_kept_aside() {
     assert_eq!((kept.id, &kept.name), (new.id, &aside));
     assert_eq!(reg.substrate("abiword").expect("there").id, third.id);
     assert_eq!(reg.substrate("abiword-old").expect("there").id, new.id);
-    let e = reg.substrate_remove(new.id).expect_err("in use");
+    let e = reg.substrate_remove(&Principal::operator(), new.id).expect_err("in use");
     assert_eq!(e.to_string(), "substrate 'abiword-old' is in use by machine 'a'");
 }
 
@@ -514,7 +514,7 @@ fn kill_9_loses_nothing_that_was_told() {
 }
 
 /// A small tmpfs, unmounted when dropped.
-struct Tmpfs(tempfile::TempDir);
+pub(super) struct Tmpfs(pub(super) tempfile::TempDir);
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
