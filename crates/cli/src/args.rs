@@ -365,6 +365,7 @@ mod tests {
             "user create ann --role admin --tenant acme",
             "token create --user ann --role viewer --lifetime 30d -o json",
             "token delete 0123456789abcdef",
+            "token create --local --socket /r/admin.sock",
         ] {
             let words = std::iter::once("godwit").chain(line.split(' '));
             Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}"));

@@ -1,19 +1,22 @@
 //! `godwit tenant`, `godwit user`, `godwit token`, `godwit audit`: whose things are, who reaches
 //! them, and who did what.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use godwit_cloud::access::Role;
 use godwit_cloud::controller::{ApiToken, NewApiToken, NewTenant, NewUser};
+use godwit_cloud::daemon::{local_socket, local_token};
 use godwit_cloud::registry::{AuditEnd, AuditEntry, TenantRecord, TokenInfo, UserRecord};
+use godwit_cloud::site::SiteDirs;
 use godwit_types::Name;
 use reqwest::Method;
 use serde_json::json;
 
 use crate::args::{Named, Talk, duration};
 use crate::client::{Client, EMPTY};
-use crate::failure::{Outcome, Result};
+use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Row};
 
 #[derive(Debug, Args)]
@@ -95,6 +98,12 @@ enum TokenVerb {
         /// How long it is good, e.g. 8h, 30d; until it is deleted when left out
         #[arg(long, value_parser = duration, value_name = "TIME")]
         lifetime: Option<Duration>,
+        /// As root on the center's host, without a token: one of the operator's
+        #[arg(long, conflicts_with = "user")]
+        local: bool,
+        /// The center's socket for that [default: /run/godwit/center/admin.sock]
+        #[arg(long, value_name = "FILE", requires = "local")]
+        socket: Option<PathBuf>,
     },
     /// Remove a token: it is good for nothing from now on
     #[command(visible_alias = "rm")]
@@ -280,25 +289,42 @@ impl Users {
     }
 }
 
+/// The usual name of a center's own site.
+fn center() -> Result<Name> {
+    Name::new("center").map_err(|e| Failure::internal(e.to_string()))
+}
+
+fn told(talk: &Talk, made: &ApiToken) -> Result {
+    // Alone, so that it can be sent to a file.
+    out::action(talk.output, &made.token, &made.token, &json!(made))?;
+    let info = &made.info;
+    out::talk(&format!(
+        "token {} of {}, {} of tenant {}; it is not shown again",
+        info.id, info.user, info.role, info.tenant
+    ));
+    Ok(Outcome::Done)
+}
+
 impl Tokens {
     pub(crate) async fn run(self) -> Result {
+        if let TokenVerb::Create { role, lifetime, local: true, socket, .. } = self.verb {
+            let lifetime_s = lifetime.map(|t| t.as_secs());
+            let want = NewApiToken { user: None, role, lifetime_s };
+            let usual = || Ok::<_, Failure>(local_socket(&SiteDirs::usual(&center()?).run));
+            let socket = socket.map_or_else(usual, Ok)?;
+            return told(&self.talk, &local_token(&socket, &want).await?);
+        }
         let client = Client::open(&self.talk.connect)?;
         match self.verb {
             TokenVerb::List => {
                 let all: Vec<TokenInfo> = client.get("/v1/api-tokens").await?;
                 out::list(self.talk.output, &all)?;
             }
-            TokenVerb::Create { user, role, lifetime } => {
+            TokenVerb::Create { user, role, lifetime, .. } => {
                 let lifetime_s = lifetime.map(|t| t.as_secs());
                 let new = NewApiToken { user, role, lifetime_s };
                 let made: ApiToken = client.ask(Method::POST, "/v1/api-tokens", Some(&new)).await?;
-                // Alone, so that it can be sent to a file.
-                out::action(self.talk.output, &made.token, &made.token, &json!(made))?;
-                let info = &made.info;
-                out::talk(&format!(
-                    "token {} of {}, {} of tenant {}; it is not shown again",
-                    info.id, info.user, info.role, info.tenant
-                ));
+                return told(&self.talk, &made);
             }
             TokenVerb::Delete { token } => {
                 let path = format!("/v1/api-tokens/{token}");
