@@ -73,7 +73,7 @@ impl Client {
                         return Failure::from(f);
                     }
                     let advised = f.hint.is_some();
-                    let words = format!("no token: {f}");
+                    let words = format!("no operator token: {f}");
                     let failure = Failure::from(Fault::new(Code::Unauthenticated, words));
                     match f.hint {
                         Some(h) if advised => failure.hint(h),

@@ -199,9 +199,9 @@ async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) 
             Fault::new(
                 Code::Unauthenticated,
                 if given.is_some() {
-                    "the token is none of this center, or not any more"
+                    "that is no operator token of this center, nor a user's that is good"
                 } else {
-                    "a token is needed"
+                    "an operator token or a user's is needed"
                 },
             )
             .hint(

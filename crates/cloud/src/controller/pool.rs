@@ -130,8 +130,10 @@ impl Controller {
             |by: &str| Fault::conflict(format!("substrate '{}' is in use by {by}", s.name));
         let vms = self.registry.vms().map_err(registry_fault)?;
         if let Some(vm) = vms.iter().find(|v| v.substrate == Some(s.id) && v.is_on_its_way()) {
-            return Err(in_use(&self.called_for(who, vm))
-                .hint("wait until it has come to rest: godwit op list"));
+            let by = self.called_for(who, vm);
+            return Err(
+                in_use(&by).hint(format!("wait until {by} has come to rest: godwit op list"))
+            );
         }
         let hosts = s.holders.iter().map(|n| self.host(n)).collect::<Result<Vec<_>, Fault>>()?;
         for host in &hosts {
@@ -141,11 +143,12 @@ impl Controller {
                     if let Some(vm) = users.first() {
                         // A site knows of no tenants: one that is called so and is here is meant.
                         let called = |v: &&VmRecord| v.name == *vm && v.site == *host.name();
-                        let by = match vms.iter().filter(called).find(|v| who.lists(&v.tenant)) {
-                            None if !who.is_operator() => "a machine of another tenant".into(),
-                            _ => format!("machine '{vm}'"),
-                        };
-                        return Err(in_use(&by).hint("delete that first: godwit vm delete MACHINE"));
+                        let ours = vms.iter().filter(called).any(|v| who.lists(&v.tenant));
+                        if !ours && !who.is_operator() {
+                            return Err(in_use("a machine of another tenant"));
+                        }
+                        return Err(in_use(&format!("machine '{vm}'"))
+                            .hint(format!("delete that first: godwit vm delete {vm}")));
                     }
                 }
                 other => {
