@@ -106,7 +106,7 @@ impl Cloud {
     fn bare(setup: Setup) -> Self {
         let program = program();
         image();
-        let turn = archive::lock("turn");
+        let turn = archive::turn();
         Self::in_turn(setup, program, Some(turn))
     }
 
@@ -496,6 +496,7 @@ impl Cloud {
     #[must_use]
     pub fn substrate_archive(&self) -> PathBuf {
         let path = archive::path(&self.program, &image());
+        let _one = archive::lock("archive");
         if !path.exists() {
             archive::forget_others(&path);
             // In a cloud of its own: nothing that this one measures depends on who comes first.
