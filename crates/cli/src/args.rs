@@ -335,6 +335,13 @@ mod tests {
     }
 
     #[test]
+    fn the_tenant_that_is_made_is_not_the_one_that_is_acted_in() {
+        let cli = Cli::try_parse_from(["godwit", "tenant", "create", "acme"]).expect("parses");
+        let Command::Tenant(noun) = cli.command else { panic!("another noun") };
+        assert_eq!(noun.acts_in(), None);
+    }
+
+    #[test]
     fn flags_may_stand_at_the_end() {
         for line in [
             "vm create --image tiny --name a -o json",

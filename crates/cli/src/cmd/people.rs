@@ -35,13 +35,13 @@ enum TenantVerb {
     /// Make a tenant
     Create {
         /// Its name
-        tenant: Name,
+        name: Name,
     },
     /// Remove a tenant that has nothing and nobody any more
     #[command(visible_alias = "rm")]
     Delete {
         /// Its name
-        tenant: Name,
+        name: Name,
     },
 }
 
@@ -235,6 +235,12 @@ async fn remove(talk: &Talk, client: &Client, path: &str, name: &str) -> Result 
 }
 
 impl Tenants {
+    /// The tenant that the command acts in.
+    #[cfg(test)]
+    pub(crate) const fn acts_in(&self) -> Option<&Name> {
+        self.talk.connect.tenant.as_ref()
+    }
+
     pub(crate) async fn run(self) -> Result {
         let client = Client::open(&self.talk.connect)?;
         match self.verb {
@@ -242,8 +248,8 @@ impl Tenants {
                 let all: Vec<TenantRecord> = client.get("/v1/tenants").await?;
                 out::list(self.talk.output, &all)?;
             }
-            TenantVerb::Create { tenant } => {
-                let new = NewTenant { name: tenant };
+            TenantVerb::Create { name } => {
+                let new = NewTenant { name };
                 let made: TenantRecord =
                     client.ask(Method::POST, "/v1/tenants", Some(&new)).await?;
                 let words = format!("{}   made", made.name);
@@ -253,9 +259,9 @@ impl Tenants {
                     made.name
                 ));
             }
-            TenantVerb::Delete { tenant } => {
-                let path = format!("/v1/tenants/{tenant}");
-                return remove(&self.talk, &client, &path, tenant.as_str()).await;
+            TenantVerb::Delete { name } => {
+                let path = format!("/v1/tenants/{name}");
+                return remove(&self.talk, &client, &path, name.as_str()).await;
             }
         }
         Ok(Outcome::Done)
