@@ -26,6 +26,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
+use crate::access::Principal;
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::registry::{OpRecord, Registry, RegistryError, Step, StepState, VmRecord};
@@ -86,6 +87,9 @@ pub enum OpKind {
         name: Name,
         /// The substrate it becomes.
         substrate: SubstrateId,
+        /// The name that the substrate gets; the site's name for it when not told.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        called: Option<Name>,
     },
     /// Moves a running environment.
     VmMigrate {
@@ -256,6 +260,7 @@ impl Ops {
     /// As [`Registry::vm_add`]; then the job is not run.
     pub fn start_new<F, Fut>(
         self: &Arc<Self>,
+        who: &Principal,
         vm: &VmRecord,
         kind: OpKind,
         job: F,
@@ -264,25 +269,30 @@ impl Ops {
         F: FnOnce(OpHandle) -> Fut,
         Fut: Future<Output = Result<Value, Fault>> + Send + 'static,
     {
-        let record = OpRecord::begun(kind);
+        let record = OpRecord::begun(who, kind);
         self.registry.vm_add(vm, Some(&record))?;
         let id = record.id;
         self.run(record, job);
         Ok(id)
     }
 
-    /// Writes a new operation down and runs `job` in the background. What the job returns
+    /// Writes a new operation of `who` down and runs `job` in the background. What the job returns
     /// becomes the result; [`Fault`] of class cancelled after a request to stop means that
     /// nothing was left behind.
     ///
     /// # Errors
     /// When the operation cannot be written down; then the job is not run.
-    pub fn start<F, Fut>(self: &Arc<Self>, kind: OpKind, job: F) -> Result<OpId, RegistryError>
+    pub fn start<F, Fut>(
+        self: &Arc<Self>,
+        who: &Principal,
+        kind: OpKind,
+        job: F,
+    ) -> Result<OpId, RegistryError>
     where
         F: FnOnce(OpHandle) -> Fut,
         Fut: Future<Output = Result<Value, Fault>> + Send + 'static,
     {
-        let record = OpRecord::begun(kind);
+        let record = OpRecord::begun(who, kind);
         self.registry.op_put(&record)?;
         let id = record.id;
         self.run(record, job);
@@ -597,7 +607,7 @@ mod tests {
         let (_d, reg, ops) = ops();
         let (go, gone) = tokio::sync::oneshot::channel::<()>();
         let id = ops
-            .start(kind(), |h| async move {
+            .start(&Principal::operator(), kind(), |h| async move {
                 h.progress(Progress {
                     stage: "memory".into(),
                     done: 1,
@@ -621,7 +631,7 @@ mod tests {
     async fn a_cancel_is_heeded_before_the_commit_point_and_refused_after_it() {
         let (_d, _reg, ops) = ops();
         let id = ops
-            .start(kind(), |h| async move {
+            .start(&Principal::operator(), kind(), |h| async move {
                 h.cancel().cancelled().await;
                 h.commit()?;
                 Ok(Value::Null)
@@ -634,7 +644,7 @@ mod tests {
         let (go, gone) = tokio::sync::oneshot::channel::<()>();
         let (at, reached) = tokio::sync::oneshot::channel::<()>();
         let id = ops
-            .start(kind(), |h| async move {
+            .start(&Principal::operator(), kind(), |h| async move {
                 h.commit()?;
                 at.send(()).ok();
                 gone.await.ok();
@@ -651,7 +661,8 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_a_failure_of_the_operation_only() {
         let (_d, _reg, ops) = ops();
-        let id = ops.start(kind(), |_| async { panic!("boom") }).expect("start");
+        let id =
+            ops.start(&Principal::operator(), kind(), |_| async { panic!("boom") }).expect("start");
         let end = ops.wait(id).await.expect("ends");
         assert_eq!((end.state, end.failure()), (OpState::Failed, Some(Code::Internal)));
     }
@@ -661,7 +672,7 @@ mod tests {
         let (_d, reg, first) = ops();
         let (at, reached) = tokio::sync::oneshot::channel::<()>();
         let id = first
-            .start(kind(), |h| async move {
+            .start(&Principal::operator(), kind(), |h| async move {
                 h.begin("lay", json!({"file": "a"}))?;
                 h.done("lay")?;
                 h.begin("tie", json!(7))?;

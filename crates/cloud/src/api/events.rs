@@ -15,7 +15,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, Params};
+use super::{Answer, Api, Params, Who};
+use crate::access::Action;
+use crate::controller::whose::allow;
 use crate::error::Fault;
 use crate::registry::{Event, EventId, EventKind, Forgotten, Summary, Watcher, What};
 
@@ -218,9 +220,11 @@ fn reset(forgotten: Forgotten) -> sse::Event {
     (status = 400, body = Fault), (status = 503, body = Fault)))]
 pub(super) async fn events(
     State(api): State<Api>,
+    who: Who,
     headers: HeaderMap,
     Params(f): Params<EventFilter>,
 ) -> Answer<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>> {
+    allow(&who, Action::See, &crate::access::Object::Cloud, ("site", ""))?;
     let filter = Filter::of(&f)?;
     let registry = api.controller.registry();
     let after = match (headers.get("last-event-id"), &f.after) {
@@ -271,6 +275,7 @@ mod tests {
     use tower::ServiceExt;
 
     use super::*;
+    use crate::access::Principal;
     use crate::registry::{OpRecord, Registry};
 
     struct Place {
@@ -284,9 +289,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let registry = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
         let authority = godwit_transfer::Authority::create(&dir.path().join("authority"));
-        let operator = Name::new("operator").expect("name");
         let authority = Arc::new(authority.expect("authority"));
-        let c = crate::controller::Controller::new(registry.clone(), operator, authority);
+        let c = crate::controller::Controller::new(registry.clone(), authority);
         let stop = CancellationToken::new();
         let api = Api::new(c, Arc::new(super::super::tests::NoGate), "secret").until(stop.clone());
         Place { _dir: dir, registry, router: api.router(), stop }
@@ -311,7 +315,8 @@ mod tests {
 
         fn check(&self, site: &str) {
             let site = Name::new(site).expect("name");
-            let op = OpRecord::begun(crate::ops::OpKind::PoolCheck { site });
+            let op =
+                OpRecord::begun(&Principal::operator(), crate::ops::OpKind::PoolCheck { site });
             self.registry.op_put(&op).expect("put");
         }
     }

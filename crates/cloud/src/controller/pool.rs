@@ -6,9 +6,12 @@ use godwit_types::{Code, Name, SiteKind};
 use serde_json::json;
 
 use super::lifecycle::call_of;
+use super::whose::allow;
 use super::{Accepted, Controller, Mode, registry_fault};
+use crate::access::{Action, Object, Principal};
 use crate::error::Fault;
 use crate::ops::OpKind;
+use crate::registry::VmRecord;
 use crate::site::{Call, SiteReply, SiteRequest, in_use};
 
 impl Controller {
@@ -31,10 +34,12 @@ impl Controller {
     /// When the site is unknown or away.
     pub fn image_build(
         self: &Arc<Self>,
+        who: &Principal,
         image: Name,
         site: Option<Name>,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
+        allow(who, Action::Create, &Object::Image, ("image", image.as_str()))?;
         let site = site.map_or_else(|| self.center(), Ok)?;
         let host = self.host(&site)?;
         let plan = format!("build image '{image}' at {site}");
@@ -45,7 +50,7 @@ impl Controller {
         let kind = OpKind::ImageBuild { site, image: image.clone() };
         let op = self
             .ops
-            .start(kind, |op| async move {
+            .start(who, kind, |op| async move {
                 let info = host.image_build(image, call_of(&op)).await?;
                 Ok(json!({ "image": info }))
             })
@@ -60,10 +65,12 @@ impl Controller {
     /// Conflict while it is used; not found when none of the sites has it.
     pub async fn image_delete(
         &self,
+        who: &Principal,
         image: &Name,
         site: Option<Name>,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
+        allow(who, Action::Change, &Object::Image, ("image", image.as_str()))?;
         let hosts = match &site {
             Some(s) => vec![self.host(s)?],
             None => self.hosts(),
@@ -101,7 +108,10 @@ impl Controller {
                 Err(Fault::not_found(format!("no site has image '{image}' built"))
                     .hint("see the images with: godwit image list"))
             }
-            _ => Ok(Accepted { op: None, plan, target }),
+            _ => {
+                self.note(who, "image delete", image.as_str());
+                Ok(Accepted { op: None, plan, target })
+            }
         }
     }
 
@@ -109,16 +119,21 @@ impl Controller {
     ///
     /// # Errors
     /// Conflict while an environment needs it; unavailable while a holder is away.
-    pub async fn substrate_delete(&self, key: &str, mode: Mode) -> Result<Accepted, Fault> {
-        let s = self.registry.substrate(key).map_err(registry_fault)?;
-        let in_use = |vm: &Name| {
-            Fault::conflict(format!("substrate '{}' is in use by machine '{vm}'", s.name))
-                .hint(format!("delete that first: godwit vm delete {vm}"))
-        };
+    pub async fn substrate_delete(
+        &self,
+        who: &Principal,
+        key: &str,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        let s = self.substrate_for(who, Action::Change, key)?;
+        let in_use =
+            |by: &str| Fault::conflict(format!("substrate '{}' is in use by {by}", s.name));
         let vms = self.registry.vms().map_err(registry_fault)?;
         if let Some(vm) = vms.iter().find(|v| v.substrate == Some(s.id) && v.is_on_its_way()) {
-            return Err(in_use(&vm.name)
-                .hint(format!("wait until '{}' has come to rest: godwit op list", vm.name)));
+            let by = self.called_for(who, vm);
+            return Err(
+                in_use(&by).hint(format!("wait until {by} has come to rest: godwit op list"))
+            );
         }
         let hosts = s.holders.iter().map(|n| self.host(n)).collect::<Result<Vec<_>, Fault>>()?;
         for host in &hosts {
@@ -126,7 +141,14 @@ impl Controller {
             match host.ask(request, Call::quiet()).await? {
                 SiteReply::Names(users) => {
                     if let Some(vm) = users.first() {
-                        return Err(in_use(vm));
+                        // A site knows of no tenants: one that is called so and is here is meant.
+                        let called = |v: &&VmRecord| v.name == *vm && v.site == *host.name();
+                        let ours = vms.iter().filter(called).any(|v| who.lists(&v.tenant));
+                        if !ours && !who.is_operator() {
+                            return Err(in_use("a machine of another tenant"));
+                        }
+                        return Err(in_use(&format!("machine '{vm}'"))
+                            .hint(format!("delete that first: godwit vm delete {vm}")));
                     }
                 }
                 other => {
@@ -149,7 +171,7 @@ impl Controller {
                     .map_err(registry_fault)?,
             }
         }
-        self.registry.substrate_remove(s.id).map_err(registry_fault)?;
+        self.registry.substrate_remove(who, s.id).map_err(registry_fault)?;
         Ok(Accepted { op: None, plan, target })
     }
 
@@ -157,7 +179,13 @@ impl Controller {
     ///
     /// # Errors
     /// When the site is unknown or away.
-    pub fn pool_check(self: &Arc<Self>, site: Name, mode: Mode) -> Result<Accepted, Fault> {
+    pub fn pool_check(
+        self: &Arc<Self>,
+        who: &Principal,
+        site: Name,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        allow(who, Action::Change, &Object::Cloud, ("site", site.as_str()))?;
         let host = self.host(&site)?;
         let plan = format!("check the pool of {site}");
         let target = Some(site.to_string());
@@ -167,7 +195,7 @@ impl Controller {
         let kind = OpKind::PoolCheck { site };
         let op = self
             .ops
-            .start(kind, |op| async move {
+            .start(who, kind, |op| async move {
                 match host.ask(SiteRequest::PoolCheck, call_of(&op)).await? {
                     SiteReply::Checked(r) if r.damaged.is_empty() => Ok(json!({ "check": r })),
                     SiteReply::Checked(r) => Err(Fault::new(

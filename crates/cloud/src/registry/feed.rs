@@ -474,7 +474,8 @@ enum Key<'a> {
     Substrate(SubstrateId),
     Op(OpId),
     Site(&'a Name),
-    Deleted(VmId),
+    /// Of no object that is followed.
+    Other,
 }
 
 const fn key(change: &Change) -> Key<'_> {
@@ -483,7 +484,11 @@ const fn key(change: &Change) -> Key<'_> {
         Change::Substrate(id, _) => Key::Substrate(*id),
         Change::Op(id, _) => Key::Op(*id),
         Change::Site(name, _) => Key::Site(name),
-        Change::Deleted(id, _) => Key::Deleted(*id),
+        Change::Deleted(..)
+        | Change::Tenant(..)
+        | Change::User(..)
+        | Change::Token(..)
+        | Change::Audit(_) => Key::Other,
     }
 }
 
@@ -547,7 +552,11 @@ fn event(change: &Change, before: Option<&Change>, tables: &Tables) -> Option<Wh
             let said = |s: Option<&Arc<SiteRow>>| s.map(|s| Summary::site(s));
             Some(made(EventKind::Site, name.to_string(), Some(name), said(old), said(new), None))
         }
-        Change::Deleted(..) => None,
+        Change::Deleted(..)
+        | Change::Tenant(..)
+        | Change::User(..)
+        | Change::Token(..)
+        | Change::Audit(_) => None,
     }
 }
 

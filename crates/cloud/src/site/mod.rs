@@ -41,7 +41,7 @@ pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
     MachineStatus, MemoryStand, MoveStand, NewMachine, News, Origin, PoolReport, SiteEvent,
-    SiteReply, SiteRequest, StreamRequest, SubstrateInfo, UNKNOWN_GENERATION,
+    SiteReply, SiteRequest, StreamRequest, SubstrateInfo, UNKNOWN_GENERATION, Upload,
 };
 
 /// A byte stream in both directions: a console, a display, a substrate on its way.

@@ -181,6 +181,7 @@ impl SiteHost for RemoteSite {
             StreamRequest::SubstrateExport { .. }
             | StreamRequest::SubstrateSupply { .. }
             | StreamRequest::SubstrateTake { .. }
+            | StreamRequest::SubstrateUpload(_)
             | StreamRequest::SubstrateImport { .. } => Priority::Background,
         };
         let (mut to, mut from) = self.lane(LaneKind::Pipe, priority).await?.split();
