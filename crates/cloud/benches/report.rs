@@ -68,6 +68,7 @@ fn record(i: usize, site: &Name) -> VmRecord {
         changed: UnixMs::now(),
         moving_to: None,
         reason: None,
+        private_of: None,
         arriving: None,
         voided: std::collections::BTreeMap::new(),
     }

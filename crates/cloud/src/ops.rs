@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::FutureExt;
-use godwit_types::{Code, Generation, Name, OpId, OpState, SubstrateId, VmId};
+use godwit_types::{Code, Generation, Name, OpId, OpState, SubstrateId, SubstrateKind, VmId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
@@ -90,6 +90,9 @@ pub enum OpKind {
         /// The name that the substrate gets; the site's name for it when not told.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         called: Option<Name>,
+        /// Who may use the substrate; not told by a version before this.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        becomes: Option<SubstrateKind>,
     },
     /// Moves a running environment.
     VmMigrate {
@@ -150,6 +153,12 @@ impl OpKind {
             Self::SubstrateRebuild { .. } => "substrate rebuild",
             Self::PoolCheck { .. } => "pool check",
         }
+    }
+
+    /// Whether it is about the cloud as a whole, so that users have nothing to do with it.
+    #[must_use]
+    pub const fn is_of_cloud(&self) -> bool {
+        matches!(self, Self::ImageBuild { .. } | Self::PoolCheck { .. })
     }
 
     /// The machine that it is about.

@@ -24,6 +24,7 @@ use godwit_types::{Name, SubstrateKind};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::clock::UnixMs;
 use crate::registry::{OpRecord, SubstrateRecord, VmRecord};
 
 /// The tenant that every cloud has, and that everything from before there were tenants belongs to.
@@ -111,6 +112,8 @@ pub struct Principal {
     pub role: Role,
     /// An operator who asks for one tenant only.
     pub narrowed: bool,
+    /// When the token ends by which it is here, if it does.
+    pub until: Option<UnixMs>,
 }
 
 impl Principal {
@@ -118,7 +121,7 @@ impl Principal {
     #[must_use]
     pub fn operator() -> Self {
         let (user, tenant) = (operator(), default_tenant());
-        Self { id: user.clone(), user, tenant, role: Role::Operator, narrowed: false }
+        Self { id: user.clone(), user, tenant, role: Role::Operator, narrowed: false, until: None }
     }
 
     /// The same user acting in `tenant`: an operator who has named something of it.
@@ -181,6 +184,8 @@ pub enum Object<'a> {
     Machine {
         /// Whose.
         tenant: &'a Name,
+        /// The user of that tenant whose alone it is: it stands on a private substrate.
+        private_of: Option<&'a Name>,
     },
     /// A substrate.
     Substrate {
@@ -204,6 +209,8 @@ pub enum Object<'a> {
     Site,
     /// What is about the cloud as a whole: pools, join tokens, metrics.
     Cloud,
+    /// An operation on the cloud as a whole: a pool's check, an image's build.
+    CloudOperation,
     /// What a tenant's users did.
     Audit {
         /// Whose.
@@ -236,7 +243,7 @@ impl<'a> Object<'a> {
     /// A machine.
     #[must_use]
     pub const fn machine(vm: &'a VmRecord) -> Self {
-        Self::Machine { tenant: &vm.tenant }
+        Self::Machine { tenant: &vm.tenant, private_of: vm.private_of.as_ref() }
     }
 
     /// A substrate.
@@ -248,14 +255,18 @@ impl<'a> Object<'a> {
     /// An operation.
     #[must_use]
     pub const fn operation(op: &'a OpRecord) -> Self {
-        Self::Operation { tenant: &op.tenant }
+        match op.kind.is_of_cloud() {
+            true => Self::CloudOperation,
+            false => Self::Operation { tenant: &op.tenant },
+        }
     }
 
     const fn what(&self) -> &'static str {
         match self {
-            Self::Machine { .. } => "machines",
+            Self::Machine { private_of: Some(_), .. } => "this private machine",
+            Self::Machine { private_of: None, .. } => "machines",
             Self::Substrate { .. } => "this substrate",
-            Self::Operation { .. } => "operations",
+            Self::Operation { .. } | Self::CloudOperation => "operations",
             Self::Image => "images",
             Self::Site => "sites",
             Self::Cloud => "what concerns the whole cloud",
@@ -304,7 +315,7 @@ pub fn forbidden(who: &Principal, action: Action, object: &Object<'_>) -> String
 /// Whether it is there for `who`, who is no operator.
 fn sees(who: &Principal, object: &Object<'_>) -> bool {
     match *object {
-        Object::Machine { tenant }
+        Object::Machine { tenant, .. }
         | Object::Operation { tenant }
         | Object::Audit { tenant }
         | Object::User { tenant, .. } => *tenant == who.tenant,
@@ -320,6 +331,7 @@ fn sees(who: &Principal, object: &Object<'_>) -> bool {
                     SubstrateKind::Private => false,
                 }
         }
+        Object::CloudOperation => false,
         // That they are there is no secret.
         Object::Image | Object::Site | Object::Cloud => true,
     }
@@ -330,8 +342,13 @@ fn needed(who: &Principal, action: Action, object: &Object<'_>) -> Option<Role> 
     use Action::{Change, Create, Look, Publish, See, Use};
     use Role::{Admin, Member, Viewer};
     match (*object, action) {
-        (_, Publish) | (Object::Cloud, _) => None,
-        (Object::Machine { .. }, See | Look) => Some(Viewer),
+        (_, Publish) | (Object::Cloud | Object::CloudOperation, _) => None,
+        (Object::Machine { .. }, See) => Some(Viewer),
+        (Object::Machine { private_of: Some(owner), .. }, Look | Use) if *owner != who.user => None,
+        (Object::Machine { private_of: Some(owner), .. }, Change) if *owner != who.user => {
+            Some(Admin)
+        }
+        (Object::Machine { .. }, Look) => Some(Viewer),
         (Object::Machine { .. }, Use | Create | Change) => Some(Member),
         (Object::Operation { .. }, See) => Some(Viewer),
         (Object::Operation { .. }, Change) => Some(Member),

@@ -6,7 +6,7 @@ fn name(s: &str) -> Name {
 
 fn who(role: Role) -> Principal {
     let id = name("u-1");
-    Principal { user: name("ann"), id, tenant: name("acme"), role, narrowed: false }
+    Principal { user: name("ann"), id, tenant: name("acme"), role, narrowed: false, until: None }
 }
 
 /// Lowest role that may, `-` for nobody but an operator, `x` where it is not there.
@@ -39,15 +39,24 @@ fn each_role_may_what_the_table_says_and_nothing_else() {
     let substrate =
         |tenant, owner, kind, granted| Object::Substrate { tenant, owner, kind, granted };
     let token = |tenant, user, role| Object::Token { tenant, user, role };
+    let machine = |tenant, private_of| Object::Machine { tenant, private_of };
     let user = |tenant, role| Object::User { tenant, role };
     use SubstrateKind::{Private, Public, Restricted};
     let rows: &[(&str, Object<'_>, [&str; 6])] = &[
+        ("machine", machine(&acme, None), ["viewer", "viewer", "member", "member", "member", "-"]),
         (
-            "machine",
-            Object::Machine { tenant: &acme },
+            "own private machine",
+            machine(&acme, Some(&ann)),
             ["viewer", "viewer", "member", "member", "member", "-"],
         ),
-        ("foreign machine", Object::Machine { tenant: &other }, ["x"; 6]),
+        (
+            "a colleague's private machine",
+            machine(&acme, Some(&bob)),
+            ["viewer", "-", "-", "member", "admin", "-"],
+        ),
+        ("foreign machine", machine(&other, None), ["x"; 6]),
+        ("foreign private machine", machine(&other, Some(&ann)), ["x"; 6]),
+        ("operation on the cloud", Object::CloudOperation, ["x"; 6]),
         (
             "operation",
             Object::Operation { tenant: &acme },

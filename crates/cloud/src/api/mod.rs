@@ -108,6 +108,8 @@ pub struct Api {
     streams: events::Streams,
     /// Ends the streams of events.
     stop: CancellationToken,
+    /// Held by whoever reads the audit log.
+    audit: Arc<tokio::sync::Semaphore>,
 }
 
 impl std::fmt::Debug for Api {
@@ -121,7 +123,9 @@ impl Api {
     #[must_use]
     pub fn new(controller: Arc<Controller>, gate: Arc<dyn Gatekeeper>, token: &str) -> Self {
         let (streams, stop) = (events::Streams::default(), CancellationToken::new());
-        Self { controller, gate, token: blake3::hash(token.as_bytes()), streams, stop }
+        let (token, audit) =
+            (blake3::hash(token.as_bytes()), Arc::new(tokio::sync::Semaphore::new(1)));
+        Self { controller, gate, token, streams, stop, audit }
     }
 
     /// The same; its streams of events end with `stop`.

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::{Answer, Api, Params, Path, Payload, Who, name};
-use crate::controller::{ApiToken, NewApiToken, NewTenant, NewUser};
+use crate::controller::{ApiToken, Controller, NewApiToken, NewTenant, NewUser};
 use crate::error::Fault;
 use crate::registry::{
     AuditEnd, AuditEntry, MAX_AUDIT, Quota, TenantQuota, TenantRecord, TokenInfo, UserRecord,
@@ -127,6 +127,21 @@ pub(super) async fn token_delete(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Reads the audit log from the disk, beside what else is served and one reader after the other.
+async fn read_audit<T: Send + 'static>(
+    api: &Api,
+    read: impl FnOnce(&Controller) -> Result<T, Fault> + Send + 'static,
+) -> Answer<T> {
+    let gone = |_| Fault::internal("the audit log was not read");
+    let place = api.audit.clone().acquire_owned().await.map_err(|e| gone(e.to_string()))?;
+    let controller = api.controller.clone();
+    let read = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        read(&controller)
+    });
+    Ok(read.await.map_err(|e| gone(e.to_string()))??)
+}
+
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -144,12 +159,12 @@ pub(super) async fn audit(
     Params(newest): Params<Newest>,
 ) -> Answer<Json<Vec<AuditEntry>>> {
     let limit = usize::try_from(newest.limit.unwrap_or(100)).unwrap_or(MAX_AUDIT);
-    Ok(Json(api.controller.audit_for(&who, limit)?))
+    Ok(Json(read_audit(&api, move |c| c.audit_for(&who, limit)).await?))
 }
 
 /// Reads the whole audit log: where it ends, if it is whole.
 #[utoipa::path(get, path = "/v1/audit/end",
     responses((status = 200, body = AuditEnd), (status = 403, body = Fault), (status = 422, body = Fault)))]
 pub(super) async fn audit_end(State(api): State<Api>, who: Who) -> Answer<Json<AuditEnd>> {
-    Ok(Json(api.controller.audit_verify(&who)?))
+    Ok(Json(read_audit(&api, move |c| c.audit_verify(&who)).await?))
 }

@@ -131,7 +131,7 @@ pub(super) async fn revoke(
     if let Ok(host) = api.controller.host(&site) {
         api.controller.detach(&host);
     }
-    api.controller.note(&who, "site revoke", site.as_str());
+    api.controller.note_of_cloud(&who, "site revoke", site.as_str());
     api.controller.spread_revocations(&revoked).await;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -156,7 +156,7 @@ pub(super) async fn withdraw(
 ) -> Answer<StatusCode> {
     allow(&who, Action::Change, &Object::Cloud, ("site", ""))?;
     api.gate.withdraw(&id)?;
-    api.controller.note(&who, "join token withdraw", &id);
+    api.controller.note_of_cloud(&who, "join token withdraw", &id);
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -183,6 +183,6 @@ pub(super) async fn token(
         return Err(Fault::new(Code::Exists, words).hint("choose another name").into());
     }
     let token = api.gate.invite(&want.site, kind, lifetime)?;
-    api.controller.note(&who, "join token create", want.site.as_str());
+    api.controller.note_of_cloud(&who, "join token create", want.site.as_str());
     Ok((StatusCode::CREATED, Json(TokenText { site: want.site, token })))
 }

@@ -20,7 +20,7 @@ use super::{
 use crate::access::{Action, Object, Principal, default_tenant};
 use crate::controller::bring::finish_import;
 use crate::controller::whose::{allow, shown};
-use crate::controller::{Accepted, Mode, Unanswered, ask_all};
+use crate::controller::{Accepted, Controller, Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
 use crate::site::frames::FrameReader;
@@ -154,7 +154,7 @@ pub(super) async fn export(
         Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
     })?;
     let stream = host.open(StreamRequest::SubstrateExport { id: s.id }).await?;
-    api.controller.note(&who, "substrate export", s.name.as_str());
+    api.controller.note_substrate(&who, "substrate export", &s);
     let frames = FrameReader::new(stream, host.name().clone());
     // An error in the stream cuts the body off, so that no client takes it for whole.
     let body = futures::stream::try_unfold(frames, async |mut frames| match frames.next().await {
@@ -186,8 +186,9 @@ pub(super) async fn import(
     if body.size_hint().lower() > MAX_IMPORT {
         return Err(too_large().into());
     }
+    let bytes = body.size_hint().exact();
     let mut body = body.into_data_stream();
-    match upload(&api, &who, to, &mut body).await {
+    match upload(&api, &who, to, bytes, &mut body).await {
         Ok(record) => Ok((StatusCode::CREATED, Json(record))),
         Err(f) => {
             // A sender that is cut off while it sends never reads why.
@@ -197,14 +198,16 @@ pub(super) async fn import(
     }
 }
 
+/// Brings a file of `bytes`, if that is known, to a site.
 async fn upload(
     api: &Api,
     who: &Principal,
     to: ImportTo,
+    bytes: Option<u64>,
     body: &mut BodyDataStream,
 ) -> Result<SubstrateRecord, Fault> {
     if let Some(n) = &to.name
-        && api.controller.registry().substrate_in(&who.tenant, n.as_str()).is_ok()
+        && api.controller.registry().substrate_named(&who.tenant, n)
     {
         return Err(Fault::new(Code::Exists, format!("substrate '{n}' exists already")));
     }
@@ -215,14 +218,14 @@ async fn upload(
     let host = api.controller.host(&site)?;
     let label = to.name.clone().unwrap_or_else(|| site.clone());
     // An operator brings back what was exported, as it was; whatever else comes is its bringer's.
-    let taking = match (who.is_operator() && who.tenant == default_tenant(), &to.name) {
+    let upload = match (who.is_operator() && who.tenant == default_tenant(), &to.name) {
         (true, _) => None,
-        (false, Some(name)) => Some(api.controller.begin_upload(who, name)?),
+        (false, Some(name)) => Some(api.controller.begin_upload(who, name, bytes)?),
         (false, None) => {
             return Err(Fault::invalid("say what it is to be called").hint("add --name NAME"));
         }
     };
-    let request = match &taking {
+    let request = match &upload {
         Some(upload) => StreamRequest::SubstrateUpload(upload.want.clone()),
         None => StreamRequest::SubstrateImport { name: to.name, content: None },
     };
@@ -238,6 +241,9 @@ async fn upload(
         if taken > MAX_IMPORT {
             return Err(too_large());
         }
+        if let Some(upload) = &upload {
+            upload.count(chunk.len() as u64)?;
+        }
         // A site that refuses closes its end; its verdict follows.
         if into.write_all(&chunk).await.is_err() {
             refused = true;
@@ -249,7 +255,12 @@ async fn upload(
         _ => return Err(Fault::internal("the site took less than was sent")),
     };
     let id = info.id;
-    match api.controller.adopt_substrate(&site, info) {
+    let adopted = match &upload {
+        Some(upload) => Controller::is_wanted(&site, upload.want.id, &info)
+            .and_then(|()| api.controller.adopt_substrate(&site, info)),
+        None => api.controller.adopt_import(&site, info),
+    };
+    match adopted {
         Ok(record) => {
             api.controller.note(who, "substrate import", record.name.as_str());
             Ok(record)

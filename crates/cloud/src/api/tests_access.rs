@@ -151,6 +151,7 @@ fn furnish(w: &World, tenant: &str, prefix: &str) -> Has {
         changed: UnixMs(1),
         moving_to: None,
         reason: None,
+        private_of: None,
         arriving: None,
         voided: BTreeMap::new(),
     };

@@ -1,74 +1,26 @@
 //! What the center knows of the substrates that sites hold, and how one comes to a site that lacks
 //! it: once, however many machines wait for it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 
-use godwit_types::{Code, Name, SiteKind, SubstrateId, SubstrateKind};
+use godwit_types::{Code, Name, SiteKind, SubstrateId};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 
+use super::origin::Came;
 use super::rebuild::{suffixed, tail};
-use super::whose::{allow, name_at_sites};
 use super::{Controller, registry_fault};
-use crate::access::{Action, Object, Principal, default_tenant, may};
 use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind};
-use crate::registry::{OpRecord, RegistryError, SiteReport, SubstrateRecord};
-use crate::site::{SiteHost, SubstrateInfo, Upload, bounds};
+use crate::ops::OpHandle;
+use crate::registry::{RegistryError, SiteReport, SubstrateRecord};
+use crate::site::{SiteHost, SubstrateInfo, bounds};
 
 /// The substrates that are on their way, by where they go.
 pub(super) type Bringing = std::sync::Mutex<HashMap<(SubstrateId, Name), Arc<Mutex<()>>>>;
 
-/// Substrates that users bring, while they come in: tenant, user and name.
-pub(super) type Uploads = std::sync::Mutex<HashMap<SubstrateId, (Name, Name, Name)>>;
-
-/// A substrate that a user brings; dropped, it is forgotten here.
-pub(crate) struct Uploading<'a> {
-    of: &'a Uploads,
-    /// What its site is told.
-    pub(crate) want: Upload,
-}
-
-impl Drop for Uploading<'_> {
-    fn drop(&mut self) {
-        self.of.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.want.id);
-    }
-}
-
 impl Controller {
-    /// Prepares to take in, as `name`, a substrate that `who` brings as a file.
-    ///
-    /// # Errors
-    /// Forbidden; exists.
-    pub(crate) fn begin_upload(
-        &self,
-        who: &Principal,
-        name: &Name,
-    ) -> Result<Uploading<'_>, Fault> {
-        let made = Object::Substrate {
-            tenant: &who.tenant,
-            owner: &who.user,
-            kind: SubstrateKind::Restricted,
-            granted: &BTreeSet::new(),
-        };
-        allow(who, Action::Create, &made, ("substrate", name.as_str()))?;
-        let all = self.registry.substrates().map_err(registry_fault)?;
-        let usable = |s: &&SubstrateRecord| may(who, Action::Use, &Object::substrate(s)).is_ok();
-        let among = all.iter().filter(usable).map(|s| s.id).collect();
-        let id = SubstrateId::new();
-        let want = Upload {
-            name: name_at_sites(&who.tenant, name, id)?,
-            id,
-            owner: who.id.clone(),
-            among,
-        };
-        let whose = (who.tenant.clone(), who.user.clone(), name.clone());
-        self.uploads.lock().unwrap_or_else(PoisonError::into_inner).insert(id, whose);
-        Ok(Uploading { of: &self.uploads, want })
-    }
-
     /// Brings a substrate to `to` from a site that holds it, and answers with that site, whose link
     /// may have become another one. Whoever wants the same meanwhile waits for the first, and finds
     /// it there.
@@ -139,7 +91,7 @@ impl Controller {
             return Ok(report);
         }
         let trusted = self.registry.site(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
-        let asked = if trusted { HashSet::new() } else { self.asked_for()? };
+        let asked = if trusted { HashSet::new() } else { self.asked_for(host.name())? };
         let mut unasked = 0u64;
         for s in host.substrates().await? {
             let id = s.id;
@@ -169,70 +121,8 @@ impl Controller {
         Ok(report)
     }
 
-    /// A substrate that is new to the registry, as its first holder tells of it.
-    pub(super) fn record_of(&self, site: &Name, info: SubstrateInfo) -> SubstrateRecord {
-        // The operation that made it says whose it is; what came otherwise has its owner's id.
-        let (tenant, owner, called) = match self.made_by(info.id) {
-            Some((tenant, owner, called)) => (tenant, owner, called),
-            None => match self.registry.who(&info.owner) {
-                Some((tenant, owner)) => (tenant, owner, None),
-                None => (default_tenant(), info.owner, None),
-            },
-        };
-        let name = called.unwrap_or(info.name);
-        SubstrateRecord {
-            id: info.id,
-            name,
-            tenant,
-            kind: info.kind,
-            owner,
-            granted: BTreeSet::new(),
-            image: info.image,
-            arch: info.arch,
-            memory: info.memory,
-            vcpus: info.vcpus,
-            raw_bytes: info.raw_bytes,
-            stored_bytes: info.stored_bytes,
-            created: info.created,
-            holders: [site.clone()].into(),
-            content: Some(info.content),
-            damaged: BTreeMap::new(),
-        }
-    }
-
-    /// Tenant and user who had this substrate made, and the name that they asked for.
-    fn made_by(&self, id: SubstrateId) -> Option<(Name, Name, Option<Name>)> {
-        let taken = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((tenant, user, name)) = taken.get(&id).cloned() {
-            return Some((tenant, user, Some(name)));
-        }
-        drop(taken);
-        let made = |o: &Arc<OpRecord>| {
-            let called = match &o.kind {
-                OpKind::VmDock { substrate, called, .. } if *substrate == id => called.clone(),
-                OpKind::SubstrateRebuild { new, .. } if *new == id => None,
-                _ => return None,
-            };
-            Some((o.tenant.clone(), o.user.clone(), called))
-        };
-        self.registry.ops_shared().iter().rev().find_map(made)
-    }
-
-    /// The substrates that the center has asked sites to dock: a site publishes nothing by itself.
-    fn asked_for(&self) -> Result<HashSet<SubstrateId>, Fault> {
-        let ops = self.ops().list().map_err(registry_fault)?;
-        Ok(ops
-            .iter()
-            .filter_map(|o| match &o.kind {
-                OpKind::VmDock { substrate: made, .. }
-                | OpKind::SubstrateRebuild { new: made, .. } => Some(*made),
-                _ => None,
-            })
-            .collect())
-    }
-
     /// Refuses what a site says to have made when it is not what it was asked for.
-    pub(super) fn is_wanted(
+    pub(crate) fn is_wanted(
         site: &Name,
         wanted: SubstrateId,
         info: &SubstrateInfo,
@@ -253,14 +143,29 @@ impl Controller {
         site: &Name,
         info: SubstrateInfo,
     ) -> Result<SubstrateRecord, Fault> {
+        self.adopt(site, info, Came::Reported)
+    }
+
+    /// As [`Controller::adopt_substrate`], of one that the operator has brought to `site`.
+    pub(crate) fn adopt_import(
+        &self,
+        site: &Name,
+        info: SubstrateInfo,
+    ) -> Result<SubstrateRecord, Fault> {
+        self.adopt(site, info, Came::Imported)
+    }
+
+    fn adopt(
+        &self,
+        site: &Name,
+        info: SubstrateInfo,
+        came: Came,
+    ) -> Result<SubstrateRecord, Fault> {
         match self.registry.substrate_seen(info.id, site, info.content) {
             Err(RegistryError::NotFound { .. }) => {
-                let mut record = self.record_of(site, info);
-                let brought = {
-                    let taken = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
-                    taken.contains_key(&record.id)
-                };
-                let add = |record: &SubstrateRecord| match brought {
+                let mut record = self.record_of(site, info, came);
+                let uploaded = self.uploads.has(record.id);
+                let add = |record: &SubstrateRecord| match uploaded {
                     true => self.registry.substrate_bring(record),
                     false => self.registry.substrate_add(record),
                 };

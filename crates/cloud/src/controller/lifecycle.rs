@@ -9,7 +9,7 @@ use serde_json::json;
 use super::depart::Wanted;
 use super::whose::{allow, name_at_sites};
 use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
-use crate::access::{Action, Object, Principal};
+use crate::access::{Action, Object, Principal, may};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
@@ -87,11 +87,17 @@ impl Controller {
         let all = self.registry.vms().map_err(registry_fault)?;
         let Some(vm) = all.into_iter().find(|v| v.substrate == Some(s.id)) else { return Ok(()) };
         let is = self.called_for(who, &vm);
-        Err(Fault::conflict(format!(
+        let refusal = Fault::conflict(format!(
             "substrate '{}' is private and runs once at a time: it is {is} at '{}'",
             s.name, vm.site
-        ))
-        .hint(format!("use that one, or first: godwit vm dock {0}, godwit vm delete {0}", vm.name)))
+        ));
+        Err(match may(who, Action::See, &Object::machine(&vm)) {
+            Ok(()) => refusal.hint(format!(
+                "use that one, or first: godwit vm dock {0}, godwit vm delete {0}",
+                vm.name
+            )),
+            Err(_) => refusal,
+        })
     }
 
     /// Makes an environment: cold boot or activation.
@@ -104,7 +110,8 @@ impl Controller {
         want: CreateVm,
         mode: Mode,
     ) -> Result<(Accepted, Option<VmRecord>), Fault> {
-        allow(who, Action::Create, &Object::Machine { tenant: &who.tenant }, ("tenant", ""))?;
+        let made = Object::Machine { tenant: &who.tenant, private_of: None };
+        allow(who, Action::Create, &made, ("tenant", ""))?;
         let shape = self.shape(who, &want).await?;
         if !(16..=1 << 20).contains(&shape.memory.0) {
             return Err(Fault::invalid("guest memory must be 16 MiB to 1 TiB"));
@@ -144,6 +151,7 @@ impl Controller {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
         }
         let host = self.host(&placed.site)?;
+        let private_of = shape.substrate.as_ref().and_then(SubstrateRecord::private_of).cloned();
         let vm = VmRecord {
             id: VmId::new(),
             name: name.clone(),
@@ -160,6 +168,7 @@ impl Controller {
             changed: now,
             moving_to: None,
             reason: None,
+            private_of,
             arriving: None,
             voided: std::collections::BTreeMap::new(),
         };
@@ -408,16 +417,16 @@ impl Controller {
         allow(who, action, &made, ("machine", key))?;
         vm.state.to(VmState::Docking).map_err(|e| state_fault(&vm, &e))?;
         let name = how.name.unwrap_or_else(|| vm.name.clone());
-        if self.registry.substrate_in(&vm.tenant, name.as_str()).is_ok() {
-            return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
-                .hint("give it another name with --name"));
-        }
+        self.is_new_substrate(&vm.tenant, &name)?;
         let host = self.host(&vm.site)?;
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
         let at_sites = name_at_sites(&vm.tenant, &name, substrate)?;
+        // Until the operation is entered, so that no two get one name.
+        let one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
+        self.is_new_substrate(&vm.tenant, &name)?;
         let vm = self.change_vm(&vm, vm.generation, |v| {
             Ok(v.become_state(VmState::Docking, UnixMs::now())?)
         })?;
@@ -429,8 +438,8 @@ impl Controller {
             kind,
             owner: who.id.clone(),
         };
-        let called = Some(name);
-        let kind = OpKind::VmDock { vm: vm.id, name: vm.name.clone(), substrate, called };
+        let (called, becomes) = (Some(name), Some(kind));
+        let kind = OpKind::VmDock { vm: vm.id, name: vm.name.clone(), substrate, called, becomes };
         let (me, record) = (self.clone(), vm.clone());
         let started = self.ops.start(who, kind, |op| async move {
             op.begin("dock", json!({ "site": record.site, "substrate": substrate }))?;
@@ -455,6 +464,7 @@ impl Controller {
                 }
             }
         });
+        drop(one);
         match started {
             Ok(op) => Ok(Accepted { op: Some(op), plan, target: Some(vm.name.to_string()) }),
             Err(e) => {

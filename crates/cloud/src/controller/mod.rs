@@ -25,15 +25,19 @@ mod depart;
 mod exec;
 pub(crate) mod lifecycle;
 mod moves;
+mod origin;
 mod people;
 mod pool;
 mod rebuild;
 mod recover;
+mod refusals;
 mod settle;
 #[cfg(test)]
 pub(crate) mod tests;
 #[cfg(test)]
 mod tests_belief;
+#[cfg(test)]
+mod tests_tenants;
 mod warrants;
 pub(crate) mod whose;
 
@@ -136,7 +140,8 @@ pub struct Controller {
     authority: Arc<Authority>,
     sites: Sites,
     bringing: bring::Bringing,
-    uploads: bring::Uploads,
+    uploads: origin::Uploads,
+    refusals: refusals::Refusals,
     settled: recover::Settled,
     /// One machine at a time is entered: what may run once only is not entered twice.
     entering: std::sync::Mutex<()>,
@@ -203,7 +208,8 @@ impl Controller {
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
             bringing: bring::Bringing::default(),
-            uploads: bring::Uploads::default(),
+            uploads: origin::Uploads::default(),
+            refusals: refusals::Refusals::default(),
             settled: recover::Settled::default(),
             entering: std::sync::Mutex::default(),
         })

@@ -1,12 +1,14 @@
 //! Tenants, users and tokens, as principals may see and change them.
 
+use std::time::Instant;
+
 use godwit_types::{Code, Name};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::whose::{allow, unseen};
 use super::{Controller, registry_fault};
-use crate::access::{Action, OPERATOR, Object, Principal, Role, may};
+use crate::access::{Action, Object, Principal, Role, may};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::registry::audit::Note;
@@ -46,13 +48,19 @@ pub struct NewApiToken {
 }
 
 /// A new token, and its text, which is told once.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ApiToken {
     /// What is kept of it.
     #[serde(flatten)]
     pub info: TokenInfo,
     /// What a client shows: `Authorization: Bearer TEXT`.
     pub token: String,
+}
+
+impl std::fmt::Debug for ApiToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ApiToken").field("info", &self.info).finish_non_exhaustive()
+    }
 }
 
 /// The longest life of a token with an end, in seconds: ten years.
@@ -74,9 +82,7 @@ impl Controller {
     pub fn tenant_create(&self, who: &Principal, new: NewTenant) -> Result<TenantRecord, Fault> {
         // Whether there is one is not told: only an operator may, or may not.
         allow(who, Action::Create, &Object::Tenant { name: &who.tenant }, ("tenant", ""))?;
-        let tenant = TenantRecord::new(new.name);
-        self.registry.tenant_add(who, &tenant).map_err(registry_fault)?;
-        Ok(tenant)
+        self.registry.tenant_add(who, &TenantRecord::new(new.name)).map_err(registry_fault)
     }
 
     /// Removes a tenant that has nothing and nobody any more.
@@ -134,8 +140,12 @@ impl Controller {
     pub fn audit_for(&self, who: &Principal, limit: usize) -> Result<Vec<AuditEntry>, Fault> {
         let own = Object::Audit { tenant: &who.tenant };
         allow(who, Action::See, &own, ("tenant", who.tenant.as_str()))?;
-        let there = |e: &AuditEntry| who.lists(&e.tenant);
-        self.registry.audit_entries(limit, there).map_err(registry_fault)
+        let there = |e: &AuditEntry| who.lists(&e.tenant) && (who.is_operator() || !e.cloud);
+        let from = match who.is_operator() {
+            true => 0,
+            false => self.registry.tenant(&who.tenant).map_err(registry_fault)?.audit_from,
+        };
+        self.registry.audit_entries(limit, from, there).map_err(registry_fault)
     }
 
     /// Reads the whole audit log and tells where it ends.
@@ -150,18 +160,38 @@ impl Controller {
     /// Writes into the audit log what changed nothing in the registry. What was done is done: a
     /// log that cannot be written is told of in the daemon's own.
     pub(crate) fn note(&self, who: &Principal, action: &str, object: &str) {
-        if let Err(error) = self.registry.audit(Note::of(who, action, object)) {
-            let error = crate::error::chain(&error);
-            tracing::error!(user = %who.user, action, object, %error, "not in the audit log");
+        self.enter(Note::of(who, action, object));
+    }
+
+    /// As [`Controller::note`], of what concerns the cloud as a whole.
+    pub(crate) fn note_of_cloud(&self, who: &Principal, action: &str, object: &str) {
+        self.enter(Note::of_cloud(who, action, object));
+    }
+
+    /// As [`Controller::note`], of a substrate that `who` uses: its tenant finds it in its log too.
+    pub(crate) fn note_substrate(&self, who: &Principal, action: &str, s: &SubstrateRecord) {
+        self.note(who, action, s.name.as_str());
+        if s.tenant != who.tenant {
+            let object = format!("{} by a user of tenant '{}'", s.name, who.tenant);
+            self.enter(Note { tenant: &s.tenant, ..Note::of(who, action, &object) });
         }
     }
 
-    /// As [`Controller::note`], of what was refused.
+    /// As [`Controller::note`], of what was refused. Equal ones are entered once a minute.
     pub(crate) fn note_refused(&self, who: &Principal, object: &str) {
-        let note = Note { outcome: "forbidden", ..Note::of(who, "request", object) };
+        let Some(left_out) = self.refusals.admit(&who.id, object, Instant::now()) else { return };
+        let outcome = match left_out {
+            0 => "forbidden".to_owned(),
+            n => format!("forbidden, as {n} requests before that are not listed"),
+        };
+        self.enter(Note { outcome: &outcome, ..Note::of(who, "request", object) });
+    }
+
+    fn enter(&self, note: Note<'_>) {
+        let Note { user, action, object, .. } = note;
         if let Err(error) = self.registry.audit(note) {
             let error = crate::error::chain(&error);
-            tracing::error!(user = %who.user, object, %error, "a refusal is not in the audit log");
+            tracing::error!(%user, action, object, %error, "not in the audit log");
         }
     }
 
@@ -226,22 +256,15 @@ impl Controller {
     /// # Errors
     /// Forbidden, not found; invalid for more than its user may.
     pub fn token_create(&self, who: &Principal, new: NewApiToken) -> Result<ApiToken, Fault> {
-        // The user who asks may itself be here by a token for less.
-        let (id, tenant, user, of_user) = match &new.user {
-            Some(name) if *name != who.user => {
-                let user = match name.as_str() {
-                    OPERATOR if who.tenant == crate::access::default_tenant() => {
-                        return Err(unseen("user", OPERATOR));
-                    }
-                    name => self.user_for(who, Action::See, name)?,
-                };
+        // The user who asks may itself be here by a token for less, and act in another tenant.
+        let myself = self.registry.user_of(&who.id);
+        let (of, me) = myself.ok_or_else(|| unseen("user", who.user.as_str()))?;
+        let (id, tenant, user, of_user) = match new.user {
+            Some(name) if (&who.tenant, &name) != (&of, &me) => {
+                let user = self.user_for(who, Action::See, name.as_str())?;
                 (user.id, user.tenant, user.name, user.role)
             }
-            _ => {
-                let tenant = self.registry.who(&who.id).map(|(tenant, _)| tenant);
-                let tenant = tenant.ok_or_else(|| unseen("user", who.user.as_str()))?;
-                (who.id.clone(), tenant, who.user.clone(), who.role)
-            }
+            _ => (who.id.clone(), of, me, who.role),
         };
         let role = new.role.unwrap_or(of_user);
         let object = Object::Token { tenant: &tenant, user: &user, role };
@@ -256,6 +279,11 @@ impl Controller {
         }
         let now = UnixMs::now().0;
         let expires = lifetime.map(|s| UnixMs(now.saturating_add(s * 1000)));
+        // What comes of a token that ends lives no longer.
+        let expires = match (expires, who.until) {
+            (Some(end), Some(until)) => Some(end.min(until)),
+            (end, until) => end.or(until),
+        };
         let Drawn { record, text } = Drawn::new(id, role, expires);
         self.registry.token_add(who, &record).map_err(registry_fault)?;
         let created = record.created;

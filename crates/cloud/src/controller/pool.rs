@@ -109,7 +109,7 @@ impl Controller {
                     .hint("see the images with: godwit image list"))
             }
             _ => {
-                self.note(who, "image delete", image.as_str());
+                self.note_of_cloud(who, "image delete", image.as_str());
                 Ok(Accepted { op: None, plan, target })
             }
         }
@@ -141,8 +141,11 @@ impl Controller {
             match host.ask(request, Call::quiet()).await? {
                 SiteReply::Names(users) => {
                     if let Some(vm) = users.first() {
-                        // A site knows of no tenants: one that is called so and is here is meant.
-                        let called = |v: &&VmRecord| v.name == *vm && v.site == *host.name();
+                        // A site knows of no tenants: the one of that name that is here and was
+                        // made of this substrate is meant.
+                        let called = |v: &&VmRecord| {
+                            v.name == *vm && v.site == *host.name() && v.substrate == Some(s.id)
+                        };
                         let ours = vms.iter().filter(called).any(|v| who.lists(&v.tenant));
                         if !ours && !who.is_operator() {
                             return Err(in_use("a machine of another tenant"));

@@ -105,6 +105,7 @@ impl Controller {
         }
         let host = self.host(&site)?;
         let now = UnixMs::now();
+        let private_of = old.private_of().cloned();
         let vm = VmRecord {
             id: VmId::new(),
             name,
@@ -121,6 +122,7 @@ impl Controller {
             changed: now,
             moving_to: None,
             reason: None,
+            private_of,
             arriving: None,
             voided: std::collections::BTreeMap::new(),
         };
@@ -191,7 +193,7 @@ impl Controller {
         info: SubstrateInfo,
         vm: &VmRecord,
     ) -> Result<(), Fault> {
-        let new = self.record_of(&vm.site, info);
+        let new = self.record_of(&vm.site, info, super::origin::Came::Reported);
         let aside = suffixed(&old.name, &format!("old-{}", tail(old.id)))?;
         let kept = self
             .registry

@@ -19,6 +19,9 @@ use crate::clock::UnixMs;
 /// Entries that are told at once.
 pub const MAX_AUDIT: usize = 1000;
 
+/// Entries that are looked through for them.
+pub const MAX_READ: usize = 100_000;
+
 /// The longest texts of an entry, in characters.
 const MAX_TEXT: usize = 160;
 
@@ -39,6 +42,9 @@ pub struct AuditEntry {
     pub object: String,
     /// What came of it.
     pub outcome: String,
+    /// It is about the cloud as a whole: for operators alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cloud: bool,
     /// Hash of the entry before; of nothing for the first.
     pub before: Hash,
 }
@@ -74,12 +80,20 @@ pub(crate) struct Note<'a> {
     pub(crate) action: &'a str,
     pub(crate) object: &'a str,
     pub(crate) outcome: &'a str,
+    /// About the cloud as a whole.
+    pub(crate) cloud: bool,
 }
 
 impl<'a> Note<'a> {
     /// That `who` did `action` with `object`.
     pub(crate) const fn of(who: &'a Principal, action: &'a str, object: &'a str) -> Self {
-        Self { tenant: &who.tenant, user: &who.user, action, object, outcome: "done" }
+        let (tenant, user) = (&who.tenant, &who.user);
+        Self { tenant, user, action, object, outcome: "done", cloud: false }
+    }
+
+    /// The same, of the cloud as a whole.
+    pub(crate) const fn of_cloud(who: &'a Principal, action: &'a str, object: &'a str) -> Self {
+        Self { cloud: true, ..Self::of(who, action, object) }
     }
 }
 
@@ -98,6 +112,7 @@ impl Tables {
             action: bounded(note.action),
             object: bounded(note.object),
             outcome: bounded(note.outcome),
+            cloud: note.cloud,
             before: self.audit.last,
         }))
     }
@@ -125,6 +140,7 @@ impl Tables {
             action: op.kind.verb(),
             object: &object,
             outcome: &outcome,
+            cloud: op.kind.is_of_cloud(),
         }))
     }
 }
@@ -141,21 +157,31 @@ impl Registry {
         })
     }
 
-    /// The newest entries that `wanted` takes, at most `limit` and [`MAX_AUDIT`], oldest first.
+    /// The newest entries that `wanted` takes, at most `limit` and [`MAX_AUDIT`], oldest first:
+    /// from entry number `from` on, and of the newest [`MAX_READ`].
     ///
     /// # Errors
     /// When the database fails.
     pub fn audit_entries(
         &self,
         limit: usize,
+        from: u64,
         wanted: impl Fn(&AuditEntry) -> bool,
     ) -> Result<Vec<AuditEntry>> {
-        let mut found = Vec::new();
+        let (mut found, mut read) = (Vec::new(), 0);
+        let limit = limit.min(MAX_AUDIT);
+        if limit == 0 {
+            return Ok(found);
+        }
         self.file.audit_back(|entry| {
+            read += 1;
+            if entry.number < from {
+                return false;
+            }
             if wanted(&entry) {
                 found.push(entry);
             }
-            found.len() < limit.min(MAX_AUDIT)
+            found.len() < limit && read < MAX_READ
         })?;
         found.reverse();
         Ok(found)

@@ -46,7 +46,7 @@ use file::File;
 use live::Live;
 use tables::{Change, SiteRow, Tables};
 
-pub use audit::{AuditEnd, AuditEntry, MAX_AUDIT};
+pub use audit::{AuditEnd, AuditEntry, MAX_AUDIT, MAX_READ};
 pub use error::RegistryError;
 pub use feed::{Event, EventId, EventKind, Forgotten, NoEventId, Object, Summary, Watcher, What};
 pub use people::{Drawn, MAX_TOKENS, TenantRecord, TokenInfo, TokenRecord, UserRecord};
@@ -341,6 +341,12 @@ impl Registry {
         })
     }
 
+    /// Whether a tenant has a substrate of that name.
+    #[must_use]
+    pub fn substrate_named(&self, tenant: &Name, name: &Name) -> bool {
+        self.file.read(|t| t.substrate_named(tenant, name).is_some())
+    }
+
     /// Enters a new substrate.
     ///
     /// # Errors
@@ -409,6 +415,7 @@ impl Registry {
                 tenant: before.tenant.clone(),
                 owner: before.owner.clone(),
                 granted: before.granted.clone(),
+                kind: before.kind,
                 ..new.clone()
             };
             // A report may have told of it already.

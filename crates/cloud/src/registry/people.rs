@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Hash, Name};
+use godwit_types::{Hash, Name, SubstrateKind};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -36,13 +36,17 @@ pub struct TenantRecord {
     /// How much it may have.
     #[serde(default)]
     pub quota: Quota,
+    /// The first entry of the audit log that is its own: those before are of an earlier tenant of
+    /// that name.
+    #[serde(default)]
+    pub audit_from: u64,
 }
 
 impl TenantRecord {
     /// One that is made now.
     #[must_use]
     pub fn new(name: Name) -> Self {
-        Self { name, created: UnixMs::now(), quota: Quota::default() }
+        Self { name, created: UnixMs::now(), quota: Quota::default(), audit_from: 0 }
     }
 }
 
@@ -96,12 +100,18 @@ pub struct TokenInfo {
 }
 
 /// A new token, and its text, which is told once.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Drawn {
     /// What is kept.
     pub record: TokenRecord,
     /// What its user needs.
     pub text: String,
+}
+
+impl std::fmt::Debug for Drawn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Drawn").field("id", &self.record.id).finish_non_exhaustive()
+    }
 }
 
 impl Drawn {
@@ -129,15 +139,29 @@ fn busy(words: String) -> RegistryError {
 
 impl Tables {
     /// Tenant and name of the user with this id.
-    fn who(&self, id: &Name) -> Option<(Name, Name)> {
+    fn user_of(&self, id: &Name) -> Option<(Name, Name)> {
         if id.as_str() == OPERATOR {
             return Some((default_tenant(), operator()));
         }
         self.users.get(id).map(|u| (u.tenant.clone(), u.name.clone()))
     }
 
+    /// What a user has that is nobody else's.
+    fn private_of(&self, tenant: &Name, user: &Name) -> Option<String> {
+        let private = |s: &&Arc<super::SubstrateRecord>| {
+            s.kind == SubstrateKind::Private && (&s.tenant, &s.owner) == (tenant, user)
+        };
+        let machine =
+            |v: &&Arc<super::VmRecord>| v.tenant == *tenant && v.private_of.as_ref() == Some(user);
+        let machines = || self.vms.values().map(|e| &e.vm);
+        let substrate = self.substrates.values().find(private);
+        substrate
+            .map(|s| format!("substrate '{}'", s.name))
+            .or_else(|| machines().find(machine).map(|v| format!("machine '{}'", v.name)))
+    }
+
     fn token_info(&self, t: &TokenRecord) -> Option<TokenInfo> {
-        let (tenant, user) = self.who(&t.user)?;
+        let (tenant, user) = self.user_of(&t.user)?;
         let (id, role, created, expires) = (t.id.clone(), t.role, t.created, t.expires);
         Some(TokenInfo { id, tenant, user, role, created, expires })
     }
@@ -175,15 +199,17 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Exists`].
-    pub fn tenant_add(&self, who: &Principal, tenant: &TenantRecord) -> Result<()> {
+    pub fn tenant_add(&self, who: &Principal, tenant: &TenantRecord) -> Result<TenantRecord> {
         self.file.write(|t, changes| {
             let name = &tenant.name;
             if t.tenants.contains_key(name) {
                 return Err(RegistryError::Exists { what: "tenant", key: name.to_string() });
             }
-            changes.push(t.audited(Note::of(who, "tenant create", name.as_str())));
+            let tenant = TenantRecord { audit_from: t.audit.entries + 1, ..tenant.clone() };
+            let note = Note::of(who, "tenant create", name.as_str());
+            changes.push(t.audited(Note { tenant: name, ..note }));
             changes.push(Change::Tenant(name.clone(), Some(Arc::new(tenant.clone()))));
-            Ok(())
+            Ok(tenant)
         })
     }
 
@@ -221,7 +247,8 @@ impl Registry {
                 s.granted.remove(name);
                 changes.push(Change::Substrate(s.id, Some(Arc::new(s))));
             }
-            changes.push(t.audited(Note::of(who, "tenant delete", name.as_str())));
+            let note = Note::of(who, "tenant delete", name.as_str());
+            changes.push(t.audited(Note { tenant: name, ..note }));
             changes.push(Change::Tenant(name.clone(), None));
             Ok(())
         })
@@ -301,8 +328,8 @@ impl Registry {
 
     /// Tenant and name of the user with this id, as substrates at sites have it.
     #[must_use]
-    pub fn who(&self, id: &Name) -> Option<(Name, Name)> {
-        self.file.read(|t| t.who(id))
+    pub fn user_of(&self, id: &Name) -> Option<(Name, Name)> {
+        self.file.read(|t| t.user_of(id))
     }
 
     /// Enters a user.
@@ -320,8 +347,8 @@ impl Registry {
         let user = UserRecord { id: user_id(), tenant, name, role, created: UnixMs::now() };
         self.file.write(|t, changes| {
             t.has_tenant(&user.tenant)?;
-            let taken = user.name.as_str() == OPERATOR && user.tenant.as_str() == DEFAULT_TENANT;
-            if taken || t.user_named(&user.tenant, &user.name).is_some() {
+            // Nobody of a tenant is taken for the operator.
+            if user.name.as_str() == OPERATOR || t.user_named(&user.tenant, &user.name).is_some() {
                 return Err(RegistryError::Exists { what: "user", key: user.name.to_string() });
             }
             let object = format!("{} ({role})", user.name);
@@ -341,13 +368,8 @@ impl Registry {
     pub fn user_remove(&self, who: &Principal, tenant: &Name, name: &Name) -> Result<()> {
         self.file.write(|t, changes| {
             let user = t.user_named(tenant, name).ok_or_else(|| missing("user", name))?;
-            let theirs = t.substrates.values().find(|s| {
-                s.kind == godwit_types::SubstrateKind::Private
-                    && (&s.tenant, &s.owner) == (tenant, name)
-            });
-            if let Some(s) = theirs {
-                let words = format!("user '{name}' still has the private substrate '{}'", s.name);
-                return Err(busy(words));
+            if let Some(what) = t.private_of(tenant, name) {
+                return Err(busy(format!("user '{name}' still has the private {what}")));
             }
             let tokens = t.tokens.values().filter(|k| k.user == user.id);
             changes.extend(tokens.map(|k| Change::Token(k.id.clone(), None)));
@@ -382,10 +404,20 @@ impl Registry {
     /// [`MAX_TOKENS`].
     pub fn token_add(&self, who: &Principal, token: &TokenRecord) -> Result<()> {
         self.file.write(|t, changes| {
-            let Some((tenant, user)) = t.who(&token.user) else {
+            let Some((tenant, user)) = t.user_of(&token.user) else {
                 return Err(missing("user", &token.user));
             };
-            if t.tokens.values().filter(|k| k.user == token.user).count() >= MAX_TOKENS {
+            let stranger = token.user != who.id && !who.is_operator();
+            if stranger && let Some(what) = t.private_of(&tenant, &user) {
+                return Err(busy(format!(
+                    "user '{user}' has the private {what}: its tokens are made by itself"
+                )));
+            }
+            let ended = |k: &TokenRecord| k.expires.is_some_and(|end| end <= token.created);
+            let (ended, good): (Vec<_>, Vec<_>) =
+                t.tokens.values().filter(|k| k.user == token.user).partition(|k| ended(k));
+            changes.extend(ended.iter().map(|k| Change::Token(k.id.clone(), None)));
+            if good.len() >= MAX_TOKENS {
                 return Err(busy(format!(
                     "user '{user}' has {MAX_TOKENS} tokens; remove one first"
                 )));
@@ -409,7 +441,7 @@ impl Registry {
                 .get(id)
                 .ok_or_else(|| RegistryError::NotFound { what: "token", key: super::shown(id) })?;
             let note = Note::of(who, "token delete", &token.id);
-            let tenant = t.who(&token.user).map_or_else(|| who.tenant.clone(), |(of, _)| of);
+            let tenant = t.user_of(&token.user).map_or_else(|| who.tenant.clone(), |(of, _)| of);
             changes.push(t.audited(Note { tenant: &tenant, ..note }));
             changes.push(Change::Token(token.id.clone(), None));
             Ok(())
@@ -432,7 +464,7 @@ impl Registry {
                 None if token.user.as_str() == OPERATOR => (Principal::operator(), Role::Operator),
                 None => return None,
             };
-            Some(Principal { role: token.role.min(role), ..user })
+            Some(Principal { role: token.role.min(role), until: token.expires, ..user })
         })
     }
 }
@@ -447,6 +479,7 @@ impl Principal {
             tenant: user.tenant.clone(),
             role: user.role,
             narrowed: false,
+            until: None,
         }
     }
 }

@@ -25,7 +25,8 @@ pub struct Quota {
     #[serde(default)]
     pub memory_mib: Option<u64>,
     /// What its substrates take in the pool, each counted once, in bytes. A docking begins only
-    /// while there is room; the one that fills it ends.
+    /// while there is room, those under way counted with their guests' memory; the one that fills
+    /// it ends.
     #[serde(default)]
     pub pool_bytes: Option<u64>,
     /// Machines that move at once.
@@ -42,7 +43,7 @@ pub struct Usage {
     pub vcpus: u64,
     /// Guest memory of the machines that are on, in MiB.
     pub memory_mib: u64,
-    /// What its substrates take in the pool, in bytes.
+    /// What its substrates take in the pool, in bytes; of a docking under way its guest's memory.
     pub pool_bytes: u64,
     /// Machines that move.
     pub moves: u64,
@@ -76,8 +77,12 @@ impl Usage {
                 used.memory_mib += u64::from(vm.memory.0);
             }
             used.moves += u64::from(vm.state == VmState::Moving);
+            if vm.state == VmState::Docking {
+                used.pool_bytes = used.pool_bytes.saturating_add(u64::from(vm.memory.0) << 20);
+            }
         }
-        used.pool_bytes = substrates.map(|s| s.stored_bytes).fold(0, u64::saturating_add);
+        let stored = substrates.map(|s| s.stored_bytes);
+        used.pool_bytes = stored.fold(used.pool_bytes, u64::saturating_add);
         used
     }
 }
@@ -141,6 +146,19 @@ fn within(tenant: &Name, wanted: &[(&'static str, u64, u64, Option<u64>)]) -> Re
 }
 
 impl Registry {
+    /// Refuses `bytes` that would come into the pool beyond what a tenant may have there.
+    ///
+    /// # Errors
+    /// [`RegistryError::OverQuota`], [`RegistryError::NotFound`].
+    pub fn pool_has_room(&self, tenant: &Name, bytes: u64) -> Result<()> {
+        self.file.read(|t| {
+            let record = t.tenants.get(tenant).ok_or_else(|| missing("tenant", tenant))?;
+            let Some(limit) = record.quota.pool_bytes else { return Ok(()) };
+            let used = t.usage(tenant).pool_bytes;
+            within(tenant, &[("bytes in the pool", used, bytes, Some(limit))])
+        })
+    }
+
     /// How much a tenant may have, and has.
     ///
     /// # Errors

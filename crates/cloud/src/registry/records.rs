@@ -168,6 +168,9 @@ pub struct VmRecord {
     pub moving_to: Option<Name>,
     /// Why it is in this state, when that needs words.
     pub reason: Option<String>,
+    /// The user of its tenant whose alone it is: it was made of that user's private substrate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private_of: Option<Name>,
     /// Part of it is still at the site that it moved from.
     #[serde(default)]
     pub arriving: Option<Arriving>,
@@ -225,6 +228,14 @@ impl VmRecord {
             self.reason = None;
         }
         Ok(())
+    }
+}
+
+impl SubstrateRecord {
+    /// The user of its tenant whose alone it is, if it is private.
+    #[must_use]
+    pub fn private_of(&self) -> Option<&Name> {
+        (self.kind == SubstrateKind::Private).then_some(&self.owner)
     }
 }
 

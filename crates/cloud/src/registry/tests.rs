@@ -35,6 +35,7 @@ pub(super) fn vm(n: &str) -> VmRecord {
         changed: UnixMs(1),
         moving_to: None,
         reason: None,
+        private_of: None,
         arriving: None,
         voided: Default::default(),
     }

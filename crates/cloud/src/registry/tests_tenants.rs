@@ -230,11 +230,12 @@ fn a_token_is_good_for_its_user_and_role_until_its_end() {
         reg.user_add(&me(), &acme, &name("ann"), Role::Viewer).expect_err("taken").code(),
         Code::Exists
     );
-    let drawn = Drawn::new(ann.id.clone(), Role::Member, Some(UnixMs(1000)));
+    let end = UnixMs(UnixMs::now().0 + 1_000_000);
+    let drawn = Drawn::new(ann.id.clone(), Role::Member, Some(end));
     reg.token_add(&me(), &drawn.record).expect("entered");
-    let who = reg.principal(&drawn.text, UnixMs(999)).expect("good");
-    assert_eq!(who, Principal::of(&ann));
-    assert_eq!(reg.principal(&drawn.text, UnixMs(1000)), None, "its time is over");
+    let who = reg.principal(&drawn.text, UnixMs(end.0 - 1)).expect("good");
+    assert_eq!(who, Principal { until: Some(end), ..Principal::of(&ann) });
+    assert_eq!(reg.principal(&drawn.text, end), None, "its time is over");
     // Every changed character, and every shorter text.
     for at in 0..drawn.text.len() {
         let mut other = drawn.text.clone().into_bytes();
@@ -282,7 +283,7 @@ fn users_of_a_tenant_outlive_a_restart_and_keep_what_is_theirs_alone() {
     };
     let reg = Registry::open(&path).expect("open");
     assert_eq!(reg.principal(&text, UnixMs(1)).expect("good").tenant, acme);
-    assert_eq!(reg.who(&id), Some((acme.clone(), name("ann"))));
+    assert_eq!(reg.user_of(&id), Some((acme.clone(), name("ann"))));
     let e = reg.user_remove(&me(), &acme, &name("ann")).expect_err("busy");
     assert_eq!(e.to_string(), "user 'ann' still has the private substrate 'mine'");
 }
@@ -310,7 +311,7 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
     op.error = Some(crate::error::Fault::internal("x\n".repeat(500)));
     reg.op_put(&op).expect("ended");
     reg.op_put(&op).expect("again");
-    let all = reg.audit_entries(100, |_| true).expect("read");
+    let all = reg.audit_entries(100, 0, |_| true).expect("read");
     let told: Vec<_> = all.iter().map(|e| (e.user.as_str(), e.action.as_str())).collect();
     let operator = "operator";
     assert_eq!(
@@ -327,7 +328,7 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
     assert!(!format!("{all:?}").contains(drawn.text.split('-').nth(2).expect("a secret")));
     let end = reg.audit_verify().expect("whole");
     assert_eq!((end.entries, end.last), (5, all[4].hash()));
-    let two = reg.audit_entries(2, |e| e.tenant == acme).expect("read");
+    let two = reg.audit_entries(2, 0, |e| e.tenant == acme).expect("read");
     assert_eq!(two, all[3..]);
     drop(reg);
     // It goes on after a restart where it was.
@@ -357,4 +358,63 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
         let e = reg.audit_verify().expect_err(spoilt);
         assert_eq!(e.code(), Code::Damaged, "{spoilt}: {e}");
     }
+}
+
+#[test]
+fn tokens_that_have_ended_make_room_for_new_ones() {
+    let (_d, reg) = open();
+    let ann = reg.user_add(&me(), &default_tenant(), &name("ann"), Role::Member).expect("made");
+    for _ in 0..MAX_TOKENS {
+        let ended = Drawn::new(ann.id.clone(), Role::Member, Some(UnixMs(1)));
+        reg.token_add(&me(), &ended.record).expect("entered");
+    }
+    assert!(reg.tokens().len() <= 2, "those that have ended are gone");
+    while reg.tokens().len() < MAX_TOKENS {
+        reg.token_add(&me(), &Drawn::new(ann.id.clone(), Role::Member, None).record).expect("room");
+    }
+    // The one before the last may have ended.
+    let more = || reg.token_add(&me(), &Drawn::new(ann.id.clone(), Role::Member, None).record);
+    let refused = more().and_then(|()| more()).expect_err("full");
+    assert_eq!(refused.code(), Code::Conflict);
+    assert_eq!(reg.tokens().len(), MAX_TOKENS);
+}
+
+#[test]
+fn a_docking_under_way_takes_room_in_the_pool() {
+    let (_d, reg) = open();
+    let all = default_tenant();
+    let quota = Quota { pool_bytes: Some(100 << 20), ..Quota::default() };
+    reg.tenant_quota(&me(), &all, quota).expect("set");
+    let dock = |n: &str| {
+        let v = vm(n);
+        reg.vm_add(&v, None).expect("added");
+        let to = |state| {
+            reg.vm_update(v.id, v.generation, |v| Ok(v.become_state(state, UnixMs(1))?)).map(|_| ())
+        };
+        to(godwit_types::VmState::Running).expect("runs");
+        to(godwit_types::VmState::Docking)
+    };
+    dock("a").expect("room");
+    let e = dock("b").expect_err("what the first will take is not known yet");
+    assert_eq!(e.code(), Code::NoRoom, "{e}");
+}
+
+#[test]
+fn a_tenant_that_is_made_anew_does_not_read_the_log_of_the_earlier_one() {
+    let (_d, reg) = open();
+    let acme = name("acme");
+    let first = reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    assert_eq!(first.audit_from, 1, "its own making is the first");
+    reg.user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
+    reg.user_remove(&me(), &acme, &name("ann")).expect("removed");
+    reg.tenant_remove(&me(), &acme).expect("removed");
+    let again = reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    let own = |e: &AuditEntry| e.tenant == acme;
+    let seen = reg.audit_entries(100, again.audit_from, own).expect("read");
+    let actions: Vec<_> = seen.iter().map(|e| e.action.as_str()).collect();
+    assert_eq!(actions, ["tenant create"]);
+    assert_eq!(reg.audit_entries(100, 0, own).expect("read").len(), 5, "it is all of that name");
+    assert!(reg.audit_entries(0, 0, own).expect("read").is_empty());
+    // That there is such a tenant is no business of others.
+    assert!(reg.audit_entries(100, 0, |e| e.tenant == default_tenant()).expect("read").is_empty());
 }
