@@ -174,10 +174,15 @@ fn whoever_names_somebody_elses_units_must_bring_them() {
     let want = becomes("copy", &[id]);
     let made = here.pool.import(&names_only[..], want.clone()).expect("taken");
     assert_eq!((Some(made.id), made.kind), (want.id, SubstrateKind::Restricted));
-    // Who brings them may name what it likes; they are stored once.
+    // Who brings them may name what it likes; they are stored once. What they take says nothing of
+    // whether somebody else had them: it is what they take where nobody has.
     let before = here.pool.store().stats().expect("stats").units;
-    here.pool.import(&file[..], becomes("brought", &[])).expect("taken");
+    let brought = here.pool.import(&file[..], becomes("brought", &[])).expect("taken");
     assert_eq!(here.pool.store().stats().expect("stats").units, before);
+    let alone = site(1 << 30);
+    let alone = alone.pool.import(&file[..], becomes("brought", &[])).expect("taken");
+    assert_eq!(brought.sizes.stored_bytes, alone.sizes.stored_bytes);
+    assert!(made.sizes.stored_bytes < brought.sizes.stored_bytes, "its own are counted once");
 }
 
 #[test]

@@ -172,7 +172,7 @@ impl Controller {
     pub(crate) fn note_substrate(&self, who: &Principal, action: &str, s: &SubstrateRecord) {
         self.note(who, action, s.name.as_str());
         if s.tenant != who.tenant {
-            let object = format!("{} by a user of tenant '{}'", s.name, who.tenant);
+            let object = format!("{} by a user of tenant {}", s.name, who.tenant);
             self.enter(Note { tenant: &s.tenant, ..Note::of(who, action, &object) });
         }
     }

@@ -278,3 +278,72 @@ async fn what_comes_in_is_counted_while_it_comes() {
     drop(a);
     b.count(100).expect("room again");
 }
+
+#[tokio::test]
+async fn what_concerns_the_whole_cloud_is_not_there_for_users_of_the_default_tenant() {
+    let w = world(Send::Works).await;
+    let dave = user(&w, "default", "dave", Role::Admin);
+    user(&w, "acme", "ann", Role::Member);
+    let mut cloud = Vec::new();
+    for kind in [
+        OpKind::PoolCheck { site: name("center") },
+        OpKind::ImageBuild { site: name("center"), image: name("tiny") },
+    ] {
+        let op = OpRecord::begun(&me(), kind);
+        w.c.registry().op_put(&op).expect("entered");
+        cloud.push(op.id);
+    }
+    let ours =
+        OpRecord::begun(&dave, OpKind::VmStop { vm: godwit_types::VmId::new(), name: name("web") });
+    w.c.registry().op_put(&ours).expect("entered");
+    w.c.note_of_cloud(&me(), "site revoke", "cafe");
+    use crate::access::Action::{Change, See};
+    for id in cloud {
+        for action in [See, Change] {
+            let e = w.c.op_for(&dave, action, id).expect_err("not there");
+            assert_eq!(e.code, Code::NotFound, "{e}");
+        }
+        assert_eq!(w.c.cancel(&dave, id).expect_err("not there").code, Code::NotFound);
+        w.c.op_for(&me(), See, id).expect("the operator's");
+    }
+    let seen: Vec<_> = w.c.ops_for(&dave).expect("list").into_iter().map(|o| o.id).collect();
+    assert_eq!(seen, [ours.id]);
+    let actions = |who: &Principal| {
+        let log = w.c.audit_for(who, 100).expect("read");
+        log.into_iter().map(|e| format!("{} {}", e.action, e.object)).collect::<Vec<_>>()
+    };
+    let log = actions(&dave);
+    for foreign in ["acme", "cafe", "pool check", "image build"] {
+        assert!(!log.iter().any(|e| e.contains(foreign)), "{foreign}: {log:?}");
+    }
+    assert!(log.iter().any(|e| e.starts_with("vm stop web")), "{log:?}");
+    let all = actions(&me());
+    for there in ["tenant create acme", "site revoke cafe", "pool check center"] {
+        assert!(all.iter().any(|e| e.starts_with(there)), "{there}: {all:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_owner_of_a_granted_substrate_finds_in_its_log_who_took_it_out() {
+    let w = world(Send::Works).await;
+    let (ann, bob) = (user(&w, "acme", "ann", Role::Admin), user(&w, "other", "bob", Role::Admin));
+    let info = SubstrateInfo { owner: ann.id.clone(), name: name("lent"), ..docked(1) };
+    let s = w.c.adopt_substrate(&name("center"), info).expect("listed");
+    w.c.note_substrate(&bob, "substrate export", &s);
+    for (who, object) in [(&ann, "lent by a user of tenant other"), (&bob, "lent")] {
+        let log = w.c.audit_for(who, 1).expect("read");
+        assert_eq!((log[0].action.as_str(), log[0].object.as_str()), ("substrate export", object));
+    }
+}
+
+#[tokio::test]
+async fn equal_refusals_are_one_entry_of_the_log() {
+    let w = world(Send::Works).await;
+    let ann = user(&w, "acme", "ann", Role::Admin);
+    for _ in 0..100 {
+        w.c.note_refused(&ann, "GET /metrics");
+    }
+    let log = w.c.audit_for(&ann, 100).expect("read");
+    assert_eq!(log.iter().filter(|e| e.action == "request").count(), 1, "{log:?}");
+    assert!(w.c.audit_for(&ann, 0).expect("read").is_empty());
+}
