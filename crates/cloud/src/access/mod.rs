@@ -112,6 +112,8 @@ pub struct Principal {
     pub role: Role,
     /// An operator who asks for one tenant only.
     pub narrowed: bool,
+    /// The id of the token by which it is here; none by the operator's own.
+    pub token: Option<String>,
     /// When the token ends by which it is here, if it does.
     pub until: Option<UnixMs>,
 }
@@ -121,7 +123,15 @@ impl Principal {
     #[must_use]
     pub fn operator() -> Self {
         let (user, tenant) = (operator(), default_tenant());
-        Self { id: user.clone(), user, tenant, role: Role::Operator, narrowed: false, until: None }
+        Self {
+            id: user.clone(),
+            user,
+            tenant,
+            role: Role::Operator,
+            narrowed: false,
+            token: None,
+            until: None,
+        }
     }
 
     /// The same user acting in `tenant`: an operator who has named something of it.

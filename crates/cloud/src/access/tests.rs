@@ -6,7 +6,15 @@ fn name(s: &str) -> Name {
 
 fn who(role: Role) -> Principal {
     let id = name("u-1");
-    Principal { user: name("ann"), id, tenant: name("acme"), role, narrowed: false, until: None }
+    Principal {
+        user: name("ann"),
+        id,
+        tenant: name("acme"),
+        role,
+        narrowed: false,
+        token: None,
+        until: None,
+    }
 }
 
 /// Lowest role that may, `-` for nobody but an operator, `x` where it is not there.

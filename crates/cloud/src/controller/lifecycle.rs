@@ -112,6 +112,9 @@ impl Controller {
     ) -> Result<(Accepted, Option<VmRecord>), Fault> {
         let made = Object::Machine { tenant: &who.tenant, private_of: None };
         allow(who, Action::Create, &made, ("tenant", ""))?;
+        if let Some(site) = &want.site {
+            allow(who, Action::Use, &Object::Site, ("site", site.as_str()))?;
+        }
         let shape = self.shape(who, &want).await?;
         if !(16..=1 << 20).contains(&shape.memory.0) {
             return Err(Fault::invalid("guest memory must be 16 MiB to 1 TiB"));

@@ -9,8 +9,9 @@ use godwit_types::{Code, Generation, MigrationId, MoveReport, Name, VmState};
 use serde_json::json;
 
 use super::lifecycle::{call_of, dry, state_fault};
+use super::whose::allow;
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
-use crate::access::{Action, Principal};
+use crate::access::{Action, Object, Principal};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
@@ -88,6 +89,9 @@ impl Controller {
     ) -> Result<Accepted, Fault> {
         let requested = Some(clock::now());
         let vm = self.vm_for(who, Action::Use, key)?;
+        if let Some(site) = &want.to {
+            allow(who, Action::Use, &Object::Site, ("site", site.as_str()))?;
+        }
         let who = &who.at(&vm.tenant);
         if vm.arriving.is_some() {
             return self.migrate_on(who, vm, &want, mode);

@@ -151,6 +151,8 @@ impl Controller {
         };
         site.report.substrates.retain(there);
         site.report.damaged.retain(|id, _| there(id));
+        // They change with what others have there.
+        (site.report.holdings, site.report.machines) = (None, None);
         site
     }
 

@@ -16,6 +16,7 @@
 //! A change waits for one `fsync` of a thread of its own; a worker thread of a runtime hands its
 //! other tasks over meanwhile.
 
+mod audience;
 pub(crate) mod audit;
 mod deleted;
 mod error;
@@ -28,7 +29,7 @@ mod records;
 mod saved;
 mod tables;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(test)]
 mod tests_feed;
 #[cfg(test)]
@@ -46,6 +47,7 @@ use file::File;
 use live::Live;
 use tables::{Change, SiteRow, Tables};
 
+pub use audience::{Audience, Reader};
 pub use audit::{AuditEnd, AuditEntry, MAX_AUDIT, MAX_READ};
 pub use error::RegistryError;
 pub use feed::{Event, EventId, EventKind, Forgotten, NoEventId, Object, Summary, Watcher, What};
@@ -119,7 +121,8 @@ impl Registry {
 
     /// Tells those who follow of an operation that is asked to stop, which is not written down.
     pub(crate) fn op_cancelling(&self, op: &OpRecord) {
-        self.file.feed().op_cancelling(op);
+        let audience = self.file.read(|t| audience::Tenants::of(t).op(op));
+        self.file.feed().op_cancelling(op, audience);
     }
 
     /// Keys of entries that do not parse and were left out.

@@ -448,6 +448,18 @@ impl Registry {
         })
     }
 
+    /// Whether the token by which `who` is here is still good.
+    #[must_use]
+    pub fn still_good(&self, who: &Principal, now: UnixMs) -> bool {
+        let there = |id: &String| {
+            self.file.read(|t| {
+                let token = t.tokens.get(id);
+                token.is_some_and(|k| k.user == who.id && t.user_of(&k.user).is_some())
+            })
+        };
+        who.until.is_none_or(|end| now < end) && who.token.as_ref().is_none_or(there)
+    }
+
     /// Who shows the token with this text; nobody when there is none, or its time is over.
     #[must_use]
     pub fn principal(&self, text: &str, now: UnixMs) -> Option<Principal> {
@@ -464,7 +476,9 @@ impl Registry {
                 None if token.user.as_str() == OPERATOR => (Principal::operator(), Role::Operator),
                 None => return None,
             };
-            Some(Principal { role: token.role.min(role), until: token.expires, ..user })
+            let (token, role, until) =
+                (Some(token.id.clone()), token.role.min(role), token.expires);
+            Some(Principal { token, role, until, ..user })
         })
     }
 }
@@ -479,6 +493,7 @@ impl Principal {
             tenant: user.tenant.clone(),
             role: user.role,
             narrowed: false,
+            token: None,
             until: None,
         }
     }

@@ -57,7 +57,7 @@ pub(super) fn site(n: &str) -> SiteRecord {
     }
 }
 
-pub(super) fn substrate(n: &str) -> SubstrateRecord {
+pub(crate) fn substrate(n: &str) -> SubstrateRecord {
     SubstrateRecord {
         id: SubstrateId::new(),
         name: name(n),

@@ -12,8 +12,8 @@ fn me() -> Principal {
     Principal::operator()
 }
 
-/// A registry of format 2 with one machine and one substrate, which say nothing of tenants.
-fn of_format_2(dir: &Path) -> (PathBuf, VmRecord, SubstrateRecord) {
+/// A registry of format 1 or 2 with one machine and one substrate, which say nothing of tenants.
+fn of_format(format: &str, dir: &Path) -> (PathBuf, VmRecord, SubstrateRecord) {
     let path = dir.join("r.redb");
     let (v, s) = (vm("report"), substrate("abiword"));
     let old = |record: serde_json::Value| {
@@ -22,7 +22,10 @@ fn of_format_2(dir: &Path) -> (PathBuf, VmRecord, SubstrateRecord) {
         record.to_string().into_bytes()
     };
     let db = redb::Database::create(&path).expect("made");
-    put_raw(&db, file::META, "format", b"2");
+    put_raw(&db, file::META, "format", format.as_bytes());
+    if format == "1" {
+        put_raw(&db, redb::TableDefinition::new("vm-names"), "report", v.id.to_string().as_bytes());
+    }
     put_raw(&db, file::VMS, &v.id.to_string(), &old(serde_json::to_value(&v).expect("json")));
     let s_old = old(serde_json::to_value(&s).expect("json"));
     put_raw(&db, file::SUBSTRATES, &s.id.to_string(), &s_old);
@@ -44,8 +47,14 @@ fn format_of(path: &Path) -> Vec<u8> {
 
 #[test]
 fn what_is_from_before_tenants_belongs_to_the_default_one() {
+    for format in ["1", "2"] {
+        is_brought_to_tenants(format);
+    }
+}
+
+fn is_brought_to_tenants(format: &str) {
     let dir = tempfile::tempdir().expect("dir");
-    let (path, v, s) = of_format_2(dir.path());
+    let (path, v, s) = of_format(format, dir.path());
     for commits in [1, 0] {
         let reg = Registry::open(&path).expect("opens");
         assert_eq!(reg.commits(), commits, "it is rewritten once");
@@ -68,9 +77,15 @@ fn child_that_is_killed_in_an_upgrade() {
 
 #[test]
 fn kill_9_in_an_upgrade_leaves_the_old_file_which_opens() {
+    for format in ["1", "2"] {
+        is_killed_in_an_upgrade(format);
+    }
+}
+
+fn is_killed_in_an_upgrade(format: &str) {
     use std::process::{Command, Stdio};
     let dir = tempfile::tempdir().expect("dir");
-    let (path, v, _) = of_format_2(dir.path());
+    let (path, v, _) = of_format(format, dir.path());
     let hold = dir.path().join("hold");
     std::fs::create_dir(&hold).expect("dir");
     std::fs::write(hold.join("registry.upgrading"), "").expect("request");
@@ -88,7 +103,7 @@ fn kill_9_in_an_upgrade_leaves_the_old_file_which_opens() {
     }
     child.kill().expect("SIGKILL");
     child.wait().expect("reaped");
-    assert_eq!(format_of(&path), b"2");
+    assert_eq!(format_of(&path), format.as_bytes());
     let reg = Registry::open(&path).expect("opens");
     assert_eq!(reg.vm("report").expect("there"), v);
     drop(reg);
@@ -106,14 +121,14 @@ fn a_full_disk_leaves_the_old_file_and_room_lets_it_be_upgraded() {
         return;
     }
     let mount = Tmpfs(dir);
-    let (path, v, _) = of_format_2(mount.0.path());
+    let (path, v, _) = of_format("1", mount.0.path());
     let filler = mount.0.path().join("filler");
     let free = rustix::fs::statvfs(mount.0.path()).expect("statvfs");
     std::fs::write(&filler, vec![1; (free.f_bavail * free.f_frsize) as usize]).expect("fill");
     let e = Registry::open(&path).expect_err("full");
     assert_eq!(e.code(), Code::NoRoom, "{e:?}");
     std::fs::remove_file(&filler).expect("remove");
-    assert_eq!(format_of(&path), b"2");
+    assert_eq!(format_of(&path), b"1");
     let reg = Registry::open(&path).expect("room again");
     assert_eq!(reg.vm("report").expect("there"), v);
 }
@@ -234,7 +249,10 @@ fn a_token_is_good_for_its_user_and_role_until_its_end() {
     let drawn = Drawn::new(ann.id.clone(), Role::Member, Some(end));
     reg.token_add(&me(), &drawn.record).expect("entered");
     let who = reg.principal(&drawn.text, UnixMs(end.0 - 1)).expect("good");
-    assert_eq!(who, Principal { until: Some(end), ..Principal::of(&ann) });
+    assert_eq!(
+        who,
+        Principal { token: Some(drawn.record.id.clone()), until: Some(end), ..Principal::of(&ann) }
+    );
     assert_eq!(reg.principal(&drawn.text, end), None, "its time is over");
     // Every changed character, and every shorter text.
     for at in 0..drawn.text.len() {
