@@ -43,6 +43,7 @@ fn lowest(action: Action, object: &Object<'_>) -> &'static str {
 #[test]
 fn each_role_may_what_the_table_says_and_nothing_else() {
     let (acme, other, ann, bob) = (name("acme"), name("other"), name("ann"), name("bob"));
+    let op = operator();
     let (none, granted) = (BTreeSet::new(), BTreeSet::from([acme.clone()]));
     let substrate =
         |tenant, owner, kind, granted| Object::Substrate { tenant, owner, kind, granted };
@@ -135,6 +136,7 @@ fn each_role_may_what_the_table_says_and_nothing_else() {
             token(&acme, &bob, Role::Viewer),
             ["admin", "-", "-", "admin", "admin", "-"],
         ),
+        ("the operator's token", token(&acme, &op, Role::Viewer), ["x"; 6]),
         ("foreign token", token(&other, &ann, Role::Viewer), ["x"; 6]),
     ];
     for (what, object, wanted) in rows {

@@ -549,7 +549,7 @@ mod tests {
     }
 
     /// What a stream tells up to the operation `mark`: kind, name and whether it is new or gone.
-    async fn told(s: &mut BodyDataStream, mark: &str) -> Vec<String> {
+    async fn events_until(s: &mut BodyDataStream, mark: &str) -> Vec<String> {
         let mut all = Vec::new();
         loop {
             let frame = frame(s).await;
@@ -619,7 +619,7 @@ mod tests {
             "substrate lent changed",
             "substrate lent gone",
         ];
-        assert_eq!(told(&mut live, "end").await, ours);
+        assert_eq!(events_until(&mut live, "end").await, ours);
         let theirs = [
             "op theirs new",
             "substrate lent new",
@@ -638,10 +638,10 @@ mod tests {
         ] {
             let answer = p.get_as(token, tenant, &path, None).await;
             let mut s = answer.into_body().into_data_stream();
-            assert_eq!(told(&mut s, "end").await, wanted, "{tenant:?}");
+            assert_eq!(events_until(&mut s, "end").await, wanted, "{tenant:?}");
         }
         let mut s = p.follow(&path, None).await;
-        let all = told(&mut s, "end").await;
+        let all = events_until(&mut s, "end").await;
         for there in ["op pool new", "op old new", "op old gone", "substrate mine new"] {
             assert!(all.iter().any(|e| e == there), "{there}: {all:?}");
         }

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use godwit_migrate::hybrid::{Received, Sent};
 use godwit_types::{Arch, Code, Hash, OpState, SubstrateId, VmId, VmState};
 
+use super::tests_belief::docked;
 use super::*;
 use crate::access::Principal;
 use crate::error::Fault;
@@ -759,24 +760,6 @@ async fn a_site_that_does_not_answer_holds_up_nobody() {
     let (a, _) = w.c.create(&me(), want(), Mode::DryRun).await.expect("plan");
     assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
     w.c.clone().keep(host).await;
-}
-
-pub(super) fn docked(n: usize) -> SubstrateInfo {
-    SubstrateInfo {
-        id: SubstrateId::new(),
-        name: name(&format!("s-{n}")),
-        kind: SubstrateKind::Restricted,
-        owner: name("operator"),
-        image: name("tiny"),
-        arch: Arch::X86_64,
-        memory: Mib(128),
-        vcpus: 1,
-        raw_bytes: 1,
-        stored_bytes: 1,
-        created: UnixMs::now(),
-        content: Hash::of(&n.to_le_bytes()),
-        dock: None,
-    }
 }
 
 #[tokio::test]

@@ -2,11 +2,32 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Code, Generation, OpState, SiteKind, VmState};
+use godwit_types::{
+    Arch, Code, Generation, Hash, Mib, OpState, SiteKind, SubstrateId, SubstrateKind, VmState,
+};
 
 use super::tests::*;
 use super::*;
 use crate::site::SubstrateInfo;
+
+/// A substrate that a site says to have.
+pub(super) fn docked(n: usize) -> SubstrateInfo {
+    SubstrateInfo {
+        id: SubstrateId::new(),
+        name: name(&format!("s-{n}")),
+        kind: SubstrateKind::Restricted,
+        owner: name("operator"),
+        image: name("tiny"),
+        arch: Arch::X86_64,
+        memory: Mib(128),
+        vcpus: 1,
+        raw_bytes: 1,
+        stored_bytes: 1,
+        created: UnixMs::now(),
+        content: Hash::of(&n.to_le_bytes()),
+        dock: None,
+    }
+}
 
 async fn delete(w: &World, n: &str) {
     let op = w.c.delete(&me(), n, Mode::Act).expect("accepted").op.expect("op");

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use godwit_types::{Code, CodedError, Generation, Mib, SubstrateId, SubstrateKind, VmState};
 
 use super::tests::*;
+use super::tests_belief::docked;
 use super::*;
 use crate::access::{Principal, Role, default_tenant};
 use crate::ops::OpKind;
