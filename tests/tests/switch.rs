@@ -17,6 +17,12 @@ const PACKAGED: &str = "relay.packaged";
 /// The machine may run at its destination, and the source does not know it.
 const COMMITTED: &str = "relay.committed";
 
+/// What is said of a QEMU that was killed before anybody's eyes.
+const KILLED: &str = "ended by signal 9";
+
+/// Tells in a guest what [`Story::write_much`] wrote.
+const DIGEST: &str = "sha256sum /data/much";
+
 /// Which machine moves: one at work is handed over in post-copy, an idle one as pre-copy ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Guest {
@@ -37,6 +43,8 @@ enum Victim {
     Qemu,
     /// A daemon, whichever end it is.
     Site(Daemon),
+    /// All that runs at the destination, as when its power fails.
+    FarHost,
 }
 
 struct Story {
@@ -119,6 +127,13 @@ impl Story {
                 self.cloud.kill(daemon);
                 return Some(daemon);
             }
+            Victim::FarHost => {
+                let qemu = self.cloud.qemu(vm, far).expect("a waiting QEMU");
+                self.cloud.kill(far);
+                self.cloud.relays(far).into_iter().for_each(kill);
+                kill(qemu);
+                return Some(far);
+            }
         }
         None
     }
@@ -128,6 +143,8 @@ impl Story {
     fn harmed(&mut self, from: Daemon, step: &str, victim: Victim) {
         self.go(from);
         let name = self.name();
+        let written = (matches!(victim, Victim::FarQemu | Victim::FarHost) && step == COMMITTED)
+            .then(|| self.write_much());
         let before = self.cloud.vm(&name);
         self.cloud.hold(step);
         let begun =
@@ -155,11 +172,17 @@ impl Story {
             end["error"]["message"]
         );
         match victim {
-            Victim::Qemu if step != COMMITTED => self.ended_with_its_qemu(&end),
+            Victim::Qemu if step != COMMITTED => self.ended_with_its_qemu(&end, KILLED, None),
             // All of its memory may have come before.
-            Victim::Qemu if end["state"] != "done" => self.ended_with_its_qemu(&end),
+            Victim::Qemu if end["state"] != "done" => self.ended_with_its_qemu(&end, KILLED, None),
             // It was about to run there, or did already.
-            Victim::FarQemu if step == COMMITTED => self.ended_with_its_qemu(&end),
+            Victim::FarHost if step == COMMITTED && end["error"]["code"] == "damaged" => {
+                self.ended_with_its_qemu(&end, "its QEMU is gone", written.as_deref());
+            }
+            Victim::FarHost => self.runs_on(&end),
+            Victim::FarQemu if step == COMMITTED => {
+                self.ended_with_its_qemu(&end, KILLED, written.as_deref());
+            }
             _ => {
                 // Beyond the commit point nothing leads back.
                 if step == COMMITTED {
@@ -193,11 +216,17 @@ impl Story {
         });
     }
 
+    /// Writes more to its disk than crosses before its memory has; gives the digest.
+    fn write_much(&self) -> String {
+        let write = "dd if=/dev/urandom of=/data/much bs=1M count=8 2>/dev/null && sync";
+        self.cloud.guest(&self.name()).sh(&format!("{write} && {DIGEST}"))
+    }
+
     /// The only copy of its memory was killed: that is said, and its disk is whole.
-    fn ended_with_its_qemu(&mut self, end: &Value) {
+    fn ended_with_its_qemu(&mut self, end: &Value, why: &str, written: Option<&str>) {
         let name = self.name();
         let words = end["error"]["message"].as_str().unwrap_or_default();
-        assert!(end["state"] == "failed" && words.contains("signal 9"), "{end}");
+        assert!(end["state"] == "failed" && words.contains(why), "{end}");
         let vm = self.cloud.vm(&name);
         assert!(vm["state"] == "failed" && vm["reason"].is_string(), "{vm}");
         let _ = self.cloud.ok(&["vm", "start", &name]);
@@ -206,6 +235,9 @@ impl Story {
             let check = "/usr/lib/godwit/godwit-witness check --file /data/lines";
             let text = self.cloud.guest(&name).sh(check);
             assert!(text.contains("\"ok\":true"), "{text}");
+        }
+        if let Some(digest) = written {
+            assert_eq!(self.cloud.guest(&name).sh(DIGEST), digest);
         }
         let _ = self.cloud.ok(&["vm", "delete", &name]);
         self.make();
@@ -229,13 +261,14 @@ fn one_machine_is_left(guest: Guest, stories: &[(&str, &[(Daemon, Victim)])]) {
     story.intact();
 }
 
-const EACH: [(Daemon, Victim); 7] = [
+const EACH: [(Daemon, Victim); 8] = [
     (Daemon::Center, Victim::FarRelay),
     (Daemon::Center, Victim::FarQemu),
     (Daemon::Center, Victim::Relay),
     (Daemon::Center, Victim::Site(Daemon::Center)),
     (Daemon::Center, Victim::Site(Daemon::Ap)),
     (Daemon::Ap, Victim::Site(Daemon::Ap)),
+    (Daemon::Center, Victim::FarHost),
     (Daemon::Center, Victim::Qemu),
 ];
 

@@ -302,6 +302,9 @@ impl Controller {
         if all_here {
             return Ok(None);
         }
+        if here.memory == MemoryStand::Gone && here.missing_blocks == Some(0) {
+            return Err(Broken::Lost(ended_there(m, &here)));
+        }
         let src = self.await_site(op, &m.from).await?;
         let there = match stand(&src, m).await {
             // It has let go of the machine.
@@ -323,22 +326,21 @@ impl Controller {
             tokio::time::sleep(SECOND_LOOK).await;
             here = stand(&dst, m).await?;
         }
-        if here.memory == MemoryStand::Gone {
-            let why = here.why.unwrap_or_else(|| "its QEMU is gone".into());
-            return Err(Broken::Lost(Fault::new(
-                Code::Damaged,
-                format!(
-                    "machine '{}' ended at '{}' before it needed '{}' no more: {why}",
-                    m.vm.name, m.to, m.from
-                ),
-            )));
-        }
-        let lost = here.memory == MemoryStand::Partial && there.memory == MemoryStand::Gone;
-        if lost && here.missing_blocks == Some(0) {
-            return Err(Broken::Lost(memory_lost(m, &here, &there)));
+        // Memory that is lost leaves the disk to be brought: the source has all of it yet.
+        let lost = match here.memory {
+            MemoryStand::Gone => Some(ended_there(m, &here)),
+            MemoryStand::Partial if there.memory == MemoryStand::Gone => {
+                Some(memory_lost(m, &here, &there))
+            }
+            MemoryStand::Partial | MemoryStand::Whole => None,
+        };
+        if let Some(f) = &lost
+            && (here.missing_blocks == Some(0) || there.over)
+        {
+            return Err(Broken::Lost(f.clone()));
         }
         // A source that has sent everything sends again what was lost on the way.
-        let memory = here.memory == MemoryStand::Partial && !lost;
+        let memory = here.memory == MemoryStand::Partial && lost.is_none();
         show(op, 0, format!("still missing at '{}': {}", m.to, missing(&here)));
         let request = SiteRequest::MigrateResumeIn { migration: m.id, vm: m.vm.id, memory };
         let to = match dst.ask(request, Call::quiet()).await? {
@@ -347,11 +349,14 @@ impl Controller {
         };
         let request = SiteRequest::MigrateResumeOut { migration: m.id, vm: m.vm.id, to, memory };
         let report = self.follow(op, m, request).await?;
-        if !lost {
+        if lost.is_none() {
             return Ok(report);
         }
         let after = stand(&dst, m).await.unwrap_or(here);
-        Err(Broken::Lost(memory_lost(m, &after, &there)))
+        Err(Broken::Lost(match after.memory {
+            MemoryStand::Gone => ended_there(m, &after),
+            MemoryStand::Partial | MemoryStand::Whole => memory_lost(m, &after, &there),
+        }))
     }
 
     /// What to say of a machine whose source cannot be had.
@@ -525,13 +530,39 @@ fn missing(s: &MoveStand) -> String {
     format!("{pages} and {blocks}")
 }
 
-fn memory_lost(m: &Move, here: &MoveStand, there: &MoveStand) -> Fault {
-    let why = there.why.clone().unwrap_or_else(|| "its QEMU is gone".into());
-    let disk = match here.missing_blocks {
+/// A machine whose QEMU has ended at its destination while something of it was at its source.
+fn ended_there(m: &Move, here: &MoveStand) -> Fault {
+    let why = here.why.clone().unwrap_or_else(|| "its QEMU is gone".into());
+    let message = format!(
+        "machine '{}' ended at '{}' before it needed '{}' no more: {why}; {}",
+        m.vm.name,
+        m.to,
+        m.from,
+        disk_left(here)
+    );
+    Fault::new(Code::Damaged, message).hint(way_on(m, here))
+}
+
+/// What is known of the disk of a machine whose memory is lost.
+fn disk_left(here: &MoveStand) -> String {
+    match here.missing_blocks {
         Some(0) => "its disk is whole".to_owned(),
         Some(n) => format!("and {n} blocks ({}) of its disk", human_bytes(n * 4096)),
         None => "and all that was written to its disk".to_owned(),
-    };
+    }
+}
+
+/// What can be done with a machine whose memory is lost.
+fn way_on(m: &Move, here: &MoveStand) -> String {
+    match here.missing_blocks {
+        Some(0) => format!("start it from its disk: godwit vm start {}", m.vm.name),
+        _ => format!("remove it: godwit vm delete {}", m.vm.name),
+    }
+}
+
+fn memory_lost(m: &Move, here: &MoveStand, there: &MoveStand) -> Fault {
+    let why = there.why.clone().unwrap_or_else(|| "its QEMU is gone".into());
+    let disk = disk_left(here);
     Fault::new(
         Code::Damaged,
         format!(
@@ -542,8 +573,5 @@ fn memory_lost(m: &Move, here: &MoveStand, there: &MoveStand) -> Fault {
             m.from
         ),
     )
-    .hint(match here.missing_blocks {
-        Some(0) => format!("start it from its disk: godwit vm start {}", m.vm.name),
-        _ => format!("remove it: godwit vm delete {}", m.vm.name),
-    })
+    .hint(way_on(m, here))
 }

@@ -8,7 +8,6 @@ use godwit_transfer::codec::Packer;
 use godwit_transfer::{Endpoint, LaneKind, LaneReceiver, LaneSender, Link};
 use godwit_types::BytesMoved;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -111,21 +110,20 @@ enum Event {
     Command(Asked),
 }
 
-/// One of QEMU's connections, with what was read from it last.
+/// One of QEMU's connections, with what was read from it last. It is closed when it is dropped and
+/// never shut down: the driver may hold it, too, and then QEMU must not notice that this relay ends.
 struct Channel {
-    read: OwnedReadHalf,
-    write: OwnedWriteHalf,
+    stream: UnixStream,
     buf: BytesMut,
 }
 
 impl Channel {
     fn new(stream: UnixStream) -> Self {
-        let (read, write) = stream.into_split();
-        Self { read, write, buf: BytesMut::new() }
+        Self { stream, buf: BytesMut::new() }
     }
 
     async fn write(&mut self, bytes: &[u8], what: &'static str) -> Result<(), RelayError> {
-        self.write.write_all(bytes).await.map_err(|source| RelayError::Qemu { what, source })
+        self.stream.write_all(bytes).await.map_err(|source| RelayError::Qemu { what, source })
     }
 }
 
@@ -137,7 +135,7 @@ async fn read_some(
     match channel {
         Some(channel) => {
             channel.buf.reserve(READ);
-            let read = channel.read.read_buf(&mut channel.buf).await;
+            let read = channel.stream.read_buf(&mut channel.buf).await;
             read.map_err(|source| RelayError::Qemu { what, source })?;
             Ok(channel.buf.split())
         }
@@ -532,5 +530,25 @@ impl<'a> Source<'a> {
         }
         // Without a main channel QEMU never began, or has ended in good order.
         if said { Ok(Outcome::Reclaimed) } else { Err(RelayError::QemuClosed("the source QEMU")) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    /// A QEMU that has sent everything and reads the end of its return path lets its machine run,
+    /// although it runs at the destination.
+    #[tokio::test]
+    async fn a_relay_that_ends_does_not_shut_a_connection_that_another_holds() {
+        let (mut qemu, relay) = UnixStream::pair().expect("a pair");
+        let relay = relay.into_std().expect("a stream");
+        let mut kept = UnixStream::from_std(relay.try_clone().expect("a second handle")).expect("");
+        let mut channel = Channel::new(UnixStream::from_std(relay).expect("a stream"));
+        channel.write(b"before", "writing").await.expect("written");
+        drop(channel);
+        kept.write_all(b"more").await.expect("written");
+        let mut read = [0; 10];
+        qemu.read_exact(&mut read).await.expect("the connection stands");
+        assert_eq!(read, *b"beforemore");
     }
 }

@@ -373,8 +373,10 @@ impl LocalSite {
         let mid = filling::layer(&self.dirs.vm(record.vm));
         let blocks = match MidLayer::missing(&mid) {
             Ok((_, true)) => Some(0),
+            // Nobody starts from a layer that is not sealed, even if every block has come.
             Ok((left, false)) => {
-                Some(told.filter(|c| c.disk_blocks > 0).map_or(left, |c| left.min(c.disk_left)))
+                let counted = told.filter(|c| c.disk_blocks > 0);
+                Some(counted.map_or(left, |c| left.min(c.disk_left)).max(1))
             }
             Err(_) if MidLayer::is_begun(&mid) => {
                 return MidLayer::missing(&mid).map(|_| (pages, None)).map_err(coded);
@@ -384,26 +386,22 @@ impl LocalSite {
         Ok((pages, blocks))
     }
 
-    /// The machine of a migration at this end, if nothing drives it just now.
-    async fn halted(
+    /// The machine of a migration at this end, with its QEMU if that lives.
+    async fn at_end(
         &self,
         id: MigrationId,
         vm: VmId,
         end: End,
-    ) -> Result<(MachineRecord, Machine), Fault> {
+    ) -> Result<(MachineRecord, Option<Machine>), Fault> {
         let entry = self.entry(vm).await?;
         let e = entry.lock().await;
         match &e.record.migration {
-            Some(m) if m.id == id && m.end == end => {}
-            _ => {
-                return Err(Fault::not_found(format!(
-                    "machine '{}' is not in migration {id} at '{}'",
-                    e.record.name, self.name
-                )));
-            }
+            Some(m) if m.id == id && m.end == end => Ok((e.record.clone(), e.machine.clone())),
+            _ => Err(Fault::not_found(format!(
+                "machine '{}' is not in migration {id} at '{}'",
+                e.record.name, self.name
+            ))),
         }
-        let machine = super::running(&e)?.clone();
-        Ok((e.record.clone(), machine))
     }
 
     /// Ends what is left of the last attempt, and begins a new one.
@@ -421,14 +419,18 @@ impl LocalSite {
         .await
     }
 
-    /// Starts a new relay for a machine that runs here and still needs its source.
+    /// Starts a new relay for a machine that still needs its source: one that runs here, or one
+    /// whose memory is lost and whose disk is brought.
     pub(super) async fn resume_in(
         self: &Arc<Self>,
         id: MigrationId,
         vm: VmId,
         memory: bool,
     ) -> Result<Incoming, Fault> {
-        let (record, machine) = self.halted(id, vm, End::Destination).await?;
+        let (record, machine) = self.at_end(id, vm, End::Destination).await?;
+        if memory && machine.is_none() {
+            return Err(memory_is_gone(&record));
+        }
         let record = self.next_attempt(&record).await?;
         let paths = self.move_paths(&record)?;
         let image = self.image_by_hash(&record)?;
@@ -446,29 +448,31 @@ impl LocalSite {
         let part = if memory { Part::Rest } else { Part::Disk };
         let relay = self.start_relay(&record, role, disk, part).await?;
         let address = listening(&relay).await?;
-        if has_disk {
-            machine.let_connect(&paths.nbd).map_err(coded)?;
-        }
-        if memory {
-            recover_incoming(&machine, &paths.qemu).await.map_err(coded)?;
-        }
         let received: Received = get(&self.dirs.vm(vm), RECEIVED);
-        let whole = memory
-            || matches!(
-                self.memory_stand(&machine, End::Destination).await,
-                (MemoryStand::Whole, _)
-            );
-        if whole {
-            self.take_in(record, machine, relay, received, true);
-        } else {
-            self.take_disk(record, relay, received);
+        let mut whole = None;
+        if let Some(machine) = machine {
+            if memory {
+                if has_disk {
+                    machine.let_connect(&paths.nbd).map_err(coded)?;
+                }
+                recover_incoming(&machine, &paths.qemu).await.map_err(coded)?;
+                whole = Some(machine);
+            } else if self.memory_stand(&machine, End::Destination).await.0 == MemoryStand::Whole {
+                machine.let_connect(&paths.nbd).map_err(coded)?;
+                whole = Some(machine);
+            }
+        }
+        match whole {
+            Some(machine) => self.take_in(record, machine, relay, received, true),
+            None => self.take_disk(record, relay, received),
         }
         Ok(Incoming { migration: id, address, peer: self.name.clone() })
     }
 
     /// Ends the arrival of a machine whose memory and disk are all here.
     pub(super) async fn finish_in(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
-        let (record, machine) = self.halted(id, vm, End::Destination).await?;
+        let (record, machine) = self.at_end(id, vm, End::Destination).await?;
+        let machine = machine.ok_or_else(|| memory_is_gone(&record))?;
         let record = self.next_attempt(&record).await?;
         if let Some(layers) = self.pivot_of(&record) {
             let paths = self.move_paths(&record)?;
@@ -530,23 +534,10 @@ impl LocalSite {
         memory: bool,
         call: &Call,
     ) -> Result<Vec<u8>, Fault> {
-        let entry = self.entry(vm).await?;
-        let (record, machine, launch) = {
-            let e = entry.lock().await;
-            let here = e.record.migration.as_ref();
-            if here.is_none_or(|m| m.id != id || m.end != End::Source) {
-                return Err(Fault::not_found(format!(
-                    "machine '{}' is not in migration {id} at '{}'",
-                    e.record.name, self.name
-                )));
-            }
-            (e.record.clone(), e.machine.clone(), e.machine.as_ref().map(Machine::launch))
-        };
+        let (record, machine) = self.at_end(id, vm, End::Source).await?;
+        let launch = machine.as_ref().map(Machine::launch);
         if memory && machine.is_none() {
-            return Err(Fault::new(
-                godwit_types::Code::Damaged,
-                format!("the memory of machine '{}' is gone with its QEMU", record.name),
-            ));
+            return Err(memory_is_gone(&record));
         }
         let record = self.next_attempt(&record).await?;
         let chain = match launch {
@@ -679,4 +670,11 @@ impl LocalSite {
         }
         Ok(())
     }
+}
+
+fn memory_is_gone(record: &MachineRecord) -> Fault {
+    Fault::new(
+        godwit_types::Code::Damaged,
+        format!("the memory of machine '{}' is gone with its QEMU", record.name),
+    )
 }
