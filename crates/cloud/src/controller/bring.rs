@@ -58,6 +58,7 @@ impl Controller {
             op.begin("bring", json!({ "from": from, "to": to.name(), "substrate": s.id }))?;
             match self.carry(op, &s, from, to.name()).await {
                 Ok(info) => {
+                    Self::is_wanted(to.name(), id, &info)?;
                     self.adopt_substrate(to.name(), info)?;
                     op.done("bring")?;
                     return self.host(to.name());
@@ -132,7 +133,7 @@ impl Controller {
         }
         Err(Fault::new(
             Code::Damaged,
-            format!("site '{site}' made substrate {} where {wanted} was asked for", info.id),
+            format!("site '{site}' has substrate {} where {wanted} was asked for", info.id),
         ))
     }
 
