@@ -263,6 +263,19 @@ async fn what_comes_of_a_token_that_ends_lives_no_longer() {
     assert_eq!(w.c.token_create(&ann, NewApiToken::default()).expect("made").info.expires, None);
 }
 
+#[test]
+fn no_name_of_the_default_tenant_is_how_anothers_is_called_at_a_site() {
+    let id = SubstrateId::new();
+    let at_sites = |tenant: &str, n: &str| {
+        whose::name_at_sites(&name(tenant), &name(n), id).expect("a name").to_string()
+    };
+    let tail = super::rebuild::tail(id);
+    assert_eq!(at_sites("default", "web"), "web");
+    assert_eq!(at_sites("default", "debian-12"), "debian-12");
+    assert_eq!(at_sites("acme", "web"), format!("web-{tail}"));
+    assert_eq!(at_sites("default", "web-0a1b2c"), format!("web-0a1b2c-{tail}"));
+}
+
 #[tokio::test]
 async fn what_comes_in_is_counted_while_it_comes() {
     let w = world(Send::Works).await;

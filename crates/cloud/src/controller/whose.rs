@@ -173,9 +173,12 @@ pub(crate) fn shown(who: &Principal, mut s: SubstrateRecord) -> SubstrateRecord 
     s
 }
 
-/// What a substrate is called at its sites: names are per tenant, a site knows of no tenants.
+/// What a substrate is called at its sites: names are per tenant, a site knows of no tenants. Those of
+/// the default tenant are called the same there, unless that is how another's may be called.
 pub(super) fn name_at_sites(tenant: &Name, name: &Name, id: SubstrateId) -> Result<Name, Fault> {
-    match *tenant == default_tenant() {
+    let tail = name.as_str().rsplit_once('-').map(|(_, tail)| tail);
+    let hex = |t: &str| t.len() == 6 && t.bytes().all(|b| b.is_ascii_hexdigit());
+    match *tenant == default_tenant() && !tail.is_some_and(hex) {
         true => Ok(name.clone()),
         false => super::rebuild::suffixed(name, &super::rebuild::tail(id)),
     }
