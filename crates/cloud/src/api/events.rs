@@ -19,7 +19,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::{Answer, Api, Params, Who};
 use crate::access::Principal;
 use crate::clock::UnixMs;
-use crate::controller::whose::shown;
+use crate::controller::authorize::visible_part;
 use crate::error::Fault;
 use crate::registry::{
     Event, EventId, EventKind, Forgotten, Object, Reader, Summary, Watcher, What,
@@ -262,7 +262,7 @@ impl Following {
         let record = match &what.object {
             _ if new.is_none() => None,
             Some(Object::Substrate(s)) => {
-                serde_json::to_value(shown(&self.who, s.as_ref().clone())).ok()
+                serde_json::to_value(visible_part(&self.who, s.as_ref().clone())).ok()
             }
             Some(object) => serde_json::to_value(object).ok(),
             None if what.kind == EventKind::Site => {

@@ -9,7 +9,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{Answer, Api, Params, Path, Who, accepted, name};
 use crate::access::{Action, Object};
-use crate::controller::whose::allow;
+use crate::controller::authorize::allow;
 use crate::controller::{Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::site::ImageInfo;

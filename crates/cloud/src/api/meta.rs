@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 use super::{Answer, Api, Who};
 use crate::access::{Action, Object};
 use crate::clock::UnixMs;
-use crate::controller::whose::allow;
+use crate::controller::authorize::allow;
 
 /// That the daemon serves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

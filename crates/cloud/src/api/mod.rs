@@ -247,7 +247,7 @@ impl Api {
         let named = name(named.to_str().unwrap_or_default())?;
         let there = self.controller.registry().tenant(&named).is_ok();
         if !there || !who.is_operator() && named != who.tenant {
-            return Err(crate::controller::whose::unseen("tenant", named.as_str()));
+            return Err(crate::controller::authorize::unseen("tenant", named.as_str()));
         }
         who.tenant = named;
         who.narrowed = true;

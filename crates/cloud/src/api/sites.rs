@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use super::{Answer, Api, Path, Payload, Who, name};
 use crate::access::{Action, Object, Principal};
 use crate::clock::UnixMs;
-use crate::controller::whose::allow;
+use crate::controller::authorize::allow;
 use crate::error::Fault;
 use crate::registry::SiteRecord;
 

@@ -18,8 +18,8 @@ use super::{
     Answer, Api, MAX_IMPORT, Params, Path, Payload, Who, accepted, drop_rest, is_type, name,
 };
 use crate::access::{Action, Object, Principal, default_tenant};
+use crate::controller::authorize::{allow, visible_part};
 use crate::controller::bring::finish_import;
-use crate::controller::whose::{allow, shown};
 use crate::controller::{Accepted, Controller, Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
@@ -74,7 +74,7 @@ pub(super) async fn one(
     who: Who,
     Path(s): Path<String>,
 ) -> Answer<Json<SubstrateRecord>> {
-    Ok(Json(shown(&who, api.controller.substrate_for(&who, Action::See, &s)?)))
+    Ok(Json(visible_part(&who, api.controller.substrate_for(&who, Action::See, &s)?)))
 }
 
 /// Removes a substrate from every site that holds it.

@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 
-use super::origin::Came;
+use super::origin::Discovery;
 use super::rebuild::{suffixed, tail};
 use super::{Controller, registry_fault};
 use crate::error::Fault;
@@ -144,7 +144,7 @@ impl Controller {
         site: &Name,
         info: SubstrateInfo,
     ) -> Result<SubstrateRecord, Fault> {
-        self.adopt(site, info, Came::Reported)
+        self.adopt(site, info, Discovery::Reported)
     }
 
     /// As [`Controller::adopt_substrate`], of one that the operator has brought to `site`.
@@ -153,18 +153,18 @@ impl Controller {
         site: &Name,
         info: SubstrateInfo,
     ) -> Result<SubstrateRecord, Fault> {
-        self.adopt(site, info, Came::Imported)
+        self.adopt(site, info, Discovery::Imported)
     }
 
     fn adopt(
         &self,
         site: &Name,
         info: SubstrateInfo,
-        came: Came,
+        discovery: Discovery,
     ) -> Result<SubstrateRecord, Fault> {
         match self.registry.substrate_seen(info.id, site, info.content) {
             Err(RegistryError::NotFound { .. }) => {
-                let mut record = self.record_of(site, info, came);
+                let mut record = self.record_of(site, info, discovery);
                 let uploaded = self.uploads.has(record.id);
                 let add = |record: &SubstrateRecord| match uploaded {
                     true => self.registry.substrate_bring(record),

@@ -6,8 +6,8 @@ use std::sync::{Arc, PoisonError};
 use godwit_types::{Arch, Code, Generation, Mib, Name, SubstrateId, SubstrateKind, VmId, VmState};
 use serde_json::json;
 
+use super::authorize::{allow, name_at_sites};
 use super::depart::Wanted;
-use super::whose::{allow, name_at_sites};
 use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
 use crate::access::{Action, Object, Principal, may};
 use crate::clock::UnixMs;

@@ -19,6 +19,7 @@
 
 mod arrive;
 mod ask;
+pub(crate) mod authorize;
 pub(crate) mod bring;
 mod carry;
 mod depart;
@@ -39,7 +40,6 @@ mod tests_belief;
 #[cfg(test)]
 mod tests_tenants;
 mod warrants;
-pub(crate) mod whose;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};

@@ -8,8 +8,8 @@ use godwit_migrate::hybrid::SCHEME;
 use godwit_types::{Code, Generation, MigrationId, MoveReport, Name, VmState};
 use serde_json::json;
 
+use super::authorize::allow;
 use super::lifecycle::{call_of, dry, state_fault};
-use super::whose::allow;
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
 use crate::access::{Action, Object, Principal};
 use crate::clock::UnixMs;

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use godwit_types::{Code, Name, SiteKind, SubstrateId, SubstrateKind};
 
-use super::whose::{allow, name_at_sites};
+use super::authorize::{allow, name_at_sites};
 use super::{Controller, registry_fault};
 use crate::access::{Action, Object, Principal, default_tenant, may, operator};
 use crate::error::Fault;
@@ -24,7 +24,7 @@ use crate::site::{SubstrateInfo, Upload};
 
 /// How the center hears of a substrate that it does not know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Came {
+pub(super) enum Discovery {
     /// A site tells of it: it was docked there, or a user has brought it.
     Reported,
     /// The operator has brought it.
@@ -33,7 +33,7 @@ pub(super) enum Came {
 
 /// A file that a user brings.
 #[derive(Debug, Clone)]
-struct Incoming {
+struct FileUpload {
     tenant: Name,
     user: Name,
     name: Name,
@@ -43,10 +43,10 @@ struct Incoming {
 
 /// The files that users bring, while they come in.
 #[derive(Debug, Default)]
-pub(super) struct Uploads(Mutex<HashMap<SubstrateId, Incoming>>);
+pub(super) struct Uploads(Mutex<HashMap<SubstrateId, FileUpload>>);
 
 impl Uploads {
-    fn all(&self) -> MutexGuard<'_, HashMap<SubstrateId, Incoming>> {
+    fn all(&self) -> MutexGuard<'_, HashMap<SubstrateId, FileUpload>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -110,7 +110,7 @@ impl Controller {
                 && o.tenant == *tenant
                 && matches!(&o.kind, OpKind::VmDock { called: Some(n), .. } if n == name)
         };
-        let coming = |u: &Incoming| (&u.tenant, &u.name) == (tenant, name);
+        let coming = |u: &FileUpload| (&u.tenant, &u.name) == (tenant, name);
         let exists = self.registry.substrate_named(tenant, name);
         if exists || self.uploads.all().values().any(coming) {
             return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
@@ -154,7 +154,7 @@ impl Controller {
         let one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
         self.is_new_substrate(&who.tenant, name)?;
         let (tenant, user, name) = (who.tenant.clone(), who.user.clone(), name.clone());
-        self.uploads.all().insert(id, Incoming { tenant, user, name, bytes: 0 });
+        self.uploads.all().insert(id, FileUpload { tenant, user, name, bytes: 0 });
         drop(one);
         let upload = Uploading { controller: self, want };
         let room = self.registry.pool_has_room(&who.tenant, bytes.unwrap_or_default());
@@ -167,9 +167,9 @@ impl Controller {
         &self,
         site: &Name,
         info: SubstrateInfo,
-        came: Came,
+        discovery: Discovery,
     ) -> SubstrateRecord {
-        let Origin { tenant, owner, name, kind } = self.origin(site, &info, came);
+        let Origin { tenant, owner, name, kind } = self.origin(site, &info, discovery);
         SubstrateRecord {
             id: info.id,
             name: name.unwrap_or(info.name),
@@ -190,8 +190,8 @@ impl Controller {
         }
     }
 
-    fn origin(&self, site: &Name, info: &SubstrateInfo, came: Came) -> Origin {
-        if came == Came::Reported
+    fn origin(&self, site: &Name, info: &SubstrateInfo, discovery: Discovery) -> Origin {
+        if discovery == Discovery::Reported
             && let Some(made) = self.asked_by(info)
         {
             return made;
@@ -200,11 +200,11 @@ impl Controller {
         if own && let Some((tenant, owner)) = self.registry.user_of(&info.owner) {
             return Origin { tenant, owner, name: None, kind: info.kind };
         }
-        let kind = match (came, own) {
-            (Came::Imported, true) => info.kind,
-            (Came::Imported, false) => not_public(info.kind),
+        let kind = match (discovery, own) {
+            (Discovery::Imported, true) => info.kind,
+            (Discovery::Imported, false) => not_public(info.kind),
             // Nobody knows whose it is.
-            (Came::Reported, _) => SubstrateKind::Private,
+            (Discovery::Reported, _) => SubstrateKind::Private,
         };
         Origin { tenant: default_tenant(), owner: operator(), name: None, kind }
     }

@@ -6,7 +6,7 @@ use godwit_types::{Code, Name};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::whose::{allow, unseen};
+use super::authorize::{allow, unseen};
 use super::{Controller, registry_fault};
 use crate::access::{Action, Object, Principal, Role, may};
 use crate::clock::UnixMs;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use godwit_types::{Code, Name, SiteKind};
 use serde_json::json;
 
+use super::authorize::allow;
 use super::lifecycle::call_of;
-use super::whose::allow;
 use super::{Accepted, Controller, Mode, registry_fault};
 use crate::access::{Action, Object, Principal};
 use crate::error::Fault;

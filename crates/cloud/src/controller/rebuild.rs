@@ -193,7 +193,7 @@ impl Controller {
         info: SubstrateInfo,
         vm: &VmRecord,
     ) -> Result<(), Fault> {
-        let new = self.record_of(&vm.site, info, super::origin::Came::Reported);
+        let new = self.record_of(&vm.site, info, super::origin::Discovery::Reported);
         let aside = suffixed(&old.name, &format!("old-{}", tail(old.id)))?;
         let kept = self
             .registry

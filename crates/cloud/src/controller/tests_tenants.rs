@@ -267,7 +267,7 @@ async fn what_comes_of_a_token_that_ends_lives_no_longer() {
 fn no_name_of_the_default_tenant_is_how_anothers_is_called_at_a_site() {
     let id = SubstrateId::new();
     let at_sites = |tenant: &str, n: &str| {
-        whose::name_at_sites(&name(tenant), &name(n), id).expect("a name").to_string()
+        authorize::name_at_sites(&name(tenant), &name(n), id).expect("a name").to_string()
     };
     let tail = super::rebuild::tail(id);
     assert_eq!(at_sites("default", "web"), "web");

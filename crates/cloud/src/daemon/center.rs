@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use super::guard::{Guard, impatient};
 use super::tls::{self, TlsFiles};
-use super::{ClientFiles, RENEW, Ready, local_door, secrets};
+use super::{ClientFiles, RENEW, Ready, local_socket, secrets};
 use crate::api::{Api, Gatekeeper};
 use crate::controller::Controller;
 use crate::error::Fault;
@@ -178,8 +178,8 @@ impl Center {
         let work = keep_certificate(endpoint.clone(), authority.clone(), keys.join("identity"));
         tasks.spawn(stop.clone().run_until_cancelled_owned(work));
 
-        let listener = local_door::listen(&config.dirs.run)?;
-        let work = local_door::serve(listener, controller.clone());
+        let listener = local_socket::listen(&config.dirs.run)?;
+        let work = local_socket::serve(listener, controller.clone());
         tasks.spawn(stop.clone().run_until_cancelled_owned(work));
 
         let token = secrets::token_or_new(&keys.join("operator-token"))?;

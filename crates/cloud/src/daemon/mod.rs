@@ -6,7 +6,7 @@
 mod agent;
 mod center;
 mod guard;
-mod local_door;
+mod local_socket;
 mod secrets;
 mod tls;
 
@@ -16,7 +16,7 @@ use godwit_types::Name;
 
 pub use agent::{Agent, AgentConfig, join_site};
 pub use center::{Center, CenterConfig};
-pub use local_door::{local_socket, local_token};
+pub use local_socket::{local_socket, local_token};
 pub(crate) use secrets::checked;
 pub use secrets::{ClientFiles, read_token};
 pub use tls::TlsFiles;

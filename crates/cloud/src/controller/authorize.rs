@@ -119,7 +119,7 @@ impl Controller {
     pub fn substrates_for(&self, who: &Principal) -> Result<Vec<SubstrateRecord>, Fault> {
         let mut all = self.registry.substrates().map_err(registry_fault)?;
         all.retain(|s| self.lists_substrate(who, s));
-        Ok(all.into_iter().map(|s| shown(who, s)).collect())
+        Ok(all.into_iter().map(|s| visible_part(who, s)).collect())
     }
 
     fn lists_substrate(&self, who: &Principal, s: &SubstrateRecord) -> bool {
@@ -166,7 +166,7 @@ impl Controller {
 }
 
 /// A substrate as `who` may know it: to whom else it was granted is its tenant's business.
-pub(crate) fn shown(who: &Principal, mut s: SubstrateRecord) -> SubstrateRecord {
+pub(crate) fn visible_part(who: &Principal, mut s: SubstrateRecord) -> SubstrateRecord {
     if s.tenant != who.tenant && !who.is_operator() {
         s.granted.retain(|t| *t == who.tenant);
     }
