@@ -126,6 +126,8 @@ impl Drop for Center {
     fn drop(&mut self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        // One that a test has stopped hears of it only then.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::CONT);
         let _ = self.child.wait();
     }
 }
@@ -202,6 +204,8 @@ fn a_center_is_asked_and_refuses_in_clear_words() {
     // One that hangs is waited for as long as was said, and its images are not this machine's.
     let pid = rustix::process::Pid::from_child(&center.child);
     rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stop");
+    // Its threads run on until the kernel has come to each.
+    rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::UNTRACED).expect("stopped");
     let begun = Instant::now();
     let (exit, words) = center.refused("vm delete nobody --timeout 1s");
     assert_eq!((exit, words.contains("not answered in time")), (124, true), "{words}");
