@@ -295,10 +295,21 @@ fn memory_of_idle_substrates_stays_within_its_budget_and_all_can_be_activated() 
     reported(&cloud, Daemon::Center, "memory_promised_mib", |mib| mib < 480);
     let _ = cloud.ok(&third);
     full(&cloud, &["vm", "start", "a"], &promised);
+    // Two that start at once do not both get what is left.
+    let _ = cloud.ok(&["vm", "stop", "c", "--force"]);
+    let answers = std::thread::scope(|s| {
+        let both = ["a", "c"].map(|vm| s.spawn(|| cloud.run(&["vm", "start", vm])));
+        both.map(|starts| starts.join().unwrap())
+    });
+    let late = match answers.each_ref().map(|a| a.exit) {
+        [0, refused] if refused != 0 => "c",
+        [refused, 0] if refused != 0 => "a",
+        _ => panic!("one of two starts: {answers:?}"),
+    };
     // A machine that is docked becomes an idle one's memory, or none.
     let _ = cloud.ok(&["vm", "dock", "b", "--name", "of-b"]);
-    let _ = cloud.ok(&["vm", "start", "a"]);
-    let _ = cloud.ok(&["vm", "dock", "a", "--name", "of-a"]);
+    let _ = cloud.ok(&["vm", "start", late]);
+    let _ = cloud.ok(&["vm", "dock", late, "--name", "of-late"]);
     let (peak, files) = sealed.end();
     assert!(peak > 0 && peak <= BUDGET, "{peak} bytes of sealed memory on tmpfs: {files:?}");
     clean(&cloud);

@@ -22,7 +22,7 @@ use godwit_types::{Arch, Hash, Mib, Name, SubstrateId, VmId};
 use tokio::sync::Mutex;
 
 use super::record::{Below, MachineRecord, Meant, Unfinished};
-use super::{Entry, LocalSite};
+use super::{Entry, LocalSite, filling};
 use crate::error::{Fault, chain};
 use crate::site::UNKNOWN_GENERATION;
 
@@ -87,6 +87,12 @@ impl LocalSite {
                 return Ok(());
             }
             Some(Unfinished::Docking { .. }) | None => {}
+        }
+        if record.migration.is_none() {
+            // Left of an arrival that had ended when the daemon did.
+            if let Err(error) = filling::end(&self.dirs.vm(vm)) {
+                tracing::warn!(vm = %record.name, %error, "where its disk was filled stays");
+            }
         }
         let run = self.dirs.vm_run(vm);
         let moves = record.migration.is_some() && Machine::recorded(&run).is_some();

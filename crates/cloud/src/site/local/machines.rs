@@ -331,15 +331,19 @@ impl LocalSite {
         }
         e.record.generation = generation;
         e.record.warrant = Some(warrant);
-        if let Err(f) = self.check_promise(vm, e.record.memory).await {
-            // It stays stopped, at the generation at which it was asked.
+        {
+            // Nobody who makes a promise waits for a machine's lock; its record tells of it.
+            let _one = self.promising.lock().await;
+            if let Err(f) = self.check_promise(vm, e.record.memory).await {
+                // It stays stopped, at the generation at which it was asked.
+                e.record.save(&self.dirs.vm(vm))?;
+                return Err(f);
+            }
+            e.record.meant = Meant::Running;
+            e.record.reason = None;
+            e.record.unfinished = None;
             e.record.save(&self.dirs.vm(vm))?;
-            return Err(f);
         }
-        e.record.meant = Meant::Running;
-        e.record.reason = None;
-        e.record.unfinished = None;
-        e.record.save(&self.dirs.vm(vm))?;
         let image = self.sound_image(&e.record).await?;
         // One that did not answer when this daemon came.
         self.end_strays(vm).await;

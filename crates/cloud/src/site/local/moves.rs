@@ -242,11 +242,7 @@ impl LocalSite {
         let image = self.sound_image(&record).await?;
         let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
         manifest.machine.check(&here).map_err(coded)?;
-        let entry = {
-            let _one = self.promising.lock().await;
-            self.check_promise(record.vm, record.memory).await?;
-            self.enter(record.clone()).await?
-        };
+        let entry = self.enter(record.clone(), None).await?;
         let mut e = entry.lock().await;
         match self.prepare_entered(&record, &image, &manifest).await {
             Ok((qemu, relay, address)) => {

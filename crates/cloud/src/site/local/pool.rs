@@ -388,17 +388,24 @@ impl LocalSite {
         Ok(CheckReport { units: found.store.units, damaged })
     }
 
-    /// Enters a machine that is being made; nobody else can make it meanwhile. No machine's lock is
-    /// waited for while the list of all is locked.
-    pub(super) async fn enter(&self, record: MachineRecord) -> Result<Arc<Mutex<Entry>>, Fault> {
+    /// Enters a machine that is being made, and promises it its memory; nobody else can make it
+    /// meanwhile. No machine's lock is waited for while the list of all is locked, or a promise is
+    /// being made.
+    pub(super) async fn enter(
+        &self,
+        record: MachineRecord,
+        starting: Option<CancellationToken>,
+    ) -> Result<Arc<Mutex<Entry>>, Fault> {
         let here = |record: &MachineRecord| {
             Fault::new(
                 godwit_types::Code::Exists,
                 format!("machine '{}' is here already", record.name),
             )
         };
-        let entry = Arc::new(Mutex::new(Entry::new(record.clone(), None)));
+        let entry = Arc::new(Mutex::new(Entry { starting, ..Entry::new(record.clone(), None) }));
         let there = {
+            let _one = self.promising.lock().await;
+            self.check_promise(record.vm, record.memory).await?;
             let mut all = self.machines.write().await;
             match all.get(&record.vm) {
                 Some(e) => Some(Arc::clone(e)),
@@ -433,11 +440,8 @@ impl LocalSite {
         &self,
         record: MachineRecord,
     ) -> Result<(Arc<Mutex<Entry>>, CancellationToken), Fault> {
-        let _one = self.promising.lock().await;
-        self.check_promise(record.vm, record.memory).await?;
-        let entry = self.enter(record).await?;
         let wanted = CancellationToken::new();
-        entry.lock().await.starting = Some(wanted.clone());
+        let entry = self.enter(record, Some(wanted.clone())).await?;
         Ok((entry, wanted))
     }
 
