@@ -40,11 +40,13 @@ fn two_tenants_share_a_site_and_neither_finds_what_the_other_has() {
         let list = cloud.ok(&by(who, &["vm", "list"]));
         assert_eq!(list.as_array().unwrap().len(), 1, "{list}");
     }
-    let echo = ["vm", "exec", "one", "--", "/bin/busybox", "echo", "here"];
-    for who in [&ann, &bob] {
-        let line = [&["--token-file", who.as_str()], &echo[..]].concat();
-        assert_eq!(cloud.run(&line).stdout, "here\n");
-    }
+    let echo = |who: &str, vm: &str| {
+        let program = ["--", "/bin/busybox", "echo", "here"];
+        let answer = cloud.run(&[&["vm", "exec", "--token-file", who, vm], &program[..]].concat());
+        assert_eq!(answer.stdout, "here\n", "{}", answer.stderr);
+    };
+    echo(&ann, "one");
+    echo(&bob, "one");
     for line in [
         &["vm", "get", "acme/one"][..],
         &["vm", "delete", "acme/one"],
@@ -82,8 +84,9 @@ fn two_tenants_share_a_site_and_neither_finds_what_the_other_has() {
             assert_eq!(list.as_array().unwrap().len(), n, "{list}");
         }
     }
-    let line = ["--token-file", &ann, "vm", "exec", "mine", "--", "/bin/busybox", "echo", "on"];
-    assert_eq!(cloud.run(&line).stdout, "on\n");
+    let line = ["vm", "exec", "--token-file", &ann, "mine", "--", "/bin/busybox", "echo", "on"];
+    let answer = cloud.run(&line);
+    assert_eq!(answer.stdout, "on\n", "{}", answer.stderr);
     let ends = cloud.ok(&["audit", "verify"]);
     assert!(ends["entries"].as_u64().unwrap() > 20, "{ends}");
 }
