@@ -431,9 +431,14 @@ impl Cloud {
         };
         c.env("GODWIT_CONFIG", self.root.path().join("config"));
         c.env(godwit_hold::VARIABLE, self.hold_dir());
-        for unset in
-            ["GODWIT_API", "GODWIT_TOKEN", "GODWIT_TOKEN_FILE", "GODWIT_CA", "GODWIT_JOIN_TOKEN"]
-        {
+        for unset in [
+            "GODWIT_API",
+            "GODWIT_TOKEN",
+            "GODWIT_TOKEN_FILE",
+            "GODWIT_CA",
+            "GODWIT_TENANT",
+            "GODWIT_JOIN_TOKEN",
+        ] {
             c.env_remove(unset);
         }
         c

@@ -134,6 +134,7 @@ fn a_full_disk_or_memory_stops_no_machine_and_leaves_nothing_half_done() {
     ram.leave(1);
     let _ = cloud.ok(&dock);
     ram.leave(2048);
+    reported(&cloud, Daemon::Center, "ram_files_free_mib", |mib| mib > 1024);
     assert_eq!(names(&cloud.ok(&["substrate", "list"])), ["base", "docked"]);
     let _ = cloud.ok(&["vm", "activate", "docked", "--name", "c"]);
     cloud.guest("c").intact(lines);

@@ -42,10 +42,22 @@ pub(crate) enum Command {
     Site(cmd::site::Noun),
     /// Long jobs
     Op(cmd::op::Noun),
+    /// Tenants: people who own machines and substrates together
+    Tenant(cmd::people::Tenants),
+    /// Users of a tenant
+    User(cmd::people::Users),
+    /// Tokens by which users reach this API (those by which sites join: `godwit site token`)
+    Token(cmd::people::Tokens),
     /// What the sites' stores hold
     Pool(cmd::pool::Noun),
     /// Co-scheduling of the vCPUs of this host's machines
     Sched(Box<cmd::sched::Noun>),
+    /// Substrates that other tenants may use
+    Grant(cmd::share::Grants),
+    /// How much a tenant may have
+    Quota(cmd::share::Quotas),
+    /// Who did what
+    Audit(cmd::people::Audit),
     /// Look at what this machine has and lacks
     Doctor(cmd::doctor::Doctor),
     /// Run a cloud center in the foreground
@@ -76,15 +88,50 @@ pub(crate) struct Connect {
     /// Address of the center's API, e.g. <https://127.0.0.1:7700> [env: GODWIT_API]
     #[arg(long, global = true, value_name = "URL")]
     pub(crate) api: Option<String>,
-    /// File with the operator token (or the token itself in GODWIT_TOKEN) [env: GODWIT_TOKEN_FILE]
+    /// File with the operator's or a user's token (or the token itself in GODWIT_TOKEN) [env: GODWIT_TOKEN_FILE]
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
     /// Certificate of the API, PEM [env: GODWIT_CA]
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) ca: Option<PathBuf>,
-    /// Directory of the three above, as a center writes them [env: GODWIT_CONFIG]
+    /// As an operator: act in this tenant, not in `default` [env: GODWIT_TENANT]
+    #[arg(long, global = true, value_name = "TENANT")]
+    pub(crate) tenant: Option<Name>,
+    /// Directory of address, token and certificate, as a center writes them [env: GODWIT_CONFIG]
     #[arg(long, global = true, value_name = "DIR")]
     pub(crate) config: Option<PathBuf>,
+}
+
+/// A machine, a substrate or a user: `NAME`, `TENANT/NAME`, or an id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Named(String);
+
+impl Named {
+    /// As it was given.
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// As one part of a path.
+    pub(crate) fn path(&self) -> String {
+        self.0.replace('/', "%2F")
+    }
+}
+
+impl std::fmt::Display for Named {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl std::str::FromStr for Named {
+    type Err = godwit_types::NameError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (tenant, name) = text.split_once('/').map_or((None, text), |(t, n)| (Some(t), n));
+        tenant.map(Name::new).transpose()?;
+        Name::new(name)?;
+        Ok(Self(text.to_owned()))
+    }
 }
 
 /// What a flag says, or else the environment. Read here and not by the parser, whose usage lines
@@ -288,6 +335,13 @@ mod tests {
     }
 
     #[test]
+    fn the_tenant_that_is_made_is_not_the_one_that_is_acted_in() {
+        let cli = Cli::try_parse_from(["godwit", "tenant", "create", "acme"]).expect("parses");
+        let Command::Tenant(noun) = cli.command else { panic!("another noun") };
+        assert_eq!(noun.acts_in(), None);
+    }
+
+    #[test]
     fn flags_may_stand_at_the_end() {
         for line in [
             "vm create --image tiny --name a -o json",
@@ -306,6 +360,19 @@ mod tests {
             "vm exec a --pid 7",
             "vm exec a -i -- /bin/cat -n",
             "image delete tiny --site cafe",
+            "vm list --tenant acme",
+            "vm migrate acme/web --to cafe",
+            "vm activate default/clean --name a",
+            "tenant create acme",
+            "grant create abiword acme",
+            "audit list --limit 10 -o json",
+            "audit verify",
+            "quota get acme",
+            "quota set acme --machines 10 --memory 8G --pool none",
+            "user create ann --role admin --tenant acme",
+            "token create --user ann --role viewer --lifetime 30d -o json",
+            "token delete 0123456789abcdef",
+            "token create --local --socket /r/admin.sock",
         ] {
             let words = std::iter::once("godwit").chain(line.split(' '));
             Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -323,6 +390,11 @@ mod tests {
             "vm create --image tiny --vcpus 300",
             "vm create --image tiny --memory 4X",
             "vm exec a",
+            "vm get acme/web/x",
+            "vm get /web",
+            "user create ann --role root",
+            "quota set acme --machines many",
+            "token delete x",
             "vm exec a --pid 7 /bin/true",
             "op wait x",
         ] {

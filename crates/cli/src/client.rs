@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use godwit_cloud::Fault;
-use godwit_cloud::api::REVISION_HEADER;
+use godwit_cloud::api::{REVISION_HEADER, TENANT_HEADER};
 use godwit_cloud::daemon::read_token;
 use godwit_types::Code;
 use reqwest::{Certificate, Method, RequestBuilder, Response, StatusCode};
@@ -34,6 +34,7 @@ pub(crate) struct Client {
     http: reqwest::Client,
     base: String,
     token: String,
+    tenant: Option<String>,
     ca: PathBuf,
 }
 
@@ -93,7 +94,9 @@ impl Client {
             .connect_timeout(CONNECT_WITHIN)
             .build()
             .map_err(|e| Failure::internal(format!("preparing HTTPS: {}", causes(&e))))?;
-        Ok(Self { http, base, token, ca })
+        let tenant = connect.tenant.as_ref().map(ToString::to_string);
+        let tenant = or_env(tenant.as_ref(), "GODWIT_TENANT");
+        Ok(Self { http, base, token, tenant, ca })
     }
 
     /// The address of the API.
@@ -117,9 +120,14 @@ impl Client {
         }
     }
 
-    /// A request with the operator's token; `path` begins with `/v1`.
+    /// A request with the user's token; `path` begins with `/v1`.
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http.request(method, format!("{}{path}", self.base)).bearer_auth(&self.token)
+        let request = self.http.request(method, format!("{}{path}", self.base));
+        let request = request.bearer_auth(&self.token);
+        match &self.tenant {
+            Some(tenant) => request.header(TENANT_HEADER, tenant),
+            None => request,
+        }
     }
 
     /// Sends a request; an error status becomes the failure that the center names.

@@ -75,6 +75,14 @@ pub(crate) fn shows_progress() -> bool {
     io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|t| t != "dumb")
 }
 
+/// The name of what belongs to `tenant`, as it can be said from everywhere.
+pub(crate) fn of_tenant(tenant: &godwit_types::Name, name: &godwit_types::Name) -> String {
+    match tenant.as_str() {
+        godwit_cloud::access::DEFAULT_TENANT => name.to_string(),
+        tenant => format!("{tenant}/{name}"),
+    }
+}
+
 /// Prints a list.
 pub(crate) fn list<T: Row>(format: Format, rows: &[T]) -> Result<()> {
     match format {

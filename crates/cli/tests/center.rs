@@ -96,7 +96,9 @@ impl Center {
         let mut c = Command::new(env!("CARGO_BIN_EXE_godwit"));
         c.args(line.split(' ')).stdin(Stdio::null());
         c.env("GODWIT_CONFIG", self.dir.path().join("config"));
-        for unset in ["GODWIT_API", "GODWIT_TOKEN", "GODWIT_TOKEN_FILE", "GODWIT_CA"] {
+        for unset in
+            ["GODWIT_API", "GODWIT_TOKEN", "GODWIT_TOKEN_FILE", "GODWIT_CA", "GODWIT_TENANT"]
+        {
             c.env_remove(unset);
         }
         c
@@ -124,6 +126,8 @@ impl Drop for Center {
     fn drop(&mut self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        // One that a test has stopped hears of it only then.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::CONT);
         let _ = self.child.wait();
     }
 }
@@ -200,6 +204,8 @@ fn a_center_is_asked_and_refuses_in_clear_words() {
     // One that hangs is waited for as long as was said, and its images are not this machine's.
     let pid = rustix::process::Pid::from_child(&center.child);
     rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stop");
+    // Its threads run on until the kernel has come to each.
+    rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::UNTRACED).expect("stopped");
     let begun = Instant::now();
     let (exit, words) = center.refused("vm delete nobody --timeout 1s");
     assert_eq!((exit, words.contains("not answered in time")), (124, true), "{words}");
@@ -209,6 +215,74 @@ fn a_center_is_asked_and_refuses_in_clear_words() {
     let local = center.run("image list --local -o name");
     assert!(local.status.success() && local.stderr.is_empty(), "{local:?}");
     rustix::process::kill_process(pid, rustix::process::Signal::CONT).expect("continue");
+    tenants_and_their_users(&center);
+}
+
+fn tenants_and_their_users(center: &Center) {
+    let as_user = |token: &str, line: &str| {
+        let out = center.command(line).env("GODWIT_TOKEN", token).output().expect("run");
+        let words = String::from_utf8_lossy(&out.stderr).into_owned();
+        (out.status.code().expect("code"), String::from_utf8(out.stdout).expect("text"), words)
+    };
+    let token = |line: &str| {
+        let made = center.json(&format!("token create {line}"));
+        (made["token"].as_str().expect("text").to_owned(), made["id"].as_str().unwrap().to_owned())
+    };
+    center.json("tenant create acme");
+    assert_eq!(center.refused("tenant create acme").0, 5);
+    center.json("user create ann --role admin --tenant acme");
+    center.json("user create bob --role viewer --tenant acme");
+    assert_eq!(center.refused("user create eve --tenant nobody").0, 4);
+    let (ann, _) = token("--user ann --tenant acme");
+    let (bob, id) = token("--user bob --tenant acme --lifetime 1h");
+    let listed = String::from_utf8(center.run("token list").stdout).expect("text");
+    assert!(listed.contains(&id) && !listed.contains(&bob), "{listed}");
+    // What is not one's own is not there; what is one's own is not for everybody.
+    let (exit, out, _) = as_user(&ann, "tenant list -o name");
+    assert_eq!((exit, out.as_str()), (0, "acme\n"));
+    let (exit, out, words) = as_user(&bob, "user list -o name");
+    assert_eq!((exit, out.as_str()), (0, "acme/ann\nacme/bob\n"), "{words}");
+    for (who, line, want, said) in [
+        (&ann, "vm list --tenant default", 4, "no tenant 'default'"),
+        (&ann, "site revoke center", 1, "may not change or remove sites"),
+        (&ann, "user create root --role operator", 1, "may not make such users"),
+        (&bob, "vm create --image tiny", 1, "may not make machines"),
+        (&bob, "quota set acme --machines none --vcpus 9", 1, "may not change or remove tenants"),
+        (&bob, "audit list", 1, "may not see the audit log"),
+    ] {
+        let (exit, _, words) = as_user(who, line);
+        assert_eq!((exit, words.contains(said)), (want, true), "{line}: {words}");
+    }
+    // A quota of no machine leaves room for none.
+    center.json("quota set acme --machines 0 --memory 8G");
+    assert_eq!(center.run("quota set acme --machines 0").status.code(), Some(3));
+    let (exit, out, words) = as_user(&bob, "quota get acme");
+    assert!(exit == 0 && out.contains("0 of 0") && out.contains("of 8.0 GiB"), "{out}{words}");
+    if center.dir.path().join("images/tiny").exists() {
+        let (exit, _, words) = as_user(&ann, "vm create --image tiny");
+        assert_eq!((exit, words.contains("may have 0")), (5, true), "{words}");
+    }
+    // A token that was taken back is good for nothing, root gets one without any.
+    center.json(&format!("token delete {id}"));
+    let (exit, _, words) = as_user(&bob, "vm list");
+    assert_eq!((exit, words.contains("token")), (1, true), "{words}");
+    let socket = center.dir.path().join("r/center/run/admin.sock");
+    let local =
+        center.json(&format!("token create --local --role viewer --socket {}", socket.display()));
+    let (exit, _, words) = as_user(local["token"].as_str().expect("text"), "vm list");
+    assert_eq!(exit, 0, "{words}");
+    let end = center.json("audit verify");
+    let all = center.json("audit list --limit 1000");
+    assert_eq!(end["entries"].as_u64().map(|n| n as usize), all.as_array().map(Vec::len), "{all}");
+    let told = all.to_string();
+    assert!(told.contains("tenant create") && told.contains("forbidden"), "{told}");
+    assert!(!told.contains(&ann[30..60]), "{told}");
+    assert_eq!(center.refused("tenant delete acme").0, 5);
+    for user in ["ann", "bob"] {
+        center.json(&format!("user delete acme/{user}"));
+    }
+    center.json("tenant delete acme");
+    assert_eq!(as_user(&ann, "vm list").0, 1);
 }
 
 #[test]

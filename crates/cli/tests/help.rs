@@ -15,7 +15,23 @@ fn said(args: &[&str]) -> String {
 #[test]
 fn every_noun_and_verb_is_in_the_help() {
     let help = said(&["--help"]);
-    for noun in ["up", "down", "vm", "substrate", "image", "site", "op", "pool", "doctor"] {
+    for noun in [
+        "up",
+        "down",
+        "vm",
+        "substrate",
+        "image",
+        "site",
+        "op",
+        "pool",
+        "doctor",
+        "tenant",
+        "user",
+        "token",
+        "grant",
+        "quota",
+        "audit",
+    ] {
         assert!(help.lines().any(|l| l.trim_start().starts_with(noun)), "{noun}\n{help}");
     }
     let words = help.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -55,6 +55,7 @@ fn record(i: usize, site: &Name) -> VmRecord {
     VmRecord {
         id: VmId::new(),
         name: name(&format!("vm-{i}")),
+        tenant: godwit_cloud::access::default_tenant(),
         state: VmState::Running,
         site: site.clone(),
         generation: Generation::FIRST,
@@ -67,6 +68,7 @@ fn record(i: usize, site: &Name) -> VmRecord {
         changed: UnixMs::now(),
         moving_to: None,
         reason: None,
+        private_of: None,
         arriving: None,
         voided: std::collections::BTreeMap::new(),
     }
@@ -113,7 +115,7 @@ fn reports(c: &mut Criterion) {
         let host: Arc<dyn SiteHost> = Arc::new(Listed { name: site, machines, digest });
         let authority = Authority::create(&dir.path().join(host.name().as_str()));
         let authority = Arc::new(authority.expect("authority"));
-        let controller = Controller::new(registry.clone(), name("operator"), authority);
+        let controller = Controller::new(registry.clone(), authority);
         runtime.block_on(controller.attach(host.clone(), SiteKind::Ap)).expect("attach");
         let commits = registry.commits();
         c.bench_function(&format!("report of {here} machines, {label}, among {MACHINES}"), |b| {

@@ -17,6 +17,7 @@
 //! The center decides and remembers, a site does. Everything a site is asked to do is one
 //! [`site::SiteRequest`], so that the center's own site and a joined one behave alike.
 
+pub mod access;
 pub mod api;
 pub mod clock;
 pub mod controller;

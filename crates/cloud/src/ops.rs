@@ -19,13 +19,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::FutureExt;
-use godwit_types::{Code, Generation, Name, OpId, OpState, SubstrateId, VmId};
+use godwit_types::{Code, Generation, Name, OpId, OpState, SubstrateId, SubstrateKind, VmId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
+use crate::access::Principal;
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::registry::{OpRecord, Registry, RegistryError, Step, StepState, VmRecord};
@@ -86,6 +87,12 @@ pub enum OpKind {
         name: Name,
         /// The substrate it becomes.
         substrate: SubstrateId,
+        /// The name that the substrate gets; the site's name for it when not told.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        called: Option<Name>,
+        /// Who may use the substrate; not told by a version before this.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        becomes: Option<SubstrateKind>,
     },
     /// Moves a running environment.
     VmMigrate {
@@ -146,6 +153,12 @@ impl OpKind {
             Self::SubstrateRebuild { .. } => "substrate rebuild",
             Self::PoolCheck { .. } => "pool check",
         }
+    }
+
+    /// Whether it is about the cloud as a whole, so that users have nothing to do with it.
+    #[must_use]
+    pub const fn is_of_cloud(&self) -> bool {
+        matches!(self, Self::ImageBuild { .. } | Self::PoolCheck { .. })
     }
 
     /// The machine that it is about.
@@ -256,6 +269,7 @@ impl Ops {
     /// As [`Registry::vm_add`]; then the job is not run.
     pub fn start_new<F, Fut>(
         self: &Arc<Self>,
+        who: &Principal,
         vm: &VmRecord,
         kind: OpKind,
         job: F,
@@ -264,25 +278,30 @@ impl Ops {
         F: FnOnce(OpHandle) -> Fut,
         Fut: Future<Output = Result<Value, Fault>> + Send + 'static,
     {
-        let record = OpRecord::begun(kind);
+        let record = OpRecord::begun(who, kind);
         self.registry.vm_add(vm, Some(&record))?;
         let id = record.id;
         self.run(record, job);
         Ok(id)
     }
 
-    /// Writes a new operation down and runs `job` in the background. What the job returns
+    /// Writes a new operation of `who` down and runs `job` in the background. What the job returns
     /// becomes the result; [`Fault`] of class cancelled after a request to stop means that
     /// nothing was left behind.
     ///
     /// # Errors
     /// When the operation cannot be written down; then the job is not run.
-    pub fn start<F, Fut>(self: &Arc<Self>, kind: OpKind, job: F) -> Result<OpId, RegistryError>
+    pub fn start<F, Fut>(
+        self: &Arc<Self>,
+        who: &Principal,
+        kind: OpKind,
+        job: F,
+    ) -> Result<OpId, RegistryError>
     where
         F: FnOnce(OpHandle) -> Fut,
         Fut: Future<Output = Result<Value, Fault>> + Send + 'static,
     {
-        let record = OpRecord::begun(kind);
+        let record = OpRecord::begun(who, kind);
         self.registry.op_put(&record)?;
         let id = record.id;
         self.run(record, job);
@@ -597,7 +616,7 @@ mod tests {
         let (_d, reg, ops) = ops();
         let (go, gone) = tokio::sync::oneshot::channel::<()>();
         let id = ops
-            .start(kind(), |h| async move {
+            .start(&Principal::operator(), kind(), |h| async move {
                 h.progress(Progress {
                     stage: "memory".into(),
                     done: 1,
@@ -621,7 +640,7 @@ mod tests {
     async fn a_cancel_is_heeded_before_the_commit_point_and_refused_after_it() {
         let (_d, _reg, ops) = ops();
         let id = ops
-            .start(kind(), |h| async move {
+            .start(&Principal::operator(), kind(), |h| async move {
                 h.cancel().cancelled().await;
                 h.commit()?;
                 Ok(Value::Null)
@@ -634,7 +653,7 @@ mod tests {
         let (go, gone) = tokio::sync::oneshot::channel::<()>();
         let (at, reached) = tokio::sync::oneshot::channel::<()>();
         let id = ops
-            .start(kind(), |h| async move {
+            .start(&Principal::operator(), kind(), |h| async move {
                 h.commit()?;
                 at.send(()).ok();
                 gone.await.ok();
@@ -651,7 +670,8 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_a_failure_of_the_operation_only() {
         let (_d, _reg, ops) = ops();
-        let id = ops.start(kind(), |_| async { panic!("boom") }).expect("start");
+        let id =
+            ops.start(&Principal::operator(), kind(), |_| async { panic!("boom") }).expect("start");
         let end = ops.wait(id).await.expect("ends");
         assert_eq!((end.state, end.failure()), (OpState::Failed, Some(Code::Internal)));
     }
@@ -661,7 +681,7 @@ mod tests {
         let (_d, reg, first) = ops();
         let (at, reached) = tokio::sync::oneshot::channel::<()>();
         let id = first
-            .start(kind(), |h| async move {
+            .start(&Principal::operator(), kind(), |h| async move {
                 h.begin("lay", json!({"file": "a"}))?;
                 h.done("lay")?;
                 h.begin("tie", json!(7))?;

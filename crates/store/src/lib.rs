@@ -48,6 +48,9 @@ pub use writer::{Stored, Writer};
 /// Bytes in a full unit.
 pub const UNIT: usize = PAGE_SIZE;
 
+/// Bytes that a pack file has in front of each unit.
+pub const UNIT_HEAD: u64 = pack::HEAD as u64;
+
 /// The hash of the full zero unit.
 #[must_use]
 pub fn zero_hash() -> Hash {

@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use godwit_store::{Effort, Encoder, Encoding, PageMap, Store, UNIT, Writer, decode, zero_hash};
-use godwit_types::{Hash, Name, SubstrateId};
+use godwit_types::{Hash, Name, SubstrateId, SubstrateKind};
 
 use crate::error::SubstrateError;
 use crate::manifest::{MAX_JSON, Part, Substrate, disk_map, memory_map};
@@ -45,6 +45,13 @@ pub struct Becomes {
     pub name: Option<Name>,
     /// The content that it must have, as [`Substrate::content`] tells it, unless any will do.
     pub content: Option<Hash>,
+    /// Its id.
+    pub id: Option<SubstrateId>,
+    /// What says that it is public becomes restricted.
+    pub not_public: bool,
+    /// The substrates of this pool whose units it may name without bringing them; all that the
+    /// store has when left out. For what a user brings: whoever names a unit gets to read it.
+    pub among: Option<Vec<SubstrateId>>,
 }
 
 /// A substrate that is coming in. Dropped without [`Import::finish`], it leaves nothing behind.
@@ -60,6 +67,10 @@ pub struct Import {
     lacking: HashSet<Hash>,
     /// What was lacking at first, as the substrate has it.
     order: Vec<Hash>,
+    /// Units that must come though the store has them, for somebody else, and what has come of
+    /// them: counted as if they had been new, so that the size does not tell what others have.
+    stored_already: HashSet<Hash>,
+    stored_already_bytes: u64,
     writer: Writer,
     /// None while it is set aside.
     turn: Option<Turn>,
@@ -105,13 +116,32 @@ impl Import {
             substrate.name = name.clone();
             substrate.id = SubstrateId::new();
         }
+        substrate.id = becomes.id.unwrap_or(substrate.id);
+        if becomes.not_public && substrate.kind == SubstrateKind::Public {
+            substrate.kind = SubstrateKind::Restricted;
+        }
         let turn = pool.turn(substrate.id);
         pool.is_free(substrate.id, &substrate.name)?;
         let mut writer = pool
             .store()
             .writer(substrate.id.into(), Effort::Small)
             .map_err(SubstrateError::store("opening the store"))?;
-        let lacking = writer.hold(&hashes).map_err(SubstrateError::store("looking for units"))?;
+        let mut order = writer.hold(&hashes).map_err(SubstrateError::store("looking for units"))?;
+        let mut stored_already = HashSet::new();
+        if let Some(among) = &becomes.among {
+            let mut known = HashSet::new();
+            for id in among {
+                match pool.units(*id) {
+                    Ok(units) => known.extend(units),
+                    Err(SubstrateError::NotFound(_)) => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            let not_here: HashSet<Hash> = order.iter().copied().collect();
+            let must_come = |h: &&Hash| !known.contains(h) || not_here.contains(h);
+            order = hashes.iter().filter(must_come).copied().collect();
+            stored_already.extend(order.iter().filter(|h| !not_here.contains(h)));
+        }
         Ok(Self {
             pool: pool.clone(),
             substrate,
@@ -119,8 +149,10 @@ impl Import {
             manifest,
             becomes,
             hashes: hashes.len(),
-            lacking: lacking.iter().copied().collect(),
-            order: lacking,
+            lacking: order.iter().copied().collect(),
+            order,
+            stored_already,
+            stored_already_bytes: 0,
             writer,
             turn: Some(turn),
         })
@@ -188,6 +220,9 @@ impl Import {
         self.writer
             .put_encoded(hash, encoding, raw_len, body)
             .map_err(SubstrateError::store("taking a unit in"))?;
+        if self.stored_already.remove(&hash) {
+            self.stored_already_bytes += godwit_store::UNIT_HEAD + body.len() as u64;
+        }
         self.lacking.remove(&hash);
         Ok(())
     }
@@ -204,7 +239,8 @@ impl Import {
             ));
         }
         let new = self.pool.import_dir(self.substrate.id);
-        self.pool.publish_by(&new, self.substrate, &self.parts, self.writer)
+        let others = self.stored_already_bytes;
+        self.pool.publish_by(&new, self.substrate, &self.parts, self.writer, others)
     }
 }
 

@@ -458,16 +458,19 @@ impl Pool {
         writer: Writer,
     ) -> Result<Substrate, SubstrateError> {
         let new = self.new_dir(substrate.id);
-        self.publish_by(&new, substrate, parts, writer)
+        self.publish_by(&new, substrate, parts, writer, 0)
     }
 
-    /// As [`Pool::publish`], with files that are first written to the directory `new`.
+    /// As [`Pool::publish`], with files that are first written to the directory `new`. The
+    /// substrate's size counts `stored_already` bytes too: of units that it brought and that the
+    /// store had for others.
     pub(crate) fn publish_by(
         &self,
         new: &Path,
         mut substrate: Substrate,
         parts: &Parts,
         writer: Writer,
+        stored_already: u64,
     ) -> Result<Substrate, SubstrateError> {
         let id = substrate.id;
         let publish = || {
@@ -475,7 +478,7 @@ impl Pool {
             self.room_for(grown)?;
             let small =
                 parts.state.len() + parts.pages.len() + parts.disk.as_ref().map_or(0, Vec::len);
-            substrate.sizes.stored_bytes = grown + small as u64;
+            substrate.sizes.stored_bytes = grown + stored_already + small as u64;
             substrate.state = Part::of(&parts.state);
             substrate.pages = Part::of(&parts.pages);
             substrate.disk = parts.disk.as_deref().map(Part::of);

@@ -136,6 +136,55 @@ fn an_archive_carries_a_substrate_to_another_pool() {
     assert_eq!(taken.code(), Code::Exists);
 }
 
+/// The file of [`fill`]'s substrate with every unit left out: it only names them.
+fn hollow(file: &[u8], pool: &Pool, id: SubstrateId) -> Vec<u8> {
+    let b = pool.bundle(id).expect("bundle");
+    let head = 4 + 2 + 4 + b.json.len() + b.state.len() + b.pages.len();
+    let mut out = file[..head].to_vec();
+    out.extend_from_slice(&0u64.to_le_bytes());
+    let sum = Hash::of(&out);
+    out.extend_from_slice(&sum.0);
+    out
+}
+
+#[test]
+fn whoever_names_somebody_elses_units_must_bring_them() {
+    let here = site(1 << 30);
+    let id = SubstrateId::new();
+    fill(&here.pool, id).expect("filled");
+    let mut file = Vec::new();
+    here.pool.export(id, &mut file).expect("exported");
+    let names_only = hollow(&file, &here.pool, id);
+    let becomes = |n: &str, among: &[SubstrateId]| Becomes {
+        name: Some(name(n)),
+        id: Some(SubstrateId::new()),
+        not_public: true,
+        owner: Some(name("bob")),
+        among: Some(among.to_vec()),
+        content: None,
+    };
+    // Among nothing, and among a substrate that is not here.
+    for among in [&[][..], &[SubstrateId::new()][..]] {
+        let e = here.pool.import(&names_only[..], becomes("thief", among)).expect_err("refused");
+        assert_eq!(e.code(), Code::Damaged, "{e}");
+        assert!(e.to_string().contains("units are missing"), "{e}");
+    }
+    assert_eq!(here.pool.list().expect("list").len(), 1);
+    // Its own, or a public one's.
+    let want = becomes("copy", &[id]);
+    let made = here.pool.import(&names_only[..], want.clone()).expect("taken");
+    assert_eq!((Some(made.id), made.kind), (want.id, SubstrateKind::Restricted));
+    // Who brings them may name what it likes; they are stored once. What they take says nothing of
+    // whether somebody else had them: it is what they take where nobody has.
+    let before = here.pool.store().stats().expect("stats").units;
+    let brought = here.pool.import(&file[..], becomes("brought", &[])).expect("taken");
+    assert_eq!(here.pool.store().stats().expect("stats").units, before);
+    let alone = site(1 << 30);
+    let alone = alone.pool.import(&file[..], becomes("brought", &[])).expect("taken");
+    assert_eq!(brought.sizes.stored_bytes, alone.sizes.stored_bytes);
+    assert!(made.sizes.stored_bytes < brought.sizes.stored_bytes, "its own are counted once");
+}
+
 #[test]
 fn a_truncated_a_changed_and_a_foreign_archive_are_refused_and_leave_nothing() {
     let (here, there) = (site(1 << 30), site(1 << 30));

@@ -33,6 +33,8 @@ pub enum Code {
     TimedOut,
     /// A fault of ours or of a tool below us.
     Internal,
+    /// Whoever asked may not do that.
+    Forbidden,
 }
 
 impl Code {
@@ -43,6 +45,7 @@ impl Code {
             Self::Invalid => 400,
             Self::TooLarge => 413,
             Self::Unauthenticated => 401,
+            Self::Forbidden => 403,
             Self::NotFound => 404,
             Self::Exists | Self::Conflict | Self::Fenced | Self::Cancelled => 409,
             Self::Damaged => 422,
@@ -63,6 +66,7 @@ impl Code {
             Self::Exists | Self::Conflict | Self::Fenced | Self::NoRoom => 5,
             Self::TimedOut => 124,
             Self::Unauthenticated
+            | Self::Forbidden
             | Self::Unavailable
             | Self::Damaged
             | Self::Cancelled

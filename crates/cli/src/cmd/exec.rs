@@ -7,11 +7,12 @@ use std::time::Duration;
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use clap::Args;
 use godwit_cloud::api::{Encoding, ExecReply, ExecRequest, MAX_INPUT};
-use godwit_types::{Code, Name};
+use godwit_types::Code;
 use reqwest::Method;
 use serde_json::json;
 use tokio::time::Instant;
 
+use crate::args::Named;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Format};
@@ -30,7 +31,7 @@ const AGAIN: Duration = Duration::from_millis(250);
 )]
 pub(crate) struct Exec {
     /// Name or id
-    vm: Name,
+    vm: Named,
     /// Seconds to wait for its end; it is not ended when it takes longer
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     within: u32,
@@ -62,7 +63,7 @@ impl Exec {
                     within_s: Some(self.within),
                     detach: true,
                 };
-                let path = format!("/v1/vms/{vm}/exec");
+                let path = format!("/v1/vms/{vm}/exec", vm = vm.path());
                 let started: ExecReply = client.ask(Method::POST, &path, Some(&program)).await?;
                 started.pid
             }
@@ -109,13 +110,16 @@ impl Exec {
 }
 
 /// Asks for a program's result until it is there, also when the center goes away meanwhile.
-async fn result(client: &Client, vm: &Name, pid: u64, until: Instant) -> Result<ExecReply> {
+async fn result(client: &Client, vm: &Named, pid: u64, until: Instant) -> Result<ExecReply> {
     loop {
         // Rounded up: a whole second is the shortest that can be asked for.
         let left = (until.saturating_duration_since(Instant::now()) + Duration::from_millis(999))
             .as_secs();
-        let path =
-            format!("/v1/vms/{vm}/exec/{pid}?encoding=base64&within_s={}", left.min(SLICE_S));
+        let path = format!(
+            "/v1/vms/{vm}/exec/{pid}?encoding=base64&within_s={}",
+            left.min(SLICE_S),
+            vm = vm.path()
+        );
         match client.get(&path).await {
             Err(f) if left == 0 => return Err(f),
             Err(f) if f.exit == Code::TimedOut.exit_code() => {}

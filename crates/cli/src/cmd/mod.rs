@@ -4,10 +4,12 @@ pub(crate) mod doctor;
 pub(crate) mod exec;
 pub(crate) mod image;
 pub(crate) mod op;
+pub(crate) mod people;
 pub(crate) mod pool;
 pub(crate) mod role;
 pub(crate) mod sched;
 mod screen;
+pub(crate) mod share;
 pub(crate) mod shell;
 pub(crate) mod site;
 pub(crate) mod substrate;
@@ -27,8 +29,14 @@ pub(crate) async fn run(cli: Cli) -> Result {
         Command::Image(c) => c.run().await,
         Command::Site(c) => c.run().await,
         Command::Op(c) => c.run().await,
+        Command::Tenant(c) => c.run().await,
+        Command::User(c) => c.run().await,
+        Command::Token(c) => c.run().await,
         Command::Pool(c) => c.run().await,
         Command::Sched(c) => c.run().await,
+        Command::Grant(c) => c.run().await,
+        Command::Quota(c) => c.run().await,
+        Command::Audit(c) => c.run().await,
         Command::Doctor(c) => c.run().await,
         Command::Center(c) => c.run().await,
         Command::Ap(c) => c.run().await,

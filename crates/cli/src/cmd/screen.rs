@@ -8,7 +8,6 @@ use std::path::PathBuf;
 use clap::Args;
 use godwit_cloud::api::TypeText;
 use godwit_cloud::site::ConsoleTail;
-use godwit_types::Name;
 use reqwest::Method;
 use reqwest::header::{CONNECTION, UPGRADE};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
@@ -16,6 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::exec::shown;
 use super::vm::OPEN_WITHIN;
+use crate::args::Named;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Format};
@@ -27,7 +27,7 @@ const LEAVE: u8 = 0x1d;
 #[derive(Debug, Args)]
 pub(crate) struct Console {
     /// Name or id
-    vm: Name,
+    vm: Named,
     /// Print the last BYTES of its log instead of attaching (16 KiB when no number is given)
     #[arg(long, value_name = "BYTES", num_args = 0..=1, default_missing_value = "16384")]
     tail: Option<u32>,
@@ -39,7 +39,7 @@ impl Console {
         let attach = self.tail.is_none() && stdin.is_terminal() && std::io::stdout().is_terminal();
         if !attach {
             let max = self.tail.unwrap_or(16 << 10);
-            let path = format!("/v1/vms/{}/console?max_bytes={max}", self.vm);
+            let path = format!("/v1/vms/{}/console?max_bytes={max}", self.vm.path());
             let tail: ConsoleTail = client.get(&path).await?;
             match format {
                 Format::Json | Format::Yaml => out::value(format, &tail)?,
@@ -117,12 +117,12 @@ impl Drop for Raw {
 
 async fn open(
     client: &Client,
-    vm: &Name,
+    vm: &Named,
     path: &str,
     protocol: &'static str,
 ) -> Result<reqwest::Upgraded> {
     let request = client
-        .request(Method::GET, &format!("/v1/vms/{vm}/{path}"))
+        .request(Method::GET, &format!("/v1/vms/{vm}/{path}", vm = vm.path()))
         .header(CONNECTION, "upgrade")
         .header(UPGRADE, protocol);
     let answer = tokio::time::timeout(OPEN_WITHIN, client.send(request))
@@ -135,14 +135,15 @@ async fn open(
 #[derive(Debug, Args)]
 pub(crate) struct Screenshot {
     /// Name or id
-    vm: Name,
+    vm: Named,
     /// The file to write; `-` for stdout [default: <VM>.png]
     file: Option<PathBuf>,
 }
 
 impl Screenshot {
     pub(crate) async fn run(self, client: &Client) -> Result {
-        let request = client.request(Method::GET, &format!("/v1/vms/{}/screenshot", self.vm));
+        let request =
+            client.request(Method::GET, &format!("/v1/vms/{}/screenshot", self.vm.path()));
         let answer = client.send(request).await?;
         let png = client.body(answer).await?;
         let file = self.file.unwrap_or_else(|| PathBuf::from(format!("{}.png", self.vm)));
@@ -164,7 +165,7 @@ impl Screenshot {
 #[derive(Debug, Args)]
 pub(crate) struct Type {
     /// Name or id
-    vm: Name,
+    vm: Named,
     /// The text; `-` reads it from stdin
     text: String,
     /// Press Enter after it
@@ -185,7 +186,7 @@ impl Type {
         if self.enter {
             text.push('\n');
         }
-        let path = format!("/v1/vms/{}/type", self.vm);
+        let path = format!("/v1/vms/{}/type", self.vm.path());
         let (): () = client.ask(Method::POST, &path, Some(&TypeText { text })).await?;
         Ok(Outcome::Done)
     }
@@ -195,7 +196,7 @@ impl Type {
 #[derive(Debug, Args)]
 pub(crate) struct View {
     /// Name or id
-    vm: Name,
+    vm: Named,
     /// Where viewers of this machine connect
     #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDR:PORT")]
     listen: SocketAddr,

@@ -14,7 +14,7 @@ use reqwest::header::CONTENT_TYPE;
 use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio_util::io::ReaderStream;
 
-use crate::args::{Change, Talk};
+use crate::args::{Change, Named, Talk};
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Row, size};
@@ -41,13 +41,13 @@ enum Verb {
     /// Show one substrate
     Get {
         /// Name or id
-        substrate: Name,
+        substrate: Named,
     },
     /// Remove a substrate from every site
     #[command(visible_alias = "rm")]
     Delete {
         /// Name or id
-        substrate: Name,
+        substrate: Named,
         #[command(flatten)]
         how: Change,
     },
@@ -55,14 +55,14 @@ enum Verb {
     /// can no longer be loaded
     Rebuild {
         /// Name or id
-        substrate: Name,
+        substrate: Named,
         #[command(flatten)]
         how: Change,
     },
     /// Write a substrate to one file
     Export {
         /// Name or id
-        substrate: Name,
+        substrate: Named,
         /// The file; `-` for stdout
         file: PathBuf,
     },
@@ -82,7 +82,7 @@ enum Verb {
 impl Row for SubstrateRecord {
     const COLUMNS: &'static [&'static str] = &[
         "NAME", "KIND", "IMAGE", "MEMORY", "STORED", "AGE", "HOLDERS", "VCPUS", "ARCH", "RAW",
-        "OWNER", "ID",
+        "TENANT", "OWNER", "ID",
     ];
     const WIDE: usize = 7;
     fn cells(&self) -> Vec<String> {
@@ -102,12 +102,13 @@ impl Row for SubstrateRecord {
             self.vcpus.to_string(),
             self.arch.to_string(),
             size(self.raw_bytes),
+            self.tenant.to_string(),
             self.owner.to_string(),
             self.id.to_string(),
         ]
     }
     fn name(&self) -> String {
-        self.name.to_string()
+        out::of_tenant(&self.tenant, &self.name)
     }
 }
 
@@ -137,12 +138,13 @@ impl Noun {
                 out::list(format, &all)?;
             }
             Verb::Get { substrate } => {
-                let one: SubstrateRecord =
-                    client.get(&format!("/v1/substrates/{substrate}")).await?;
+                let one: SubstrateRecord = client
+                    .get(&format!("/v1/substrates/{substrate}", substrate = substrate.path()))
+                    .await?;
                 out::one(format, &one)?;
             }
             Verb::Delete { substrate, how } => {
-                let path = format!("/v1/substrates/{substrate}");
+                let path = format!("/v1/substrates/{substrate}", substrate = substrate.path());
                 let words = format!("{substrate}   deleted");
                 let tell = (substrate.as_str(), words.as_str());
                 let request = (Method::DELETE, path.as_str());
@@ -157,7 +159,8 @@ impl Noun {
                 .await;
             }
             Verb::Rebuild { substrate, how } => {
-                let path = format!("/v1/substrates/{substrate}/rebuild");
+                let path =
+                    format!("/v1/substrates/{substrate}/rebuild", substrate = substrate.path());
                 let words = format!("{substrate}   rebuilt");
                 let tell = (substrate.as_str(), words.as_str());
                 let request = (Method::POST, path.as_str());
@@ -189,8 +192,11 @@ fn meter(total: Option<u64>) -> ProgressBar {
     bar
 }
 
-async fn export(client: &Client, substrate: &Name, file: &Path) -> Result<()> {
-    let request = client.request(Method::GET, &format!("/v1/substrates/{substrate}/export"));
+async fn export(client: &Client, substrate: &Named, file: &Path) -> Result<()> {
+    let request = client.request(
+        Method::GET,
+        &format!("/v1/substrates/{substrate}/export", substrate = substrate.path()),
+    );
     if file.as_os_str() == "-" {
         if std::io::stdout().is_terminal() {
             return Err(Failure::usage("a substrate is not for a terminal").hint("name a file"));

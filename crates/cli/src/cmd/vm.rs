@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{exec, screen};
-use crate::args::{Change, Talk, memory};
+use crate::args::{Change, Named, Talk, memory};
 use crate::client::Client;
 use crate::failure::{Outcome, Result};
 use crate::out::{self, Row, millis, size};
@@ -45,7 +45,7 @@ enum Verb {
     /// Show one environment
     Get {
         /// Name or id
-        vm: Name,
+        vm: Named,
         /// Show what becomes of it until it is gone
         #[arg(short, long)]
         watch: bool,
@@ -53,7 +53,7 @@ enum Verb {
     /// Power an environment off; its disk is kept
     Stop {
         /// Name or id
-        vm: Name,
+        vm: Named,
         /// Cut the power instead of asking the guest
         #[arg(long)]
         force: bool,
@@ -63,7 +63,7 @@ enum Verb {
     /// Start a stopped environment from its disk
     Start {
         /// Name or id
-        vm: Name,
+        vm: Named,
         #[command(flatten)]
         how: Change,
     },
@@ -71,7 +71,7 @@ enum Verb {
     #[command(visible_alias = "rm")]
     Delete {
         /// Name or id
-        vm: Name,
+        vm: Named,
         #[command(flatten)]
         how: Change,
     },
@@ -115,7 +115,7 @@ struct Create {
 #[derive(Debug, Args)]
 struct Activate {
     /// Name or id of the substrate
-    substrate: Name,
+    substrate: Named,
     /// Name of the environment; drawn when left out
     #[arg(long)]
     name: Option<Name>,
@@ -129,7 +129,7 @@ struct Activate {
 #[derive(Debug, Args)]
 struct Dock {
     /// Name or id
-    vm: Name,
+    vm: Named,
     /// Name of the substrate; the environment's own when left out
     #[arg(long)]
     name: Option<Name>,
@@ -143,7 +143,7 @@ struct Dock {
 #[derive(Debug, Args)]
 struct Migrate {
     /// Name or id
-    vm: Name,
+    vm: Named,
     /// The site it goes to; the center chooses one when left out
     #[arg(long)]
     to: Option<Name>,
@@ -161,7 +161,8 @@ fn substrate_kind(text: &str) -> Result<SubstrateKind, String> {
 
 impl Row for VmRecord {
     const COLUMNS: &'static [&'static str] = &[
-        "NAME", "STATE", "SITE", "IMAGE", "MEMORY", "AGE", "VCPUS", "ARCH", "GEN", "ID", "REASON",
+        "NAME", "STATE", "SITE", "IMAGE", "MEMORY", "AGE", "VCPUS", "ARCH", "GEN", "TENANT", "ID",
+        "REASON",
     ];
     const WIDE: usize = 6;
     fn cells(&self) -> Vec<String> {
@@ -179,12 +180,13 @@ impl Row for VmRecord {
             self.vcpus.to_string(),
             self.arch.to_string(),
             self.generation.to_string(),
+            self.tenant.to_string(),
             self.id.to_string(),
             self.reason.clone().unwrap_or_default(),
         ]
     }
     fn name(&self) -> String {
-        self.name.to_string()
+        out::of_tenant(&self.tenant, &self.name)
     }
 }
 
@@ -238,7 +240,7 @@ impl Noun {
             Verb::Stop { vm, force, how } => at.stop(&vm, force, &how).await,
             Verb::Start { vm, how } => at.start(&vm, &how).await,
             Verb::Delete { vm, how } => {
-                let path = format!("/v1/vms/{vm}");
+                let path = format!("/v1/vms/{vm}", vm = vm.path());
                 let words = format!("{vm}   deleted");
                 at.tell(&how, Method::DELETE, &path, vm.as_str(), &words).await
             }
@@ -259,8 +261,8 @@ struct Site {
 }
 
 impl Site {
-    async fn vm(&self, vm: &Name) -> Result<VmRecord> {
-        self.client.get(&format!("/v1/vms/{vm}")).await
+    async fn vm(&self, vm: &Named) -> Result<VmRecord> {
+        self.client.get(&format!("/v1/vms/{vm}", vm = vm.path())).await
     }
 
     async fn tell(
@@ -321,23 +323,23 @@ impl Site {
         Ok(Outcome::Done)
     }
 
-    async fn stop(&self, name: &Name, force: bool, how: &Change) -> Result {
+    async fn stop(&self, name: &Named, force: bool, how: &Change) -> Result {
         let vm = self.vm(name).await?;
         let words = format!("{}   stopped", vm.name);
         if vm.state == VmState::Stopped {
             return self.unchanged(&vm, "is stopped already");
         }
-        let path = format!("/v1/vms/{name}/stop?force={force}");
+        let path = format!("/v1/vms/{name}/stop?force={force}", name = name.path());
         self.tell(how, Method::POST, &path, vm.name.as_str(), &words).await
     }
 
-    async fn start(&self, name: &Name, how: &Change) -> Result {
+    async fn start(&self, name: &Named, how: &Change) -> Result {
         let vm = self.vm(name).await?;
         let words = format!("{}   running at {}", vm.name, vm.site);
         if vm.state == VmState::Running {
             return self.unchanged(&vm, "runs already");
         }
-        let path = format!("/v1/vms/{name}/start");
+        let path = format!("/v1/vms/{name}/start", name = name.path());
         self.tell(how, Method::POST, &path, vm.name.as_str(), &words).await
     }
 
@@ -352,7 +354,7 @@ impl Site {
         let (client, talk) = (&self.client, &self.talk);
         let vm = self.vm(&c.vm).await?;
         let body = DockVm { name: c.name, kind: c.kind };
-        let path = format!("/v1/vms/{}/dock", c.vm);
+        let path = format!("/v1/vms/{}/dock", c.vm.path());
         let done = change(client, talk, &c.how, Method::POST, &path, &body).await?;
         let Changed::Done { op, .. } = done else { return Ok(Outcome::Done) };
         let (op, result) = parts(op);
@@ -382,7 +384,7 @@ impl Site {
             return self.unchanged(&before, &format!("is at {} already", before.site));
         }
         let body = MigrateVm { to: c.to, scheme: c.scheme };
-        let path = format!("/v1/vms/{}/migrate", c.vm);
+        let path = format!("/v1/vms/{}/migrate", c.vm.path());
         let done = change(client, talk, &c.how, Method::POST, &path, &body).await?;
         let Changed::Done { op, .. } = done else { return Ok(Outcome::Done) };
         let (op, result) = parts(op);

@@ -1,7 +1,8 @@
 //! The change feed as server-sent events.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::extract::{Request, State};
@@ -15,9 +16,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, Params};
+use super::{Answer, Api, Params, Who};
+use crate::access::Principal;
+use crate::clock::UnixMs;
+use crate::controller::authorize::visible_part;
 use crate::error::Fault;
-use crate::registry::{Event, EventId, EventKind, Forgotten, Summary, Watcher, What};
+use crate::registry::{
+    Event, EventId, EventKind, Forgotten, Object, Reader, Summary, Watcher, What,
+};
 
 /// In the answer to each reading request: the last event whose change it shows at least. What is
 /// followed from there on misses nothing.
@@ -28,6 +34,12 @@ pub const RESET: &str = "reset";
 
 /// Streams of events that are open at once, in all.
 pub const MAX_STREAMS: usize = 256;
+
+/// Those of one user.
+pub(super) const MAX_USER_STREAMS: usize = 16;
+
+/// Those of all users, so that an operator always finds room.
+const MAX_USERS_STREAMS: usize = 192;
 
 /// How long a stream is silent before it says where it is.
 const ALIVE: Duration = Duration::from_secs(15);
@@ -82,11 +94,70 @@ pub struct Reset {
 
 /// The streams of events of an API.
 #[derive(Debug, Clone)]
-pub(super) struct Streams(Arc<Semaphore>);
+pub(super) struct Streams {
+    all: Arc<Semaphore>,
+    users: Arc<Semaphore>,
+    /// How many each user has, by its id.
+    of_user: Arc<Mutex<HashMap<Name, usize>>>,
+}
 
 impl Default for Streams {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(MAX_STREAMS)))
+        Self {
+            all: Arc::new(Semaphore::new(MAX_STREAMS)),
+            users: Arc::new(Semaphore::new(MAX_USERS_STREAMS)),
+            of_user: Arc::default(),
+        }
+    }
+}
+
+impl Streams {
+    fn of_user(&self) -> MutexGuard<'_, HashMap<Name, usize>> {
+        self.of_user.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for one more stream of `who`.
+    fn place(&self, who: &Principal) -> Result<Place, Fault> {
+        let full = |n: usize, whose: &str| {
+            Fault::unavailable(format!("{n} streams of events{whose} are open already"))
+                .hint("close one, or come back later")
+        };
+        let take = |from: &Arc<Semaphore>| from.clone().try_acquire_owned();
+        let mut place = Place { streams: self.clone(), user: None, _taken: Vec::new() };
+        if !who.is_operator() {
+            let of_users = take(&self.users).map_err(|_| full(MAX_USERS_STREAMS, " of users"))?;
+            place._taken.push(of_users);
+            let mut all = self.of_user();
+            let n = all.entry(who.id.clone()).or_default();
+            if *n >= MAX_USER_STREAMS {
+                return Err(full(*n, " of yours"));
+            }
+            *n += 1;
+            place.user = Some(who.id.clone());
+        }
+        place._taken.push(take(&self.all).map_err(|_| full(MAX_STREAMS, ""))?);
+        Ok(place)
+    }
+}
+
+/// The place of an open stream.
+#[derive(Debug)]
+struct Place {
+    streams: Streams,
+    user: Option<Name>,
+    _taken: Vec<OwnedSemaphorePermit>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Some(user) = &self.user else { return };
+        let mut all = self.streams.of_user();
+        if let Some(n) = all.get_mut(user) {
+            *n -= 1;
+            if *n == 0 {
+                all.remove(user);
+            }
+        }
     }
 }
 
@@ -134,15 +205,23 @@ impl Filter {
 
 struct Following {
     api: Api,
+    who: Principal,
+    reader: Reader,
     watcher: Watcher,
     filter: Filter,
     /// What is said first.
     first: Option<sse::Event>,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
+}
+
+/// What somebody may know of an event.
+struct Seen {
+    old: Option<Summary>,
+    new: Option<Summary>,
 }
 
 impl Following {
-    /// The next thing to say; none when the center stops.
+    /// The next thing to say; none when the center stops or the reader's token is good no more.
     async fn next(&mut self) -> Option<sse::Event> {
         if let Some(first) = self.first.take() {
             return Some(first);
@@ -150,9 +229,15 @@ impl Following {
         let late = Instant::now() + ALIVE;
         loop {
             let next = tokio::time::timeout_at(late, self.watcher.next());
-            match self.api.stop.run_until_cancelled(next).await? {
+            let next = self.api.stop.run_until_cancelled(next).await?;
+            if !self.api.controller.registry().still_good(&self.who, UnixMs::now()) {
+                return None;
+            }
+            match next {
                 Ok(Ok(event)) if self.filter.takes(&event.what) => {
-                    return Some(self.sse_event(&event));
+                    if let Some(seen) = self.seen(&event.what) {
+                        return Some(self.sse_event(&event, seen));
+                    }
                 }
                 Ok(Ok(_)) => {}
                 Ok(Err(forgotten)) => return Some(reset(forgotten)),
@@ -162,14 +247,28 @@ impl Following {
         }
     }
 
-    fn sse_event(&self, event: &Event) -> sse::Event {
+    /// What of an event is there for whoever reads: what comes into its sight is new, what leaves it
+    /// is gone.
+    fn seen(&self, what: &What) -> Option<Seen> {
+        let (before, now) =
+            (self.reader.is_of(&what.seen_before), self.reader.is_of(&what.seen_now));
+        let old = what.old.clone().filter(|_| before);
+        let new = what.new.clone().filter(|_| now);
+        (old.is_some() || new.is_some()).then_some(Seen { old, new })
+    }
+
+    fn sse_event(&self, event: &Event, Seen { old, new }: Seen) -> sse::Event {
         let what = &event.what;
         let record = match &what.object {
+            _ if new.is_none() => None,
+            Some(Object::Substrate(s)) => {
+                serde_json::to_value(visible_part(&self.who, s.as_ref().clone())).ok()
+            }
             Some(object) => serde_json::to_value(object).ok(),
             None if what.kind == EventKind::Site => {
-                let name = Name::new(&what.key).ok();
-                let site = name.and_then(|n| self.api.controller.registry().site(&n).ok());
-                site.and_then(|s| serde_json::to_value(s).ok())
+                let (name, c) = (Name::new(&what.key).ok(), &self.api.controller);
+                let site = name.and_then(|n| c.registry().site(&n).ok());
+                site.and_then(|s| serde_json::to_value(c.site_for(&self.who, s)).ok())
             }
             None => None,
         };
@@ -179,9 +278,9 @@ impl Following {
             kind: what.kind,
             key: what.key.clone(),
             name: what.name.clone(),
-            deleted: what.new.is_none(),
-            old: what.old.clone(),
-            new: what.new.clone(),
+            deleted: new.is_none(),
+            old,
+            new,
             record,
         };
         json(at(event.id).event(what.kind.word()), &data)
@@ -212,12 +311,15 @@ fn reset(forgotten: Forgotten) -> sse::Event {
 /// `godwit-revision`: a list that is followed from there misses nothing. Some thousand events are
 /// kept. When those after an id are not, or it is none of this cloud's history, or a reader was too
 /// slow, the event `reset` (`data` a `Reset`) says so: list anew; the stream goes on from its id.
-/// The progress and steps of an operation are in its own stream. At most 256 streams are open.
+/// The progress and steps of an operation are in its own stream. Whoever asks is told of what it may
+/// see, as in the lists: what comes into its sight is new, what leaves it is deleted; the stream ends
+/// when its token does. At most 256 streams are open, 16 of one user.
 #[utoipa::path(get, path = "/v1/events", params(EventFilter),
     responses((status = 200, content_type = "text/event-stream", body = FeedEvent),
     (status = 400, body = Fault), (status = 503, body = Fault)))]
 pub(super) async fn events(
     State(api): State<Api>,
+    who: Who,
     headers: HeaderMap,
     Params(f): Params<EventFilter>,
 ) -> Answer<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>> {
@@ -232,11 +334,9 @@ pub(super) async fn events(
         }
         (None, None) => None,
     };
-    let full = |_| {
-        Fault::unavailable(format!("{MAX_STREAMS} streams of events are open already"))
-            .hint("close one, or come back later")
-    };
-    let place = api.streams.0.clone().try_acquire_owned().map_err(full)?;
+    let tenant = registry.tenant(&who.tenant)?;
+    let reader = Reader::new(&who, tenant.created);
+    let place = api.streams.place(&who)?;
     let watched = match after {
         None => Ok(registry.watch_now()),
         Some(Ok(id)) => registry.watch(Some(id)),
@@ -253,7 +353,8 @@ pub(super) async fn events(
             (watcher, first)
         }
     };
-    let following = Following { api, watcher, filter, first: Some(first), _place: place };
+    let (who, first) = (who.0, Some(first));
+    let following = Following { api, who, reader, watcher, filter, first, _place: place };
     let stream = futures::stream::unfold(following, |mut following| async move {
         let event = following.next().await?;
         Some((Ok(event), following))
@@ -284,9 +385,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let registry = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
         let authority = godwit_transfer::Authority::create(&dir.path().join("authority"));
-        let operator = Name::new("operator").expect("name");
         let authority = Arc::new(authority.expect("authority"));
-        let c = crate::controller::Controller::new(registry.clone(), operator, authority);
+        let c = crate::controller::Controller::new(registry.clone(), authority);
         let stop = CancellationToken::new();
         let api = Api::new(c, Arc::new(super::super::tests::NoGate), "secret").until(stop.clone());
         Place { _dir: dir, registry, router: api.router(), stop }
@@ -294,7 +394,21 @@ mod tests {
 
     impl Place {
         async fn get(&self, path: &str, last: Option<&str>) -> Response {
-            let mut r = axum::http::Request::get(path).header(AUTHORIZATION, "Bearer secret");
+            self.get_as("secret", None, path, last).await
+        }
+
+        async fn get_as(
+            &self,
+            token: &str,
+            tenant: Option<&str>,
+            path: &str,
+            last: Option<&str>,
+        ) -> Response {
+            let r = axum::http::Request::get(path);
+            let mut r = r.header(AUTHORIZATION, format!("Bearer {token}"));
+            if let Some(tenant) = tenant {
+                r = r.header(crate::api::TENANT_HEADER, tenant);
+            }
             if let Some(id) = last {
                 r = r.header("Last-Event-ID", id);
             }
@@ -311,7 +425,8 @@ mod tests {
 
         fn check(&self, site: &str) {
             let site = Name::new(site).expect("name");
-            let op = OpRecord::begun(crate::ops::OpKind::PoolCheck { site });
+            let op =
+                OpRecord::begun(&Principal::operator(), crate::ops::OpKind::PoolCheck { site });
             self.registry.op_put(&op).expect("put");
         }
     }
@@ -409,5 +524,154 @@ mod tests {
         assert_eq!(full.status(), StatusCode::SERVICE_UNAVAILABLE);
         open.pop();
         open.push(p.follow("/v1/events", None).await);
+    }
+
+    /// A token of a new user.
+    fn user(p: &Place, tenant: &str, n: &str) -> String {
+        let (me, tenant) = (Principal::operator(), Name::new(tenant).expect("name"));
+        if p.registry.tenant(&tenant).is_err() {
+            let made = crate::registry::TenantRecord::new(tenant.clone());
+            p.registry.tenant_add(&me, &made).expect("tenant");
+        }
+        let (n, role) = (Name::new(n).expect("name"), crate::access::Role::Viewer);
+        let user = p.registry.user_add(&me, &tenant, &n, role).expect("user");
+        let drawn = crate::registry::Drawn::new(user.id, role, None);
+        p.registry.token_add(&me, &drawn.record).expect("token");
+        drawn.text
+    }
+
+    fn stopped(p: &Place, tenant: &str, n: &str) -> OpRecord {
+        let who = Principal::operator().at(&Name::new(tenant).expect("name"));
+        let (vm, name) = (godwit_types::VmId::new(), Name::new(n).expect("name"));
+        let op = OpRecord::begun(&who, crate::ops::OpKind::VmStop { vm, name });
+        p.registry.op_put(&op).expect("put");
+        op
+    }
+
+    /// What a stream tells up to the operation `mark`: kind, name and whether it is new or gone.
+    async fn events_until(s: &mut BodyDataStream, mark: &str) -> Vec<String> {
+        let mut all = Vec::new();
+        loop {
+            let frame = frame(s).await;
+            if !frame.contains("event:") {
+                continue;
+            }
+            let (_, kind, data) = parts(&frame);
+            let name = data["name"].as_str().expect("a name");
+            if name == mark {
+                return all;
+            }
+            let how = match (data["old"].is_null(), data["deleted"] == true) {
+                (_, true) => "gone",
+                (true, false) => "new",
+                (false, false) => "changed",
+            };
+            assert_eq!(data["record"].is_null(), how == "gone", "{data}");
+            all.push(format!("{kind} {name} {how}"));
+        }
+    }
+
+    #[tokio::test]
+    async fn each_reader_is_told_of_what_is_there_for_it_and_of_nothing_else() {
+        use godwit_types::SubstrateKind::{Private, Public, Restricted};
+        let p = place();
+        let (ann, bob) = (user(&p, "acme", "ann"), user(&p, "other", "bob"));
+        let me = Principal::operator();
+        let name = |n: &str| Name::new(n).expect("name");
+        let from = p.registry.now().to_string();
+        let mut live =
+            p.get_as(&ann, None, "/v1/events", None).await.into_body().into_data_stream();
+        // One of each, of both tenants and of the cloud.
+        stopped(&p, "acme", "ours");
+        stopped(&p, "other", "theirs");
+        p.check("pool");
+        let s = |n: &str, tenant: &str, kind| crate::registry::SubstrateRecord {
+            tenant: name(tenant),
+            kind,
+            ..crate::registry::tests::substrate(n)
+        };
+        let lent = s("lent", "other", Restricted);
+        p.registry.substrate_add(&lent).expect("added");
+        p.registry.substrate_add(&s("mine", "acme", Private)).expect("added");
+        p.registry.substrate_add(&s("clean", "default", Public)).expect("added");
+        // A grant brings it into sight, and its end takes it out.
+        p.registry.substrate_grant(&me, lent.id, &name("acme"), true).expect("granted");
+        p.registry.substrate_holder(lent.id, &name("cafe"), true).expect("held");
+        p.registry.substrate_grant(&me, lent.id, &name("acme"), false).expect("taken back");
+        p.registry.substrate_holder(lent.id, &name("hall"), true).expect("held");
+        // A tenant of that name that was before is another.
+        p.registry
+            .tenant_add(&me, &crate::registry::TenantRecord::new(name("third")))
+            .expect("made");
+        let mut old = stopped(&p, "third", "old");
+        old.state = godwit_types::OpState::Done;
+        p.registry.op_put(&old).expect("ended");
+        p.registry.tenant_remove(&me, &name("third")).expect("removed");
+        let eve = user(&p, "third", "eve");
+        for tenant in ["acme", "other", "third"] {
+            stopped(&p, tenant, "end");
+        }
+        let ours = [
+            "op ours new",
+            "substrate mine new",
+            "substrate clean new",
+            "substrate lent new",
+            "substrate lent changed",
+            "substrate lent gone",
+        ];
+        assert_eq!(events_until(&mut live, "end").await, ours);
+        let theirs = [
+            "op theirs new",
+            "substrate lent new",
+            "substrate clean new",
+            "substrate lent changed",
+            "substrate lent changed",
+            "substrate lent changed",
+            "substrate lent changed",
+        ];
+        let path = format!("/v1/events?after={from}");
+        for (token, tenant, wanted) in [
+            (ann.as_str(), None, &ours[..]),
+            (&bob, None, &theirs),
+            (&eve, None, &["substrate clean new"]),
+            ("secret", Some("acme"), &ours),
+        ] {
+            let answer = p.get_as(token, tenant, &path, None).await;
+            let mut s = answer.into_body().into_data_stream();
+            assert_eq!(events_until(&mut s, "end").await, wanted, "{tenant:?}");
+        }
+        let mut s = p.follow(&path, None).await;
+        let all = events_until(&mut s, "end").await;
+        for there in ["op pool new", "op old new", "op old gone", "substrate mine new"] {
+            assert!(all.iter().any(|e| e == there), "{there}: {all:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_ends_with_the_token_that_opened_it_and_each_user_has_so_many() {
+        let p = place();
+        let ann = user(&p, "acme", "ann");
+        let open = async |token: &str| p.get_as(token, None, "/v1/events", None).await;
+        let mut streams = Vec::new();
+        for _ in 0..MAX_USER_STREAMS {
+            let answer = open(&ann).await;
+            assert_eq!(answer.status(), StatusCode::OK);
+            streams.push(answer.into_body().into_data_stream());
+        }
+        assert_eq!(open(&ann).await.status(), StatusCode::SERVICE_UNAVAILABLE);
+        let bob = user(&p, "acme", "bob");
+        assert_eq!(open(&bob).await.status(), StatusCode::OK, "another user has its own");
+        drop(streams.pop());
+        assert_eq!(open(&ann).await.status(), StatusCode::OK);
+        let token = p.registry.tokens().into_iter().find(|t| t.user.as_str() == "ann");
+        p.registry.token_remove(&Principal::operator(), &token.expect("there").id).expect("gone");
+        let mut s = streams.pop().expect("open");
+        frame(&mut s).await;
+        stopped(&p, "acme", "after");
+        assert!(s.next().await.is_none(), "nothing is told to whoever has no token any more");
+        // Also when nothing happens.
+        let mut s = streams.pop().expect("open");
+        frame(&mut s).await;
+        assert!(s.next().await.is_none());
     }
 }

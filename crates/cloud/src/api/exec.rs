@@ -10,8 +10,7 @@ use godwit_types::Code;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, Params, Path, Payload};
-use crate::controller::GuestProcess;
+use super::{Answer, Api, Params, Path, Payload, Who};
 use crate::error::Fault;
 use crate::site::{GuestOutput, GuestProgram};
 
@@ -120,6 +119,7 @@ fn limit(within_s: Option<u32>) -> Duration {
     (status = 504, body = Fault)))]
 pub(super) async fn start(
     State(api): State<Api>,
+    who: Who,
     Path(vm): Path<String>,
     Payload(want): Payload<ExecRequest, MAX_EXEC_BODY>,
 ) -> Answer<(StatusCode, Json<ExecReply>)> {
@@ -134,7 +134,7 @@ pub(super) async fn start(
     }
     let within = limit(want.within_s);
     let program = GuestProgram { path: want.path, args: want.args, input: input.into() };
-    let process = api.controller.exec(&vm, program, within).await?;
+    let process = api.controller.exec(&who, &vm, program, within).await?;
     if want.detach {
         let reply = ExecReply { pid: process.pid, ..ExecReply::default() };
         return Ok((StatusCode::ACCEPTED, Json(reply)));
@@ -150,11 +150,11 @@ pub(super) async fn start(
     (status = 409, body = Fault), (status = 504, body = Fault)))]
 pub(super) async fn wait(
     State(api): State<Api>,
+    who: Who,
     Path((vm, pid)): Path<(String, u64)>,
     Params(how): Params<Wait>,
 ) -> Answer<Json<ExecReply>> {
-    let vm = api.controller.registry().vm(&vm)?;
-    let process = GuestProcess { vm: vm.id, name: vm.name, pid };
+    let process = api.controller.exec_at(&who, &vm, pid)?;
     let output = api.controller.exec_wait(&process, limit(how.within_s)).await?;
     Ok(Json(ExecReply::of(pid, &output, how.encoding)))
 }

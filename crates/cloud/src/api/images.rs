@@ -7,7 +7,9 @@ use godwit_types::Name;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, Params, Path, accepted, name};
+use super::{Answer, Api, Params, Path, Who, accepted, name};
+use crate::access::{Action, Object};
+use crate::controller::authorize::allow;
 use crate::controller::{Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::site::ImageInfo;
@@ -46,8 +48,10 @@ pub(super) struct At {
 #[utoipa::path(get, path = "/v1/images", params(At), responses((status = 200, body = ImageList)))]
 pub(super) async fn list(
     State(api): State<Api>,
+    who: Who,
     Params(at): Params<At>,
 ) -> Answer<Json<ImageList>> {
+    allow(&who, Action::See, &Object::Image, ("image", ""))?;
     let hosts = match &at.site {
         Some(s) => vec![api.controller.host(s)?],
         None => api.controller.hosts(),
@@ -65,8 +69,10 @@ pub(super) async fn list(
     responses((status = 200, body = ImageInfo), (status = 404, body = Fault)))]
 pub(super) async fn one(
     State(api): State<Api>,
+    who: Who,
     Path(image): Path<String>,
 ) -> Answer<Json<ImageInfo>> {
+    allow(&who, Action::See, &Object::Image, ("image", &image))?;
     Ok(Json(api.controller.image(&name(&image)?).await?))
 }
 
@@ -76,11 +82,12 @@ pub(super) async fn one(
     (status = 409, body = Fault)))]
 pub(super) async fn remove(
     State(api): State<Api>,
+    who: Who,
     Path(image): Path<String>,
     Params(at): Params<At>,
 ) -> Answer<Response> {
     let mode = if at.dry_run { Mode::DryRun } else { Mode::Act };
-    Ok(accepted(api.controller.image_delete(&name(&image)?, at.site, mode).await?))
+    Ok(accepted(api.controller.image_delete(&who, &name(&image)?, at.site, mode).await?))
 }
 
 /// Builds an image from its recipe, at the center unless a site is named.
@@ -88,9 +95,10 @@ pub(super) async fn remove(
     responses((status = 202, body = crate::controller::Accepted)))]
 pub(super) async fn build(
     State(api): State<Api>,
+    who: Who,
     Path(image): Path<String>,
     Params(at): Params<At>,
 ) -> Answer<Response> {
     let mode = if at.dry_run { Mode::DryRun } else { Mode::Act };
-    Ok(accepted(api.controller.image_build(name(&image)?, at.site, mode)?))
+    Ok(accepted(api.controller.image_build(&who, name(&image)?, at.site, mode)?))
 }

@@ -11,8 +11,10 @@ use godwit_types::{SiteState, VmState};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Answer, Api};
+use super::{Answer, Api, Who};
+use crate::access::{Action, Object};
 use crate::clock::UnixMs;
+use crate::controller::authorize::allow;
 
 /// That the daemon serves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -36,7 +38,8 @@ pub(super) async fn spec() -> Json<utoipa::openapi::OpenApi> {
 
 /// Prometheus metrics.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, body = String)))]
-pub(super) async fn metrics(State(api): State<Api>) -> Answer<impl IntoResponse> {
+pub(super) async fn metrics(State(api): State<Api>, who: Who) -> Answer<impl IntoResponse> {
+    allow(&who, Action::See, &Object::Cloud, ("site", ""))?;
     let now = UnixMs::now();
     let registry = api.controller.registry();
     let mut out = String::new();

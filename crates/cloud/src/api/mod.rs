@@ -1,6 +1,8 @@
 //! The HTTPS API: JSON over axum, described by OpenAPI ([`openapi`]).
 //!
-//! Every request but `/healthz` carries `Authorization: Bearer <operator token>`. Bodies are at
+//! Every request but `/healthz` carries `Authorization: Bearer TOKEN`, of the operator or of a user,
+//! and is made by that [`Principal`]; what another tenant has is not there for it. An operator acts in
+//! the tenant that the header [`TENANT_HEADER`] names. Bodies are at
 //! most [`MAX_BODY`] bytes, but for a guest's program and its input ([`MAX_INPUT`]); only an import
 //! of a substrate is streamed, to its own limit. Every error is a [`Fault`] in JSON with the status of its class. Fields and parameters that are not
 //! known are refused. What takes long answers 202 with the operation that does it.
@@ -10,10 +12,13 @@ mod exec;
 mod images;
 mod meta;
 mod operations;
+mod people;
 mod sites;
 mod substrates;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_access;
 mod vms;
 
 use std::sync::Arc;
@@ -37,6 +42,8 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use utoipa::{IntoParams, OpenApi, ToSchema};
 
+use crate::access::Principal;
+use crate::clock::UnixMs;
 use crate::controller::{Accepted, Controller, Mode};
 use crate::error::Fault;
 
@@ -44,7 +51,11 @@ pub use events::{EventFilter, FeedEvent, MAX_STREAMS, RESET, REVISION_HEADER, Re
 pub use exec::{Encoding, ExecReply, ExecRequest, MAX_INPUT};
 pub use meta::Health;
 pub use sites::{NewToken, Token, TokenText, TokenUse};
+pub use substrates::Grant;
 pub use vms::{TypeText, VmFilter};
+
+/// The header by which an operator names the tenant that it acts in.
+pub const TENANT_HEADER: &str = "godwit-tenant";
 
 /// The longest body of a request, in bytes.
 pub const MAX_BODY: usize = 1 << 20;
@@ -97,6 +108,8 @@ pub struct Api {
     streams: events::Streams,
     /// Ends the streams of events.
     stop: CancellationToken,
+    /// Held by whoever reads the audit log.
+    audit: Arc<tokio::sync::Semaphore>,
 }
 
 impl std::fmt::Debug for Api {
@@ -110,7 +123,9 @@ impl Api {
     #[must_use]
     pub fn new(controller: Arc<Controller>, gate: Arc<dyn Gatekeeper>, token: &str) -> Self {
         let (streams, stop) = (events::Streams::default(), CancellationToken::new());
-        Self { controller, gate, token: blake3::hash(token.as_bytes()), streams, stop }
+        let (token, audit) =
+            (blake3::hash(token.as_bytes()), Arc::new(tokio::sync::Semaphore::new(1)));
+        Self { controller, gate, token, streams, stop, audit }
     }
 
     /// The same; its streams of events end with `stop`.
@@ -128,6 +143,14 @@ impl Api {
             .route("/v1/sites/{name}", get(sites::one).delete(sites::revoke))
             .route("/v1/tokens", get(sites::tokens).post(sites::token))
             .route("/v1/tokens/{id}", delete(sites::withdraw))
+            .route("/v1/tenants", get(people::tenants).post(people::tenant_create))
+            .route("/v1/tenants/{tenant}", delete(people::tenant_delete))
+            .route("/v1/users", get(people::users).post(people::user_create))
+            .route("/v1/users/{user}", delete(people::user_delete))
+            .route("/v1/api-tokens", get(people::tokens).post(people::token_create))
+            .route("/v1/api-tokens/{id}", delete(people::token_delete))
+            .route("/v1/audit", get(people::audit))
+            .route("/v1/audit/end", get(people::audit_end))
             .route("/v1/images", get(images::list))
             .route("/v1/images/{name}", get(images::one).delete(images::remove))
             .route("/v1/images/{name}/build", post(images::build))
@@ -147,6 +170,9 @@ impl Api {
             .route("/v1/substrates", get(substrates::list).post(substrates::import))
             .route("/v1/substrates/{substrate}", get(substrates::one))
             .route("/v1/substrates/{substrate}", delete(substrates::remove))
+            .route("/v1/substrates/{substrate}/grants", post(substrates::grant))
+            .route("/v1/substrates/{substrate}/grants/{tenant}", delete(substrates::revoke))
+            .route("/v1/tenants/{tenant}/quota", get(people::quota).put(people::quota_set))
             .route("/v1/substrates/{substrate}/export", get(substrates::export))
             .route("/v1/substrates/{substrate}/rebuild", post(substrates::rebuild))
             .route("/v1/ops", get(operations::list))
@@ -169,22 +195,32 @@ impl Api {
     }
 }
 
-async fn authenticate(State(api): State<Api>, request: Request, next: Next) -> Response {
+async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) -> Response {
     let given = request
         .headers()
         .get(AUTHORIZATION)
         .and_then(|v| v.to_str().ok())
         .and_then(|v| v.strip_prefix("Bearer "));
     match given {
-        // `blake3::Hash` compares in constant time.
-        Some(t) if blake3::hash(t.as_bytes()) == api.token => next.run(request).await,
+        Some(t) if let Some(who) = api.principal(t) => match api.acting(who, request.headers()) {
+            Ok(who) => {
+                let asked = format!("{} {}", request.method(), request.uri().path());
+                request.extensions_mut().insert(who.clone());
+                let answer = next.run(request).await;
+                if answer.status() == StatusCode::FORBIDDEN {
+                    api.controller.note_refused(&who, &asked);
+                }
+                answer
+            }
+            Err(f) => HttpFault(f).into_response(),
+        },
         given => HttpFault(
             Fault::new(
                 Code::Unauthenticated,
                 if given.is_some() {
-                    "the operator token is not the one of this center"
+                    "that is no operator token of this center, nor a user's that is good"
                 } else {
-                    "an operator token is needed"
+                    "an operator token or a user's is needed"
                 },
             )
             .hint(
@@ -192,6 +228,48 @@ async fn authenticate(State(api): State<Api>, request: Request, next: Next) -> R
             ),
         )
         .into_response(),
+    }
+}
+
+impl Api {
+    /// Who shows that token.
+    fn principal(&self, token: &str) -> Option<Principal> {
+        // `blake3::Hash` compares in constant time.
+        if blake3::hash(token.as_bytes()) == self.token {
+            return Some(Principal::operator());
+        }
+        self.controller.registry().principal(token, UnixMs::now())
+    }
+
+    /// The same in the tenant that the request names.
+    fn acting(&self, mut who: Principal, headers: &HeaderMap) -> Result<Principal, Fault> {
+        let Some(named) = headers.get(TENANT_HEADER) else { return Ok(who) };
+        let named = name(named.to_str().unwrap_or_default())?;
+        let there = self.controller.registry().tenant(&named).is_ok();
+        if !there || !who.is_operator() && named != who.tenant {
+            return Err(crate::controller::authorize::unseen("tenant", named.as_str()));
+        }
+        who.tenant = named;
+        who.narrowed = true;
+        Ok(who)
+    }
+}
+
+/// Who makes a request.
+pub(crate) struct Who(pub(crate) Principal);
+
+impl std::ops::Deref for Who {
+    type Target = Principal;
+    fn deref(&self) -> &Principal {
+        &self.0
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Who {
+    type Rejection = HttpFault;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, HttpFault> {
+        let who = parts.extensions.get::<Principal>().cloned();
+        who.map(Self).ok_or_else(|| Fault::internal("a request of nobody").into())
     }
 }
 
@@ -360,6 +438,19 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         sites::token,
         sites::tokens,
         sites::withdraw,
+        people::tenants,
+        people::tenant_create,
+        people::tenant_delete,
+        people::quota,
+        people::quota_set,
+        people::users,
+        people::user_create,
+        people::user_delete,
+        people::tokens,
+        people::token_create,
+        people::token_delete,
+        people::audit,
+        people::audit_end,
         images::list,
         images::one,
         images::build,
@@ -383,6 +474,8 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         substrates::one,
         substrates::remove,
         substrates::rebuild,
+        substrates::grant,
+        substrates::revoke,
         substrates::export,
         substrates::import,
         substrates::pool,

@@ -11,7 +11,8 @@ use axum::response::sse::{Event, KeepAlive};
 use futures::Stream;
 use godwit_types::OpId;
 
-use super::{Answer, Api, Path};
+use super::{Answer, Api, Path, Who};
+use crate::access::Action;
 use crate::error::Fault;
 use crate::registry::OpRecord;
 
@@ -21,15 +22,19 @@ fn id(text: &str) -> Result<OpId, Fault> {
 
 /// All operations that are kept, oldest first.
 #[utoipa::path(get, path = "/v1/ops", responses((status = 200, body = Vec<OpRecord>)))]
-pub(super) async fn list(State(api): State<Api>) -> Answer<Json<Vec<OpRecord>>> {
-    Ok(Json(api.controller.ops().list()?))
+pub(super) async fn list(State(api): State<Api>, who: Who) -> Answer<Json<Vec<OpRecord>>> {
+    Ok(Json(api.controller.ops_for(&who)?))
 }
 
 /// One operation.
 #[utoipa::path(get, path = "/v1/ops/{id}", params(("id" = String, Path)),
     responses((status = 200, body = OpRecord), (status = 404, body = Fault)))]
-pub(super) async fn one(State(api): State<Api>, Path(op): Path<String>) -> Answer<Json<OpRecord>> {
-    let rx = api.controller.ops().watch(id(&op)?)?;
+pub(super) async fn one(
+    State(api): State<Api>,
+    who: Who,
+    Path(op): Path<String>,
+) -> Answer<Json<OpRecord>> {
+    let rx = api.controller.op_for(&who, Action::See, id(&op)?)?;
     let now = rx.borrow().clone();
     Ok(Json(now))
 }
@@ -40,9 +45,10 @@ pub(super) async fn one(State(api): State<Api>, Path(op): Path<String>) -> Answe
     responses((status = 200, content_type = "text/event-stream", body = OpRecord)))]
 pub(super) async fn events(
     State(api): State<Api>,
+    who: Who,
     Path(op): Path<String>,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
-    let rx = api.controller.ops().watch(id(&op)?)?;
+    let rx = api.controller.op_for(&who, Action::See, id(&op)?)?;
     let stream = futures::stream::unfold(Some((rx, true)), |state| async move {
         let (mut rx, first) = state?;
         if !first {
@@ -61,7 +67,11 @@ pub(super) async fn events(
 /// Asks an operation to stop.
 #[utoipa::path(post, path = "/v1/ops/{id}/cancel", params(("id" = String, Path)),
     responses((status = 202), (status = 404, body = Fault), (status = 409, body = Fault)))]
-pub(super) async fn cancel(State(api): State<Api>, Path(op): Path<String>) -> Answer<StatusCode> {
-    api.controller.ops().cancel(id(&op)?)?;
+pub(super) async fn cancel(
+    State(api): State<Api>,
+    who: Who,
+    Path(op): Path<String>,
+) -> Answer<StatusCode> {
+    api.controller.cancel(&who, id(&op)?)?;
     Ok(StatusCode::ACCEPTED)
 }

@@ -8,8 +8,10 @@ use godwit_types::{Code, Name, SiteKind};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Answer, Api, Path, Payload, name};
+use super::{Answer, Api, Path, Payload, Who, name};
+use crate::access::{Action, Object, Principal};
 use crate::clock::UnixMs;
+use crate::controller::authorize::allow;
 use crate::error::Fault;
 use crate::registry::SiteRecord;
 
@@ -81,9 +83,10 @@ const MAX_LIFETIME_S: u64 = 7 * 86_400;
 
 /// All sites.
 #[utoipa::path(get, path = "/v1/sites", responses((status = 200, body = Vec<SiteRecord>)))]
-pub(super) async fn list(State(api): State<Api>) -> Answer<Json<Vec<SiteRecord>>> {
+pub(super) async fn list(State(api): State<Api>, who: Who) -> Answer<Json<Vec<SiteRecord>>> {
+    allow(&who, Action::See, &Object::Site, ("site", ""))?;
     let all = api.controller.registry().sites()?;
-    Ok(Json(all.into_iter().map(|s| as_it_is(&api, s)).collect()))
+    Ok(Json(all.into_iter().map(|s| as_it_is(&api, &who, s)).collect()))
 }
 
 /// One site.
@@ -91,14 +94,17 @@ pub(super) async fn list(State(api): State<Api>) -> Answer<Json<Vec<SiteRecord>>
     responses((status = 200, body = SiteRecord), (status = 404, body = Fault)))]
 pub(super) async fn one(
     State(api): State<Api>,
+    who: Who,
     Path(site): Path<String>,
 ) -> Answer<Json<SiteRecord>> {
-    Ok(Json(as_it_is(&api, api.controller.registry().site(&name(&site)?)?)))
+    allow(&who, Action::See, &Object::Site, ("site", &site))?;
+    Ok(Json(as_it_is(&api, &who, api.controller.registry().site(&name(&site)?)?)))
 }
 
 /// A lease is worth something only while the site is connected: one from before the center was
 /// started again is not.
-fn as_it_is(api: &Api, mut site: SiteRecord) -> SiteRecord {
+fn as_it_is(api: &Api, who: &Principal, site: SiteRecord) -> SiteRecord {
+    let mut site = api.controller.site_for(who, site);
     if api.controller.host(&site.name).is_err() {
         site.lease_until = site.lease_until.min(UnixMs(UnixMs::now().0.saturating_sub(1)));
     }
@@ -109,7 +115,12 @@ fn as_it_is(api: &Api, mut site: SiteRecord) -> SiteRecord {
 /// and no join token that was made for it. A new token lets it join anew.
 #[utoipa::path(delete, path = "/v1/sites/{name}", params(("name" = String, Path)),
     responses((status = 204), (status = 404, body = Fault)))]
-pub(super) async fn revoke(State(api): State<Api>, Path(site): Path<String>) -> Answer<StatusCode> {
+pub(super) async fn revoke(
+    State(api): State<Api>,
+    who: Who,
+    Path(site): Path<String>,
+) -> Answer<StatusCode> {
+    allow(&who, Action::Change, &Object::Site, ("site", &site))?;
     let site = name(&site)?;
     let record = api.controller.registry().site(&site)?;
     if record.kind == SiteKind::Center {
@@ -120,13 +131,15 @@ pub(super) async fn revoke(State(api): State<Api>, Path(site): Path<String>) -> 
     if let Ok(host) = api.controller.host(&site) {
         api.controller.detach(&host);
     }
+    api.controller.note_of_cloud(&who, "site revoke", site.as_str());
     api.controller.spread_revocations(&revoked).await;
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// The join tokens of the last weeks, those that end last first.
 #[utoipa::path(get, path = "/v1/tokens", responses((status = 200, body = Vec<Token>)))]
-pub(super) async fn tokens(State(api): State<Api>) -> Answer<Json<Vec<Token>>> {
+pub(super) async fn tokens(State(api): State<Api>, who: Who) -> Answer<Json<Vec<Token>>> {
+    allow(&who, Action::Change, &Object::Cloud, ("site", ""))?;
     let now = UnixMs::now();
     let mut all: Vec<_> = api.gate.tokens().into_iter().map(|t| Token::of(t, now)).collect();
     all.sort_by(|a, b| b.expires.cmp(&a.expires).then_with(|| a.id.cmp(&b.id)));
@@ -136,8 +149,14 @@ pub(super) async fn tokens(State(api): State<Api>) -> Answer<Json<Vec<Token>>> {
 /// Takes back a join token that nobody has used.
 #[utoipa::path(delete, path = "/v1/tokens/{id}", params(("id" = String, Path)),
     responses((status = 204), (status = 404, body = Fault), (status = 409, body = Fault)))]
-pub(super) async fn withdraw(State(api): State<Api>, Path(id): Path<String>) -> Answer<StatusCode> {
+pub(super) async fn withdraw(
+    State(api): State<Api>,
+    who: Who,
+    Path(id): Path<String>,
+) -> Answer<StatusCode> {
+    allow(&who, Action::Change, &Object::Cloud, ("site", ""))?;
     api.gate.withdraw(&id)?;
+    api.controller.note_of_cloud(&who, "join token withdraw", &id);
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -146,8 +165,10 @@ pub(super) async fn withdraw(State(api): State<Api>, Path(id): Path<String>) -> 
     responses((status = 201, body = TokenText), (status = 400, body = Fault), (status = 409, body = Fault)))]
 pub(super) async fn token(
     State(api): State<Api>,
+    who: Who,
     Payload(want): Payload<NewToken>,
 ) -> Answer<(StatusCode, Json<TokenText>)> {
+    allow(&who, Action::Change, &Object::Cloud, ("site", ""))?;
     let lifetime = want.lifetime_s.unwrap_or(3600);
     if !(1..=MAX_LIFETIME_S).contains(&lifetime) {
         return Err(Fault::invalid("a join token is good for 1 s to 7 days").into());
@@ -162,5 +183,6 @@ pub(super) async fn token(
         return Err(Fault::new(Code::Exists, words).hint("choose another name").into());
     }
     let token = api.gate.invite(&want.site, kind, lifetime)?;
+    api.controller.note_of_cloud(&who, "join token create", want.site.as_str());
     Ok((StatusCode::CREATED, Json(TokenText { site: want.site, token })))
 }

@@ -14,9 +14,13 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, MAX_IMPORT, Params, Path, accepted, drop_rest, is_type, name};
+use super::{
+    Answer, Api, MAX_IMPORT, Params, Path, Payload, Who, accepted, drop_rest, is_type, name,
+};
+use crate::access::{Action, Object, Principal, default_tenant};
+use crate::controller::authorize::{allow, visible_part};
 use crate::controller::bring::finish_import;
-use crate::controller::{Accepted, Mode, Unanswered, ask_all};
+use crate::controller::{Accepted, Controller, Mode, Unanswered, ask_all};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
 use crate::site::frames::FrameReader;
@@ -56,8 +60,8 @@ pub(super) struct PoolList {
 
 /// All substrates.
 #[utoipa::path(get, path = "/v1/substrates", responses((status = 200, body = Vec<SubstrateRecord>)))]
-pub(super) async fn list(State(api): State<Api>) -> Answer<Json<Vec<SubstrateRecord>>> {
-    let mut all = api.controller.registry().substrates()?;
+pub(super) async fn list(State(api): State<Api>, who: Who) -> Answer<Json<Vec<SubstrateRecord>>> {
+    let mut all = api.controller.substrates_for(&who)?;
     all.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(Json(all))
 }
@@ -67,9 +71,10 @@ pub(super) async fn list(State(api): State<Api>) -> Answer<Json<Vec<SubstrateRec
     responses((status = 200, body = SubstrateRecord), (status = 404, body = Fault)))]
 pub(super) async fn one(
     State(api): State<Api>,
+    who: Who,
     Path(s): Path<String>,
 ) -> Answer<Json<SubstrateRecord>> {
-    Ok(Json(api.controller.registry().substrate(&s)?))
+    Ok(Json(visible_part(&who, api.controller.substrate_for(&who, Action::See, &s)?)))
 }
 
 /// Removes a substrate from every site that holds it.
@@ -77,10 +82,11 @@ pub(super) async fn one(
     responses((status = 200, body = Accepted), (status = 404, body = Fault), (status = 409, body = Fault)))]
 pub(super) async fn remove(
     State(api): State<Api>,
+    who: Who,
     Path(s): Path<String>,
     Params(dry): Params<super::DryRun>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.substrate_delete(&s, dry.mode()).await?))
+    Ok(accepted(api.controller.substrate_delete(&who, &s, dry.mode()).await?))
 }
 
 /// Boots the disk that a substrate stores and docks the machine in its place: for one whose saved
@@ -90,10 +96,45 @@ pub(super) async fn remove(
     responses((status = 202, body = Accepted), (status = 404, body = Fault), (status = 409, body = Fault)))]
 pub(super) async fn rebuild(
     State(api): State<Api>,
+    who: Who,
     Path(s): Path<String>,
     Params(dry): Params<super::DryRun>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.substrate_rebuild(&s, dry.mode())?))
+    Ok(accepted(api.controller.substrate_rebuild(&who, &s, dry.mode())?))
+}
+
+/// To whom a substrate is granted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Grant {
+    /// The tenant that may use it.
+    pub tenant: Name,
+}
+
+/// Lets another tenant use a restricted substrate.
+#[utoipa::path(post, path = "/v1/substrates/{substrate}/grants", request_body = Grant,
+    params(("substrate" = String, Path)),
+    responses((status = 200, body = SubstrateRecord), (status = 403, body = Fault), (status = 404, body = Fault),
+    (status = 409, body = Fault)))]
+pub(super) async fn grant(
+    State(api): State<Api>,
+    who: Who,
+    Path(s): Path<String>,
+    Payload(to): Payload<Grant>,
+) -> Answer<Json<SubstrateRecord>> {
+    Ok(Json(api.controller.grant(&who, &s, &to.tenant, true)?))
+}
+
+/// Another tenant may no longer use a substrate; machines that it has made of it stay.
+#[utoipa::path(delete, path = "/v1/substrates/{substrate}/grants/{tenant}",
+    params(("substrate" = String, Path), ("tenant" = String, Path)),
+    responses((status = 200, body = SubstrateRecord), (status = 403, body = Fault), (status = 404, body = Fault)))]
+pub(super) async fn revoke(
+    State(api): State<Api>,
+    who: Who,
+    Path((s, tenant)): Path<(String, String)>,
+) -> Answer<Json<SubstrateRecord>> {
+    Ok(Json(api.controller.grant(&who, &s, &name(&tenant)?, false)?))
 }
 
 /// A substrate as one file. Refused when something of it is damaged; a body that is cut off is not
@@ -101,14 +142,19 @@ pub(super) async fn rebuild(
 #[utoipa::path(get, path = "/v1/substrates/{substrate}/export", params(("substrate" = String, Path)),
     responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>),
     (status = 404, body = Fault), (status = 500, body = Fault), (status = 503, body = Fault)))]
-pub(super) async fn export(State(api): State<Api>, Path(s): Path<String>) -> Answer<Response> {
-    let s = api.controller.registry().substrate(&s)?;
+pub(super) async fn export(
+    State(api): State<Api>,
+    who: Who,
+    Path(s): Path<String>,
+) -> Answer<Response> {
+    let s = api.controller.substrate_for(&who, Action::Use, &s)?;
     let mut holders: Vec<_> = s.holders.iter().collect();
     holders.sort_by_key(|n| s.damaged.contains_key(*n));
     let host = holders.into_iter().find_map(|n| api.controller.host(n).ok()).ok_or_else(|| {
         Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
     })?;
     let stream = host.open(StreamRequest::SubstrateExport { id: s.id }).await?;
+    api.controller.note_substrate(&who, "substrate export", &s);
     let frames = FrameReader::new(stream, host.name().clone());
     // An error in the stream cuts the body off, so that no client takes it for whole.
     let body = futures::stream::try_unfold(frames, async |mut frames| match frames.next().await {
@@ -129,6 +175,7 @@ pub(super) async fn export(State(api): State<Api>, Path(s): Path<String>) -> Ans
     (status = 422, body = Fault), (status = 507, body = Fault)))]
 pub(super) async fn import(
     State(api): State<Api>,
+    who: Who,
     Params(to): Params<ImportTo>,
     headers: HeaderMap,
     body: Body,
@@ -139,8 +186,9 @@ pub(super) async fn import(
     if body.size_hint().lower() > MAX_IMPORT {
         return Err(too_large().into());
     }
+    let bytes = body.size_hint().exact();
     let mut body = body.into_data_stream();
-    match take_in(&api, to, &mut body).await {
+    match upload(&api, &who, to, bytes, &mut body).await {
         Ok(record) => Ok((StatusCode::CREATED, Json(record))),
         Err(f) => {
             // A sender that is cut off while it sends never reads why.
@@ -150,13 +198,16 @@ pub(super) async fn import(
     }
 }
 
-async fn take_in(
+/// Brings a file of `bytes`, if that is known, to a site.
+async fn upload(
     api: &Api,
+    who: &Principal,
     to: ImportTo,
+    bytes: Option<u64>,
     body: &mut BodyDataStream,
 ) -> Result<SubstrateRecord, Fault> {
     if let Some(n) = &to.name
-        && api.controller.registry().substrate(n.as_str()).is_ok()
+        && api.controller.registry().substrate_named(&who.tenant, n)
     {
         return Err(Fault::new(Code::Exists, format!("substrate '{n}' exists already")));
     }
@@ -166,8 +217,19 @@ async fn take_in(
     };
     let host = api.controller.host(&site)?;
     let label = to.name.clone().unwrap_or_else(|| site.clone());
-    let mut into =
-        host.open(StreamRequest::SubstrateImport { name: to.name, content: None }).await?;
+    // An operator brings back what was exported, as it was; whatever else comes is its bringer's.
+    let upload = match (who.is_operator() && who.tenant == default_tenant(), &to.name) {
+        (true, _) => None,
+        (false, Some(name)) => Some(api.controller.begin_upload(who, name, bytes)?),
+        (false, None) => {
+            return Err(Fault::invalid("say what it is to be called").hint("add --name NAME"));
+        }
+    };
+    let request = match &upload {
+        Some(upload) => StreamRequest::SubstrateUpload(upload.want.clone()),
+        None => StreamRequest::SubstrateImport { name: to.name, content: None },
+    };
+    let mut into = host.open(request).await?;
     let mut taken = 0u64;
     let mut refused = false;
     let silent = |_| Fault::new(Code::TimedOut, "no more of the body came");
@@ -178,6 +240,9 @@ async fn take_in(
         taken += chunk.len() as u64;
         if taken > MAX_IMPORT {
             return Err(too_large());
+        }
+        if let Some(upload) = &upload {
+            upload.count(chunk.len() as u64)?;
         }
         // A site that refuses closes its end; its verdict follows.
         if into.write_all(&chunk).await.is_err() {
@@ -190,8 +255,16 @@ async fn take_in(
         _ => return Err(Fault::internal("the site took less than was sent")),
     };
     let id = info.id;
-    match api.controller.adopt_substrate(&site, info) {
-        Ok(record) => Ok(record),
+    let adopted = match &upload {
+        Some(upload) => Controller::is_wanted(&site, upload.want.id, &info)
+            .and_then(|()| api.controller.adopt_substrate(&site, info)),
+        None => api.controller.adopt_import(&site, info),
+    };
+    match adopted {
+        Ok(record) => {
+            api.controller.note(who, "substrate import", record.name.as_str());
+            Ok(record)
+        }
         Err(f) => {
             // What the center does not know nobody could use or delete.
             if let Err(error) = host.ask(verbs::SubstrateDelete { id }, Call::quiet()).await {
@@ -208,7 +281,8 @@ fn too_large() -> Fault {
 
 /// The pools of all sites. A site that does not answer in time is named beside them.
 #[utoipa::path(get, path = "/v1/pool", responses((status = 200, body = PoolList)))]
-pub(super) async fn pool(State(api): State<Api>) -> Answer<Json<PoolList>> {
+pub(super) async fn pool(State(api): State<Api>, who: Who) -> Answer<Json<PoolList>> {
+    allow(&who, Action::See, &Object::Cloud, ("site", ""))?;
     let all =
         ask_all(api.controller.hosts(), async |host| host.ask(verbs::Pool {}, Call::quiet()).await);
     let all = all.await;
@@ -221,7 +295,8 @@ pub(super) async fn pool(State(api): State<Api>) -> Answer<Json<PoolList>> {
     responses((status = 202, body = Accepted)))]
 pub(super) async fn pool_check(
     State(api): State<Api>,
+    who: Who,
     Path(site): Path<String>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.pool_check(name(&site)?, Mode::Act)?))
+    Ok(accepted(api.controller.pool_check(&who, name(&site)?, Mode::Act)?))
 }

@@ -41,7 +41,7 @@ fn api() -> (tempfile::TempDir, Router) {
     let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
     let authority = godwit_transfer::Authority::create(&dir.path().join("authority"));
     let authority = Arc::new(authority.expect("authority"));
-    let c = Controller::new(reg, Name::new("operator").expect("name"), authority);
+    let c = Controller::new(reg, authority);
     (dir, Api::new(c, Arc::new(NoGate), "secret").router())
 }
 
@@ -63,7 +63,29 @@ async fn send(
     (status, String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn fault(text: &str) -> Fault {
+/// As [`send`] with a token, in the type that the path wants.
+pub(super) async fn send_as(
+    router: &Router,
+    method: Method,
+    path: &str,
+    token: &str,
+    body: &str,
+) -> (StatusCode, String) {
+    let kind = if body == "GWSA" { "application/octet-stream" } else { "application/json" };
+    let r = axum::http::Request::builder()
+        .method(method)
+        .uri(path)
+        .header(AUTHORIZATION, format!("Bearer {token}"))
+        .header(CONTENT_TYPE, kind)
+        .body(Body::from(body.to_owned()))
+        .expect("request");
+    let answer = router.clone().oneshot(r).await.expect("answer");
+    let status = answer.status();
+    let bytes = axum::body::to_bytes(answer.into_body(), 1 << 22).await.expect("body");
+    (status, String::from_utf8_lossy(&bytes).into_owned())
+}
+
+pub(super) fn fault(text: &str) -> Fault {
     serde_json::from_str(text).expect("a fault")
 }
 

@@ -10,7 +10,8 @@ use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, DryRun, Params, Path, Payload, accepted};
+use super::{Answer, Api, DryRun, Params, Path, Payload, Who, accepted};
+use crate::access::Action;
 use crate::controller::{Accepted, CreateVm, DockVm, MigrateVm};
 use crate::error::Fault;
 use crate::registry::VmRecord;
@@ -60,13 +61,14 @@ const MAX_TAIL: u32 = 512 << 10;
 #[utoipa::path(get, path = "/v1/vms", params(VmFilter), responses((status = 200, body = Vec<VmRecord>)))]
 pub(super) async fn list(
     State(api): State<Api>,
+    who: Who,
     Params(f): Params<VmFilter>,
 ) -> Answer<Json<Vec<VmRecord>>> {
     if let Some(site) = &f.site {
         // An empty list would say that the site has none.
         let _ = api.controller.registry().site(site)?;
     }
-    let mut vms = api.controller.registry().vms()?;
+    let mut vms = api.controller.vms_for(&who)?;
     vms.retain(|v| f.site.as_ref().is_none_or(|s| s == &v.site));
     vms.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(Json(vms))
@@ -77,17 +79,22 @@ pub(super) async fn list(
     responses((status = 202, body = Accepted), (status = 409, body = Fault), (status = 507, body = Fault)))]
 pub(super) async fn create(
     State(api): State<Api>,
+    who: Who,
     Params(dry): Params<DryRun>,
     Payload(want): Payload<CreateVm>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.create(want, dry.mode()).await?.0))
+    Ok(accepted(api.controller.create(&who, want, dry.mode()).await?.0))
 }
 
 /// One environment, by name or id.
 #[utoipa::path(get, path = "/v1/vms/{vm}", params(("vm" = String, Path)),
     responses((status = 200, body = VmRecord), (status = 404, body = Fault)))]
-pub(super) async fn one(State(api): State<Api>, Path(vm): Path<String>) -> Answer<Json<VmRecord>> {
-    Ok(Json(api.controller.registry().vm(&vm)?))
+pub(super) async fn one(
+    State(api): State<Api>,
+    who: Who,
+    Path(vm): Path<String>,
+) -> Answer<Json<VmRecord>> {
+    Ok(Json(api.controller.vm_for(&who, Action::See, &vm)?))
 }
 
 /// Ends an environment and removes its disk.
@@ -95,10 +102,11 @@ pub(super) async fn one(State(api): State<Api>, Path(vm): Path<String>) -> Answe
     responses((status = 202, body = Accepted), (status = 404, body = Fault)))]
 pub(super) async fn delete(
     State(api): State<Api>,
+    who: Who,
     Path(vm): Path<String>,
     Params(dry): Params<DryRun>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.delete(&vm, dry.mode())?))
+    Ok(accepted(api.controller.delete(&who, &vm, dry.mode())?))
 }
 
 /// Starts a stopped environment.
@@ -106,10 +114,11 @@ pub(super) async fn delete(
     responses((status = 202, body = Accepted), (status = 409, body = Fault)))]
 pub(super) async fn start(
     State(api): State<Api>,
+    who: Who,
     Path(vm): Path<String>,
     Params(dry): Params<DryRun>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.start(&vm, dry.mode())?))
+    Ok(accepted(api.controller.start(&who, &vm, dry.mode())?))
 }
 
 /// Powers an environment off.
@@ -117,11 +126,12 @@ pub(super) async fn start(
     responses((status = 202, body = Accepted), (status = 409, body = Fault)))]
 pub(super) async fn stop(
     State(api): State<Api>,
+    who: Who,
     Path(vm): Path<String>,
     Params(how): Params<StopHow>,
 ) -> Answer<Response> {
     let dry = DryRun { dry_run: how.dry_run };
-    Ok(accepted(api.controller.stop(&vm, how.force, dry.mode())?))
+    Ok(accepted(api.controller.stop(&who, &vm, how.force, dry.mode())?))
 }
 
 /// Turns an environment into a substrate.
@@ -130,11 +140,12 @@ pub(super) async fn stop(
     responses((status = 202, body = Accepted), (status = 409, body = Fault)))]
 pub(super) async fn dock(
     State(api): State<Api>,
+    who: Who,
     Path(vm): Path<String>,
     Params(dry): Params<DryRun>,
     Payload(how): Payload<DockVm>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.dock(&vm, how, dry.mode())?))
+    Ok(accepted(api.controller.dock(&who, &vm, how, dry.mode())?))
 }
 
 /// Moves a running environment to another site.
@@ -143,11 +154,12 @@ pub(super) async fn dock(
     responses((status = 202, body = Accepted), (status = 404, body = Fault), (status = 409, body = Fault)))]
 pub(super) async fn migrate(
     State(api): State<Api>,
+    who: Who,
     Path(vm): Path<String>,
     Params(dry): Params<DryRun>,
     Payload(want): Payload<MigrateVm>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.migrate(&vm, want, dry.mode())?))
+    Ok(accepted(api.controller.migrate(&who, &vm, want, dry.mode())?))
 }
 
 /// The end of the serial console's log.
@@ -155,10 +167,11 @@ pub(super) async fn migrate(
     responses((status = 200, body = ConsoleTail)))]
 pub(super) async fn console(
     State(api): State<Api>,
+    who: Who,
     Path(vm): Path<String>,
     Params(t): Params<Tail>,
 ) -> Answer<Json<ConsoleTail>> {
-    let vm = api.controller.registry().vm(&vm)?;
+    let vm = api.controller.vm_for(&who, Action::Look, &vm)?;
     let max_bytes = t.max_bytes.unwrap_or(16 << 10).min(MAX_TAIL);
     let host = api.controller.host(&vm.site)?;
     Ok(Json(host.ask(verbs::VmConsole { vm: vm.id, max_bytes }, Call::quiet()).await?))
@@ -167,8 +180,12 @@ pub(super) async fn console(
 /// The screen as PNG.
 #[utoipa::path(get, path = "/v1/vms/{vm}/screenshot", params(("vm" = String, Path)),
     responses((status = 200, content_type = "image/png", body = Vec<u8>), (status = 409, body = Fault)))]
-pub(super) async fn screenshot(State(api): State<Api>, Path(vm): Path<String>) -> Answer<Response> {
-    let vm = api.controller.registry().vm(&vm)?;
+pub(super) async fn screenshot(
+    State(api): State<Api>,
+    who: Who,
+    Path(vm): Path<String>,
+) -> Answer<Response> {
+    let vm = api.controller.vm_for(&who, Action::Look, &vm)?;
     let host = api.controller.host(&vm.site)?;
     let png = host.ask(verbs::VmScreenshot { vm: vm.id }, Call::quiet()).await?;
     Ok(([(CONTENT_TYPE, "image/png")], png).into_response())
@@ -179,15 +196,17 @@ pub(super) async fn screenshot(State(api): State<Api>, Path(vm): Path<String>) -
     responses((status = 204), (status = 400, body = Fault), (status = 409, body = Fault)))]
 pub(super) async fn type_text(
     State(api): State<Api>,
+    who: Who,
     Path(vm): Path<String>,
     Payload(t): Payload<TypeText>,
 ) -> Answer<StatusCode> {
     if t.text.chars().count() > 4096 {
         return Err(Fault::invalid("at most 4096 characters are typed at once").into());
     }
-    let vm = api.controller.registry().vm(&vm)?;
+    let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
     let host = api.controller.host(&vm.site)?;
     host.ask(verbs::VmType { vm: vm.id, text: t.text }, Call::quiet()).await?;
+    api.controller.note(&who.at(&vm.tenant), "vm type", vm.name.as_str());
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -196,11 +215,14 @@ pub(super) async fn type_text(
     responses((status = 101), (status = 400, body = Fault), (status = 409, body = Fault)))]
 pub(super) async fn view(
     State(api): State<Api>,
+    who: Who,
     Path(vm): Path<String>,
     request: Request,
 ) -> Answer<Response> {
-    let vm = api.controller.registry().vm(&vm)?;
-    upgrade(&api, &vm, StreamRequest::Display { vm: vm.id }, "rfb", request).await
+    let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
+    let shown = upgrade(&api, &vm, StreamRequest::Display { vm: vm.id }, "rfb", request).await?;
+    api.controller.note(&who.at(&vm.tenant), "vm view", vm.name.as_str());
+    Ok(shown)
 }
 
 /// The serial console as a raw byte stream, after an HTTP/1.1 upgrade to `console`.
@@ -208,11 +230,15 @@ pub(super) async fn view(
     responses((status = 101), (status = 400, body = Fault), (status = 409, body = Fault)))]
 pub(super) async fn attach(
     State(api): State<Api>,
+    who: Who,
     Path(vm): Path<String>,
     request: Request,
 ) -> Answer<Response> {
-    let vm = api.controller.registry().vm(&vm)?;
-    upgrade(&api, &vm, StreamRequest::Console { vm: vm.id }, "console", request).await
+    let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
+    let shown =
+        upgrade(&api, &vm, StreamRequest::Console { vm: vm.id }, "console", request).await?;
+    api.controller.note(&who.at(&vm.tenant), "vm attach", vm.name.as_str());
+    Ok(shown)
 }
 
 async fn upgrade(

@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use super::lifecycle::dry;
 use super::moves::{Move, measured};
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
+use crate::access::Principal;
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
@@ -435,6 +436,7 @@ impl Controller {
     /// Takes up a migration again that was given up beyond its switch.
     pub(super) fn migrate_on(
         self: &Arc<Self>,
+        who: &Principal,
         vm: VmRecord,
         want: &MigrateVm,
         mode: Mode,
@@ -475,7 +477,7 @@ impl Controller {
         let me = Arc::clone(self);
         let op = self
             .ops
-            .start(kind, |op| async move {
+            .start(who, kind, |op| async move {
                 op.begin("send", serde_json::json!({ "migration": m.id, "from": m.from }))?;
                 let why = Fault::unavailable("asked for again");
                 let report = me.arrive(&op, &m, why).await?;

@@ -1,7 +1,7 @@
 //! What the center knows of the substrates that sites hold, and how one comes to a site that lacks
 //! it: once, however many machines wait for it.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 
 use godwit_types::{Code, Name, SiteKind, SubstrateId};
@@ -9,10 +9,11 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 
+use super::origin::Discovery;
 use super::rebuild::{suffixed, tail};
 use super::{Controller, registry_fault};
 use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind};
+use crate::ops::OpHandle;
 use crate::registry::{RegistryError, SiteReport, SubstrateRecord};
 use crate::site::{SiteHost, SubstrateInfo, bounds};
 
@@ -57,6 +58,7 @@ impl Controller {
             op.begin("bring", json!({ "from": from, "to": to.name(), "substrate": s.id }))?;
             match self.carry(op, &s, from, to.name()).await {
                 Ok(info) => {
+                    Self::is_wanted(to.name(), id, &info)?;
                     self.adopt_substrate(to.name(), info)?;
                     op.done("bring")?;
                     return self.host(to.name());
@@ -90,7 +92,7 @@ impl Controller {
             return Ok(report);
         }
         let trusted = self.registry.site(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
-        let asked = if trusted { HashSet::new() } else { self.asked_for()? };
+        let asked = if trusted { HashSet::new() } else { self.asked_for(host.name())? };
         let mut unasked = 0u64;
         for s in host.substrates().await? {
             let id = s.id;
@@ -120,41 +122,8 @@ impl Controller {
         Ok(report)
     }
 
-    /// A substrate that is new to the registry, as its first holder tells of it.
-    pub(super) fn record_of(site: &Name, info: SubstrateInfo) -> SubstrateRecord {
-        SubstrateRecord {
-            id: info.id,
-            name: info.name,
-            kind: info.kind,
-            owner: info.owner,
-            image: info.image,
-            arch: info.arch,
-            memory: info.memory,
-            vcpus: info.vcpus,
-            raw_bytes: info.raw_bytes,
-            stored_bytes: info.stored_bytes,
-            created: info.created,
-            holders: [site.clone()].into(),
-            content: Some(info.content),
-            damaged: BTreeMap::new(),
-        }
-    }
-
-    /// The substrates that the center has asked sites to dock: a site publishes nothing by itself.
-    fn asked_for(&self) -> Result<HashSet<SubstrateId>, Fault> {
-        let ops = self.ops().list().map_err(registry_fault)?;
-        Ok(ops
-            .iter()
-            .filter_map(|o| match &o.kind {
-                OpKind::VmDock { substrate: made, .. }
-                | OpKind::SubstrateRebuild { new: made, .. } => Some(*made),
-                _ => None,
-            })
-            .collect())
-    }
-
     /// Refuses what a site says to have made when it is not what it was asked for.
-    pub(super) fn is_wanted(
+    pub(crate) fn is_wanted(
         site: &Name,
         wanted: SubstrateId,
         info: &SubstrateInfo,
@@ -164,7 +133,7 @@ impl Controller {
         }
         Err(Fault::new(
             Code::Damaged,
-            format!("site '{site}' made substrate {} where {wanted} was asked for", info.id),
+            format!("site '{site}' has substrate {} where {wanted} was asked for", info.id),
         ))
     }
 
@@ -175,16 +144,39 @@ impl Controller {
         site: &Name,
         info: SubstrateInfo,
     ) -> Result<SubstrateRecord, Fault> {
+        self.adopt(site, info, Discovery::Reported)
+    }
+
+    /// As [`Controller::adopt_substrate`], of one that the operator has brought to `site`.
+    pub(crate) fn adopt_import(
+        &self,
+        site: &Name,
+        info: SubstrateInfo,
+    ) -> Result<SubstrateRecord, Fault> {
+        self.adopt(site, info, Discovery::Imported)
+    }
+
+    fn adopt(
+        &self,
+        site: &Name,
+        info: SubstrateInfo,
+        discovery: Discovery,
+    ) -> Result<SubstrateRecord, Fault> {
         match self.registry.substrate_seen(info.id, site, info.content) {
             Err(RegistryError::NotFound { .. }) => {
-                let mut record = Self::record_of(site, info);
-                let mut added = self.registry.substrate_add(&record);
+                let mut record = self.record_of(site, info, discovery);
+                let uploaded = self.uploads.has(record.id);
+                let add = |record: &SubstrateRecord| match uploaded {
+                    true => self.registry.substrate_bring(record),
+                    false => self.registry.substrate_add(record),
+                };
+                let mut added = add(&record);
                 if matches!(added, Err(RegistryError::Exists { .. }))
                     && self.registry.substrate(&record.id.to_string()).is_err()
                 {
                     // Docked under that name at another site at the same time.
                     record.name = suffixed(&record.name, &tail(record.id))?;
-                    added = self.registry.substrate_add(&record);
+                    added = add(&record);
                 }
                 // The site's report and the answer to its docking may both come now.
                 match (added, self.registry.substrate(&record.id.to_string())) {

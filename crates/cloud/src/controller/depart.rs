@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use super::lifecycle::{call_of, dry};
 use super::{Accepted, Controller, Mode, registry_fault};
+use crate::access::Principal;
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
@@ -52,6 +53,7 @@ impl Controller {
     /// Powers a machine off by force that is moving.
     pub(super) fn stop_moving(
         self: &Arc<Self>,
+        who: &Principal,
         vm: VmRecord,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
@@ -63,7 +65,7 @@ impl Controller {
         let (me, name) = (Arc::clone(self), vm.name.to_string());
         let op = self
             .ops
-            .start(kind, |op| async move {
+            .start(who, kind, |op| async move {
                 let now = me.end_move(&op, &vm, Wanted::Disk).await?;
                 if now.state == VmState::Stopped {
                     return Ok(json!({}));

@@ -17,6 +17,7 @@ use godwit_types::{Code, Name, OpState, VmId, VmState};
 use tokio::time::Instant;
 
 use super::{Controller, registry_fault};
+use crate::access::{Action, Principal};
 use crate::error::Fault;
 use crate::ops::OpKind;
 use crate::registry::VmRecord;
@@ -43,6 +44,15 @@ pub struct GuestProcess {
 }
 
 impl Controller {
+    /// A program that runs in the guest of the machine `key`.
+    ///
+    /// # Errors
+    /// As [`Controller::vm_for`].
+    pub fn exec_at(&self, who: &Principal, key: &str, pid: u64) -> Result<GuestProcess, Fault> {
+        let vm = self.vm_for(who, Action::Use, key)?;
+        Ok(GuestProcess { vm: vm.id, name: vm.name, pid })
+    }
+
     /// Starts a program in the guest of the machine `key` (name or id). A guest that stands still
     /// is waited for, no longer than `within`.
     ///
@@ -50,12 +60,13 @@ impl Controller {
     /// A machine that does not run, a program that the guest cannot start.
     pub async fn exec(
         &self,
+        who: &Principal,
         key: &str,
         program: GuestProgram,
         within: Duration,
     ) -> Result<GuestProcess, Fault> {
         let until = Instant::now() + within;
-        let first = self.registry.vm(key).map_err(registry_fault)?;
+        let first = self.vm_for(who, Action::Use, key)?;
         loop {
             let vm = self.registry.vm(&first.id.to_string()).map_err(registry_fault)?;
             if vm.state == VmState::Docking {
@@ -68,7 +79,10 @@ impl Controller {
                 host.ask(request, Call::quiet()).await
             };
             match asked.await {
-                Ok(pid) => return Ok(GuestProcess { vm: vm.id, name: vm.name, pid }),
+                Ok(pid) => {
+                    self.note(&who.at(&vm.tenant), "vm exec", vm.name.as_str());
+                    return Ok(GuestProcess { vm: vm.id, name: vm.name, pid });
+                }
                 Err(f) if Instant::now() < until && self.passing(&vm, &f) => {
                     tokio::time::sleep(LOOK_EVERY).await;
                 }

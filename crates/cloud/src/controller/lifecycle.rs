@@ -1,12 +1,15 @@
 //! Making, starting, stopping, deleting and docking of environments.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 
 use godwit_types::{Arch, Code, Generation, Mib, Name, SubstrateId, SubstrateKind, VmId, VmState};
 use serde_json::json;
 
+use super::authorize::{allow, name_at_sites};
 use super::depart::Wanted;
 use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
+use crate::access::{Action, Object, Principal, may};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
@@ -35,9 +38,10 @@ struct Shape {
 }
 
 impl Controller {
-    async fn shape(&self, want: &CreateVm) -> Result<Shape, Fault> {
+    async fn shape(&self, who: &Principal, want: &CreateVm) -> Result<Shape, Fault> {
         match (&want.image, &want.substrate) {
             (Some(image), None) => {
+                allow(who, Action::Use, &Object::Image, ("image", image.as_str()))?;
                 let i = self.image(image).await?;
                 Ok(Shape {
                     image: image.clone(),
@@ -54,7 +58,7 @@ impl Controller {
                         "memory and vCPUs of an activated machine are those of its substrate",
                     ));
                 }
-                let s = self.registry.substrate(key).map_err(registry_fault)?;
+                let s = self.substrate_for(who, Action::Use, key)?;
                 Ok(Shape {
                     image: s.image.clone(),
                     arch: s.arch,
@@ -68,25 +72,32 @@ impl Controller {
         }
     }
 
-    fn fresh_name(&self, base: &Name) -> Result<Name, Fault> {
+    fn fresh_name(&self, who: &Principal, base: &Name) -> Result<Name, Fault> {
         let short: String = base.as_str().chars().take(Name::MAX_LEN - 6).collect();
         (1..10_000)
             .map(|i| format!("{short}-{i}"))
-            .find(|n| self.registry.vm(n).is_err())
+            .find(|n| self.registry.vm_in(&who.tenant, n).is_err())
             .and_then(|n| Name::new(&n).ok())
             .ok_or_else(|| Fault::invalid("give the machine a name"))
     }
 
     /// Refuses a private substrate that runs already: the second machine would be the same one.
-    fn once(&self, substrate: Option<&SubstrateRecord>) -> Result<(), Fault> {
+    fn once(&self, who: &Principal, substrate: Option<&SubstrateRecord>) -> Result<(), Fault> {
         let Some(s) = substrate.filter(|s| s.kind == SubstrateKind::Private) else { return Ok(()) };
         let all = self.registry.vms().map_err(registry_fault)?;
         let Some(vm) = all.into_iter().find(|v| v.substrate == Some(s.id)) else { return Ok(()) };
-        Err(Fault::conflict(format!(
-            "substrate '{}' is private and runs once at a time: it is machine '{}' at '{}'",
-            s.name, vm.name, vm.site
-        ))
-        .hint(format!("use that one, or first: godwit vm dock {0}, godwit vm delete {0}", vm.name)))
+        let is = self.called_for(who, &vm);
+        let refusal = Fault::conflict(format!(
+            "substrate '{}' is private and runs once at a time: it is {is} at '{}'",
+            s.name, vm.site
+        ));
+        Err(match may(who, Action::See, &Object::machine(&vm)) {
+            Ok(()) => refusal.hint(format!(
+                "use that one, or first: godwit vm dock {0}, godwit vm delete {0}",
+                vm.name
+            )),
+            Err(_) => refusal,
+        })
     }
 
     /// Makes an environment: cold boot or activation.
@@ -95,10 +106,16 @@ impl Controller {
     /// What was wrong with the request, or why there is no room.
     pub async fn create(
         self: &Arc<Self>,
+        who: &Principal,
         want: CreateVm,
         mode: Mode,
     ) -> Result<(Accepted, Option<VmRecord>), Fault> {
-        let shape = self.shape(&want).await?;
+        let made = Object::Machine { tenant: &who.tenant, private_of: None };
+        allow(who, Action::Create, &made, ("tenant", ""))?;
+        if let Some(site) = &want.site {
+            allow(who, Action::Use, &Object::Site, ("site", site.as_str()))?;
+        }
+        let shape = self.shape(who, &want).await?;
         if !(16..=1 << 20).contains(&shape.memory.0) {
             return Err(Fault::invalid("guest memory must be 16 MiB to 1 TiB"));
         }
@@ -106,8 +123,8 @@ impl Controller {
             return Err(Fault::invalid("a machine has 1 to 64 vCPUs"));
         }
         let base = shape.substrate.as_ref().map_or(&shape.image, |s| &s.name);
-        let name = want.name.map_or_else(|| self.fresh_name(base), Ok)?;
-        if self.registry.vm(name.as_str()).is_ok() {
+        let name = want.name.map_or_else(|| self.fresh_name(who, base), Ok)?;
+        if self.registry.vm_in(&who.tenant, name.as_str()).is_ok() {
             return Err(Fault::new(Code::Exists, format!("machine '{name}' exists already")));
         }
         let demand = Demand {
@@ -132,14 +149,16 @@ impl Controller {
             ),
             None => format!("boot '{name}' from image '{}' at {}", shape.image, placed.site),
         };
-        self.once(shape.substrate.as_ref())?;
+        self.once(who, shape.substrate.as_ref())?;
         if mode == Mode::DryRun {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
         }
         let host = self.host(&placed.site)?;
+        let private_of = shape.substrate.as_ref().and_then(SubstrateRecord::private_of).cloned();
         let vm = VmRecord {
             id: VmId::new(),
             name: name.clone(),
+            tenant: who.tenant.clone(),
             state: VmState::Starting,
             site: placed.site,
             generation: Generation::FIRST,
@@ -152,6 +171,7 @@ impl Controller {
             changed: now,
             moving_to: None,
             reason: None,
+            private_of,
             arriving: None,
             voided: std::collections::BTreeMap::new(),
         };
@@ -178,8 +198,8 @@ impl Controller {
             me.end_create(&op, &record, outcome).await
         };
         let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
-        self.once(substrate.as_ref())?;
-        let op = self.ops.start_new(&vm, kind, job).map_err(registry_fault)?;
+        self.once(who, substrate.as_ref())?;
+        let op = self.ops.start_new(who, &vm, kind, job).map_err(registry_fault)?;
         Ok((Accepted { op: Some(op), plan, target: Some(name.to_string()) }, Some(vm)))
     }
 
@@ -257,8 +277,14 @@ impl Controller {
     ///
     /// # Errors
     /// What refuses it.
-    pub fn start(self: &Arc<Self>, key: &str, mode: Mode) -> Result<Accepted, Fault> {
-        let vm = self.registry.vm(key).map_err(registry_fault)?;
+    pub fn start(
+        self: &Arc<Self>,
+        who: &Principal,
+        key: &str,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        let vm = self.vm_for(who, Action::Use, key)?;
+        let who = &who.at(&vm.tenant);
         vm.state.to(VmState::Starting).map_err(|e| state_fault(&vm, &e))?;
         let host = self.host(&vm.site)?;
         let plan = format!("start '{}' at {}", vm.name, vm.site);
@@ -274,7 +300,7 @@ impl Controller {
         })?;
         let kind = OpKind::VmStart { vm: vm.id, name: vm.name.clone() };
         let me = self.clone();
-        self.launch(kind, plan, vm, VmState::Running, |vm, op| async move {
+        self.launch(who, kind, plan, vm, VmState::Running, |vm, op| async move {
             let request = verbs::VmStart { vm: vm.id, generation: vm.generation, warrant };
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
@@ -287,10 +313,17 @@ impl Controller {
     ///
     /// # Errors
     /// What refuses it.
-    pub fn stop(self: &Arc<Self>, key: &str, force: bool, mode: Mode) -> Result<Accepted, Fault> {
-        let vm = self.registry.vm(key).map_err(registry_fault)?;
+    pub fn stop(
+        self: &Arc<Self>,
+        who: &Principal,
+        key: &str,
+        force: bool,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        let vm = self.vm_for(who, Action::Use, key)?;
+        let who = &who.at(&vm.tenant);
         if force && self.is_moving(&vm)? {
-            return self.stop_moving(vm, mode);
+            return self.stop_moving(who, vm, mode);
         }
         if vm.state != VmState::Running {
             vm.state.to(VmState::Stopped).map_err(|e| state_fault(&vm, &e))?;
@@ -302,7 +335,7 @@ impl Controller {
             return Ok(dry(plan, &vm));
         }
         let kind = OpKind::VmStop { vm: vm.id, name: vm.name.clone() };
-        self.launch(kind, plan, vm, VmState::Stopped, move |vm, op| async move {
+        self.launch(who, kind, plan, vm, VmState::Stopped, move |vm, op| async move {
             let request = verbs::VmStop { vm: vm.id, generation: vm.generation, force };
             host.ask(request, call_of(&op)).await?;
             Ok(json!({}))
@@ -313,8 +346,14 @@ impl Controller {
     ///
     /// # Errors
     /// What refuses it.
-    pub fn delete(self: &Arc<Self>, key: &str, mode: Mode) -> Result<Accepted, Fault> {
-        let vm = self.registry.vm(key).map_err(registry_fault)?;
+    pub fn delete(
+        self: &Arc<Self>,
+        who: &Principal,
+        key: &str,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        let vm = self.vm_for(who, Action::Change, key)?;
+        let who = &who.at(&vm.tenant);
         // One that no operation works on was left behind: this is the way out.
         let changing = matches!(vm.state, VmState::Docking | VmState::Starting);
         if changing && self.ops.works_on(vm.id) {
@@ -334,7 +373,7 @@ impl Controller {
         let (me, id) = (self.clone(), vm.name.to_string());
         let op = self
             .ops
-            .start(kind, |op| async move {
+            .start(who, kind, |op| async move {
                 let (vm, host) = if moving {
                     let now = me.end_move(&op, &vm, Wanted::Nothing).await?;
                     let host = me.host(&now.site)?;
@@ -361,34 +400,51 @@ impl Controller {
     ///
     /// # Errors
     /// What refuses it.
-    pub fn dock(self: &Arc<Self>, key: &str, how: DockVm, mode: Mode) -> Result<Accepted, Fault> {
-        let vm = self.registry.vm(key).map_err(registry_fault)?;
+    pub fn dock(
+        self: &Arc<Self>,
+        who: &Principal,
+        key: &str,
+        how: DockVm,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        let vm = self.vm_for(who, Action::Use, key)?;
+        let who = &who.at(&vm.tenant);
+        let substrate = SubstrateId::new();
+        let kind = how.kind.unwrap_or(SubstrateKind::Restricted);
+        let (none, tenant) = (BTreeSet::new(), &vm.tenant);
+        let made = Object::Substrate { tenant, owner: &who.user, kind, granted: &none };
+        let action = match kind {
+            SubstrateKind::Public => Action::Publish,
+            SubstrateKind::Restricted | SubstrateKind::Private => Action::Create,
+        };
+        allow(who, action, &made, ("machine", key))?;
         vm.state.to(VmState::Docking).map_err(|e| state_fault(&vm, &e))?;
         let name = how.name.unwrap_or_else(|| vm.name.clone());
-        if self.registry.substrate(name.as_str()).is_ok() {
-            return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
-                .hint("give it another name with --name"));
-        }
+        self.is_new_substrate(&vm.tenant, &name)?;
         let host = self.host(&vm.site)?;
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
+        let at_sites = name_at_sites(&vm.tenant, &name, substrate)?;
+        // Until the operation is entered, so that no two get one name.
+        let one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
+        self.is_new_substrate(&vm.tenant, &name)?;
         let vm = self.change_vm(&vm, vm.generation, |v| {
             Ok(v.become_state(VmState::Docking, UnixMs::now())?)
         })?;
-        let substrate = SubstrateId::new();
         let request = verbs::VmDock {
             vm: vm.id,
             generation: vm.generation,
             substrate,
-            name,
-            kind: how.kind.unwrap_or(SubstrateKind::Restricted),
-            owner: self.operator.clone(),
+            name: at_sites,
+            kind,
+            owner: who.id.clone(),
         };
-        let kind = OpKind::VmDock { vm: vm.id, name: vm.name.clone(), substrate };
+        let (called, becomes) = (Some(name), Some(kind));
+        let kind = OpKind::VmDock { vm: vm.id, name: vm.name.clone(), substrate, called, becomes };
         let (me, record) = (self.clone(), vm.clone());
-        let started = self.ops.start(kind, |op| async move {
+        let started = self.ops.start(who, kind, |op| async move {
             op.begin("dock", json!({ "site": record.site, "substrate": substrate }))?;
             let outcome = host.ask(request, call_of(&op)).await;
             match outcome {
@@ -411,6 +467,7 @@ impl Controller {
                 }
             }
         });
+        drop(one);
         match started {
             Ok(op) => Ok(Accepted { op: Some(op), plan, target: Some(vm.name.to_string()) }),
             Err(e) => {
@@ -425,6 +482,7 @@ impl Controller {
     /// Runs a job that takes a machine to `goal`; after a failure its state is asked of its site.
     fn launch<F, Fut>(
         self: &Arc<Self>,
+        who: &Principal,
         kind: OpKind,
         plan: String,
         vm: VmRecord,
@@ -439,7 +497,7 @@ impl Controller {
         let verb = kind.verb();
         let op = self
             .ops
-            .start(kind, |op| async move {
+            .start(who, kind, |op| async move {
                 op.begin(verb, json!({ "site": vm.site, "generation": vm.generation }))?;
                 match job(vm.clone(), op.clone()).await {
                     Ok(v) => {

@@ -19,20 +19,26 @@
 
 mod arrive;
 mod ask;
+pub(crate) mod authorize;
 pub(crate) mod bring;
 mod carry;
 mod depart;
 mod exec;
 pub(crate) mod lifecycle;
 mod moves;
+mod origin;
+mod people;
 mod pool;
 mod rebuild;
 mod recover;
+mod refusals;
 mod settle;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(test)]
 mod tests_belief;
+#[cfg(test)]
+mod tests_tenants;
 mod warrants;
 
 use std::collections::BTreeMap;
@@ -46,6 +52,7 @@ use tokio::sync::watch;
 use utoipa::ToSchema;
 
 pub use exec::GuestProcess;
+pub use people::{ApiToken, NewApiToken, NewTenant, NewUser};
 
 use crate::clock::{Moment, UnixMs};
 use crate::error::Fault;
@@ -133,8 +140,9 @@ pub struct Controller {
     authority: Arc<Authority>,
     sites: Sites,
     bringing: bring::Bringing,
+    uploads: origin::Uploads,
+    refusals: refusals::Refusals,
     settled: recover::Settled,
-    operator: Name,
     /// One machine at a time is entered: what may run once only is not entered twice.
     entering: std::sync::Mutex<()>,
     /// How long a machine is waited for that lacks something of a site that is away.
@@ -159,6 +167,18 @@ pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
         crate::registry::RegistryError::NotFound { what: "site", .. } => {
             fault.hint("see the sites with: godwit site list")
         }
+        crate::registry::RegistryError::NotFound { what: "user", .. } => {
+            fault.hint("see the users with: godwit user list")
+        }
+        crate::registry::RegistryError::NotFound { what: "tenant", .. } => {
+            fault.hint("see the tenants with: godwit tenant list")
+        }
+        crate::registry::RegistryError::NotFound { what: "token", .. } => {
+            fault.hint("see the tokens with: godwit token list")
+        }
+        crate::registry::RegistryError::OverQuota { .. } => {
+            fault.hint("see the quota with: godwit quota get; an operator sets it")
+        }
         _ if fault.code == godwit_types::Code::NoRoom => {
             fault.hint("make room on the file system of the center's data directory")
         }
@@ -167,10 +187,10 @@ pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
 }
 
 impl Controller {
-    /// A controller on `registry`; `operator` owns what is made, `authority` signs warrants.
+    /// A controller on `registry`; `authority` signs warrants.
     #[must_use]
-    pub fn new(registry: Arc<Registry>, operator: Name, authority: Arc<Authority>) -> Arc<Self> {
-        Self::with_patience(registry, operator, authority, arrive::RECOVER_LIMIT)
+    pub fn new(registry: Arc<Registry>, authority: Arc<Authority>) -> Arc<Self> {
+        Self::with_patience(registry, authority, arrive::RECOVER_LIMIT)
     }
 
     /// As [`Controller::new`]; a machine that lacks something of a site that is away is waited for
@@ -178,7 +198,6 @@ impl Controller {
     #[must_use]
     pub fn with_patience(
         registry: Arc<Registry>,
-        operator: Name,
         authority: Arc<Authority>,
         patience: Duration,
     ) -> Arc<Self> {
@@ -189,8 +208,9 @@ impl Controller {
             registry,
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
             bringing: bring::Bringing::default(),
+            uploads: origin::Uploads::default(),
+            refusals: refusals::Refusals::default(),
             settled: recover::Settled::default(),
-            operator,
             entering: std::sync::Mutex::default(),
         })
     }

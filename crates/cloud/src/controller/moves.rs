@@ -8,8 +8,10 @@ use godwit_migrate::hybrid::SCHEME;
 use godwit_types::{Code, Generation, MigrationId, MoveReport, Name, VmState};
 use serde_json::json;
 
+use super::authorize::allow;
 use super::lifecycle::{call_of, dry, state_fault};
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
+use crate::access::{Action, Object, Principal};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
@@ -80,14 +82,19 @@ impl Controller {
     /// What refuses it: its state, the sites, no room.
     pub fn migrate(
         self: &Arc<Self>,
+        who: &Principal,
         key: &str,
         want: MigrateVm,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
         let requested = Some(clock::now());
-        let vm = self.registry.vm(key).map_err(registry_fault)?;
+        let vm = self.vm_for(who, Action::Use, key)?;
+        if let Some(site) = &want.to {
+            allow(who, Action::Use, &Object::Site, ("site", site.as_str()))?;
+        }
+        let who = &who.at(&vm.tenant);
         if vm.arriving.is_some() {
-            return self.migrate_on(vm, &want, mode);
+            return self.migrate_on(who, vm, &want, mode);
         }
         vm.state.to(VmState::Moving).map_err(|e| state_fault(&vm, &e))?;
         let scheme = want.scheme.unwrap_or_else(|| SCHEME.into());
@@ -125,7 +132,7 @@ impl Controller {
         };
         let name = vm.name.to_string();
         let (me, back) = (self.clone(), vm.clone());
-        let started = self.ops.start(kind, |op| async move {
+        let started = self.ops.start(who, kind, |op| async move {
             let (from, id) = (vm.site.clone(), MigrationId::new());
             let generation = vm.next_generation();
             let m = Move { vm, from, to, id, generation, requested, scheme };

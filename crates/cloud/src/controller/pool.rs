@@ -5,10 +5,13 @@ use std::sync::Arc;
 use godwit_types::{Code, Name, SiteKind};
 use serde_json::json;
 
+use super::authorize::allow;
 use super::lifecycle::call_of;
 use super::{Accepted, Controller, Mode, registry_fault};
+use crate::access::{Action, Object, Principal};
 use crate::error::Fault;
 use crate::ops::OpKind;
+use crate::registry::VmRecord;
 use crate::site::{Call, in_use, verbs};
 
 impl Controller {
@@ -31,10 +34,12 @@ impl Controller {
     /// When the site is unknown or away.
     pub fn image_build(
         self: &Arc<Self>,
+        who: &Principal,
         image: Name,
         site: Option<Name>,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
+        allow(who, Action::Create, &Object::Image, ("image", image.as_str()))?;
         let site = site.map_or_else(|| self.center(), Ok)?;
         let host = self.host(&site)?;
         let plan = format!("build image '{image}' at {site}");
@@ -45,7 +50,7 @@ impl Controller {
         let kind = OpKind::ImageBuild { site, image: image.clone() };
         let op = self
             .ops
-            .start(kind, |op| async move {
+            .start(who, kind, |op| async move {
                 let info = host.ask(verbs::ImageBuild { name: image }, call_of(&op)).await?;
                 Ok(json!({ "image": info }))
             })
@@ -60,10 +65,12 @@ impl Controller {
     /// Conflict while it is used; not found when none of the sites has it.
     pub async fn image_delete(
         &self,
+        who: &Principal,
         image: &Name,
         site: Option<Name>,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
+        allow(who, Action::Change, &Object::Image, ("image", image.as_str()))?;
         let hosts = match &site {
             Some(s) => vec![self.host(s)?],
             None => self.hosts(),
@@ -101,7 +108,10 @@ impl Controller {
                 Err(Fault::not_found(format!("no site has image '{image}' built"))
                     .hint("see the images with: godwit image list"))
             }
-            _ => Ok(Accepted { op: None, plan, target }),
+            _ => {
+                self.note_of_cloud(who, "image delete", image.as_str());
+                Ok(Accepted { op: None, plan, target })
+            }
         }
     }
 
@@ -109,22 +119,37 @@ impl Controller {
     ///
     /// # Errors
     /// Conflict while an environment needs it; unavailable while a holder is away.
-    pub async fn substrate_delete(&self, key: &str, mode: Mode) -> Result<Accepted, Fault> {
-        let s = self.registry.substrate(key).map_err(registry_fault)?;
-        let in_use = |vm: &Name| {
-            Fault::conflict(format!("substrate '{}' is in use by machine '{vm}'", s.name))
-                .hint(format!("delete that first: godwit vm delete {vm}"))
-        };
+    pub async fn substrate_delete(
+        &self,
+        who: &Principal,
+        key: &str,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        let s = self.substrate_for(who, Action::Change, key)?;
+        let in_use =
+            |by: &str| Fault::conflict(format!("substrate '{}' is in use by {by}", s.name));
         let vms = self.registry.vms().map_err(registry_fault)?;
         if let Some(vm) = vms.iter().find(|v| v.substrate == Some(s.id) && v.is_on_its_way()) {
-            return Err(in_use(&vm.name)
-                .hint(format!("wait until '{}' has come to rest: godwit op list", vm.name)));
+            let by = self.called_for(who, vm);
+            return Err(
+                in_use(&by).hint(format!("wait until {by} has come to rest: godwit op list"))
+            );
         }
         let hosts = s.holders.iter().map(|n| self.host(n)).collect::<Result<Vec<_>, Fault>>()?;
         for host in &hosts {
             let request = verbs::SubstrateUsers { id: s.id };
             if let Some(vm) = host.ask(request, Call::quiet()).await?.first() {
-                return Err(in_use(vm));
+                // A site knows of no tenants: the one of that name that is here and was made of
+                // this substrate is meant.
+                let called = |v: &&VmRecord| {
+                    v.name == *vm && v.site == *host.name() && v.substrate == Some(s.id)
+                };
+                let ours = vms.iter().filter(called).any(|v| who.lists(&v.tenant));
+                if !ours && !who.is_operator() {
+                    return Err(in_use("a machine of another tenant"));
+                }
+                return Err(in_use(&format!("machine '{vm}'"))
+                    .hint(format!("delete that first: godwit vm delete {vm}")));
             }
         }
         let at: Vec<_> = s.holders.iter().map(Name::as_str).collect();
@@ -142,7 +167,7 @@ impl Controller {
                     .map_err(registry_fault)?,
             }
         }
-        self.registry.substrate_remove(s.id).map_err(registry_fault)?;
+        self.registry.substrate_remove(who, s.id).map_err(registry_fault)?;
         Ok(Accepted { op: None, plan, target })
     }
 
@@ -150,7 +175,13 @@ impl Controller {
     ///
     /// # Errors
     /// When the site is unknown or away.
-    pub fn pool_check(self: &Arc<Self>, site: Name, mode: Mode) -> Result<Accepted, Fault> {
+    pub fn pool_check(
+        self: &Arc<Self>,
+        who: &Principal,
+        site: Name,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        allow(who, Action::Change, &Object::Cloud, ("site", site.as_str()))?;
         let host = self.host(&site)?;
         let plan = format!("check the pool of {site}");
         let target = Some(site.to_string());
@@ -160,7 +191,7 @@ impl Controller {
         let kind = OpKind::PoolCheck { site };
         let op = self
             .ops
-            .start(kind, |op| async move {
+            .start(who, kind, |op| async move {
                 let r = host.ask(verbs::PoolCheck {}, call_of(&op)).await?;
                 if r.damaged.is_empty() {
                     return Ok(json!({ "check": r }));

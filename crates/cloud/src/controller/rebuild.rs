@@ -15,6 +15,7 @@ use serde_json::json;
 
 use super::lifecycle::call_of;
 use super::{Accepted, Controller, Mode, registry_fault};
+use crate::access::{Action, Principal};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
@@ -39,6 +40,8 @@ pub(super) fn tail(id: SubstrateId) -> String {
 struct Rebuild {
     old: SubstrateRecord,
     new: SubstrateId,
+    /// Its owner as sites know it.
+    owner: Name,
     vm: VmRecord,
 }
 
@@ -48,10 +51,16 @@ impl Controller {
     ///
     /// # Errors
     /// What refuses it: a private substrate that runs, no room, a holder that is away.
-    pub fn substrate_rebuild(self: &Arc<Self>, key: &str, mode: Mode) -> Result<Accepted, Fault> {
-        let old = self.registry.substrate(key).map_err(registry_fault)?;
+    pub fn substrate_rebuild(
+        self: &Arc<Self>,
+        who: &Principal,
+        key: &str,
+        mode: Mode,
+    ) -> Result<Accepted, Fault> {
+        let old = self.substrate_for(who, Action::Change, key)?;
+        let who = &who.at(&old.tenant);
         let name = suffixed(&old.name, "rebuild")?;
-        if self.registry.vm(name.as_str()).is_ok() {
+        if self.registry.vm_in(&old.tenant, name.as_str()).is_ok() {
             return Err(Fault::new(Code::Exists, format!("machine '{name}' exists already")).hint(
                 format!("is it being rebuilt? see: godwit op list; else: godwit vm delete {name}"),
             ));
@@ -96,9 +105,11 @@ impl Controller {
         }
         let host = self.host(&site)?;
         let now = UnixMs::now();
+        let private_of = old.private_of().cloned();
         let vm = VmRecord {
             id: VmId::new(),
             name,
+            tenant: old.tenant.clone(),
             state: VmState::Starting,
             site,
             generation: Generation::FIRST,
@@ -111,15 +122,17 @@ impl Controller {
             changed: now,
             moving_to: None,
             reason: None,
+            private_of,
             arriving: None,
             voided: std::collections::BTreeMap::new(),
         };
         let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
         let new = SubstrateId::new();
         let kind = OpKind::SubstrateRebuild { vm: vm.id, name: old.name.clone(), old: old.id, new };
+        let owner = self.registry.user(&old.tenant, &old.owner).map_or(old.owner.clone(), |u| u.id);
         let (me, record) = (self.clone(), vm.clone());
-        let started = self.ops.start_new(&vm, kind, |op| async move {
-            let job = Rebuild { old, new, vm: record };
+        let started = self.ops.start_new(who, &vm, kind, |op| async move {
+            let job = Rebuild { old, new, owner, vm: record };
             let outcome = me.run_rebuild(&op, &job, warrant, &host).await;
             if let Err(f) = &outcome {
                 me.undo_rebuild(&job.vm, f).await?;
@@ -163,7 +176,7 @@ impl Controller {
             // At the site the old one still has the name.
             name: suffixed(&job.old.name, &tail(job.new))?,
             kind: job.old.kind,
-            owner: job.old.owner.clone(),
+            owner: job.owner.clone(),
         };
         let info = host.ask(request, call_of(op)).await?;
         Self::is_wanted(host.name(), job.new, &info)?;
@@ -180,7 +193,7 @@ impl Controller {
         info: SubstrateInfo,
         vm: &VmRecord,
     ) -> Result<(), Fault> {
-        let new = Self::record_of(&vm.site, info);
+        let new = self.record_of(&vm.site, info, super::origin::Discovery::Reported);
         let aside = suffixed(&old.name, &format!("old-{}", tail(old.id)))?;
         let kept = self
             .registry

@@ -5,7 +5,9 @@ use bytes::Bytes;
 use godwit_migrate::hybrid::{Received, Sent};
 use godwit_types::{Arch, Code, Hash, OpState, SubstrateId, VmId, VmState};
 
+use super::tests_belief::docked;
 use super::*;
+use crate::access::Principal;
 use crate::error::Fault;
 use crate::site::verbs::{
     MigrateAbort, MigratePrepare, MigrateRelease, MigrateResumeIn, MigrateSend, VmDelete,
@@ -17,7 +19,7 @@ use crate::site::{
 };
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
-pub(super) struct Paper {
+pub(crate) struct Paper {
     pub(super) name: Name,
     pub(super) machines: Mutex<Vec<MachineStatus>>,
     pub(super) substrates: Mutex<Vec<SubstrateInfo>>,
@@ -39,7 +41,7 @@ pub(super) struct Paper {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Send {
+pub(crate) enum Send {
     Works,
     FailsBefore,
     FailsAfter,
@@ -49,7 +51,11 @@ pub(super) enum Send {
     TellsOfAnother,
 }
 
-pub(super) fn name(s: &str) -> Name {
+pub(super) fn me() -> Principal {
+    Principal::operator()
+}
+
+pub(crate) fn name(s: &str) -> Name {
     Name::new(s).expect("name")
 }
 
@@ -305,15 +311,15 @@ impl SiteHost for Paper {
     }
 }
 
-pub(super) struct World {
+pub(crate) struct World {
     _dir: tempfile::TempDir,
     authority: Arc<Authority>,
-    pub(super) c: Arc<Controller>,
-    pub(super) center: Arc<Paper>,
-    pub(super) cafe: Arc<Paper>,
+    pub(crate) c: Arc<Controller>,
+    pub(crate) center: Arc<Paper>,
+    pub(crate) cafe: Arc<Paper>,
 }
 
-pub(super) async fn world(send: Send) -> World {
+pub(crate) async fn world(send: Send) -> World {
     world_with(send, Duration::from_secs(60)).await
 }
 
@@ -321,7 +327,7 @@ async fn world_with(send: Send, patience: Duration) -> World {
     let dir = tempfile::tempdir().expect("dir");
     let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
     let authority = Arc::new(Authority::create(&dir.path().join("authority")).expect("authority"));
-    let c = Controller::with_patience(reg, name("operator"), authority.clone(), patience);
+    let c = Controller::with_patience(reg, authority.clone(), patience);
     let (center, cafe) = (Paper::new("center", send), Paper::new("cafe", Send::Works));
     *center.peer.lock().expect("lock") = Some(cafe.clone());
     *cafe.peer.lock().expect("lock") = Some(center.clone());
@@ -337,7 +343,7 @@ pub(super) async fn running(w: &World, n: &str) -> VmRecord {
         site: Some(name("center")),
         ..CreateVm::default()
     };
-    let (a, _) = w.c.create(want, Mode::Act).await.expect("accepted");
+    let (a, _) = w.c.create(&me(), want, Mode::Act).await.expect("accepted");
     let end = w.c.ops().wait(a.op.expect("op")).await.expect("ends");
     assert_eq!(end.state, OpState::Done, "{end:?}");
     w.c.registry().vm(n).expect("there")
@@ -359,7 +365,7 @@ async fn a_machine_is_made_moved_stopped_and_deleted() {
     let w = world(Send::Works).await;
     let vm = running(&w, "report").await;
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "center"));
-    let a = w.c.migrate("report", to("cafe"), Mode::Act).expect("accepted");
+    let a = w.c.migrate(&me(), "report", to("cafe"), Mode::Act).expect("accepted");
     let end = w.c.ops().wait(a.op.expect("op")).await.expect("ends");
     assert_eq!(end.state, OpState::Done, "{end:?}");
     let steps: Vec<_> = end.journal.iter().map(|s| s.name.as_str()).collect();
@@ -371,14 +377,14 @@ async fn a_machine_is_made_moved_stopped_and_deleted() {
     );
     assert!(w.center.all().is_empty(), "the source keeps nothing");
 
-    let a = w.c.stop("report", false, Mode::Act).expect("accepted");
+    let a = w.c.stop(&me(), "report", false, Mode::Act).expect("accepted");
     w.c.ops().wait(a.op.expect("op")).await.expect("ends");
-    let e = w.c.migrate("report", to("center"), Mode::Act).expect_err("stopped");
+    let e = w.c.migrate(&me(), "report", to("center"), Mode::Act).expect_err("stopped");
     assert_eq!(
         (e.code, e.hint.as_deref()),
         (Code::Conflict, Some("start it first: godwit vm start report"))
     );
-    let a = w.c.delete("report", Mode::Act).expect("accepted");
+    let a = w.c.delete(&me(), "report", Mode::Act).expect("accepted");
     w.c.ops().wait(a.op.expect("op")).await.expect("ends");
     assert_eq!(w.c.registry().vm("report").expect_err("gone").to_string(), "no machine 'report'");
     assert!(w.cafe.all().is_empty());
@@ -390,10 +396,10 @@ async fn a_program_is_asked_for_where_its_machine_has_gone() {
     running(&w, "a").await;
     let program = GuestProgram { path: "/x".into(), args: vec![], input: Bytes::new() };
     let minute = Duration::from_secs(60);
-    let process = w.c.exec("a", program.clone(), minute).await.expect("started");
+    let process = w.c.exec(&me(), "a", program.clone(), minute).await.expect("started");
     let waits = w.c.exec_wait(&process, minute);
     let moves = async {
-        let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+        let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
         w.c.ops().wait(op).await.expect("ends");
     };
     let (ended, ()) = tokio::join!(waits, moves);
@@ -403,15 +409,15 @@ async fn a_program_is_asked_for_where_its_machine_has_gone() {
     assert_eq!(w.c.exec_wait(&unknown, minute).await.expect_err("unknown").code, Code::NotFound);
 
     // One that is stopped is not waited for.
-    let op = w.c.stop("a", true, Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.stop(&me(), "a", true, Mode::Act).expect("accepted").op.expect("op");
     w.c.ops().wait(op).await.expect("ends");
     for f in [
-        w.c.exec("a", program, minute).await.expect_err("stopped"),
+        w.c.exec(&me(), "a", program, minute).await.expect_err("stopped"),
         w.c.exec_wait(&process, minute).await.expect_err("stopped"),
     ] {
         assert!(f.code == Code::Conflict && f.message.contains("is stopped"), "{f}");
     }
-    let op = w.c.delete("a", Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.delete(&me(), "a", Mode::Act).expect("accepted").op.expect("op");
     w.c.ops().wait(op).await.expect("ends");
     let f = w.c.exec_wait(&process, minute).await.expect_err("gone");
     assert!(f.message.contains("was deleted while the program ran (pid 7)"), "{f}");
@@ -431,11 +437,11 @@ pub(super) fn runs_on_at_its_source(w: &World) {
 async fn a_second_migration_is_refused_and_a_cancel_leaves_it_at_the_source() {
     let w = world(Send::WaitsForCancel).await;
     running(&w, "a").await;
-    let first = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
-    let e = w.c.migrate("a", to("cafe"), Mode::Act).expect_err("moving");
+    let first = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let e = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect_err("moving");
     assert_eq!(e.code, Code::Conflict);
     assert!(e.message.contains("is moving"), "{e}");
-    assert!(w.c.stop("a", false, Mode::Act).is_err());
+    assert!(w.c.stop(&me(), "a", false, Mode::Act).is_err());
     w.c.ops().cancel(first).expect("in time");
     assert_eq!(w.c.ops().wait(first).await.expect("ends").state, OpState::Cancelled);
     runs_on_at_its_source(&w);
@@ -445,7 +451,7 @@ async fn a_second_migration_is_refused_and_a_cancel_leaves_it_at_the_source() {
 async fn a_failure_before_the_switch_leaves_the_machine_running_at_the_source() {
     let w = world(Send::FailsBefore).await;
     running(&w, "a").await;
-    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "center"));
@@ -456,7 +462,7 @@ async fn a_failure_before_the_switch_leaves_the_machine_running_at_the_source() 
 async fn a_switch_whose_news_was_lost_is_found_at_the_destination() {
     let w = world(Send::FailsAfter).await;
     running(&w, "a").await;
-    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     w.c.ops().wait(op).await.expect("ends");
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!(
@@ -473,7 +479,7 @@ async fn a_switch_whose_news_was_lost_is_found_at_the_destination() {
 async fn a_break_after_the_switch_is_taken_up_again() {
     let w = world(Send::BreaksAfter).await;
     running(&w, "a").await;
-    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let end = w.c.ops().wait(op).await.expect("ends");
     assert_eq!(end.state, OpState::Done, "{end:?}");
     assert!(end.progress.iter().any(|p| p.stage == "recovering"), "{end:?}");
@@ -490,7 +496,7 @@ async fn a_source_that_is_gone_is_told_with_what_it_had() {
     let w = world(Send::BreaksAfter).await;
     running(&w, "a").await;
     w.center.gone.store(true, SeqCst);
-    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let end = w.c.ops().wait(op).await.expect("ends");
     assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
     let vm = w.c.registry().vm("a").expect("there");
@@ -505,7 +511,7 @@ async fn a_source_that_stays_away_is_waited_for_and_may_be_asked_again() {
     let w = world_with(Send::BreaksAfter, Duration::from_millis(600)).await;
     running(&w, "a").await;
     w.center.silent.store(true, SeqCst);
-    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let mut seen = w.c.ops().watch(op).expect("watch");
     let center: Arc<dyn SiteHost> = w.center.clone();
     seen.wait_for(|o| o.progress.iter().any(|p| p.stage == "recovering")).await.expect("broken");
@@ -520,13 +526,13 @@ async fn a_source_that_stays_away_is_waited_for_and_may_be_asked_again() {
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
     let why = vm.reason.expect("a reason");
     assert!(why.contains("10 pages (40 KiB) of its memory and nothing of its disk"), "{why}");
-    let e = w.c.migrate("a", to("center"), Mode::Act).expect_err("not whole");
+    let e = w.c.migrate(&me(), "a", to("center"), Mode::Act).expect_err("not whole");
     assert!(e.message.contains("part of it is at 'center'"), "{e}");
 
     w.center.silent.store(false, SeqCst);
     w.c.attach(center, SiteKind::Center).await.expect("back");
     let again = MigrateVm { to: None, scheme: None };
-    let op = w.c.migrate("a", again, Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.migrate(&me(), "a", again, Mode::Act).expect("accepted").op.expect("op");
     let end = w.c.ops().wait(op).await.expect("ends");
     assert_eq!(end.state, OpState::Done, "{end:?}");
     let vm = w.c.registry().vm("a").expect("there");
@@ -537,11 +543,11 @@ async fn a_source_that_stays_away_is_waited_for_and_may_be_asked_again() {
 async fn a_center_that_was_killed_during_a_move_finds_the_machine() {
     let w = world(Send::WaitsForCancel).await;
     let vm = running(&w, "a").await;
-    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let mut seen = w.c.ops().watch(op).expect("watch");
     seen.wait_for(|o| o.journal.iter().any(|s| s.name == "send")).await.expect("sending");
     // The daemon dies here; the sites finish the move without it.
-    let second = Controller::new(w.c.registry().clone(), name("operator"), w.authority.clone());
+    let second = Controller::new(w.c.registry().clone(), w.authority.clone());
     w.cafe.machines.lock().expect("lock").clear();
     w.cafe.machines.lock().expect("lock").push(warranted(&w, &vm, Generation(2)));
     for m in w.center.machines.lock().expect("lock").iter_mut() {
@@ -566,7 +572,7 @@ async fn a_machine_that_cannot_start_leaves_nothing_behind() {
     let w = world(Send::Works).await;
     let want =
         CreateVm { name: Some(name("unlucky")), image: Some(name("tiny")), ..CreateVm::default() };
-    let (a, _) = w.c.create(want, Mode::Act).await.expect("accepted");
+    let (a, _) = w.c.create(&me(), want, Mode::Act).await.expect("accepted");
     let end = w.c.ops().wait(a.op.expect("op")).await.expect("ends");
     assert_eq!((end.state, end.failure()), (OpState::Failed, Some(Code::NoRoom)));
     assert!(w.c.registry().vms().expect("list").is_empty());
@@ -576,7 +582,7 @@ async fn a_machine_that_cannot_start_leaves_nothing_behind() {
 async fn a_dry_run_tells_the_plan_and_changes_nothing() {
     let w = world(Send::Works).await;
     let want = CreateVm { image: Some(name("tiny")), ..CreateVm::default() };
-    let (a, vm) = w.c.create(want, Mode::DryRun).await.expect("plan");
+    let (a, vm) = w.c.create(&me(), want, Mode::DryRun).await.expect("plan");
     assert_eq!((a.op, vm), (None, None));
     assert_eq!(a.plan, "boot 'tiny-1' from image 'tiny' at cafe");
     assert!(w.c.registry().vms().expect("list").is_empty());
@@ -585,16 +591,16 @@ async fn a_dry_run_tells_the_plan_and_changes_nothing() {
 #[tokio::test]
 async fn unknown_things_are_named_with_advice() {
     let w = world(Send::Works).await;
-    let e = w.c.migrate("nobody", to("cafe"), Mode::Act).expect_err("unknown");
+    let e = w.c.migrate(&me(), "nobody", to("cafe"), Mode::Act).expect_err("unknown");
     assert_eq!((e.code, e.message.as_str()), (Code::NotFound, "no machine 'nobody'"));
     running(&w, "a").await;
-    let e = w.c.migrate("a", to("mars"), Mode::Act).expect_err("unknown");
+    let e = w.c.migrate(&me(), "a", to("mars"), Mode::Act).expect_err("unknown");
     assert_eq!((e.code, e.message.as_str()), (Code::NotFound, "no site 'mars'"));
     let want = CreateVm { substrate: Some(SubstrateId::new().to_string()), ..CreateVm::default() };
-    assert_eq!(w.c.create(want, Mode::Act).await.expect_err("unknown").code, Code::NotFound);
+    assert_eq!(w.c.create(&me(), want, Mode::Act).await.expect_err("unknown").code, Code::NotFound);
     let host: Arc<dyn SiteHost> = w.cafe.clone();
     w.c.detach(&host);
-    let e = w.c.migrate("a", to("cafe"), Mode::Act).expect_err("away");
+    let e = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect_err("away");
     assert_eq!(e.code, Code::Unavailable);
     assert!(e.message.contains("site 'cafe' is not connected"), "{e}");
 }
@@ -652,7 +658,7 @@ async fn a_claim_without_the_centers_warrant_moves_nothing_and_ends_nothing() {
     }
     // And it can still be moved, to the very site.
     w.cafe.machines.lock().expect("lock").clear();
-    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Done);
 }
 
@@ -697,7 +703,7 @@ async fn generations_neither_wrap_nor_panic() {
         Ok(())
     };
     w.c.registry().vm_update(vm.id, vm.generation, last).expect("written");
-    let e = w.c.start("a", Mode::Act).expect_err("no generation is left");
+    let e = w.c.start(&me(), "a", Mode::Act).expect_err("no generation is left");
     assert!(e.message.contains("has had all generations"), "{e}");
     assert_eq!(w.c.registry().vm("a").expect("there").generation, Generation::LAST);
 }
@@ -748,45 +754,27 @@ async fn a_site_that_does_not_answer_holds_up_nobody() {
 
     // It is placed at, too, until it is seen that it does not answer.
     let want = || CreateVm { image: Some(name("tiny")), ..CreateVm::default() };
-    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    let (a, _) = w.c.create(&me(), want(), Mode::DryRun).await.expect("plan");
     assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
     w.c.check_answers(&host).await;
-    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    let (a, _) = w.c.create(&me(), want(), Mode::DryRun).await.expect("plan");
     assert!(a.plan.ends_with("at center"), "{}", a.plan);
-    let e = w.c.migrate("a", to("cafe"), Mode::Act).expect_err("silent");
+    let e = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect_err("silent");
     assert_eq!(e.code, Code::Unavailable);
     assert_eq!(e.message, "no site fits: cafe does not answer");
     // Its next report makes it usable again.
     w.cafe.hung.store(false, SeqCst);
     w.c.check_answers(&host).await;
     w.c.refresh(&host).await.expect("report");
-    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    let (a, _) = w.c.create(&me(), want(), Mode::DryRun).await.expect("plan");
     assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
     // A link that another has replaced says nothing of the site, and nobody keeps it up.
     w.cafe.hung.store(true, SeqCst);
     w.c.attach(Paper::new("cafe", Send::Works), SiteKind::Ap).await.expect("a new link");
     w.c.check_answers(&host).await;
-    let (a, _) = w.c.create(want(), Mode::DryRun).await.expect("plan");
+    let (a, _) = w.c.create(&me(), want(), Mode::DryRun).await.expect("plan");
     assert!(a.plan.ends_with("at cafe"), "{}", a.plan);
     w.c.clone().keep(host).await;
-}
-
-pub(super) fn docked(n: usize) -> SubstrateInfo {
-    SubstrateInfo {
-        id: SubstrateId::new(),
-        name: name(&format!("s-{n}")),
-        kind: SubstrateKind::Restricted,
-        owner: name("operator"),
-        image: name("tiny"),
-        arch: Arch::X86_64,
-        memory: Mib(128),
-        vcpus: 1,
-        raw_bytes: 1,
-        stored_bytes: 1,
-        created: UnixMs::now(),
-        content: Hash::of(&n.to_le_bytes()),
-        dock: None,
-    }
 }
 
 #[tokio::test]

@@ -2,14 +2,35 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Code, Generation, OpState, SiteKind, VmState};
+use godwit_types::{
+    Arch, Code, Generation, Hash, Mib, OpState, SiteKind, SubstrateId, SubstrateKind, VmState,
+};
 
 use super::tests::*;
 use super::*;
 use crate::site::SubstrateInfo;
 
+/// A substrate that a site says to have.
+pub(super) fn docked(n: usize) -> SubstrateInfo {
+    SubstrateInfo {
+        id: SubstrateId::new(),
+        name: name(&format!("s-{n}")),
+        kind: SubstrateKind::Restricted,
+        owner: name("operator"),
+        image: name("tiny"),
+        arch: Arch::X86_64,
+        memory: Mib(128),
+        vcpus: 1,
+        raw_bytes: 1,
+        stored_bytes: 1,
+        created: UnixMs::now(),
+        content: Hash::of(&n.to_le_bytes()),
+        dock: None,
+    }
+}
+
 async fn delete(w: &World, n: &str) {
-    let op = w.c.delete(n, Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.delete(&me(), n, Mode::Act).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Done);
 }
 
@@ -76,7 +97,7 @@ async fn a_generation_whose_warrant_was_made_void_is_never_given_out_again() {
     let w = world(Send::FailsBefore).await;
     let vm = running(&w, "a").await;
     for generation in [2, 3] {
-        let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+        let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
         assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Failed);
         let now = w.c.registry().vm("a").expect("there");
         assert_eq!(now.generation, vm.generation);
@@ -84,8 +105,8 @@ async fn a_generation_whose_warrant_was_made_void_is_never_given_out_again() {
     }
     for how in [true, false] {
         let op = match how {
-            true => w.c.stop("a", true, Mode::Act),
-            false => w.c.start("a", Mode::Act),
+            true => w.c.stop(&me(), "a", true, Mode::Act),
+            false => w.c.start(&me(), "a", Mode::Act),
         };
         let _ = w.c.ops().wait(op.expect("accepted").op.expect("op")).await.expect("ends");
     }
@@ -135,7 +156,7 @@ async fn a_warrant_of_a_move_that_never_switched_is_void() {
     let w = world(Send::FailsBefore).await;
     let vm = running(&w, "a").await;
     let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
-    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
     // The site that was to have it has kept what it was given.
     w.cafe.machines.lock().expect("lock").push(warranted(&w, &vm, vm.generation.next()));
@@ -150,7 +171,7 @@ async fn a_warrant_of_a_move_that_never_switched_is_void() {
 async fn a_switch_to_another_generation_than_was_asked_for_is_not_believed() {
     let w = world(Send::TellsOfAnother).await;
     running(&w, "a").await;
-    let op = w.c.migrate("a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
     runs_on_at_its_source(&w);
 }

@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use super::guard::{Guard, impatient};
 use super::tls::{self, TlsFiles};
-use super::{ClientFiles, RENEW, Ready, secrets};
+use super::{ClientFiles, RENEW, Ready, local_socket, secrets};
 use crate::api::{Api, Gatekeeper};
 use crate::controller::Controller;
 use crate::error::Fault;
@@ -135,7 +135,6 @@ impl Center {
             };
             Fault::of(&e).hint(hint)
         })?;
-        let operator = Name::new("operator").map_err(|e| Fault::internal(e.to_string()))?;
         let keys = config.dirs.keys();
         let mut authority =
             Authority::open_or_create(&keys.join("authority")).map_err(|e| Fault::of(&e))?;
@@ -143,7 +142,7 @@ impl Center {
             authority = authority.with_life(seconds);
         }
         let authority = Arc::new(authority);
-        let controller = Controller::new(Arc::new(registry), operator, authority.clone());
+        let controller = Controller::new(Arc::new(registry), authority.clone());
         let identity = authority
             .own_identity(&keys.join("identity"), &config.site)
             .map_err(|e| Fault::of(&e))?;
@@ -177,6 +176,10 @@ impl Center {
         let work = welcome(endpoint.clone(), controller.clone(), authority.clone());
         tasks.spawn(stop.clone().run_until_cancelled_owned(work));
         let work = keep_certificate(endpoint.clone(), authority.clone(), keys.join("identity"));
+        tasks.spawn(stop.clone().run_until_cancelled_owned(work));
+
+        let listener = local_socket::listen(&config.dirs.run)?;
+        let work = local_socket::serve(listener, controller.clone());
         tasks.spawn(stop.clone().run_until_cancelled_owned(work));
 
         let token = secrets::token_or_new(&keys.join("operator-token"))?;

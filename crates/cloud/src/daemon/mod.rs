@@ -6,6 +6,7 @@
 mod agent;
 mod center;
 mod guard;
+mod local_socket;
 mod secrets;
 mod tls;
 
@@ -15,6 +16,8 @@ use godwit_types::Name;
 
 pub use agent::{Agent, AgentConfig, join_site};
 pub use center::{Center, CenterConfig};
+pub use local_socket::{local_socket, local_token};
+pub(crate) use secrets::checked;
 pub use secrets::{ClientFiles, read_token};
 pub use tls::TlsFiles;
 

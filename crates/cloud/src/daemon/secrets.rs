@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use godwit_types::Code;
 
 use crate::error::Fault;
+use crate::registry::people::USER_TOKEN;
 
 /// The files of a client, in `~/.config/godwit`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,9 +93,16 @@ pub(super) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
 const DRAWN: &str = "gwt-";
 const DRAWN_LEN: usize = 4 + 64 + 1 + 8;
 
+/// The tokens that have a check: what begins them, and their length.
+const WITH_CHECK: [(&str, usize); 2] = [(DRAWN, DRAWN_LEN), (USER_TOKEN, 4 + 16 + 1 + 64 + 1 + 8)];
+
 fn draw() -> String {
-    let text = format!("{DRAWN}{}", hex::encode(rand::random::<[u8; 32]>()));
-    let check = check_of(&text);
+    checked(&format!("{DRAWN}{}", hex::encode(rand::random::<[u8; 32]>())))
+}
+
+/// A token with its check.
+pub(crate) fn checked(text: &str) -> String {
+    let check = check_of(text);
     format!("{text}-{check}")
 }
 
@@ -105,14 +113,15 @@ fn check_of(text: &str) -> String {
 /// Whether a token is whole, as far as it can tell. A changed byte can make its length one less at
 /// either end, where white space does not count.
 fn is_whole(token: &str) -> bool {
-    if !token.starts_with(DRAWN) && !(DRAWN_LEN - 1..=DRAWN_LEN).contains(&token.len()) {
-        return true;
-    }
-    let drawn = token.starts_with(DRAWN) && token.len() == DRAWN_LEN;
+    let like = |(begin, len): &(&str, usize)| {
+        token.starts_with(begin) || (len - 1..=*len).contains(&token.len())
+    };
+    let Some((begin, len)) = WITH_CHECK.into_iter().find(like) else { return true };
+    let drawn = token.starts_with(begin) && token.len() == len;
     drawn
         && token
             .rsplit_once('-')
-            .is_some_and(|(text, check)| text.len() == DRAWN_LEN - 9 && check == check_of(text))
+            .is_some_and(|(text, check)| text.len() == len - 9 && check == check_of(text))
 }
 
 /// Reads an operator token; a file that others may read is refused.

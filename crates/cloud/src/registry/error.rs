@@ -18,7 +18,7 @@ pub enum RegistryError {
         source: Box<redb::Error>,
     },
     /// The file was written by a version with another layout.
-    #[error("the registry has format {found}, this version knows formats 1 and 2")]
+    #[error("the registry has format {found}, this version knows formats 1 to 3")]
     Format {
         /// What the file says.
         found: String,
@@ -80,6 +80,18 @@ pub enum RegistryError {
     /// The object is in use.
     #[error("{0}")]
     Busy(String),
+    /// The tenant has no room for it.
+    #[error("tenant '{tenant}' has {used} {what} and may have {limit}")]
+    OverQuota {
+        /// Whose quota.
+        tenant: Name,
+        /// What it counts.
+        what: &'static str,
+        /// What there is of it.
+        used: u64,
+        /// The most there may be.
+        limit: u64,
+    },
     /// A site holds something else under a substrate's id.
     #[error("site '{site}' holds {found} under the id of substrate '{name}', which is {wanted}")]
     OtherContent {
@@ -97,6 +109,13 @@ pub enum RegistryError {
     Revoked(Name),
 }
 
+impl RegistryError {
+    /// There is no such thing; `key` may be anything.
+    pub(crate) fn not_found(what: &'static str, key: &str) -> Self {
+        Self::NotFound { what, key: super::shown(key) }
+    }
+}
+
 impl CodedError for RegistryError {
     fn code(&self) -> Code {
         match self {
@@ -109,6 +128,7 @@ impl CodedError for RegistryError {
             | Self::Damaged { .. }
             | Self::FellBack { .. }
             | Self::OtherContent { .. } => Code::Damaged,
+            Self::OverQuota { .. } => Code::NoRoom,
             Self::NotFound { .. } => Code::NotFound,
             Self::Exists { .. } => Code::Exists,
             Self::Fenced { .. } => Code::Fenced,

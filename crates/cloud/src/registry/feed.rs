@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use utoipa::ToSchema;
 
+use super::audience::{Audience, Tenants};
 use super::tables::{Change, SiteRow, Tables};
 use super::{OpRecord, SubstrateRecord, VmRecord};
 
@@ -169,6 +170,12 @@ pub struct What {
     /// What it is; none for one that is gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub new: Option<Summary>,
+    /// Who could know of it before.
+    #[serde(default, skip_serializing_if = "Audience::is_default")]
+    pub seen_before: Audience,
+    /// Who can know of it now.
+    #[serde(default, skip_serializing_if = "Audience::is_default")]
+    pub seen_now: Audience,
     /// The object as it was then. None for one that is gone, for a site, and for an event from
     /// before the center was started when the object has changed again since.
     #[serde(skip)]
@@ -474,7 +481,8 @@ enum Key<'a> {
     Substrate(SubstrateId),
     Op(OpId),
     Site(&'a Name),
-    Deleted(VmId),
+    /// Of no object that is followed.
+    Other,
 }
 
 const fn key(change: &Change) -> Key<'_> {
@@ -483,21 +491,43 @@ const fn key(change: &Change) -> Key<'_> {
         Change::Substrate(id, _) => Key::Substrate(*id),
         Change::Op(id, _) => Key::Op(*id),
         Change::Site(name, _) => Key::Site(name),
-        Change::Deleted(id, _) => Key::Deleted(*id),
+        Change::Deleted(..)
+        | Change::Tenant(..)
+        | Change::User(..)
+        | Change::Token(..)
+        | Change::Audit(_) => Key::Other,
     }
 }
 
 /// The event of a change; none for one that nobody follows. `before` is an earlier change of the
 /// same row that is not in `tables` yet.
-fn event(change: &Change, before: Option<&Change>, tables: &Tables) -> Option<What> {
-    let made = |kind, key: String, name: Option<&Name>, old, new, object| What {
+fn event(
+    change: &Change,
+    before: Option<&Change>,
+    tables: &Tables,
+    tenants: &Tenants<'_>,
+) -> Option<What> {
+    type Seen = (Option<Summary>, Audience);
+    let made = |kind, key: String, name: Option<&Name>, old: Seen, new: Seen, object| What {
         kind,
         key,
         name: name.map(ToString::to_string).unwrap_or_default(),
-        old,
-        new,
+        old: old.0,
+        new: new.0,
+        seen_before: old.1,
+        seen_now: new.1,
         object,
     };
+    fn seen<R>(
+        row: Option<&Arc<R>>,
+        summary: impl Fn(&R) -> Summary,
+        audience: impl Fn(&R) -> Audience,
+    ) -> Seen {
+        match row {
+            Some(row) => (Some(summary(row)), audience(row)),
+            None => (None, Audience::default()),
+        }
+    }
     match change {
         Change::Vm(id, new) => {
             let old = match before {
@@ -505,7 +535,7 @@ fn event(change: &Change, before: Option<&Change>, tables: &Tables) -> Option<Wh
                 _ => tables.vms.get(id).map(|e| &e.vm),
             };
             let (new, name) = (new.as_ref(), new.as_ref().or(old).map(|v| &v.name));
-            let said = |v: Option<&Arc<VmRecord>>| v.map(|v| Summary::vm(v));
+            let said = |v| seen(v, Summary::vm, |v| tenants.vm(v));
             let object = new.cloned().map(Object::Vm);
             Some(made(EventKind::Vm, id.to_string(), name, said(old), said(new), object))
         }
@@ -515,7 +545,7 @@ fn event(change: &Change, before: Option<&Change>, tables: &Tables) -> Option<Wh
                 _ => tables.substrates.get(id),
             };
             let (new, name) = (new.as_ref(), new.as_ref().or(old).map(|s| &s.name));
-            let said = |s: Option<&Arc<SubstrateRecord>>| s.map(|s| Summary::substrate(s));
+            let said = |s| seen(s, Summary::substrate, |s| tenants.substrate(s));
             let object = new.cloned().map(Object::Substrate);
             Some(made(EventKind::Substrate, id.to_string(), name, said(old), said(new), object))
         }
@@ -529,7 +559,7 @@ fn event(change: &Change, before: Option<&Change>, tables: &Tables) -> Option<Wh
             if old.zip(new).is_some_and(|(old, new)| old.state == new.state) {
                 return None;
             }
-            let said = |o: Option<&Arc<OpRecord>>| o.map(|o| Summary::op(o));
+            let said = |o| seen(o, Summary::op, |o| tenants.op(o));
             let object = new.cloned().map(Object::Op);
             Some(made(EventKind::Op, id.to_string(), name, said(old), said(new), object))
         }
@@ -544,10 +574,14 @@ fn event(change: &Change, before: Option<&Change>, tables: &Tables) -> Option<Wh
             if old.zip(new).is_some_and(|(old, new)| told(old) == told(new)) {
                 return None;
             }
-            let said = |s: Option<&Arc<SiteRow>>| s.map(|s| Summary::site(s));
+            let said = |s| seen(s, Summary::site, |_| Audience::All);
             Some(made(EventKind::Site, name.to_string(), Some(name), said(old), said(new), None))
         }
-        Change::Deleted(..) => None,
+        Change::Deleted(..)
+        | Change::Tenant(..)
+        | Change::User(..)
+        | Change::Token(..)
+        | Change::Audit(_) => None,
     }
 }
 
@@ -581,11 +615,13 @@ impl Feed {
     ) -> Batch {
         // A change sees an earlier one of the same row in the same transaction.
         let mut before: HashMap<Key<'_>, &Change> = HashMap::new();
+        let mut tenants = Tenants::of(tables);
         let mut events = Vec::new();
         let mut sizes = Vec::new();
         for (change, bytes) in changes {
             let before = before.insert(key(change), change);
-            if let Some(what) = event(change, before, tables) {
+            tenants.apply(change);
+            if let Some(what) = event(change, before, tables, &tenants) {
                 events.push(what);
                 sizes.push(bytes);
             }
@@ -650,12 +686,14 @@ impl Feed {
             name: name.to_string(),
             old: Some(Summary::site_is(old)),
             new: Some(Summary::site_is(state)),
+            seen_before: Audience::All,
+            seen_now: Audience::All,
             object: None,
         });
     }
 
     /// Tells that an operation is asked to stop.
-    pub(super) fn op_cancelling(&self, op: &OpRecord) {
+    pub(super) fn op_cancelling(&self, op: &OpRecord, audience: Audience) {
         let was = OpRecord { state: OpState::Running, ..op.clone() };
         self.publish_unwritten(What {
             kind: EventKind::Op,
@@ -663,6 +701,8 @@ impl Feed {
             name: op.kind.target().to_string(),
             old: Some(Summary::op(&was)),
             new: Some(Summary::op(op)),
+            seen_before: audience.clone(),
+            seen_now: audience,
             object: Some(Object::Op(Arc::new(op.clone()))),
         });
     }

@@ -21,7 +21,9 @@ use serde::de::DeserializeOwned;
 
 use godwit_store::{CommitMark, Marked};
 
+use super::audit::AuditEntry;
 use super::feed::{Batch, Feed};
+use super::people::{TenantRecord, TokenRecord, UserRecord};
 use super::tables::{Change, SiteRow, Tables};
 use super::{RegistryError, Result, saved};
 use crate::clock::UnixMs;
@@ -35,6 +37,12 @@ pub(super) const VMS: Table = TableDefinition::new("vms");
 pub(super) const OPS: Table = TableDefinition::new("ops");
 /// Came after format 2: a file without it has no such rows.
 pub(super) const DELETED: Table = TableDefinition::new("deleted-vms");
+/// Format 3, as the three below.
+pub(super) const TENANTS: Table = TableDefinition::new("tenants");
+pub(super) const USERS: Table = TableDefinition::new("users");
+pub(super) const TOKENS: Table = TableDefinition::new("api-tokens");
+/// By number, so that the order of keys is theirs.
+pub(super) const AUDIT: Table = TableDefinition::new("audit");
 /// Format 1: ids by name. Names are read from the rows since.
 const OLD_NAMES: [Table; 2] =
     [TableDefinition::new("substrate-names"), TableDefinition::new("vm-names")];
@@ -43,8 +51,9 @@ const OLD_NAMES: [Table; 2] =
 const LAST: &str = "last-commit";
 
 /// Version of the layout. 1: the first, with each site's last report in its row and tables of
-/// names. 2: what sites report is not written down.
-const FORMAT: &[u8] = b"2";
+/// names. 2: what sites report is not written down. 3: everything belongs to a tenant; what does not
+/// say to which belongs to the default one.
+const FORMAT: &[u8] = b"3";
 
 /// A row as it is written.
 struct Row {
@@ -75,6 +84,8 @@ struct Shared {
     durable: RwLock<Tables>,
     feed: Arc<Feed>,
     commits: AtomicU64,
+    /// None while it could not be opened anew. Only the writer changes which it is.
+    db: RwLock<Option<Database>>,
 }
 
 /// The tables, in memory and on disk.
@@ -94,10 +105,22 @@ impl Shared {
         // Changes are made whole between any two statements that could panic.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn set_db(&self, db: Option<Database>) {
+        *self.db.write().unwrap_or_else(PoisonError::into_inner) = db;
+    }
+
+    /// Does something with the database that is open.
+    fn with_db<T>(&self, act: impl FnOnce(&Database) -> Result<T>) -> Result<T> {
+        match &*self.db.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(db) => act(db),
+            None => Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo))),
+        }
+    }
 }
 
 impl File {
-    /// Opens the file, making it if it is not there, and brings one of format 1 to this one.
+    /// Opens the file, making it if it is not there, and brings one of an earlier format to this one.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let db = open_db(path)?;
         let beside = path.with_extension("mark");
@@ -119,8 +142,9 @@ impl File {
             feed,
             durable: RwLock::new(tables),
             commits: AtomicU64::new(commits),
+            db: RwLock::new(Some(db)),
         });
-        let writer = Writer { path: path.to_owned(), db: Some(db), mark, shared: shared.clone() };
+        let writer = Writer { path: path.to_owned(), mark, shared: shared.clone() };
         let thread = std::thread::Builder::new().name("registry".into());
         let writer = thread.spawn(move || writer.run()).map_err(|e| RegistryError::Open {
             path: path.to_owned(),
@@ -142,6 +166,23 @@ impl File {
     /// Looks at what is on disk.
     pub(super) fn read<T>(&self, look: impl FnOnce(&Tables) -> T) -> T {
         look(&self.shared.durable.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Shows the entries of the audit log, newest first, for as long as `more` wants.
+    pub(super) fn audit_back(&self, mut more: impl FnMut(AuditEntry) -> bool) -> Result<()> {
+        self.shared.with_db(|db| {
+            let tx = db.begin_read()?;
+            for entry in tx.open_table(AUDIT)?.iter()?.rev() {
+                let (key, value) = entry?;
+                let entry = serde_json::from_slice(value.value()).map_err(|source| {
+                    RegistryError::Damaged { key: format!("audit/{}", key.value()), source }
+                })?;
+                if !more(entry) {
+                    return Ok(());
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Makes the changes that `plan` names and returns when they are on disk. A plan that fails
@@ -209,13 +250,15 @@ fn row(change: &Change) -> Result<Row> {
         Change::Vm(id, v) => made(VMS, id.to_string(), v.as_ref()),
         Change::Op(id, v) => made(OPS, id.to_string(), v.as_ref()),
         Change::Deleted(id, v) => made(DELETED, id.to_string(), v.as_ref()),
+        Change::Tenant(name, v) => made(TENANTS, name.to_string(), v.as_ref()),
+        Change::User(id, v) => made(USERS, id.to_string(), v.as_ref()),
+        Change::Token(id, v) => made(TOKENS, id.clone(), v.as_ref()),
+        Change::Audit(e) => made(AUDIT, format!("{:020}", e.number), Some(e)),
     }
 }
 
 struct Writer {
     path: PathBuf,
-    /// None while it could not be opened anew.
-    db: Option<Database>,
     mark: CommitMark,
     shared: Arc<Shared>,
 }
@@ -252,26 +295,26 @@ impl Writer {
         if jobs.iter().all(|j| j.rows.is_empty()) {
             return Ok(None);
         }
-        if self.db.is_none() {
+        if self.shared.db.read().unwrap_or_else(PoisonError::into_inner).is_none() {
             self.reopen()?;
         }
-        let Some(db) = &self.db else {
-            return Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)));
-        };
         let batch = {
             let durable = self.shared.durable.read().unwrap_or_else(PoisonError::into_inner);
             let changes = jobs.iter().flat_map(|j| j.changes.iter().zip(&j.rows));
             let bytes = |r: &Row| r.value.as_ref().map_or(0, Vec::len);
             self.shared.feed.plan(&durable, changes.map(|(c, r)| (c, bytes(r))))
         };
-        self.shared.commits.fetch_add(1, Ordering::Relaxed);
-        let tx = db.begin_write()?;
-        for row in jobs.iter().flat_map(|j| &j.rows) {
-            put_row(&tx, row)?;
-        }
-        let n = count(&tx)?;
-        saved::write(&tx, &batch, n)?;
-        tx.commit()?;
+        let n = self.shared.with_db(|db| {
+            self.shared.commits.fetch_add(1, Ordering::Relaxed);
+            let tx = db.begin_write()?;
+            for row in jobs.iter().flat_map(|j| &j.rows) {
+                put_row(&tx, row)?;
+            }
+            let n = count(&tx)?;
+            saved::write(&tx, &batch, n)?;
+            tx.commit()?;
+            Ok(n)
+        })?;
         self.mark.set(n);
         Ok(Some(batch))
     }
@@ -296,7 +339,7 @@ impl Writer {
 
     /// Everything that was queued meanwhile was planned on top of what failed.
     fn failed(&mut self, mut jobs: Vec<Job>, error: &RegistryError) {
-        self.db = None;
+        self.shared.set_db(None);
         let mut queue = self.shared.queue();
         jobs.append(&mut queue.jobs);
         let reopened = open_db(&self.path).and_then(|db| {
@@ -306,7 +349,7 @@ impl Writer {
         let mut durable = self.shared.durable.write().unwrap_or_else(PoisonError::into_inner);
         match reopened {
             Ok((db, tables, saved)) => {
-                self.db = Some(db);
+                self.shared.set_db(Some(db));
                 if !tables.same_rows(&durable) {
                     // No number that a reader has seen stands for these rows.
                     let revision = durable.revision;
@@ -340,7 +383,7 @@ impl Writer {
             // `failed` reads it again.
             return Err(RegistryError::Database(Arc::new(redb::Error::PreviousIo)));
         }
-        self.db = Some(db);
+        self.shared.set_db(Some(db));
         Ok(())
     }
 }
@@ -417,7 +460,8 @@ fn has_reached(path: &Path, db: &Database, marked: Marked) -> Result<()> {
     }
 }
 
-/// Makes the tables of a new file and rewrites one of format 1. Answers whether it wrote.
+/// Makes the tables of a new file and brings one of an earlier format to this one, in one
+/// transaction. Answers whether it wrote.
 fn prepare(db: &Database) -> Result<bool> {
     let found = {
         let tx = db.begin_read()?;
@@ -429,7 +473,7 @@ fn prepare(db: &Database) -> Result<bool> {
     };
     match found.as_deref() {
         Some(FORMAT) => return Ok(false),
-        None | Some(b"1") => {}
+        None | Some(b"1" | b"2") => {}
         Some(other) => {
             return Err(RegistryError::Format {
                 found: String::from_utf8_lossy(other).escape_debug().to_string(),
@@ -437,10 +481,17 @@ fn prepare(db: &Database) -> Result<bool> {
         }
     }
     let tx = db.begin_write()?;
-    for t in [SITES, SUBSTRATES, VMS, OPS, DELETED] {
+    for t in [SITES, SUBSTRATES, VMS, OPS, DELETED, TENANTS, USERS, TOKENS, AUDIT] {
         tx.open_table(t)?;
     }
     {
+        let all = TenantRecord::new(crate::access::default_tenant());
+        let key = all.name.to_string();
+        let bytes = serde_json::to_vec(&all)
+            .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;
+        tx.open_table(TENANTS)?.insert(key.as_str(), bytes.as_slice())?;
+    }
+    if found.as_deref() != Some(b"2") {
         let mut sites = tx.open_table(SITES)?;
         let mut rows = Vec::new();
         for entry in sites.iter()? {
@@ -464,6 +515,7 @@ fn prepare(db: &Database) -> Result<bool> {
     }
     tx.open_table(META)?.insert("format", FORMAT)?;
     count(&tx)?;
+    godwit_hold::at_blocking("registry.upgrading");
     tx.commit()?;
     Ok(true)
 }
@@ -500,5 +552,24 @@ fn load(db: &Database) -> Result<Tables> {
     rows(&tx, VMS, &mut t, |r: Arc<super::VmRecord>| Change::Vm(r.id, Some(r)))?;
     rows(&tx, OPS, &mut t, |r: Arc<super::OpRecord>| Change::Op(r.id, Some(r)))?;
     rows(&tx, DELETED, &mut t, |r: Arc<super::DeletedVm>| Change::Deleted(r.vm, Some(r)))?;
+    rows(&tx, TENANTS, &mut t, |r: Arc<TenantRecord>| Change::Tenant(r.name.clone(), Some(r)))?;
+    rows(&tx, USERS, &mut t, |r: Arc<UserRecord>| Change::User(r.id.clone(), Some(r)))?;
+    rows(&tx, TOKENS, &mut t, |r: Arc<TokenRecord>| Change::Token(r.id.clone(), Some(r)))?;
+    match tx.open_table(AUDIT) {
+        Ok(audit) => {
+            if let Some(last) = audit.last()? {
+                match serde_json::from_slice::<AuditEntry>(last.1.value()) {
+                    Ok(e) => t.apply(&Change::Audit(Arc::new(e))),
+                    // What comes next would not hold on to anything.
+                    Err(source) => {
+                        let key = format!("audit/{}", last.0.value());
+                        return Err(RegistryError::Damaged { key, source });
+                    }
+                }
+            }
+        }
+        Err(redb::TableError::TableDoesNotExist(_)) => {}
+        Err(e) => return Err(e.into()),
+    }
     Ok(t)
 }

@@ -16,18 +16,24 @@
 //! A change waits for one `fsync` of a thread of its own; a worker thread of a runtime hands its
 //! other tasks over meanwhile.
 
+mod audience;
+pub(crate) mod audit;
 mod deleted;
 mod error;
 mod feed;
 mod file;
 mod live;
+pub(crate) mod people;
+mod quota;
 mod records;
 mod saved;
 mod tables;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(test)]
 mod tests_feed;
+#[cfg(test)]
+mod tests_tenants;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -36,17 +42,23 @@ use std::time::Duration;
 
 use godwit_types::{Generation, Hash, Name, OpId, SubstrateId, VmId};
 
+use audit::Note;
 use file::File;
 use live::Live;
 use tables::{Change, SiteRow, Tables};
 
+pub use audience::{Audience, Reader};
+pub use audit::{AuditEnd, AuditEntry, MAX_AUDIT, MAX_READ};
 pub use error::RegistryError;
 pub use feed::{Event, EventId, EventKind, Forgotten, NoEventId, Object, Summary, Watcher, What};
+pub use people::{Drawn, MAX_TOKENS, TenantRecord, TokenInfo, TokenRecord, UserRecord};
+pub use quota::{Quota, TenantQuota, Usage};
 pub use records::{
     Arriving, DeletedVm, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord,
     VmRecord,
 };
 
+use crate::access::{Principal, default_tenant};
 use crate::clock::{Moment, UnixMs};
 
 /// Finished operations that are kept; the oldest go first.
@@ -109,7 +121,8 @@ impl Registry {
 
     /// Tells those who follow of an operation that is asked to stop, which is not written down.
     pub(crate) fn op_cancelling(&self, op: &OpRecord) {
-        self.file.feed().op_cancelling(op);
+        let audience = self.file.read(|t| audience::Tenants::of(t).op(op));
+        self.file.feed().op_cancelling(op, audience);
     }
 
     /// Keys of entries that do not parse and were left out.
@@ -309,17 +322,32 @@ impl Registry {
         Ok(rows.into_iter().map(Arc::unwrap_or_clone).collect())
     }
 
-    /// A substrate by name or id.
+    /// A substrate by id, or by its name in the default tenant.
     ///
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn substrate(&self, key: &str) -> Result<SubstrateRecord> {
+        self.substrate_in(&default_tenant(), key)
+    }
+
+    /// A substrate by id, by its name in `tenant`, or as `TENANT/NAME`.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`], or when the database fails.
+    pub fn substrate_in(&self, tenant: &Name, key: &str) -> Result<SubstrateRecord> {
         self.file.read(|t| {
-            let id = key.parse::<SubstrateId>().ok().or_else(|| t.substrate_named(key));
+            let named = || full_name(tenant, key).and_then(|(of, n)| t.substrate_named(&of, &n));
+            let id = key.parse::<SubstrateId>().ok().or_else(named);
             id.and_then(|id| t.substrates.get(&id))
                 .map(|s| SubstrateRecord::clone(s))
                 .ok_or_else(|| Self::missing_or_damaged(t, "substrate", key))
         })
+    }
+
+    /// Whether a tenant has a substrate of that name.
+    #[must_use]
+    pub fn substrate_named(&self, tenant: &Name, name: &Name) -> bool {
+        self.file.read(|t| t.substrate_named(tenant, name).is_some())
     }
 
     /// Enters a new substrate.
@@ -327,8 +355,26 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Exists`] when the name or id is taken.
     pub fn substrate_add(&self, s: &SubstrateRecord) -> Result<()> {
+        self.substrate_enter(s, false)
+    }
+
+    /// As [`Registry::substrate_add`], of one that a user brings: refused when its tenant has no
+    /// room for it.
+    ///
+    /// # Errors
+    /// As [`Registry::substrate_add`]; [`RegistryError::OverQuota`].
+    pub fn substrate_bring(&self, s: &SubstrateRecord) -> Result<()> {
+        self.substrate_enter(s, true)
+    }
+
+    fn substrate_enter(&self, s: &SubstrateRecord, counted: bool) -> Result<()> {
         self.file.write(|t, changes| {
-            if t.substrate_named(s.name.as_str()).is_some() || t.substrates.contains_key(&s.id) {
+            t.has_tenant(&s.tenant)?;
+            if counted {
+                t.has_room_for(s)?;
+            }
+            let taken = t.substrate_named(&s.tenant, &s.name).is_some();
+            if taken || t.substrates.contains_key(&s.id) {
                 return Err(RegistryError::Exists { what: "substrate", key: s.name.to_string() });
             }
             for site in &s.holders {
@@ -358,7 +404,7 @@ impl Registry {
             let gone = Self::fence(t, vm.0, vm.1)?;
             changes.extend(deleted::changes(gone));
             let kept = if t.vms_of(old).any(|id| *id != vm.0) {
-                if t.substrate_named(aside.as_str()).is_some() {
+                if t.substrate_named(&before.tenant, aside).is_some() {
                     let key = aside.to_string();
                     return Err(RegistryError::Exists { what: "substrate", key });
                 }
@@ -367,7 +413,14 @@ impl Registry {
                 None
             };
             changes.push(Change::Substrate(old, kept.clone().map(Arc::new)));
-            let mut new = SubstrateRecord { name: before.name.clone(), ..new.clone() };
+            let mut new = SubstrateRecord {
+                name: before.name.clone(),
+                tenant: before.tenant.clone(),
+                owner: before.owner.clone(),
+                granted: before.granted.clone(),
+                kind: before.kind,
+                ..new.clone()
+            };
             // A report may have told of it already.
             if let Some(known) = t.substrates.get(&new.id) {
                 new.holders.extend(known.holders.iter().cloned());
@@ -473,15 +526,19 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Busy`] that names an environment on its way, which may.
-    pub fn substrate_remove(&self, id: SubstrateId) -> Result<()> {
+    pub fn substrate_remove(&self, who: &Principal, id: SubstrateId) -> Result<()> {
         self.file.write(|t, changes| {
             let s = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
             if let Some(vm) = t.passing(id) {
-                return Err(RegistryError::Busy(format!(
-                    "substrate '{}' is in use by machine '{}'",
-                    s.name, vm.name
-                )));
+                let by = match vm.tenant == s.tenant {
+                    true => format!("machine '{}'", vm.name),
+                    false => "a machine of another tenant".into(),
+                };
+                let words = format!("substrate '{}' is in use by {by}", s.name);
+                return Err(RegistryError::Busy(words));
             }
+            let note = Note::of(who, "substrate delete", s.name.as_str());
+            changes.push(t.audited(Note { tenant: &s.tenant, ..note }));
             changes.push(Change::Substrate(id, None));
             Ok(())
         })?;
@@ -500,13 +557,22 @@ impl Registry {
         Ok(rows.into_iter().map(Arc::unwrap_or_clone).collect())
     }
 
-    /// An execution environment by name or id.
+    /// An execution environment by id, or by its name in the default tenant.
     ///
     /// # Errors
     /// [`RegistryError::NotFound`], or when the database fails.
     pub fn vm(&self, key: &str) -> Result<VmRecord> {
+        self.vm_in(&default_tenant(), key)
+    }
+
+    /// An execution environment by id, by its name in `tenant`, or as `TENANT/NAME`.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`], or when the database fails.
+    pub fn vm_in(&self, tenant: &Name, key: &str) -> Result<VmRecord> {
         self.file.read(|t| {
-            let id = key.parse::<VmId>().ok().or_else(|| t.vm_named(key));
+            let named = || full_name(tenant, key).and_then(|(of, n)| t.vm_named(&of, &n));
+            let id = key.parse::<VmId>().ok().or_else(named);
             id.and_then(|id| t.vms.get(&id))
                 .map(|e| VmRecord::clone(&e.vm))
                 .ok_or_else(|| Self::missing_or_damaged(t, "machine", key))
@@ -557,10 +623,13 @@ impl Registry {
     /// [`RegistryError::Exists`] when the name is taken.
     pub fn vm_add(&self, vm: &VmRecord, op: Option<&OpRecord>) -> Result<()> {
         self.file.write(|t, changes| {
-            if t.vm_named(vm.name.as_str()).is_some() {
+            t.has_tenant(&vm.tenant)?;
+            if t.vm_named(&vm.tenant, &vm.name).is_some() {
                 return Err(RegistryError::Exists { what: "machine", key: vm.name.to_string() });
             }
+            t.has_room(None, vm)?;
             changes.push(Change::Vm(vm.id, Some(Arc::new(vm.clone()))));
+            changes.extend(op.and_then(|op| t.audited_op(op)));
             changes.extend(op.map(|op| Change::Op(op.id, Some(Arc::new(op.clone())))));
             Ok(())
         })
@@ -581,7 +650,8 @@ impl Registry {
             let old = Self::fence(t, id, generation)?;
             let mut vm = VmRecord::clone(old);
             change(&mut vm)?;
-            debug_assert!(vm.id == id && vm.name == old.name, "identity of a machine is fixed");
+            let same = (vm.id, &vm.name, &vm.tenant) == (id, &old.name, &old.tenant);
+            debug_assert!(same, "identity of a machine is fixed");
             if vm.generation < generation {
                 return Err(RegistryError::Fenced {
                     name: vm.name,
@@ -589,6 +659,7 @@ impl Registry {
                     given: vm.generation,
                 });
             }
+            t.has_room(Some(old), &vm)?;
             if vm != **old {
                 changes.push(Change::Vm(id, Some(Arc::new(vm.clone()))));
             }
@@ -654,6 +725,7 @@ impl Registry {
     /// When the database fails.
     pub fn op_put(&self, op: &OpRecord) -> Result<()> {
         self.file.write(|t, changes| {
+            changes.extend(t.audited_op(op));
             changes.push(Change::Op(op.id, Some(Arc::new(op.clone()))));
             if op.state.is_final() {
                 // With this one there is one more, unless it had ended before.
@@ -663,6 +735,14 @@ impl Registry {
             }
             Ok(())
         })
+    }
+}
+
+/// `TENANT/NAME`, or a name in `tenant`.
+pub(crate) fn full_name(tenant: &Name, key: &str) -> Option<(Name, Name)> {
+    match key.split_once('/') {
+        Some((of, name)) => Some((Name::new(of).ok()?, Name::new(name).ok()?)),
+        None => Some((tenant.clone(), Name::new(key).ok()?)),
     }
 }
 

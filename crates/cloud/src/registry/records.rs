@@ -9,6 +9,7 @@ use godwit_types::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::access::{Principal, default_tenant, operator};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpKind, Progress};
@@ -97,12 +98,18 @@ pub struct SiteReport {
 pub struct SubstrateRecord {
     /// Its id.
     pub id: SubstrateId,
-    /// Its name; unique.
+    /// Its name; unique in its tenant.
     pub name: Name,
+    /// The tenant that it belongs to.
+    #[serde(default = "default_tenant")]
+    pub tenant: Name,
     /// Who may use it.
     pub kind: SubstrateKind,
-    /// Whose it is.
+    /// The user of that tenant who made it.
     pub owner: Name,
+    /// Other tenants that may use it.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub granted: BTreeSet<Name>,
     /// The image below it.
     pub image: Name,
     /// Guest architecture.
@@ -132,8 +139,11 @@ pub struct SubstrateRecord {
 pub struct VmRecord {
     /// Its id.
     pub id: VmId,
-    /// Its name; unique.
+    /// Its name; unique in its tenant.
     pub name: Name,
+    /// The tenant that it belongs to.
+    #[serde(default = "default_tenant")]
+    pub tenant: Name,
     /// Where it is in its life.
     pub state: VmState,
     /// Where it runs.
@@ -158,6 +168,9 @@ pub struct VmRecord {
     pub moving_to: Option<Name>,
     /// Why it is in this state, when that needs words.
     pub reason: Option<String>,
+    /// The user of its tenant whose alone it is: it was made of that user's private substrate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private_of: Option<Name>,
     /// Part of it is still at the site that it moved from.
     #[serde(default)]
     pub arriving: Option<Arriving>,
@@ -218,6 +231,14 @@ impl VmRecord {
     }
 }
 
+impl SubstrateRecord {
+    /// The user of its tenant whose alone it is, if it is private.
+    #[must_use]
+    pub fn private_of(&self) -> Option<&Name> {
+        (self.kind == SubstrateKind::Private).then_some(&self.owner)
+    }
+}
+
 /// A machine that was deleted or docked, remembered until every site has been seen without it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeletedVm {
@@ -261,6 +282,12 @@ pub enum StepState {
 pub struct OpRecord {
     /// Its id.
     pub id: OpId,
+    /// The tenant that it belongs to.
+    #[serde(default = "default_tenant")]
+    pub tenant: Name,
+    /// The user who asked for it.
+    #[serde(default = "operator")]
+    pub user: Name,
     /// What it does, with its parameters.
     pub kind: OpKind,
     /// Where it is.
@@ -283,9 +310,11 @@ pub struct OpRecord {
 impl OpRecord {
     /// One that begins now.
     #[must_use]
-    pub fn begun(kind: OpKind) -> Self {
+    pub fn begun(who: &Principal, kind: OpKind) -> Self {
         Self {
             id: OpId::new(),
+            tenant: who.tenant.clone(),
+            user: who.user.clone(),
             kind,
             state: OpState::Running,
             started: UnixMs::now(),

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use godwit_types::{Name, OpId, SiteKind, SubstrateId, VmId};
 use serde::{Deserialize, Serialize};
 
+use super::audit::{AuditEnd, AuditEntry};
+use super::people::{TenantRecord, TokenRecord, UserRecord};
 use super::{DeletedVm, OpRecord, SubstrateRecord, VmRecord};
 use crate::clock::UnixMs;
 
@@ -32,6 +34,11 @@ pub(super) enum Change {
     Vm(VmId, Option<Arc<VmRecord>>),
     Op(OpId, Option<Arc<OpRecord>>),
     Deleted(VmId, Option<Arc<DeletedVm>>),
+    Tenant(Name, Option<Arc<TenantRecord>>),
+    User(Name, Option<Arc<UserRecord>>),
+    Token(String, Option<Arc<TokenRecord>>),
+    /// Only ever added.
+    Audit(Arc<AuditEntry>),
 }
 
 /// A machine and the number of the change that made it as it is.
@@ -59,12 +66,20 @@ pub(super) struct Tables {
     pub(super) deleted: BTreeMap<VmId, DeletedEntry>,
     /// The same by the change that made them so.
     pub(super) deleted_by: BTreeSet<(u64, VmId)>,
+    pub(super) tenants: BTreeMap<Name, Arc<TenantRecord>>,
+    /// By their ids.
+    pub(super) users: BTreeMap<Name, Arc<UserRecord>>,
+    /// Tokens for the API, by their ids.
+    pub(super) tokens: BTreeMap<String, Arc<TokenRecord>>,
+    /// Where the audit log ends; its entries are read from the file.
+    pub(super) audit: AuditEnd,
     /// Entries that do not parse, by key: what the parser said.
     pub(super) damaged: BTreeMap<String, String>,
     /// Counts the changes of machines.
     pub(super) revision: u64,
-    substrate_names: BTreeMap<Name, SubstrateId>,
-    vm_names: BTreeMap<Name, VmId>,
+    /// By tenant and name.
+    substrate_names: BTreeMap<(Name, Name), SubstrateId>,
+    vm_names: BTreeMap<(Name, Name), VmId>,
     /// The last change of a machine that is, or was, at each site.
     changed_at: BTreeMap<Name, u64>,
     /// The machines of each site.
@@ -90,21 +105,29 @@ fn remove<K: Ord, V: Ord>(index: &mut BTreeMap<K, BTreeSet<V>>, key: &K, value: 
     }
 }
 
+fn put<K: Ord + Clone, V>(rows: &mut BTreeMap<K, Arc<V>>, key: &K, row: Option<&Arc<V>>) {
+    match row {
+        Some(row) => {
+            rows.insert(key.clone(), row.clone());
+        }
+        None => {
+            rows.remove(key);
+        }
+    }
+}
+
 impl Tables {
     /// Makes a change, and the indexes follow.
     pub(super) fn apply(&mut self, change: &Change) {
         match change {
-            Change::Site(name, row) => match row {
-                Some(row) => {
-                    self.sites.insert(name.clone(), row.clone());
-                }
-                None => {
-                    self.sites.remove(name);
-                }
-            },
+            Change::Site(name, row) => put(&mut self.sites, name, row.as_ref()),
             Change::Substrate(id, row) => self.substrate(*id, row.as_ref()),
             Change::Vm(id, row) => self.vm(*id, row.as_ref()),
             Change::Deleted(id, row) => self.deleted(*id, row.as_ref()),
+            Change::Tenant(name, row) => put(&mut self.tenants, name, row.as_ref()),
+            Change::User(id, row) => put(&mut self.users, id, row.as_ref()),
+            Change::Token(id, row) => put(&mut self.tokens, id, row.as_ref()),
+            Change::Audit(e) => self.audit = AuditEnd { entries: e.number, last: e.hash() },
             Change::Op(id, row) => {
                 let ended = row.as_ref().is_some_and(|o| o.state.is_final());
                 if ended {
@@ -112,14 +135,7 @@ impl Tables {
                 } else {
                     self.ended.remove(id);
                 }
-                match row {
-                    Some(row) => {
-                        self.ops.insert(*id, row.clone());
-                    }
-                    None => {
-                        self.ops.remove(id);
-                    }
-                }
+                put(&mut self.ops, id, row.as_ref());
             }
         }
     }
@@ -134,15 +150,16 @@ impl Tables {
                 remove(&mut self.held_at, site, &id);
             }
             // Unless another has taken the name in the same change.
-            if self.substrate_names.get(&old.name) == Some(&id) {
-                self.substrate_names.remove(&old.name);
+            let key = (old.tenant.clone(), old.name.clone());
+            if self.substrate_names.get(&key) == Some(&id) {
+                self.substrate_names.remove(&key);
             }
         }
         if let Some(row) = row {
             for site in &row.holders {
                 enter(&mut self.held_at, site.clone(), id);
             }
-            self.substrate_names.insert(row.name.clone(), id);
+            self.substrate_names.insert((row.tenant.clone(), row.name.clone()), id);
         }
     }
 
@@ -159,8 +176,9 @@ impl Tables {
             if let Some(s) = &old.substrate {
                 remove(&mut self.vms_of, s, &id);
             }
-            if self.vm_names.get(&old.name) == Some(&id) {
-                self.vm_names.remove(&old.name);
+            let key = (old.tenant.clone(), old.name.clone());
+            if self.vm_names.get(&key) == Some(&id) {
+                self.vm_names.remove(&key);
             }
         }
         if let Some(vm) = row {
@@ -169,7 +187,7 @@ impl Tables {
             if let Some(s) = vm.substrate {
                 enter(&mut self.vms_of, s, id);
             }
-            self.vm_names.insert(vm.name.clone(), id);
+            self.vm_names.insert((vm.tenant.clone(), vm.name.clone()), id);
         }
     }
 
@@ -185,12 +203,17 @@ impl Tables {
         }
     }
 
-    pub(super) fn substrate_named(&self, name: &str) -> Option<SubstrateId> {
-        Name::new(name).ok().and_then(|n| self.substrate_names.get(&n).copied())
+    pub(super) fn substrate_named(&self, tenant: &Name, name: &Name) -> Option<SubstrateId> {
+        self.substrate_names.get(&(tenant.clone(), name.clone())).copied()
     }
 
-    pub(super) fn vm_named(&self, name: &str) -> Option<VmId> {
-        Name::new(name).ok().and_then(|n| self.vm_names.get(&n).copied())
+    pub(super) fn vm_named(&self, tenant: &Name, name: &Name) -> Option<VmId> {
+        self.vm_names.get(&(tenant.clone(), name.clone())).copied()
+    }
+
+    /// A user by its tenant and name.
+    pub(super) fn user_named(&self, tenant: &Name, name: &Name) -> Option<&Arc<UserRecord>> {
+        self.users.values().find(|u| u.tenant == *tenant && u.name == *name)
     }
 
     /// The last change of a machine that is, or was, at a site.
@@ -250,6 +273,10 @@ impl Tables {
         self.sites == other.sites
             && self.substrates == other.substrates
             && self.ops == other.ops
+            && self.tenants == other.tenants
+            && self.users == other.users
+            && self.tokens == other.tokens
+            && self.audit == other.audit
             && self.vms.len() == other.vms.len()
             && self.vms.iter().all(|(id, e)| other.vms.get(id).is_some_and(|o| o.vm == e.vm))
             && self.deleted.len() == other.deleted.len()

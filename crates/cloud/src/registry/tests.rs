@@ -5,13 +5,14 @@ use godwit_types::{
 };
 
 use super::*;
+use crate::access::Principal;
 use crate::ops::OpKind;
 
 pub(super) fn name(s: &str) -> Name {
     Name::new(s).expect("name")
 }
 
-fn open() -> (tempfile::TempDir, Registry) {
+pub(super) fn open() -> (tempfile::TempDir, Registry) {
     let dir = tempfile::tempdir().expect("dir");
     let reg = Registry::open(&dir.path().join("r.redb")).expect("open");
     (dir, reg)
@@ -21,6 +22,7 @@ pub(super) fn vm(n: &str) -> VmRecord {
     VmRecord {
         id: VmId::new(),
         name: name(n),
+        tenant: default_tenant(),
         state: VmState::Starting,
         site: name("center"),
         generation: Generation::FIRST,
@@ -33,6 +35,7 @@ pub(super) fn vm(n: &str) -> VmRecord {
         changed: UnixMs(1),
         moving_to: None,
         reason: None,
+        private_of: None,
         arriving: None,
         voided: Default::default(),
     }
@@ -54,10 +57,12 @@ pub(super) fn site(n: &str) -> SiteRecord {
     }
 }
 
-pub(super) fn substrate(n: &str) -> SubstrateRecord {
+pub(crate) fn substrate(n: &str) -> SubstrateRecord {
     SubstrateRecord {
         id: SubstrateId::new(),
         name: name(n),
+        tenant: default_tenant(),
+        granted: BTreeSet::new(),
         kind: SubstrateKind::Restricted,
         owner: name("operator"),
         image: name("tiny"),
@@ -135,7 +140,9 @@ fn names_are_unique_and_free_again_after_removal() {
 fn a_machine_and_the_operation_that_makes_it_are_written_together() {
     let (_d, reg) = open();
     let v = vm("a");
-    let begun = |v: &VmRecord| OpRecord::begun(OpKind::VmCreate { vm: v.id, name: v.name.clone() });
+    let begun = |v: &VmRecord| {
+        OpRecord::begun(&Principal::operator(), OpKind::VmCreate { vm: v.id, name: v.name.clone() })
+    };
     let (before, op) = (reg.revision(), begun(&v));
     reg.vm_add(&v, Some(&op)).expect("add");
     // One step of the registry: a kill finds both or neither.
@@ -187,10 +194,10 @@ fn holders_follow_the_reports_and_a_used_substrate_stays() {
     let mut v = vm("a");
     v.substrate = Some(s.id);
     reg.vm_add(&v, None).expect("add");
-    let e = reg.substrate_remove(s.id).expect_err("in use");
+    let e = reg.substrate_remove(&Principal::operator(), s.id).expect_err("in use");
     assert_eq!(e.to_string(), "substrate 'abiword' is in use by machine 'a'");
     reg.vm_remove(v.id, v.generation).expect("remove");
-    reg.substrate_remove(s.id).expect("free");
+    reg.substrate_remove(&Principal::operator(), s.id).expect("free");
     assert_eq!(reg.substrate("abiword").expect_err("gone").code(), Code::NotFound);
 }
 
@@ -199,6 +206,8 @@ fn old_finished_operations_make_room() {
     let (_d, reg) = open();
     let op = |state| OpRecord {
         id: OpId::new(),
+        tenant: default_tenant(),
+        user: crate::access::operator(),
         kind: OpKind::PoolCheck { site: name("center") },
         state,
         started: UnixMs(1),
@@ -238,10 +247,10 @@ fn a_file_of_another_format_or_in_use_is_refused() {
     put_raw(&db, file::META, "format", b"9");
     drop(db);
     let e = Registry::open(&path).expect_err("format");
-    assert_eq!(e.to_string(), "the registry has format 9, this version knows formats 1 and 2");
+    assert_eq!(e.to_string(), "the registry has format 9, this version knows formats 1 to 3");
 }
 
-fn put_raw(
+pub(super) fn put_raw(
     db: &redb::Database,
     table: redb::TableDefinition<'static, &'static str, &'static [u8]>,
     key: &str,
@@ -453,7 +462,7 @@ fn a_rebuilt_substrate_takes_the_name_and_one_in_use_is_kept_aside() {
     assert_eq!((kept.id, &kept.name), (new.id, &aside));
     assert_eq!(reg.substrate("abiword").expect("there").id, third.id);
     assert_eq!(reg.substrate("abiword-old").expect("there").id, new.id);
-    let e = reg.substrate_remove(new.id).expect_err("in use");
+    let e = reg.substrate_remove(&Principal::operator(), new.id).expect_err("in use");
     assert_eq!(e.to_string(), "substrate 'abiword-old' is in use by machine 'a'");
 }
 
@@ -516,7 +525,7 @@ fn kill_9_loses_nothing_that_was_told() {
 }
 
 /// A small tmpfs, unmounted when dropped.
-struct Tmpfs(tempfile::TempDir);
+pub(super) struct Tmpfs(pub(super) tempfile::TempDir);
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {

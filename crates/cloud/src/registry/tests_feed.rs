@@ -40,7 +40,10 @@ fn every_change_that_somebody_follows_is_one_event_in_its_order() {
     let (_d, reg) = open();
     let mut w = reg.watch(None).expect("from now");
     let v = vm("a");
-    let mut op = OpRecord::begun(OpKind::VmStart { vm: v.id, name: v.name.clone() });
+    let mut op = OpRecord::begun(
+        &crate::access::Principal::operator(),
+        OpKind::VmStart { vm: v.id, name: v.name.clone() },
+    );
     reg.vm_add(&v, Some(&op)).expect("add");
     op.journal.push(Step {
         name: "lay".into(),

@@ -48,7 +48,7 @@ pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
     MachineStatus, MemoryStatus, MoveStatus, NewMachine, News, Origin, PoolReport, SiteEvent,
-    StreamRequest, SubstrateInfo, UNKNOWN_GENERATION,
+    StreamRequest, SubstrateInfo, UNKNOWN_GENERATION, Upload,
 };
 pub use verbs::{Asking, Request, SiteReply, SiteRequest};
 

@@ -197,6 +197,7 @@ impl SiteHost for RemoteSite {
             StreamRequest::SubstrateExport { .. }
             | StreamRequest::SubstrateSupply { .. }
             | StreamRequest::SubstrateTake { .. }
+            | StreamRequest::SubstrateUpload(_)
             | StreamRequest::SubstrateImport { .. } => Priority::Background,
         };
         self.has(request.name(), request.since())?;

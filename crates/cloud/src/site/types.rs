@@ -291,6 +291,22 @@ pub enum StreamRequest {
         /// The content that it must have, unless any will do.
         content: Option<Hash>,
     },
+    /// As [`StreamRequest::SubstrateImport`], of a file that a user brings: a substrate of its own.
+    SubstrateUpload(Upload),
+}
+
+/// What a user's file becomes, and what it may refer to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upload {
+    /// Its name at the site.
+    pub name: Name,
+    /// Its id.
+    pub id: SubstrateId,
+    /// Whose it is.
+    pub owner: Name,
+    /// Pages and blocks that it only names are taken from these substrates alone: to name
+    /// somebody else's is no way to read them.
+    pub among: Vec<SubstrateId>,
 }
 
 impl StreamRequest {

@@ -39,11 +39,10 @@ impl LocalSite {
     }
 
     /// A stream to write a substrate to; after its end the site answers with one event.
-    pub(super) fn import(&self, name: Option<Name>, content: Option<Hash>) -> ByteStream {
+    pub(super) fn import(&self, becomes: Becomes) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
         let (pool, site) = (self.pool.clone(), self.name.clone());
         tokio::spawn(async move {
-            let becomes = Becomes { owner: None, name, content };
             if let Err(e) = import_archive(pool, site, becomes, far).await {
                 tracing::warn!(error = %e, "an import's answer could not be delivered");
             }

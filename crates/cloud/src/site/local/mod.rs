@@ -444,7 +444,19 @@ impl SiteHost for LocalSite {
             StreamRequest::SubstrateSupply { id } => return Ok(self.supply(id)),
             StreamRequest::SubstrateTake { content } => return Ok(self.take(content)),
             StreamRequest::SubstrateImport { name, content } => {
-                return Ok(self.import(name, content));
+                let becomes = godwit_substrate::Becomes { name, content, ..Default::default() };
+                return Ok(self.import(becomes));
+            }
+            StreamRequest::SubstrateUpload(t) => {
+                return Ok(self.import(godwit_substrate::Becomes {
+                    name: Some(t.name),
+                    id: Some(t.id),
+                    owner: Some(t.owner),
+                    // What a file says of itself makes nothing public.
+                    not_public: true,
+                    content: None,
+                    among: Some(t.among),
+                }));
             }
         };
         let place = self.screens.place(&self.name)?;

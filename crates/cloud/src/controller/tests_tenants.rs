@@ -1,0 +1,363 @@
+//! What tenants are kept from: each other's names, substrates, tokens and room.
+
+use std::sync::Arc;
+
+use godwit_types::{Code, CodedError, Generation, Mib, SubstrateId, SubstrateKind, VmState};
+
+use super::tests::*;
+use super::tests_belief::docked;
+use super::*;
+use crate::access::{Principal, Role, default_tenant};
+use crate::ops::OpKind;
+use crate::registry::{OpRecord, Quota, SubstrateRecord, TenantRecord};
+use crate::site::SubstrateInfo;
+
+/// A user of a tenant, which is made if need be.
+fn user(w: &World, tenant: &str, n: &str, role: Role) -> Principal {
+    let (reg, tenant) = (w.c.registry(), name(tenant));
+    if reg.tenant(&tenant).is_err() {
+        reg.tenant_add(&me(), &TenantRecord::new(tenant.clone())).expect("tenant");
+    }
+    Principal::of(&reg.user_add(&me(), &tenant, &name(n), role).expect("user"))
+}
+
+/// A machine of `who` that runs.
+fn machine(w: &World, who: &Principal, n: &str) -> VmRecord {
+    let id = godwit_types::VmId::new();
+    let made = OpRecord::begun(who, OpKind::VmCreate { vm: id, name: name(n) });
+    let vm = VmRecord {
+        id,
+        name: name(n),
+        tenant: who.tenant.clone(),
+        state: VmState::Running,
+        site: name("center"),
+        generation: Generation::FIRST,
+        image: name("tiny"),
+        substrate: None,
+        arch: godwit_types::Arch::X86_64,
+        memory: Mib(128),
+        vcpus: 1,
+        created: UnixMs(1),
+        changed: UnixMs(1),
+        moving_to: None,
+        reason: None,
+        private_of: None,
+        arriving: None,
+        voided: BTreeMap::new(),
+    };
+    let made = OpRecord { state: godwit_types::OpState::Done, ..made };
+    w.c.registry().vm_add(&vm, Some(&made)).expect("machine");
+    vm
+}
+
+/// An operation that docks `vm` under the name `called`, as it stands while it is under way.
+fn docking(w: &World, who: &Principal, vm: &VmRecord, called: &str, site: &str) -> SubstrateId {
+    let substrate = SubstrateId::new();
+    let kind = OpKind::VmDock {
+        vm: vm.id,
+        name: vm.name.clone(),
+        substrate,
+        called: Some(name(called)),
+        becomes: Some(SubstrateKind::Restricted),
+    };
+    let mut op = OpRecord::begun(who, kind);
+    op.journal.push(crate::registry::Step {
+        name: "dock".into(),
+        state: crate::registry::StepState::Begun,
+        data: serde_json::json!({ "site": site, "substrate": substrate }),
+    });
+    w.c.registry().op_put(&op).expect("entered");
+    substrate
+}
+
+fn dock_as(n: &str) -> DockVm {
+    DockVm { name: Some(name(n)), kind: None }
+}
+
+#[tokio::test]
+async fn a_name_that_is_being_docked_is_taken_in_its_tenant() {
+    let w = world(Send::Works).await;
+    let (ann, bob) =
+        (user(&w, "acme", "ann", Role::Member), user(&w, "other", "bob", Role::Member));
+    let (a, b) = (machine(&w, &ann, "a"), machine(&w, &ann, "b"));
+    machine(&w, &bob, "b");
+    docking(&w, &ann, &a, "web", "center");
+    let e = w.c.dock(&ann, "b", dock_as("web"), Mode::Act).expect_err("taken");
+    assert_eq!(
+        (e.code, e.message.as_str()),
+        (Code::Exists, "substrate 'web' is being docked already")
+    );
+    assert_eq!(w.c.registry().vm(&b.id.to_string()).expect("there").state, VmState::Running);
+    let e = w.c.begin_upload(&ann, &name("web"), None).err().expect("taken");
+    assert_eq!(e.code, Code::Exists);
+    w.c.dock(&ann, "b", dock_as("other"), Mode::DryRun).expect("another name");
+    w.c.dock(&bob, "b", dock_as("web"), Mode::DryRun).expect("another tenant");
+    // The same of one that a user brings.
+    let upload = w.c.begin_upload(&ann, &name("file"), None).expect("begun");
+    let e = w.c.dock(&ann, "b", dock_as("file"), Mode::Act).expect_err("taken");
+    assert_eq!(e.code, Code::Exists);
+    drop(upload);
+    w.c.dock(&ann, "b", dock_as("file"), Mode::DryRun).expect("free again");
+}
+
+#[tokio::test]
+async fn a_site_says_neither_whose_a_substrate_is_nor_who_may_use_it() {
+    let w = world(Send::Works).await;
+    let ann = user(&w, "acme", "ann", Role::Member);
+    let vm = machine(&w, &ann, "a");
+    let cafe: Arc<dyn SiteHost> = w.cafe.clone();
+    let lie = |id, n: usize| SubstrateInfo {
+        id,
+        name: name("abiword"),
+        kind: SubstrateKind::Public,
+        owner: name("operator"),
+        ..docked(n)
+    };
+    // What a user had docked there is what that user asked for.
+    let id = docking(&w, &ann, &vm, "web", "cafe");
+    let s = w.c.adopt_substrate(&name("cafe"), lie(id, 1)).expect("listed");
+    assert_eq!((s.tenant.as_str(), s.owner.as_str(), s.name.as_str()), ("acme", "ann", "web"));
+    assert_eq!(s.kind, SubstrateKind::Restricted, "public by the site's word");
+    // What was asked of another site is not taken from this one.
+    let id = docking(&w, &ann, &vm, "elsewhere", "center");
+    w.cafe.substrates.lock().expect("lock").push(lie(id, 2));
+    w.c.refresh(&cafe).await.expect("report");
+    assert!(w.c.registry().substrate(&id.to_string()).is_err(), "nobody asked it to hold that");
+    // Nor does what comes back for an operator's file belong to whom the site likes.
+    let id = docking(&w, &ann, &vm, "third", "center");
+    for info in [lie(id, 3), SubstrateInfo { owner: ann.id.clone(), ..lie(SubstrateId::new(), 4) }]
+    {
+        let s = w.c.adopt_import(&name("cafe"), info).expect("taken");
+        assert_eq!((s.tenant, s.owner.as_str()), (default_tenant(), "operator"));
+        assert_eq!(s.kind, SubstrateKind::Restricted);
+    }
+    // The center's own site is trusted with what a file says: an export is brought back as it was.
+    let back = SubstrateInfo { name: name("back"), ..lie(SubstrateId::new(), 5) };
+    let s = w.c.adopt_import(&name("center"), back).expect("taken");
+    assert_eq!((s.kind, s.owner.as_str()), (SubstrateKind::Public, "operator"));
+    // A user's file comes as that user's, under the id that the center drew.
+    let upload = w.c.begin_upload(&ann, &name("file"), None).expect("begun");
+    let s = w.c.adopt_substrate(&name("cafe"), lie(upload.want.id, 6)).expect("taken");
+    assert_eq!((s.tenant.as_str(), s.kind), ("acme", SubstrateKind::Restricted));
+    let e = Controller::is_wanted(&name("cafe"), upload.want.id, &lie(id, 7)).expect_err("another");
+    assert_eq!(e.code, Code::Damaged);
+}
+
+#[tokio::test]
+async fn what_has_an_owner_that_nobody_knows_is_the_operators_alone() {
+    let w = world(Send::Works).await;
+    let dave = user(&w, "default", "dave", Role::Admin);
+    let center: Arc<dyn SiteHost> = w.center.clone();
+    let found = SubstrateInfo { owner: name("u-gone"), ..docked(1) };
+    w.center.substrates.lock().expect("lock").push(found.clone());
+    w.c.refresh(&center).await.expect("report");
+    let s = w.c.registry().substrate(&found.id.to_string()).expect("listed");
+    assert_eq!((s.kind, s.owner.as_str()), (SubstrateKind::Private, "operator"));
+    let e =
+        w.c.substrate_for(&dave, crate::access::Action::Use, s.name.as_str()).expect_err("not his");
+    assert_eq!(e.code, Code::Forbidden);
+}
+
+#[tokio::test]
+async fn a_rebuilt_substrate_stays_its_owners_and_for_whom_it_was() {
+    let w = world(Send::Works).await;
+    let (ann, admin) =
+        (user(&w, "acme", "ann", Role::Member), user(&w, "acme", "adm", Role::Admin));
+    let old = private(&w, &ann, "mine");
+    let new = SubstrateId::new();
+    let kind = OpKind::SubstrateRebuild {
+        vm: godwit_types::VmId::new(),
+        name: old.name.clone(),
+        old: old.id,
+        new,
+    };
+    w.c.registry().op_put(&OpRecord::begun(&admin, kind)).expect("entered");
+    let info = SubstrateInfo { id: new, kind: SubstrateKind::Public, ..docked(9) };
+    let s = w.c.adopt_substrate(&name("center"), info).expect("listed");
+    assert_eq!((s.owner.as_str(), s.kind), ("ann", SubstrateKind::Private));
+}
+
+/// A private substrate of `who` at the center's site.
+fn private(w: &World, who: &Principal, n: &str) -> SubstrateRecord {
+    let info = SubstrateInfo {
+        name: name(n),
+        kind: SubstrateKind::Private,
+        owner: who.id.clone(),
+        ..docked(n.len())
+    };
+    w.center.substrates.lock().expect("lock").push(info.clone());
+    w.c.adopt_substrate(&name("center"), info).expect("listed")
+}
+
+#[tokio::test]
+async fn what_is_private_is_its_owners_alone_also_as_a_machine_and_by_no_other_token() {
+    let w = world(Send::Works).await;
+    let (ann, admin) =
+        (user(&w, "acme", "ann", Role::Member), user(&w, "acme", "adm", Role::Admin));
+    // Before there is anything private an admin makes the first token.
+    let for_ann = || NewApiToken { user: Some(name("ann")), ..NewApiToken::default() };
+    w.c.token_create(&admin, for_ann()).expect("made");
+    let s = private(&w, &ann, "mine");
+    let want = CreateVm {
+        name: Some(name("diary")),
+        substrate: Some(s.name.to_string()),
+        ..CreateVm::default()
+    };
+    let (a, vm) = w.c.create(&ann, want, Mode::Act).await.expect("accepted");
+    w.c.ops().wait(a.op.expect("op")).await.expect("ends");
+    assert_eq!(vm.expect("made").private_of, Some(name("ann")));
+    use crate::access::Action::{Change, Look, See, Use};
+    for (action, allowed) in [(See, true), (Look, false), (Use, false), (Change, true)] {
+        let found = w.c.vm_for(&admin, action, "diary");
+        assert_eq!(found.is_ok(), allowed, "{action:?}: {found:?}");
+        w.c.vm_for(&ann, action, "diary").expect("her own");
+    }
+    let e = w.c.token_create(&admin, for_ann()).expect_err("refused");
+    assert_eq!(e.code, Code::Conflict, "{e}");
+    assert!(e.message.contains("its tokens are made by itself"), "{e}");
+    w.c.token_create(&ann, NewApiToken::default()).expect("her own");
+    let e = w.c.user_delete(&admin, "ann").expect_err("busy");
+    assert_eq!(e.code, Code::Conflict);
+}
+
+#[tokio::test]
+async fn a_token_for_another_user_is_that_users_whatever_the_name() {
+    let w = world(Send::Works).await;
+    let reg = w.c.registry();
+    user(&w, "acme", "ann", Role::Member);
+    let taken = reg.user_add(&me(), &name("acme"), &name("operator"), Role::Member);
+    assert_eq!(taken.expect_err("reserved").code(), Code::Exists);
+    // Acting in acme, the operator asks for a token of a user who is called as it is there.
+    let ann = Principal::of(
+        &reg.user_add(&me(), &default_tenant(), &name("ann"), Role::Operator).expect("made"),
+    );
+    let in_acme = ann.at(&name("acme"));
+    let made = w
+        .c
+        .token_create(&in_acme, NewApiToken { user: Some(name("ann")), ..NewApiToken::default() });
+    let made = made.expect("made").info;
+    assert_eq!((made.tenant.as_str(), made.role), ("acme", Role::Member), "an operator's token");
+    let own = w.c.token_create(&in_acme, NewApiToken::default()).expect("made").info;
+    assert_eq!((own.tenant, own.role), (default_tenant(), Role::Operator));
+    let e = w.c.token_create(
+        &me().at(&name("acme")),
+        NewApiToken { user: Some(name("operator")), ..NewApiToken::default() },
+    );
+    assert_eq!(e.expect_err("none").code, Code::NotFound);
+}
+
+#[tokio::test]
+async fn what_comes_of_a_token_that_ends_lives_no_longer() {
+    let w = world(Send::Works).await;
+    let ann = user(&w, "acme", "ann", Role::Member);
+    let first = NewApiToken { lifetime_s: Some(3600), ..NewApiToken::default() };
+    let first = w.c.token_create(&ann, first).expect("made");
+    let end = first.info.expires.expect("it ends");
+    let here = w.c.registry().principal(&first.token, UnixMs::now()).expect("good");
+    for (lifetime_s, want) in [(None, Some(end)), (Some(7200), Some(end))] {
+        let child = NewApiToken { lifetime_s, ..NewApiToken::default() };
+        assert_eq!(w.c.token_create(&here, child).expect("made").info.expires, want);
+    }
+    let short = NewApiToken { lifetime_s: Some(60), ..NewApiToken::default() };
+    assert!(w.c.token_create(&here, short).expect("made").info.expires < Some(end));
+    assert_eq!(w.c.token_create(&ann, NewApiToken::default()).expect("made").info.expires, None);
+}
+
+#[test]
+fn no_name_of_the_default_tenant_is_how_anothers_is_called_at_a_site() {
+    let id = SubstrateId::new();
+    let at_sites = |tenant: &str, n: &str| {
+        authorize::name_at_sites(&name(tenant), &name(n), id).expect("a name").to_string()
+    };
+    let tail = super::rebuild::tail(id);
+    assert_eq!(at_sites("default", "web"), "web");
+    assert_eq!(at_sites("default", "debian-12"), "debian-12");
+    assert_eq!(at_sites("acme", "web"), format!("web-{tail}"));
+    assert_eq!(at_sites("default", "web-0a1b2c"), format!("web-0a1b2c-{tail}"));
+}
+
+#[tokio::test]
+async fn what_comes_in_is_counted_while_it_comes() {
+    let w = world(Send::Works).await;
+    let ann = user(&w, "acme", "ann", Role::Member);
+    let quota = Quota { pool_bytes: Some(1000), ..Quota::default() };
+    w.c.registry().tenant_quota(&me(), &ann.tenant, quota).expect("set");
+    let e = w.c.begin_upload(&ann, &name("large"), Some(1001)).err().expect("too much");
+    assert_eq!(e.code, Code::NoRoom);
+    let a = w.c.begin_upload(&ann, &name("a"), Some(900)).expect("room");
+    let b = w.c.begin_upload(&ann, &name("b"), None).expect("its length is not known");
+    a.count(900).expect("room");
+    b.count(100).expect("room");
+    assert_eq!(b.count(1).expect_err("together too much").code, Code::NoRoom);
+    drop(a);
+    b.count(100).expect("room again");
+}
+
+#[tokio::test]
+async fn what_concerns_the_whole_cloud_is_not_there_for_users_of_the_default_tenant() {
+    let w = world(Send::Works).await;
+    let dave = user(&w, "default", "dave", Role::Admin);
+    user(&w, "acme", "ann", Role::Member);
+    let mut cloud = Vec::new();
+    for kind in [
+        OpKind::PoolCheck { site: name("center") },
+        OpKind::ImageBuild { site: name("center"), image: name("tiny") },
+    ] {
+        let op = OpRecord::begun(&me(), kind);
+        w.c.registry().op_put(&op).expect("entered");
+        cloud.push(op.id);
+    }
+    let ours =
+        OpRecord::begun(&dave, OpKind::VmStop { vm: godwit_types::VmId::new(), name: name("web") });
+    w.c.registry().op_put(&ours).expect("entered");
+    w.c.note_of_cloud(&me(), "site revoke", "cafe");
+    use crate::access::Action::{Change, See};
+    for id in cloud {
+        for action in [See, Change] {
+            let e = w.c.op_for(&dave, action, id).expect_err("not there");
+            assert_eq!(e.code, Code::NotFound, "{e}");
+        }
+        assert_eq!(w.c.cancel(&dave, id).expect_err("not there").code, Code::NotFound);
+        w.c.op_for(&me(), See, id).expect("the operator's");
+    }
+    let seen: Vec<_> = w.c.ops_for(&dave).expect("list").into_iter().map(|o| o.id).collect();
+    assert_eq!(seen, [ours.id]);
+    let actions = |who: &Principal| {
+        let log = w.c.audit_for(who, 100).expect("read");
+        log.into_iter().map(|e| format!("{} {}", e.action, e.object)).collect::<Vec<_>>()
+    };
+    let log = actions(&dave);
+    for foreign in ["acme", "cafe", "pool check", "image build"] {
+        assert!(!log.iter().any(|e| e.contains(foreign)), "{foreign}: {log:?}");
+    }
+    assert!(log.iter().any(|e| e.starts_with("vm stop web")), "{log:?}");
+    let all = actions(&me());
+    for there in ["tenant create acme", "site revoke cafe", "pool check center"] {
+        assert!(all.iter().any(|e| e.starts_with(there)), "{there}: {all:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_owner_of_a_granted_substrate_finds_in_its_log_who_took_it_out() {
+    let w = world(Send::Works).await;
+    let (ann, bob) = (user(&w, "acme", "ann", Role::Admin), user(&w, "other", "bob", Role::Admin));
+    let info = SubstrateInfo { owner: ann.id.clone(), name: name("lent"), ..docked(1) };
+    let s = w.c.adopt_substrate(&name("center"), info).expect("listed");
+    w.c.note_substrate(&bob, "substrate export", &s);
+    for (who, object) in [(&ann, "lent by a user of tenant other"), (&bob, "lent")] {
+        let log = w.c.audit_for(who, 1).expect("read");
+        assert_eq!((log[0].action.as_str(), log[0].object.as_str()), ("substrate export", object));
+    }
+}
+
+#[tokio::test]
+async fn equal_refusals_are_one_entry_of_the_log() {
+    let w = world(Send::Works).await;
+    let ann = user(&w, "acme", "ann", Role::Admin);
+    for _ in 0..100 {
+        w.c.note_refused(&ann, "GET /metrics");
+    }
+    let log = w.c.audit_for(&ann, 100).expect("read");
+    assert_eq!(log.iter().filter(|e| e.action == "request").count(), 1, "{log:?}");
+    assert!(w.c.audit_for(&ann, 0).expect("read").is_empty());
+}

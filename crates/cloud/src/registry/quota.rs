@@ -1,0 +1,173 @@
+//! How much a tenant may have.
+//!
+//! What a quota counts is counted in the change that adds to it, on top of every change that was
+//! taken before it: two creations cannot both take the last place. A recovery, which writes down
+//! what is so, is never refused.
+
+use godwit_types::{Name, VmState};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::tables::Tables;
+use super::{Registry, RegistryError, Result, SubstrateRecord, VmRecord, missing};
+
+/// The most that a tenant may have; what is left out has no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Quota {
+    /// Machines, running or not.
+    #[serde(default)]
+    pub machines: Option<u64>,
+    /// vCPUs of the machines that are on.
+    #[serde(default)]
+    pub vcpus: Option<u64>,
+    /// Guest memory of the machines that are on, in MiB.
+    #[serde(default)]
+    pub memory_mib: Option<u64>,
+    /// What its substrates take in the pool, each counted once, in bytes. A docking begins only
+    /// while there is room, those under way counted with their guests' memory; the one that fills
+    /// it ends.
+    #[serde(default)]
+    pub pool_bytes: Option<u64>,
+    /// Machines that move at once.
+    #[serde(default)]
+    pub moves: Option<u64>,
+}
+
+/// What a tenant has of what a [`Quota`] counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Usage {
+    /// Machines, running or not.
+    pub machines: u64,
+    /// vCPUs of the machines that are on.
+    pub vcpus: u64,
+    /// Guest memory of the machines that are on, in MiB.
+    pub memory_mib: u64,
+    /// What its substrates take in the pool, in bytes; of a docking under way its guest's memory.
+    pub pool_bytes: u64,
+    /// Machines that move.
+    pub moves: u64,
+}
+
+/// A tenant's quota and what it has of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TenantQuota {
+    /// The tenant.
+    pub tenant: Name,
+    /// The most that it may have.
+    pub quota: Quota,
+    /// What it has.
+    pub used: Usage,
+}
+
+fn is_on(state: VmState) -> bool {
+    !matches!(state, VmState::Stopped | VmState::Failed)
+}
+
+impl Usage {
+    fn of<'a>(
+        vms: impl Iterator<Item = &'a VmRecord>,
+        substrates: impl Iterator<Item = &'a SubstrateRecord>,
+    ) -> Self {
+        let mut used = Self::default();
+        for vm in vms {
+            used.machines += 1;
+            if is_on(vm.state) {
+                used.vcpus += u64::from(vm.vcpus);
+                used.memory_mib += u64::from(vm.memory.0);
+            }
+            used.moves += u64::from(vm.state == VmState::Moving);
+            if vm.state == VmState::Docking {
+                used.pool_bytes = used.pool_bytes.saturating_add(u64::from(vm.memory.0) << 20);
+            }
+        }
+        let stored = substrates.map(|s| s.stored_bytes);
+        used.pool_bytes = stored.fold(used.pool_bytes, u64::saturating_add);
+        used
+    }
+}
+
+impl Tables {
+    fn usage(&self, tenant: &Name) -> Usage {
+        Usage::of(
+            self.vms.values().map(|e| &*e.vm).filter(|v| v.tenant == *tenant),
+            self.substrates.values().map(|s| &**s).filter(|s| s.tenant == *tenant),
+        )
+    }
+
+    /// Refuses the change of a machine from `old` (none: it is new) to `new` that its tenant has no
+    /// room for.
+    pub(super) fn has_room(&self, old: Option<&VmRecord>, new: &VmRecord) -> Result<()> {
+        // That its tenant is there was asked when it was made: a damaged entry stops no recovery.
+        let Some(tenant) = self.tenants.get(&new.tenant) else { return Ok(()) };
+        let q = tenant.quota;
+        let begins = |state| new.state == state && old.is_none_or(|o| o.state != state);
+        let starts = begins(VmState::Starting) && old.is_none_or(|o| !is_on(o.state));
+        let (moves, docks) = (begins(VmState::Moving), begins(VmState::Docking));
+        if q == Quota::default() || !(starts || moves || docks) {
+            return Ok(());
+        }
+        let used = self.usage(&new.tenant);
+        let (vcpus, memory) = (u64::from(new.vcpus), u64::from(new.memory.0));
+        let mut wanted = Vec::new();
+        if old.is_none() {
+            wanted.push(("machines", used.machines, 1, q.machines));
+        }
+        if starts {
+            wanted.push(("running vCPUs", used.vcpus, vcpus, q.vcpus));
+            wanted.push(("MiB of running memory", used.memory_mib, memory, q.memory_mib));
+        }
+        if moves {
+            wanted.push(("moves at once", used.moves, 1, q.moves));
+        }
+        if docks {
+            wanted.push(("bytes in the pool", used.pool_bytes, 1, q.pool_bytes));
+        }
+        within(&new.tenant, &wanted)
+    }
+
+    /// Refuses a substrate that comes in and that its tenant has no room for.
+    pub(super) fn has_room_for(&self, s: &SubstrateRecord) -> Result<()> {
+        let tenant = self.tenants.get(&s.tenant).ok_or_else(|| missing("tenant", &s.tenant))?;
+        let used = self.usage(&s.tenant).pool_bytes;
+        within(&s.tenant, &[("bytes in the pool", used, s.stored_bytes, tenant.quota.pool_bytes)])
+    }
+}
+
+/// Refuses what is beyond a limit: what, used, asked for, the limit.
+fn within(tenant: &Name, wanted: &[(&'static str, u64, u64, Option<u64>)]) -> Result<()> {
+    for &(what, used, asked, limit) in wanted {
+        if let Some(limit) = limit.filter(|limit| used.saturating_add(asked) > *limit) {
+            let tenant = tenant.clone();
+            return Err(RegistryError::OverQuota { tenant, what, used, limit });
+        }
+    }
+    Ok(())
+}
+
+impl Registry {
+    /// Refuses `bytes` that would come into the pool beyond what a tenant may have there.
+    ///
+    /// # Errors
+    /// [`RegistryError::OverQuota`], [`RegistryError::NotFound`].
+    pub fn pool_has_room(&self, tenant: &Name, bytes: u64) -> Result<()> {
+        self.file.read(|t| {
+            let record = t.tenants.get(tenant).ok_or_else(|| missing("tenant", tenant))?;
+            let Some(limit) = record.quota.pool_bytes else { return Ok(()) };
+            let used = t.usage(tenant).pool_bytes;
+            within(tenant, &[("bytes in the pool", used, bytes, Some(limit))])
+        })
+    }
+
+    /// How much a tenant may have, and has.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`].
+    pub fn quota(&self, tenant: &Name) -> Result<TenantQuota> {
+        self.file.read(|t| {
+            let record = t.tenants.get(tenant).ok_or_else(|| missing("tenant", tenant))?;
+            let (tenant, quota) = (tenant.clone(), record.quota);
+            Ok(TenantQuota { used: t.usage(&tenant), tenant, quota })
+        })
+    }
+}
