@@ -320,6 +320,7 @@ impl StreamRequest {
             Self::SubstrateSupply { .. } => "substrate supply",
             Self::SubstrateTake { .. } => "substrate take",
             Self::SubstrateImport { .. } => "substrate import",
+            Self::SubstrateUpload(_) => "substrate upload",
         }
     }
 
@@ -333,6 +334,7 @@ impl StreamRequest {
             | Self::SubstrateSupply { .. }
             | Self::SubstrateTake { .. }
             | Self::SubstrateImport { .. } => 1,
+            Self::SubstrateUpload(_) => 2,
         }
     }
 }
