@@ -3,7 +3,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 
-use godwit_tests::Cloud;
+use godwit_tests::{Cloud, Daemon};
 
 /// A file with the token of a new user.
 fn token_of(cloud: &Cloud, tenant: &str, user: &str, role: &str) -> String {
@@ -77,6 +77,7 @@ fn two_tenants_share_a_site_and_neither_finds_what_the_other_has() {
     assert!(words.contains("made by itself"), "{words}");
 
     // A center that is started again knows whose each is; machines run on.
+    cloud.kill(Daemon::Center);
     cloud.restart_center();
     for (who, vms, substrates) in [(&ann, 1, 2), (&bob, 2, 1)] {
         for (noun, n) in [("vm", vms), ("substrate", substrates)] {
