@@ -172,7 +172,8 @@ impl Row for UserRecord {
 }
 
 impl Row for TokenInfo {
-    const COLUMNS: &'static [&'static str] = &["ID", "USER", "TENANT", "ROLE", "EXPIRES", "AGE"];
+    const COLUMNS: &'static [&'static str] =
+        &["ID", "USER", "TENANT", "ROLE", "EXPIRES", "AGE", "MADE BY"];
     const WIDE: usize = 6;
     fn cells(&self) -> Vec<String> {
         vec![
@@ -182,6 +183,7 @@ impl Row for TokenInfo {
             self.role.to_string(),
             self.expires.map_or_else(|| "never".into(), |end| end.rfc3339()),
             out::age(self.created),
+            self.made_by.as_ref().map_or_else(|| self.user.to_string(), ToString::to_string),
         ]
     }
     fn name(&self) -> String {
