@@ -237,6 +237,8 @@ fn tenants_and_their_users(center: &Center) {
     let (bob, id) = token("--user bob --tenant acme --lifetime 1h");
     let listed = String::from_utf8(center.run("token list").stdout).expect("text");
     assert!(listed.contains(&id) && !listed.contains(&bob), "{listed}");
+    let wide = String::from_utf8(center.run("token list -o wide").stdout).expect("text");
+    assert!(wide.lines().any(|l| l.contains("bob") && l.ends_with("operator")), "{wide}");
     // What is not one's own is not there; what is one's own is not for everybody.
     let (exit, out, _) = as_user(&ann, "tenant list -o name");
     assert_eq!((exit, out.as_str()), (0, "acme\n"));

@@ -172,7 +172,8 @@ impl Row for UserRecord {
 }
 
 impl Row for TokenInfo {
-    const COLUMNS: &'static [&'static str] = &["ID", "USER", "TENANT", "ROLE", "EXPIRES", "AGE"];
+    const COLUMNS: &'static [&'static str] =
+        &["ID", "USER", "TENANT", "ROLE", "EXPIRES", "AGE", "MADE BY"];
     const WIDE: usize = 6;
     fn cells(&self) -> Vec<String> {
         vec![
@@ -182,6 +183,7 @@ impl Row for TokenInfo {
             self.role.to_string(),
             self.expires.map_or_else(|| "never".into(), |end| end.rfc3339()),
             out::age(self.created),
+            self.made_by.as_ref().map_or_else(|| self.user.to_string(), ToString::to_string),
         ]
     }
     fn name(&self) -> String {
@@ -300,7 +302,7 @@ fn center() -> Result<Name> {
     Name::new("center").map_err(|e| Failure::internal(e.to_string()))
 }
 
-fn told(talk: &Talk, made: &ApiToken) -> Result {
+fn print_token(talk: &Talk, made: &ApiToken) -> Result {
     // Alone, so that it can be sent to a file.
     out::action(talk.output, &made.token, &made.token, &json!(made))?;
     let info = &made.info;
@@ -318,7 +320,7 @@ impl Tokens {
             let want = NewApiToken { user: None, role, lifetime_s };
             let usual = || Ok::<_, Failure>(local_socket(&SiteDirs::usual(&center()?).run));
             let socket = socket.map_or_else(usual, Ok)?;
-            return told(&self.talk, &local_token(&socket, &want).await?);
+            return print_token(&self.talk, &local_token(&socket, &want).await?);
         }
         let client = Client::open(&self.talk.connect)?;
         match self.verb {
@@ -330,7 +332,7 @@ impl Tokens {
                 let lifetime_s = lifetime.map(|t| t.as_secs());
                 let new = NewApiToken { user, role, lifetime_s };
                 let made: ApiToken = client.ask(Method::POST, "/v1/api-tokens", Some(&new)).await?;
-                return told(&self.talk, &made);
+                return print_token(&self.talk, &made);
             }
             TokenVerb::Delete { token } => {
                 let path = format!("/v1/api-tokens/{token}");

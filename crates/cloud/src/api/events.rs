@@ -215,7 +215,7 @@ struct Following {
 }
 
 /// What somebody may know of an event.
-struct Seen {
+struct Visible {
     old: Option<Summary>,
     new: Option<Summary>,
 }
@@ -235,8 +235,8 @@ impl Following {
             }
             match next {
                 Ok(Ok(event)) if self.filter.takes(&event.what) => {
-                    if let Some(seen) = self.seen(&event.what) {
-                        return Some(self.sse_event(&event, seen));
+                    if let Some(visible) = self.visible(&event.what) {
+                        return Some(self.sse_event(&event, visible));
                     }
                 }
                 Ok(Ok(_)) => {}
@@ -249,15 +249,15 @@ impl Following {
 
     /// What of an event is there for whoever reads: what comes into its sight is new, what leaves it
     /// is gone.
-    fn seen(&self, what: &What) -> Option<Seen> {
+    fn visible(&self, what: &What) -> Option<Visible> {
         let (before, now) =
-            (self.reader.is_of(&what.seen_before), self.reader.is_of(&what.seen_now));
+            (self.reader.may_read(&what.seen_before), self.reader.may_read(&what.seen_now));
         let old = what.old.clone().filter(|_| before);
         let new = what.new.clone().filter(|_| now);
-        (old.is_some() || new.is_some()).then_some(Seen { old, new })
+        (old.is_some() || new.is_some()).then_some(Visible { old, new })
     }
 
-    fn sse_event(&self, event: &Event, Seen { old, new }: Seen) -> sse::Event {
+    fn sse_event(&self, event: &Event, Visible { old, new }: Visible) -> sse::Event {
         let what = &event.what;
         let record = match &what.object {
             _ if new.is_none() => None,

@@ -151,6 +151,7 @@ pub(super) struct Newest {
 }
 
 /// The newest entries of the audit log, oldest first: of all tenants for an operator who names none.
+/// They are looked for among the newest 100,000.
 #[utoipa::path(get, path = "/v1/audit", params(Newest),
     responses((status = 200, body = Vec<AuditEntry>), (status = 403, body = Fault)))]
 pub(super) async fn audit(

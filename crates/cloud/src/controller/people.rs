@@ -14,7 +14,7 @@ use crate::error::Fault;
 use crate::registry::audit::Note;
 use crate::registry::{
     AuditEnd, AuditEntry, Drawn, Quota, SubstrateRecord, TenantQuota, TenantRecord, TokenInfo,
-    UserRecord,
+    TokenRecord, UserRecord,
 };
 
 /// A tenant to be made.
@@ -284,10 +284,12 @@ impl Controller {
             (Some(end), Some(until)) => Some(end.min(until)),
             (end, until) => end.or(until),
         };
+        let made_by = (id != who.id).then(|| who.user.clone());
         let Drawn { record, text } = Drawn::new(id, role, expires);
+        let record = TokenRecord { made_by, ..record };
         self.registry.token_add(who, &record).map_err(registry_fault)?;
-        let created = record.created;
-        let info = TokenInfo { id: record.id, tenant, user, role, created, expires };
+        let (created, made_by) = (record.created, record.made_by);
+        let info = TokenInfo { id: record.id, tenant, user, role, created, expires, made_by };
         Ok(ApiToken { info, token: text })
     }
 

@@ -196,7 +196,9 @@ async fn what_is_private_is_its_owners_alone_also_as_a_machine_and_by_no_other_t
         (user(&w, "acme", "ann", Role::Member), user(&w, "acme", "adm", Role::Admin));
     // Before there is anything private an admin makes the first token.
     let for_ann = || NewApiToken { user: Some(name("ann")), ..NewApiToken::default() };
-    w.c.token_create(&admin, for_ann()).expect("made");
+    let first = w.c.token_create(&admin, for_ann()).expect("made").info;
+    assert_eq!(first.made_by, Some(name("adm")), "she sees that another may have kept it");
+    assert_eq!(w.c.tokens_for(&ann), [first]);
     let s = private(&w, &ann, "mine");
     let want = CreateVm {
         name: Some(name("diary")),
@@ -215,7 +217,8 @@ async fn what_is_private_is_its_owners_alone_also_as_a_machine_and_by_no_other_t
     let e = w.c.token_create(&admin, for_ann()).expect_err("refused");
     assert_eq!(e.code, Code::Conflict, "{e}");
     assert!(e.message.contains("its tokens are made by itself"), "{e}");
-    w.c.token_create(&ann, NewApiToken::default()).expect("her own");
+    let own = w.c.token_create(&ann, NewApiToken::default()).expect("her own");
+    assert_eq!(own.info.made_by, None);
     let e = w.c.user_delete(&admin, "ann").expect_err("busy");
     assert_eq!(e.code, Code::Conflict);
 }

@@ -51,7 +51,7 @@ impl Reader {
 
     /// Whether it belongs to the audience.
     #[must_use]
-    pub fn is_of(&self, audience: &Audience) -> bool {
+    pub fn may_read(&self, audience: &Audience) -> bool {
         match (&self.tenant, audience) {
             (None, _) | (Some(_), Audience::All) => true,
             (Some(_), Audience::Operators) => false,
@@ -78,7 +78,7 @@ impl<'a> Tenants<'a> {
         }
     }
 
-    fn these<'n>(&self, names: impl Iterator<Item = &'n Name>) -> Audience {
+    fn tenants_named<'n>(&self, names: impl Iterator<Item = &'n Name>) -> Audience {
         let created = |name: &Name| {
             let there = || self.tables.tenants.get(name).map(|t| t.created);
             self.new.get(name).copied().or_else(there).map(|created| (name.clone(), created))
@@ -88,7 +88,7 @@ impl<'a> Tenants<'a> {
 
     /// Who sees a machine.
     pub(super) fn vm(&self, vm: &VmRecord) -> Audience {
-        self.these(std::iter::once(&vm.tenant))
+        self.tenants_named(std::iter::once(&vm.tenant))
     }
 
     /// Who sees a substrate, as [`crate::access::may`] has it.
@@ -96,8 +96,8 @@ impl<'a> Tenants<'a> {
         let own = std::iter::once(&s.tenant);
         match s.kind {
             SubstrateKind::Public => Audience::All,
-            SubstrateKind::Restricted => self.these(own.chain(&s.granted)),
-            SubstrateKind::Private => self.these(own),
+            SubstrateKind::Restricted => self.tenants_named(own.chain(&s.granted)),
+            SubstrateKind::Private => self.tenants_named(own),
         }
     }
 
@@ -105,7 +105,7 @@ impl<'a> Tenants<'a> {
     pub(super) fn op(&self, op: &OpRecord) -> Audience {
         match op.kind.is_of_cloud() {
             true => Audience::Operators,
-            false => self.these(std::iter::once(&op.tenant)),
+            false => self.tenants_named(std::iter::once(&op.tenant)),
         }
     }
 }

@@ -507,8 +507,8 @@ fn event(
     tables: &Tables,
     tenants: &Tenants<'_>,
 ) -> Option<What> {
-    type Seen = (Option<Summary>, Audience);
-    let made = |kind, key: String, name: Option<&Name>, old: Seen, new: Seen, object| What {
+    type Side = (Option<Summary>, Audience);
+    let made = |kind, key: String, name: Option<&Name>, old: Side, new: Side, object| What {
         kind,
         key,
         name: name.map(ToString::to_string).unwrap_or_default(),
@@ -518,11 +518,11 @@ fn event(
         seen_now: new.1,
         object,
     };
-    fn seen<R>(
+    fn side_of<R>(
         row: Option<&Arc<R>>,
         summary: impl Fn(&R) -> Summary,
         audience: impl Fn(&R) -> Audience,
-    ) -> Seen {
+    ) -> Side {
         match row {
             Some(row) => (Some(summary(row)), audience(row)),
             None => (None, Audience::default()),
@@ -535,9 +535,9 @@ fn event(
                 _ => tables.vms.get(id).map(|e| &e.vm),
             };
             let (new, name) = (new.as_ref(), new.as_ref().or(old).map(|v| &v.name));
-            let said = |v| seen(v, Summary::vm, |v| tenants.vm(v));
+            let side = |v| side_of(v, Summary::vm, |v| tenants.vm(v));
             let object = new.cloned().map(Object::Vm);
-            Some(made(EventKind::Vm, id.to_string(), name, said(old), said(new), object))
+            Some(made(EventKind::Vm, id.to_string(), name, side(old), side(new), object))
         }
         Change::Substrate(id, new) => {
             let old = match before {
@@ -545,9 +545,9 @@ fn event(
                 _ => tables.substrates.get(id),
             };
             let (new, name) = (new.as_ref(), new.as_ref().or(old).map(|s| &s.name));
-            let said = |s| seen(s, Summary::substrate, |s| tenants.substrate(s));
+            let side = |s| side_of(s, Summary::substrate, |s| tenants.substrate(s));
             let object = new.cloned().map(Object::Substrate);
-            Some(made(EventKind::Substrate, id.to_string(), name, said(old), said(new), object))
+            Some(made(EventKind::Substrate, id.to_string(), name, side(old), side(new), object))
         }
         Change::Op(id, new) => {
             let old = match before {
@@ -559,9 +559,9 @@ fn event(
             if old.zip(new).is_some_and(|(old, new)| old.state == new.state) {
                 return None;
             }
-            let said = |o| seen(o, Summary::op, |o| tenants.op(o));
+            let side = |o| side_of(o, Summary::op, |o| tenants.op(o));
             let object = new.cloned().map(Object::Op);
-            Some(made(EventKind::Op, id.to_string(), name, said(old), said(new), object))
+            Some(made(EventKind::Op, id.to_string(), name, side(old), side(new), object))
         }
         Change::Site(name, new) => {
             let old = match before {
@@ -574,8 +574,8 @@ fn event(
             if old.zip(new).is_some_and(|(old, new)| told(old) == told(new)) {
                 return None;
             }
-            let said = |s| seen(s, Summary::site, |_| Audience::All);
-            Some(made(EventKind::Site, name.to_string(), Some(name), said(old), said(new), None))
+            let side = |s| side_of(s, Summary::site, |_| Audience::All);
+            Some(made(EventKind::Site, name.to_string(), Some(name), side(old), side(new), None))
         }
         Change::Deleted(..)
         | Change::Tenant(..)

@@ -80,6 +80,9 @@ pub struct TokenRecord {
     pub expires: Option<UnixMs>,
     /// BLAKE3 of its text.
     pub hash: Hash,
+    /// Who made it, if that was somebody else: such a one may have kept it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_by: Option<Name>,
 }
 
 /// A token for people to see.
@@ -97,6 +100,9 @@ pub struct TokenInfo {
     pub created: UnixMs,
     /// Its end, if it has one.
     pub expires: Option<UnixMs>,
+    /// Who made it, if that was somebody else: such a one may have kept it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_by: Option<Name>,
 }
 
 /// A new token, and its text, which is told once.
@@ -122,7 +128,8 @@ impl Drawn {
         let text = format!("{USER_TOKEN}{id}-{}", hex::encode(rand::random::<[u8; 32]>()));
         let text = crate::daemon::checked(&text);
         let hash = Hash::of(text.as_bytes());
-        let record = TokenRecord { id, user, role, created: UnixMs::now(), expires, hash };
+        let (created, made_by) = (UnixMs::now(), None);
+        let record = TokenRecord { id, user, role, created, expires, hash, made_by };
         Self { record, text }
     }
 }
@@ -163,7 +170,8 @@ impl Tables {
     fn token_info(&self, t: &TokenRecord) -> Option<TokenInfo> {
         let (tenant, user) = self.user_of(&t.user)?;
         let (id, role, created, expires) = (t.id.clone(), t.role, t.created, t.expires);
-        Some(TokenInfo { id, tenant, user, role, created, expires })
+        let made_by = t.made_by.clone();
+        Some(TokenInfo { id, tenant, user, role, created, expires, made_by })
     }
 
     /// Refuses what would belong to a tenant that is not there.
