@@ -264,7 +264,7 @@ impl Controller {
                     return Ok(report);
                 }
                 Err(Broken::Lost(f)) => {
-                    self.give_up(m, &f, true).await?;
+                    self.abandon(m, &f, true).await?;
                     return Err(f);
                 }
                 Err(Broken::Again(f)) => why = f,
@@ -280,7 +280,7 @@ impl Controller {
             pause = (pause * 2).min(PAUSE.1);
         }
         let f = self.still_missing(m, &why).await;
-        self.give_up(m, &f, false).await?;
+        self.abandon(m, &f, false).await?;
         Err(f)
     }
 
@@ -370,7 +370,7 @@ impl Controller {
 
     /// A machine that will not become whole by itself: both the registry and its site say so. Its
     /// QEMU is left as it is.
-    async fn give_up(&self, m: &Move, why: &Fault, for_good: bool) -> Result<(), Fault> {
+    async fn abandon(&self, m: &Move, why: &Fault, for_good: bool) -> Result<(), Fault> {
         if let Ok(dst) = self.host(&m.to) {
             let request =
                 verbs::MigrateGiveUp { migration: m.id, vm: m.vm.id, why: why.message.clone() };

@@ -261,7 +261,7 @@ impl Controller {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(name.clone(), host.clone());
-        if let Err(f) = self.take_over(&host, &report, asked_at).await {
+        if let Err(f) = self.adopt_site_state(&host, &report, asked_at).await {
             self.detach(&host);
             return Err(f);
         }
@@ -326,13 +326,13 @@ impl Controller {
     pub async fn refresh(&self, host: &Arc<dyn SiteHost>) -> Result<SiteReport, Fault> {
         let asked_at = self.registry.revision();
         let report = host.report().await?;
-        self.take_over(host, &report, asked_at).await?;
+        self.adopt_site_state(host, &report, asked_at).await?;
         Ok(report)
     }
 
     /// Enters what a site has reported, holds and runs; `asked_at` is the registry's revision before
     /// the report was asked for.
-    async fn take_over(
+    async fn adopt_site_state(
         &self,
         host: &Arc<dyn SiteHost>,
         report: &SiteReport,

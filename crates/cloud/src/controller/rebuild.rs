@@ -227,7 +227,7 @@ impl Controller {
     }
 
     /// After a restart of the center: what was docked takes its place, anything less is undone.
-    pub(super) async fn take_up_rebuild(
+    pub(super) async fn resume_rebuild(
         &self,
         (vm, old, new): (VmId, SubstrateId, SubstrateId),
         otherwise: Fault,

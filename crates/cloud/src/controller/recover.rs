@@ -46,12 +46,12 @@ impl Controller {
         for op in left {
             let (me, record) = (self.clone(), op.clone());
             tracing::info!(op = %op.id, what = op.kind.verb(), target = %op.kind.target(), "taking up");
-            self.ops.resume(op, |op| async move { me.take_up(&op, record).await });
+            self.ops.resume(op, |op| async move { me.resume_operation(&op, record).await });
         }
         Ok(n)
     }
 
-    async fn take_up(
+    async fn resume_operation(
         self: &Arc<Self>,
         handle: &OpHandle,
         op: OpRecord,
@@ -97,7 +97,7 @@ impl Controller {
                 self.settle_dock(handle, &record, *substrate, why).await
             }
             OpKind::SubstrateRebuild { vm, old, new, .. } => {
-                self.take_up_rebuild((*vm, *old, *new), again()).await
+                self.resume_rebuild((*vm, *old, *new), again()).await
             }
             OpKind::VmMigrate { vm, from, to, generation, .. } => {
                 let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;

@@ -419,7 +419,7 @@ impl Source<'_> {
                 let status = self.client.status();
                 self.keeper = Keeper::take(&status, self.machine);
                 self.kept = status.qemu_socket;
-                self.tell(&RelayCommand::Proceed { first }, "read on").await?;
+                self.command(&RelayCommand::Proceed { first }, "read on").await?;
             }
             SourceEffect::AbortRelay { why } => {
                 // A relay that is gone needs no telling.
@@ -511,7 +511,7 @@ impl Source<'_> {
         Ok(after.is_ok_and(|a| a.is_ok_and(|s| s.end == Some(RelayEnd::Reclaimed))))
     }
 
-    async fn tell(&self, command: &RelayCommand, what: &'static str) -> Result<(), MoveError> {
+    async fn command(&self, command: &RelayCommand, what: &'static str) -> Result<(), MoveError> {
         let accepted =
             self.client.command(command).await.map_err(relay("commanding the source relay"))?;
         if accepted { Ok(()) } else { Err(MoveError::RelayRefused(what)) }

@@ -18,7 +18,7 @@ use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
 use super::frame::{Kind, open};
 use super::waits::{Channel, Waits};
-use super::wire::{About, NEWEST, Note, hear, tell};
+use super::wire::{About, NEWEST, Note, recv_note, send_note};
 use super::{
     BlockDevice, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase,
     RelayStatus, unless_aborted,
@@ -59,10 +59,10 @@ pub(super) async fn run(
         Err(e) => Note::Abort { why: e.in_full(), committed: status.borrow().committed },
     };
     let farewell = async {
-        tell(&mut lanes.steering.0, note).await?;
+        send_note(&mut lanes.steering.0, note).await?;
         lanes.steering.0.end();
         // The source ends its side when it has understood, or says that it cannot.
-        while let Some(note) = hear(&mut lanes.steering.1).await? {
+        while let Some(note) = recv_note(&mut lanes.steering.1).await? {
             if matches!(note, Note::Abort { .. }) {
                 break;
             }
@@ -160,7 +160,7 @@ async fn work(
         s.committed = config.resume;
     });
     let Lanes { link, steering, bulk, demand, disk } = lanes;
-    tell(&mut steering.0, Note::Ready).await?;
+    send_note(&mut steering.0, Note::Ready).await?;
 
     let (ack_tx, mut acks) = mpsc::channel(1024);
     let (back_lane, demand_lane) = (&mut demand.0, &mut demand.1);
@@ -210,13 +210,13 @@ async fn work(
                     return Err(RelayError::Aborted(why));
                 }
             }
-            note = hear(&mut steering.1) => match note? {
+            note = recv_note(&mut steering.1) => match note? {
                 Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
                 Some(Note::Clock { sent }) => {
                     let arrived = clock::now();
                     let clock = ClockId::here();
                     let replied = clock::now();
-                    tell(&mut steering.0, Note::ClockIs { sent, arrived, replied, clock }).await?;
+                    send_note(&mut steering.0, Note::ClockIs { sent, arrived, replied, clock }).await?;
                 }
                 Some(_) => {}
                 None => return Err(RelayError::Protocol("it has left")),
@@ -226,12 +226,12 @@ async fn work(
                 while let Ok(more) = acks.try_recv() {
                     frames = frames.saturating_add(more);
                 }
-                tell(&mut steering.0, Note::Ack(frames)).await?;
+                send_note(&mut steering.0, Note::Ack(frames)).await?;
                 let rtt = u64::try_from(link.rtt().as_micros()).unwrap_or(u64::MAX);
                 status.send_if_modified(|s| { s.rtt_us = rtt; false });
             }
             Some(frames) = disk_acks.recv() => {
-                tell(&mut steering.0, Note::DiskAck(frames)).await?;
+                send_note(&mut steering.0, Note::DiskAck(frames)).await?;
             }
             over = &mut back, if !memory_over => {
                 over?;

@@ -16,7 +16,7 @@ use super::control::Asked;
 use super::core::{Channel as Lane, SourceCore};
 use super::disk::{self, Frozen, SharedPacer};
 use super::frame::seal;
-use super::wire::{About, Note, hear, known_by_peer, tell};
+use super::wire::{About, Note, known_by_peer, recv_note, send_note};
 use super::{
     Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayRole,
     RelayStatus, unless_aborted,
@@ -62,7 +62,7 @@ pub(super) async fn run(
             committed: source.core.phase() >= RelayPhase::Committed,
         };
         let _ = tokio::time::timeout(GOODBYE, async {
-            if tell(&mut source.steering.0, note).await.is_ok() {
+            if send_note(&mut source.steering.0, note).await.is_ok() {
                 let _ = source.steering.0.finish().await;
             }
         })
@@ -190,7 +190,7 @@ impl<'a> Source<'a> {
                 disk::source(frozen, demand, bulk, pacer, status, resume).await
             }));
         }
-        match hear(&mut steering.1).await? {
+        match recv_note(&mut steering.1).await? {
             Some(Note::Ready) => {}
             Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
             _ => return Err(RelayError::Protocol("it is not ready")),
@@ -288,7 +288,7 @@ impl<'a> Source<'a> {
                 return Ok(false);
             }
             // After `Done` the destination ends its side, perhaps before QEMU does.
-            note = hear(&mut self.steering.1), if !self.done => Event::Note(note?),
+            note = recv_note(&mut self.steering.1), if !self.done => Event::Note(note?),
             frame = self.demand.1.recv() => Event::Back(frame.map_err(|source| {
                 RelayError::Lane { what: "reading the return path", source }
             })?),
@@ -400,7 +400,7 @@ impl<'a> Source<'a> {
     async fn compare_clocks(&mut self) -> Result<(), RelayError> {
         let sent = clock::now();
         if self.clocks.ask(sent) {
-            tell(&mut self.steering.0, Note::Clock { sent }).await?;
+            send_note(&mut self.steering.0, Note::Clock { sent }).await?;
         }
         Ok(())
     }

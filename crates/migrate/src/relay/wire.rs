@@ -93,7 +93,7 @@ pub(crate) enum Note {
     },
 }
 
-pub(crate) async fn tell(lane: &mut LaneSender, note: Note) -> Result<(), RelayError> {
+pub(crate) async fn send_note(lane: &mut LaneSender, note: Note) -> Result<(), RelayError> {
     let note = match note {
         Note::Abort { mut why, committed } => {
             let cut = (0..=MAX_WHY.min(why.len())).rev().find(|n| why.is_char_boundary(*n));
@@ -109,7 +109,7 @@ pub(crate) async fn tell(lane: &mut LaneSender, note: Note) -> Result<(), RelayE
         .map_err(|source| RelayError::Lane { what: "steering the other relay", source })
 }
 
-pub(crate) async fn hear(lane: &mut LaneReceiver) -> Result<Option<Note>, RelayError> {
+pub(crate) async fn recv_note(lane: &mut LaneReceiver) -> Result<Option<Note>, RelayError> {
     let frame = lane
         .recv()
         .await

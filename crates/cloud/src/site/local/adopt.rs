@@ -21,7 +21,7 @@ use godwit_substrate::{SubstrateError, run_on};
 use godwit_types::{Arch, Hash, Mib, Name, SubstrateId, VmId};
 use tokio::sync::Mutex;
 
-use super::record::{Below, MachineRecord, Meant, Unfinished};
+use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
 use super::{Entry, LocalSite, filling};
 use crate::error::{Fault, chain};
 use crate::site::UNKNOWN_GENERATION;
@@ -61,14 +61,14 @@ impl LocalSite {
 
     async fn adopt(self: &Arc<Self>, mut record: MachineRecord) -> Result<(), Fault> {
         let vm = record.vm;
-        if record.meant == Meant::Gone {
+        if record.desired == DesiredState::Gone {
             // Tombstones were records once.
             self.tombs.add(vm, record.generation)?;
         }
         if let Some(seen) = self.tombs.get(vm)
             && record.generation <= seen
         {
-            if record.meant != Meant::Gone {
+            if record.desired != DesiredState::Gone {
                 tracing::warn!(vm = %record.name, %seen, "it has left at a later generation: removed");
             }
             self.forget(vm).await;
@@ -111,7 +111,7 @@ impl LocalSite {
             }
             None => None,
         };
-        if let Below::Substrate(id) = record.below {
+        if let DiskBase::Substrate(id) = record.disk_base {
             self.pool.note_clone(id, vm);
         }
         if machine.is_none() && record.unfinished.take().is_some() {
@@ -124,7 +124,7 @@ impl LocalSite {
             if silent {
                 self.adopt_later(record);
             } else {
-                self.find_again(record, None).await;
+                self.resume_after_restart(record, None).await;
             }
             return Ok(());
         };
@@ -132,7 +132,7 @@ impl LocalSite {
         if record.unfinished.is_some() {
             self.bring_back(vm, machine);
         } else if record.migration.is_some() {
-            self.find_again(record, Some(machine)).await;
+            self.resume_after_restart(record, Some(machine)).await;
         }
         Ok(())
     }
@@ -157,9 +157,9 @@ impl LocalSite {
                     e.record.clone()
                 };
                 tracing::info!(vm = %record.name, "adopted late");
-                return me.find_again(now, Some(machine)).await;
+                return me.resume_after_restart(now, Some(machine)).await;
             }
-            me.find_again(record, None).await;
+            me.resume_after_restart(record, None).await;
         });
     }
 
@@ -198,7 +198,9 @@ impl LocalSite {
         }
         let mut e = entry.lock().await;
         // Whoever ended it meanwhile has settled what it is.
-        if e.record.meant == Meant::Gone || !take_docking(&mut e.record.unfinished, substrate) {
+        if e.record.desired == DesiredState::Gone
+            || !take_docking(&mut e.record.unfinished, substrate)
+        {
             return Ok(());
         }
         tracing::info!(vm = %e.record.name, "runs on: it was not docked");
@@ -217,7 +219,7 @@ impl LocalSite {
             name: launch.as_ref().map_or_else(unknown, |l| l.name.clone()),
             generation: UNKNOWN_GENERATION,
             warrant: None,
-            meant: Meant::Running,
+            desired: DesiredState::Running,
             image: unknown(),
             image_hash: Hash::of(b""),
             substrate: None,
@@ -225,7 +227,7 @@ impl LocalSite {
             memory: launch.as_ref().map_or(Mib(0), |l| l.spec.memory),
             vcpus: launch.as_ref().map_or(0, |l| l.spec.vcpus),
             mac: MacAddress([0; 6]),
-            below: Below::Image,
+            disk_base: DiskBase::Image,
             migration: None,
             reason: Some(format!("its record is damaged: {why}")),
             unfinished: None,

@@ -75,8 +75,8 @@ impl LocalSite {
                 self.whole()?.send(vm, (generation, next), to, call).await?
             };
             MigrateFollow { migration } => self.follow(migration, &call).await?;
-            MigrateFate { migration, dead } => self.whole()?.tell_fate(migration, dead).await?;
-            MigrateLost { migration, why } => self.tell_lost(migration, why)?;
+            MigrateFate { migration, dead } => self.whole()?.deliver_fate(migration, dead).await?;
+            MigrateLost { migration, why } => self.mark_lost(migration, why)?;
             MigrateStatus { migration, vm } => self.move_status(migration, vm).await?;
             MigrateResumeIn { migration, vm, memory } => {
                 self.whole()?.resume_in(migration, vm, memory).await?
@@ -84,8 +84,8 @@ impl LocalSite {
             MigrateResumeOut { migration, vm, to, memory } => {
                 self.whole()?.resume_out(migration, vm, to, memory, &call).await?
             };
-            MigrateFinish { migration, vm } => self.finish_in(migration, vm).await?;
-            MigrateGiveUp { migration, vm, why } => self.give_up(migration, vm, why).await?;
+            MigrateFinish { migration, vm } => self.finish_arrival(migration, vm).await?;
+            MigrateGiveUp { migration, vm, why } => self.abandon(migration, vm, why).await?;
             MigrateReceived { migration } => self.received(migration).await?;
             MigrateRelease { vm, generation } => self.release(vm, generation).await?;
             MigrateAbort { migration, vm } => self.abort(migration, vm).await?;
@@ -94,7 +94,7 @@ impl LocalSite {
             SubstrateDelete { id } => self.substrate_delete(id).await?;
             Pool {} => self.pool_report().await?;
             PoolCheck {} => self.pool_check().await?;
-            Revoke { list } => self.take_revocations(list)?;
+            Revoke { list } => self.accept_revocations(list)?;
             Ping {} => ();
         })
     }

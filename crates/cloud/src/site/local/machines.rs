@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::moves::MID;
 use super::pool::mac_seed;
-use super::record::{Below, End, MachineRecord, Meant, Unfinished};
+use super::record::{DesiredState, DiskBase, End, MachineRecord, Unfinished};
 use super::{Entry, LocalSite, report};
 use crate::error::Fault;
 use crate::ops::Progress;
@@ -66,7 +66,7 @@ impl LocalSite {
         let Ok(mut e) = tokio::time::timeout(LOOK_EVERY, entry.lock()).await else {
             return self.busy_status(vm);
         };
-        if e.record.meant == Meant::Gone {
+        if e.record.desired == DesiredState::Gone {
             return None;
         }
         if let Some(state) = e.changing() {
@@ -77,9 +77,9 @@ impl LocalSite {
             self.wake_stalled(&mut e).await;
             life = life_of(&e).await;
         }
-        let meant = e.record.meant;
+        let meant = e.record.desired;
         let status = status_of(&mut e, life).await;
-        if e.record.meant != meant {
+        if e.record.desired != meant {
             tracing::info!(vm = %e.record.name, "its guest powered itself off");
             let kept = e.record.save(&self.dirs.vm(vm));
             if let Err(f) = kept.and_then(|()| remove_file(&self.dirs.vm_memory(vm))) {
@@ -117,7 +117,7 @@ impl LocalSite {
         let r = MachineRecord::load(&self.dirs.vm(vm)).ok().flatten()?;
         let docking = matches!(r.unfinished, Some(Unfinished::Docking { .. }));
         let state = if docking { VmState::Docking } else { VmState::Starting };
-        (r.meant != Meant::Gone).then(|| status_as(&r, state))
+        (r.desired != DesiredState::Gone).then(|| status_as(&r, state))
     }
 
     pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
@@ -146,7 +146,7 @@ impl LocalSite {
             name: new.name,
             generation: new.generation,
             warrant: Some(new.warrant),
-            meant: Meant::Running,
+            desired: DesiredState::Running,
             image: image.name.clone(),
             image_hash: image.hash,
             substrate: None,
@@ -154,13 +154,13 @@ impl LocalSite {
             memory: new.memory.unwrap_or(image.memory),
             vcpus: new.vcpus.unwrap_or(image.vcpus),
             mac: MacAddress::from_seed(mac_seed(new.vm)),
-            below: Below::Image,
+            disk_base: DiskBase::Image,
             migration: None,
             reason: None,
             unfinished: None,
         };
         self.check_room(record.memory)?;
-        let (entry, wanted) = self.enter_starting(record.clone()).await?;
+        let (entry, wanted) = self.register_starting(record.clone()).await?;
         match self.boot_new(&entry, &record, &image, &call, &wanted).await {
             Ok(()) => self.started(&entry).await,
             Err(f) => {
@@ -292,14 +292,14 @@ impl LocalSite {
         if let Some(base) = image.disk_path() {
             let dir = self.dirs.vm(record.vm);
             let mut layers = vec![Layer::Raw { path: base }];
-            match record.below {
-                Below::Image => {}
-                Below::Substrate(id) => {
+            match record.disk_base {
+                DiskBase::Image => {}
+                DiskBase::Substrate(id) => {
                     // Its memory is of no use to a guest that boots.
                     let layer = self.pool.prepare_layer(id, image).map_err(into_fault)?;
                     layers.extend(layer.map(|path| Layer::Qcow2 { path }));
                 }
-                Below::Mid => layers.push(Layer::Qcow2 { path: dir.join(MID) }),
+                DiskBase::Mid => layers.push(Layer::Qcow2 { path: dir.join(MID) }),
             }
             launch.disk = Some(DiskChain::over(layers, dir.join(TOP)));
         }
@@ -326,7 +326,7 @@ impl LocalSite {
         let entry = self.entry(vm).await?;
         let mut e = entry.lock().await;
         Self::fence(&e.record, generation)?;
-        if e.record.meant == Meant::Gone {
+        if e.record.desired == DesiredState::Gone {
             return Err(Fault::not_found(format!("machine '{}' is not here", e.record.name)));
         }
         Self::sound(&e.record)?;
@@ -351,7 +351,7 @@ impl LocalSite {
                 e.record.save(&self.dirs.vm(vm))?;
                 return Err(f);
             }
-            e.record.meant = Meant::Running;
+            e.record.desired = DesiredState::Running;
             e.record.reason = None;
             e.record.unfinished = None;
             e.record.save(&self.dirs.vm(vm))?;
@@ -385,7 +385,7 @@ impl LocalSite {
         }
         let Ok(entry) = self.entry(vm).await else { return self.remove_again(vm, generation) };
         let mut e = entry.lock().await;
-        if e.record.meant == Meant::Gone {
+        if e.record.desired == DesiredState::Gone {
             return self.remove_again(vm, generation);
         }
         Self::fence(&e.record, generation)?;
@@ -419,7 +419,7 @@ impl LocalSite {
     /// the tombstone can't be written the machine stays as it is.
     pub(super) async fn bury(&self, e: &mut Entry) -> Result<(), Fault> {
         self.tombs.add(e.record.vm, e.record.generation)?;
-        e.record.meant = Meant::Gone;
+        e.record.desired = DesiredState::Gone;
         e.record.migration = None;
         self.pool.forget_clone(e.record.vm);
         self.clear(e.record.vm);
@@ -596,10 +596,10 @@ pub(super) async fn status(e: &mut Entry) -> MachineStatus {
 async fn status_of(e: &mut Entry, life: Option<Life>) -> MachineStatus {
     if life == Some(Life::Exited)
         && let Some(m) = e.machine.take()
-        && e.record.meant == Meant::Running
+        && e.record.desired == DesiredState::Running
     {
         if m.has_powered_off() {
-            e.record.meant = Meant::Stopped;
+            e.record.desired = DesiredState::Stopped;
             e.record.reason = None;
         } else {
             e.record.reason = Some(m.exited().await.brief());
@@ -610,14 +610,16 @@ async fn status_of(e: &mut Entry, life: Option<Life>) -> MachineStatus {
     }
     let end = e.record.migration.as_ref().map(|m| m.end);
     let given_up = e.record.migration.as_ref().is_some_and(|m| m.given_up.is_some());
-    let state = match (life, e.record.meant) {
+    let state = match (life, e.record.desired) {
         (Some(Life::Running | Life::Paused), _) if given_up => VmState::Failed,
         // A machine that still needs its source is not settled here.
         (Some(Life::Running | Life::Paused), _) if end == Some(End::Destination) => VmState::Moving,
         (Some(Life::PostMigrate), _) if end == Some(End::Source) => VmState::Moving,
         (Some(Life::Running | Life::Paused), _) => VmState::Running,
         (Some(Life::Incoming | Life::Leaving), _) => VmState::Moving,
-        (Some(Life::PoweredOff | Life::PostMigrate), _) | (_, Meant::Stopped) => VmState::Stopped,
+        (Some(Life::PoweredOff | Life::PostMigrate), _) | (_, DesiredState::Stopped) => {
+            VmState::Stopped
+        }
         (Some(Life::Broken | Life::Stalled | Life::Exited) | None, _) => VmState::Failed,
     };
     status_as(&e.record, state)

@@ -207,7 +207,7 @@ impl LocalSite {
         report::check_tmpfs(&dirs.memory)?;
         let confine = apart::confine(options.uids, &dirs)?;
         let groups = apart::groups(&dirs);
-        relays::tell_revoked(&dirs, &trust)?;
+        relays::publish_revoked(&dirs, &trust)?;
         let images = ImageCache::open(&dirs.images).map_err(|e| Fault::of(&e))?;
         let binaries = godwit_qemu::Binaries::default();
         let qemu = godwit_qemu::doctor::qemu_version(binaries.of(Arch::X86_64))
@@ -337,7 +337,7 @@ impl LocalSite {
 
     /// Takes the center's list of revoked certificates. It counts at once, also when it cannot be
     /// kept for the next daemon.
-    fn take_revocations(&self, list: Revocations) -> Result<(), Fault> {
+    fn accept_revocations(&self, list: Revocations) -> Result<(), Fault> {
         let newer = self.trust.revoke(list.clone()).map_err(|e| Fault::of(&e))?;
         if list.number < self.trust.revocations().number {
             return Ok(());
@@ -348,7 +348,7 @@ impl LocalSite {
         // Relays of earlier versions read it there. The center's own site shares its list, and has it
         // without being told.
         list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))?;
-        relays::tell_revoked(&self.dirs, &self.trust)
+        relays::publish_revoked(&self.dirs, &self.trust)
     }
 
     /// Refuses a request with an older generation than the site has seen.

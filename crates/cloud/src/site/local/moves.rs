@@ -32,7 +32,7 @@ use tracing::{info, warn};
 
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::quit::NotSent;
-use super::record::{Below, End, MachineRecord, Meant, Migration};
+use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
 use super::resume::forget_measured;
 use super::{LocalSite, filling};
@@ -150,7 +150,7 @@ impl LocalSite {
         self.moves.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
 
-    pub(super) fn enter_move(&self, id: MigrationId, vm: VmId) -> Arc<Moving> {
+    pub(super) fn register_move(&self, id: MigrationId, vm: VmId) -> Arc<Moving> {
         let moving = Arc::new(Moving {
             vm,
             outcome: watch::Sender::new(None),
@@ -226,7 +226,7 @@ impl LocalSite {
             name: machine.name,
             generation,
             warrant: Some(warrant),
-            meant: Meant::Running,
+            desired: DesiredState::Running,
             image: machine.image,
             image_hash: manifest.image_hash,
             substrate: manifest.substrate,
@@ -234,7 +234,7 @@ impl LocalSite {
             memory: machine.memory,
             vcpus: machine.vcpus,
             mac: manifest.mac,
-            below: Below::Image,
+            disk_base: DiskBase::Image,
             migration: Some(Migration::new(id, End::Destination, from)),
             reason: None,
             unfinished: None,
@@ -242,19 +242,19 @@ impl LocalSite {
         let image = self.sound_image(&record).await?;
         let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
         manifest.machine.check(&here).map_err(into_fault)?;
-        let entry = self.enter(record.clone(), None).await?;
+        let entry = self.register(record.clone(), None).await?;
         let mut e = entry.lock().await;
         match self.prepare_entered(&record, &image, &manifest).await {
             Ok((qemu, relay, address)) => {
                 e.machine = Some(qemu.clone());
                 drop(e);
                 godwit_hold::at("move.prepared").await;
-                self.take_in(record, qemu, relay, Received::default(), false);
+                self.spawn_arrival(record, qemu, relay, Received::default(), false);
                 Ok(Incoming { migration: id, address, peer: self.name.clone() })
             }
             Err(f) => {
                 drop(e);
-                self.undo_in(&record).await;
+                self.undo_arrival(&record).await;
                 Err(f)
             }
         }
@@ -309,7 +309,7 @@ impl LocalSite {
 
     /// Follows a machine that comes in, to its end, on a task of its own. `received` is what was
     /// measured before a break.
-    pub(super) fn take_in(
+    pub(super) fn spawn_arrival(
         self: &Arc<Self>,
         record: MachineRecord,
         machine: Machine,
@@ -318,7 +318,7 @@ impl LocalSite {
         resumed: bool,
     ) {
         let Some(migration) = record.migration.clone() else { return };
-        let moving = self.enter_move(migration.id, record.vm);
+        let moving = self.register_move(migration.id, record.vm);
         moving.shown.send_replace(Some(relay.watch()));
         let me = Arc::clone(self);
         Self::drive(&moving, async move {
@@ -338,11 +338,11 @@ impl LocalSite {
             let outcome = match outcome {
                 Ok(()) => {
                     let _ = relay.command(&RelayCommand::Finish).await;
-                    me.settle_in(&record).await.map(|()| Ended::Received(Box::new(received)))
+                    me.settle_arrival(&record).await.map(|()| Ended::Received(Box::new(received)))
                 }
                 Err(e @ MoveError::Cancelled { .. }) => {
                     let fault = me.blame_room(Fault::of(&e));
-                    me.undo_in(&record).await;
+                    me.undo_arrival(&record).await;
                     Err(fault)
                 }
                 // The machine runs here and still needs its source.
@@ -369,14 +369,14 @@ impl LocalSite {
     }
 
     /// A machine has arrived and needs its source no more.
-    pub(super) async fn settle_in(&self, record: &MachineRecord) -> Result<(), Fault> {
+    pub(super) async fn settle_arrival(&self, record: &MachineRecord) -> Result<(), Fault> {
         let entry = self.entry(record.vm).await?;
         let mut e = entry.lock().await;
         let dir = self.dirs.vm(record.vm);
         let mid = dir.join(MID);
         let before = e.record.clone();
         if mid.exists() {
-            e.record.below = Below::Mid;
+            e.record.disk_base = DiskBase::Mid;
         }
         e.record.migration = None;
         if let Err(f) = e.record.save(&dir) {
@@ -448,7 +448,7 @@ impl LocalSite {
             }
             (e.record.clone(), machine)
         };
-        let moving = self.enter_move(to.migration, vm);
+        let moving = self.register_move(to.migration, vm);
         let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
         let id = to.migration;
         Self::drive(&moving, async move {
@@ -527,7 +527,7 @@ impl LocalSite {
             let mut shown = moving.shown.subscribe();
             let status = shown.wait_for(Option::is_some).await.ok().and_then(|s| s.clone());
             if let Some(status) = status {
-                tell(status, call.clone(), switched.clone()).await;
+                report_progress(status, call.clone(), switched.clone()).await;
             }
             std::future::pending::<()>().await;
         };
@@ -568,14 +568,14 @@ impl LocalSite {
     }
 
     /// The destination of a migration is lost, as the center knows before the relay.
-    pub(super) fn tell_lost(&self, id: MigrationId, why: String) -> Result<(), Fault> {
+    pub(super) fn mark_lost(&self, id: MigrationId, why: String) -> Result<(), Fault> {
         let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
         moving.lost.send_replace(Some(why));
         Ok(())
     }
 
     /// The center's word on a destination that was lost during the switch.
-    pub(super) async fn tell_fate(
+    pub(super) async fn deliver_fate(
         self: &Arc<Self>,
         id: MigrationId,
         dead: bool,
@@ -618,7 +618,7 @@ impl LocalSite {
             (e.record.clone(), e.machine.clone())
         };
         let Some(migration) = record.migration.clone().filter(|m| m.id == id) else {
-            let here = record.meant != Meant::Gone && runs(machine.as_ref()).await;
+            let here = record.desired != DesiredState::Gone && runs(machine.as_ref()).await;
             // It came by this migration and has been whole since.
             return if here { Err(self.runs_already(&record)) } else { Ok(()) };
         };
@@ -635,7 +635,7 @@ impl LocalSite {
                     // The task that follows the arrival undoes it.
                     let _ = tokio::time::timeout(UNDO_WITHIN, self.ended(id)).await;
                 }
-                self.undo_in(&record).await;
+                self.undo_arrival(&record).await;
                 Ok(())
             }
             End::Source => {
@@ -706,7 +706,7 @@ fn parse_manifest(bytes: &[u8]) -> Result<MoveManifest, Fault> {
 }
 
 /// Tells the progress of a migration as its relay counts it.
-async fn tell(mut status: watch::Receiver<RelayStatus>, call: Call, switched: News) {
+async fn report_progress(mut status: watch::Receiver<RelayStatus>, call: Call, switched: News) {
     let mut committed = false;
     loop {
         let s = status.borrow_and_update().clone();

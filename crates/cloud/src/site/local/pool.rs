@@ -13,7 +13,7 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::machines::{into_fault, join_error};
-use super::record::{Below, MachineRecord, Meant, Unfinished};
+use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
 use super::{Entry, LocalSite};
 use crate::error::Fault;
 use crate::ops::Progress;
@@ -145,7 +145,7 @@ impl LocalSite {
         e.record.generation = want.generation;
         if let Err(error) = self.bury(&mut e).await {
             tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
-            e.record.meant = Meant::Gone;
+            e.record.desired = DesiredState::Gone;
             self.machines.write().await.remove(&want.vm);
         }
         self.pool.forget_clone(want.vm);
@@ -174,7 +174,7 @@ impl LocalSite {
             name: new.name.clone(),
             generation: new.generation,
             warrant: Some(new.warrant),
-            meant: Meant::Running,
+            desired: DesiredState::Running,
             image: substrate.image.clone(),
             image_hash: substrate.image_hash,
             substrate: Some(id),
@@ -182,7 +182,7 @@ impl LocalSite {
             memory: substrate.shape.memory,
             vcpus: substrate.shape.vcpus,
             mac,
-            below: Below::Substrate(id),
+            disk_base: DiskBase::Substrate(id),
             migration: None,
             reason: None,
             unfinished: Some(Unfinished::Activating),
@@ -190,7 +190,7 @@ impl LocalSite {
         self.give_way(record.memory, id).await;
         self.check_room(record.memory)?;
         let image = self.sound_image(&record).await?;
-        let (entry, wanted) = self.enter_starting(record.clone()).await?;
+        let (entry, wanted) = self.register_starting(record.clone()).await?;
         call.progress(Progress {
             stage: "activate".into(),
             note: format!("from substrate {}", substrate.name),
@@ -322,7 +322,7 @@ impl LocalSite {
         record: &MachineRecord,
     ) -> Result<godwit_image::Image, Fault> {
         let image = self.sound_image(record).await?;
-        if let Below::Substrate(id) = record.below {
+        if let DiskBase::Substrate(id) = record.disk_base {
             let (pool, here) = (self.pool.clone(), image.clone());
             blocking(move || pool.prepare_layer(id, &here).map(drop)).await?;
         }
@@ -392,7 +392,7 @@ impl LocalSite {
     /// Enters a machine that is being made, and promises it its memory; nobody else can make it
     /// meanwhile. No machine's lock is waited for while the list of all is locked, or a promise is
     /// being made.
-    pub(super) async fn enter(
+    pub(super) async fn register(
         &self,
         record: MachineRecord,
         starting: Option<CancellationToken>,
@@ -435,30 +435,30 @@ impl LocalSite {
         Err(here(&record))
     }
 
-    /// As [`LocalSite::enter`], a machine that starts until [`LocalSite::started`]; what is also
+    /// As [`LocalSite::register`], a machine that starts until [`LocalSite::started`]; what is also
     /// returned is cancelled once it is not wanted any more.
-    pub(super) async fn enter_starting(
+    pub(super) async fn register_starting(
         &self,
         record: MachineRecord,
     ) -> Result<(Arc<Mutex<Entry>>, CancellationToken), Fault> {
         let wanted = CancellationToken::new();
-        let entry = self.enter(record, Some(wanted.clone())).await?;
+        let entry = self.register(record, Some(wanted.clone())).await?;
         Ok((entry, wanted))
     }
 
-    /// Takes back [`LocalSite::enter`] with all files; what is known of earlier generations stays.
-    pub(super) async fn leave(&self, vm: VmId) {
+    /// Takes back [`LocalSite::register`] with all files; what is known of earlier generations stays.
+    pub(super) async fn unregister(&self, vm: VmId) {
         self.clear(vm);
         self.machines.write().await.remove(&vm);
     }
 
-    /// As [`LocalSite::leave`], unless somebody has removed it already.
+    /// As [`LocalSite::unregister`], unless somebody has removed it already.
     pub(super) async fn withdraw(&self, entry: &Mutex<Entry>, vm: VmId) {
         let mut e = entry.lock().await;
-        if e.record.meant != Meant::Gone {
-            e.record.meant = Meant::Gone;
+        if e.record.desired != DesiredState::Gone {
+            e.record.desired = DesiredState::Gone;
             e.starting = None;
-            self.leave(vm).await;
+            self.unregister(vm).await;
         }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use godwit_types::{Code, Mib, VmId};
 use tokio::sync::Mutex;
 
-use super::record::{MachineRecord, Meant};
+use super::record::{DesiredState, MachineRecord};
 use super::{Entry, LocalSite, report};
 use crate::error::Fault;
 use crate::placement::MACHINE_OVERHEAD_MIB;
@@ -32,7 +32,7 @@ impl LocalSite {
                 // It is being changed: as its record has it, for nobody is waited for.
                 Err(_) => {
                     let record = MachineRecord::load(&self.dirs.vm(vm)).ok().flatten();
-                    record.filter(|r| r.meant == Meant::Running).map(|r| r.memory)
+                    record.filter(|r| r.desired == DesiredState::Running).map(|r| r.memory)
                 }
             }
         });

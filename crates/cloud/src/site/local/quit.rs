@@ -102,7 +102,7 @@ impl LocalSite {
     }
 
     /// A machine never ran here: nothing of it stays.
-    pub(super) async fn undo_in(&self, record: &MachineRecord) {
+    pub(super) async fn undo_arrival(&self, record: &MachineRecord) {
         let Ok(entry) = self.entry(record.vm).await else { return };
         {
             let mut e = entry.lock().await;
@@ -119,7 +119,7 @@ impl LocalSite {
             self.end_relay(m).await;
             self.clear_move(m);
         }
-        self.leave(record.vm).await;
+        self.unregister(record.vm).await;
     }
 
     /// Ends this site's part of a move because a person wants the machine off, started anew or gone,

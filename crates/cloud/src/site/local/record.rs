@@ -20,7 +20,7 @@ const MAX_RECORD: u64 = 256 << 10;
 /// What the site means a machine to be; what it is, QEMU says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Meant {
+pub(crate) enum DesiredState {
     /// To run.
     Running,
     /// To be off, its disk kept.
@@ -33,7 +33,7 @@ pub(crate) enum Meant {
 /// What a machine's own layer stands on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Below {
+pub(crate) enum DiskBase {
     /// The base image itself.
     Image,
     /// The disk layer of a substrate, on the base image.
@@ -103,7 +103,8 @@ pub(crate) struct MachineRecord {
     /// The center's word for this generation here; none of a machine from before there were any.
     #[serde(default)]
     pub(crate) warrant: Option<Warrant>,
-    pub(crate) meant: Meant,
+    #[serde(rename = "meant")]
+    pub(crate) desired: DesiredState,
     pub(crate) image: Name,
     /// Content hash of the image: a rebuilt one of the same name is another.
     pub(crate) image_hash: Hash,
@@ -112,7 +113,8 @@ pub(crate) struct MachineRecord {
     pub(crate) memory: Mib,
     pub(crate) vcpus: u8,
     pub(crate) mac: MacAddress,
-    pub(crate) below: Below,
+    #[serde(rename = "below")]
+    pub(crate) disk_base: DiskBase,
     pub(crate) migration: Option<Migration>,
     pub(crate) reason: Option<String>,
     #[serde(default)]
@@ -220,7 +222,7 @@ mod tests {
             vm: VmId::new(),
             name: Name::new("a").expect("name"),
             generation: Generation::FIRST,
-            meant: Meant::Running,
+            desired: DesiredState::Running,
             image: Name::new("tiny").expect("name"),
             image_hash: Hash::of(b"tiny"),
             substrate: None,
@@ -228,7 +230,7 @@ mod tests {
             memory: Mib(256),
             vcpus: 1,
             mac: MacAddress([2, 0, 0, 0, 0, 1]),
-            below: Below::Image,
+            disk_base: DiskBase::Image,
             migration: None,
             reason: None,
             unfinished: Some(Unfinished::Activating),
@@ -261,6 +263,8 @@ mod tests {
         let record = MachineRecord { unfinished: None, ..record() };
         let mut old = serde_json::to_value(&record).expect("json");
         old.as_object_mut().expect("fields").remove("unfinished");
+        // As every release has called them in the file.
+        assert_eq!((&old["meant"], &old["below"]), (&"running".into(), &"image".into()));
         std::fs::write(dir.path().join(FILE), old.to_string()).expect("written");
         assert_eq!(MachineRecord::load(dir.path()).expect("read"), Some(record));
     }

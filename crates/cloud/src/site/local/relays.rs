@@ -268,7 +268,7 @@ fn written(config: &RelayConfig, path: &Path) -> std::io::Result<std::fs::File> 
 }
 
 /// Puts the list of revoked certificates where relays read it again and again.
-pub(super) fn tell_revoked(dirs: &SiteDirs, trust: &Trust) -> Result<(), Fault> {
+pub(super) fn publish_revoked(dirs: &SiteDirs, trust: &Trust) -> Result<(), Fault> {
     /// The list is read and written by one at a time, so that an older one is never the last.
     static TELLING: Mutex<()> = Mutex::new(());
     let _one = TELLING.lock().unwrap_or_else(PoisonError::into_inner);

@@ -29,7 +29,7 @@ use tracing::{info, warn};
 use super::machines::into_fault;
 use super::moves::{Ended, MID, listening, runs};
 use super::quit::NotSent;
-use super::record::{Below, End, MachineRecord, Meant, Migration};
+use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
 use super::{Entry, LocalSite, filling};
 use crate::error::{Fault, chain};
@@ -104,7 +104,7 @@ impl LocalSite {
     }
 
     /// After the daemon's return: takes up a machine that is in a migration.
-    pub(super) async fn find_again(
+    pub(super) async fn resume_after_restart(
         self: &Arc<Self>,
         record: MachineRecord,
         machine: Option<Machine>,
@@ -114,7 +114,7 @@ impl LocalSite {
             self.end_relay(&migration).await;
             if migration.end == End::Destination && !migration.runs {
                 warn!(vm = %record.name, "its QEMU is gone before it ran here");
-                self.undo_in(&record).await;
+                self.undo_arrival(&record).await;
             } else {
                 self.interrupted(&record, &migration, "its QEMU is gone");
             }
@@ -123,12 +123,12 @@ impl LocalSite {
         let paths = MovePaths::of(&self.dirs.run, &migration);
         let relay = RelayClient::attach(&paths.control).await;
         match migration.end {
-            End::Destination => self.find_arrival(record, migration, machine, relay).await,
-            End::Source => self.find_departure(record, migration, machine, relay).await,
+            End::Destination => self.resume_arrival(record, migration, machine, relay).await,
+            End::Source => self.resume_departure(record, migration, machine, relay).await,
         }
     }
 
-    async fn find_arrival(
+    async fn resume_arrival(
         self: &Arc<Self>,
         record: MachineRecord,
         migration: Migration,
@@ -140,22 +140,22 @@ impl LocalSite {
             Ok(relay) if !has_run && relay.status().phase == RelayPhase::Joining => {
                 // Its source may never come: the answer that it waits here may be lost.
                 warn!(vm = %record.name, "nothing of it had come when the daemon ended");
-                self.undo_in(&record).await;
+                self.undo_arrival(&record).await;
             }
             Ok(relay) => {
                 info!(vm = %record.name, "its arrival goes on");
                 let received = get(&self.dirs.vm(record.vm), RECEIVED);
-                self.take_in(record, machine, relay, received, has_run);
+                self.spawn_arrival(record, machine, relay, received, has_run);
             }
             Err(e) if has_run => self.interrupted(&record, &migration, &chain(&e)),
             Err(e) => {
                 warn!(vm = %record.name, error = %chain(&e), "its relay is gone before it ran here");
-                self.undo_in(&record).await;
+                self.undo_arrival(&record).await;
             }
         }
     }
 
-    async fn find_departure(
+    async fn resume_departure(
         self: &Arc<Self>,
         record: MachineRecord,
         migration: Migration,
@@ -185,7 +185,7 @@ impl LocalSite {
             }
             Ok(relay) => {
                 info!(vm = %record.name, "its departure goes on");
-                let moving = self.enter_move(migration.id, record.vm);
+                let moving = self.register_move(migration.id, record.vm);
                 moving.shown.send_replace(Some(relay.watch()));
                 let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
                 Self::drive(&moving, async move {
@@ -214,7 +214,7 @@ impl LocalSite {
     /// Enters a migration that goes on only over new relays.
     fn interrupted(&self, record: &MachineRecord, migration: &Migration, why: &str) {
         warn!(vm = %record.name, error = %why, "its relay is gone and it still needs the other end");
-        let moving = self.enter_move(migration.id, record.vm);
+        let moving = self.register_move(migration.id, record.vm);
         let e = MoveError::Interrupted { why: why.to_owned() };
         moving.outcome.send_replace(Some(Err(Fault::of(&e))));
     }
@@ -361,7 +361,7 @@ impl LocalSite {
             record.memory.bytes().saturating_sub(there).div_ceil(4096)
         };
         let image = self.image_by_hash(record)?;
-        if image.disk_path().is_none() || record.below == Below::Mid {
+        if image.disk_path().is_none() || record.disk_base == DiskBase::Mid {
             return Ok((pages, Some(0)));
         }
         // A relay that lives knows better than what it last wrote down.
@@ -464,14 +464,14 @@ impl LocalSite {
             }
         }
         match whole {
-            Some(machine) => self.take_in(record, machine, relay, received, true),
-            None => self.take_disk(record, relay, received),
+            Some(machine) => self.spawn_arrival(record, machine, relay, received, true),
+            None => self.spawn_disk_arrival(record, relay, received),
         }
         Ok(Incoming { migration: id, address, peer: self.name.clone() })
     }
 
     /// Ends the arrival of a machine whose memory and disk are all here.
-    pub(super) async fn finish_in(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
+    pub(super) async fn finish_arrival(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
         let (record, machine) = self.at_end(id, vm, End::Destination).await?;
         let machine = machine.ok_or_else(|| memory_is_gone(&record))?;
         let record = self.next_attempt(&record).await?;
@@ -505,13 +505,18 @@ impl LocalSite {
             let _ = served.await;
             took.map_err(into_fault)?;
         }
-        self.settle_in(&record).await
+        self.settle_arrival(&record).await
     }
 
     /// Follows the disk of a machine whose memory is lost: the disk at least is kept whole.
-    fn take_disk(self: &Arc<Self>, record: MachineRecord, relay: RelayClient, received: Received) {
+    fn spawn_disk_arrival(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        relay: RelayClient,
+        received: Received,
+    ) {
         let Some(migration) = record.migration.clone() else { return };
-        let moving = self.enter_move(migration.id, record.vm);
+        let moving = self.register_move(migration.id, record.vm);
         moving.shown.send_replace(Some(relay.watch()));
         let vm = record.vm;
         Self::drive(&moving, async move {
@@ -546,7 +551,7 @@ impl LocalSite {
             None => self.launch(&record, &self.image_by_hash(&record)?)?.disk,
         };
         let disk = self.source_disk(&record, chain)?;
-        let moving = self.enter_move(id, vm);
+        let moving = self.register_move(id, vm);
         let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
         Self::drive(&moving, async move {
             let mut sent: Sent = get(&me.dirs.vm(vm), SENT);
@@ -578,7 +583,7 @@ impl LocalSite {
     }
 
     /// What the machine lacks here is not waited for any more. Its QEMU is left as it is.
-    pub(super) async fn give_up(
+    pub(super) async fn abandon(
         &self,
         id: MigrationId,
         vm: VmId,
@@ -653,7 +658,7 @@ impl LocalSite {
             if filling::is_there(&dir) {
                 MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
             }
-            e.record.below = Below::Mid;
+            e.record.disk_base = DiskBase::Mid;
         }
         if let Some(m) = e.machine.take() {
             m.kill().await;
@@ -661,7 +666,7 @@ impl LocalSite {
         self.end_relay(&m).await;
         self.clear_move(&m);
         e.record.migration = None;
-        if e.record.meant != Meant::Gone {
+        if e.record.desired != DesiredState::Gone {
             e.record.save(&dir)?;
         }
         if keep_disk {

@@ -9,7 +9,7 @@ use godwit_types::{Generation, VmId};
 
 use super::LocalSite;
 use super::machines::{into_fault, remove_file};
-use super::record::{Meant, Unfinished};
+use super::record::{DesiredState, Unfinished};
 use crate::error::Fault;
 use crate::ops::Progress;
 use crate::site::Call;
@@ -54,7 +54,7 @@ impl LocalSite {
                 wanted.cancel();
             }
             e.record.generation = generation;
-            e.record.meant = Meant::Stopped;
+            e.record.desired = DesiredState::Stopped;
             e.record.unfinished = None;
             e.record.save(&self.dirs.vm(vm))?;
             e.stopping = Arc::downgrade(&stopping);
@@ -66,7 +66,7 @@ impl LocalSite {
         let mut e = entry.lock().await;
         let process = |m: &Option<Machine>| m.as_ref().map(|m| m.process().clone());
         let same = e.machine.is_none() || process(&e.machine) == process(&machine);
-        if !same || e.record.meant != Meant::Stopped || e.starting.is_some() {
+        if !same || e.record.desired != DesiredState::Stopped || e.starting.is_some() {
             // Whoever cut its power meanwhile may have started or removed it since.
             return Ok(());
         }

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::machines::{TOP, into_fault, join_error};
 use super::pool::mac_seed;
-use super::record::{Below, MachineRecord, Meant};
+use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::{Entry, LocalSite};
 use crate::error::Fault;
 use crate::site::{Call, MachineStatus, NewMachine};
@@ -29,7 +29,7 @@ impl LocalSite {
             name: new.name,
             generation: new.generation,
             warrant: Some(new.warrant),
-            meant: Meant::Running,
+            desired: DesiredState::Running,
             image: substrate.image.clone(),
             image_hash: substrate.image_hash,
             substrate: Some(id),
@@ -37,7 +37,7 @@ impl LocalSite {
             memory: substrate.shape.memory,
             vcpus: substrate.shape.vcpus,
             mac: MacAddress::from_seed(mac_seed(new.vm)),
-            below: Below::Substrate(id),
+            disk_base: DiskBase::Substrate(id),
             migration: None,
             reason: None,
             unfinished: None,
@@ -45,7 +45,7 @@ impl LocalSite {
         self.give_way(record.memory, id).await;
         self.check_room(record.memory)?;
         let image = self.sound_disk(&record).await?;
-        let (entry, wanted) = self.enter_starting(record.clone()).await?;
+        let (entry, wanted) = self.register_starting(record.clone()).await?;
         self.pool.note_clone(id, record.vm);
         match self.boot_stored_entered(&entry, &record, &image, (&call, &wanted)).await {
             Ok(()) => self.started(&entry).await,

@@ -4,7 +4,7 @@ use godwit_types::{Name, SubstrateId};
 
 use super::LocalSite;
 use super::machines::{into_fault, join_error};
-use super::record::{Below, MachineRecord, Meant};
+use super::record::{DesiredState, DiskBase, MachineRecord};
 use crate::error::Fault;
 
 impl LocalSite {
@@ -15,14 +15,14 @@ impl LocalSite {
             // One that is being made has no record yet; it is refused what it needs when that is gone.
             MachineRecord::load(&self.dirs.vm(vm)).ok().flatten()
         });
-        kept.filter(|r| r.meant != Meant::Gone).collect()
+        kept.filter(|r| r.desired != DesiredState::Gone).collect()
     }
 
     /// The machines whose disk stands on a substrate. One that came from it and has moved or was
     /// merged since is none of them.
     pub(super) async fn substrate_users(&self, id: SubstrateId) -> Vec<Name> {
         let all = self.kept_records().await.into_iter();
-        all.filter(|r| r.below == Below::Substrate(id)).map(|r| r.name).collect()
+        all.filter(|r| r.disk_base == DiskBase::Substrate(id)).map(|r| r.name).collect()
     }
 
     /// Removes every build of an image from this host's cache.
