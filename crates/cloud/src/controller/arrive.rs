@@ -58,6 +58,9 @@ const LAST_WORD_WITHIN: Duration = Duration::from_secs(20);
 /// How long a source that seems to be gone is given for what it has sent to arrive.
 const SECOND_LOOK: Duration = Duration::from_secs(3);
 
+/// The version of the protocol in which a site brings the disk of a machine whose QEMU has ended.
+const DISK_ALONE_SINCE: u16 = 2;
+
 /// Why an attempt did not bring a machine to its end.
 enum Broken {
     /// It may be tried again.
@@ -290,13 +293,16 @@ impl Controller {
         m: &Move,
     ) -> Result<Option<MoveReport>, Broken> {
         let dst = self.await_site(op, &m.to).await?;
-        let mut here = move_status(&dst, m).await?;
-        let all_here = here.memory == MemoryStatus::Whole && here.missing_blocks == Some(0);
-        if all_here && !here.over {
+        let mut here = match move_status(&dst, m).await {
+            // Ended, and begun anew, before it had written down that it runs.
+            Err(f) if f.code == Code::NotFound => return Err(Broken::Lost(unknown_there(m, &f))),
+            status => status?,
+        };
+        if is_whole(&here) && !here.over {
             let request = verbs::MigrateFinish { migration: m.id, vm: m.vm.id };
             dst.ask(request, Call::quiet()).await?;
         }
-        if all_here {
+        if is_whole(&here) {
             return Ok(None);
         }
         if here.memory == MemoryStatus::Gone && here.missing_blocks == Some(0) {
@@ -318,10 +324,14 @@ impl Controller {
             },
             Err(f) => return Err(f.into()),
         };
-        if here.memory == MemoryStatus::Partial && there.memory == MemoryStatus::Gone {
+        let may_come = here.memory == MemoryStatus::Partial || there.over;
+        if may_come && here.memory != MemoryStatus::Gone && there.memory == MemoryStatus::Gone {
             // What it had sent may still be arriving.
             tokio::time::sleep(SECOND_LOOK).await;
             here = move_status(&dst, m).await?;
+            if is_whole(&here) {
+                return Err(Broken::Again(Fault::unavailable("the rest has come meanwhile")));
+            }
         }
         // Memory that is lost leaves the disk to be brought: the source has all of it yet.
         let lost = match here.memory {
@@ -331,10 +341,15 @@ impl Controller {
             }
             MemoryStatus::Partial | MemoryStatus::Whole => None,
         };
+        // A site of the release before brings no disk for a QEMU that has ended.
+        let alone = here.memory == MemoryStatus::Gone && dst.speaks() < DISK_ALONE_SINCE;
         if let Some(f) = &lost
-            && (here.missing_blocks == Some(0) || there.over)
+            && (here.missing_blocks == Some(0) || there.over || alone)
         {
             return Err(Broken::Lost(f.clone()));
+        }
+        if there.over && here.missing_blocks != Some(0) {
+            return Err(Broken::Lost(disk_lost(m, &here, &there)));
         }
         // A source that has sent everything sends again what was lost on the way.
         let memory = here.memory == MemoryStatus::Partial && lost.is_none();
@@ -355,14 +370,19 @@ impl Controller {
 
     /// What to say of a machine whose source cannot be had.
     async fn still_missing(&self, m: &Move, why: &Fault) -> Fault {
-        let what = match self.host(&m.to) {
-            Ok(dst) => move_status(&dst, m).await.ok().map(|s| missing(&s)),
+        let status = match self.host(&m.to) {
+            Ok(dst) => move_status(&dst, m).await.ok(),
             Err(_) => None,
         };
+        let what = status.as_ref().map(missing);
         let what = what.unwrap_or_else(|| "part of its memory or disk".into());
+        let state = match status {
+            Some(s) if s.memory == MemoryStatus::Gone => "has ended at",
+            _ => "runs as far as it can at",
+        };
         Fault::unavailable(format!(
-            "machine '{}' runs at '{}' as far as it can without what only '{}' has, which is not \
-             to be had: {what} ({})",
+            "machine '{}' {state} '{}' without what only '{}' has, which is not to be had: {what} \
+             ({})",
             m.vm.name, m.to, m.from, why.message
         ))
         .hint(format!("try again with: godwit vm migrate {}", m.vm.name))
@@ -371,13 +391,21 @@ impl Controller {
     /// A machine that will not become whole by itself: both the registry and its site say so. Its
     /// QEMU is left as it is.
     async fn abandon(&self, m: &Move, why: &Fault, for_good: bool) -> Result<(), Fault> {
-        if let Ok(dst) = self.host(&m.to) {
-            let request =
-                verbs::MigrateGiveUp { migration: m.id, vm: m.vm.id, why: why.message.clone() };
-            if let Err(e) = dst.ask(request, Call::quiet()).await {
-                tracing::warn!(vm = %m.vm.name, error = %e, "its site was not told");
+        let request =
+            verbs::MigrateGiveUp { migration: m.id, vm: m.vm.id, why: why.message.clone() };
+        let asked = match self.host(&m.to) {
+            Ok(dst) => dst.ask(request, Call::quiet()).await,
+            Err(f) => Err(f),
+        };
+        let known = match asked {
+            Ok(()) => true,
+            // It is in no migration there any more.
+            Err(f) if f.code == Code::Conflict => true,
+            Err(error) => {
+                tracing::warn!(vm = %m.vm.name, %error, "its site does not know that it is given up");
+                false
             }
-        }
+        };
         let now = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
         let vm = self.change_vm(&now, now.generation, |v| {
             if v.state != VmState::Failed {
@@ -393,7 +421,8 @@ impl Controller {
             Ok(dst) => move_status(&dst, m).await.is_ok_and(|s| s.missing_blocks == Some(0)),
             Err(_) => false,
         };
-        if for_good && whole_disk {
+        // One that does not know it asks for what is missing once more.
+        if for_good && whole_disk && known {
             // Nothing at the source can help any more.
             self.release_source(&vm).await;
         }
@@ -518,6 +547,11 @@ fn missing(s: &MoveStatus) -> String {
     format!("{pages} and {blocks}")
 }
 
+/// Whether a destination needs nothing more of its source.
+fn is_whole(here: &MoveStatus) -> bool {
+    here.memory == MemoryStatus::Whole && here.missing_blocks == Some(0)
+}
+
 /// A machine whose QEMU has ended at its destination while something of it was at its source.
 fn ended_there(m: &Move, here: &MoveStatus) -> Fault {
     let why = here.why.clone().unwrap_or_else(|| "its QEMU is gone".into());
@@ -529,6 +563,31 @@ fn ended_there(m: &Move, here: &MoveStatus) -> Fault {
         disk_left(here)
     );
     Fault::new(Code::Damaged, message).hint(way_on(m, here))
+}
+
+/// A machine that has all of its memory, and whose disk is not at its source any more.
+fn disk_lost(m: &Move, here: &MoveStatus, there: &MoveStatus) -> Fault {
+    let why = there.why.clone().unwrap_or_else(|| "it has let go of it".into());
+    let message = format!(
+        "machine '{}' lacks {}, which cannot be had of '{}': {why}",
+        m.vm.name,
+        missing(here),
+        m.from
+    );
+    Fault::new(Code::Damaged, message)
+        .hint(format!("save what is open in it, then: godwit vm delete {}", m.vm.name))
+}
+
+/// A machine that its destination does not know, although it was switched to it.
+fn unknown_there(m: &Move, f: &Fault) -> Fault {
+    Fault::new(
+        Code::Damaged,
+        format!(
+            "machine '{}' ended at '{}' while it was switched to it: {}; '{}' keeps what it left with",
+            m.vm.name, m.to, f.message, m.from
+        ),
+    )
+    .hint(format!("remove it: godwit vm delete {}", m.vm.name))
 }
 
 /// What is known of the disk of a machine whose memory is lost.

@@ -170,7 +170,8 @@ impl Controller {
             && match self.registry.vm(&vm.id.to_string()) {
                 Ok(now) => {
                     let leaving = matches!(now.state, VmState::Moving | VmState::Docking);
-                    now.site != vm.site || away && leaving
+                    // Its QEMU ends a moment before it is a substrate and no machine.
+                    now.site != vm.site || away && leaving || now.state == VmState::Docking
                 }
                 // The next round says what became of it.
                 Err(_) => true,

@@ -36,6 +36,8 @@ mod settle;
 #[cfg(test)]
 pub(crate) mod tests;
 #[cfg(test)]
+mod tests_arrive;
+#[cfg(test)]
 mod tests_belief;
 #[cfg(test)]
 mod tests_tenants;

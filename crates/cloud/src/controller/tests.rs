@@ -29,9 +29,13 @@ pub(crate) struct Paper {
     /// A machine that runs here lacks part of its memory.
     broken: AtomicBool,
     /// The QEMU that a machine left here is gone.
-    gone: AtomicBool,
+    pub(super) gone: AtomicBool,
     /// It cannot say how a migration stands.
-    silent: AtomicBool,
+    pub(super) silent: AtomicBool,
+    /// What it says of a migration, in place of what the flags make of it.
+    pub(super) says: Mutex<Option<Result<MoveStatus, Fault>>>,
+    /// It was asked to bring the rest of a machine, with its memory or without.
+    pub(super) resumed: Mutex<Vec<bool>>,
     /// It answers nothing at all.
     hung: AtomicBool,
     /// How often it was asked what its pool holds.
@@ -74,6 +78,8 @@ impl Paper {
             broken: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             silent: AtomicBool::new(false),
+            says: Mutex::default(),
+            resumed: Mutex::default(),
             hung: AtomicBool::new(false),
             listed: AtomicUsize::new(0),
             asked: AtomicUsize::new(0),
@@ -222,6 +228,9 @@ impl SiteHost for Paper {
                 if self.silent.load(SeqCst) {
                     return Err(Fault::unavailable("nobody answers"));
                 }
+                if let Some(says) = self.says.lock().expect("lock").clone() {
+                    return says.map(SiteReply::MoveStatus);
+                }
                 let broken = self.broken.load(SeqCst);
                 let memory = match (self.gone.load(SeqCst), broken, self.send) {
                     (true, _, _) => MemoryStatus::Gone,
@@ -240,7 +249,8 @@ impl SiteHost for Paper {
                     why,
                 }))
             }
-            SiteRequest::MigrateResumeIn(MigrateResumeIn { migration, .. }) => {
+            SiteRequest::MigrateResumeIn(MigrateResumeIn { migration, memory, .. }) => {
+                self.resumed.lock().expect("lock").push(memory);
                 self.broken.store(false, SeqCst);
                 let address = "127.0.0.1:1".parse().expect("address");
                 Ok(SiteReply::Incoming(Incoming { migration, address, peer: self.name.clone() }))
@@ -323,7 +333,7 @@ pub(crate) async fn world(send: Send) -> World {
     world_with(send, Duration::from_secs(60)).await
 }
 
-async fn world_with(send: Send, patience: Duration) -> World {
+pub(super) async fn world_with(send: Send, patience: Duration) -> World {
     let dir = tempfile::tempdir().expect("dir");
     let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
     let authority = Arc::new(Authority::create(&dir.path().join("authority")).expect("authority"));
@@ -473,70 +483,6 @@ async fn a_switch_whose_news_was_lost_is_found_at_the_destination() {
     let host = w.c.host(&name("center")).expect("host");
     w.c.refresh(&host).await.expect("report");
     assert!(w.center.all().is_empty());
-}
-
-#[tokio::test]
-async fn a_break_after_the_switch_is_taken_up_again() {
-    let w = world(Send::BreaksAfter).await;
-    running(&w, "a").await;
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
-    let end = w.c.ops().wait(op).await.expect("ends");
-    assert_eq!(end.state, OpState::Done, "{end:?}");
-    assert!(end.progress.iter().any(|p| p.stage == "recovering"), "{end:?}");
-    let vm = w.c.registry().vm("a").expect("there");
-    assert_eq!(
-        (vm.state, vm.site.as_str(), vm.generation, vm.arriving),
-        (VmState::Running, "cafe", Generation(2), None)
-    );
-    assert!(w.center.all().is_empty(), "the source keeps nothing");
-}
-
-#[tokio::test]
-async fn a_source_that_is_gone_is_told_with_what_it_had() {
-    let w = world(Send::BreaksAfter).await;
-    running(&w, "a").await;
-    w.center.gone.store(true, SeqCst);
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
-    let end = w.c.ops().wait(op).await.expect("ends");
-    assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
-    let vm = w.c.registry().vm("a").expect("there");
-    assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
-    let why = vm.reason.expect("a reason");
-    assert!(why.contains("lost 10 pages (40 KiB) of its memory with 'center'"), "{why}");
-    assert!(why.ends_with("its disk is whole"), "{why}");
-}
-
-#[tokio::test]
-async fn a_source_that_stays_away_is_waited_for_and_may_be_asked_again() {
-    let w = world_with(Send::BreaksAfter, Duration::from_millis(600)).await;
-    running(&w, "a").await;
-    w.center.silent.store(true, SeqCst);
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
-    let mut seen = w.c.ops().watch(op).expect("watch");
-    let center: Arc<dyn SiteHost> = w.center.clone();
-    seen.wait_for(|o| o.progress.iter().any(|p| p.stage == "recovering")).await.expect("broken");
-    w.c.detach(&center);
-    let waits = |o: &crate::registry::OpRecord| {
-        o.progress.iter().any(|p| p.note.contains("waiting for site 'center'"))
-    };
-    seen.wait_for(waits).await.expect("waits");
-    let end = w.c.ops().wait(op).await.expect("ends");
-    assert_eq!(end.failure(), Some(Code::Unavailable), "{end:?}");
-    let vm = w.c.registry().vm("a").expect("there");
-    assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
-    let why = vm.reason.expect("a reason");
-    assert!(why.contains("10 pages (40 KiB) of its memory and nothing of its disk"), "{why}");
-    let e = w.c.migrate(&me(), "a", to("center"), Mode::Act).expect_err("not whole");
-    assert!(e.message.contains("part of it is at 'center'"), "{e}");
-
-    w.center.silent.store(false, SeqCst);
-    w.c.attach(center, SiteKind::Center).await.expect("back");
-    let again = MigrateVm { to: None, scheme: None };
-    let op = w.c.migrate(&me(), "a", again, Mode::Act).expect("accepted").op.expect("op");
-    let end = w.c.ops().wait(op).await.expect("ends");
-    assert_eq!(end.state, OpState::Done, "{end:?}");
-    let vm = w.c.registry().vm("a").expect("there");
-    assert_eq!((vm.state, vm.arriving), (VmState::Running, None));
 }
 
 #[tokio::test]

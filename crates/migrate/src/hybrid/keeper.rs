@@ -129,7 +129,9 @@ impl Keeper {
                 return Ok(());
             }
         }
-        self.end(machine, &[MigrationStatus::Completed], DOING).await
+        // It pauses if it had more to say on the channel that only the relay held.
+        let wanted = [MigrationStatus::Completed, MigrationStatus::PostcopyPaused];
+        self.end(machine, &wanted, DOING).await
     }
 
     /// Tells QEMU that the destination has everything, and reads until it has ended.

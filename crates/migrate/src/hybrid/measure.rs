@@ -37,6 +37,9 @@ pub struct Sent {
     /// What QEMU's stream says of the machine's memory.
     #[serde(default)]
     pub ram: Option<RamSection>,
+    /// The source's QEMU let its machine run again after it had left.
+    #[serde(default)]
+    pub ran_on: bool,
 }
 
 /// When a question reached a site and when its answer left, by the clock there; since 1970.

@@ -340,6 +340,7 @@ impl Source<'_> {
         if event.name == "RESUME" && self.driver.is_beyond() {
             // A QEMU that loses its connection with nothing left to send takes the migration as
             // failed and lets its machine run. It runs at the destination.
+            self.sent.ran_on = true;
             self.machine.stop().await.map_err(qemu("holding the machine that has left"))?;
         }
         if event.migration_status() == Some("failed") {

@@ -423,7 +423,7 @@ impl LocalSite {
         e.record.migration = None;
         self.pool.forget_clone(e.record.vm);
         self.clear(e.record.vm);
-        self.machines.write().await.remove(&e.record.vm);
+        self.delist(e.record.vm).await;
         Ok(())
     }
 

@@ -161,6 +161,8 @@ pub struct LocalSite {
     turns: Arc<Semaphore>,
     /// One promise of memory at a time, until its machine is entered.
     promising: Mutex<()>,
+    /// The memory of machines made by this daemon: their records may not be written yet.
+    sizes: std::sync::Mutex<std::collections::HashMap<VmId, godwit_types::Mib>>,
     pool: godwit_substrate::Pool,
     shells: godwit_substrate::Shells,
     moves: moves::Moves,
@@ -238,6 +240,7 @@ impl LocalSite {
             tombs,
             turns: Arc::new(Semaphore::new(at_once())),
             promising: Mutex::default(),
+            sizes: std::sync::Mutex::default(),
             pool,
             shells,
             moves: moves::Moves::default(),

@@ -146,7 +146,7 @@ impl LocalSite {
         if let Err(error) = self.bury(&mut e).await {
             tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
             e.record.desired = DesiredState::Gone;
-            self.machines.write().await.remove(&want.vm);
+            self.delist(want.vm).await;
         }
         self.pool.forget_clone(want.vm);
         Ok(info(&substrate, Some(report)))
@@ -425,6 +425,7 @@ impl LocalSite {
                         ));
                     }
                     all.insert(record.vm, Arc::clone(&entry));
+                    self.remember_size(record.vm, record.memory);
                     None
                 }
             }
@@ -449,7 +450,7 @@ impl LocalSite {
     /// Takes back [`LocalSite::register`] with all files; what is known of earlier generations stays.
     pub(super) async fn unregister(&self, vm: VmId) {
         self.clear(vm);
-        self.machines.write().await.remove(&vm);
+        self.delist(vm).await;
     }
 
     /// As [`LocalSite::unregister`], unless somebody has removed it already.

@@ -5,7 +5,8 @@
 //! A site promises no more than its host has, unless its operator says otherwise: then no machine is
 //! ever killed for another's sake. Who knows that clones stay small promises more.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use godwit_types::{Code, Mib, VmId};
 use tokio::sync::Mutex;
@@ -30,15 +31,31 @@ impl LocalSite {
             match entry.try_lock() {
                 Ok(e) => e.takes_memory().then_some(e.record.memory),
                 // It is being changed: as its record has it, for nobody is waited for.
-                Err(_) => {
-                    let record = MachineRecord::load(&self.dirs.vm(vm)).ok().flatten();
-                    record.filter(|r| r.desired == DesiredState::Running).map(|r| r.memory)
-                }
+                Err(_) => match MachineRecord::load(&self.dirs.vm(vm)).ok().flatten() {
+                    Some(r) => (r.desired == DesiredState::Running).then_some(r.memory),
+                    // It is being made, and has none yet.
+                    None => self.sizes().get(&vm).copied(),
+                },
             }
         });
         let machines: u64 = machines.flatten().map(share_mib).sum();
         let (sealed, idle) = self.pool.sealed_bytes();
         machines + (sealed.saturating_sub(idle) >> 20)
+    }
+
+    fn sizes(&self) -> MutexGuard<'_, HashMap<VmId, Mib>> {
+        self.sizes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Remembers the memory of a machine that is being made.
+    pub(super) fn remember_size(&self, vm: VmId, memory: Mib) {
+        self.sizes().insert(vm, memory);
+    }
+
+    /// Takes a machine off the list of all.
+    pub(super) async fn delist(&self, vm: VmId) {
+        self.machines.write().await.remove(&vm);
+        self.sizes().remove(&vm);
     }
 
     /// How much may be promised in all, in MiB.

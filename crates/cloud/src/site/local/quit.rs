@@ -56,6 +56,9 @@ impl LocalSite {
             Err(e) => {
                 warn!(vm = %record.name, error = %e.fault, "a machine did not leave whole");
                 if e.beyond {
+                    if sent.ran_on {
+                        self.mark_ran_on(record.vm).await;
+                    }
                     self.hold_still(record, machine).await;
                 }
                 e.keep && (e.beyond || !runs(Some(machine)).await)
@@ -81,6 +84,7 @@ impl LocalSite {
             return;
         }
         warn!(vm = %record.name, "it runs at its destination; it is held here");
+        self.mark_ran_on(record.vm).await;
         if let Err(e) = machine.stop().await {
             warn!(vm = %record.name, error = %crate::error::chain(&e), "it is not held");
         }

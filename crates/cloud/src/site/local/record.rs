@@ -68,6 +68,10 @@ pub(crate) struct Migration {
     /// Destination: why what is missing is not waited for any more.
     #[serde(default)]
     pub(crate) given_up: Option<String>,
+    /// Source: the machine has run here after it had left, and may have written to its disk: what
+    /// is here is not what left.
+    #[serde(default)]
+    pub(crate) ran_on: bool,
     /// Source: the machine's generation at its destination; one more than here when left out.
     #[serde(default)]
     pub(crate) next: Option<Generation>,
@@ -75,7 +79,7 @@ pub(crate) struct Migration {
 
 impl Migration {
     pub(crate) fn new(id: MigrationId, end: End, peer: Name) -> Self {
-        Self { id, end, peer, attempt: 0, runs: false, given_up: None, next: None }
+        Self { id, end, peer, attempt: 0, runs: false, given_up: None, ran_on: false, next: None }
     }
 }
 

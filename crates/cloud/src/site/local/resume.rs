@@ -42,6 +42,9 @@ const STOP_WITHIN: Duration = Duration::from_secs(5);
 /// How long a source's end may take to come to its end once it is needed no more.
 const RELEASE_WITHIN: Duration = Duration::from_secs(30);
 
+/// Why a source has nothing any more that its machine could go on with.
+const RAN_ON: &str = "it has run there after it had left";
+
 /// What an end measured before a break, beside its machine's record.
 const SENT: &str = "sent.json";
 const RECEIVED: &str = "received.json";
@@ -100,6 +103,13 @@ impl LocalSite {
     pub(super) async fn mark_run(&self, vm: VmId) {
         if let Err(f) = self.change_migration(vm, |m| m.runs = true).await {
             warn!(error = %f, "it was not written down that a machine runs");
+        }
+    }
+
+    /// A machine that has left has run here: its disk here is not what it left with.
+    pub(super) async fn mark_ran_on(&self, vm: VmId) {
+        if let Err(f) = self.change_migration(vm, |m| m.ran_on = true).await {
+            warn!(error = %f, "it was not written down that a machine has run on");
         }
     }
 
@@ -304,6 +314,16 @@ impl LocalSite {
                 why: record.reason,
             });
         };
+        if migration.ran_on {
+            return Ok(MoveStatus {
+                memory: MemoryStatus::Gone,
+                missing_pages: 0,
+                missing_blocks: None,
+                runs: false,
+                over: true,
+                why: Some(RAN_ON.into()),
+            });
+        }
         let (memory, why) = match &machine {
             // One that waits for a page answers nobody, and is there.
             None if Machine::recorded(&self.dirs.vm_run(vm)).is_some() => {
@@ -451,15 +471,14 @@ impl LocalSite {
         let received: Received = get(&self.dirs.vm(vm), RECEIVED);
         let mut whole = None;
         if let Some(machine) = machine {
+            if has_disk {
+                machine.let_connect(&paths.nbd).map_err(into_fault)?;
+            }
             if memory {
-                if has_disk {
-                    machine.let_connect(&paths.nbd).map_err(into_fault)?;
-                }
                 recover_incoming(&machine, &paths.qemu).await.map_err(into_fault)?;
                 whole = Some(machine);
             } else if self.memory_status(&machine, End::Destination).await.0 == MemoryStatus::Whole
             {
-                machine.let_connect(&paths.nbd).map_err(into_fault)?;
                 whole = Some(machine);
             }
         }
@@ -541,6 +560,15 @@ impl LocalSite {
         call: &Call,
     ) -> Result<Vec<u8>, Fault> {
         let (record, machine) = self.at_end(id, vm, End::Source).await?;
+        if record.migration.as_ref().is_some_and(|m| m.ran_on) {
+            return Err(Fault::new(
+                godwit_types::Code::Damaged,
+                format!(
+                    "machine '{}' cannot be brought from '{}': {RAN_ON}",
+                    record.name, self.name
+                ),
+            ));
+        }
         let launch = machine.as_ref().map(Machine::launch);
         if memory && machine.is_none() {
             return Err(memory_is_gone(&record));
