@@ -205,8 +205,8 @@ pub(super) async fn type_text(
     }
     let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
     let host = api.controller.host(&vm.site)?;
+    api.controller.note_begun(&who.at(&vm.tenant), "vm type", vm.name.as_str());
     host.ask(verbs::VmType { vm: vm.id, text: t.text }, Call::quiet()).await?;
-    api.controller.note(&who.at(&vm.tenant), "vm type", vm.name.as_str());
     Ok(StatusCode::NO_CONTENT)
 }
 

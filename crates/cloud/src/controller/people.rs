@@ -163,6 +163,11 @@ impl Controller {
         self.enter(Note::of(who, action, object));
     }
 
+    /// As [`Controller::note`], of what is about to be done: whoever hangs up meanwhile is in the log.
+    pub(crate) fn note_begun(&self, who: &Principal, action: &str, object: &str) {
+        self.enter(Note { outcome: "begun", ..Note::of(who, action, object) });
+    }
+
     /// As [`Controller::note`], of what concerns the cloud as a whole.
     pub(crate) fn note_of_cloud(&self, who: &Principal, action: &str, object: &str) {
         self.enter(Note::of_cloud(who, action, object));

@@ -280,6 +280,26 @@ fn no_name_of_the_default_tenant_is_how_anothers_is_called_at_a_site() {
 }
 
 #[tokio::test]
+async fn whoever_hangs_up_while_a_program_is_handed_over_is_in_the_log() {
+    let w = world(Send::Works).await;
+    let ann = user(&w, "acme", "ann", Role::Member);
+    machine(&w, &ann, "a");
+    w.center.hung.store(true, std::sync::atomic::Ordering::SeqCst);
+    let program = crate::site::GuestProgram {
+        path: "/bin/true".into(),
+        args: Vec::new(),
+        input: Vec::new().into(),
+    };
+    let asked = w.c.exec(&ann, "a", program, Duration::from_secs(60));
+    tokio::time::timeout(Duration::from_millis(50), asked).await.expect_err("it does not answer");
+    let last = w.c.audit_for(&me(), 1).expect("read").remove(0);
+    assert_eq!(
+        (last.tenant.as_str(), last.user.as_str(), last.action.as_str(), last.outcome.as_str()),
+        ("acme", "ann", "vm exec", "begun")
+    );
+}
+
+#[tokio::test]
 async fn what_comes_in_is_counted_while_it_comes() {
     let w = world(Send::Works).await;
     let ann = user(&w, "acme", "ann", Role::Member);
