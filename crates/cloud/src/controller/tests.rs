@@ -33,7 +33,7 @@ pub(crate) struct Paper {
     /// It cannot say how a migration stands.
     silent: AtomicBool,
     /// It answers nothing at all.
-    hung: AtomicBool,
+    pub(super) hung: AtomicBool,
     /// How often it was asked what its pool holds.
     listed: AtomicUsize,
     /// How often it was asked what it runs.
