@@ -93,6 +93,9 @@ pub enum OpKind {
         /// Who may use the substrate; not told by a version before this.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         becomes: Option<SubstrateKind>,
+        /// The user of its tenant whose the substrate is; whoever asked, when not told.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        owner: Option<Name>,
     },
     /// Moves a running environment.
     VmMigrate {

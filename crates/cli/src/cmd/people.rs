@@ -130,6 +130,9 @@ enum AuditVerb {
         /// At most so many, up to 1000
         #[arg(long, default_value_t = 100, value_name = "N")]
         limit: u32,
+        /// Only entries before the one of this number
+        #[arg(long, value_name = "NUMBER")]
+        before: Option<u64>,
     },
     /// Read the whole log: each entry holds the hash of the one before
     Verify,
@@ -216,8 +219,10 @@ impl Audit {
         let client = Client::open(&self.talk.connect)?;
         let format = self.talk.output;
         match self.verb {
-            AuditVerb::List { limit } => {
-                let all: Vec<AuditEntry> = client.get(&format!("/v1/audit?limit={limit}")).await?;
+            AuditVerb::List { limit, before } => {
+                let before = before.map(|n| format!("&before={n}")).unwrap_or_default();
+                let path = format!("/v1/audit?limit={limit}{before}");
+                let all: Vec<AuditEntry> = client.get(&path).await?;
                 out::list(format, &all)?;
             }
             AuditVerb::Verify => {

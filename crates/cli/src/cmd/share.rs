@@ -122,7 +122,7 @@ enum QuotaVerb {
         /// Memory of the machines that are on, e.g. 8G
         #[arg(long, value_name = "SIZE", value_parser = mib)]
         memory: Option<Limit>,
-        /// What its substrates take in the pool, e.g. 20G
+        /// Memory and disk of its substrates, each in full whatever they share, e.g. 20G
         #[arg(long, value_name = "SIZE", value_parser = size)]
         pool: Option<Limit>,
         /// Machines that move at once

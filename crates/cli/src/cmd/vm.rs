@@ -133,7 +133,8 @@ struct Dock {
     /// Name of the substrate; the environment's own when left out
     #[arg(long)]
     name: Option<Name>,
-    /// Who may use it: public, restricted or private
+    /// Who may use it: public, restricted or private [default: restricted; private if its own
+    /// substrate is]
     #[arg(long, value_parser = substrate_kind, value_name = "KIND")]
     kind: Option<SubstrateKind>,
     #[command(flatten)]

@@ -3,14 +3,17 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::State;
+use axum::body::HttpBody as _;
+use axum::extract::{FromRequest as _, Request, State};
 use axum::http::StatusCode;
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use godwit_types::Code;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Answer, Api, Params, Path, Payload, Who};
+use super::shares::Share;
+use super::{Answer, Api, MAX_BODY, Params, Path, Payload, Who, drop_rest};
+use crate::access::Action;
 use crate::error::Fault;
 use crate::site::{GuestOutput, GuestProgram};
 
@@ -19,6 +22,9 @@ pub const MAX_INPUT: usize = 16 << 20;
 
 /// The longest body of a request for a program: its input in base64, and the rest.
 const MAX_EXEC_BODY: usize = MAX_INPUT / 3 * 4 + (1 << 20);
+
+/// Requests longer than [`MAX_BODY`] that are read and handed over at once.
+const LONG_AT_ONCE: usize = 32;
 
 /// The longest time in seconds that one request waits for a program's end.
 const MAX_WITHIN_S: u32 = 600;
@@ -111,6 +117,19 @@ fn limit(within_s: Option<u32>) -> Duration {
     Duration::from_secs(u64::from(within_s.unwrap_or(60).min(MAX_WITHIN_S)))
 }
 
+/// A place for a request that is long, before anything of it is read: only for who may make it.
+fn place(api: &Api, who: &Who, vm: &str, request: &Request) -> Result<Option<Share>, Fault> {
+    let vm = api.controller.vm_for(who, Action::Use, vm)?;
+    if request.body().size_hint().upper().is_some_and(|n| n <= MAX_BODY as u64) {
+        return Ok(None);
+    }
+    let place = api.programs.place(vm.tenant.to_string(), api.share(LONG_AT_ONCE), LONG_AT_ONCE);
+    place.map(Some).ok_or_else(|| {
+        Fault::unavailable("too many programs with long input are handed over right now")
+            .hint("come back later")
+    })
+}
+
 /// Runs a program in the guest, by its agent, and answers when it has ended, wherever the machine
 /// is then.
 #[utoipa::path(post, path = "/v1/vms/{vm}/exec", request_body = ExecRequest, params(("vm" = String, Path)),
@@ -121,8 +140,18 @@ pub(super) async fn start(
     State(api): State<Api>,
     who: Who,
     Path(vm): Path<String>,
-    Payload(want): Payload<ExecRequest, MAX_EXEC_BODY>,
+    request: Request,
 ) -> Answer<(StatusCode, Json<ExecReply>)> {
+    let place = match place(&api, &who, &vm, &request) {
+        Ok(place) => place,
+        Err(f) => {
+            // A sender that is cut off while it sends never reads why.
+            let mut body = request.into_body().into_data_stream();
+            tokio::spawn(async move { drop_rest(&mut body).await });
+            return Err(f.into());
+        }
+    };
+    let Payload(want) = Payload::<ExecRequest, MAX_EXEC_BODY>::from_request(request, &api).await?;
     let input = match want.encoding {
         Encoding::Text => want.input.into_bytes(),
         Encoding::Base64 => BASE64_STANDARD
@@ -135,6 +164,7 @@ pub(super) async fn start(
     let within = limit(want.within_s);
     let program = GuestProgram { path: want.path, args: want.args, input: input.into() };
     let process = api.controller.exec(&who, &vm, program, within).await?;
+    drop(place);
     if want.detach {
         let reply = ExecReply { pid: process.pid, ..ExecReply::default() };
         return Ok((StatusCode::ACCEPTED, Json(reply)));

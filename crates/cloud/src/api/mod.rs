@@ -13,6 +13,7 @@ mod images;
 mod meta;
 mod operations;
 mod people;
+mod shares;
 mod sites;
 mod substrates;
 #[cfg(test)]
@@ -110,6 +111,10 @@ pub struct Api {
     stop: CancellationToken,
     /// Held by whoever reads the audit log.
     audit: Arc<tokio::sync::Semaphore>,
+    /// Long requests for programs that are read and handed over, by tenant.
+    programs: shares::Shares,
+    /// Screens and consoles that are open, by site and tenant.
+    screens: shares::Shares,
 }
 
 impl std::fmt::Debug for Api {
@@ -125,7 +130,8 @@ impl Api {
         let (streams, stop) = (events::Streams::default(), CancellationToken::new());
         let (token, audit) =
             (blake3::hash(token.as_bytes()), Arc::new(tokio::sync::Semaphore::new(1)));
-        Self { controller, gate, token, streams, stop, audit }
+        let (programs, screens) = (shares::Shares::default(), shares::Shares::default());
+        Self { controller, gate, token, streams, stop, audit, programs, screens }
     }
 
     /// The same; its streams of events end with `stop`.
@@ -232,6 +238,12 @@ async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) 
 }
 
 impl Api {
+    /// How many of `all` places one tenant may take: all while there is no other.
+    fn share(&self, all: usize) -> usize {
+        let others = self.controller.registry().tenants().len() > 1;
+        if others { all / 4 } else { all }
+    }
+
     /// Who shows that token.
     fn principal(&self, token: &str) -> Option<Principal> {
         // `blake3::Hash` compares in constant time.

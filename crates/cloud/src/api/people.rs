@@ -148,10 +148,12 @@ async fn read_audit<T: Send + 'static>(
 pub(super) struct Newest {
     /// At most so many entries, and at most 1000; 100 when left out.
     limit: Option<u32>,
+    /// Only those before the entry of this number: the one that the last answer began with.
+    before: Option<u64>,
 }
 
 /// The newest entries of the audit log, oldest first: of all tenants for an operator who names none.
-/// They are looked for among the newest 100,000.
+/// They are looked for among the newest 100,000, or the 100,000 before the one that `before` names.
 #[utoipa::path(get, path = "/v1/audit", params(Newest),
     responses((status = 200, body = Vec<AuditEntry>), (status = 403, body = Fault)))]
 pub(super) async fn audit(
@@ -160,7 +162,7 @@ pub(super) async fn audit(
     Params(newest): Params<Newest>,
 ) -> Answer<Json<Vec<AuditEntry>>> {
     let limit = usize::try_from(newest.limit.unwrap_or(100)).unwrap_or(MAX_AUDIT);
-    Ok(Json(read_audit(&api, move |c| c.audit_for(&who, limit)).await?))
+    Ok(Json(read_audit(&api, move |c| c.audit_for(&who, limit, newest.before)).await?))
 }
 
 /// Reads the whole audit log: where it ends, if it is whole.

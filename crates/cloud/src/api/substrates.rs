@@ -1,5 +1,6 @@
 //! Substrates and pools.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -20,11 +21,11 @@ use super::{
 use crate::access::{Action, Object, Principal, default_tenant};
 use crate::controller::authorize::{allow, visible_part};
 use crate::controller::bring::finish_import;
-use crate::controller::{Accepted, Controller, Mode, Unanswered, ask_all};
+use crate::controller::{Accepted, Controller, Mode, Unanswered, Uploading, ask_all};
 use crate::error::Fault;
 use crate::registry::SubstrateRecord;
 use crate::site::frames::FrameReader;
-use crate::site::{Call, PoolReport, StreamRequest, verbs};
+use crate::site::{ByteStream, Call, PoolReport, SiteHost, StreamRequest, verbs};
 
 /// How long an import may stand still.
 const IMPORT_SILENCE: Duration = Duration::from_secs(60);
@@ -188,24 +189,43 @@ pub(super) async fn import(
     }
     let bytes = body.size_hint().exact();
     let mut body = body.into_data_stream();
-    match upload(&api, &who, to, bytes, &mut body).await {
-        Ok(record) => Ok((StatusCode::CREATED, Json(record))),
-        Err(f) => {
+    let begun = begin_import(&api, &who, to, bytes).await;
+    // What a site has got whole it publishes: whoever hangs up then leaves nothing unlisted.
+    let taken = tokio::spawn(async move {
+        let taken = match begun {
+            Ok(import) => import.take(&mut body).await,
+            Err(f) => Err(f),
+        };
+        if taken.is_err() {
             // A sender that is cut off while it sends never reads why.
             tokio::spawn(async move { drop_rest(&mut body).await });
-            Err(f.into())
         }
-    }
+        taken
+    });
+    let record = taken.await.map_err(|e| Fault::internal(e.to_string()))??;
+    Ok((StatusCode::CREATED, Json(record)))
 }
 
-/// Brings a file of `bytes`, if that is known, to a site.
-async fn upload(
+/// A file that comes to a site.
+struct Import {
+    api: Api,
+    who: Principal,
+    host: Arc<dyn SiteHost>,
+    /// What the site is told of it, if it is a user's.
+    upload: Option<Uploading>,
+    into: ByteStream,
+    /// Its length in bytes, if that is known.
+    bytes: Option<u64>,
+    label: Name,
+}
+
+/// Opens the way of a file of `bytes`, if that is known, to a site.
+async fn begin_import(
     api: &Api,
     who: &Principal,
     to: ImportTo,
     bytes: Option<u64>,
-    body: &mut BodyDataStream,
-) -> Result<SubstrateRecord, Fault> {
+) -> Result<Import, Fault> {
     if let Some(n) = &to.name
         && api.controller.registry().substrate_named(&who.tenant, n)
     {
@@ -216,7 +236,7 @@ async fn upload(
         None => api.controller.center()?,
     };
     let host = api.controller.host(&site)?;
-    let label = to.name.clone().unwrap_or_else(|| site.clone());
+    let label = to.name.clone().unwrap_or(site);
     // An operator brings back what was exported, as it was; whatever else comes is its bringer's.
     let upload = match (who.is_operator() && who.tenant == default_tenant(), &to.name) {
         (true, _) => None,
@@ -229,48 +249,78 @@ async fn upload(
         Some(upload) => StreamRequest::SubstrateUpload(upload.want.clone()),
         None => StreamRequest::SubstrateImport { name: to.name, content: None },
     };
-    let mut into = host.open(request).await?;
-    let mut taken = 0u64;
-    let mut refused = false;
-    let silent = |_| Fault::new(Code::TimedOut, "no more of the body came");
-    while let Some(chunk) =
-        tokio::time::timeout(IMPORT_SILENCE, body.next()).await.map_err(silent)?
-    {
-        let chunk = chunk.map_err(|e| Fault::invalid(format!("the body was cut off: {e}")))?;
-        taken += chunk.len() as u64;
-        if taken > MAX_IMPORT {
-            return Err(too_large());
+    let into = host.open(request).await?;
+    let (api, who) = (api.clone(), who.clone());
+    Ok(Import { api, who, host, upload, into, bytes, label })
+}
+
+impl Import {
+    /// Sends all of it. Answers whether the site takes no more of it.
+    async fn send(&mut self, body: &mut BodyDataStream) -> Result<bool, Fault> {
+        let mut taken = 0u64;
+        let silent = |_| Fault::new(Code::TimedOut, "no more of the body came");
+        while let Some(chunk) =
+            tokio::time::timeout(IMPORT_SILENCE, body.next()).await.map_err(silent)?
+        {
+            let chunk = chunk.map_err(|e| Fault::invalid(format!("the body was cut off: {e}")))?;
+            taken += chunk.len() as u64;
+            if taken > MAX_IMPORT {
+                return Err(too_large());
+            }
+            if let Some(upload) = &self.upload {
+                upload.count(chunk.len() as u64)?;
+            }
+            // A site that refuses closes its end; its verdict follows.
+            if self.into.write_all(&chunk).await.is_err() {
+                return Ok(true);
+            }
         }
-        if let Some(upload) = &upload {
-            upload.count(chunk.len() as u64)?;
-        }
-        // A site that refuses closes its end; its verdict follows.
-        if into.write_all(&chunk).await.is_err() {
-            refused = true;
-            break;
+        match self.bytes {
+            Some(bytes) if bytes != taken => Err(Fault::invalid("the body was cut off")),
+            _ => Ok(false),
         }
     }
-    let info = match finish_import(into, &label).await? {
-        info if !refused => info,
-        _ => return Err(Fault::internal("the site took less than was sent")),
-    };
-    let id = info.id;
-    let adopted = match &upload {
-        Some(upload) => Controller::is_wanted(&site, upload.want.id, &info)
-            .and_then(|()| api.controller.adopt_substrate(&site, info)),
-        None => api.controller.adopt_import(&site, info),
-    };
-    match adopted {
-        Ok(record) => {
-            api.controller.note(who, "substrate import", record.name.as_str());
-            Ok(record)
+
+    /// Brings it to its end.
+    async fn take(mut self, body: &mut BodyDataStream) -> Result<SubstrateRecord, Fault> {
+        let sent = self.send(body).await;
+        let Self { api, who, host, upload, into, label, .. } = self;
+        let site = host.name();
+        if upload.is_none()
+            && let Err(f) = sent
+        {
+            return Err(f);
         }
-        Err(f) => {
-            // What the center does not know nobody could use or delete.
-            if let Err(error) = host.ask(verbs::SubstrateDelete { id }, Call::quiet()).await {
-                tracing::warn!(%id, %site, %error, "a refused substrate is still there");
+        let less = || Fault::internal("the site took less than was sent");
+        let info = match finish_import(into, &label).await {
+            // What an operator brings may have been there before: nothing of it is removed.
+            Ok(_) if upload.is_none() && matches!(sent, Ok(true)) => return Err(less()),
+            Ok(info) => info,
+            Err(f) => return Err(sent.err().unwrap_or(f)),
+        };
+        let id = info.id;
+        let wanted = match &upload {
+            Some(upload) => Controller::is_wanted(site, upload.want.id, &info),
+            None => Ok(()),
+        };
+        let adopted = match (wanted, sent) {
+            (Err(f), _) | (_, Err(f)) => Err(f),
+            (_, Ok(true)) => Err(less()),
+            (_, Ok(false)) if upload.is_some() => api.controller.adopt_substrate(site, info),
+            (_, Ok(false)) => api.controller.adopt_import(site, info),
+        };
+        match adopted {
+            Ok(record) => {
+                api.controller.note(&who, "substrate import", record.name.as_str());
+                Ok(record)
             }
-            Err(f)
+            Err(f) => {
+                // What the center does not know nobody could use or delete.
+                if let Err(error) = host.ask(verbs::SubstrateDelete { id }, Call::quiet()).await {
+                    tracing::warn!(%id, %site, %error, "a refused substrate is still there");
+                }
+                Err(f)
+            }
         }
     }
 }

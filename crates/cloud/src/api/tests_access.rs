@@ -11,6 +11,7 @@ use crate::access::{Role, default_tenant};
 use crate::controller::tests::{Send, World, name, world};
 use crate::ops::OpKind;
 use crate::registry::{Drawn, OpRecord, SubstrateRecord, TenantRecord, VmRecord};
+use crate::site::{ByteStream, Call, SiteHost, SiteReply, SiteRequest, StreamRequest};
 
 /// What a path is about, and so what a foreigner and a viewer of the own tenant may expect.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -466,5 +467,72 @@ async fn what_is_public_or_granted_is_used_and_not_changed() {
         assert_eq!(status.as_u16(), make, "{named}: {text}");
         let (status, text) = send_as(&r, Method::DELETE, &path, &token, "").await;
         assert_eq!(status.as_u16(), delete, "{named}: {text}");
+    }
+}
+
+/// A site that takes files in, and what they come by.
+struct Takes {
+    name: Name,
+    come: std::sync::Mutex<Option<(crate::site::Upload, tokio::io::DuplexStream)>>,
+    paper: Arc<dyn SiteHost>,
+}
+
+#[async_trait::async_trait]
+impl SiteHost for Takes {
+    fn name(&self) -> &Name {
+        &self.name
+    }
+    async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
+        self.paper.answer(request, call).await
+    }
+    async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
+        let StreamRequest::SubstrateUpload(want) = request else {
+            return Err(Fault::invalid("only files"));
+        };
+        let (center, site) = tokio::io::duplex(1 << 20);
+        *self.come.lock().expect("lock") = Some((want, site));
+        Ok(Box::pin(center))
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_has_come_whole_is_listed_though_its_sender_has_hung_up() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let w = world(Send::Works).await;
+    let r = router(&w);
+    furnish(&w, "acme", "our");
+    let token = token_of(&w, Role::Member);
+    let (come, paper) = (std::sync::Mutex::default(), w.cafe.clone());
+    let bar = Arc::new(Takes { name: name("bar"), come, paper });
+    w.c.attach(bar.clone(), SiteKind::Ap).await.expect("attached");
+    let path = "/v1/substrates?name=file&site=bar";
+    let sent = send_as(&r, Method::POST, path, &token, "GWSA");
+    tokio::time::timeout(Duration::from_millis(300), sent).await.expect_err("no verdict yet");
+    let (want, mut site) = bar.come.lock().expect("lock").take().expect("opened");
+    let mut file = String::new();
+    site.read_to_string(&mut file).await.expect("read");
+    assert_eq!(file, "GWSA");
+    let info = crate::site::SubstrateInfo {
+        id: want.id,
+        name: want.name,
+        kind: SubstrateKind::Restricted,
+        owner: want.owner,
+        image: name("tiny"),
+        arch: godwit_types::Arch::X86_64,
+        memory: Mib(128),
+        vcpus: 1,
+        raw_bytes: 1,
+        stored_bytes: 1,
+        created: UnixMs(1),
+        content: godwit_types::Hash::of(b"file"),
+        dock: None,
+    };
+    let verdict = serde_json::to_vec(&Ok::<_, Fault>(info)).expect("json");
+    site.write_all(&verdict).await.expect("written");
+    drop(site);
+    let begun = std::time::Instant::now();
+    while !w.c.registry().substrate_named(&name("acme"), &name("file")) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "it is not listed");
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

@@ -54,6 +54,9 @@ pub(super) struct Tail {
     max_bytes: Option<u32>,
 }
 
+/// Screens and consoles of one site that its machines show at once.
+const SCREENS: usize = 64;
+
 /// The longest console tail in bytes.
 const MAX_TAIL: u32 = 512 << 10;
 
@@ -205,8 +208,8 @@ pub(super) async fn type_text(
     }
     let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
     let host = api.controller.host(&vm.site)?;
+    api.controller.note_begun(&who.at(&vm.tenant), "vm type", vm.name.as_str());
     host.ask(verbs::VmType { vm: vm.id, text: t.text }, Call::quiet()).await?;
-    api.controller.note(&who.at(&vm.tenant), "vm type", vm.name.as_str());
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -251,10 +254,22 @@ async fn upgrade(
     if request.headers().get(UPGRADE).is_none_or(|v| v.as_bytes() != protocol.as_bytes()) {
         return Err(Fault::invalid(format!("send 'Upgrade: {protocol}' over HTTP/1.1")).into());
     }
-    let mut site = api.controller.host(&vm.site)?.open(what).await?;
+    let host = api.controller.host(&vm.site)?;
+    let place = api.screens.place(
+        format!("{}/{}", vm.site, vm.tenant),
+        api.share(SCREENS),
+        // The site itself says when there are too many in all.
+        usize::MAX,
+    );
+    let place = place.ok_or_else(|| {
+        let words = "the tenant has as many screens and consoles open at this site as it may";
+        Fault::unavailable(words).hint("close one of them")
+    })?;
+    let mut site = host.open(what).await?;
     let upgraded = hyper::upgrade::on(&mut request);
     let name = vm.name.clone();
     tokio::spawn(async move {
+        let _place = place;
         match upgraded.await {
             Ok(up) => {
                 let mut user = TokioIo::new(up);

@@ -94,9 +94,14 @@ impl Controller {
     /// Asks an operation to stop.
     ///
     /// # Errors
-    /// As [`Controller::op_for`] and [`crate::ops::Ops::cancel`].
+    /// As [`Controller::op_for`] and [`crate::ops::Ops::cancel`]; forbidden when its machine may
+    /// not be changed.
     pub fn cancel(&self, who: &Principal, id: OpId) -> Result<(), Fault> {
-        drop(self.op_for(who, Action::Change, id)?);
+        let vm = self.op_for(who, Action::Change, id)?.borrow().kind.vm();
+        if let Some(vm) = vm.and_then(|vm| self.registry.vm(&vm.to_string()).ok()) {
+            let key = id.to_string();
+            allow(who, Action::Change, &Object::machine(&vm), ("operation", &key))?;
+        }
         self.ops.cancel(id)
     }
 

@@ -67,6 +67,7 @@ impl Controller {
     ) -> Result<GuestProcess, Fault> {
         let until = Instant::now() + within;
         let first = self.vm_for(who, Action::Use, key)?;
+        self.note_begun(&who.at(&first.tenant), "vm exec", first.name.as_str());
         loop {
             let vm = self.registry.vm(&first.id.to_string()).map_err(registry_fault)?;
             if vm.state == VmState::Docking {
@@ -79,10 +80,7 @@ impl Controller {
                 host.ask(request, Call::quiet()).await
             };
             match asked.await {
-                Ok(pid) => {
-                    self.note(&who.at(&vm.tenant), "vm exec", vm.name.as_str());
-                    return Ok(GuestProcess { vm: vm.id, name: vm.name, pid });
-                }
+                Ok(pid) => return Ok(GuestProcess { vm: vm.id, name: vm.name, pid }),
                 Err(f) if Instant::now() < until && self.passing(&vm, &f) => {
                     tokio::time::sleep(LOOK_EVERY).await;
                 }

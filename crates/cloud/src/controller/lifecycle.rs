@@ -75,14 +75,17 @@ impl Controller {
     fn fresh_name(&self, who: &Principal, base: &Name) -> Result<Name, Fault> {
         let short: String = base.as_str().chars().take(Name::MAX_LEN - 6).collect();
         (1..10_000)
-            .map(|i| format!("{short}-{i}"))
-            .find(|n| self.registry.vm_in(&who.tenant, n).is_err())
-            .and_then(|n| Name::new(&n).ok())
+            .filter_map(|i| Name::new(&format!("{short}-{i}")).ok())
+            .find(|n| !self.registry.vm_named(&who.tenant, n))
             .ok_or_else(|| Fault::invalid("give the machine a name"))
     }
 
     /// Refuses a private substrate that runs already: the second machine would be the same one.
-    fn once(&self, who: &Principal, substrate: Option<&SubstrateRecord>) -> Result<(), Fault> {
+    pub(super) fn once(
+        &self,
+        who: &Principal,
+        substrate: Option<&SubstrateRecord>,
+    ) -> Result<(), Fault> {
         let Some(s) = substrate.filter(|s| s.kind == SubstrateKind::Private) else { return Ok(()) };
         let all = self.registry.vms().map_err(registry_fault)?;
         let Some(vm) = all.into_iter().find(|v| v.substrate == Some(s.id)) else { return Ok(()) };
@@ -124,7 +127,7 @@ impl Controller {
         }
         let base = shape.substrate.as_ref().map_or(&shape.image, |s| &s.name);
         let name = want.name.map_or_else(|| self.fresh_name(who, base), Ok)?;
-        if self.registry.vm_in(&who.tenant, name.as_str()).is_ok() {
+        if self.registry.vm_named(&who.tenant, &name) {
             return Err(Fault::new(Code::Exists, format!("machine '{name}' exists already")));
         }
         let demand = Demand {
@@ -154,7 +157,12 @@ impl Controller {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
         }
         let host = self.host(&placed.site)?;
-        let private_of = shape.substrate.as_ref().and_then(SubstrateRecord::private_of).cloned();
+        let private = shape.substrate.as_ref().and_then(|s| s.private_of().map(|of| (s, of)));
+        let private_of = private.map(|(s, of)| match s.tenant == who.tenant {
+            true => of.clone(),
+            // A name says who that is in its tenant alone.
+            false => self.owner_for(who),
+        });
         let vm = VmRecord {
             id: VmId::new(),
             name: name.clone(),
@@ -410,9 +418,16 @@ impl Controller {
         let vm = self.vm_for(who, Action::Use, key)?;
         let who = &who.at(&vm.tenant);
         let substrate = SubstrateId::new();
-        let kind = how.kind.unwrap_or(SubstrateKind::Restricted);
+        let kind = how.kind.unwrap_or(match vm.private_of {
+            Some(_) => SubstrateKind::Private,
+            None => SubstrateKind::Restricted,
+        });
+        let owner = match (&vm.private_of, kind) {
+            (Some(of), SubstrateKind::Private) => of.clone(),
+            _ => self.owner_for(who),
+        };
         let (none, tenant) = (BTreeSet::new(), &vm.tenant);
-        let made = Object::Substrate { tenant, owner: &who.user, kind, granted: &none };
+        let made = Object::Substrate { tenant, owner: &owner, kind, granted: &none };
         let action = match kind {
             SubstrateKind::Public => Action::Publish,
             SubstrateKind::Restricted | SubstrateKind::Private => Action::Create,
@@ -439,10 +454,16 @@ impl Controller {
             substrate,
             name: at_sites,
             kind,
-            owner: who.id.clone(),
+            owner: self.registry.user(&vm.tenant, &owner).map_or(owner.clone(), |u| u.id),
         };
-        let (called, becomes) = (Some(name), Some(kind));
-        let kind = OpKind::VmDock { vm: vm.id, name: vm.name.clone(), substrate, called, becomes };
+        let kind = OpKind::VmDock {
+            vm: vm.id,
+            name: vm.name.clone(),
+            substrate,
+            called: Some(name),
+            becomes: Some(kind),
+            owner: Some(owner),
+        };
         let (me, record) = (self.clone(), vm.clone());
         let started = self.ops.start(who, kind, |op| async move {
             op.begin("dock", json!({ "site": record.site, "substrate": substrate }))?;

@@ -64,6 +64,7 @@ use crate::site::{Call, SiteHost, verbs};
 
 pub(crate) use ask::ask_all;
 pub use ask::{ANSWER_WITHIN, Unanswered};
+pub(crate) use origin::Uploading;
 
 /// How long a site stays usable without a report.
 pub const LEASE: Duration = Duration::from_secs(15);
@@ -95,7 +96,7 @@ pub struct CreateVm {
 pub struct DockVm {
     /// Name of the substrate; the machine's own when left out.
     pub name: Option<Name>,
-    /// Who may use it; restricted when left out.
+    /// Who may use it; restricted when left out, private for a machine of a private substrate.
     pub kind: Option<SubstrateKind>,
 }
 

@@ -56,19 +56,19 @@ impl Uploads {
 }
 
 /// A file that a user brings; dropped, it is forgotten.
-pub(crate) struct Uploading<'a> {
-    controller: &'a Controller,
+pub(crate) struct Uploading {
+    controller: Arc<Controller>,
     /// What its site is told.
     pub(crate) want: Upload,
 }
 
-impl Drop for Uploading<'_> {
+impl Drop for Uploading {
     fn drop(&mut self) {
         self.controller.uploads.all().remove(&self.want.id);
     }
 }
 
-impl Uploading<'_> {
+impl Uploading {
     /// Counts `more` bytes that have come, with what else comes in for the same tenant.
     ///
     /// # Errors
@@ -102,6 +102,15 @@ const fn not_public(kind: SubstrateKind) -> SubstrateKind {
 }
 
 impl Controller {
+    /// Whose it is what `who` makes in the tenant that it acts in: names are per tenant, so of an
+    /// operator of another tenant it is the operator's.
+    pub(super) fn owner_for(&self, who: &Principal) -> Name {
+        match self.registry.user_of(&who.id) {
+            Some((of, user)) if of == who.tenant => user,
+            _ => operator(),
+        }
+    }
+
     /// Refuses a name that a substrate of the tenant has, or one that is being docked or brought
     /// will have.
     pub(super) fn is_new_substrate(&self, tenant: &Name, name: &Name) -> Result<(), Fault> {
@@ -129,14 +138,15 @@ impl Controller {
     /// # Errors
     /// Forbidden; exists; no room, by the tenant's quota.
     pub(crate) fn begin_upload(
-        &self,
+        self: &Arc<Self>,
         who: &Principal,
         name: &Name,
         bytes: Option<u64>,
-    ) -> Result<Uploading<'_>, Fault> {
+    ) -> Result<Uploading, Fault> {
+        let user = self.owner_for(who);
         let made = Object::Substrate {
             tenant: &who.tenant,
-            owner: &who.user,
+            owner: &user,
             kind: SubstrateKind::Restricted,
             granted: &BTreeSet::new(),
         };
@@ -148,15 +158,15 @@ impl Controller {
         let want = Upload {
             name: name_at_sites(&who.tenant, name, id)?,
             id,
-            owner: who.id.clone(),
+            owner: self.registry.user(&who.tenant, &user).map_or(user.clone(), |u| u.id),
             among,
         };
         let one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
         self.is_new_substrate(&who.tenant, name)?;
-        let (tenant, user, name) = (who.tenant.clone(), who.user.clone(), name.clone());
+        let (tenant, name) = (who.tenant.clone(), name.clone());
         self.uploads.all().insert(id, FileUpload { tenant, user, name, bytes: 0 });
         drop(one);
-        let upload = Uploading { controller: self, want };
+        let upload = Uploading { controller: self.clone(), want };
         let room = self.registry.pool_has_room(&who.tenant, bytes.unwrap_or_default());
         room.map_err(registry_fault)?;
         Ok(upload)
@@ -216,10 +226,10 @@ impl Controller {
             return Some(Origin { tenant, owner, name, kind: not_public(info.kind) });
         }
         let made = |o: &Arc<OpRecord>| match &o.kind {
-            OpKind::VmDock { substrate, called, becomes, .. } if *substrate == info.id => {
+            OpKind::VmDock { substrate, called, becomes, owner, .. } if *substrate == info.id => {
                 Some(Origin {
                     tenant: o.tenant.clone(),
-                    owner: o.user.clone(),
+                    owner: owner.clone().unwrap_or_else(|| o.user.clone()),
                     name: called.clone(),
                     kind: becomes.unwrap_or_else(|| not_public(info.kind)),
                 })

@@ -133,11 +133,17 @@ impl Controller {
         self.registry.substrate_grant(who, s.id, tenant, may).map_err(registry_fault)
     }
 
-    /// The newest entries of the audit log that are there for `who`, at most `limit`, oldest first.
+    /// The newest entries of the audit log that are there for `who`, at most `limit`, oldest first;
+    /// of those before the entry number `before`, if that is named.
     ///
     /// # Errors
     /// Forbidden; when the registry fails.
-    pub fn audit_for(&self, who: &Principal, limit: usize) -> Result<Vec<AuditEntry>, Fault> {
+    pub fn audit_for(
+        &self,
+        who: &Principal,
+        limit: usize,
+        before: Option<u64>,
+    ) -> Result<Vec<AuditEntry>, Fault> {
         let own = Object::Audit { tenant: &who.tenant };
         allow(who, Action::See, &own, ("tenant", who.tenant.as_str()))?;
         let there = |e: &AuditEntry| who.lists(&e.tenant) && (who.is_operator() || !e.cloud);
@@ -145,7 +151,7 @@ impl Controller {
             true => 0,
             false => self.registry.tenant(&who.tenant).map_err(registry_fault)?.audit_from,
         };
-        self.registry.audit_entries(limit, from, there).map_err(registry_fault)
+        self.registry.audit_entries_before(limit, from, before, there).map_err(registry_fault)
     }
 
     /// Reads the whole audit log and tells where it ends.
@@ -161,6 +167,11 @@ impl Controller {
     /// log that cannot be written is told of in the daemon's own.
     pub(crate) fn note(&self, who: &Principal, action: &str, object: &str) {
         self.enter(Note::of(who, action, object));
+    }
+
+    /// As [`Controller::note`], of what is about to be done: whoever hangs up meanwhile is in the log.
+    pub(crate) fn note_begun(&self, who: &Principal, action: &str, object: &str) {
+        self.enter(Note { outcome: "begun", ..Note::of(who, action, object) });
     }
 
     /// As [`Controller::note`], of what concerns the cloud as a whole.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Code, Name, SiteKind};
+use godwit_types::{Code, Name, SiteKind, SubstrateId};
 use serde_json::json;
 
 use super::authorize::allow;
@@ -12,7 +12,7 @@ use crate::access::{Action, Object, Principal};
 use crate::error::Fault;
 use crate::ops::OpKind;
 use crate::registry::VmRecord;
-use crate::site::{Call, in_use, verbs};
+use crate::site::{Call, SiteHost, in_use, verbs};
 
 impl Controller {
     /// The center's own site.
@@ -94,6 +94,7 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok(Accepted { op: None, plan, target });
         }
+        self.note_of_cloud(who, "image delete", image.as_str());
         let (mut removed, mut none) = (false, None);
         for host in hosts {
             let request = verbs::ImageDelete { name: image.clone() };
@@ -108,10 +109,7 @@ impl Controller {
                 Err(Fault::not_found(format!("no site has image '{image}' built"))
                     .hint("see the images with: godwit image list"))
             }
-            _ => {
-                self.note_of_cloud(who, "image delete", image.as_str());
-                Ok(Accepted { op: None, plan, target })
-            }
+            _ => Ok(Accepted { op: None, plan, target }),
         }
     }
 
@@ -120,7 +118,7 @@ impl Controller {
     /// # Errors
     /// Conflict while an environment needs it; unavailable while a holder is away.
     pub async fn substrate_delete(
-        &self,
+        self: &Arc<Self>,
         who: &Principal,
         key: &str,
         mode: Mode,
@@ -158,17 +156,31 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok(Accepted { op: None, plan, target });
         }
+        self.note_begun(&who.at(&s.tenant), "substrate delete", s.name.as_str());
+        let (me, who, id) = (self.clone(), who.clone(), s.id);
+        // It comes to its end also when nobody waits for it any more.
+        let deleted = tokio::spawn(async move { me.delete_at(&who, id, hosts).await });
+        deleted.await.map_err(|e| Fault::internal(e.to_string()))??;
+        Ok(Accepted { op: None, plan, target })
+    }
+
+    /// Removes a substrate from these sites, which are all that hold it, and forgets it.
+    async fn delete_at(
+        &self,
+        who: &Principal,
+        id: SubstrateId,
+        hosts: Vec<Arc<dyn SiteHost>>,
+    ) -> Result<(), Fault> {
         for host in hosts {
-            match host.ask(verbs::SubstrateDelete { id: s.id }, Call::quiet()).await {
+            match host.ask(verbs::SubstrateDelete { id }, Call::quiet()).await {
                 Err(f) if f.code != Code::NotFound => return Err(f),
                 _ => self
                     .registry
-                    .substrate_holder(s.id, host.name(), false)
+                    .substrate_holder(id, host.name(), false)
                     .map_err(registry_fault)?,
             }
         }
-        self.registry.substrate_remove(who, s.id).map_err(registry_fault)?;
-        Ok(Accepted { op: None, plan, target })
+        self.registry.substrate_remove(who, id).map_err(registry_fault)
     }
 
     /// Checks a site's pool.

@@ -7,7 +7,7 @@
 //! old one: removed from every site, or kept under another name while a machine stands on it
 //! ```
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use godwit_transfer::Warrant;
 use godwit_types::{Code, Generation, Name, SubstrateId, VmId, VmState};
@@ -60,7 +60,7 @@ impl Controller {
         let old = self.substrate_for(who, Action::Change, key)?;
         let who = &who.at(&old.tenant);
         let name = suffixed(&old.name, "rebuild")?;
-        if self.registry.vm_in(&old.tenant, name.as_str()).is_ok() {
+        if self.registry.vm_named(&old.tenant, &name) {
             return Err(Fault::new(Code::Exists, format!("machine '{name}' exists already")).hint(
                 format!("is it being rebuilt? see: godwit op list; else: godwit vm delete {name}"),
             ));
@@ -131,6 +131,8 @@ impl Controller {
         let kind = OpKind::SubstrateRebuild { vm: vm.id, name: old.name.clone(), old: old.id, new };
         let owner = self.registry.user(&old.tenant, &old.owner).map_or(old.owner.clone(), |u| u.id);
         let (me, record) = (self.clone(), vm.clone());
+        let one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
+        self.once(who, Some(&old))?;
         let started = self.ops.start_new(who, &vm, kind, |op| async move {
             let job = Rebuild { old, new, owner, vm: record };
             let outcome = me.run_rebuild(&op, &job, warrant, &host).await;
@@ -140,6 +142,7 @@ impl Controller {
             }
             outcome
         });
+        drop(one);
         let op = started.map_err(registry_fault)?;
         Ok(Accepted { op: Some(op), plan, target })
     }

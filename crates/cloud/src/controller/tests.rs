@@ -37,7 +37,7 @@ pub(crate) struct Paper {
     /// It was asked to bring the rest of a machine, with its memory or without.
     pub(super) resumed: Mutex<Vec<bool>>,
     /// It answers nothing at all.
-    hung: AtomicBool,
+    pub(super) hung: AtomicBool,
     /// How often it was asked what its pool holds.
     listed: AtomicUsize,
     /// How often it was asked what it runs.

@@ -59,6 +59,7 @@ fn docking(w: &World, who: &Principal, vm: &VmRecord, called: &str, site: &str) 
         substrate,
         called: Some(name(called)),
         becomes: Some(SubstrateKind::Restricted),
+        owner: None,
     };
     let mut op = OpRecord::begun(who, kind);
     op.journal.push(crate::registry::Step {
@@ -280,6 +281,26 @@ fn no_name_of_the_default_tenant_is_how_anothers_is_called_at_a_site() {
 }
 
 #[tokio::test]
+async fn whoever_hangs_up_while_a_program_is_handed_over_is_in_the_log() {
+    let w = world(Send::Works).await;
+    let ann = user(&w, "acme", "ann", Role::Member);
+    machine(&w, &ann, "a");
+    w.center.hung.store(true, std::sync::atomic::Ordering::SeqCst);
+    let program = crate::site::GuestProgram {
+        path: "/bin/true".into(),
+        args: Vec::new(),
+        input: Vec::new().into(),
+    };
+    let asked = w.c.exec(&ann, "a", program, Duration::from_secs(60));
+    tokio::time::timeout(Duration::from_millis(50), asked).await.expect_err("it does not answer");
+    let last = w.c.audit_for(&me(), 1, None).expect("read").remove(0);
+    assert_eq!(
+        (last.tenant.as_str(), last.user.as_str(), last.action.as_str(), last.outcome.as_str()),
+        ("acme", "ann", "vm exec", "begun")
+    );
+}
+
+#[tokio::test]
 async fn what_comes_in_is_counted_while_it_comes() {
     let w = world(Send::Works).await;
     let ann = user(&w, "acme", "ann", Role::Member);
@@ -326,7 +347,7 @@ async fn what_concerns_the_whole_cloud_is_not_there_for_users_of_the_default_ten
     let seen: Vec<_> = w.c.ops_for(&dave).expect("list").into_iter().map(|o| o.id).collect();
     assert_eq!(seen, [ours.id]);
     let actions = |who: &Principal| {
-        let log = w.c.audit_for(who, 100).expect("read");
+        let log = w.c.audit_for(who, 100, None).expect("read");
         log.into_iter().map(|e| format!("{} {}", e.action, e.object)).collect::<Vec<_>>()
     };
     let log = actions(&dave);
@@ -348,7 +369,7 @@ async fn the_owner_of_a_granted_substrate_finds_in_its_log_who_took_it_out() {
     let s = w.c.adopt_substrate(&name("center"), info).expect("listed");
     w.c.note_substrate(&bob, "substrate export", &s);
     for (who, object) in [(&ann, "lent by a user of tenant other"), (&bob, "lent")] {
-        let log = w.c.audit_for(who, 1).expect("read");
+        let log = w.c.audit_for(who, 1, None).expect("read");
         assert_eq!((log[0].action.as_str(), log[0].object.as_str()), ("substrate export", object));
     }
 }
@@ -360,7 +381,67 @@ async fn equal_refusals_are_one_entry_of_the_log() {
     for _ in 0..100 {
         w.c.note_refused(&ann, "GET /metrics");
     }
-    let log = w.c.audit_for(&ann, 100).expect("read");
+    let log = w.c.audit_for(&ann, 100, None).expect("read");
     assert_eq!(log.iter().filter(|e| e.action == "request").count(), 1, "{log:?}");
-    assert!(w.c.audit_for(&ann, 0).expect("read").is_empty());
+    assert!(w.c.audit_for(&ann, 0, None).expect("read").is_empty());
+}
+
+/// A machine of `who` that runs, made of the substrate `key`.
+async fn activated(w: &World, who: &Principal, n: &str, key: &str) -> VmRecord {
+    let want =
+        CreateVm { name: Some(name(n)), substrate: Some(key.to_owned()), ..CreateVm::default() };
+    let (a, vm) = w.c.create(who, want, Mode::Act).await.expect("accepted");
+    w.c.ops().wait(a.op.expect("op")).await.expect("ends");
+    vm.expect("made")
+}
+
+#[tokio::test]
+async fn what_is_private_is_docked_as_private_and_no_colleague_cancels_that() {
+    let w = world(Send::Works).await;
+    let (ann, bob) = (user(&w, "acme", "ann", Role::Member), user(&w, "acme", "bob", Role::Member));
+    private(&w, &ann, "mine");
+    let vm = activated(&w, &ann, "diary", "mine").await;
+    w.center.hung.store(true, std::sync::atomic::Ordering::SeqCst);
+    let how = DockVm { name: Some(name("kept")), kind: None };
+    let op = w.c.dock(&ann, "diary", how, Mode::Act).expect("accepted").op.expect("op");
+    match w.c.registry().op(op).expect("there").kind {
+        OpKind::VmDock { becomes, owner, .. } => {
+            assert_eq!(becomes, Some(SubstrateKind::Private));
+            assert_eq!(owner, Some(name("ann")));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(w.c.registry().vm(&vm.id.to_string()).expect("there").state, VmState::Docking);
+    assert_eq!(w.c.cancel(&bob, op).expect_err("not his").code, Code::Forbidden);
+    w.c.cancel(&ann, op).expect("her own");
+}
+
+#[tokio::test]
+async fn an_operator_in_another_tenant_makes_nothing_in_the_name_of_a_user_there() {
+    let w = world(Send::Works).await;
+    let ann = user(&w, "acme", "ann", Role::Member);
+    // Called the same, and somebody else: a user and an operator of the default tenant.
+    user(&w, "default", "ann", Role::Member);
+    let bob = user(&w, "default", "bob", Role::Operator);
+    user(&w, "acme", "bob", Role::Member);
+    private(&w, &ann, "mine");
+    let vm = activated(&w, &me(), "copy", "acme/mine").await;
+    assert_eq!((vm.tenant.as_str(), vm.private_of), ("default", Some(name("operator"))));
+    let upload = w.c.begin_upload(&bob.at(&ann.tenant), &name("file"), None).expect("begun");
+    assert_eq!(upload.want.owner.as_str(), "operator");
+    let vm = machine(&w, &ann, "a");
+    let accepted = w.c.dock(&bob, &format!("acme/{}", vm.name), dock_as("web"), Mode::Act);
+    let op = accepted.expect("accepted").op.expect("op");
+    let kind = w.c.registry().op(op).expect("there").kind;
+    assert!(matches!(kind, OpKind::VmDock { owner: Some(o), .. } if o.as_str() == "operator"));
+}
+
+#[tokio::test]
+async fn a_name_that_is_the_id_of_anothers_machine_tells_nothing() {
+    let w = world(Send::Works).await;
+    let (ann, bob) =
+        (user(&w, "acme", "ann", Role::Member), user(&w, "other", "bob", Role::Member));
+    let id = machine(&w, &ann, "a").id.to_string();
+    let want = CreateVm { name: Some(name(&id)), image: Some(name("tiny")), ..CreateVm::default() };
+    w.c.create(&bob, want, Mode::DryRun).await.expect("as any other name");
 }

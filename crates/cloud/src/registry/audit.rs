@@ -168,12 +168,26 @@ impl Registry {
         from: u64,
         wanted: impl Fn(&AuditEntry) -> bool,
     ) -> Result<Vec<AuditEntry>> {
+        self.audit_entries_before(limit, from, None, wanted)
+    }
+
+    /// As [`Registry::audit_entries`], of those before the entry number `before`.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn audit_entries_before(
+        &self,
+        limit: usize,
+        from: u64,
+        before: Option<u64>,
+        wanted: impl Fn(&AuditEntry) -> bool,
+    ) -> Result<Vec<AuditEntry>> {
         let (mut found, mut read) = (Vec::new(), 0);
         let limit = limit.min(MAX_AUDIT);
         if limit == 0 {
             return Ok(found);
         }
-        self.file.audit_back(|entry| {
+        self.file.audit_back(before, |entry| {
             read += 1;
             if entry.number < from {
                 return false;
@@ -196,7 +210,7 @@ impl Registry {
         let mut end: Option<AuditEnd> = None;
         let mut after: Option<(u64, Hash)> = None;
         let mut broken = None;
-        self.file.audit_back(|entry| {
+        self.file.audit_back(None, |entry| {
             let hash = entry.hash();
             if after.is_some_and(|(number, before)| number != entry.number + 1 || before != hash) {
                 broken = Some(entry.number);

@@ -168,11 +168,17 @@ impl File {
         look(&self.shared.durable.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Shows the entries of the audit log, newest first, for as long as `more` wants.
-    pub(super) fn audit_back(&self, mut more: impl FnMut(AuditEntry) -> bool) -> Result<()> {
+    /// Shows the entries of the audit log, newest first, for as long as `more` wants: all of them,
+    /// or those before the one of that number.
+    pub(super) fn audit_back(
+        &self,
+        before: Option<u64>,
+        mut more: impl FnMut(AuditEntry) -> bool,
+    ) -> Result<()> {
         self.shared.with_db(|db| {
             let tx = db.begin_read()?;
-            for entry in tx.open_table(AUDIT)?.iter()?.rev() {
+            let end = format!("{:020}", before.unwrap_or(u64::MAX));
+            for entry in tx.open_table(AUDIT)?.range(..end.as_str())?.rev() {
                 let (key, value) = entry?;
                 let entry = serde_json::from_slice(value.value()).map_err(|source| {
                     RegistryError::Damaged { key: format!("audit/{}", key.value()), source }
@@ -510,6 +516,7 @@ fn prepare(db: &Database) -> Result<bool> {
             sites.insert(key.as_str(), bytes.as_slice())?;
         }
     }
+    own_private(&tx)?;
     for old in OLD_NAMES {
         tx.delete_table(old)?;
     }
@@ -518,6 +525,36 @@ fn prepare(db: &Database) -> Result<bool> {
     godwit_hold::at_blocking("registry.upgrading");
     tx.commit()?;
     Ok(true)
+}
+
+/// Machines of private substrates become their owners' alone: they did not say so before format 3.
+fn own_private(tx: &WriteTransaction) -> Result<()> {
+    let mut private = std::collections::HashMap::new();
+    for entry in tx.open_table(SUBSTRATES)?.iter()? {
+        if let Ok(s) = serde_json::from_slice::<super::SubstrateRecord>(entry?.1.value())
+            && let Some(owner) = s.private_of()
+        {
+            private.insert(s.id, owner.clone());
+        }
+    }
+    let mut vms = tx.open_table(VMS)?;
+    let mut rows = Vec::new();
+    for entry in vms.iter()? {
+        let (k, v) = entry?;
+        if let Ok(mut vm) = serde_json::from_slice::<super::VmRecord>(v.value())
+            && vm.private_of.is_none()
+            && let Some(owner) = vm.substrate.and_then(|s| private.get(&s))
+        {
+            vm.private_of = Some(owner.clone());
+            rows.push((k.value().to_owned(), vm));
+        }
+    }
+    for (key, vm) in rows {
+        let bytes = serde_json::to_vec(&vm)
+            .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;
+        vms.insert(key.as_str(), bytes.as_slice())?;
+    }
+    Ok(())
 }
 
 fn load(db: &Database) -> Result<Tables> {

@@ -61,7 +61,7 @@ pub use records::{
 use crate::access::{Principal, default_tenant};
 use crate::clock::{Moment, UnixMs};
 
-/// Finished operations that are kept; the oldest go first.
+/// Finished operations of each tenant that are kept; the oldest go first.
 pub const KEPT_OPS: usize = 1000;
 
 type Result<T> = std::result::Result<T, RegistryError>;
@@ -579,6 +579,12 @@ impl Registry {
         })
     }
 
+    /// Whether a tenant has an execution environment of that name.
+    #[must_use]
+    pub fn vm_named(&self, tenant: &Name, name: &Name) -> bool {
+        self.file.read(|t| t.vm_named(tenant, name).is_some())
+    }
+
     /// An environment that was activated from a substrate, if there is one.
     #[must_use]
     pub fn vm_of(&self, substrate: SubstrateId) -> Option<VmRecord> {
@@ -718,8 +724,8 @@ impl Registry {
         })
     }
 
-    /// Writes an operation as it is now. When one ends, the oldest finished ones beyond
-    /// [`KEPT_OPS`] are dropped in the same transaction.
+    /// Writes an operation as it is now. When one ends, the oldest finished ones of its tenant
+    /// beyond [`KEPT_OPS`] are dropped in the same transaction.
     ///
     /// # Errors
     /// When the database fails.
@@ -730,7 +736,7 @@ impl Registry {
             if op.state.is_final() {
                 // With this one there is one more, unless it had ended before.
                 let before = t.ops.get(&op.id).is_some_and(|o| o.state.is_final());
-                let old = t.ended_beyond(KEPT_OPS - usize::from(!before));
+                let old = t.ended_beyond(&op.tenant, KEPT_OPS - usize::from(!before));
                 changes.extend(old.filter(|id| **id != op.id).map(|id| Change::Op(*id, None)));
             }
             Ok(())

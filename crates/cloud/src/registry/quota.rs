@@ -24,7 +24,8 @@ pub struct Quota {
     /// Guest memory of the machines that are on, in MiB.
     #[serde(default)]
     pub memory_mib: Option<u64>,
-    /// What its substrates take in the pool, each counted once, in bytes. A docking begins only
+    /// What its substrates hold of memory and disk, each in full whatever it shares with others, in
+    /// bytes: the most that they may take in the pool. A docking begins only
     /// while there is room, those under way counted with their guests' memory; the one that fills
     /// it ends.
     #[serde(default)]
@@ -43,7 +44,7 @@ pub struct Usage {
     pub vcpus: u64,
     /// Guest memory of the machines that are on, in MiB.
     pub memory_mib: u64,
-    /// What its substrates take in the pool, in bytes; of a docking under way its guest's memory.
+    /// What its substrates hold of memory and disk, in bytes; of a docking under way its guest's memory.
     pub pool_bytes: u64,
     /// Machines that move.
     pub moves: u64,
@@ -81,8 +82,9 @@ impl Usage {
                 used.pool_bytes = used.pool_bytes.saturating_add(u64::from(vm.memory.0) << 20);
             }
         }
-        let stored = substrates.map(|s| s.stored_bytes);
-        used.pool_bytes = stored.fold(used.pool_bytes, u64::saturating_add);
+        // What is new in each would go to nobody's account when the one that it is shared with goes.
+        let held = substrates.map(|s| s.raw_bytes);
+        used.pool_bytes = held.fold(used.pool_bytes, u64::saturating_add);
         used
     }
 }
@@ -130,7 +132,7 @@ impl Tables {
     pub(super) fn has_room_for(&self, s: &SubstrateRecord) -> Result<()> {
         let tenant = self.tenants.get(&s.tenant).ok_or_else(|| missing("tenant", &s.tenant))?;
         let used = self.usage(&s.tenant).pool_bytes;
-        within(&s.tenant, &[("bytes in the pool", used, s.stored_bytes, tenant.quota.pool_bytes)])
+        within(&s.tenant, &[("bytes in the pool", used, s.raw_bytes, tenant.quota.pool_bytes)])
     }
 }
 

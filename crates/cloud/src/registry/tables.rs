@@ -10,6 +10,7 @@ use super::audit::{AuditEnd, AuditEntry};
 use super::people::{TenantRecord, TokenRecord, UserRecord};
 use super::{DeletedVm, OpRecord, SubstrateRecord, VmRecord};
 use crate::clock::UnixMs;
+use crate::ops::OpKind;
 
 /// What is durable of a site. The rest of a [`super::SiteRecord`] is what it last reported.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -88,8 +89,8 @@ pub(super) struct Tables {
     vms_of: BTreeMap<SubstrateId, BTreeSet<VmId>>,
     /// The substrates that each site holds.
     held_at: BTreeMap<Name, BTreeSet<SubstrateId>>,
-    /// Operations that have ended, oldest first.
-    ended: BTreeSet<OpId>,
+    /// The operations of each tenant that have ended, oldest first.
+    ended: BTreeMap<Name, BTreeSet<OpId>>,
 }
 
 fn enter<K: Ord, V: Ord>(index: &mut BTreeMap<K, BTreeSet<V>>, key: K, value: V) {
@@ -129,11 +130,11 @@ impl Tables {
             Change::Token(id, row) => put(&mut self.tokens, id, row.as_ref()),
             Change::Audit(e) => self.audit = AuditEnd { entries: e.number, last: e.hash() },
             Change::Op(id, row) => {
-                let ended = row.as_ref().is_some_and(|o| o.state.is_final());
-                if ended {
-                    self.ended.insert(*id);
-                } else {
-                    self.ended.remove(id);
+                if let Some(old) = self.ops.get(id) {
+                    remove(&mut self.ended, &old.tenant, id);
+                }
+                if let Some(o) = row.as_ref().filter(|o| o.state.is_final()) {
+                    enter(&mut self.ended, o.tenant.clone(), *id);
                 }
                 put(&mut self.ops, id, row.as_ref());
             }
@@ -248,9 +249,25 @@ impl Tables {
         self.held_at.get(site).into_iter().flatten()
     }
 
-    /// The oldest operations that have ended, beyond the newest `keep`.
-    pub(super) fn ended_beyond(&self, keep: usize) -> impl Iterator<Item = &OpId> {
-        self.ended.iter().take(self.ended.len().saturating_sub(keep))
+    /// The oldest operations of a tenant that have ended, beyond the newest `keep`. One that says
+    /// what a machine has become stays while that is there, until there are twice as many.
+    pub(super) fn ended_beyond<'a>(
+        &'a self,
+        tenant: &Name,
+        keep: usize,
+    ) -> impl Iterator<Item = &'a OpId> + use<'a> {
+        let ended = self.ended.get(tenant);
+        let all = ended.map_or(0, BTreeSet::len);
+        let old = ended.into_iter().flatten().take(all.saturating_sub(keep));
+        old.filter(move |id| all > 2 * keep || !self.says_what_became(id))
+    }
+
+    fn says_what_became(&self, id: &OpId) -> bool {
+        let vm = self.ops.get(id).and_then(|o| match &o.kind {
+            OpKind::VmDock { vm, .. } | OpKind::SubstrateRebuild { vm, .. } => Some(vm),
+            _ => None,
+        });
+        vm.is_some_and(|vm| self.vms.contains_key(vm))
     }
 
     /// Takes every machine as changed by `revision`.

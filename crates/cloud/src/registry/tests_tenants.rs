@@ -221,13 +221,10 @@ fn each_part_of_a_quota_is_counted_when_it_is_taken() {
     set(Quota { moves: Some(0), machines: Some(0), ..Quota::default() });
     become_state(a.id, &[Running]).expect("it came to its end");
     let mut s = substrate("s");
-    s.stored_bytes = 100;
+    (s.raw_bytes, s.stored_bytes) = (100, 1);
     set(Quota { pool_bytes: Some(100), ..Quota::default() });
     reg.substrate_bring(&s).expect("room");
-    full(
-        reg.substrate_bring(&SubstrateRecord { stored_bytes: 1, ..substrate("t") }),
-        "bytes in the pool",
-    );
+    full(reg.substrate_bring(&substrate("t")), "bytes in the pool");
     full(become_state(a.id, &[Docking]), "100 bytes in the pool");
     // What was docked is there, and is not refused.
     reg.substrate_add(&substrate("u")).expect("written down");
@@ -348,6 +345,9 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
     assert_eq!((end.entries, end.last), (5, all[4].hash()));
     let two = reg.audit_entries(2, 0, |e| e.tenant == acme).expect("read");
     assert_eq!(two, all[3..]);
+    let older = reg.audit_entries_before(2, 0, Some(two[0].number), |_| true).expect("read");
+    assert_eq!(older, all[1..3]);
+    assert!(reg.audit_entries_before(2, 0, Some(1), |_| true).expect("read").is_empty());
     drop(reg);
     // It goes on after a restart where it was.
     let reg = Registry::open(&path).expect("open");
@@ -435,4 +435,62 @@ fn a_tenant_that_is_made_anew_does_not_read_the_log_of_the_earlier_one() {
     assert!(reg.audit_entries(0, 0, own).expect("read").is_empty());
     // That there is such a tenant is no business of others.
     assert!(reg.audit_entries(100, 0, |e| e.tenant == default_tenant()).expect("read").is_empty());
+}
+
+#[test]
+fn machines_of_private_substrates_become_their_owners_alone_in_an_upgrade() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (path, v, s) = of_format("2", dir.path());
+    let mut private = serde_json::to_value(&s).expect("json");
+    private["kind"] = "private".into();
+    let stands = VmRecord { id: VmId::new(), substrate: Some(s.id), ..vm("diary") };
+    let db = redb::Database::create(&path).expect("closed");
+    put_raw(&db, file::SUBSTRATES, &s.id.to_string(), private.to_string().as_bytes());
+    let row = serde_json::to_vec(&stands).expect("json");
+    put_raw(&db, file::VMS, &stands.id.to_string(), &row);
+    drop(db);
+    for _ in 0..2 {
+        let reg = Registry::open(&path).expect("opens");
+        assert_eq!(reg.vm("diary").expect("there").private_of, Some(s.owner.clone()));
+        assert_eq!(reg.vm("report").expect("there"), v);
+    }
+}
+
+#[test]
+fn a_tenant_pushes_no_operations_of_another_out() {
+    let (_d, reg) = open();
+    let acme = name("acme");
+    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    let (docked, gone) = (vm("docked"), vm("gone"));
+    reg.vm_add(&docked, None).expect("added");
+    let dock = |who: &Principal, vm: &VmRecord| {
+        let (name, substrate) = (vm.name.clone(), SubstrateId::new());
+        let (vm, called, becomes, owner) = (vm.id, None, None, None);
+        let kind = crate::ops::OpKind::VmDock { vm, name, substrate, called, becomes, owner };
+        let mut op = OpRecord::begun(who, kind);
+        op.state = godwit_types::OpState::Done;
+        op
+    };
+    let in_acme = me().at(&acme);
+    let (first, needed, theirs) = (dock(&me(), &gone), dock(&me(), &docked), dock(&in_acme, &gone));
+    for op in [&first, &needed, &theirs] {
+        reg.op_put(op).expect("put");
+    }
+    let fill = |who: &Principal, n: usize| {
+        let all: Vec<_> = (0..n).map(|_| dock(who, &gone)).collect();
+        let fill = |_: &Tables, changes: &mut Vec<Change>| {
+            changes.extend(all.into_iter().map(|o| Change::Op(o.id, Some(Arc::new(o)))));
+            Ok(())
+        };
+        reg.file.write(fill).expect("fill");
+        reg.op_put(&dock(who, &gone)).expect("put");
+    };
+    fill(&in_acme, KEPT_OPS);
+    assert_eq!(reg.op(theirs.id).expect_err("dropped").code(), Code::NotFound);
+    reg.op(first.id).expect("another tenant's");
+    fill(&me(), KEPT_OPS - 1);
+    assert_eq!(reg.op(first.id).expect_err("dropped").code(), Code::NotFound);
+    reg.op(needed.id).expect("its machine is there");
+    fill(&me(), 2 * KEPT_OPS);
+    assert_eq!(reg.op(needed.id).expect_err("dropped").code(), Code::NotFound, "there is an end");
 }
