@@ -139,24 +139,9 @@ fn furnish(w: &World, tenant: &str, prefix: &str) -> Has {
     let user = reg.user_add(&me, &tenant, &user, Role::Admin).expect("user");
     let of = Principal::of(&user);
     let vm = VmRecord {
-        id: godwit_types::VmId::new(),
-        name: name(&format!("{prefix}-vm")),
         tenant: tenant.clone(),
         state: VmState::Running,
-        site: name("center"),
-        generation: godwit_types::Generation::FIRST,
-        image: name("tiny"),
-        substrate: None,
-        arch: godwit_types::Arch::X86_64,
-        memory: Mib(128),
-        vcpus: 1,
-        created: UnixMs(1),
-        changed: UnixMs(1),
-        moving_to: None,
-        reason: None,
-        private_of: None,
-        arriving: None,
-        voided: BTreeMap::new(),
+        ..crate::registry::tests::vm(&format!("{prefix}-vm"))
     };
     let mut op = OpRecord::begun(&of, OpKind::VmStop { vm: vm.id, name: vm.name.clone() });
     op.state = godwit_types::OpState::Done;

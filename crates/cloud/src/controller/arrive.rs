@@ -342,9 +342,9 @@ impl Controller {
             MemoryStatus::Partial | MemoryStatus::Whole => None,
         };
         // A site of the release before brings no disk for a QEMU that has ended.
-        let alone = here.memory == MemoryStatus::Gone && dst.speaks() < DISK_ALONE_SINCE;
+        let too_old = here.memory == MemoryStatus::Gone && dst.speaks() < DISK_ALONE_SINCE;
         if let Some(f) = &lost
-            && (here.missing_blocks == Some(0) || there.over || alone)
+            && (here.missing_blocks == Some(0) || there.over || too_old)
         {
             return Err(Broken::Lost(f.clone()));
         }

@@ -612,19 +612,9 @@ async fn a_claim_without_the_centers_warrant_moves_nothing_and_ends_nothing() {
 async fn a_site_publishes_nothing_that_it_was_not_asked_to_hold() {
     let w = world(Send::Works).await;
     let own = |n: &str| SubstrateInfo {
-        id: SubstrateId::new(),
         name: name(n),
         kind: SubstrateKind::Public,
-        owner: name("operator"),
-        image: name("tiny"),
-        arch: Arch::X86_64,
-        memory: Mib(128),
-        vcpus: 1,
-        raw_bytes: 1,
-        stored_bytes: 1,
-        created: UnixMs::now(),
-        content: godwit_types::Hash::of(n.as_bytes()),
-        dock: None,
+        ..super::tests_belief::docked(1)
     };
     let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
     w.cafe.substrates.lock().expect("lock").push(own("abiword"));

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Code, CodedError, Generation, Mib, SubstrateId, SubstrateKind, VmState};
+use godwit_types::{Code, CodedError, SubstrateId, SubstrateKind, VmState};
 
 use super::tests::*;
 use super::tests_belief::docked;
@@ -27,23 +27,9 @@ fn machine(w: &World, who: &Principal, n: &str) -> VmRecord {
     let made = OpRecord::begun(who, OpKind::VmCreate { vm: id, name: name(n) });
     let vm = VmRecord {
         id,
-        name: name(n),
         tenant: who.tenant.clone(),
         state: VmState::Running,
-        site: name("center"),
-        generation: Generation::FIRST,
-        image: name("tiny"),
-        substrate: None,
-        arch: godwit_types::Arch::X86_64,
-        memory: Mib(128),
-        vcpus: 1,
-        created: UnixMs(1),
-        changed: UnixMs(1),
-        moving_to: None,
-        reason: None,
-        private_of: None,
-        arriving: None,
-        voided: BTreeMap::new(),
+        ..crate::registry::tests::vm(n)
     };
     let made = OpRecord { state: godwit_types::OpState::Done, ..made };
     w.c.registry().vm_add(&vm, Some(&made)).expect("machine");

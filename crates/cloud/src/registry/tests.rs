@@ -18,7 +18,8 @@ pub(super) fn open() -> (tempfile::TempDir, Registry) {
     (dir, reg)
 }
 
-pub(super) fn vm(n: &str) -> VmRecord {
+/// A machine of the default tenant that starts at the center.
+pub(crate) fn vm(n: &str) -> VmRecord {
     VmRecord {
         id: VmId::new(),
         name: name(n),
