@@ -103,6 +103,11 @@ fn a_site_behind_nat_is_source_and_destination_of_moves() {
     assert_eq!(end["state"], "failed", "{end}");
     cloud.runs_at("m", "center");
     lines = cloud.guest("m").intact(lines);
+    within(Duration::from_secs(90), "the AP to be back", || {
+        let sites = cloud.ok(&["site", "list"]);
+        let cafe = sites.as_array()?.iter().find(|s| s["name"] == "cafe")?;
+        (cafe["state"] == "ready").then_some(())
+    });
     let op = begin(&cloud, Daemon::Ap);
     moved(&cloud, &op, Daemon::Ap, &mut lines);
     assert_eq!(turned_away(&cloud), before, "somebody tried to reach the AP");
