@@ -2,9 +2,11 @@
 
 use godwit_types::Fault;
 
+use super::LocalSite;
+use super::allowed::Action;
 use super::neighbours::Offered;
+
 use super::pool::Dock;
-use super::{LocalSite, displayed};
 use crate::verbs::{
     ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
     MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateListening, MigrateLost, MigrateManifest,
@@ -49,19 +51,16 @@ impl LocalSite {
             };
             VmStatus { vm } => self.machine_status(vm).await?;
             VmConsole { vm, max_bytes } => {
-                let entry = self.entry(vm).await?;
-                let bytes = self.console_log(&*entry.lock().await, max_bytes as usize)?;
+                let bytes = self.console_log(vm, max_bytes as usize).await?;
                 let text = String::from_utf8_lossy(&bytes).into_owned();
                 ConsoleTail { bytes: bytes.len() as u64, text }
             };
             VmScreenshot { vm } => {
-                let entry = self.entry(vm).await?;
-                let machine = displayed(&*entry.lock().await)?.clone();
+                let machine = self.qemu_for(vm, Action::Screen).await?;
                 machine.screenshot().await.map_err(|e| Fault::of(&e))?.png
             };
             VmType { vm, text } => {
-                let entry = self.entry(vm).await?;
-                let machine = displayed(&*entry.lock().await)?.clone();
+                let machine = self.qemu_for(vm, Action::Screen).await?;
                 machine.send_text(&text).await.map_err(|e| Fault::of(&e))?
             };
             VmExec { vm, program } => self.exec(vm, program).await?;

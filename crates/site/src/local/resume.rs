@@ -26,6 +26,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::allowed::{Action, First};
 use super::machines::into_fault;
 use super::moves::{Ended, MID, runs};
 use super::quit::NotSent;
@@ -414,13 +415,12 @@ impl LocalSite {
     ) -> Result<(MachineRecord, Option<Machine>), Fault> {
         let entry = self.entry(vm).await?;
         let e = entry.lock().await;
-        match &e.record.migration {
-            Some(m) if m.id == id && m.end == end => Ok((e.record.clone(), e.machine.clone())),
-            _ => Err(Fault::not_found(format!(
-                "machine '{}' is not in migration {id} at '{}'",
-                e.record.name, self.name
-            ))),
-        }
+        let action = match end {
+            End::Source => Action::ResumeDeparture,
+            End::Destination => Action::ResumeArrival,
+        };
+        let _ = e.state(&self.name).in_move(&e.record, id).allows(action)?;
+        Ok((e.record.clone(), e.machine.clone()))
     }
 
     /// Ends what is left of the last attempt, and begins a new one.
@@ -558,15 +558,6 @@ impl LocalSite {
         call: &Call,
     ) -> Result<Vec<u8>, Fault> {
         let (record, machine) = self.at_end(id, vm, End::Source).await?;
-        if record.migration.as_ref().is_some_and(|m| m.ran_on) {
-            return Err(Fault::new(
-                godwit_types::Code::Damaged,
-                format!(
-                    "machine '{}' cannot be brought from '{}': {RAN_ON}",
-                    record.name, self.name
-                ),
-            ));
-        }
         let launch = machine.as_ref().map(Machine::launch);
         if memory && machine.is_none() {
             return Err(memory_is_gone(&record));
@@ -630,12 +621,13 @@ impl LocalSite {
     /// The source removes what it kept of a machine that runs elsewhere for good.
     pub(super) async fn release(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
         let entry = self.entry(vm).await?;
-        let migration = {
+        let (first, migration) = {
             let e = entry.lock().await;
-            Self::fence(&e.record, generation)?;
-            e.record.migration.clone()
+            let state = e.state(&self.name);
+            state.fence(generation)?;
+            (state.allows(Action::Release)?, e.record.migration.clone())
         };
-        if let Some(m) = migration.filter(|m| m.end == End::Source) {
+        if let Some(m) = migration.filter(|_| first == First::Move) {
             // What the destination may still need stays until it needs it no more.
             if self.moving(m.id).is_some() {
                 let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
@@ -651,11 +643,7 @@ impl LocalSite {
     /// left of its migration. Only what was given up is taken away, or what is removed anyway.
     pub(super) async fn end_arrival(&self, e: &mut Entry, keep_disk: bool) -> Result<(), Fault> {
         let Some(m) = e.record.migration.clone() else { return Ok(()) };
-        let whatever = if keep_disk { None } else { Some(String::new()) };
-        let Some(why) = m.given_up.clone().or(whatever).filter(|_| m.end == End::Destination)
-        else {
-            return Self::steady(&e.record);
-        };
+        let why = m.given_up.clone().unwrap_or_default();
         let dir = self.dirs.vm(e.record.vm);
         let mid = dir.join(MID);
         if keep_disk && self.image_by_hash(&e.record)?.disk_path().is_some() {
