@@ -147,20 +147,6 @@ pub(crate) fn fill(pool: &Pool, id: SubstrateId, image: &Image) -> Substrate {
     import.finish().expect("published")
 }
 
-/// Turns one bit over in place.
-pub(crate) fn flip(path: &Path, at: u64) {
-    use std::os::unix::fs::{FileExt, PermissionsExt};
-    let mut rights = std::fs::metadata(path).expect("there").permissions();
-    rights.set_mode(rights.mode() | 0o600);
-    let was = std::fs::metadata(path).expect("there").permissions();
-    std::fs::set_permissions(path, rights).expect("writable");
-    let file = std::fs::File::options().read(true).write(true).open(path).expect("opened");
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).expect("read");
-    file.write_all_at(&[byte[0] ^ 0x10], at).expect("written");
-    std::fs::set_permissions(path, was).expect("as before");
-}
-
 /// All files below `dir`, with their bytes.
 pub(crate) fn files(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut out = Vec::new();
