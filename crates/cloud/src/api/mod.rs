@@ -297,7 +297,7 @@ impl From<Fault> for HttpFault {
 
 impl From<crate::registry::RegistryError> for HttpFault {
     fn from(e: crate::registry::RegistryError) -> Self {
-        Self(crate::controller::registry_fault(e))
+        Self(crate::registry::registry_fault(e))
     }
 }
 

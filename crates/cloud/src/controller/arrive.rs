@@ -23,12 +23,12 @@ use tokio::time::Instant;
 
 use super::lifecycle::dry;
 use super::moves::{Move, measured};
-use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
+use super::{Accepted, Controller, MigrateVm, Mode};
 use crate::access::Principal;
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind, Progress};
-use crate::registry::VmRecord;
+use crate::registry::{StepKind, VmRecord, registry_fault};
 use crate::site::{
     Asking, Call, MemoryStatus, MoveStatus, News, Request as _, SiteHost, UNKNOWN_GENERATION, verbs,
 };
@@ -507,7 +507,7 @@ impl Controller {
         let op = self
             .ops
             .start(who, kind, |op| async move {
-                op.begin("send", serde_json::json!({ "migration": m.id, "from": m.from }))?;
+                op.begin(StepKind::Send { migration: m.id, from: m.from.clone() })?;
                 let why = Fault::unavailable("asked for again");
                 let report = me.arrive(&op, &m, why).await?;
                 me.finish(&op, &m, report).await

@@ -9,11 +9,11 @@ use godwit_types::{Code, Name};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Controller, registry_fault};
+use super::Controller;
 use crate::clock::{Moment, UnixMs};
 use crate::error::Fault;
 use crate::placement::{Demand, Placement, PlacementRefusal, Unfit, place};
-use crate::registry::SubstrateRecord;
+use crate::registry::{SubstrateRecord, registry_fault};
 use crate::site::{Call, ImageInfo, SiteHost, verbs};
 
 /// How long a site may take to tell what it has when several are asked.

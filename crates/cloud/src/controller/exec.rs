@@ -16,11 +16,11 @@ use std::time::Duration;
 use godwit_types::{Code, Name, OpState, VmId, VmState};
 use tokio::time::Instant;
 
-use super::{Controller, registry_fault};
+use super::Controller;
 use crate::access::{Action, Principal};
 use crate::error::Fault;
 use crate::ops::OpKind;
-use crate::registry::VmRecord;
+use crate::registry::{VmRecord, registry_fault};
 use crate::site::{Call, GuestExec, GuestOutput, GuestProgram, SiteHost, verbs};
 
 /// How often a guest that stands still is asked again, and a machine's place is looked at.

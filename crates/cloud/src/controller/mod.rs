@@ -59,7 +59,7 @@ pub use people::{ApiToken, NewApiToken, NewTenant, NewUser};
 use crate::clock::{Moment, UnixMs};
 use crate::error::Fault;
 use crate::ops::Ops;
-use crate::registry::{Registry, SiteRecord, SiteReport, VmRecord};
+use crate::registry::{Registry, SiteRecord, SiteReport, VmRecord, registry_fault};
 use crate::site::{Call, SiteHost, verbs};
 
 pub(crate) use ask::ask_all;
@@ -155,37 +155,6 @@ pub struct Controller {
 impl std::fmt::Debug for Controller {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Controller").field("ops", &self.ops).finish_non_exhaustive()
-    }
-}
-
-pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
-    let fault = Fault::of(&e);
-    match e {
-        crate::registry::RegistryError::NotFound { what: "machine", .. } => {
-            fault.hint("see the machines with: godwit vm list")
-        }
-        crate::registry::RegistryError::NotFound { what: "substrate", .. } => {
-            fault.hint("see the substrates with: godwit substrate list")
-        }
-        crate::registry::RegistryError::NotFound { what: "site", .. } => {
-            fault.hint("see the sites with: godwit site list")
-        }
-        crate::registry::RegistryError::NotFound { what: "user", .. } => {
-            fault.hint("see the users with: godwit user list")
-        }
-        crate::registry::RegistryError::NotFound { what: "tenant", .. } => {
-            fault.hint("see the tenants with: godwit tenant list")
-        }
-        crate::registry::RegistryError::NotFound { what: "token", .. } => {
-            fault.hint("see the tokens with: godwit token list")
-        }
-        crate::registry::RegistryError::OverQuota { .. } => {
-            fault.hint("see the quota with: godwit quota get; an operator sets it")
-        }
-        _ if fault.code == godwit_types::Code::NoRoom => {
-            fault.hint("make room on the file system of the center's data directory")
-        }
-        _ => fault,
     }
 }
 

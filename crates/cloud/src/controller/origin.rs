@@ -14,12 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use godwit_types::{Code, Name, SiteKind, SubstrateId, SubstrateKind};
 
+use super::Controller;
 use super::authorize::{allow, name_at_sites};
-use super::{Controller, registry_fault};
 use crate::access::{Action, Object, Principal, default_tenant, may, operator};
 use crate::error::Fault;
 use crate::ops::OpKind;
-use crate::registry::{OpRecord, SubstrateRecord};
+use crate::registry::{OpRecord, SubstrateRecord, registry_fault};
 use crate::site::{SubstrateInfo, Upload};
 
 /// How the center hears of a substrate that it does not know.
@@ -250,7 +250,7 @@ impl Controller {
     /// The substrates that the center has asked a site to dock: a site publishes nothing by itself.
     pub(super) fn asked_for(&self, site: &Name) -> Result<HashSet<SubstrateId>, Fault> {
         let ops = self.ops().list().map_err(registry_fault)?;
-        let here = |o: &OpRecord| o.journal.iter().any(|s| s.data["site"] == site.as_str());
+        let here = |o: &OpRecord| o.journal.iter().any(|s| s.what.docks_at() == Some(site));
         Ok(ops
             .iter()
             .filter_map(|o| match &o.kind {

@@ -7,11 +7,11 @@ use serde_json::json;
 
 use super::authorize::allow;
 use super::lifecycle::call_of;
-use super::{Accepted, Controller, Mode, registry_fault};
+use super::{Accepted, Controller, Mode};
 use crate::access::{Action, Object, Principal};
 use crate::error::Fault;
 use crate::ops::OpKind;
-use crate::registry::VmRecord;
+use crate::registry::{VmRecord, registry_fault};
 use crate::site::{Call, SiteHost, in_use, verbs};
 
 impl Controller {

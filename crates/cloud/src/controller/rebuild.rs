@@ -14,13 +14,13 @@ use godwit_types::{Code, Generation, Name, SubstrateId, VmId, VmState};
 use serde_json::json;
 
 use super::lifecycle::call_of;
-use super::{Accepted, Controller, Mode, registry_fault};
+use super::{Accepted, Controller, Mode};
 use crate::access::{Action, Principal};
 use crate::clock::UnixMs;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
-use crate::registry::{SubstrateRecord, VmRecord};
+use crate::registry::{StepKind, StepName, SubstrateRecord, VmRecord, registry_fault};
 use crate::site::{Call, NewMachine, Origin, SiteHost, SubstrateInfo, verbs};
 
 /// `base-suffix`, cut to the length that a name may have.
@@ -138,7 +138,7 @@ impl Controller {
             let outcome = me.run_rebuild(&op, &job, warrant, &host).await;
             if let Err(f) = &outcome {
                 me.undo_rebuild(&job.vm, f).await?;
-                op.undone("rebuild")?;
+                op.undone(StepName::Rebuild)?;
             }
             outcome
         });
@@ -154,7 +154,7 @@ impl Controller {
         warrant: Warrant,
         host: &Arc<dyn SiteHost>,
     ) -> Result<serde_json::Value, Fault> {
-        op.begin("rebuild", json!({ "site": job.vm.site }))?;
+        op.begin(StepKind::Rebuild { site: job.vm.site.clone() })?;
         let machine = NewMachine {
             vm: job.vm.id,
             name: job.vm.name.clone(),
@@ -185,7 +185,7 @@ impl Controller {
         Self::is_wanted(host.name(), job.new, &info)?;
         let report = info.dock.clone();
         self.replace(&job.old, info, &job.vm).await?;
-        op.done("rebuild")?;
+        op.done(StepName::Rebuild)?;
         Ok(json!({ "substrate": job.new, "dock": report }))
     }
 

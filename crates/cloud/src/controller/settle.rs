@@ -15,10 +15,10 @@ use godwit_types::{Name, SubstrateId, VmId, VmState};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::{Controller, registry_fault};
+use super::Controller;
 use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
-use crate::registry::VmRecord;
+use crate::registry::{VmRecord, registry_fault};
 use crate::site::{MachineStatus, SiteHost};
 
 /// How long a site that is away is waited for.

@@ -49,9 +49,8 @@ fn docking(w: &World, who: &Principal, vm: &VmRecord, called: &str, site: &str) 
     };
     let mut op = OpRecord::begun(who, kind);
     op.journal.push(crate::registry::Step {
-        name: "dock".into(),
+        what: crate::registry::StepKind::Dock { site: name(site), substrate },
         state: crate::registry::StepState::Begun,
-        data: serde_json::json!({ "site": site, "substrate": substrate }),
     });
     w.c.registry().op_put(&op).expect("entered");
     substrate

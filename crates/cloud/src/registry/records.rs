@@ -9,6 +9,7 @@ use godwit_types::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::journal::Step;
 use crate::access::{Principal, default_tenant, operator};
 use crate::clock::UnixMs;
 use crate::error::Fault;
@@ -250,31 +251,6 @@ pub struct DeletedVm {
     pub generation: Generation,
     /// When it went.
     pub when: UnixMs,
-}
-
-/// One step of an operation, written down before it is taken and again when it is done, so that
-/// a daemon that comes back knows what to finish or to undo.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Step {
-    /// What was to be done.
-    pub name: String,
-    /// How far it came.
-    pub state: StepState,
-    /// What is needed to finish or to undo it.
-    #[schema(value_type = Object)]
-    pub data: serde_json::Value,
-}
-
-/// How far a step came.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum StepState {
-    /// Begun; may have happened or not.
-    Begun,
-    /// Done.
-    Done,
-    /// Taken back.
-    Undone,
 }
 
 /// A long job.
