@@ -11,7 +11,7 @@ use super::{
     Api, HttpFault, authenticate, events, exec, images, meta, operations, people, sites,
     substrates, vms,
 };
-use crate::error::Fault;
+use godwit_types::Fault;
 
 /// Routes that are served together. A path is in one piece only, and none has a fallback: axum
 /// panics at the start otherwise.

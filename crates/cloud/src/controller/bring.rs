@@ -4,19 +4,16 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 
-use godwit_types::{Code, Name, SiteKind, SubstrateId};
+use godwit_site::{SiteHost, SiteReport, SubstrateInfo, bounds};
+use godwit_types::{Code, Fault, Name, SiteKind, SubstrateId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 
 use super::Controller;
 use super::origin::Discovery;
 use super::rebuild::{suffixed, tail};
-use crate::error::Fault;
 use crate::ops::OpHandle;
-use crate::registry::{
-    RegistryError, SiteReport, StepKind, StepName, SubstrateRecord, registry_fault,
-};
-use crate::site::{SiteHost, SubstrateInfo, bounds};
+use crate::registry::{RegistryError, StepKind, StepName, SubstrateRecord, registry_fault};
 
 /// The substrates that are on their way, by where they go.
 pub(super) type Bringing = std::sync::Mutex<HashMap<(SubstrateId, Name), Arc<Mutex<()>>>>;
@@ -204,7 +201,7 @@ pub(super) fn cut(doing: &str, name: &Name, e: &std::io::Error) -> Fault {
 /// # Errors
 /// The site's refusal, or a broken stream.
 pub(crate) async fn finish_import(
-    mut into: crate::site::ByteStream,
+    mut into: godwit_site::ByteStream,
     name: &Name,
 ) -> Result<SubstrateInfo, Fault> {
     into.shutdown().await.map_err(|e| cut("writing", name, &e))?;

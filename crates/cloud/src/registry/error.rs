@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::error::Fault;
+use godwit_types::Fault;
 use godwit_types::{Code, CodedError, Generation, Hash, Name};
 
 /// Why the registry refused or failed.

@@ -7,7 +7,7 @@ use godwit_types::{Generation, MigrationId, Name, SubstrateId};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::error::Fault;
+use godwit_types::Fault;
 
 /// One step of an operation, written down before it is taken and again when it is done, so that
 /// a daemon that comes back knows what to finish or to undo.
