@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::types::{
     CheckReport, ConsoleTail, GuestExec, GuestProgram, ImageInfo, Incoming, MachineStatus,
-    MoveStatus, NewMachine, PoolReport, SubstrateInfo,
+    MoveStatus, NewMachine, Origin, PoolReport, SubstrateInfo,
 };
 use crate::SiteReport;
 
@@ -201,6 +201,8 @@ verbs! {
         Pool(PoolReport),
         /// To `PoolCheck`.
         Checked(CheckReport),
+        /// To `Disk`.
+        Bytes(u64),
     }
 
     /// Resources and holdings.
@@ -447,5 +449,10 @@ verbs! {
     VmStatus "vm status" since 2 => Machine {
         /// Which.
         vm: VmId,
+    }
+    /// How large the disk is that a machine has, in bytes: what its guest sees.
+    Disk "disk" since 2 => Bytes {
+        /// What the machine is made from.
+        of: Origin,
     }
 }

@@ -39,6 +39,16 @@ fn site(limit_bytes: u64) -> Option<Site> {
     Some(Site { at, pool, guest })
 }
 
+impl Site {
+    /// The same with a pool of another size.
+    fn reopen(&mut self, limit_bytes: u64) {
+        let dirs =
+            PoolDirs { substrates: self.at.path("roomy"), memory: self.at.memory("roomy-sealed") };
+        let store = Store::open(&self.at.path("roomy-store"), StoreOptions::default());
+        self.pool = Pool::open(dirs, store.expect("store"), limit_bytes).expect("pool");
+    }
+}
+
 fn place(dir: &Path) -> Place {
     let vm = VmId::new();
     let short = vm.0.simple().to_string();
@@ -280,6 +290,39 @@ async fn a_machine_that_cannot_be_docked_runs_on_and_nothing_is_left() {
     machine.run().await.expect("runs on");
     assert_intact(&machine).await;
     machine.kill().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_becomes_public_is_nobody_and_a_docking_that_fails_gives_an_identity_back() {
+    const WHO: &str = "cat /etc/machine-id; hostname; ls /etc/ssh/ssh_host_* 2>/dev/null; true";
+    let Some(mut site) = site(1 << 20) else { return };
+    let machine = site.boot().await;
+    let first = sh(&machine, WHO).await;
+    assert!(first.len() > 32, "{first}");
+    // The pool is full: it runs on, as somebody.
+    let public = |r| DockRequest { kind: SubstrateKind::Public, ..r };
+    let err = dock_convert(&machine, &site.pool, public(site.dock("a"))).await.expect_err("full");
+    assert_eq!(err.code(), Code::NoRoom, "{err}");
+    let second = sh(&machine, WHO).await;
+    assert!(second.len() > 32 && second != first, "{second} after {first}");
+    assert!(second.ends_with("first"), "{second}");
+    // A guest in which it does not work is not made public.
+    sh(&machine, "mv /etc/machine-id /etc/id && mkdir /etc/machine-id").await;
+    let err = dock_convert(&machine, &site.pool, public(site.dock("b"))).await.expect_err("not");
+    assert_eq!(err.code(), Code::Conflict, "{err}");
+    assert!(err.to_string().contains("cannot be generalised"), "{err}");
+    sh(&machine, "rmdir /etc/machine-id && mv /etc/id /etc/machine-id").await;
+    site.reopen(1 << 30);
+    let request = public(site.dock("clean"));
+    let id = request.id;
+    let (substrate, _) = dock_convert(&machine, &site.pool, request).await.expect("docked");
+    assert!(substrate.generalised && site.pool.get(id).expect("there").generalised);
+    // One that is activated is somebody again, and nobody whom it was before.
+    let clone = activate(&site.pool, None, site.request(id, "new")).await.expect("activated");
+    let third = sh(&clone.machine, WHO).await;
+    assert!(third.len() > 32 && third.ends_with("new"), "{third}");
+    assert!(third != second && third != first);
+    clone.machine.kill().await;
 }
 
 /// An agent and programs as the guests had them that knew neither the one question of an activation

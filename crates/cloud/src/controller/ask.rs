@@ -63,7 +63,7 @@ where
 }
 
 /// An answer of `site`, or that it does not answer.
-async fn within<T>(
+pub(super) async fn within<T>(
     site: &Name,
     answer: impl Future<Output = Result<T, Fault>>,
 ) -> Result<T, Fault> {

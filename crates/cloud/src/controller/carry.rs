@@ -4,16 +4,16 @@
 use std::time::Duration;
 
 use godwit_site::frames::{FrameReader, GIVEN_UP, part_head};
-use godwit_site::{ByteStream, Progress, StreamRequest, SubstrateInfo};
+use godwit_site::{ByteStream, Progress, SiteHost, StreamRequest, SubstrateInfo, TakeAmong};
 use godwit_substrate::{SubstrateError, TakerMsg};
-use godwit_types::{Code, Fault, Name};
+use godwit_types::{Code, Fault, Name, SubstrateId};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::Instant;
 
 use super::Controller;
 use super::bring::{cut, verdict};
 use crate::ops::OpHandle;
-use crate::registry::SubstrateRecord;
+use crate::registry::{SubstrateRecord, registry_fault};
 
 /// How often one bring goes on after a break.
 const BREAKS: usize = 5;
@@ -38,6 +38,8 @@ struct Bring<'a> {
     s: &'a SubstrateRecord,
     from: &'a Name,
     to: &'a Name,
+    /// Whose units may be taken from what the taker has.
+    among: Vec<SubstrateId>,
 }
 
 impl Controller {
@@ -50,7 +52,9 @@ impl Controller {
         from: &Name,
         to: &Name,
     ) -> Result<SubstrateInfo, Fault> {
-        let bring = Bring { op, s, from, to };
+        // The same for every try: what came of one is of use to the next.
+        let among = self.readable_with(s, to)?;
+        let bring = Bring { op, s, from, to, among };
         let mut breaks = 0;
         let mut patience = Duration::ZERO;
         loop {
@@ -83,8 +87,9 @@ impl Controller {
             let open = async {
                 let supply = StreamRequest::SubstrateSupply { id: bring.s.id };
                 let out = self.host(bring.from)?.open(supply).await?;
-                let take = StreamRequest::SubstrateTake { content: bring.s.content };
-                Ok((out, self.host(bring.to)?.open(take).await?))
+                let taker = self.host(bring.to)?;
+                let take = self.take_of(&*taker, bring)?;
+                Ok((out, taker.open(take).await?))
             };
             match open.await {
                 Err(f) if is_break(&f) => {
@@ -96,6 +101,37 @@ impl Controller {
                 ends => return ends,
             }
         }
+    }
+}
+
+impl Controller {
+    /// The substrates at a site whose contents whoever may use `s` may read in any case.
+    fn readable_with(&self, s: &SubstrateRecord, at: &Name) -> Result<Vec<SubstrateId>, Fault> {
+        let all = self.registry.substrates().map_err(registry_fault)?;
+        let there = all.iter().filter(|o| o.holders.contains(at) && o.is_read_by_all_of(s));
+        Ok(there.map(|o| o.id).collect())
+    }
+
+    /// How a taker is asked. One that is too old to be told whose units it may use is asked only
+    /// where there is one tenant.
+    fn take_of(&self, taker: &dyn SiteHost, bring: &Bring<'_>) -> Result<StreamRequest, Fault> {
+        let content = bring.s.content;
+        let among =
+            StreamRequest::SubstrateTakeAmong(TakeAmong { content, among: bring.among.clone() });
+        if taker.speaks() >= among.since() {
+            return Ok(among);
+        }
+        if self.registry.tenants().len() <= 1 {
+            return Ok(StreamRequest::SubstrateTake { content });
+        }
+        let (site, speaks) = (bring.to, taker.speaks());
+        Err(Fault::conflict(format!(
+            "site '{site}' speaks protocol {speaks}, and '{}', which keeps the pages of tenants \
+             apart, needs {}",
+            among.name(),
+            among.since()
+        ))
+        .hint(format!("update '{site}'")))
     }
 }
 

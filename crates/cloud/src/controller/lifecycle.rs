@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 
-use godwit_site::{Call, NewMachine, News, Origin, SiteHost, verbs};
+use godwit_site::{Call, GENERALISES, NewMachine, News, Origin, SiteHost, verbs};
 use godwit_types::{
     Arch, Code, Fault, Generation, Mib, Name, SubstrateId, SubstrateKind, UnixMs, VmId, VmState,
 };
@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::authorize::{allow, name_at_sites};
 use super::depart::Wanted;
+use super::disks::DiskOf;
 use super::{Accepted, Controller, CreateVm, DockVm, Mode};
 use crate::access::{Action, Object, Principal, may};
 use crate::ops::{OpHandle, OpKind};
@@ -35,6 +36,8 @@ struct Shape {
     vcpus: u8,
     origin: Origin,
     substrate: Option<SubstrateRecord>,
+    /// What its disk is remembered by.
+    disk: DiskOf,
 }
 
 /// What a machine is turned.
@@ -57,6 +60,7 @@ impl Controller {
                     vcpus: want.vcpus.unwrap_or(i.vcpus),
                     origin: Origin::Image(image.clone()),
                     substrate: None,
+                    disk: DiskOf::Image(i.hash),
                 })
             }
             (None, Some(key)) => {
@@ -72,6 +76,7 @@ impl Controller {
                     memory: s.memory,
                     vcpus: s.vcpus,
                     origin: Origin::Substrate(s.id),
+                    disk: DiskOf::Substrate(s.id),
                     substrate: Some(s),
                 })
             }
@@ -164,6 +169,11 @@ impl Controller {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
         }
         let host = self.host(&placed.site)?;
+        let holder = match &shape.substrate {
+            Some(s) if !placed.holds => s.holders.iter().find_map(|n| self.host(n).ok()),
+            _ => Some(host.clone()),
+        };
+        let disk_bytes = self.disk_bytes(shape.disk, &shape.origin, holder).await;
         let private = shape.substrate.as_ref().and_then(|s| s.private_of().map(|of| (s, of)));
         let private_of = private.map(|(s, of)| match s.tenant == who.tenant {
             true => of.clone(),
@@ -182,6 +192,7 @@ impl Controller {
             arch: shape.arch,
             memory: shape.memory,
             vcpus: shape.vcpus,
+            disk_bytes,
             created: now,
             changed: now,
             moving_to: None,
@@ -444,6 +455,15 @@ impl Controller {
         let name = how.name.unwrap_or_else(|| vm.name.clone());
         self.is_new_substrate(&vm.tenant, &name)?;
         let host = self.host(&vm.site)?;
+        if kind == SubstrateKind::Public && host.speaks() < GENERALISES {
+            return Err(Fault::conflict(format!(
+                "site '{}' speaks protocol {}, and to generalise a machine, as a public \
+                 substrate's must be, needs {GENERALISES}",
+                vm.site,
+                host.speaks()
+            ))
+            .hint(format!("update '{}', or dock it as restricted", vm.site)));
+        }
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));

@@ -23,6 +23,7 @@ pub(crate) mod authorize;
 pub(crate) mod bring;
 mod carry;
 mod depart;
+mod disks;
 mod exec;
 pub(crate) mod lifecycle;
 mod moves;
@@ -95,7 +96,9 @@ pub struct CreateVm {
 pub struct DockVm {
     /// Name of the substrate; the machine's own when left out.
     pub name: Option<Name>,
-    /// Who may use it; restricted when left out, private for a machine of a private substrate.
+    /// Who may use it; restricted when left out, private for a machine of a private substrate. What
+    /// is to be public is generalised first: its host name, machine-id and SSH host keys are taken
+    /// from it.
     pub kind: Option<SubstrateKind>,
 }
 
@@ -143,6 +146,7 @@ pub struct Controller {
     sites: Sites,
     bringing: bring::Bringing,
     uploads: origin::Uploads,
+    disks: disks::Disks,
     refusals: refusals::Refusals,
     settled: recover::Settled,
     /// One machine at a time is entered: what may run once only is not entered twice.
@@ -180,6 +184,7 @@ impl Controller {
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
             bringing: bring::Bringing::default(),
             uploads: origin::Uploads::default(),
+            disks: disks::Disks::default(),
             refusals: refusals::Refusals::default(),
             settled: recover::Settled::default(),
             entering: std::sync::Mutex::default(),

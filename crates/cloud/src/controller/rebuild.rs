@@ -14,6 +14,7 @@ use godwit_transfer::Warrant;
 use godwit_types::{Code, Fault, Generation, Name, SubstrateId, UnixMs, VmId, VmState};
 use serde_json::json;
 
+use super::disks::DiskOf;
 use super::lifecycle::call_of;
 use super::{Accepted, Controller, Mode};
 use crate::access::{Action, Principal};
@@ -116,6 +117,7 @@ impl Controller {
             arch: old.arch,
             memory: old.memory,
             vcpus: old.vcpus,
+            disk_bytes: self.disks.known(DiskOf::Substrate(old.id)),
             created: now,
             changed: now,
             moving_to: None,

@@ -36,6 +36,8 @@ pub(crate) struct Paper {
     pub(super) says: Mutex<Option<Result<MoveStatus, Fault>>>,
     /// It was asked to bring the rest of a machine, with its memory or without.
     pub(super) resumed: Mutex<Vec<bool>>,
+    /// The streams that were opened.
+    pub(super) opened: Mutex<Vec<StreamRequest>>,
     /// It answers nothing at all.
     pub(super) hung: AtomicBool,
     /// How often it was asked what its pool holds.
@@ -80,6 +82,7 @@ impl Paper {
             silent: AtomicBool::new(false),
             says: Mutex::default(),
             resumed: Mutex::default(),
+            opened: Mutex::default(),
             hung: AtomicBool::new(false),
             listed: AtomicUsize::new(0),
             asked: AtomicUsize::new(0),
@@ -113,8 +116,13 @@ impl SiteHost for Paper {
     fn name(&self) -> &Name {
         &self.name
     }
-    async fn open(&self, _: StreamRequest) -> Result<ByteStream, Fault> {
-        Err(Fault::invalid("no streams on paper"))
+    async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
+        let supplies = matches!(request, StreamRequest::SubstrateSupply { .. });
+        self.opened.lock().expect("lock").push(request);
+        match supplies {
+            true => Ok(Box::pin(tokio::io::duplex(1).0)),
+            false => Err(Fault::invalid("no streams on paper")),
+        }
     }
     async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
         if self.hung.load(SeqCst) {
@@ -146,6 +154,7 @@ impl SiteHost for Paper {
                 fault: None,
             }])),
             SiteRequest::Ping(_) => Ok(SiteReply::Done(())),
+            SiteRequest::Disk(_) => Ok(SiteReply::Bytes(4 << 30)),
             SiteRequest::Machines(_) => {
                 self.asked.fetch_add(1, SeqCst);
                 Ok(SiteReply::Machines(self.all()))

@@ -114,6 +114,10 @@ pub struct VmRecord {
     pub memory: Mib,
     /// vCPUs.
     pub vcpus: u8,
+    /// Bytes of its disk as its guest sees it; not known of one that was made by a version before
+    /// this, or at a site of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
     /// When it was made.
     pub created: UnixMs,
     /// When its state last changed.
@@ -190,6 +194,23 @@ impl SubstrateRecord {
     #[must_use]
     pub fn private_of(&self) -> Option<&Name> {
         (self.kind == SubstrateKind::Private).then_some(&self.owner)
+    }
+
+    /// Whether whoever may use `other` may use this one, too.
+    #[must_use]
+    pub fn is_read_by_all_of(&self, other: &Self) -> bool {
+        let reads = |tenant: &Name| *tenant == self.tenant || self.granted.contains(tenant);
+        let all_read = || reads(&other.tenant) && other.granted.iter().all(reads);
+        match (self.kind, other.kind) {
+            (SubstrateKind::Public, _) => true,
+            (_, SubstrateKind::Public) => false,
+            (SubstrateKind::Restricted, SubstrateKind::Restricted) => all_read(),
+            (SubstrateKind::Restricted, SubstrateKind::Private) => reads(&other.tenant),
+            (SubstrateKind::Private, SubstrateKind::Private) => {
+                self.tenant == other.tenant && self.owner == other.owner
+            }
+            (SubstrateKind::Private, SubstrateKind::Restricted) => false,
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use godwit_types::Fault;
 use super::pool::Dock;
 use super::{LocalSite, displayed};
 use crate::verbs::{
-    ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateFate, MigrateFinish,
+    Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateFate, MigrateFinish,
     MigrateFollow, MigrateGiveUp, MigrateLost, MigrateManifest, MigratePrepare, MigrateReceived,
     MigrateRelease, MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool,
     PoolCheck, Report, Request, Revoke, SiteReply, SiteRequest, SubstrateDelete, SubstrateUsers,
@@ -97,6 +97,7 @@ impl LocalSite {
             PoolCheck {} => self.pool_check().await?;
             Revoke { list } => self.accept_revocations(list)?;
             Ping {} => ();
+            Disk { of } => self.disk_of(of).await?;
         })
     }
 }

@@ -115,6 +115,7 @@ pub(crate) fn bundle(id: SubstrateId, image: &Image) -> Bundle {
         machine: Manifest::of(&spec, "10.0.2"),
         macs: Vec::new(),
         nic_in: None,
+        generalised: false,
         agent: true,
         state: part(&state),
         pages: part(&pages),
