@@ -1,13 +1,11 @@
 //! Scheme `hybrid` from QEMU to QEMU, through two relays and a QUIC link on this machine.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
 
-mod support;
-
 use godwit_migrate::hybrid::{
     Asking, DestinationFate, Received, Sent, Steering, prepare_incoming, receive, report, send,
 };
 use godwit_qemu::Life;
-use support::{LONG, Place, Relay, sh, start, up};
+use godwit_testkit::{LONG, Relay, Sites, sh, start, up};
 use tokio_util::sync::CancellationToken;
 
 fn dead() -> Asking {
@@ -32,7 +30,7 @@ async fn witness(machine: &godwit_qemu::Machine) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_machine_moves_with_memory_and_disk_while_it_works() {
-    let place = Place::new();
+    let place = Sites::new();
     let source = start(place.source()).await;
     up(&source).await;
     witness(&source).await;

@@ -40,9 +40,11 @@ use rustix::io::Errno;
 use tokio::task::JoinHandle;
 
 use crate::agent::{
-    AFTER_ACTIVATE, BEFORE_DOCK, CARD_KEPT, END_BEFORE_DOCK, KEEP_CARD, SHELL, run_script,
+    AFTER_ACTIVATE, BEFORE_DOCK, CARD_KEPT, END_BEFORE_DOCK, GENERALISE, IS_NOBODY, KEEP_CARD,
+    SHELL, run_script,
 };
 use crate::error::SubstrateError;
+use crate::identity::{Identity, environment};
 use crate::manifest::{FORMAT, MAX_STATE, Part, Shape, Sizes, Substrate, read_bounded};
 use crate::memory::{SealedMemory, room};
 use crate::pool::{Parts, Pool, held_bytes};
@@ -70,7 +72,8 @@ pub struct DockRequest {
     pub id: SubstrateId,
     /// Its name.
     pub name: Name,
-    /// Who may use it.
+    /// Who may use it. What is to be public is generalised: the machine's host name, machine-id and
+    /// SSH host keys are taken from it before it is docked.
     pub kind: SubstrateKind,
     /// Whose it is.
     pub owner: Name,
@@ -159,6 +162,11 @@ async fn convert(
     let ahead = Ahead::start(pool, &plan);
     let stop = request.stop.clone();
     let done = async {
+        if request.kind == SubstrateKind::Public {
+            generalise(&mut agent).await?;
+            godwit_hold::at("dock.generalised").await;
+            plan.substrate.generalised = true;
+        }
         let rested = quiesce(machine, &nics, &mut agent).await;
         drop(agent);
         plan.substrate.nic_in = rested?;
@@ -276,6 +284,7 @@ impl Plan {
             machine: machine.manifest(),
             macs: launch.nics.iter().map(|n| (n.port, n.mac)).collect(),
             nic_in: None,
+            generalised: false,
             agent: true,
             state: unknown,
             pages: unknown,
@@ -467,6 +476,12 @@ fn layers(chain: &DiskChain, image: &Image) -> Result<(PathBuf, Vec<PathBuf>), S
     }
 }
 
+/// Takes from the guest what makes it itself.
+async fn generalise(agent: &mut AgentSession<'_>) -> Result<(), SubstrateError> {
+    let done = run_script(agent, SHELL, &GENERALISE, &[], SCRIPT_WITHIN).await;
+    done.map(drop).map_err(|e| SubstrateError::NotGeneralised(Box::new(e)))
+}
+
 /// Brings the guest to rest and takes its NICs out, but for one that its interface can be taken down
 /// of instead: to find a new one takes an emulated guest more than all else in an activation. Gives
 /// the port of that one.
@@ -491,7 +506,8 @@ async fn quiesce(
 }
 
 /// Lets a machine run on whose docking broke off, at whatever step and in whichever process: its
-/// vCPUs run, its NICs are there, its user programs are thawed. Called again it changes nothing.
+/// vCPUs run, its NICs are there, its user programs are thawed; one that was generalised already has
+/// an identity again, a new one under its name. Called again it changes nothing.
 ///
 /// # Errors
 /// When QEMU or the guest does not do its part; what was done stays, and it may be called again.
@@ -517,7 +533,12 @@ pub async fn run_on(machine: &Machine, nics: &[Nic]) -> Result<(), SubstrateErro
     if let Err(error) = run_script(&mut agent, SHELL, &END_BEFORE_DOCK, &[], SCRIPT_WITHIN).await {
         tracing::debug!(%error, "not looked for what brings the guest to rest");
     }
-    run_script(&mut agent, AFTER_ACTIVATE, &[], &[], SCRIPT_WITHIN).await.map(drop)
+    let nobody = run_script(&mut agent, SHELL, &IS_NOBODY, &[], SCRIPT_WITHIN).await.is_ok();
+    let env = match nobody {
+        true => environment(Some(&Identity::fresh(machine.launch().name)?), false)?,
+        false => Vec::new(),
+    };
+    run_script(&mut agent, AFTER_ACTIVATE, &[], &env, SCRIPT_WITHIN).await.map(drop)
 }
 
 /// Puts the memory file of a stopped machine into the store, holes left out.

@@ -1,5 +1,6 @@
 //! Every path of the API, asked by every role of a foreign tenant and by a viewer of the own.
 
+use axum::Router;
 use std::collections::{BTreeMap, BTreeSet};
 
 use axum::http::Method;
@@ -183,7 +184,7 @@ fn with(path: &str, named: &str) -> String {
 }
 
 fn router(w: &World) -> Router {
-    Api::new(w.c.clone(), Arc::new(NoGate), "secret").router()
+    super::tests::whole(&Api::new(w.c.clone(), Arc::new(NoGate), "secret"))
 }
 
 /// A token of a new user of acme.

@@ -8,7 +8,7 @@ use super::neighbours::Offered;
 
 use super::pool::Dock;
 use crate::verbs::{
-    ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
+    Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
     MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateListening, MigrateLost, MigrateManifest,
     MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn, MigrateResumeOut,
     MigrateSend, MigrateStatus, Ping, Pool, PoolCheck, Report, Request, Revoke, SiteReply,
@@ -99,12 +99,13 @@ impl LocalSite {
             Revoke { list } => self.accept_revocations(list)?;
             Ping {} => ();
             SubstrateOffer { id, to } => self.neighbours.offer(id, to);
-            SubstrateFetch { id, name, content, from, address } => {
-                let at = Offered { id, name, content, from, address };
+            SubstrateFetch { id, name, content, among, from, address } => {
+                let at = Offered { id, name, content, among, from, address };
                 self.fetch(at, call).await?
             };
             MigrateListening { migration } => self.listening(migration).await?;
             MigrateDial { migration, vm, address } => self.dial(migration, vm, address).await?;
+            Disk { of } => self.disk_of(of).await?;
         })
     }
 }

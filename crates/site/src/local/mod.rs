@@ -391,10 +391,19 @@ impl SiteHost for LocalSite {
             StreamRequest::Display { vm } => (vm, true),
             StreamRequest::SubstrateExport { id } => return self.export(id).await,
             StreamRequest::SubstrateSupply { id } => return Ok(self.supply(id)),
-            StreamRequest::SubstrateTake { content } => return Ok(self.take(content)),
+            StreamRequest::SubstrateTake { content } => return Ok(self.take(content, None)),
+            StreamRequest::SubstrateTakeAmong(t) => {
+                return Ok(self.take(t.content, Some(t.among)));
+            }
             StreamRequest::SubstrateImport { name, content } => {
-                let becomes = godwit_substrate::Becomes { name, content, ..Default::default() };
-                return Ok(self.import(becomes));
+                // A file says of itself that it is public; the center's own copy is what it is.
+                let not_public_as_it_was = content.is_none();
+                return Ok(self.import(godwit_substrate::Becomes {
+                    name,
+                    content,
+                    not_public_as_it_was,
+                    ..Default::default()
+                }));
             }
             StreamRequest::SubstrateUpload(t) => {
                 return Ok(self.import(godwit_substrate::Becomes {
@@ -403,8 +412,8 @@ impl SiteHost for LocalSite {
                     owner: Some(t.owner),
                     // What a file says of itself makes nothing public.
                     not_public: true,
-                    content: None,
                     among: Some(t.among),
+                    ..Default::default()
                 }));
             }
         };
