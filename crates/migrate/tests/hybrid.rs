@@ -49,7 +49,8 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     let steering = Steering { cancel: CancellationToken::new(), lost };
     let (mut sent, mut received) = (Sent::default(), Received::default());
     let sending = send(&source, &here.client, &here_config.qemu, &mut sent, &steering, dead);
-    let receiving = receive(&target, &there.client, Some(place.pivot()), &mut received, false);
+    let receiving =
+        receive(&target, &there.client, Some(place.pivot()), &mut received, false, None);
     let both = async { tokio::join!(sending, receiving) };
     let (left, arrived) = tokio::time::timeout(LONG, both).await.unwrap_or_else(|_| {
         panic!("stuck: {:?} {:?}", here.client.status(), there.client.status())

@@ -16,6 +16,7 @@ mod moves;
 mod pool;
 mod promise;
 mod quit;
+mod ran;
 mod record;
 mod relays;
 mod report;

@@ -25,7 +25,7 @@ use godwit_types::Mib;
 
 use super::machines::into_fault;
 use super::record::{End, MachineRecord, Migration};
-use super::{LocalSite, SiteDirs, filling};
+use super::{LocalSite, SiteDirs, filling, ran};
 use crate::error::Fault;
 
 /// How long a relay may take until it can be steered, and until it has ended when it is told to.
@@ -89,7 +89,12 @@ impl LocalSite {
             disk,
             given: None,
         };
-        let open = give(&mut config)?;
+        let commit = match (migration.end, part) {
+            (End::Destination, Part::Whole) => Some(ran::open(&self.dirs.vm(record.vm))?),
+            // It runs there already.
+            (End::Destination, _) | (End::Source, _) => None,
+        };
+        let open = give(&mut config, commit)?;
         let input = written(&config, &paths.config)
             .map_err(|e| fail("writing a relay's configuration", &e))?;
         let log = std::fs::OpenOptions::new()
@@ -205,7 +210,7 @@ impl LocalSite {
 }
 
 /// Opens what a relay is to have open, and says so in its configuration.
-fn give(config: &mut RelayConfig) -> Result<Vec<OwnedFd>, Fault> {
+fn give(config: &mut RelayConfig, commit: Option<std::fs::File>) -> Result<Vec<OwnedFd>, Fault> {
     let listen = |path: &Path| -> Result<OwnedFd, Fault> {
         listen(path).map(OwnedFd::from).map_err(|e| Fault::io("listening on", path, &e))
     };
@@ -238,6 +243,10 @@ fn give(config: &mut RelayConfig) -> Result<Vec<OwnedFd>, Fault> {
             open.push(nbd);
         }
         None => {}
+    }
+    if let Some(commit) = commit {
+        given.commit = Some(Given::number(&commit));
+        open.push(commit.into());
     }
     config.given = Some(given);
     Ok(open)
