@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use godwit_cloud::daemon::ClientFiles;
-use godwit_cloud::site::SiteDirs;
+use godwit_site::SiteDirs;
 use godwit_types::{Mib, Name, OpId};
 
 use crate::cmd;

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use futures::StreamExt;
-use godwit_cloud::Fault;
 use godwit_cloud::api::{REVISION_HEADER, TENANT_HEADER};
 use godwit_cloud::daemon::read_token;
 use godwit_types::Code;
+use godwit_types::Fault;
 use reqwest::{Certificate, Method, RequestBuilder, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;

@@ -1,7 +1,7 @@
 //! How a command ends.
 
-use godwit_cloud::Fault;
 use godwit_types::Code;
+use godwit_types::Fault;
 
 /// A command that did not fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -242,8 +242,8 @@ pub(crate) fn size(bytes: u64) -> String {
 }
 
 /// How long ago, for people: `5s`, `12m`, `3h`, `2d`.
-pub(crate) fn age(since: godwit_cloud::clock::UnixMs) -> String {
-    let s = godwit_cloud::clock::UnixMs::now().since(since).as_secs();
+pub(crate) fn age(since: godwit_types::UnixMs) -> String {
+    let s = godwit_types::UnixMs::now().since(since).as_secs();
     match s {
         0..120 => format!("{s}s"),
         120..7_200 => format!("{}m", s / 60),

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use futures::StreamExt;
-use godwit_cloud::Fault;
 use godwit_cloud::controller::Accepted;
 use godwit_cloud::registry::OpRecord;
+use godwit_types::Fault;
 use godwit_types::{Code, OpId, OpState};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use reqwest::Method;

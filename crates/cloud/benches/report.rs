@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use godwit_cloud::Fault;
-use godwit_cloud::clock::UnixMs;
 use godwit_cloud::controller::Controller;
-use godwit_cloud::registry::{Registry, SiteReport, VmRecord};
-use godwit_cloud::site::{
-    ByteStream, Call, MachineStatus, SiteHost, SiteReply, SiteRequest, StreamRequest,
+use godwit_cloud::registry::{Registry, VmRecord};
+use godwit_site::{
+    ByteStream, Call, MachineStatus, SiteHost, SiteReply, SiteReport, SiteRequest, StreamRequest,
 };
 use godwit_transfer::Authority;
+use godwit_types::Fault;
+use godwit_types::UnixMs;
 use godwit_types::{Arch, Generation, Mib, Name, SiteKind, VmId, VmState};
 
 const MACHINES: usize = 100_000;
@@ -111,7 +111,7 @@ fn reports(c: &mut Criterion) {
             }
         });
         let machines: Vec<_> = vms.iter().filter(|v| v.site == site).map(status).collect();
-        let digest = godwit_cloud::site::digest(&machines).filter(|_| says);
+        let digest = godwit_site::digest(&machines).filter(|_| says);
         let host: Arc<dyn SiteHost> = Arc::new(Listed { name: site, machines, digest });
         let authority = Authority::create(&dir.path().join(host.name().as_str()));
         let authority = Arc::new(authority.expect("authority"));

@@ -1,4 +1,4 @@
-//! Registry, placement, migration controller, site agent and API.
+//! Registry, placement, migration controller, API and the daemons.
 //!
 //! ```text
 //!   command line, portal
@@ -15,17 +15,13 @@
 //! ```
 //!
 //! The center decides and remembers, a site does. Everything a site is asked to do is one
-//! [`site::SiteRequest`], so that the center's own site and a joined one behave alike.
+//! [`godwit_site::SiteRequest`], so that the center's own site and a joined one behave alike.
 
 pub mod access;
 pub mod api;
-pub mod clock;
+mod clock;
 pub mod controller;
 pub mod daemon;
-pub mod error;
 pub mod ops;
 pub mod placement;
 pub mod registry;
-pub mod site;
-
-pub use error::Fault;

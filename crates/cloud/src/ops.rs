@@ -19,7 +19,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::FutureExt;
-use godwit_types::{Code, Generation, Name, OpId, OpState, SubstrateId, SubstrateKind, VmId};
+use godwit_site::Progress;
+use godwit_types::{
+    Code, Fault, Generation, Name, OpId, OpState, SubstrateId, SubstrateKind, UnixMs, VmId,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
@@ -27,8 +30,6 @@ use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
 use crate::access::Principal;
-use crate::clock::UnixMs;
-use crate::error::Fault;
 use crate::registry::{OpRecord, Registry, RegistryError, Step, StepState, VmRecord};
 
 /// What an operation does, with what is needed to take it up again.
@@ -197,21 +198,6 @@ impl OpKind {
             Self::PoolCheck { site } => site,
         }
     }
-}
-
-/// How far one stage of a job is.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Progress {
-    /// Name of the stage, e.g. `memory`.
-    pub stage: String,
-    /// Done so far, in `unit`.
-    pub done: u64,
-    /// All there is, in `unit`; zero while it is not known.
-    pub total: u64,
-    /// `bytes`, `pages`, `steps`, ...
-    pub unit: String,
-    /// More for people, e.g. `known 497 MiB, sent 6.1 MiB`.
-    pub note: String,
 }
 
 /// Stages an operation may show; more are dropped, so that a peer cannot fill the memory.
@@ -487,7 +473,7 @@ impl OpHandle {
     pub fn progress(&self, mut p: Progress) {
         // A site made it.
         for (text, limit) in [(&mut p.stage, 64), (&mut p.unit, 64), (&mut p.note, 1024)] {
-            crate::site::bounds::tidy(text, limit);
+            godwit_site::bounds::tidy(text, limit);
         }
         if let Some(l) = self.ops.live().get(&self.id) {
             l.view.send_modify(|o| {
@@ -576,7 +562,7 @@ impl OpHandle {
             }
         }
         if let Err(e) = self.ops.registry.op_put(&record) {
-            tracing::error!(op = %self.id, error = %crate::error::chain(&e), "the end of an operation could not be written; trying again");
+            tracing::error!(op = %self.id, error = %godwit_types::chain(&e), "the end of an operation could not be written; trying again");
             tokio::spawn(write_later(self.ops.registry.clone(), record.clone()));
         }
         // Out of the map and the last value sent in one go, so that whoever asks finds it in

@@ -6,9 +6,9 @@
 
 use std::fmt;
 
-use godwit_types::{Code, CodedError, Mib, Name, SiteKind, SiteState, SubstrateId};
+use godwit_site::MACHINE_OVERHEAD_MIB;
+use godwit_types::{Code, CodedError, Mib, Name, SiteKind, SiteState, SubstrateId, UnixMs};
 
-use crate::clock::UnixMs;
 use crate::registry::SiteRecord;
 
 /// What is to be placed.
@@ -48,9 +48,6 @@ pub struct Placement {
 
 /// Memory that a host keeps for itself, in MiB.
 pub const HOST_RESERVE_MIB: u64 = 256;
-
-/// What one machine costs beside its guest memory, in MiB: the QEMU process under TCG.
-pub const MACHINE_OVERHEAD_MIB: u64 = 64;
 
 /// Disk that must be left for cow files, in MiB.
 pub const DISK_RESERVE_MIB: u64 = 512;
@@ -248,7 +245,7 @@ fn better(a: (&SiteRecord, bool), b: (&SiteRecord, bool)) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::SiteReport;
+    use godwit_site::SiteReport;
     use proptest::prelude::*;
 
     fn name(s: &str) -> Name {

@@ -3,7 +3,9 @@
 //! Nothing here does I/O. A type belongs here when two rooms must agree on it;
 //! everything else stays in the room that owns it.
 
+mod clock;
 mod error;
+mod fault;
 mod hash;
 mod ids;
 mod measure;
@@ -12,7 +14,9 @@ mod sealed;
 mod state;
 mod units;
 
+pub use clock::UnixMs;
 pub use error::{Code, CodedError};
+pub use fault::{Fault, chain};
 pub use hash::{Hash, HashParseError};
 pub use ids::{MigrationId, OpId, SubstrateId, VmId};
 pub use measure::{

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use godwit_cloud::Fault;
 use godwit_cloud::controller::Unanswered;
-use godwit_cloud::site::{ImageInfo, image_info, images_of};
 use godwit_image::{Image, ImageCache, ImageError, Recipe};
+use godwit_site::{ImageInfo, image_info, images_of};
+use godwit_types::Fault;
 use godwit_types::{Code, Name, SiteKind};
 use indicatif::ProgressBar;
 use reqwest::Method;

@@ -9,7 +9,7 @@ use godwit_cloud::access::Role;
 use godwit_cloud::controller::{ApiToken, NewApiToken, NewTenant, NewUser};
 use godwit_cloud::daemon::{local_socket, local_token};
 use godwit_cloud::registry::{AuditEnd, AuditEntry, TenantRecord, TokenInfo, UserRecord};
-use godwit_cloud::site::SiteDirs;
+use godwit_site::SiteDirs;
 use godwit_types::Name;
 use reqwest::Method;
 use serde_json::json;

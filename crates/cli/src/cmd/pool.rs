@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 use godwit_cloud::controller::Unanswered;
-use godwit_cloud::site::PoolReport;
+use godwit_site::PoolReport;
 use godwit_types::Name;
 use reqwest::Method;
 use serde::{Deserialize, Serialize};

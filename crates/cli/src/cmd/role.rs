@@ -14,13 +14,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use godwit_cloud::Fault;
 use godwit_cloud::daemon::{
     Agent, AgentConfig, Center, CenterConfig, ClientFiles, TlsFiles, join_site,
 };
-use godwit_cloud::site::{SiteDirs, Uids};
 use godwit_migrate::relay::{RelayConfig, run_relay};
+use godwit_site::{SiteDirs, Uids};
 use godwit_transfer::JoinToken;
+use godwit_types::Fault;
 use godwit_types::{Code, Name};
 use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use godwit_cloud::api::TypeText;
-use godwit_cloud::site::ConsoleTail;
+use godwit_site::ConsoleTail;
 use reqwest::Method;
 use reqwest::header::{CONNECTION, UPGRADE};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use godwit_cloud::api::{NewToken, Token, TokenText, TokenUse};
-use godwit_cloud::clock::UnixMs;
 use godwit_cloud::daemon::join_site;
 use godwit_cloud::registry::{EventKind, SiteRecord};
 use godwit_transfer::JoinToken;
+use godwit_types::UnixMs;
 use godwit_types::{Name, SiteKind, SiteState};
 use reqwest::Method;
 use serde::Serialize;

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use clap::Args;
 use godwit_cloud::daemon::ClientFiles;
-use godwit_cloud::site::SiteDirs;
+use godwit_site::SiteDirs;
 use godwit_types::{Code, Name, SiteKind, SiteState};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};

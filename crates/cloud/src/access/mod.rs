@@ -20,11 +20,10 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
-use godwit_types::{Name, SubstrateKind};
+use godwit_types::{Name, SubstrateKind, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::clock::UnixMs;
 use crate::registry::{OpRecord, SubstrateRecord, VmRecord};
 
 /// The tenant that every cloud has, and that everything from before there were tenants belongs to.

@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::{Response, Sse, sse};
 use futures::Stream;
-use godwit_types::Name;
+use godwit_types::{Fault, Name, UnixMs};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
@@ -18,9 +18,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{Answer, Api, Params, Who};
 use crate::access::Principal;
-use crate::clock::UnixMs;
 use crate::controller::authorize::visible_part;
-use crate::error::Fault;
 use crate::registry::{
     Event, EventId, EventKind, Forgotten, Object, Reader, Summary, Watcher, What,
 };

@@ -7,15 +7,14 @@ use axum::body::HttpBody as _;
 use axum::extract::{FromRequest as _, Request, State};
 use axum::http::StatusCode;
 use base64::prelude::{BASE64_STANDARD, Engine as _};
-use godwit_types::Code;
+use godwit_site::{GuestOutput, GuestProgram};
+use godwit_types::{Code, Fault};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::shares::Share;
 use super::{Answer, Api, MAX_BODY, Params, Path, Payload, Who, drop_rest};
 use crate::access::Action;
-use crate::error::Fault;
-use crate::site::{GuestOutput, GuestProgram};
 
 /// The longest standard input of a program, in bytes.
 pub const MAX_INPUT: usize = 16 << 20;

@@ -3,7 +3,8 @@
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
-use godwit_types::Name;
+use godwit_site::ImageInfo;
+use godwit_types::{Fault, Name};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -11,8 +12,6 @@ use super::{Answer, Api, Params, Path, Who, accepted, name};
 use crate::access::{Action, Object};
 use crate::controller::authorize::allow;
 use crate::controller::{Mode, Unanswered, ask_all};
-use crate::error::Fault;
-use crate::site::ImageInfo;
 
 /// An image and the site that has it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

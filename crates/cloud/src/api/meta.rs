@@ -7,13 +7,12 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
-use godwit_types::{SiteState, VmState};
+use godwit_types::{SiteState, UnixMs, VmState};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{Answer, Api, Who};
 use crate::access::{Action, Object};
-use crate::clock::UnixMs;
 use crate::controller::authorize::allow;
 
 /// That the daemon serves.

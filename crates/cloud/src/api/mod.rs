@@ -37,16 +37,14 @@ use axum::routing::{delete, get, post};
 use futures::StreamExt;
 use godwit_transfer::Revocations;
 use godwit_transfer::keys::TokenInfo;
-use godwit_types::{Code, Name, SiteKind};
+use godwit_types::{Code, Fault, Name, SiteKind, UnixMs};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use utoipa::{IntoParams, OpenApi, ToSchema};
 
 use crate::access::Principal;
-use crate::clock::UnixMs;
 use crate::controller::{Accepted, Controller, Mode};
-use crate::error::Fault;
 
 pub use events::{EventFilter, FeedEvent, MAX_STREAMS, RESET, REVISION_HEADER, Reset};
 pub use exec::{Encoding, ExecReply, ExecRequest, MAX_INPUT};

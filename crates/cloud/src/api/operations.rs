@@ -9,11 +9,10 @@ use axum::http::StatusCode;
 use axum::response::Sse;
 use axum::response::sse::{Event, KeepAlive};
 use futures::Stream;
-use godwit_types::OpId;
+use godwit_types::{Fault, OpId};
 
 use super::{Answer, Api, Path, Who};
 use crate::access::Action;
-use crate::error::Fault;
 use crate::registry::OpRecord;
 
 fn id(text: &str) -> Result<OpId, Fault> {

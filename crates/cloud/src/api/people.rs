@@ -3,12 +3,12 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use godwit_types::Fault;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::{Answer, Api, Params, Path, Payload, Who, name};
 use crate::controller::{ApiToken, Controller, NewApiToken, NewTenant, NewUser};
-use crate::error::Fault;
 use crate::registry::{
     AuditEnd, AuditEntry, MAX_AUDIT, Quota, TenantQuota, TenantRecord, TokenInfo, UserRecord,
 };

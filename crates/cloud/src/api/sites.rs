@@ -4,15 +4,13 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use godwit_transfer::keys::{TokenInfo, TokenState};
-use godwit_types::{Code, Name, SiteKind};
+use godwit_types::{Code, Fault, Name, SiteKind, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{Answer, Api, Path, Payload, Who, name};
 use crate::access::{Action, Object, Principal};
-use crate::clock::UnixMs;
 use crate::controller::authorize::allow;
-use crate::error::Fault;
 use crate::registry::SiteRecord;
 
 /// Whom a join token is for.

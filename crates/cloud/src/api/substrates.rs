@@ -10,7 +10,9 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
-use godwit_types::{Code, Name};
+use godwit_site::frames::FrameReader;
+use godwit_site::{ByteStream, Call, PoolReport, SiteHost, StreamRequest, verbs};
+use godwit_types::{Code, Fault, Name};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 use utoipa::{IntoParams, ToSchema};
@@ -22,10 +24,7 @@ use crate::access::{Action, Object, Principal, default_tenant};
 use crate::controller::authorize::{allow, visible_part};
 use crate::controller::bring::finish_import;
 use crate::controller::{Accepted, Controller, Mode, Unanswered, Uploading, ask_all};
-use crate::error::Fault;
 use crate::registry::SubstrateRecord;
-use crate::site::frames::FrameReader;
-use crate::site::{ByteStream, Call, PoolReport, SiteHost, StreamRequest, verbs};
 
 /// How long an import may stand still.
 const IMPORT_SILENCE: Duration = Duration::from_secs(60);

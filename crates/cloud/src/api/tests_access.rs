@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use axum::http::Method;
+use godwit_site::{ByteStream, Call, SiteHost, SiteReply, SiteRequest, StreamRequest};
 use godwit_types::{Mib, SubstrateId, SubstrateKind, VmState};
 
 use super::tests::{NoGate, fault, send_as};
@@ -11,7 +12,6 @@ use crate::access::{Role, default_tenant};
 use crate::controller::tests::{Send, World, name, world};
 use crate::ops::OpKind;
 use crate::registry::{Drawn, OpRecord, SubstrateRecord, TenantRecord, VmRecord};
-use crate::site::{ByteStream, Call, SiteHost, SiteReply, SiteRequest, StreamRequest};
 
 /// What a path is about, and so what a foreigner and a viewer of the own tenant may expect.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -458,7 +458,7 @@ async fn what_is_public_or_granted_is_used_and_not_changed() {
 /// A site that takes files in, and what they come by.
 struct Takes {
     name: Name,
-    come: std::sync::Mutex<Option<(crate::site::Upload, tokio::io::DuplexStream)>>,
+    come: std::sync::Mutex<Option<(godwit_site::Upload, tokio::io::DuplexStream)>>,
     paper: Arc<dyn SiteHost>,
 }
 
@@ -497,7 +497,7 @@ async fn a_file_that_has_come_whole_is_listed_though_its_sender_has_hung_up() {
     let mut file = String::new();
     site.read_to_string(&mut file).await.expect("read");
     assert_eq!(file, "GWSA");
-    let info = crate::site::SubstrateInfo {
+    let info = godwit_site::SubstrateInfo {
         id: want.id,
         name: want.name,
         kind: SubstrateKind::Restricted,

@@ -5,7 +5,8 @@ use axum::extract::{Request, State};
 use axum::http::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use godwit_types::Name;
+use godwit_site::{Call, ConsoleTail, StreamRequest, verbs};
+use godwit_types::{Fault, Name};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -13,9 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::{Answer, Api, DryRun, Params, Path, Payload, Who, accepted};
 use crate::access::Action;
 use crate::controller::{Accepted, CreateVm, DockVm, MigrateVm};
-use crate::error::Fault;
 use crate::registry::VmRecord;
-use crate::site::{Call, ConsoleTail, StreamRequest, verbs};
 
 /// Which environments to list.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]

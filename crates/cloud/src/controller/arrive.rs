@@ -18,20 +18,19 @@ use std::time::Duration;
 
 use godwit_migrate::clock::{self, ClockId};
 use godwit_migrate::hybrid::{Received, Request, Sent, report};
-use godwit_types::{Code, MoveReport, Name, VmState, human_bytes};
+use godwit_site::{
+    Asking, Call, MemoryStatus, MoveStatus, News, Progress, Request as _, SiteHost,
+    UNKNOWN_GENERATION, verbs,
+};
+use godwit_types::{Code, Fault, MoveReport, Name, UnixMs, VmState, human_bytes};
 use tokio::time::Instant;
 
 use super::lifecycle::dry;
 use super::moves::{Move, measured};
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
 use crate::access::Principal;
-use crate::clock::UnixMs;
-use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind, Progress};
+use crate::ops::{OpHandle, OpKind};
 use crate::registry::VmRecord;
-use crate::site::{
-    Asking, Call, MemoryStatus, MoveStatus, News, Request as _, SiteHost, UNKNOWN_GENERATION, verbs,
-};
 
 /// The stage that an operation shows while a broken migration is taken up again.
 pub(super) const RECOVERING: &str = "recovering";

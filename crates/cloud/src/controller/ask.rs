@@ -5,16 +5,15 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use godwit_types::{Code, Name};
+use godwit_site::{Call, ImageInfo, SiteHost, verbs};
+use godwit_types::{Code, Fault, Name, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{Controller, registry_fault};
-use crate::clock::{Moment, UnixMs};
-use crate::error::Fault;
+use crate::clock::Moment;
 use crate::placement::{Demand, Placement, PlacementRefusal, Unfit, place};
 use crate::registry::SubstrateRecord;
-use crate::site::{Call, ImageInfo, SiteHost, verbs};
 
 /// How long a site may take to tell what it has when several are asked.
 pub const ANSWER_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 300 } else { 3000 });

@@ -3,12 +3,11 @@
 //! Whatever is not there for a principal is answered as if it did not exist, in the words of the
 //! registry.
 
-use godwit_types::{Code, Name, OpId, SubstrateId, SubstrateKind};
+use godwit_types::{Code, Fault, Name, OpId, SubstrateId, SubstrateKind};
 use tokio::sync::watch;
 
 use super::{Controller, registry_fault};
 use crate::access::{Action, Object, Principal, Refusal, default_tenant, forbidden, may};
-use crate::error::Fault;
 use crate::registry::{OpRecord, RegistryError, SiteRecord, SubstrateRecord, VmRecord};
 
 /// Refuses what `who` may not do with an object that it was told of by `key`.

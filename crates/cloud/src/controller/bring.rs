@@ -4,7 +4,8 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 
-use godwit_types::{Code, Name, SiteKind, SubstrateId};
+use godwit_site::{SiteHost, SiteReport, SubstrateInfo, bounds};
+use godwit_types::{Code, Fault, Name, SiteKind, SubstrateId};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
@@ -12,10 +13,8 @@ use tokio::sync::Mutex;
 use super::origin::Discovery;
 use super::rebuild::{suffixed, tail};
 use super::{Controller, registry_fault};
-use crate::error::Fault;
 use crate::ops::OpHandle;
-use crate::registry::{RegistryError, SiteReport, SubstrateRecord};
-use crate::site::{SiteHost, SubstrateInfo, bounds};
+use crate::registry::{RegistryError, SubstrateRecord};
 
 /// The substrates that are on their way, by where they go.
 pub(super) type Bringing = std::sync::Mutex<HashMap<(SubstrateId, Name), Arc<Mutex<()>>>>;
@@ -199,7 +198,7 @@ pub(super) fn cut(doing: &str, name: &Name, e: &std::io::Error) -> Fault {
 /// # Errors
 /// The site's refusal, or a broken stream.
 pub(crate) async fn finish_import(
-    mut into: crate::site::ByteStream,
+    mut into: godwit_site::ByteStream,
     name: &Name,
 ) -> Result<SubstrateInfo, Fault> {
     into.shutdown().await.map_err(|e| cut("writing", name, &e))?;

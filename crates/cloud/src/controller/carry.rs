@@ -3,18 +3,17 @@
 
 use std::time::Duration;
 
+use godwit_site::frames::{FrameReader, GIVEN_UP, part_head};
+use godwit_site::{ByteStream, Progress, StreamRequest, SubstrateInfo};
 use godwit_substrate::{SubstrateError, TakerMsg};
-use godwit_types::{Code, Name};
+use godwit_types::{Code, Fault, Name};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::Instant;
 
 use super::Controller;
 use super::bring::{cut, verdict};
-use crate::error::Fault;
-use crate::ops::{OpHandle, Progress};
+use crate::ops::OpHandle;
 use crate::registry::SubstrateRecord;
-use crate::site::frames::{FrameReader, GIVEN_UP, part_head};
-use crate::site::{ByteStream, StreamRequest, SubstrateInfo};
 
 /// How often one bring goes on after a break.
 const BREAKS: usize = 5;

@@ -10,18 +10,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_types::{Code, MigrationId, Name, OpId, VmState};
+use godwit_site::{Call, Progress, verbs};
+use godwit_types::{Code, Fault, MigrationId, Name, OpId, UnixMs, VmState};
 use serde_json::json;
 use tokio::time::Instant;
 
 use super::lifecycle::{call_of, dry};
 use super::{Accepted, Controller, Mode, registry_fault};
 use crate::access::Principal;
-use crate::clock::UnixMs;
-use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind, Progress};
+use crate::ops::{OpHandle, OpKind};
 use crate::registry::VmRecord;
-use crate::site::{Call, verbs};
 
 /// How long a move that was asked to stop may take to end by itself.
 const CANCEL_WITHIN: Duration = Duration::from_secs(20);

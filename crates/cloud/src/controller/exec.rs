@@ -13,15 +13,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_types::{Code, Name, OpState, VmId, VmState};
+use godwit_site::{Call, GuestExec, GuestOutput, GuestProgram, SiteHost, verbs};
+use godwit_types::{Code, Fault, Name, OpState, VmId, VmState};
 use tokio::time::Instant;
 
 use super::{Controller, registry_fault};
 use crate::access::{Action, Principal};
-use crate::error::Fault;
 use crate::ops::OpKind;
 use crate::registry::VmRecord;
-use crate::site::{Call, GuestExec, GuestOutput, GuestProgram, SiteHost, verbs};
 
 /// How often a guest that stands still is asked again, and a machine's place is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);

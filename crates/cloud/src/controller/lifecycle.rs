@@ -3,19 +3,19 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 
-use godwit_types::{Arch, Code, Generation, Mib, Name, SubstrateId, SubstrateKind, VmId, VmState};
+use godwit_site::{Call, NewMachine, News, Origin, SiteHost, verbs};
+use godwit_types::{
+    Arch, Code, Fault, Generation, Mib, Name, SubstrateId, SubstrateKind, UnixMs, VmId, VmState,
+};
 use serde_json::json;
 
 use super::authorize::{allow, name_at_sites};
 use super::depart::Wanted;
 use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
 use crate::access::{Action, Object, Principal, may};
-use crate::clock::UnixMs;
-use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{Call, NewMachine, News, Origin, SiteHost, verbs};
 
 /// A call of a site whose progress is shown by the operation.
 pub(super) fn call_of(op: &OpHandle) -> Call {

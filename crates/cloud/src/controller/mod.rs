@@ -48,7 +48,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use godwit_transfer::{Authority, Revocations};
-use godwit_types::{Generation, Mib, Name, OpId, SiteKind, SubstrateKind};
+use godwit_types::{Fault, Generation, Mib, Name, OpId, SiteKind, SubstrateKind, UnixMs};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use utoipa::ToSchema;
@@ -56,11 +56,10 @@ use utoipa::ToSchema;
 pub use exec::GuestProcess;
 pub use people::{ApiToken, NewApiToken, NewTenant, NewUser};
 
-use crate::clock::{Moment, UnixMs};
-use crate::error::Fault;
+use crate::clock::Moment;
 use crate::ops::Ops;
-use crate::registry::{Registry, SiteRecord, SiteReport, VmRecord};
-use crate::site::{Call, SiteHost, verbs};
+use crate::registry::{Registry, SiteRecord, VmRecord};
+use godwit_site::{Call, SiteHost, SiteReport, verbs};
 
 pub(crate) use ask::ask_all;
 pub use ask::{ANSWER_WITHIN, Unanswered};

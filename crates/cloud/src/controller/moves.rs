@@ -5,19 +5,17 @@ use std::time::Duration;
 
 use godwit_migrate::clock;
 use godwit_migrate::hybrid::SCHEME;
-use godwit_types::{Code, Generation, MigrationId, MoveReport, Name, VmState};
+use godwit_site::{Asking, Call, MachineStatus, Progress, Request, SiteHost, verbs};
+use godwit_types::{Code, Fault, Generation, MigrationId, MoveReport, Name, UnixMs, VmState};
 use serde_json::json;
 
 use super::authorize::allow;
 use super::lifecycle::{call_of, dry, state_fault};
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
 use crate::access::{Action, Object, Principal};
-use crate::clock::UnixMs;
-use crate::error::Fault;
-use crate::ops::{OpHandle, OpKind, Progress};
+use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
 use crate::registry::{Arriving, VmRecord};
-use crate::site::{Asking, Call, MachineStatus, Request, SiteHost, verbs};
 
 /// How long a destination that was lost during the switch is asked for.
 const FATE_LIMIT: Duration = Duration::from_secs(600);

@@ -12,15 +12,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use godwit_types::{Code, Name, SiteKind, SubstrateId, SubstrateKind};
+use godwit_site::{SubstrateInfo, Upload};
+use godwit_types::{Code, Fault, Name, SiteKind, SubstrateId, SubstrateKind};
 
 use super::authorize::{allow, name_at_sites};
 use super::{Controller, registry_fault};
 use crate::access::{Action, Object, Principal, default_tenant, may, operator};
-use crate::error::Fault;
 use crate::ops::OpKind;
 use crate::registry::{OpRecord, SubstrateRecord};
-use crate::site::{SubstrateInfo, Upload};
 
 /// How the center hears of a substrate that it does not know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,15 +2,13 @@
 
 use std::time::Instant;
 
-use godwit_types::{Code, Name};
+use godwit_types::{Code, Fault, Name, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::authorize::{allow, unseen};
 use super::{Controller, registry_fault};
 use crate::access::{Action, Object, Principal, Role, may};
-use crate::clock::UnixMs;
-use crate::error::Fault;
 use crate::registry::audit::Note;
 use crate::registry::{
     AuditEnd, AuditEntry, Drawn, Quota, SubstrateRecord, TenantQuota, TenantRecord, TokenInfo,
@@ -201,7 +199,7 @@ impl Controller {
     fn enter(&self, note: Note<'_>) {
         let Note { user, action, object, .. } = note;
         if let Err(error) = self.registry.audit(note) {
-            let error = crate::error::chain(&error);
+            let error = godwit_types::chain(&error);
             tracing::error!(%user, action, object, %error, "not in the audit log");
         }
     }

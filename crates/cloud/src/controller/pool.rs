@@ -2,17 +2,16 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Code, Name, SiteKind, SubstrateId};
+use godwit_site::{Call, SiteHost, in_use, verbs};
+use godwit_types::{Code, Fault, Name, SiteKind, SubstrateId};
 use serde_json::json;
 
 use super::authorize::allow;
 use super::lifecycle::call_of;
 use super::{Accepted, Controller, Mode, registry_fault};
 use crate::access::{Action, Object, Principal};
-use crate::error::Fault;
 use crate::ops::OpKind;
 use crate::registry::VmRecord;
-use crate::site::{Call, SiteHost, in_use, verbs};
 
 impl Controller {
     /// The center's own site.

@@ -9,19 +9,17 @@
 
 use std::sync::{Arc, PoisonError};
 
+use godwit_site::{Call, NewMachine, Origin, SiteHost, SubstrateInfo, verbs};
 use godwit_transfer::Warrant;
-use godwit_types::{Code, Generation, Name, SubstrateId, VmId, VmState};
+use godwit_types::{Code, Fault, Generation, Name, SubstrateId, UnixMs, VmId, VmState};
 use serde_json::json;
 
 use super::lifecycle::call_of;
 use super::{Accepted, Controller, Mode, registry_fault};
 use crate::access::{Action, Principal};
-use crate::clock::UnixMs;
-use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
 use crate::registry::{SubstrateRecord, VmRecord};
-use crate::site::{Call, NewMachine, Origin, SiteHost, SubstrateInfo, verbs};
 
 /// `base-suffix`, cut to the length that a name may have.
 pub(super) fn suffixed(base: &Name, suffix: &str) -> Result<Name, Fault> {

@@ -8,15 +8,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use godwit_types::{Code, Hash, Name, VmState};
+use godwit_site::{Call, MachineStatus, Request, SiteHost, UNKNOWN_GENERATION, verbs};
+use godwit_types::{Code, Fault, Hash, Name, UnixMs, VmState};
 
 use super::moves::Move;
 use super::{Controller, registry_fault};
-use crate::clock::UnixMs;
-use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::registry::{OpRecord, VmRecord};
-use crate::site::{Call, MachineStatus, Request, SiteHost, UNKNOWN_GENERATION, verbs};
 
 /// How long a restarted center waits for a site to come back before it decides without it.
 pub(super) const RETURN_LIMIT: Duration = Duration::from_secs(60);
@@ -244,7 +242,7 @@ impl Controller {
         }
         let asked_at = self.registry.revision();
         let machines = host.machines().await?;
-        let mut settled = crate::site::digest(&machines);
+        let mut settled = godwit_site::digest(&machines);
         if !self.end_deleted(host, &machines, asked_at).await? {
             self.registry.site_has_no_deleted(host.name(), asked_at).map_err(registry_fault)?;
         }

@@ -11,15 +11,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_types::{Name, SubstrateId, VmId, VmState};
+use godwit_site::{MachineStatus, SiteHost};
+use godwit_types::{Fault, Name, SubstrateId, VmId, VmState};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{Controller, registry_fault};
-use crate::error::Fault;
 use crate::ops::{OpHandle, OpKind};
 use crate::registry::VmRecord;
-use crate::site::{MachineStatus, SiteHost};
 
 /// How long a site that is away is waited for.
 const RETURN_LIMIT: Duration = Duration::from_secs(60);

@@ -3,20 +3,19 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use bytes::Bytes;
 use godwit_migrate::hybrid::{Received, Sent};
-use godwit_types::{Arch, Code, Hash, OpState, SubstrateId, VmId, VmState};
+use godwit_site::verbs::{
+    MigrateAbort, MigratePrepare, MigrateRelease, MigrateResumeIn, MigrateSend, VmDelete,
+    VmExecWait, VmNew, VmStatus, VmStop,
+};
+use godwit_site::{
+    ByteStream, Call, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
+    MemoryStatus, MoveStatus, News, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
+};
+use godwit_types::{Arch, Code, Fault, Hash, OpState, SubstrateId, VmId, VmState};
 
 use super::tests_belief::docked;
 use super::*;
 use crate::access::Principal;
-use crate::error::Fault;
-use crate::site::verbs::{
-    MigrateAbort, MigratePrepare, MigrateRelease, MigrateResumeIn, MigrateSend, VmDelete,
-    VmExecWait, VmNew, VmStatus, VmStop,
-};
-use crate::site::{
-    ByteStream, Call, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
-    MemoryStatus, MoveStatus, News, Origin, SiteReply, SiteRequest, StreamRequest, SubstrateInfo,
-};
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
 pub(crate) struct Paper {
@@ -130,7 +129,7 @@ impl SiteHost for Paper {
                 images: [name("tiny")].into(),
                 substrates: held.iter().map(|s| s.id).collect(),
                 holdings: Some(Hash::of(&postcard::to_stdvec(&held).expect("encoded"))),
-                machines: crate::site::digest(&self.all()),
+                machines: godwit_site::digest(&self.all()),
                 ..SiteReport::default()
             })),
             SiteRequest::Images(_) => Ok(SiteReply::Images(vec![ImageInfo {

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
+use godwit_site::{MemoryStatus, MoveStatus};
 use godwit_types::{Code, Generation, OpState, SiteKind, VmState};
 
 use super::tests::*;
 use super::*;
-use crate::site::{MemoryStatus, MoveStatus};
 
 const fn status(memory: MemoryStatus, missing_blocks: Option<u64>, over: bool) -> MoveStatus {
     MoveStatus { memory, missing_pages: 0, missing_blocks, runs: true, over, why: None }

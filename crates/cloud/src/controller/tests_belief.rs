@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use godwit_site::SubstrateInfo;
 use godwit_types::{
     Arch, Code, Generation, Hash, Mib, OpState, SiteKind, SubstrateId, SubstrateKind, VmState,
 };
 
 use super::tests::*;
 use super::*;
-use crate::site::SubstrateInfo;
 
 /// A substrate that a site says to have.
 pub(super) fn docked(n: usize) -> SubstrateInfo {

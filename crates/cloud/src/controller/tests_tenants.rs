@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use godwit_site::SubstrateInfo;
 use godwit_types::{Code, CodedError, SubstrateId, SubstrateKind, VmState};
 
 use super::tests::*;
@@ -10,7 +11,6 @@ use super::*;
 use crate::access::{Principal, Role, default_tenant};
 use crate::ops::OpKind;
 use crate::registry::{OpRecord, Quota, SubstrateRecord, TenantRecord};
-use crate::site::SubstrateInfo;
 
 /// A user of a tenant, which is made if need be.
 fn user(w: &World, tenant: &str, n: &str, role: Role) -> Principal {
@@ -272,7 +272,7 @@ async fn whoever_hangs_up_while_a_program_is_handed_over_is_in_the_log() {
     let ann = user(&w, "acme", "ann", Role::Member);
     machine(&w, &ann, "a");
     w.center.hung.store(true, std::sync::atomic::Ordering::SeqCst);
-    let program = crate::site::GuestProgram {
+    let program = godwit_site::GuestProgram {
         path: "/bin/true".into(),
         args: Vec::new(),
         input: Vec::new().into(),

@@ -8,13 +8,12 @@
 //! The claim is needed when the registry is older than the truth: it was restored from a copy, or
 //! the news of a switch was lost.
 
+use godwit_site::{MachineStatus, UNKNOWN_GENERATION};
 use godwit_transfer::Warrant;
-use godwit_types::{Generation, Name};
+use godwit_types::{Fault, Generation, Name};
 
 use super::Controller;
-use crate::error::Fault;
 use crate::registry::VmRecord;
-use crate::site::{MachineStatus, UNKNOWN_GENERATION};
 
 impl Controller {
     /// The center's word that `site` may run a machine under `generation`.

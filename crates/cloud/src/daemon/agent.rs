@@ -12,19 +12,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use godwit_site::{LocalSite, SiteDirs, SiteOptions, Uids, serve};
 use godwit_transfer::{
     Endpoint, EndpointOptions, Expected, Identity, JoinToken, Link, PATIENCE, PendingIdentity,
     Renewal, Revocations, Trust, unix_now,
 };
-use godwit_types::{Code, Name};
+use godwit_types::{Code, Fault, Name};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::secrets::{make_dir, write_private};
 use super::{RENEW, Ready};
-use crate::error::Fault;
-use crate::site::{LocalSite, SiteDirs, SiteOptions, Uids, serve};
 
 /// First and longest pause between two tries to reach the center.
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));

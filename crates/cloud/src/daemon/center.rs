@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum_server::Handle;
+use godwit_site::{LocalSite, RemoteSite, SiteDirs, SiteHost, SiteOptions, Uids};
 use godwit_transfer::keys::TokenInfo;
 use godwit_transfer::{
     Authority, Endpoint, EndpointOptions, Fault as LinkFault, KeyError, PATIENCE, Peer, Renewal,
     Revocations, Router, unix_now,
 };
-use godwit_types::{Code, Name, SiteKind};
+use godwit_types::{Code, Fault, Name, SiteKind};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -20,9 +21,7 @@ use super::tls::{self, TlsFiles};
 use super::{ClientFiles, RENEW, Ready, local_socket, secrets};
 use crate::api::{Api, Gatekeeper};
 use crate::controller::Controller;
-use crate::error::Fault;
 use crate::registry::{Registry, RegistryError};
-use crate::site::{LocalSite, RemoteSite, SiteDirs, SiteHost, SiteOptions, Uids};
 
 /// How long open requests may take to end when the daemon ends.
 const GRACE: Duration = Duration::from_secs(5);

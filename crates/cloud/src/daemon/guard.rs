@@ -246,6 +246,6 @@ mod tests {
         let error = axum::body::to_bytes(body, 100).await.expect_err("stuck");
         let long = patient_for(Body::from("xxxx"), BODY_STILL);
         assert_eq!(long.size_hint().exact(), Some(4), "what is announced stays known");
-        assert!(crate::error::chain(&error).contains("stood still"), "{error:?}");
+        assert!(godwit_types::chain(&error).contains("stood still"), "{error:?}");
     }
 }

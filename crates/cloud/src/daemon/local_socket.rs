@@ -11,13 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_types::Code;
+use godwit_types::{Code, Fault};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::access::Principal;
 use crate::controller::{ApiToken, Controller, NewApiToken};
-use crate::error::Fault;
 
 /// The longest request and answer, in bytes.
 const MAX_LINE: u64 = 4 << 10;
@@ -112,8 +111,8 @@ pub async fn local_token(socket: &Path, want: &NewApiToken) -> Result<ApiToken, 
 mod tests {
     use super::*;
     use crate::access::Role;
-    use crate::clock::UnixMs;
     use crate::controller::tests::{Send, world};
+    use godwit_types::UnixMs;
 
     #[tokio::test]
     #[allow(clippy::print_stderr, reason = "where a test says that it was left out")]

@@ -4,9 +4,8 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use godwit_types::Code;
+use godwit_types::{Code, Fault};
 
-use crate::error::Fault;
 use crate::registry::people::USER_TOKEN;
 
 /// The files of a client, in `~/.config/godwit`.

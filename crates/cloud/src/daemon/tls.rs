@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use axum_server::tls_rustls::RustlsConfig;
-use godwit_types::Code;
+use godwit_types::{Code, Fault};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::secrets::{make_dir, write_private};
-use crate::error::Fault;
 
 /// How often the operator's files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -88,7 +87,7 @@ impl TlsFiles {
 }
 
 fn fail(doing: &str, e: &dyn std::error::Error) -> Fault {
-    Fault::internal(format!("{doing} the API's certificate: {}", crate::error::chain(e)))
+    Fault::internal(format!("{doing} the API's certificate: {}", godwit_types::chain(e)))
 }
 
 /// The certificate (PEM) and the server's configuration, for `address` and the names of this

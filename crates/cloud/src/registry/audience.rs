@@ -7,13 +7,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use godwit_types::{Name, SubstrateKind};
+use godwit_types::{Name, SubstrateKind, UnixMs};
 use serde::{Deserialize, Serialize};
 
 use super::tables::{Change, Tables};
 use super::{OpRecord, SubstrateRecord, VmRecord};
 use crate::access::Principal;
-use crate::clock::UnixMs;
 
 /// Who may know of it; operators in any case.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,14 +7,13 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Hash, Name, OpState};
+use godwit_types::{Hash, Name, OpState, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::tables::{Change, Tables};
 use super::{OpRecord, Registry, Result};
 use crate::access::Principal;
-use crate::clock::UnixMs;
 
 /// Entries that are told at once.
 pub const MAX_AUDIT: usize = 1000;

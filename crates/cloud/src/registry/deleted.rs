@@ -8,11 +8,10 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Name, VmId};
+use godwit_types::{Name, UnixMs, VmId};
 
 use super::tables::Change;
 use super::{DeletedVm, Registry, Result, VmRecord};
-use crate::clock::UnixMs;
 
 /// Rows that wait for revoked sites only, which may never be seen again; the oldest go first.
 pub(super) const KEPT_DELETED: usize = 10_000;

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, mpsc};
 
+use godwit_types::UnixMs;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -26,7 +27,6 @@ use super::feed::{Batch, Feed};
 use super::people::{TenantRecord, TokenRecord, UserRecord};
 use super::tables::{Change, SiteRow, Tables};
 use super::{RegistryError, Result, saved};
-use crate::clock::UnixMs;
 
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 
@@ -365,7 +365,7 @@ impl Writer {
                 self.shared.feed.reopened(saved);
             }
             Err(error) => {
-                let error = crate::error::chain(&error);
+                let error = godwit_types::chain(&error);
                 tracing::error!(%error, "the registry is not usable for now");
             }
         }

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use godwit_types::{Hash, Name, SiteState, SubstrateId};
+use godwit_site::SiteReport;
+use godwit_types::{Hash, Name, SiteState, SubstrateId, UnixMs};
 
+use super::SiteRecord;
 use super::feed::Feed;
 use super::tables::SiteRow;
-use super::{SiteRecord, SiteReport};
-use crate::clock::{Moment, UnixMs};
+use crate::clock::Moment;
 
 /// Times of this run, except what is told.
 #[derive(Debug, Clone, Default)]

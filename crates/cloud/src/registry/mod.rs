@@ -40,7 +40,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_types::{Generation, Hash, Name, OpId, SubstrateId, VmId};
+use godwit_site::SiteReport;
+use godwit_types::{Generation, Hash, Name, OpId, SubstrateId, UnixMs, VmId};
 
 use audit::Note;
 use file::File;
@@ -54,12 +55,11 @@ pub use feed::{Event, EventId, EventKind, Forgotten, NoEventId, Object, Summary,
 pub use people::{Drawn, MAX_TOKENS, TenantRecord, TokenInfo, TokenRecord, UserRecord};
 pub use quota::{Quota, TenantQuota, Usage};
 pub use records::{
-    Arriving, DeletedVm, OpRecord, SiteRecord, SiteReport, Step, StepState, SubstrateRecord,
-    VmRecord,
+    Arriving, DeletedVm, OpRecord, SiteRecord, Step, StepState, SubstrateRecord, VmRecord,
 };
 
 use crate::access::{Principal, default_tenant};
-use crate::clock::{Moment, UnixMs};
+use crate::clock::Moment;
 
 /// Finished operations of each tenant that are kept; the oldest go first.
 pub const KEPT_OPS: usize = 1000;

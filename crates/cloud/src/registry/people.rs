@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use godwit_types::{Hash, Name, SubstrateKind};
+use godwit_types::{Hash, Name, SubstrateKind, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -18,7 +18,6 @@ use super::quota::Quota;
 use super::tables::{Change, Tables};
 use super::{Registry, RegistryError, Result, missing};
 use crate::access::{DEFAULT_TENANT, OPERATOR, Principal, Role, default_tenant, operator};
-use crate::clock::UnixMs;
 
 /// What begins a token of a user.
 pub(crate) const USER_TOKEN: &str = "gwu-";

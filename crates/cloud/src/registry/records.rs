@@ -2,17 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use godwit_site::{Progress, SiteReport};
 use godwit_types::{
-    Arch, Code, Generation, Hash, InvalidTransition, Mib, MigrationId, Name, OpId, OpState,
-    SiteKind, SiteState, SubstrateId, SubstrateKind, VmId, VmState,
+    Arch, Code, Fault, Generation, Hash, InvalidTransition, Mib, MigrationId, Name, OpId, OpState,
+    SiteKind, SiteState, SubstrateId, SubstrateKind, UnixMs, VmId, VmState,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::access::{Principal, default_tenant, operator};
-use crate::clock::UnixMs;
-use crate::error::Fault;
-use crate::ops::{OpKind, Progress};
+use crate::ops::OpKind;
 
 /// A site that belongs to this cloud.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -45,52 +44,6 @@ impl SiteRecord {
             SiteState::Unreachable
         }
     }
-}
-
-/// What a site has, as it reports it itself.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct SiteReport {
-    /// Version of its daemon.
-    pub version: String,
-    /// How guests are run there: `tcg` or `kvm`.
-    pub accel: String,
-    /// Version of its QEMU.
-    pub qemu: String,
-    /// Processors.
-    pub cpus: u32,
-    /// Memory of the host in MiB.
-    pub memory_mib: u64,
-    /// Memory not in use in MiB.
-    pub memory_free_mib: u64,
-    /// Room for RAM files (tmpfs) in MiB.
-    pub ram_files_free_mib: u64,
-    /// Room for images, substrates and cow files in MiB.
-    pub disk_free_mib: u64,
-    /// One-minute load average.
-    pub load: f64,
-    /// Execution environments that run there.
-    pub vms: u32,
-    /// Substrates whose every page and block is there.
-    pub substrates: BTreeSet<SubstrateId>,
-    /// Hash of all that it tells of its substrates; while it is the same, nobody need ask.
-    #[serde(default)]
-    pub holdings: Option<Hash>,
-    /// Hash of all that it tells of its machines; likewise.
-    #[serde(default)]
-    pub machines: Option<Hash>,
-    /// Substrates of which something was found damaged there, and what; a few of them.
-    #[serde(default)]
-    pub damaged: BTreeMap<SubstrateId, String>,
-    /// Images that are there.
-    pub images: BTreeSet<Name>,
-    /// Round trip from the center in milliseconds, once measured.
-    pub rtt_ms: Option<f64>,
-    /// Memory that its machines are promised, in MiB: all that they may come to write to.
-    #[serde(default)]
-    pub memory_promised_mib: u64,
-    /// Memory that they may be promised in all, in MiB; 0 when it does not say.
-    #[serde(default)]
-    pub memory_promise_mib: u64,
 }
 
 /// A substrate and the sites that hold it.

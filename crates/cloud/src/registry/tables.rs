@@ -3,13 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use godwit_types::{Name, OpId, SiteKind, SubstrateId, VmId};
+use godwit_types::{Name, OpId, SiteKind, SubstrateId, UnixMs, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::audit::{AuditEnd, AuditEntry};
 use super::people::{TenantRecord, TokenRecord, UserRecord};
 use super::{DeletedVm, OpRecord, SubstrateRecord, VmRecord};
-use crate::clock::UnixMs;
 use crate::ops::OpKind;
 
 /// What is durable of a site. The rest of a [`super::SiteRecord`] is what it last reported.

@@ -323,7 +323,7 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
     reg.vm_add(&v, Some(&op)).expect("added");
     assert_eq!(reg.commits(), before + 1, "in the transaction of the change");
     op.state = godwit_types::OpState::Failed;
-    op.error = Some(crate::error::Fault::internal("x\n".repeat(500)));
+    op.error = Some(godwit_types::Fault::internal("x\n".repeat(500)));
     reg.op_put(&op).expect("ended");
     reg.op_put(&op).expect("again");
     let all = reg.audit_entries(100, 0, |_| true).expect("read");

@@ -1,0 +1,102 @@
+//! What this site does for each verb: a handler a verb, and none can be left out.
+
+use godwit_types::Fault;
+
+use super::pool::Dock;
+use super::{LocalSite, displayed};
+use crate::verbs::{
+    ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateFate, MigrateFinish,
+    MigrateFollow, MigrateGiveUp, MigrateLost, MigrateManifest, MigratePrepare, MigrateReceived,
+    MigrateRelease, MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool,
+    PoolCheck, Report, Request, Revoke, SiteReply, SiteRequest, SubstrateDelete, SubstrateUsers,
+    Substrates, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot, VmStart,
+    VmStatus, VmStop, VmType,
+};
+use crate::{Call, ConsoleTail};
+
+/// Makes one match of handlers `Verb { fields } => reply`, each wrapped as its verb's reply.
+macro_rules! handlers {
+    ($request:expr; $( $verb:ident { $($field:ident),* } => $reply:expr; )*) => {
+        match $request {
+            $( SiteRequest::$verb($verb { $($field),* }) => $verb::answer($reply), )*
+        }
+    };
+}
+
+impl LocalSite {
+    pub(super) async fn handle(
+        &self,
+        request: SiteRequest,
+        call: Call,
+    ) -> Result<SiteReply, Fault> {
+        Ok(handlers! { request;
+            Report {} => self.report().await?;
+            Images {} => self.list_images().await?;
+            ImageBuild { name } => self.build_image(name, call).await?;
+            ImageDelete { name } => self.image_delete(name).await?;
+            Machines {} => self.list_machines().await;
+            VmNew { machine } => self.create(machine, call).await?;
+            VmStart { vm, generation, warrant } => {
+                self.restart(vm, generation, warrant, call).await?
+            };
+            VmStop { vm, generation, force } => self.power_off(vm, generation, force, call).await?;
+            VmDelete { vm, generation } => self.remove(vm, generation).await?;
+            VmDock { vm, generation, substrate, name, kind, owner } => {
+                let want = Dock { vm, generation, substrate, name, kind, owner };
+                self.whole()?.dock(want, call).await?
+            };
+            VmStatus { vm } => self.machine_status(vm).await?;
+            VmConsole { vm, max_bytes } => {
+                let entry = self.entry(vm).await?;
+                let bytes = self.console_log(&*entry.lock().await, max_bytes as usize)?;
+                let text = String::from_utf8_lossy(&bytes).into_owned();
+                ConsoleTail { bytes: bytes.len() as u64, text }
+            };
+            VmScreenshot { vm } => {
+                let entry = self.entry(vm).await?;
+                let machine = displayed(&*entry.lock().await)?.clone();
+                machine.screenshot().await.map_err(|e| Fault::of(&e))?.png
+            };
+            VmType { vm, text } => {
+                let entry = self.entry(vm).await?;
+                let machine = displayed(&*entry.lock().await)?.clone();
+                machine.send_text(&text).await.map_err(|e| Fault::of(&e))?
+            };
+            VmExec { vm, program } => self.exec(vm, program).await?;
+            VmExecWait { vm, pid, within_ms } => self.exec_wait(vm, pid, within_ms).await?;
+            MigrateManifest { vm, generation } => self.manifest(vm, generation).await?;
+            MigratePrepare { migration, machine, generation, warrant, from, manifest } => {
+                let me = self.whole()?;
+                me.prepare(migration, machine, generation, warrant, from, &manifest).await?
+            };
+            MigrateSend { vm, generation, next, to, scheme } => {
+                if scheme != godwit_migrate::hybrid::SCHEME {
+                    return Err(Fault::invalid(format!("no scheme '{}'", scheme.escape_debug())));
+                }
+                self.whole()?.send(vm, (generation, next), to, call).await?
+            };
+            MigrateFollow { migration } => self.follow(migration, &call).await?;
+            MigrateFate { migration, dead } => self.whole()?.deliver_fate(migration, dead).await?;
+            MigrateLost { migration, why } => self.mark_lost(migration, why)?;
+            MigrateStatus { migration, vm } => self.move_status(migration, vm).await?;
+            MigrateResumeIn { migration, vm, memory } => {
+                self.whole()?.resume_in(migration, vm, memory).await?
+            };
+            MigrateResumeOut { migration, vm, to, memory } => {
+                self.whole()?.resume_out(migration, vm, to, memory, &call).await?
+            };
+            MigrateFinish { migration, vm } => self.finish_arrival(migration, vm).await?;
+            MigrateGiveUp { migration, vm, why } => self.abandon(migration, vm, why).await?;
+            MigrateReceived { migration } => self.received(migration).await?;
+            MigrateRelease { vm, generation } => self.release(vm, generation).await?;
+            MigrateAbort { migration, vm } => self.abort(migration, vm).await?;
+            Substrates {} => self.substrates()?;
+            SubstrateUsers { id } => self.substrate_users(id).await;
+            SubstrateDelete { id } => self.substrate_delete(id).await?;
+            Pool {} => self.pool_report().await?;
+            PoolCheck {} => self.pool_check().await?;
+            Revoke { list } => self.accept_revocations(list)?;
+            Ping {} => ();
+        })
+    }
+}

@@ -1,0 +1,129 @@
+//! Substrates that come and go: as files for people, and by the units that another site lacks.
+
+use std::io::BufReader;
+
+use godwit_substrate::{Becomes, Pool, Substrate, SubstrateError, TakerMsg};
+use godwit_types::{Fault, Hash, Name, SubstrateId};
+use tokio::io::{AsyncWriteExt, DuplexStream, WriteHalf};
+use tokio_util::io::SyncIoBridge;
+
+use super::LocalSite;
+use super::machines::{into_fault, join_error};
+use super::pool::{blocking, info};
+use crate::frames::{FrameWriter, PartReader};
+use crate::{ByteStream, SubstrateInfo};
+
+/// Bytes that a substrate's stream buffers between its two ends.
+const PIPE: usize = 1 << 20;
+
+impl LocalSite {
+    /// A substrate as a stream to read: an archive in frames. Refused before its first byte when
+    /// something of it is damaged.
+    pub(super) async fn export(&self, id: SubstrateId) -> Result<ByteStream, Fault> {
+        let pool = self.pool.clone();
+        blocking(move || pool.verify_units(id)).await?;
+        let (near, far) = tokio::io::duplex(PIPE);
+        let pool = self.pool.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut to = FrameWriter::new(SyncIoBridge::new(far));
+            let done = pool.export(id, &mut to).map(drop).map_err(into_fault);
+            if let Err(f) = &done {
+                tracing::warn!(%id, error = %f, "an export broke off");
+            }
+            if let Err(error) = to.end(done.as_ref().copied()) {
+                tracing::info!(%id, %error, "an export has no reader any more");
+            }
+        });
+        Ok(Box::pin(near))
+    }
+
+    /// A stream to write a substrate to; after its end the site answers with one event.
+    pub(super) fn import(&self, becomes: Becomes) -> ByteStream {
+        let (near, far) = tokio::io::duplex(PIPE);
+        let (pool, site) = (self.pool.clone(), self.name.clone());
+        tokio::spawn(async move {
+            if let Err(e) = import_archive(pool, site, becomes, far).await {
+                tracing::warn!(error = %e, "an import's answer could not be delivered");
+            }
+        });
+        Box::pin(near)
+    }
+
+    /// A stream on which another site asks for the units of a substrate that it lacks.
+    pub(super) fn supply(&self, id: SubstrateId) -> ByteStream {
+        let (near, far) = tokio::io::duplex(PIPE);
+        let (read, write) = tokio::io::split(far);
+        let (wants, out) = (BufReader::new(SyncIoBridge::new(read)), SyncIoBridge::new(write));
+        let pool = self.pool.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut to = FrameWriter::new(out);
+            let done = pool.supply(id, wants, &mut to).map_err(into_fault);
+            if let Err(f) = &done {
+                tracing::warn!(%id, error = %f, "a substrate was not handed to the end");
+            }
+            if let Err(error) = to.end(done.as_ref().copied()) {
+                tracing::info!(%id, %error, "nobody takes a substrate any more");
+            }
+        });
+        Box::pin(near)
+    }
+
+    /// A stream on which a substrate of that content comes from another site.
+    pub(super) fn take(&self, content: Option<Hash>) -> ByteStream {
+        let (near, far) = tokio::io::duplex(PIPE);
+        let (pool, site) = (self.pool.clone(), self.name.clone());
+        tokio::spawn(async move {
+            let (read, write) = tokio::io::split(far);
+            let parts = BufReader::new(PartReader::new(SyncIoBridge::new(read)));
+            let becomes = Becomes { content, ..Becomes::default() };
+            let taken = tokio::task::spawn_blocking(move || {
+                let mut control = SyncIoBridge::new(write);
+                let taken = pool.take(becomes, parts, &mut control);
+                (taken, control.into_inner())
+            });
+            match taken.await {
+                Ok((taken, mut write)) => {
+                    if let Err(error) = tell_verdict(&site, taken, &mut write, true).await {
+                        tracing::info!(%error, "nobody hears what became of a substrate");
+                    }
+                }
+                Err(e) => tracing::error!(error = %join_error(e), "a substrate was not taken in"),
+            }
+        });
+        Box::pin(near)
+    }
+}
+
+async fn import_archive(
+    pool: Pool,
+    site: Name,
+    becomes: Becomes,
+    far: DuplexStream,
+) -> std::io::Result<()> {
+    let (read, mut write) = tokio::io::split(far);
+    let reader = SyncIoBridge::new(read);
+    let outcome = tokio::task::spawn_blocking(move || pool.import(reader, becomes)).await;
+    match outcome {
+        Ok(taken) => tell_verdict(&site, taken, &mut write, false).await,
+        Err(e) => Err(std::io::Error::other(join_error(e).message)),
+    }
+}
+
+/// Ends a stream on which a substrate came: after [`TakerMsg::Enough`], where there were messages,
+/// the verdict as JSON.
+async fn tell_verdict(
+    site: &Name,
+    taken: Result<Substrate, SubstrateError>,
+    to: &mut WriteHalf<DuplexStream>,
+    messages: bool,
+) -> std::io::Result<()> {
+    let verdict: Result<SubstrateInfo, Fault> = match taken {
+        Ok(s) => Ok(info(&s, None)),
+        Err(e) => Err(super::advise(site, Fault::of(&e))),
+    };
+    if messages {
+        to.write_all(&TakerMsg::Enough.encode()).await?;
+    }
+    to.write_all(&serde_json::to_vec(&verdict)?).await?;
+    to.shutdown().await
+}

@@ -1,0 +1,648 @@
+//! The machines of this host: made, started, stopped, removed.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_disk::image::{Backing, check_base, create_overlay};
+use godwit_image::Image;
+use godwit_qemu::{
+    BootFile, Confine, DiskChain, Launch, Layer, Life, MacAddress, Machine, MachineSpec,
+    MemorySource, Nic, NicBackend, Start,
+};
+use godwit_transfer::Warrant;
+use godwit_types::{Code, Fault, Generation, VmId, VmState};
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use super::moves::MID;
+use super::pool::mac_seed;
+use super::record::{DesiredState, DiskBase, End, MachineRecord, Unfinished};
+use super::{Entry, LocalSite, report};
+use crate::Progress;
+use crate::{Call, MachineStatus, NewMachine, Origin, UNKNOWN_GENERATION};
+
+/// How long a guest may take to its agent's first answer.
+const BOOT_WITHIN: Duration = Duration::from_secs(300);
+
+/// Disk that a machine that comes leaves free, in MiB.
+const DISK_MARGIN_MIB: u64 = 16;
+
+/// How often a boot is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// The file that a machine writes its disk to.
+pub(super) const TOP: &str = "top.qcow2";
+
+pub(super) fn into_fault<E: godwit_types::CodedError>(e: E) -> Fault {
+    Fault::of(&e)
+}
+
+pub(super) fn join_error(e: tokio::task::JoinError) -> Fault {
+    Fault::internal(format!("a job ended by a panic: {e}"))
+}
+
+impl LocalSite {
+    pub(super) async fn list_machines(&self) -> Vec<MachineStatus> {
+        let entries: Vec<_> =
+            self.machines.read().await.iter().map(|(vm, e)| (*vm, e.clone())).collect();
+        // Side by side: one that answers late keeps nobody waiting for the others.
+        let looks = entries.into_iter().map(|(vm, entry)| self.look_at(vm, entry));
+        futures::future::join_all(looks).await.into_iter().flatten().collect()
+    }
+
+    /// One machine of this site.
+    pub(super) async fn machine_status(&self, vm: VmId) -> Result<MachineStatus, Fault> {
+        let entry = self.entry(vm).await?;
+        self.look_at(vm, entry).await.ok_or_else(|| {
+            Fault::not_found(format!("site '{}' does not have machine {vm}", self.name))
+        })
+    }
+
+    /// What a machine is now; `None` for one that is gone.
+    async fn look_at(&self, vm: VmId, entry: Arc<Mutex<Entry>>) -> Option<MachineStatus> {
+        // One that is being changed answers with what is known of it without waiting.
+        let Ok(mut e) = tokio::time::timeout(LOOK_EVERY, entry.lock()).await else {
+            return self.busy_status(vm);
+        };
+        if e.record.desired == DesiredState::Gone {
+            return None;
+        }
+        if let Some(state) = e.changing() {
+            return Some(status_as(&e.record, state));
+        }
+        let mut life = life_of(&e).await;
+        if life == Some(Life::Stalled) {
+            self.wake_stalled(&mut e).await;
+            life = life_of(&e).await;
+        }
+        let meant = e.record.desired;
+        let status = status_of(&mut e, life).await;
+        if e.record.desired != meant {
+            tracing::info!(vm = %e.record.name, "its guest powered itself off");
+            let kept = e.record.save(&self.dirs.vm(vm));
+            if let Err(f) = kept.and_then(|()| remove_file(&self.dirs.vm_memory(vm))) {
+                tracing::warn!(error = %f, "what it left behind");
+            }
+        }
+        Some(status)
+    }
+
+    /// Lets a machine run on that a full disk stopped, once there is room again.
+    async fn wake_stalled(&self, e: &mut Entry) {
+        let Some(m) = &e.machine else { return };
+        if self.check_disk_room(0).is_err() {
+            let words = format!(
+                "its guest stands still: there is no room for its disk at {}",
+                self.dirs.data.display()
+            );
+            if e.record.reason.as_ref() != Some(&words) {
+                tracing::warn!(vm = %e.record.name, "{words}");
+                e.record.reason = Some(words);
+            }
+            return;
+        }
+        match m.run().await {
+            Ok(()) => {
+                tracing::info!(vm = %e.record.name, "there is room for its disk again: it runs on");
+                e.record.reason = None;
+            }
+            Err(error) => tracing::warn!(vm = %e.record.name, %error, "it does not run on"),
+        }
+    }
+
+    /// A machine that a job has at this moment, as its record has it: present, and not settled.
+    fn busy_status(&self, vm: VmId) -> Option<MachineStatus> {
+        let r = MachineRecord::load(&self.dirs.vm(vm)).ok().flatten()?;
+        let docking = matches!(r.unfinished, Some(Unfinished::Docking { .. }));
+        let state = if docking { VmState::Docking } else { VmState::Starting };
+        (r.desired != DesiredState::Gone).then(|| status_as(&r, state))
+    }
+
+    pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
+        self.warranted(new.vm, new.generation, &new.warrant)?;
+        let image = match &new.origin {
+            Origin::Image(image) => image,
+            Origin::Substrate(id) => {
+                let id = *id;
+                return self.activate(new, id, call).await;
+            }
+            Origin::StoredDisk(id) => {
+                let id = *id;
+                return self.boot_stored(new, id, call).await;
+            }
+        };
+        let (cache, name) = (self.images.clone(), image.clone());
+        let image = tokio::task::spawn_blocking(move || {
+            let image = cache.get(&name)?;
+            cache.check(&image).map(|()| image)
+        })
+        .await
+        .map_err(join_error)?
+        .map_err(into_fault)?;
+        let record = MachineRecord {
+            vm: new.vm,
+            name: new.name,
+            generation: new.generation,
+            warrant: Some(new.warrant),
+            desired: DesiredState::Running,
+            image: image.name.clone(),
+            image_hash: image.hash,
+            substrate: None,
+            arch: image.arch,
+            memory: new.memory.unwrap_or(image.memory),
+            vcpus: new.vcpus.unwrap_or(image.vcpus),
+            mac: MacAddress::from_seed(mac_seed(new.vm)),
+            disk_base: DiskBase::Image,
+            migration: None,
+            reason: None,
+            unfinished: None,
+        };
+        self.check_room(record.memory)?;
+        let (entry, wanted) = self.register_starting(record.clone()).await?;
+        match self.boot_new(&entry, &record, &image, &call, &wanted).await {
+            Ok(()) => self.started(&entry).await,
+            Err(f) => {
+                self.withdraw(&entry, record.vm).await;
+                Err(f)
+            }
+        }
+    }
+
+    /// A machine that was being started runs.
+    pub(super) async fn started(&self, entry: &Mutex<Entry>) -> Result<MachineStatus, Fault> {
+        let mut e = entry.lock().await;
+        if e.starting.take().is_none_or(|wanted| wanted.is_cancelled()) {
+            return Err(Fault::cancelled());
+        }
+        Ok(status(&mut e).await)
+    }
+
+    async fn boot_new(
+        &self,
+        entry: &Mutex<Entry>,
+        record: &MachineRecord,
+        image: &Image,
+        call: &Call,
+        wanted: &CancellationToken,
+    ) -> Result<(), Fault> {
+        let dir = self.dirs.vm(record.vm);
+        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
+        record.save(&dir)?;
+        if let Some(base) = image.disk_path() {
+            let top = dir.join(TOP);
+            tokio::task::spawn_blocking(move || {
+                let bytes = check_base(&base)?;
+                create_overlay(&top, Backing::None, bytes)
+            })
+            .await
+            .map_err(join_error)?
+            .map_err(into_fault)?;
+        }
+        self.boot(entry, record, image, call, wanted).await
+    }
+
+    /// Starts QEMU and waits for the guest's first answer; its screen and its console can be looked
+    /// at meanwhile. On failure, or once it is not wanted any more, no QEMU is left.
+    pub(super) async fn boot(
+        &self,
+        entry: &Mutex<Entry>,
+        record: &MachineRecord,
+        image: &Image,
+        call: &Call,
+        wanted: &CancellationToken,
+    ) -> Result<(), Fault> {
+        // Memory of an earlier run is of no use to a boot.
+        remove_file(&self.dirs.vm_memory(record.vm))?;
+        let machine = self.launch(record, image)?.spawn().await.map_err(into_fault)?;
+        {
+            let mut e = entry.lock().await;
+            if wanted.is_cancelled() {
+                drop(e);
+                machine.kill().await;
+                return Err(Fault::cancelled());
+            }
+            e.machine = Some(machine.clone());
+        }
+        let began = std::time::Instant::now();
+        if !image.agent {
+            return Ok(());
+        }
+        let outcome = loop {
+            call.progress(Progress {
+                stage: "boot".into(),
+                done: began.elapsed().as_secs(),
+                total: 0,
+                unit: "seconds".into(),
+                note: "waiting for the guest's first answer".into(),
+            });
+            tokio::select! {
+                () = call.cancel.cancelled() => break Err(Fault::cancelled()),
+                () = wanted.cancelled() => break Err(Fault::cancelled()),
+                exit = machine.exited() => {
+                    break Err(Fault::internal(format!("QEMU ended during the boot: {}", exit.log)));
+                }
+                answer = machine.agent().ping(LOOK_EVERY * 8) => match answer {
+                    Ok(()) => break Ok(()),
+                    Err(_) if began.elapsed() < BOOT_WITHIN => {
+                        tokio::time::sleep(LOOK_EVERY).await;
+                    }
+                    Err(e) => break Err(Fault::new(
+                        Code::TimedOut,
+                        format!("the guest did not answer within {} s: {e}", BOOT_WITHIN.as_secs()),
+                    )),
+                },
+            }
+        };
+        if outcome.is_err() {
+            machine.kill().await;
+            let mut e = entry.lock().await;
+            if !wanted.is_cancelled() {
+                e.machine = None;
+            }
+        }
+        outcome
+    }
+
+    /// The machine that a record describes.
+    pub(super) fn spec_of(&self, record: &MachineRecord, image: &Image) -> MachineSpec {
+        let initrd = match (image.initrd_path(), &image.initrd) {
+            (Some(path), Some(f)) => Some(BootFile { path, hash: f.hash }),
+            _ => None,
+        };
+        MachineSpec {
+            arch: image.arch,
+            memory: record.memory,
+            vcpus: record.vcpus,
+            kernel: BootFile { path: image.kernel_path(), hash: image.kernel.hash },
+            initrd,
+            cmdline: image.cmdline.clone(),
+            display: image.display,
+            disk: image.disk.is_some(),
+            nic_ports: MachineSpec::DEFAULT_NIC_PORTS,
+        }
+    }
+
+    pub(super) fn launch(&self, record: &MachineRecord, image: &Image) -> Result<Launch, Fault> {
+        let memory = MemorySource::Shared { path: self.dirs.vm_memory(record.vm) };
+        let spec = self.spec_of(record, image);
+        let mut launch =
+            Launch::new(spec, self.dirs.vm_run(record.vm), record.name.clone(), memory);
+        if let Some(base) = image.disk_path() {
+            let dir = self.dirs.vm(record.vm);
+            let mut layers = vec![Layer::Raw { path: base }];
+            match record.disk_base {
+                DiskBase::Image => {}
+                DiskBase::Substrate(id) => {
+                    // Its memory is of no use to a guest that boots.
+                    let layer = self.pool.prepare_layer(id, image).map_err(into_fault)?;
+                    layers.extend(layer.map(|path| Layer::Qcow2 { path }));
+                }
+                DiskBase::Mid => layers.push(Layer::Qcow2 { path: dir.join(MID) }),
+            }
+            launch.disk = Some(DiskChain::over(layers, dir.join(TOP)));
+        }
+        launch.start = Start::Boot;
+        launch.groups.clone_from(&self.groups);
+        launch.confine = self.confine.clone().map(|c| Confine {
+            readable: image.kernel_path().parent().map(Path::to_owned).into_iter().collect(),
+            ..c
+        });
+        launch.accel = self.accel(image.arch)?;
+        launch.nics = vec![Nic { port: 0, mac: record.mac, backend: NicBackend::Isolated }];
+        Ok(launch)
+    }
+
+    pub(super) async fn restart(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        warrant: Warrant,
+        call: Call,
+    ) -> Result<MachineStatus, Fault> {
+        self.warranted(vm, generation, &warrant)?;
+        self.quit_move(vm, generation, false).await?;
+        let entry = self.entry(vm).await?;
+        let mut e = entry.lock().await;
+        Self::fence(&e.record, generation)?;
+        if e.record.desired == DesiredState::Gone {
+            return Err(Fault::not_found(format!("machine '{}' is not here", e.record.name)));
+        }
+        Self::sound(&e.record)?;
+        if e.starting.is_some() {
+            return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name)));
+        }
+        self.end_arrival(&mut e, true).await?;
+        if let Some(m) = &e.machine {
+            if m.life().await.map_err(into_fault)? == Life::Running {
+                return Err(Fault::conflict(format!("machine '{}' runs already", e.record.name)));
+            }
+            m.quit().await.map_err(into_fault)?;
+            e.machine = None;
+        }
+        e.record.generation = generation;
+        e.record.warrant = Some(warrant);
+        {
+            // Nobody who makes a promise waits for a machine's lock; its record tells of it.
+            let _one = self.promising.lock().await;
+            if let Err(f) = self.check_promise(vm, e.record.memory).await {
+                // It stays stopped, at the generation at which it was asked.
+                e.record.save(&self.dirs.vm(vm))?;
+                return Err(f);
+            }
+            e.record.desired = DesiredState::Running;
+            e.record.reason = None;
+            e.record.unfinished = None;
+            e.record.save(&self.dirs.vm(vm))?;
+        }
+        let image = self.sound_image(&e.record).await?;
+        // One that did not answer when this daemon came.
+        self.end_strays(vm).await;
+        let wanted = CancellationToken::new();
+        e.starting = Some(wanted.clone());
+        let record = e.record.clone();
+        // Not held while the guest boots: whoever looks at it need not wait.
+        drop(e);
+        match self.boot(&entry, &record, &image, &call, &wanted).await {
+            Ok(()) => self.started(&entry).await,
+            Err(f) => {
+                let mut e = entry.lock().await;
+                if !wanted.is_cancelled() {
+                    e.starting = None;
+                    e.record.reason = Some(f.message.clone());
+                    e.record.save(&self.dirs.vm(vm))?;
+                }
+                Err(f)
+            }
+        }
+    }
+
+    /// Ends a machine and removes what it has; its generation is kept as a tombstone.
+    pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        if self.entry(vm).await.is_ok() {
+            self.quit_move(vm, generation, true).await?;
+        }
+        let Ok(entry) = self.entry(vm).await else { return self.remove_again(vm, generation) };
+        let mut e = entry.lock().await;
+        if e.record.desired == DesiredState::Gone {
+            return self.remove_again(vm, generation);
+        }
+        Self::fence(&e.record, generation)?;
+        if let Some(wanted) = e.starting.take() {
+            wanted.cancel();
+        }
+        self.end_arrival(&mut e, false).await?;
+        if let Some(m) = e.machine.take() {
+            m.kill().await;
+        }
+        self.end_strays(vm).await;
+        e.record.generation = generation;
+        self.bury(&mut e).await
+    }
+
+    /// One that has left already may be removed again, by whoever knows of its last generation.
+    fn remove_again(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        match self.tombs.get(vm) {
+            Some(seen) if generation < seen => Err(Fault::new(
+                Code::Fenced,
+                format!("machine {vm} left at generation {seen}; {generation} may no longer act"),
+            )),
+            Some(_) => self.tombs.add(vm, generation),
+            None => {
+                Err(Fault::not_found(format!("site '{}' does not have machine {vm}", self.name)))
+            }
+        }
+    }
+
+    /// Writes a machine's tombstone, removes all its files and forgets it; its QEMU has ended. When
+    /// the tombstone can't be written the machine stays as it is.
+    pub(super) async fn bury(&self, e: &mut Entry) -> Result<(), Fault> {
+        self.tombs.add(e.record.vm, e.record.generation)?;
+        e.record.desired = DesiredState::Gone;
+        e.record.migration = None;
+        self.pool.forget_clone(e.record.vm);
+        self.clear(e.record.vm);
+        self.delist(e.record.vm).await;
+        Ok(())
+    }
+
+    /// Refuses to change a machine that is on its way.
+    pub(super) fn steady(record: &MachineRecord) -> Result<(), Fault> {
+        Self::sound(record)?;
+        if let Some(Unfinished::Docking { .. }) = record.unfinished {
+            return Err(Fault::conflict(format!(
+                "machine '{}' was being docked and is being brought back to run on",
+                record.name
+            ))
+            .hint(format!(
+                "wait for it, or cut its power: godwit vm stop {} --force",
+                record.name
+            )));
+        }
+        match &record.migration {
+            None => Ok(()),
+            Some(m) => Err(Fault::conflict(format!(
+                "machine '{}' is moving {} '{}'",
+                record.name,
+                if m.end == End::Source { "to" } else { "from" },
+                m.peer
+            ))
+            .hint("wait for the move to end: godwit op list")),
+        }
+    }
+
+    /// Refuses a machine of which nothing is known but that it is here.
+    pub(super) fn sound(record: &MachineRecord) -> Result<(), Fault> {
+        if record.generation != UNKNOWN_GENERATION {
+            return Ok(());
+        }
+        Err(Fault::new(Code::Damaged, record.reason.clone().unwrap_or_default())
+            .hint("it can only be deleted: godwit vm delete"))
+    }
+
+    /// Refuses when a machine's RAM does not fit into what the host has left.
+    pub(super) fn check_room(&self, memory: godwit_types::Mib) -> Result<(), Fault> {
+        let mut free = report::ram_room_mib(&self.dirs.memory)?;
+        if free < u64::from(memory.0) {
+            // Memory that no machine maps is made again when it is needed.
+            self.pool.reclaim((u64::from(memory.0) - free) << 20);
+            free = report::ram_room_mib(&self.dirs.memory)?;
+        }
+        if u64::from(memory.0) <= free {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Code::NoRoom,
+            format!(
+                "site '{}' has room for {free} MiB of guest memory at {}; {} are needed",
+                self.name,
+                self.dirs.memory.display(),
+                memory.0
+            ),
+        )
+        .hint("stop a machine there, or choose another site with --site"))
+    }
+
+    /// Refuses when the disk has less than that left for a machine that comes.
+    pub(super) fn check_disk_room(&self, bytes: u64) -> Result<(), Fault> {
+        let needed = (bytes >> 20) + 1 + DISK_MARGIN_MIB;
+        let free = report::free_mib(&self.dirs.data)?;
+        if needed <= free {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Code::NoRoom,
+            format!(
+                "site '{}' has {free} MiB of disk left at {}; {needed} are needed",
+                self.name,
+                self.dirs.data.display()
+            ),
+        ))
+    }
+
+    /// The same failure, or that this site has become full, which explains it.
+    pub(super) fn blame_room(&self, f: Fault) -> Fault {
+        for (what, dir) in [("guest memory", &self.dirs.memory), ("disks", &self.dirs.data)] {
+            if report::free_mib(dir).is_ok_and(|free| free == 0) {
+                let words = format!("no room left for {what} at {}", dir.display());
+                let message = format!("site '{}' has {words}: {}", self.name, f.message);
+                return super::advise(&self.name, Fault::new(Code::NoRoom, message));
+            }
+        }
+        f
+    }
+
+    /// Removes every file of a machine. What cannot be removed is told in the log: nothing else
+    /// depends on it.
+    pub(super) fn clear(&self, vm: VmId) {
+        for dir in [self.dirs.vm(vm), self.dirs.vm_run(vm)] {
+            if let Err(e) = std::fs::remove_dir_all(&dir)
+                && e.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!(path = %dir.display(), error = %e, "not removed");
+            }
+        }
+        if let Err(f) = remove_file(&self.dirs.vm_memory(vm)) {
+            tracing::warn!(error = %f, "not removed");
+        }
+    }
+
+    /// The end of a machine's console log, also of one that has ended.
+    pub(super) fn console_log(&self, e: &Entry, max: usize) -> Result<Vec<u8>, Fault> {
+        if let Some(m) = &e.machine {
+            return m.console_tail(max).map_err(into_fault);
+        }
+        let path = godwit_qemu::RunPaths::of(&self.dirs.vm_run(e.record.vm)).console_log;
+        tail(&path, max)
+    }
+}
+
+fn tail(path: &Path, max: usize) -> Result<Vec<u8>, Fault> {
+    use std::io::{Read, Seek, SeekFrom};
+    let fail = |e: std::io::Error| Fault::not_found(format!("reading {}: {e}", path.display()));
+    let mut file = std::fs::File::open(path).map_err(fail)?;
+    let len = file.metadata().map_err(fail)?.len();
+    file.seek(SeekFrom::Start(len.saturating_sub(max as u64))).map_err(fail)?;
+    let mut out = Vec::new();
+    file.take(max as u64).read_to_end(&mut out).map_err(fail)?;
+    Ok(out)
+}
+
+/// Bytes on the disk of what a machine has above its base image.
+pub(super) fn layer_bytes(machine: &Machine) -> Result<u64, Fault> {
+    use std::os::unix::fs::MetadataExt;
+    let Some(chain) = machine.launch().disk else { return Ok(0) };
+    let layers = chain.layers.iter().filter_map(|l| match &l.layer {
+        Layer::Qcow2 { path } => Some(path),
+        Layer::Raw { .. } | Layer::Nbd { .. } => None,
+    });
+    layers.chain([&chain.top]).try_fold(0, |sum, path| {
+        let meta = std::fs::metadata(path).map_err(|e| Fault::io("reading", path, &e))?;
+        Ok(sum + meta.blocks() * 512)
+    })
+}
+
+pub(super) fn remove_file(path: &Path) -> Result<(), Fault> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Fault::internal(format!("removing {}: {e}", path.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// How long QEMU may take to say how it is. One whose main loop waits for a page says nothing.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+
+/// In which life a machine's QEMU is, if it has one.
+async fn life_of(e: &Entry) -> Option<Life> {
+    let m = e.machine.as_ref()?;
+    // Nobody takes a source that stands still and is silent for one that runs.
+    let leaves = e.record.migration.as_ref().is_some_and(|m| m.end == End::Source);
+    let silent = if leaves { Life::Leaving } else { Life::Running };
+    match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
+        Ok(Ok(life)) => Some(life),
+        Ok(Err(_)) | Err(_) => Some(silent),
+    }
+}
+
+/// What a machine is, by QEMU's word.
+pub(super) async fn status(e: &mut Entry) -> MachineStatus {
+    let life = life_of(e).await;
+    status_of(e, life).await
+}
+
+async fn status_of(e: &mut Entry, life: Option<Life>) -> MachineStatus {
+    if life == Some(Life::Exited)
+        && let Some(m) = e.machine.take()
+        && e.record.desired == DesiredState::Running
+    {
+        if m.has_powered_off() {
+            e.record.desired = DesiredState::Stopped;
+            e.record.reason = None;
+        } else {
+            e.record.reason = Some(m.exited().await.brief());
+        }
+    }
+    if let Some(state) = e.changing() {
+        return status_as(&e.record, state);
+    }
+    let end = e.record.migration.as_ref().map(|m| m.end);
+    let given_up = e.record.migration.as_ref().is_some_and(|m| m.given_up.is_some());
+    let state = match (life, e.record.desired) {
+        (Some(Life::Running | Life::Paused), _) if given_up => VmState::Failed,
+        // A machine that still needs its source is not settled here.
+        (Some(Life::Running | Life::Paused), _) if end == Some(End::Destination) => VmState::Moving,
+        (Some(Life::PostMigrate), _) if end == Some(End::Source) => VmState::Moving,
+        (Some(Life::Running | Life::Paused), _) => VmState::Running,
+        (Some(Life::Incoming | Life::Leaving), _) => VmState::Moving,
+        (Some(Life::PoweredOff | Life::PostMigrate), _) | (_, DesiredState::Stopped) => {
+            VmState::Stopped
+        }
+        (Some(Life::Broken | Life::Stalled | Life::Exited) | None, _) => VmState::Failed,
+    };
+    status_as(&e.record, state)
+}
+
+fn status_as(r: &MachineRecord, state: VmState) -> MachineStatus {
+    MachineStatus {
+        vm: r.vm,
+        name: r.name.clone(),
+        generation: r.generation,
+        warrant: r.warrant.clone(),
+        state,
+        image: r.image.clone(),
+        arch: r.arch,
+        memory: r.memory,
+        vcpus: r.vcpus,
+        reason: match (
+            state,
+            r.migration.as_ref().and_then(|m| m.given_up.as_ref()).or(r.reason.as_ref()).cloned(),
+        ) {
+            (VmState::Failed, None) => Some("QEMU is gone".into()),
+            (VmState::Failed, reason) => reason,
+            _ => None,
+        },
+        activate: None,
+    }
+}

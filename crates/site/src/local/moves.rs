@@ -1,0 +1,782 @@
+//! Migration as this site does it: one end each time.
+//!
+//! ```text
+//! source:       MigrateManifest -> MigrateSend ............ [switched] ...... sent -> MigrateRelease
+//! destination:            MigratePrepare -> (relay, waiting QEMU) -> runs ... whole -> MigrateReceived
+//! ```
+//!
+//! The relay of each end is a process of its own, and the machine's record says which migration it
+//! is in, so that a daemon that comes back finds both again ([`super::resume`]). Each end is driven
+//! by a task of its own; who asks only listens, and may come back when its link was cut.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::time::Duration;
+
+use godwit_disk::image::{Backing, check_base, create_overlay};
+use godwit_migrate::RelayClient;
+use godwit_migrate::hybrid::{
+    self, ArrivingDisk, AskCommitted, Asked, Asking, Committed, DestinationFate, MoveError,
+    Received, Sent, Steering, prepare_incoming, receive,
+};
+use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole, RelayStatus};
+use godwit_qemu::{
+    DiskChain, DiskLayer, Layer, Life, Machine, Manifest, MemorySource, Node, Start, VmGenId,
+};
+use godwit_transfer::Warrant;
+use godwit_types::{Code, Fault, Generation, Hash, MigrationId, Name, VmId};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{oneshot, watch};
+use tracing::{info, warn};
+
+use super::machines::{TOP, into_fault, join_error, layer_bytes};
+use super::quit::NotSent;
+use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
+use super::relays::{MovePaths, Part};
+use super::resume::forget_measured;
+use super::{LocalSite, filling, ran};
+use crate::Progress;
+use crate::{Call, Incoming, MachineStatus, News, UNKNOWN_GENERATION};
+
+/// How long an end may take to undo its part when it is told to.
+const UNDO_WITHIN: Duration = Duration::from_secs(40);
+/// How long QEMU may take to say how it is.
+const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+/// How often progress is told.
+const TELL_EVERY: Duration = Duration::from_millis(200);
+/// How long it is asked for once the move was asked to end.
+const CANCEL_LIMIT: Duration = Duration::from_secs(15);
+/// How often the center is asked what became of a lost destination.
+const ASK_EVERY: Duration = Duration::from_secs(2);
+/// The longest manifest that is read, in bytes.
+const MAX_MANIFEST: usize = 256 << 10;
+
+/// The layer that post-copied blocks arrive in.
+pub(super) const MID: &str = "mid.qcow2";
+
+/// What the destination must know of a machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MoveManifest {
+    /// Form of this manifest. 1: the first.
+    format: u32,
+    image_hash: Hash,
+    substrate: Option<godwit_types::SubstrateId>,
+    machine: Manifest,
+    mac: godwit_qemu::MacAddress,
+    disk_bytes: Option<u64>,
+    /// Bytes that its layers above the base image take: what the destination needs room for.
+    layer_bytes: u64,
+    /// Its generation GUID, which it keeps: a guest that only moves has no reason to reseed.
+    generation_id: Option<uuid::Uuid>,
+}
+
+const FORMAT: u32 = 1;
+
+/// A migration that this daemon drives at one of its ends.
+#[derive(Debug)]
+pub(super) struct Moving {
+    pub(super) vm: VmId,
+    /// How it ended here; `None` while it goes on.
+    pub(super) outcome: watch::Sender<Option<Result<Ended, Fault>>>,
+    /// The relay's status, once there is one.
+    pub(super) shown: watch::Sender<Option<watch::Receiver<RelayStatus>>>,
+    /// The source asks what became of its destination.
+    asking: watch::Sender<bool>,
+    /// Where the center's word on a lost destination goes.
+    fate: StdMutex<Option<oneshot::Sender<DestinationFate>>>,
+    pub(super) cancel: tokio_util::sync::CancellationToken,
+    lost: watch::Sender<Option<String>>,
+}
+
+impl Moving {
+    pub(super) fn steering(&self) -> Steering {
+        Steering { cancel: self.cancel.clone(), lost: self.lost.subscribe() }
+    }
+
+    /// Asks the center, through whoever follows, what became of a lost destination. The machine is
+    /// held until somebody knows; the question is put again and again until it is answered.
+    pub(super) async fn ask_fate(&self) -> DestinationFate {
+        let (tell, told) = oneshot::channel();
+        *self.fate.lock().unwrap_or_else(PoisonError::into_inner) = Some(tell);
+        self.asking.send_replace(true);
+        let tired = async {
+            self.cancel.cancelled().await;
+            tokio::time::sleep(CANCEL_LIMIT).await;
+        };
+        let fate = tokio::select! {
+            fate = told => fate.unwrap_or(DestinationFate::Unknown),
+            () = tired => DestinationFate::Unknown,
+        };
+        self.asking.send_replace(false);
+        fate
+    }
+
+    /// Answers that question; tells whether it was put.
+    pub(super) fn answer(&self, fate: DestinationFate) -> bool {
+        let waiting = self.fate.lock().unwrap_or_else(PoisonError::into_inner).take();
+        waiting.is_some_and(|tell| tell.send(fate).is_ok())
+    }
+}
+
+/// Ends a migration's story even when the task that drives it panics.
+struct Ending(Arc<Moving>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.outcome.send_if_modified(|o| {
+            let unsaid = o.is_none();
+            if unsaid {
+                *o = Some(Err(Fault::internal("a migration's end failed; see the site's log")));
+            }
+            unsaid
+        });
+    }
+}
+
+/// How one end of a migration ended well.
+#[derive(Debug, Clone)]
+pub(super) enum Ended {
+    Sent(Box<Sent>),
+    Received(Box<Received>),
+}
+
+pub(super) type Moves = StdMutex<HashMap<MigrationId, Arc<Moving>>>;
+
+impl LocalSite {
+    pub(super) fn moving(&self, id: MigrationId) -> Option<Arc<Moving>> {
+        self.moves.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+
+    pub(super) fn register_move(&self, id: MigrationId, vm: VmId) -> Arc<Moving> {
+        let moving = Arc::new(Moving {
+            vm,
+            outcome: watch::Sender::new(None),
+            shown: watch::Sender::new(None),
+            asking: watch::Sender::new(false),
+            fate: StdMutex::default(),
+            cancel: tokio_util::sync::CancellationToken::new(),
+            lost: watch::Sender::new(None),
+        });
+        let mut all = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        // Ended ones are kept until their machine moves again, so that a late question is answered.
+        all.retain(|_, m| m.vm != vm || m.outcome.borrow().is_none());
+        all.insert(id, Arc::clone(&moving));
+        moving
+    }
+
+    /// Drives one end on a task of its own.
+    pub(super) fn drive(
+        moving: &Arc<Moving>,
+        work: impl Future<Output = Result<Ended, Fault>> + Send + 'static,
+    ) {
+        let ending = Ending(Arc::clone(moving));
+        tokio::spawn(async move {
+            let outcome = work.await;
+            ending.0.outcome.send_replace(Some(outcome));
+        });
+    }
+
+    /// The manifest of a machine that is to move.
+    pub(super) async fn manifest(
+        &self,
+        vm: VmId,
+        generation: Generation,
+    ) -> Result<Vec<u8>, Fault> {
+        let entry = self.entry(vm).await?;
+        let e = entry.lock().await;
+        Self::fence(&e.record, generation)?;
+        let machine = super::running(&e)?;
+        let image = self.sound_disk(&e.record).await?;
+        let disk_bytes = match image.disk_path() {
+            Some(base) => Some(check_base(&base).map_err(into_fault)?),
+            None => None,
+        };
+        let manifest = MoveManifest {
+            format: FORMAT,
+            image_hash: e.record.image_hash,
+            substrate: e.record.substrate,
+            machine: machine.manifest(),
+            mac: e.record.mac,
+            disk_bytes,
+            layer_bytes: layer_bytes(machine)?,
+            generation_id: machine.generation_id().await.map_err(into_fault)?,
+        };
+        serde_json::to_vec(&manifest).map_err(|e| Fault::internal(e.to_string()))
+    }
+
+    /// Makes ready for a machine: a relay that listens, a QEMU that waits.
+    pub(super) async fn prepare(
+        self: &Arc<Self>,
+        id: MigrationId,
+        machine: MachineStatus,
+        generation: Generation,
+        warrant: Warrant,
+        from: Name,
+        manifest: &[u8],
+    ) -> Result<Incoming, Fault> {
+        self.warranted(machine.vm, generation, &warrant)?;
+        let manifest = parse_manifest(manifest)?;
+        self.check_room(machine.memory)?;
+        self.check_disk_room(manifest.layer_bytes)?;
+        let record = MachineRecord {
+            vm: machine.vm,
+            name: machine.name,
+            generation,
+            warrant: Some(warrant),
+            desired: DesiredState::Running,
+            image: machine.image,
+            image_hash: manifest.image_hash,
+            substrate: manifest.substrate,
+            arch: machine.arch,
+            memory: machine.memory,
+            vcpus: machine.vcpus,
+            mac: manifest.mac,
+            disk_base: DiskBase::Image,
+            migration: Some(Migration::new(id, End::Destination, from)),
+            reason: None,
+            unfinished: None,
+        };
+        let image = self.sound_image(&record).await?;
+        let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
+        manifest.machine.check(&here).map_err(into_fault)?;
+        let entry = self.register(record.clone(), None).await?;
+        let mut e = entry.lock().await;
+        match self.prepare_entered(&record, &image, &manifest).await {
+            Ok((qemu, relay, address)) => {
+                e.machine = Some(qemu.clone());
+                drop(e);
+                godwit_hold::at("move.prepared").await;
+                self.spawn_arrival(record, qemu, relay, Received::default(), false);
+                Ok(Incoming { migration: id, address, peer: self.name.clone() })
+            }
+            Err(f) => {
+                drop(e);
+                self.undo_arrival(&record).await;
+                Err(f)
+            }
+        }
+    }
+
+    async fn prepare_entered(
+        &self,
+        record: &MachineRecord,
+        image: &godwit_image::Image,
+        manifest: &MoveManifest,
+    ) -> Result<(Machine, RelayClient, std::net::SocketAddr), Fault> {
+        let dir = self.dirs.vm(record.vm);
+        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
+        // Before the record: it is on disk with it, and says nothing of an earlier arrival.
+        ran::make(&dir)?;
+        record.save(&dir)?;
+        let paths = self.move_paths(record)?;
+        let disk = match (image.disk_path(), manifest.disk_bytes) {
+            (Some(base), Some(bytes)) => {
+                let top = dir.join(TOP);
+                tokio::task::spawn_blocking(move || create_overlay(&top, Backing::None, bytes))
+                    .await
+                    .map_err(join_error)?
+                    .map_err(into_fault)?;
+                let mid = filling::place(&dir);
+                let (nbd, written) = (paths.nbd.clone(), paths.written.clone());
+                Some(RelayDisk::Destination { base, mid, bytes, nbd, written })
+            }
+            _ => None,
+        };
+        let has_disk = disk.is_some();
+        let role = RelayRole::Destination { listen: (self.options.relay_address, 0).into() };
+        let relay = self.start_relay(record, role, disk, Part::Whole).await?;
+        let address = listening(&relay).await?;
+        let mut launch = self.launch(record, image)?;
+        launch.start = Start::Incoming;
+        if let Some(id) = manifest.generation_id {
+            launch.vmgenid = VmGenId::Keep(id);
+        }
+        launch.memory = MemorySource::Shared { path: self.dirs.vm_memory(record.vm) };
+        if has_disk {
+            let remote = Layer::Nbd { socket: paths.nbd.clone() };
+            launch.disk = Some(DiskChain::over(vec![remote], dir.join(TOP)));
+        }
+        let machine = launch.spawn().await.map_err(into_fault)?;
+        match prepare_incoming(&machine, &paths.qemu).await {
+            Ok(()) => Ok((machine, relay, address)),
+            Err(e) => {
+                machine.kill().await;
+                Err(Fault::of(&e))
+            }
+        }
+    }
+
+    /// Follows a machine that comes in, to its end, on a task of its own. `received` is what was
+    /// measured before a break.
+    pub(super) fn spawn_arrival(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        machine: Machine,
+        relay: RelayClient,
+        mut received: Received,
+        resumed: bool,
+    ) {
+        let Some(migration) = record.migration.clone() else { return };
+        let moving = self.register_move(migration.id, record.vm);
+        moving.shown.send_replace(Some(relay.watch()));
+        let me = Arc::clone(self);
+        Self::drive(&moving, async move {
+            let written = MovePaths::of(&me.dirs.run, &migration).written;
+            let dir = me.dirs.vm(record.vm);
+            let filled = filling::is_there(&dir).then(|| filling::place(&dir));
+            let disk = me.pivot_of(&record).map(|layers| ArrivingDisk { layers, filled, written });
+            let outcome = {
+                let noted = async {
+                    if relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
+                        godwit_hold::at("move.ran").await;
+                        me.mark_run(record.vm).await;
+                    }
+                };
+                let (asked, about) = (Arc::clone(&me), record.clone());
+                let committed = move || -> Committed {
+                    let (me, record) = (Arc::clone(&asked), about.clone());
+                    Box::pin(async move { me.has_committed(&record).await })
+                };
+                let committed: Option<AskCommitted<'_>> =
+                    ran::says(&dir).is_some().then_some(&committed);
+                let arriving = receive(&machine, &relay, disk, &mut received, resumed, committed);
+                tokio::pin!(arriving);
+                tokio::select! {
+                    outcome = &mut arriving => outcome,
+                    () = noted => arriving.await,
+                }
+            };
+            let outcome = match outcome {
+                Ok(()) => {
+                    let _ = relay.command(&RelayCommand::Finish).await;
+                    me.settle_arrival(&record).await.map(|()| Ended::Received(Box::new(received)))
+                }
+                Err(e @ MoveError::Cancelled { .. }) => {
+                    let fault = me.blame_room(Fault::of(&e));
+                    me.undo_arrival(&record).await;
+                    Err(fault)
+                }
+                // The machine runs here and still needs its source.
+                Err(e) => {
+                    me.mark_run(record.vm).await;
+                    me.keep_received(record.vm, &received).await;
+                    Err(Fault::of(&e))
+                }
+            };
+            if let Err(f) = &outcome {
+                warn!(vm = %record.name, error = %f, "a machine did not arrive whole");
+            }
+            outcome
+        });
+    }
+
+    /// Writes down at the source that the machine has begun to run at its destination: from then on
+    /// nobody else may.
+    async fn note_run(&self, record: &MachineRecord, relay: &RelayClient) {
+        if !relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
+            return;
+        }
+        self.mark_run(record.vm).await;
+    }
+
+    /// A machine has arrived and needs its source no more.
+    pub(super) async fn settle_arrival(&self, record: &MachineRecord) -> Result<(), Fault> {
+        let entry = self.entry(record.vm).await?;
+        let mut e = entry.lock().await;
+        let dir = self.dirs.vm(record.vm);
+        let mid = dir.join(MID);
+        let before = e.record.clone();
+        if mid.exists() {
+            e.record.disk_base = DiskBase::Mid;
+        }
+        e.record.migration = None;
+        if let Err(f) = e.record.save(&dir) {
+            e.record = before;
+            return Err(f);
+        }
+        // Only then: without the record's word a layer that has no list of what came looks empty.
+        if mid.exists()
+            && let Err(error) = godwit_disk::MidLayer::forget(&mid)
+        {
+            warn!(vm = %record.name, %error, "the list of what came stays beside the layer");
+        }
+        for left in [filling::end(&dir), ran::forget(&dir)] {
+            if let Err(error) = left {
+                warn!(vm = %record.name, %error, "a file of its arrival stays");
+            }
+        }
+        forget_measured(&dir);
+        if let Some(m) = &record.migration {
+            self.clear_move(m);
+        }
+        info!(vm = %record.name, "has arrived");
+        Ok(())
+    }
+
+    /// Waits until a machine that comes in is whole.
+    pub(super) async fn received(&self, id: MigrationId) -> Result<Vec<u8>, Fault> {
+        match self.ended(id).await? {
+            Ended::Received(r) => {
+                serde_json::to_vec(&*r).map_err(|e| Fault::internal(e.to_string()))
+            }
+            Ended::Sent(_) => Err(Fault::invalid("this site is the source of that migration")),
+        }
+    }
+
+    pub(super) async fn ended(&self, id: MigrationId) -> Result<Ended, Fault> {
+        let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
+        let mut outcome = moving.outcome.subscribe();
+        let ended = outcome
+            .wait_for(Option::is_some)
+            .await
+            .map_err(|_| Fault::internal("a migration ended without a word"))?;
+        ended.clone().unwrap_or_else(|| Err(Fault::internal("a migration without an end")))
+    }
+
+    /// Sends a machine. Returns when its destination needs nothing more of this site.
+    pub(super) async fn send(
+        self: &Arc<Self>,
+        vm: VmId,
+        (generation, next): (Generation, Generation),
+        to: Incoming,
+        call: Call,
+    ) -> Result<Vec<u8>, Fault> {
+        if next <= generation || !next.is_sane() {
+            return Err(Fault::invalid(format!(
+                "a machine of generation {generation} does not leave as generation {next}"
+            )));
+        }
+        let entry = self.entry(vm).await?;
+        let (record, machine) = {
+            let mut e = entry.lock().await;
+            Self::fence(&e.record, generation)?;
+            Self::steady(&e.record)?;
+            e.stays()?;
+            let machine = super::running(&e)?.clone();
+            let leaves = Migration::new(to.migration, End::Source, to.peer.clone());
+            e.record.migration = Some(Migration { next: Some(next), ..leaves });
+            if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
+                e.record.migration = None;
+                return Err(f);
+            }
+            (e.record.clone(), machine)
+        };
+        let moving = self.register_move(to.migration, vm);
+        let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
+        let id = to.migration;
+        Self::drive(&moving, async move {
+            let mut sent = Sent::default();
+            let done = me.send_entered(&record, &machine, &to, &mine, &mut sent).await;
+            me.after_leaving(&record, &machine, done, sent).await
+        });
+        self.follow(id, &call).await
+    }
+
+    async fn send_entered(
+        self: &Arc<Self>,
+        record: &MachineRecord,
+        machine: &Machine,
+        to: &Incoming,
+        moving: &Arc<Moving>,
+        sent: &mut Sent,
+    ) -> Result<(), NotSent> {
+        let disk = self.source_disk(record, machine.launch().disk)?;
+        let role = RelayRole::Source { destination: to.address };
+        let relay = self.start_relay(record, role, disk, Part::Whole).await?;
+        let paths = self.move_paths(record)?;
+        moving.shown.send_replace(Some(relay.watch()));
+        let asking = Arc::clone(moving);
+        let ask = move || -> Asking {
+            let asking = Arc::clone(&asking);
+            Box::pin(async move { asking.ask_fate().await })
+        };
+        {
+            let steering = moving.steering();
+            let sending = hybrid::send(machine, &relay, &paths.qemu, sent, &steering, ask);
+            let noted = self.note_run(record, &relay);
+            tokio::pin!(sending);
+            tokio::select! {
+                done = &mut sending => done?,
+                () = noted => sending.await?,
+            }
+        }
+        let _ = relay.command(&RelayCommand::Finish).await;
+        Ok(())
+    }
+
+    /// The disk of a machine that leaves, as its relay reads it.
+    pub(super) fn source_disk(
+        &self,
+        record: &MachineRecord,
+        chain: Option<DiskChain>,
+    ) -> Result<Option<RelayDisk>, Fault> {
+        let image = self.image_by_hash(record)?;
+        let (Some(base), Some(chain)) = (image.disk_path(), chain) else {
+            return Ok(None);
+        };
+        let mut layers: Vec<PathBuf> = chain
+            .layers
+            .iter()
+            .filter_map(|l| match &l.layer {
+                Layer::Qcow2 { path } => Some(path.clone()),
+                Layer::Raw { .. } | Layer::Nbd { .. } => None,
+            })
+            .collect();
+        layers.push(chain.top);
+        Ok(Some(RelayDisk::Source { base, layers }))
+    }
+
+    /// Tells the progress of a migration at its source, and ends as it ends. A caller that goes
+    /// away stops nothing; one that cancels does.
+    pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
+        let asking = Asked::arrives();
+        let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
+        let next = match self.entry(moving.vm).await {
+            Ok(e) => e.lock().await.record.migration.as_ref().and_then(|m| m.next),
+            Err(_) => None,
+        };
+        let switched = News::Switched { generation: next.unwrap_or(UNKNOWN_GENERATION) };
+        let show = async {
+            let mut shown = moving.shown.subscribe();
+            let status = shown.wait_for(Option::is_some).await.ok().and_then(|s| s.clone());
+            if let Some(status) = status {
+                report_progress(status, call.clone(), switched.clone()).await;
+            }
+            std::future::pending::<()>().await;
+        };
+        let ask = async {
+            let mut asking = moving.asking.subscribe();
+            while asking.wait_for(|a| *a).await.is_ok() {
+                call.news(News::Uncertain);
+                // The question may be dropped on its way, and so may the answer.
+                if let Ok(Err(_)) = tokio::time::timeout(ASK_EVERY, asking.wait_for(|a| !*a)).await
+                {
+                    break;
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        let cancel = async {
+            call.cancel.cancelled().await;
+            moving.cancel.cancel();
+            std::future::pending::<()>().await;
+        };
+        let ended = tokio::select! {
+            ended = self.ended(id) => ended?,
+            () = show => return Err(Fault::internal("a progress that ends")),
+            () = ask => return Err(Fault::internal("a question that ends")),
+            () = cancel => return Err(Fault::internal("a cancel that ends")),
+        };
+        match ended {
+            Ended::Sent(sent) => {
+                // Told once more: the end may have come before the progress.
+                call.news(switched.clone());
+                let sent = Sent { asking: asking.replies(), ..*sent };
+                serde_json::to_vec(&sent).map_err(|e| Fault::internal(e.to_string()))
+            }
+            Ended::Received(_) => {
+                Err(Fault::invalid("this site is the destination of that migration"))
+            }
+        }
+    }
+
+    /// The destination of a migration is lost, as the center knows before the relay.
+    pub(super) fn mark_lost(&self, id: MigrationId, why: String) -> Result<(), Fault> {
+        let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
+        moving.lost.send_replace(Some(why));
+        Ok(())
+    }
+
+    /// The center's word on a destination that was lost during the switch.
+    pub(super) async fn deliver_fate(
+        self: &Arc<Self>,
+        id: MigrationId,
+        dead: bool,
+    ) -> Result<(), Fault> {
+        let fate = if dead { DestinationFate::Dead } else { DestinationFate::Runs };
+        let moving = self.moving(id);
+        if moving.as_ref().is_some_and(|m| m.answer(fate)) {
+            return Ok(());
+        }
+        if let Some(m) = moving.filter(|m| dead && m.outcome.borrow().is_none()) {
+            // Its driver lives and has not noticed yet. It brings the machine back, nobody else.
+            m.lost.send_replace(Some("its destination is gone".into()));
+            let (mut asking, mut ended) = (m.asking.subscribe(), m.outcome.subscribe());
+            let heard = async {
+                tokio::select! {
+                    _ = asking.wait_for(|asks| *asks) => {}
+                    _ = ended.wait_for(Option::is_some) => {}
+                }
+            };
+            let _ = tokio::time::timeout(UNDO_WITHIN, heard).await;
+            if m.answer(fate) || m.outcome.borrow().is_some() {
+                return Ok(());
+            }
+            return Err(Fault::unavailable(
+                "the source of that move does not ask yet where the machine runs",
+            ));
+        }
+        if dead {
+            return self.reclaim(id).await;
+        }
+        Err(Fault::conflict("the source of that move does not ask where the machine runs"))
+    }
+
+    /// Takes back what was done for a migration, as long as the machine does not run here because
+    /// of it. At the destination this also fences: a QEMU that never ran is gone for good.
+    pub(super) async fn abort(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
+        let Ok(entry) = self.entry(vm).await else { return Ok(()) };
+        let (record, machine) = {
+            let e = entry.lock().await;
+            (e.record.clone(), e.machine.clone())
+        };
+        let Some(migration) = record.migration.clone().filter(|m| m.id == id) else {
+            let here = record.desired != DesiredState::Gone && runs(machine.as_ref()).await;
+            // It came by this migration and has been whole since.
+            return if here { Err(self.runs_already(&record)) } else { Ok(()) };
+        };
+        match migration.end {
+            End::Destination => {
+                if self.has_run(&record, machine.as_ref()).await {
+                    return Err(self.runs_already(&record));
+                }
+                // Then no relay can say any more that it runs here.
+                self.end_relay(&migration).await;
+                if self.has_run(&record, machine.as_ref()).await {
+                    return Err(self.runs_already(&record));
+                }
+                if let Some(m) = &machine {
+                    m.kill().await;
+                }
+                if self.moving(id).is_some() {
+                    // The task that follows the arrival undoes it.
+                    let _ = tokio::time::timeout(UNDO_WITHIN, self.ended(id)).await;
+                }
+                self.undo_arrival(&record).await;
+                Ok(())
+            }
+            End::Source => {
+                let Some(moving) = self.moving(id) else { return Ok(()) };
+                moving.cancel.cancel();
+                match tokio::time::timeout(UNDO_WITHIN, self.ended(id)).await {
+                    Ok(_) => Ok(()),
+                    Err(_) => Err(Fault::conflict(format!(
+                        "machine '{}' is in the switch; it is held until it is known where it runs",
+                        record.name
+                    ))),
+                }
+            }
+        }
+    }
+
+    fn runs_already(&self, record: &MachineRecord) -> Fault {
+        Fault::conflict(format!("machine '{}' runs at '{}' already", record.name, self.name))
+    }
+
+    pub(super) fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {
+        let image = self.image_by_hash(record).ok()?;
+        let base = image.disk_path()?;
+        Some(vec![
+            DiskLayer { node: Node::Base, layer: Layer::Raw { path: base } },
+            DiskLayer {
+                node: Node::Mid,
+                layer: Layer::Qcow2 { path: self.dirs.vm(record.vm).join(MID) },
+            },
+        ])
+    }
+
+    pub(super) fn move_paths(&self, record: &MachineRecord) -> Result<MovePaths, Fault> {
+        let migration = record
+            .migration
+            .as_ref()
+            .ok_or_else(|| Fault::internal("a machine that is in no migration"))?;
+        Ok(MovePaths::of(&self.dirs.run, migration))
+    }
+}
+
+/// Whether a machine runs. One that does not answer, because it waits for a page, runs if it has
+/// told of it.
+pub(super) async fn runs(machine: Option<&Machine>) -> bool {
+    let Some(m) = machine else { return false };
+    match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
+        Ok(Ok(life)) => life == Life::Running,
+        Ok(Err(_)) | Err(_) => m.last_resumed(),
+    }
+}
+
+/// Where a destination's relay waits for the other one.
+pub(super) async fn listening(relay: &RelayClient) -> Result<std::net::SocketAddr, Fault> {
+    let status = relay.wait(|s| s.listening.is_some()).await.map_err(into_fault)?;
+    status.listening.ok_or_else(|| Fault::internal(format!("the relay ended: {:?}", status.end)))
+}
+
+fn parse_manifest(bytes: &[u8]) -> Result<MoveManifest, Fault> {
+    let bad = |why: String| Fault::new(Code::Damaged, format!("the manifest of a move: {why}"));
+    if bytes.len() > MAX_MANIFEST {
+        return Err(bad(format!("it has more than {MAX_MANIFEST} bytes")));
+    }
+    let manifest: MoveManifest = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
+    if manifest.format != FORMAT {
+        return Err(bad(format!("form {} is not known here", manifest.format)));
+    }
+    Ok(manifest)
+}
+
+/// Tells the progress of a migration as its relay counts it.
+async fn report_progress(mut status: watch::Receiver<RelayStatus>, call: Call, switched: News) {
+    let mut committed = false;
+    loop {
+        let s = status.borrow_and_update().clone();
+        for p in progress(&s) {
+            call.progress(p);
+        }
+        if !committed && s.committed {
+            committed = true;
+            call.news(switched.clone());
+        }
+        if s.end.is_some() || status.changed().await.is_err() {
+            return;
+        }
+        tokio::time::sleep(TELL_EVERY).await;
+    }
+}
+
+fn progress(s: &RelayStatus) -> Vec<Progress> {
+    let c = &s.counts;
+    let mut out = Vec::new();
+    if s.phase >= RelayPhase::PreCopy {
+        out.push(Progress {
+            stage: "memory".into(),
+            done: c.round_pages.saturating_sub(c.round_left) * 4096,
+            total: c.round_pages * 4096,
+            unit: "bytes".into(),
+            note: format!("sent {}", godwit_types::human_bytes(c.bytes.memory)),
+        });
+    }
+    if c.disk_blocks > 0 {
+        out.push(Progress {
+            stage: "disk".into(),
+            done: c.disk_blocks.saturating_sub(c.disk_left) * 4096,
+            total: c.disk_blocks * 4096,
+            unit: "bytes".into(),
+            note: format!("sent {}", godwit_types::human_bytes(c.bytes.disk)),
+        });
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_from_a_peer_is_bounded_and_strict() {
+        assert_eq!(parse_manifest(b"{}").expect_err("refused").code, Code::Damaged);
+        assert_eq!(
+            parse_manifest(&vec![b' '; MAX_MANIFEST + 1]).expect_err("long").code,
+            Code::Damaged
+        );
+    }
+}

@@ -1,0 +1,97 @@
+//! What the machines of a site may still come to need. A clone maps its parent's memory and takes a
+//! page of its own for each that it writes to, and QEMU gives none of them back while it runs: so
+//! every machine that runs is promised all of its memory from the first, beside what its QEMU takes.
+//!
+//! A site promises no more than its host has, unless its operator says otherwise: then no machine is
+//! ever killed for another's sake. Who knows that clones stay small promises more.
+
+use std::collections::HashMap;
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use godwit_types::{Code, Fault, Mib, VmId};
+use tokio::sync::Mutex;
+
+use super::record::{DesiredState, MachineRecord};
+use super::{Entry, LocalSite, report};
+
+/// What one machine costs beside its guest memory, in MiB: the QEMU process under TCG.
+pub const MACHINE_OVERHEAD_MIB: u64 = 64;
+
+/// What a machine with `memory` is promised, in MiB.
+pub(super) fn share_mib(memory: Mib) -> u64 {
+    u64::from(memory.0) + MACHINE_OVERHEAD_MIB
+}
+
+impl LocalSite {
+    /// Memory that is promised to the machines of this site but for `not`, and that the sealed
+    /// memory takes that they map, in MiB.
+    pub(super) async fn promised_mib(&self, not: Option<VmId>) -> u64 {
+        let all: Vec<(VmId, Arc<Mutex<Entry>>)> =
+            self.machines.read().await.iter().map(|(vm, e)| (*vm, Arc::clone(e))).collect();
+        let machines = all.into_iter().filter(|(vm, _)| Some(*vm) != not).map(|(vm, entry)| {
+            match entry.try_lock() {
+                Ok(e) => e.takes_memory().then_some(e.record.memory),
+                // It is being changed: as its record has it, for nobody is waited for.
+                Err(_) => match MachineRecord::load(&self.dirs.vm(vm)).ok().flatten() {
+                    Some(r) => (r.desired == DesiredState::Running).then_some(r.memory),
+                    // It is being made, and has none yet.
+                    None => self.sizes().get(&vm).copied(),
+                },
+            }
+        });
+        let machines: u64 = machines.flatten().map(share_mib).sum();
+        let (sealed, idle) = self.pool.sealed_bytes();
+        machines + (sealed.saturating_sub(idle) >> 20)
+    }
+
+    fn sizes(&self) -> MutexGuard<'_, HashMap<VmId, Mib>> {
+        self.sizes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Remembers the memory of a machine that is being made.
+    pub(super) fn remember_size(&self, vm: VmId, memory: Mib) {
+        self.sizes().insert(vm, memory);
+    }
+
+    /// Takes a machine off the list of all.
+    pub(super) async fn delist(&self, vm: VmId) {
+        self.machines.write().await.remove(&vm);
+        self.sizes().remove(&vm);
+    }
+
+    /// How much may be promised in all, in MiB.
+    pub(super) fn promise_limit_mib(&self) -> Result<u64, Fault> {
+        match self.options.memory_promise_bytes {
+            Some(bytes) => Ok(bytes >> 20),
+            None => report::machines_mib(),
+        }
+    }
+
+    /// Refuses to promise a machine of `memory`, `vm`, what others are promised.
+    pub(super) async fn check_promise(&self, vm: VmId, memory: Mib) -> Result<(), Fault> {
+        let (promised, limit) = (self.promised_mib(Some(vm)).await, self.promise_limit_mib()?);
+        let wanted = share_mib(memory);
+        if promised + wanted <= limit {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Code::NoRoom,
+            format!(
+                "site '{}' has promised {promised} MiB of memory to its machines, of {limit}; \
+                 {wanted} more are needed",
+                self.name
+            ),
+        )
+        .hint(
+            "stop a machine there, choose another site with --site, or have its daemon promise \
+             more than there is: --memory-promise SIZE",
+        ))
+    }
+}
+
+impl Entry {
+    /// Whether it has a QEMU, or is about to.
+    fn takes_memory(&self) -> bool {
+        self.machine.is_some() || self.starting.is_some() || self.record.migration.is_some()
+    }
+}

@@ -1,0 +1,224 @@
+//! Ways out of a move at this site: how a source ends its part, how a destination leaves no trace,
+//! and how a person's word ends either whatever state it is in.
+
+use std::time::Duration;
+
+use godwit_migrate::hybrid::{DestinationFate, MoveError, Sent};
+use godwit_qemu::Machine;
+use godwit_types::{Code, Fault, Generation, MigrationId, VmId};
+use tracing::{info, warn};
+
+use super::moves::{Ended, runs};
+use super::record::{End, MachineRecord};
+use super::relays::MovePaths;
+use super::resume::forget_measured;
+use super::{Entry, LocalSite};
+
+/// How long the task of a move may take to end once its QEMU and its relay are gone.
+const FORCED_WITHIN: Duration = Duration::from_secs(10);
+
+/// Why a machine did not leave, and whether the source may still be needed.
+#[derive(Debug)]
+pub(super) struct NotSent {
+    fault: Fault,
+    keep: bool,
+    /// The machine runs at its destination.
+    beyond: bool,
+}
+
+impl From<Fault> for NotSent {
+    /// Before QEMU was asked for anything.
+    fn from(fault: Fault) -> Self {
+        Self { fault, keep: false, beyond: false }
+    }
+}
+
+impl From<MoveError> for NotSent {
+    fn from(e: MoveError) -> Self {
+        let beyond = matches!(e, MoveError::Interrupted { .. });
+        Self { keep: e.keeps_source(), fault: Fault::of(&e), beyond }
+    }
+}
+
+impl LocalSite {
+    /// What a source writes down when its part has ended, well or not.
+    pub(super) async fn after_leaving(
+        &self,
+        record: &MachineRecord,
+        machine: &Machine,
+        done: Result<(), NotSent>,
+        sent: Sent,
+    ) -> Result<Ended, Fault> {
+        // A machine that is still needed, or of which nobody knows where it runs, stays marked.
+        let keep = match &done {
+            Ok(()) => false,
+            Err(e) => {
+                warn!(vm = %record.name, error = %e.fault, "a machine did not leave whole");
+                if e.beyond {
+                    if sent.ran_on {
+                        self.mark_ran_on(record.vm).await;
+                    }
+                    self.hold_still(record, machine).await;
+                }
+                e.keep && (e.beyond || !runs(Some(machine)).await)
+            }
+        };
+        if keep {
+            self.keep_sent(record.vm, &sent).await;
+        } else {
+            self.unmark(record.vm).await;
+        }
+        if let (Err(_), Some(m)) = (&done, &record.migration) {
+            self.end_relay(m).await;
+        }
+        if let (Some(m), false) = (&record.migration, keep) {
+            self.clear_move(m);
+        }
+        done.map(|()| Ended::Sent(Box::new(sent))).map_err(|e| e.fault)
+    }
+
+    /// A machine that runs at its destination must not run here, whatever its QEMU thinks.
+    pub(super) async fn hold_still(&self, record: &MachineRecord, machine: &Machine) {
+        if !runs(Some(machine)).await {
+            return;
+        }
+        warn!(vm = %record.name, "it runs at its destination; it is held here");
+        self.mark_ran_on(record.vm).await;
+        if let Err(e) = machine.stop().await {
+            warn!(vm = %record.name, error = %godwit_types::chain(&e), "it is not held");
+        }
+    }
+
+    /// The machine is in no move any more.
+    pub(super) async fn unmark(&self, vm: VmId) {
+        let Ok(entry) = self.entry(vm).await else { return };
+        self.unmark_entry(&mut *entry.lock().await);
+    }
+
+    fn unmark_entry(&self, e: &mut Entry) {
+        e.record.migration = None;
+        let dir = self.dirs.vm(e.record.vm);
+        if let Err(f) = e.record.save(&dir) {
+            warn!(error = %f, "a record was not written");
+        }
+        forget_measured(&dir);
+    }
+
+    /// A machine never ran here: nothing of it stays.
+    pub(super) async fn undo_arrival(&self, record: &MachineRecord) {
+        let Ok(entry) = self.entry(record.vm).await else { return };
+        {
+            let mut e = entry.lock().await;
+            let id = |r: &MachineRecord| r.migration.as_ref().map(|m| m.id);
+            if id(&e.record) != id(record) {
+                // It has come back by another move since.
+                return;
+            }
+            if let Some(m) = e.machine.take() {
+                m.kill().await;
+            }
+        }
+        if let Some(m) = &record.migration {
+            self.end_relay(m).await;
+            self.clear_move(m);
+        }
+        self.unregister(record.vm).await;
+    }
+
+    /// Ends this site's part of a move because a person wants the machine off, started anew or gone,
+    /// whatever state the move is in. A source's QEMU is killed, its disk is whole; a destination's
+    /// is ended only `for_good`, for it may have all there is of the machine.
+    pub(super) async fn quit_move(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        for_good: bool,
+    ) -> Result<(), Fault> {
+        let entry = self.entry(vm).await?;
+        let (record, machine) = {
+            let e = entry.lock().await;
+            Self::fence(&e.record, generation)?;
+            (e.record.clone(), e.machine.clone())
+        };
+        let Some(migration) = &record.migration else { return Ok(()) };
+        if migration.end == End::Destination && !for_good {
+            return Ok(());
+        }
+        info!(vm = %record.name, end = ?migration.end, "its move is ended by force");
+        let moving = self.moving(migration.id);
+        if let Some(moving) = &moving {
+            moving.cancel.cancel();
+        }
+        if let Some(m) = &machine {
+            m.kill().await;
+        }
+        super::relays::end_all_below(&MovePaths::of(&self.dirs.run, migration).dir).await;
+        if let Some(moving) = &moving {
+            moving.answer(DestinationFate::Dead);
+            let ended = tokio::time::timeout(FORCED_WITHIN, self.ended(migration.id)).await;
+            if ended.is_err() {
+                // Nothing is left that it could do; who follows it is told so.
+                warn!(vm = %record.name, "the task of its move does not end");
+                let words = format!("the move of '{}' was ended by force", record.name);
+                moving.outcome.send_replace(Some(Err(Fault::conflict(words))));
+            }
+        }
+        self.clear_move(migration);
+        // An arrival that never ran here is gone by now.
+        if let Ok(entry) = self.entry(vm).await {
+            let mut e = entry.lock().await;
+            let same = e.record.migration.as_ref().is_some_and(|m| m.id == migration.id);
+            if same && migration.end == End::Source {
+                e.machine = None;
+                self.unmark_entry(&mut e);
+            }
+        }
+        Ok(())
+    }
+
+    /// What became of a source whose QEMU is gone, when the machine never ran elsewhere.
+    pub(super) async fn ended_here(&self, record: &MachineRecord) -> Fault {
+        self.unmark(record.vm).await;
+        if let Some(m) = &record.migration {
+            self.end_relay(m).await;
+            self.clear_move(m);
+        }
+        let why = record.reason.clone().unwrap_or_else(|| "its QEMU is gone".into());
+        Fault::new(
+            Code::Damaged,
+            format!(
+                "machine '{}' ended at '{}' before it had moved: {why}",
+                record.name, self.name
+            ),
+        )
+    }
+
+    /// After a start: ends relays and removes files of moves that no machine here is in.
+    pub(super) async fn sweep_moves(&self) {
+        let mut wanted = Vec::new();
+        for entry in self.machines.read().await.values() {
+            if let Some(m) = &entry.lock().await.record.migration {
+                wanted.push(MovePaths::of(&self.dirs.run, m).dir);
+            }
+        }
+        let Ok(found) = std::fs::read_dir(&self.dirs.run) else { return };
+        for dir in found.flatten().map(|f| f.path()) {
+            let move_of =
+                dir.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"mig-"));
+            if move_of && !wanted.contains(&dir) {
+                info!(dir = %dir.display(), "a move that is over left this behind");
+                super::relays::end_all_below(&dir).await;
+                let _ = std::fs::remove_dir_all(&dir);
+            }
+        }
+    }
+
+    /// Why this site can't follow a move.
+    pub(super) fn no_such_move(&self, id: MigrationId) -> Fault {
+        Fault::unavailable(format!(
+            "the move was given up: the daemon of site '{}' was restarted before the switch ({id})",
+            self.name
+        ))
+        .hint("see where the machine runs: godwit vm list")
+    }
+}

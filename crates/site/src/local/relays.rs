@@ -1,0 +1,408 @@
+//! The relay processes of this site: started, found, ended.
+//!
+//! ```text
+//! given open:  configuration, identity, listening sockets, at the source the layers of the disk
+//! seen:        programs, the base image, the list of revoked certificates; at the destination its
+//!              QEMU's sockets, and the directory in which it fills the disk
+//! ```
+//!
+//! Where QEMUs have uids of their own relays have, too, and nothing else of the site's is there for
+//! them ([`Companion`]). The site's key is: a relay speaks for its site.
+
+use std::io::Write as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use godwit_migrate::relay::{Given, RelayCommand, RelayDisk, RelayRole};
+use godwit_migrate::{RelayClient, RelayConfig};
+use godwit_qemu::{Companion, NotStarted};
+use godwit_transfer::{Identity, Trust};
+use godwit_types::{Fault, Mib};
+
+use super::machines::into_fault;
+use super::record::{End, MachineRecord, Migration};
+use super::{LocalSite, SiteDirs, filling, ran};
+
+/// How long a relay may take until it can be steered, and until it has ended when it is told to.
+const RELAY_WITHIN: Duration = Duration::from_secs(20);
+
+/// How long a relay's process may take to go once it has said that it ends.
+const END_WITHIN: Duration = Duration::from_secs(5);
+/// The most memory that a relay may take, with what the kernel caches of the disk it fills.
+const MEMORY: Mib = Mib(1024);
+/// The list of revoked certificates where relays read it.
+const REVOKED: &str = "revoked.json";
+/// How often a process is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// What a relay is to carry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// A migration from its start.
+    Whole,
+    /// What is missing after a break.
+    Rest,
+    /// What is missing of the disk after a break; memory is not carried.
+    Disk,
+}
+
+impl LocalSite {
+    /// Starts the relay of this end, as a process that outlives this one.
+    pub(super) async fn start_relay(
+        &self,
+        record: &MachineRecord,
+        role: RelayRole,
+        disk: Option<RelayDisk>,
+        part: Part,
+    ) -> Result<RelayClient, Fault> {
+        let migration = record
+            .migration
+            .clone()
+            .ok_or_else(|| Fault::internal("a relay for a machine that is in no migration"))?;
+        let paths = MovePaths::of(&self.dirs.run, &migration);
+        let generation = match migration.end {
+            End::Source => migration.next.unwrap_or_else(|| record.generation.next()),
+            End::Destination => record.generation,
+        };
+        let fail = |what: &str, e: &std::io::Error| {
+            Fault::internal(format!("{what} in {}: {e}", paths.dir.display()))
+        };
+        paths.make().map_err(|e| fail("making a place for a relay", &e))?;
+        let mut config = RelayConfig {
+            role,
+            migration: migration.id,
+            generation,
+            peer: migration.peer.clone(),
+            keys: self.dirs.keys().join("identity"),
+            revoked: (*self.trust.revocations()).clone(),
+            revoked_file: Some(self.dirs.for_relays().join(REVOKED)),
+            link_patience_ms: self.options.link_patience.as_millis() as u64,
+            control: paths.control.clone(),
+            qemu: paths.qemu.clone(),
+            resume: part != Part::Whole,
+            memory: part != Part::Disk,
+            disk,
+            given: None,
+        };
+        let commit = match (migration.end, part) {
+            (End::Destination, Part::Whole) => Some(ran::open(&self.dirs.vm(record.vm))?),
+            // It runs there already.
+            (End::Destination, _) | (End::Source, _) => None,
+        };
+        let open = give(&mut config, commit)?;
+        let input = written(&config, &paths.config)
+            .map_err(|e| fail("writing a relay's configuration", &e))?;
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&paths.log)
+            .map_err(|e| fail("making a relay's log", &e))?;
+        let groups = self.groups.as_ref();
+        let group = groups
+            .map(|g| g.make_named(&paths.group(&migration), MEMORY).map_err(into_fault))
+            .transpose()?;
+        let mut readable = vec![self.dirs.for_relays()];
+        let mut writable = Vec::new();
+        let mut filled = None;
+        match &config.disk {
+            Some(RelayDisk::Source { base, .. }) => readable.push(base.clone()),
+            Some(RelayDisk::Destination { base, mid, .. }) => {
+                readable.push(base.clone());
+                writable.extend(mid.parent().map(Path::to_owned));
+                filled = Some(self.dirs.vm(record.vm));
+            }
+            None => {}
+        }
+        writable.extend(hold_dir());
+        let relay = Companion {
+            program: self.options.relay_program.clone(),
+            args: vec!["relay".into(), paths.config.clone().into(), "--given".into()],
+            env: kept_environment().map(|(name, value)| (name.into(), value)).collect(),
+            meeting: paths.dir.clone(),
+            readable,
+            writable,
+            uids: self.confine.as_ref().map(|c| c.uids),
+            group: group.clone(),
+            open,
+            input,
+            log,
+        };
+        let mut child = relay
+            .spawn(|uid| match &filled {
+                Some(dir) => filling::make(dir, uid),
+                None => Ok(()),
+            })
+            .map_err(|e| match e {
+                NotStarted::Qemu(e) => into_fault(e),
+                NotStarted::Caller(f) => f,
+            })?;
+        let attach = RelayClient::attach_within(&paths.control, RELAY_WITHIN);
+        let client = tokio::select! {
+            client = tokio::time::timeout(RELAY_WITHIN, attach) => match client {
+                Ok(client) => client.map_err(into_fault),
+                Err(_) => Err(Fault::internal("a relay does not answer")),
+            },
+            status = child.wait() => Err(Fault::internal(format!(
+                "the relay ended at its start ({}): {}",
+                status.map_or_else(|e| e.to_string(), |s| s.to_string()),
+                last_line(&paths.log),
+            ))),
+        };
+        if client.is_err() {
+            let _ = child.start_kill();
+        }
+        // Reaped when it ends; it is not this task's to end.
+        tokio::spawn(async move {
+            let _ = child.wait().await;
+            if let Some(group) = group {
+                if group.was_outgrown() {
+                    tracing::error!(limit = %group.limit, "a relay wanted more than its memory and was ended");
+                }
+                group.remove();
+            }
+        });
+        client
+    }
+
+    /// Removes what a move that is over has left for its relay.
+    pub(super) fn clear_move(&self, migration: &Migration) {
+        let paths = MovePaths::of(&self.dirs.run, migration);
+        // What stays is removed when the site starts next.
+        let _ = std::fs::remove_dir_all(&paths.dir);
+        if let Some(groups) = &self.groups {
+            groups.named(&paths.group(migration), MEMORY).remove();
+        }
+    }
+
+    /// Ends this site's relay of a migration, if it is there, and waits until its process is gone:
+    /// what it held is free then. One that does not listen is killed.
+    pub(super) async fn end_relay(&self, migration: &Migration) {
+        let paths = MovePaths::of(&self.dirs.run, migration);
+        let asked = async {
+            let relay = RelayClient::attach(&paths.control).await.ok()?;
+            let why = "the migration was given up".to_owned();
+            let _ = relay.command(&RelayCommand::Abort { why }).await;
+            let _ = relay.wait(|s| s.end.is_some()).await;
+            relay.command(&RelayCommand::Finish).await.ok()
+        };
+        let _ = tokio::time::timeout(RELAY_WITHIN, asked).await;
+        let deadline = tokio::time::Instant::now() + END_WITHIN;
+        while let Some(pid) = process_of(&paths.config) {
+            if tokio::time::Instant::now() >= deadline + END_WITHIN {
+                tracing::error!(pid, "a relay does not end even when it is killed");
+                return;
+            }
+            if tokio::time::Instant::now() >= deadline {
+                tracing::warn!(pid, "a relay that does not end is killed");
+                if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                }
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+}
+
+/// Opens what a relay is to have open, and says so in its configuration.
+fn give(config: &mut RelayConfig, commit: Option<std::fs::File>) -> Result<Vec<OwnedFd>, Fault> {
+    let listen = |path: &Path| -> Result<OwnedFd, Fault> {
+        listen(path).map(OwnedFd::from).map_err(|e| Fault::io("listening on", path, &e))
+    };
+    let identity = Identity::load(&config.keys).map_err(|e| Fault::of(&e))?;
+    let identity = Given::identity(&identity)
+        .map_err(|e| Fault::internal(format!("handing a relay its identity: {e}")))?;
+    let control = listen(&config.control)?;
+    let mut given = Given {
+        control: Given::number(&control),
+        identity: Given::number(&identity),
+        ..Given::default()
+    };
+    let mut open = vec![control, identity];
+    if matches!(config.role, RelayRole::Source { .. }) {
+        let qemu = listen(&config.qemu)?;
+        given.qemu = Some(Given::number(&qemu));
+        open.push(qemu);
+    }
+    match &config.disk {
+        Some(RelayDisk::Source { layers, .. }) => {
+            for path in layers {
+                let file = std::fs::File::open(path).map_err(|e| Fault::io("opening", path, &e))?;
+                given.layers.push(Given::number(&file));
+                open.push(file.into());
+            }
+        }
+        Some(RelayDisk::Destination { nbd, .. }) => {
+            let nbd = listen(nbd)?;
+            given.nbd = Some(Given::number(&nbd));
+            open.push(nbd);
+        }
+        None => {}
+    }
+    if let Some(commit) = commit {
+        given.commit = Some(Given::number(&commit));
+        open.push(commit.into());
+    }
+    config.given = Some(given);
+    Ok(open)
+}
+
+/// A unix socket for our user at `path`, in place of what a relay that is gone had there.
+fn listen(path: &Path) -> std::io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Writes a configuration down, and opens it for whom it is meant for.
+fn written(config: &RelayConfig, path: &Path) -> std::io::Result<std::fs::File> {
+    let text = serde_json::to_vec_pretty(config)?;
+    std::fs::OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?
+        .write_all(&text)?;
+    std::fs::File::open(path)
+}
+
+/// Puts the list of revoked certificates where relays read it again and again.
+pub(super) fn publish_revoked(dirs: &SiteDirs, trust: &Trust) -> Result<(), Fault> {
+    /// The list is read and written by one at a time, so that an older one is never the last.
+    static TELLING: Mutex<()> = Mutex::new(());
+    let _one = TELLING.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = dirs.for_relays();
+    let failed = |e: std::io::Error| Fault::io("writing below", &dir, &e);
+    std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(failed)?;
+    let part = dir.join("part");
+    trust.revocations().save(&part).map_err(|e| Fault::of(&e))?;
+    std::fs::set_permissions(&part, std::fs::Permissions::from_mode(0o644))
+        .and_then(|()| std::fs::rename(&part, dir.join(REVOKED)))
+        .map_err(failed)
+}
+
+/// Where a test has relays wait.
+fn hold_dir() -> Option<PathBuf> {
+    let dir = std::env::var_os(godwit_hold::VARIABLE).filter(|_| cfg!(debug_assertions))?;
+    Some(PathBuf::from(dir)).filter(|dir| dir.is_dir())
+}
+
+/// What a relay keeps of this daemon's environment, which may hold secrets.
+fn kept_environment() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
+    const KEPT: &[&str] = &["PATH", "GODWIT_LOG", "RUST_BACKTRACE"];
+    // Where tests have processes wait.
+    const TESTED: &[&str] = if cfg!(debug_assertions) { &[godwit_hold::VARIABLE] } else { &[] };
+    KEPT.iter().chain(TESTED).filter_map(|name| Some((*name, std::env::var_os(name)?)))
+}
+
+/// Kills every relay whose configuration is in `dir`, and waits until they are gone.
+pub(super) async fn end_all_below(dir: &Path) {
+    let deadline = tokio::time::Instant::now() + END_WITHIN;
+    let found = || relay_process(|config| Path::new(config).parent() == Some(dir));
+    while let Some(pid) = found()
+        && tokio::time::Instant::now() < deadline
+    {
+        if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// The relay that was started with this configuration, if it lives.
+fn process_of(config: &Path) -> Option<i32> {
+    relay_process(|c| Path::new(c) == config)
+}
+
+/// A relay that lives and was started with a configuration that `is` so.
+fn relay_process(is: impl Fn(&std::ffi::OsStr) -> bool) -> Option<i32> {
+    use std::os::unix::ffi::OsStrExt;
+    let entries = std::fs::read_dir("/proc").ok()?;
+    entries.flatten().find_map(|e| {
+        let pid: i32 = e.file_name().to_str()?.parse().ok()?;
+        // A zombie has no command line.
+        let line = std::fs::read(e.path().join("cmdline")).ok()?;
+        let mut words = line.split(|b| *b == 0).skip(1);
+        let relay = words.next() == Some(b"relay");
+        (relay && words.next().is_some_and(|c| is(std::ffi::OsStr::from_bytes(c)))).then_some(pid)
+    })
+}
+
+/// Where a relay has its sockets and files.
+pub(super) struct MovePaths {
+    pub(super) dir: PathBuf,
+    pub(super) control: PathBuf,
+    pub(super) qemu: PathBuf,
+    pub(super) nbd: PathBuf,
+    pub(super) written: PathBuf,
+    pub(super) config: PathBuf,
+    log: PathBuf,
+}
+
+impl MovePaths {
+    pub(super) fn of(run: &Path, migration: &Migration) -> Self {
+        let text = migration.id.0.simple().to_string();
+        // The last digits of a version 7 id are its random ones; socket paths are short.
+        let dir = run.join(format!("mig-{}", &text[20..]));
+        // A relay that ends late must not take the sockets of the next one away.
+        let mine = |name: &str| match migration.attempt {
+            0 => dir.join(name),
+            n => dir.join(format!("{n}-{name}")),
+        };
+        Self {
+            control: mine("control"),
+            qemu: mine("qemu"),
+            // QEMU keeps the path that it was started with.
+            nbd: dir.join("nbd"),
+            written: mine("written"),
+            config: mine("relay.json"),
+            log: dir.join("relay.log"),
+            dir,
+        }
+    }
+}
+
+impl MovePaths {
+    /// The name of the relay's control group.
+    fn group(&self, migration: &Migration) -> String {
+        let dir = self.dir.file_name().unwrap_or_default().to_string_lossy();
+        format!("{dir}-{}", migration.attempt)
+    }
+
+    /// Makes the directory, nobody's but ours; QEMU and relay are let through when there are any.
+    pub(super) fn make(&self) -> std::io::Result<()> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)
+    }
+}
+
+fn last_line(log: &Path) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned();
+    text.trim().lines().last().unwrap_or("it said nothing").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_of_a_migration_fit() {
+        let name: godwit_types::Name =
+            "a".repeat(godwit_types::Name::MAX_LEN).parse().expect("valid");
+        let run = super::super::SiteDirs::usual(&name).run;
+        let id = godwit_types::MigrationId::new();
+        let mut migration = Migration::new(id, End::Source, name);
+        migration.attempt = 9_999;
+        let paths = MovePaths::of(&run, &migration);
+        assert!(paths.control.as_os_str().len() <= 107);
+    }
+}

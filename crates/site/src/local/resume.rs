@@ -1,0 +1,720 @@
+//! Migrations after a break: found again by a new daemon, taken up over new relays, given up.
+//!
+//! Beyond the commit point nothing is undone. Both QEMUs hold what they have, and the disk's blocks
+//! are where they are; the center asks both ends how far they are ([`SiteRequest::MigrateStatus`]),
+//! has the destination start a relay that waits, and the source one that goes on.
+//!
+//! [`SiteRequest::MigrateStatus`]: crate::SiteRequest::MigrateStatus
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_disk::image::FrozenChain;
+use godwit_disk::{MidLayer, NbdServer};
+use godwit_migrate::RelayClient;
+use godwit_migrate::hybrid::{
+    Asking, MoveError, Received, Sent, follow_outgoing, reclaim, recover_disk, recover_incoming,
+    recover_outgoing,
+};
+use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole};
+use godwit_qemu::{Life, Machine, MigrationStatus};
+use godwit_types::{Fault, Generation, MigrationId, VmId, chain};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::machines::into_fault;
+use super::moves::{Ended, MID, listening, runs};
+use super::quit::NotSent;
+use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
+use super::relays::{MovePaths, Part};
+use super::{Entry, LocalSite, filling, ran};
+use crate::{Call, Incoming, MemoryStatus, MoveStatus};
+
+/// How long QEMU may take to say how its migration stands.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// How long a QEMU that was told to switch may take to stop.
+const STOP_WITHIN: Duration = Duration::from_secs(5);
+/// How long a source's end may take to come to its end once it is needed no more.
+const RELEASE_WITHIN: Duration = Duration::from_secs(30);
+
+/// Why a source has nothing any more that its machine could go on with.
+const RAN_ON: &str = "it has run there after it had left";
+
+/// What an end measured before a break, beside its machine's record.
+const SENT: &str = "sent.json";
+const RECEIVED: &str = "received.json";
+
+fn put<T: Serialize>(dir: &Path, name: &str, value: &T) {
+    let written = serde_json::to_vec(value)
+        .map_err(std::io::Error::from)
+        .and_then(|bytes| std::fs::write(dir.join(name), bytes));
+    if let Err(e) = written {
+        // Only a report is poorer for it.
+        warn!(dir = %dir.display(), error = %e, "what was measured is not kept");
+    }
+}
+
+fn get<T: DeserializeOwned + Default>(dir: &Path, name: &str) -> T {
+    let bytes = std::fs::read(dir.join(name)).unwrap_or_default();
+    serde_json::from_slice(&bytes).unwrap_or_default()
+}
+
+/// A migration is over: what was measured of it is in its report.
+pub(super) fn forget_measured(dir: &Path) {
+    for name in [SENT, RECEIVED] {
+        // Mostly there is none.
+        let _ = std::fs::remove_file(dir.join(name));
+    }
+}
+
+impl LocalSite {
+    pub(super) async fn keep_sent(&self, vm: VmId, sent: &Sent) {
+        put(&self.dirs.vm(vm), SENT, sent);
+    }
+
+    pub(super) async fn keep_received(&self, vm: VmId, received: &Received) {
+        put(&self.dirs.vm(vm), RECEIVED, received);
+    }
+
+    /// Changes what the record says of a machine's migration, and writes it down.
+    async fn change_migration(
+        &self,
+        vm: VmId,
+        change: impl FnOnce(&mut Migration),
+    ) -> Result<MachineRecord, Fault> {
+        let entry = self.entry(vm).await?;
+        let mut e = entry.lock().await;
+        let Some(m) = &mut e.record.migration else {
+            return Err(Fault::conflict(format!(
+                "machine '{}' is in no migration at '{}'",
+                e.record.name, self.name
+            )));
+        };
+        change(m);
+        e.record.save(&self.dirs.vm(vm))?;
+        Ok(e.record.clone())
+    }
+
+    pub(super) async fn mark_run(&self, vm: VmId) {
+        if let Err(f) = self.change_migration(vm, |m| m.runs = true).await {
+            warn!(error = %f, "it was not written down that a machine runs");
+        }
+    }
+
+    /// A machine that has left has run here: its disk here is not what it left with.
+    pub(super) async fn mark_ran_on(&self, vm: VmId) {
+        if let Err(f) = self.change_migration(vm, |m| m.ran_on = true).await {
+            warn!(error = %f, "it was not written down that a machine has run on");
+        }
+    }
+
+    /// After the daemon's return: takes up a machine that is in a migration.
+    pub(super) async fn resume_after_restart(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        machine: Option<Machine>,
+    ) {
+        let Some(migration) = record.migration.clone() else { return };
+        let Some(machine) = machine else {
+            self.end_relay(&migration).await;
+            if migration.end == End::Destination && !self.has_run(&record, None).await {
+                warn!(vm = %record.name, "its QEMU is gone before it ran here");
+                self.undo_arrival(&record).await;
+            } else {
+                self.interrupted(&record, &migration, "its QEMU is gone");
+            }
+            return;
+        };
+        let paths = MovePaths::of(&self.dirs.run, &migration);
+        let relay = RelayClient::attach(&paths.control).await;
+        match migration.end {
+            End::Destination => self.resume_arrival(record, migration, machine, relay).await,
+            End::Source => self.resume_departure(record, migration, machine, relay).await,
+        }
+    }
+
+    async fn resume_arrival(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        migration: Migration,
+        machine: Machine,
+        relay: Result<RelayClient, godwit_migrate::RelayError>,
+    ) {
+        if relay.is_err() {
+            // One that does not answer could still write down that it runs.
+            self.end_relay(&migration).await;
+        }
+        let has_run = self.has_run(&record, Some(&machine)).await;
+        match relay {
+            Ok(relay) if !has_run && relay.status().phase == RelayPhase::Joining => {
+                // Its source may never come: the answer that it waits here may be lost.
+                warn!(vm = %record.name, "nothing of it had come when the daemon ended");
+                self.undo_arrival(&record).await;
+            }
+            Ok(relay) => {
+                info!(vm = %record.name, "its arrival goes on");
+                let received = get(&self.dirs.vm(record.vm), RECEIVED);
+                self.spawn_arrival(record, machine, relay, received, has_run);
+            }
+            Err(e) if has_run => self.interrupted(&record, &migration, &chain(&e)),
+            Err(e) => {
+                warn!(vm = %record.name, error = %chain(&e), "its relay is gone before it ran here");
+                self.undo_arrival(&record).await;
+            }
+        }
+    }
+
+    async fn resume_departure(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        migration: Migration,
+        machine: Machine,
+        relay: Result<RelayClient, godwit_migrate::RelayError>,
+    ) {
+        // QEMU switches as soon as the relay has been told to read on.
+        let switching = relay.as_ref().is_ok_and(|r| r.status().phase >= RelayPhase::Switching);
+        if switching {
+            let _ = tokio::time::timeout(STOP_WITHIN, async {
+                while runs(Some(&machine)).await {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            })
+            .await;
+        }
+        if migration.runs {
+            self.hold_still(&record, &machine).await;
+        }
+        let at_home = !migration.runs && runs(Some(&machine)).await;
+        match relay {
+            Ok(relay) if at_home && !relay.status().committed => {
+                // Nobody drives it any more, and nothing has left: it is given up.
+                let why = "the daemon at the source was restarted".to_owned();
+                let _ = relay.command(&RelayCommand::Abort { why }).await;
+                self.stay(&record, &machine).await;
+            }
+            Ok(relay) => {
+                info!(vm = %record.name, "its departure goes on");
+                let moving = self.register_move(migration.id, record.vm);
+                moving.shown.send_replace(Some(relay.watch()));
+                let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
+                Self::drive(&moving, async move {
+                    let mut sent: Sent = get(&me.dirs.vm(record.vm), SENT);
+                    let paths = MovePaths::of(&me.dirs.run, &migration);
+                    let steering = mine.steering();
+                    let ask = || -> Asking {
+                        let asking = Arc::clone(&mine);
+                        Box::pin(async move { asking.ask_fate().await })
+                    };
+                    let socket = &paths.qemu;
+                    let done =
+                        follow_outgoing(&machine, &relay, socket, &mut sent, &steering, ask).await;
+                    let done = done.map_err(NotSent::from);
+                    if done.is_ok() {
+                        let _ = relay.command(&RelayCommand::Finish).await;
+                    }
+                    me.after_leaving(&record, &machine, done, sent).await
+                });
+            }
+            Err(_) if at_home => self.stay(&record, &machine).await,
+            Err(e) => self.interrupted(&record, &migration, &chain(&e)),
+        }
+    }
+
+    /// Enters a migration that goes on only over new relays.
+    fn interrupted(&self, record: &MachineRecord, migration: &Migration, why: &str) {
+        warn!(vm = %record.name, error = %why, "its relay is gone and it still needs the other end");
+        let moving = self.register_move(migration.id, record.vm);
+        let e = MoveError::Interrupted { why: why.to_owned() };
+        moving.outcome.send_replace(Some(Err(Fault::of(&e))));
+    }
+
+    async fn stay(&self, record: &MachineRecord, machine: &Machine) {
+        if let Err(e) = machine.migrate_cancel().await {
+            info!(vm = %record.name, error = %chain(&e), "no migration to cancel");
+        }
+        self.unmark(record.vm).await;
+        if let Some(m) = &record.migration {
+            self.end_relay(m).await;
+            self.clear_move(m);
+        }
+    }
+
+    /// Brings a machine back to this site, its source, when its destination never ran it and no
+    /// relay is left that could.
+    pub(super) async fn reclaim(self: &Arc<Self>, id: MigrationId) -> Result<(), Fault> {
+        let (record, machine) = self.traveller(id).await?;
+        let Some(migration) = record.migration.clone().filter(|m| m.end == End::Source) else {
+            return Err(Fault::conflict("this site is not the source of that migration"));
+        };
+        let Some(machine) = machine else {
+            if Machine::recorded(&self.dirs.vm_run(record.vm)).is_some() {
+                // It lives, and answers nobody yet.
+                return Err(Fault::unavailable(format!(
+                    "the QEMU of '{}' does not answer yet",
+                    record.name
+                )));
+            }
+            return Err(self.ended_here(&record).await);
+        };
+        if runs(Some(&machine)).await {
+            self.unmark(record.vm).await;
+            return Ok(());
+        }
+        self.end_relay(&migration).await;
+        let paths = MovePaths::of(&self.dirs.run, &migration);
+        paths
+            .make()
+            .map_err(|e| Fault::internal(format!("making {}: {e}", paths.dir.display())))?;
+        if let Err(e) = reclaim(&machine, &paths.qemu).await {
+            if matches!(e, MoveError::Stuck | MoveError::Ended { .. }) {
+                // Nothing is left to decide: it may be started from its disk, or removed.
+                self.unmark(record.vm).await;
+            }
+            return Err(into_fault(e));
+        }
+        machine.run().await.map_err(into_fault)?;
+        info!(vm = %record.name, "runs on at its source");
+        self.unmark(record.vm).await;
+        self.clear_move(&migration);
+        Ok(())
+    }
+
+    /// The machine that is in that migration here.
+    async fn traveller(&self, id: MigrationId) -> Result<(MachineRecord, Option<Machine>), Fault> {
+        let entries: Vec<_> = self.machines.read().await.values().cloned().collect();
+        for entry in entries {
+            let e = entry.lock().await;
+            if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
+                return Ok((e.record.clone(), e.machine.clone()));
+            }
+        }
+        Err(self.no_such_move(id))
+    }
+
+    /// How far a migration has come here.
+    pub(super) async fn move_status(&self, id: MigrationId, vm: VmId) -> Result<MoveStatus, Fault> {
+        let entry = self.entry(vm).await?;
+        let (record, machine) = {
+            let e = entry.lock().await;
+            (e.record.clone(), e.machine.clone())
+        };
+        let Some(migration) = record.migration.clone().filter(|m| m.id == id) else {
+            // What arrived or left whole is in no migration any more.
+            let memory = match &machine {
+                Some(_) => MemoryStatus::Whole,
+                None => MemoryStatus::Gone,
+            };
+            return Ok(MoveStatus {
+                memory,
+                missing_pages: 0,
+                missing_blocks: Some(0),
+                runs: runs(machine.as_ref()).await,
+                over: true,
+                why: record.reason,
+            });
+        };
+        if migration.ran_on {
+            return Ok(MoveStatus {
+                memory: MemoryStatus::Gone,
+                missing_pages: 0,
+                missing_blocks: None,
+                runs: false,
+                over: true,
+                why: Some(RAN_ON.into()),
+            });
+        }
+        let (memory, why) = match &machine {
+            // One that waits for a page answers nobody, and is there.
+            None if Machine::recorded(&self.dirs.vm_run(vm)).is_some() => {
+                (MemoryStatus::Partial, None)
+            }
+            None => (MemoryStatus::Gone, record.reason.clone()),
+            Some(m) => self.memory_status(m, migration.end).await,
+        };
+        let (missing_pages, missing_blocks) = match migration.end {
+            End::Source => (0, Some(0)),
+            End::Destination => self.missing(&record, memory).await?,
+        };
+        let runs = match migration.end {
+            End::Source => migration.runs,
+            End::Destination => self.has_run(&record, machine.as_ref()).await,
+        };
+        Ok(MoveStatus { memory, missing_pages, missing_blocks, runs, over: false, why })
+    }
+
+    async fn memory_status(&self, m: &Machine, end: End) -> (MemoryStatus, Option<String>) {
+        let life = tokio::time::timeout(ANSWER_WITHIN, m.life()).await;
+        if matches!(life, Ok(Ok(Life::Exited))) {
+            let exit = m.exited().await;
+            let why = exit.signal.map_or_else(
+                || "its QEMU has ended".to_owned(),
+                |s| format!("its QEMU was ended by signal {s}"),
+            );
+            return (MemoryStatus::Gone, Some(why));
+        }
+        let status = match tokio::time::timeout(ANSWER_WITHIN, m.query_migrate()).await {
+            Ok(Ok(info)) => info.status,
+            // It waits for a page, so one is missing.
+            Ok(Err(_)) | Err(_) => MigrationStatus::PostcopyPaused,
+        };
+        match (status, end) {
+            (MigrationStatus::Completed, _) => (MemoryStatus::Whole, None),
+            (MigrationStatus::Failed | MigrationStatus::Cancelled, _) => {
+                let why = "its QEMU has ended the migration and cannot take it up again";
+                (MemoryStatus::Gone, Some(why.into()))
+            }
+            _ => (MemoryStatus::Partial, None),
+        }
+    }
+
+    /// Pages and blocks that a destination lacks.
+    async fn missing(
+        &self,
+        record: &MachineRecord,
+        memory: MemoryStatus,
+    ) -> Result<(u64, Option<u64>), Fault> {
+        let pages = if memory == MemoryStatus::Whole {
+            0
+        } else {
+            // A page that has not come is a hole in the file.
+            let there =
+                std::fs::metadata(self.dirs.vm_memory(record.vm)).map_or(0, |m| m.blocks() * 512);
+            record.memory.bytes().saturating_sub(there).div_ceil(4096)
+        };
+        let image = self.image_by_hash(record)?;
+        if image.disk_path().is_none() || record.disk_base == DiskBase::Mid {
+            return Ok((pages, Some(0)));
+        }
+        // A relay that lives knows better than what it last wrote down.
+        let told = record
+            .migration
+            .as_ref()
+            .and_then(|m| self.moving(m.id))
+            .and_then(|m| m.shown.borrow().as_ref().map(|s| s.borrow().counts));
+        let mid = filling::layer(&self.dirs.vm(record.vm));
+        let blocks = match MidLayer::missing(&mid) {
+            Ok((_, true)) => Some(0),
+            // Nobody starts from a layer that is not sealed, even if every block has come.
+            Ok((left, false)) => {
+                let counted = told.filter(|c| c.disk_blocks > 0);
+                Some(counted.map_or(left, |c| left.min(c.disk_left)).max(1))
+            }
+            Err(_) if MidLayer::is_begun(&mid) => {
+                return MidLayer::missing(&mid).map(|_| (pages, None)).map_err(into_fault);
+            }
+            Err(_) => None,
+        };
+        Ok((pages, blocks))
+    }
+
+    /// The machine of a migration at this end, with its QEMU if that lives.
+    async fn at_end(
+        &self,
+        id: MigrationId,
+        vm: VmId,
+        end: End,
+    ) -> Result<(MachineRecord, Option<Machine>), Fault> {
+        let entry = self.entry(vm).await?;
+        let e = entry.lock().await;
+        match &e.record.migration {
+            Some(m) if m.id == id && m.end == end => Ok((e.record.clone(), e.machine.clone())),
+            _ => Err(Fault::not_found(format!(
+                "machine '{}' is not in migration {id} at '{}'",
+                e.record.name, self.name
+            ))),
+        }
+    }
+
+    /// Ends what is left of the last attempt, and begins a new one.
+    async fn next_attempt(&self, record: &MachineRecord) -> Result<MachineRecord, Fault> {
+        if let Some(m) = &record.migration {
+            self.end_relay(m).await;
+            if self.moving(m.id).is_some() {
+                let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
+            }
+        }
+        self.change_migration(record.vm, |m| {
+            m.attempt += 1;
+            m.given_up = None;
+        })
+        .await
+    }
+
+    /// Starts a new relay for a machine that still needs its source: one that runs here, or one
+    /// whose memory is lost and whose disk is brought.
+    pub(super) async fn resume_in(
+        self: &Arc<Self>,
+        id: MigrationId,
+        vm: VmId,
+        memory: bool,
+    ) -> Result<Incoming, Fault> {
+        let (record, machine) = self.at_end(id, vm, End::Destination).await?;
+        if memory && machine.is_none() {
+            return Err(memory_is_gone(&record));
+        }
+        let record = self.next_attempt(&record).await?;
+        let paths = self.move_paths(&record)?;
+        let image = self.image_by_hash(&record)?;
+        let disk = match image.disk_path() {
+            Some(base) => {
+                let bytes = godwit_disk::image::check_base(&base).map_err(into_fault)?;
+                let mid = filling::place(&self.dirs.vm(vm));
+                let (nbd, written) = (paths.nbd.clone(), paths.written.clone());
+                Some(RelayDisk::Destination { base, mid, bytes, nbd, written })
+            }
+            None => None,
+        };
+        let has_disk = disk.is_some();
+        let role = RelayRole::Destination { listen: (self.options.relay_address, 0).into() };
+        let part = if memory { Part::Rest } else { Part::Disk };
+        let relay = self.start_relay(&record, role, disk, part).await?;
+        let address = listening(&relay).await?;
+        let received: Received = get(&self.dirs.vm(vm), RECEIVED);
+        let mut whole = None;
+        if let Some(machine) = machine {
+            if has_disk {
+                machine.let_connect(&paths.nbd).map_err(into_fault)?;
+            }
+            if memory {
+                recover_incoming(&machine, &paths.qemu).await.map_err(into_fault)?;
+                whole = Some(machine);
+            } else if self.memory_status(&machine, End::Destination).await.0 == MemoryStatus::Whole
+            {
+                whole = Some(machine);
+            }
+        }
+        match whole {
+            Some(machine) => self.spawn_arrival(record, machine, relay, received, true),
+            None => self.spawn_disk_arrival(record, relay, received),
+        }
+        Ok(Incoming { migration: id, address, peer: self.name.clone() })
+    }
+
+    /// Ends the arrival of a machine whose memory and disk are all here.
+    pub(super) async fn finish_arrival(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
+        let (record, machine) = self.at_end(id, vm, End::Destination).await?;
+        let machine = machine.ok_or_else(|| memory_is_gone(&record))?;
+        let record = self.next_attempt(&record).await?;
+        if let Some(layers) = self.pivot_of(&record) {
+            let paths = self.move_paths(&record)?;
+            let dir = self.dirs.vm(vm);
+            let mid = dir.join(MID);
+            if filling::is_there(&dir) {
+                MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
+            }
+            let base = self.image_by_hash(&record)?.disk_path();
+            let base = base.ok_or_else(|| Fault::internal("a disk without a base"))?;
+            // What QEMU still reads through the link is answered from here until the pivot.
+            let chain = FrozenChain::open(&base, &[mid]).map_err(into_fault)?;
+            let server = NbdServer::bind(&paths.nbd, "").map_err(|e| {
+                Fault::internal(format!("offering the disk on {}: {e}", paths.nbd.display()))
+            })?;
+            machine.let_connect(&paths.nbd).map_err(into_fault)?;
+            let stop = CancellationToken::new();
+            let served = server.serve(Arc::new(Arc::new(chain)), stop.clone());
+            machine.withdraw_written().await;
+            let pivot = machine.pivot_backing(layers);
+            tokio::pin!(served, pivot);
+            let took = tokio::select! {
+                took = &mut pivot => took,
+                ended = &mut served => {
+                    return Err(Fault::internal(format!("offering the disk ended: {ended:?}")));
+                }
+            };
+            stop.cancel();
+            let _ = served.await;
+            took.map_err(into_fault)?;
+        }
+        self.settle_arrival(&record).await
+    }
+
+    /// Follows the disk of a machine whose memory is lost: the disk at least is kept whole.
+    fn spawn_disk_arrival(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        relay: RelayClient,
+        received: Received,
+    ) {
+        let Some(migration) = record.migration.clone() else { return };
+        let moving = self.register_move(migration.id, record.vm);
+        moving.shown.send_replace(Some(relay.watch()));
+        let vm = record.vm;
+        Self::drive(&moving, async move {
+            let last = relay.wait(|s| s.phase >= RelayPhase::Done).await.map_err(into_fault)?;
+            if last.phase < RelayPhase::Done {
+                let why = format!("{:?}", last.end);
+                return Err(Fault::of(&MoveError::Interrupted { why }));
+            }
+            let _ = relay.command(&RelayCommand::Finish).await;
+            info!(%vm, "its disk is whole");
+            Ok(Ended::Received(Box::new(received)))
+        });
+    }
+
+    /// Starts a new relay at the source and drives the rest of the migration through it.
+    pub(super) async fn resume_out(
+        self: &Arc<Self>,
+        id: MigrationId,
+        vm: VmId,
+        to: Incoming,
+        memory: bool,
+        call: &Call,
+    ) -> Result<Vec<u8>, Fault> {
+        let (record, machine) = self.at_end(id, vm, End::Source).await?;
+        if record.migration.as_ref().is_some_and(|m| m.ran_on) {
+            return Err(Fault::new(
+                godwit_types::Code::Damaged,
+                format!(
+                    "machine '{}' cannot be brought from '{}': {RAN_ON}",
+                    record.name, self.name
+                ),
+            ));
+        }
+        let launch = machine.as_ref().map(Machine::launch);
+        if memory && machine.is_none() {
+            return Err(memory_is_gone(&record));
+        }
+        let record = self.next_attempt(&record).await?;
+        let chain = match launch {
+            Some(l) => l.disk,
+            None => self.launch(&record, &self.image_by_hash(&record)?)?.disk,
+        };
+        let disk = self.source_disk(&record, chain)?;
+        let moving = self.register_move(id, vm);
+        let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
+        Self::drive(&moving, async move {
+            let mut sent: Sent = get(&me.dirs.vm(vm), SENT);
+            let paths = me.move_paths(&record)?;
+            let role = RelayRole::Source { destination: to.address };
+            let part = if memory { Part::Rest } else { Part::Disk };
+            let relay = me.start_relay(&record, role, disk, part).await?;
+            mine.shown.send_replace(Some(relay.watch()));
+            let done = match machine.as_ref().filter(|_| memory) {
+                Some(machine) => {
+                    let socket = &paths.qemu;
+                    recover_outgoing(machine, &relay, socket, &mut sent, &mine.steering()).await
+                }
+                None => recover_disk(&relay, &mut sent).await,
+            };
+            let done = done.map_err(|e| Fault::of(&e));
+            if done.is_ok() {
+                let _ = relay.command(&RelayCommand::Finish).await;
+            } else {
+                // Nothing but the destination's word ends what the source keeps now.
+                me.keep_sent(vm, &sent).await;
+                if let Some(m) = &record.migration {
+                    me.end_relay(m).await;
+                }
+            }
+            done.map(|()| Ended::Sent(Box::new(sent)))
+        });
+        self.follow(id, call).await
+    }
+
+    /// What the machine lacks here is not waited for any more. Its QEMU is left as it is.
+    pub(super) async fn abandon(
+        &self,
+        id: MigrationId,
+        vm: VmId,
+        why: String,
+    ) -> Result<(), Fault> {
+        let why: String = why.chars().take(1000).collect();
+        let record = self
+            .change_migration(vm, |m| {
+                if m.id == id && m.end == End::Destination {
+                    m.given_up = Some(why);
+                }
+            })
+            .await?;
+        warn!(vm = %record.name, reason = ?record.migration.and_then(|m| m.given_up), "given up");
+        Ok(())
+    }
+
+    /// The source removes what it kept of a machine that runs elsewhere for good.
+    pub(super) async fn release(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        let entry = self.entry(vm).await?;
+        let migration = {
+            let e = entry.lock().await;
+            Self::fence(&e.record, generation)?;
+            e.record.migration.clone()
+        };
+        if let Some(m) = migration.filter(|m| m.end == End::Source) {
+            // What the destination may still need stays until it needs it no more.
+            if self.moving(m.id).is_some() {
+                let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
+            }
+            self.end_relay(&m).await;
+            self.clear_move(&m);
+            self.unmark(vm).await;
+        }
+        self.remove(vm, generation).await
+    }
+
+    /// Before a machine that arrived in part is started from its disk, or removed: ends what is
+    /// left of its migration. Only what was given up is taken away, or what is removed anyway.
+    pub(super) async fn end_arrival(&self, e: &mut Entry, keep_disk: bool) -> Result<(), Fault> {
+        let Some(m) = e.record.migration.clone() else { return Ok(()) };
+        let whatever = if keep_disk { None } else { Some(String::new()) };
+        let Some(why) = m.given_up.clone().or(whatever).filter(|_| m.end == End::Destination)
+        else {
+            return Self::steady(&e.record);
+        };
+        let dir = self.dirs.vm(e.record.vm);
+        let mid = dir.join(MID);
+        if keep_disk && self.image_by_hash(&e.record)?.disk_path().is_some() {
+            match MidLayer::missing(&filling::layer(&dir)) {
+                Ok((_, true)) => {}
+                Ok((left, false)) => {
+                    return Err(Fault::new(
+                        godwit_types::Code::Damaged,
+                        format!(
+                            "{left} blocks of the disk of '{}' are missing: {why}",
+                            e.record.name
+                        ),
+                    ));
+                }
+                Err(error) => {
+                    return Err(Fault::new(
+                        godwit_types::Code::Damaged,
+                        format!(
+                            "the disk of '{}' never came: {why} ({})",
+                            e.record.name,
+                            chain(&error)
+                        ),
+                    ));
+                }
+            }
+            if filling::is_there(&dir) {
+                MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
+            }
+            e.record.disk_base = DiskBase::Mid;
+        }
+        if let Some(m) = e.machine.take() {
+            m.kill().await;
+        }
+        self.end_relay(&m).await;
+        self.clear_move(&m);
+        e.record.migration = None;
+        if e.record.desired != DesiredState::Gone {
+            e.record.save(&dir)?;
+        }
+        if keep_disk {
+            // Only then: without the record's word they tell of a layer that is still to be filled.
+            MidLayer::forget(&mid).map_err(into_fault)?;
+            filling::end(&dir)?;
+            ran::forget(&dir)?;
+        }
+        Ok(())
+    }
+}
+
+fn memory_is_gone(record: &MachineRecord) -> Fault {
+    Fault::new(
+        godwit_types::Code::Damaged,
+        format!("the memory of machine '{}' is gone with its QEMU", record.name),
+    )
+}

@@ -1,0 +1,81 @@
+//! A machine booted from the disk that a substrate stores: the way out when its saved state can no
+//! longer be loaded.
+
+use godwit_disk::image::{Backing, check_base, create_overlay};
+use godwit_image::Image;
+use godwit_qemu::MacAddress;
+use godwit_types::{Fault, SubstrateId};
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use super::machines::{TOP, into_fault, join_error};
+use super::pool::mac_seed;
+use super::record::{DesiredState, DiskBase, MachineRecord};
+use super::{Entry, LocalSite};
+use crate::{Call, MachineStatus, NewMachine};
+
+impl LocalSite {
+    /// Makes a machine of a substrate's stored disk and boots it; the saved memory is not used.
+    pub(super) async fn boot_stored(
+        &self,
+        new: NewMachine,
+        id: SubstrateId,
+        call: Call,
+    ) -> Result<MachineStatus, Fault> {
+        let substrate = self.pool.get(id).map_err(into_fault)?;
+        let record = MachineRecord {
+            vm: new.vm,
+            name: new.name,
+            generation: new.generation,
+            warrant: Some(new.warrant),
+            desired: DesiredState::Running,
+            image: substrate.image.clone(),
+            image_hash: substrate.image_hash,
+            substrate: Some(id),
+            arch: substrate.shape.arch,
+            memory: substrate.shape.memory,
+            vcpus: substrate.shape.vcpus,
+            mac: MacAddress::from_seed(mac_seed(new.vm)),
+            disk_base: DiskBase::Substrate(id),
+            migration: None,
+            reason: None,
+            unfinished: None,
+        };
+        self.give_way(record.memory, id).await;
+        self.check_room(record.memory)?;
+        let image = self.sound_disk(&record).await?;
+        let (entry, wanted) = self.register_starting(record.clone()).await?;
+        self.pool.note_clone(id, record.vm);
+        match self.boot_stored_entered(&entry, &record, &image, (&call, &wanted)).await {
+            Ok(()) => self.started(&entry).await,
+            Err(f) => {
+                self.pool.forget_clone(record.vm);
+                self.withdraw(&entry, record.vm).await;
+                Err(f)
+            }
+        }
+    }
+
+    async fn boot_stored_entered(
+        &self,
+        entry: &Mutex<Entry>,
+        record: &MachineRecord,
+        image: &Image,
+        (call, wanted): (&Call, &CancellationToken),
+    ) -> Result<(), Fault> {
+        let dir = self.dirs.vm(record.vm);
+        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
+        record.save(&dir)?;
+        if let Some(base) = image.disk_path() {
+            let top = dir.join(TOP);
+            tokio::task::spawn_blocking(move || {
+                let bytes = check_base(&base)?;
+                create_overlay(&top, Backing::None, bytes)
+            })
+            .await
+            .map_err(join_error)?
+            .map_err(into_fault)?;
+        }
+        self.boot(entry, record, image, call, wanted).await
+    }
+}

@@ -1,0 +1,29 @@
+//! What a site takes as the center's word that it may run a machine.
+
+use godwit_transfer::Warrant;
+use godwit_types::{Code, Fault, Generation, VmId};
+
+use super::LocalSite;
+
+impl LocalSite {
+    /// Refuses to run a machine under a generation for which there is no word of the authority. The
+    /// warrant is kept in the machine's record, so that a center which has forgotten can be shown
+    /// it.
+    pub(super) fn warranted(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        warrant: &Warrant,
+    ) -> Result<(), Fault> {
+        if !generation.is_sane() || !warrant.is_for(vm, generation, &self.name) {
+            return Err(Fault::new(
+                Code::Fenced,
+                format!(
+                    "site '{}' has no warrant for machine {vm} at generation {generation}",
+                    self.name
+                ),
+            ));
+        }
+        self.trust.check_warrant(warrant).map_err(|e| Fault::of(&e))
+    }
+}
