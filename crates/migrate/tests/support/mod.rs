@@ -1,17 +1,20 @@
 //! Two sites on this machine for the system tests: the `tiny` guest, identities, relays.
 #![allow(dead_code, unreachable_pub, reason = "each test program uses its own part")]
 
+use std::fs::File;
+use std::os::fd::IntoRawFd;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use godwit_disk::image::{Backing, create_overlay};
 use godwit_migrate::hybrid::ArrivingDisk;
-use godwit_migrate::relay::{RelayDisk, RelayRole, RelayStatus};
+use godwit_migrate::relay::{Given, RelayDisk, RelayRole, RelayStatus};
 use godwit_migrate::{RelayClient, RelayConfig, RelayError, run_relay};
 use godwit_qemu::{
     BootFile, DiskChain, DiskLayer, Launch, Layer, Machine, MachineSpec, MemorySource, Node, Start,
 };
-use godwit_transfer::Authority;
+use godwit_transfer::{Authority, Identity};
 use godwit_types::{Arch, Generation, Mib, MigrationId, Name};
 use serde_json::Value;
 use tokio::task::JoinHandle;
@@ -180,6 +183,25 @@ impl Place {
         };
         self.config(RelayRole::Source { destination }, disk, resume)
     }
+}
+
+/// Has a destination's relay inherit what a daemon gives it, `commit` for its word among it.
+pub fn give(config: &mut RelayConfig, commit: File) {
+    let Some(RelayDisk::Destination { nbd, .. }) = &config.disk else { panic!("no destination") };
+    let listen = |path: &std::path::Path| {
+        // What a relay before has left.
+        let _ = std::fs::remove_file(path);
+        UnixListener::bind(path).expect("a socket").into_raw_fd()
+    };
+    let identity = Identity::load(&config.keys).expect("an identity");
+    let identity = Given::identity(&identity).expect("in memory");
+    config.given = Some(Given {
+        control: listen(&config.control),
+        identity: identity.into_raw_fd(),
+        nbd: Some(listen(nbd)),
+        commit: Some(commit.into_raw_fd()),
+        ..Given::default()
+    });
 }
 
 /// A relay in a task of this process, and its client.
