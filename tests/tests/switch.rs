@@ -14,6 +14,8 @@ const END_WITHIN: Duration = Duration::from_secs(60);
 const STOPPED: &str = "relay.stopped";
 /// It has come, and nothing of it has left.
 const PACKAGED: &str = "relay.packaged";
+/// QEMU has been told to switch, and does not until its relay lets it.
+const KEEPING: &str = "move.keeping";
 /// The machine is about to run at its destination, and nothing says so yet.
 const PONG: &str = "relay.pong";
 /// The destination's relay has written down that it runs there, and has told nobody.
@@ -171,13 +173,11 @@ impl Story {
             let o = all.as_array()?.iter().find(|o| o["id"] == *op)?.clone();
             (!["running", "cancelling"].contains(&o["state"].as_str()?)).then_some(o)
         });
+        let took = since.elapsed();
         let vm = self.cloud.vm(&name);
         eprintln!(
-            "{what}: {} at {} after {:?} ({})",
-            vm["state"],
-            vm["site"],
-            since.elapsed(),
-            end["error"]["message"]
+            "{what}: {} at {} after {took:?} ({})",
+            vm["state"], vm["site"], end["error"]["message"]
         );
         match victim {
             Victim::Qemu if step != COMMITTED => self.ended_with_its_qemu(&end, KILLED, None),
@@ -201,6 +201,12 @@ impl Story {
                 }
                 self.runs_on(&end);
             }
+        }
+        if step == KEEPING {
+            // Nobody waits for what cannot come, and it is said where the machine is.
+            let words = end["error"]["message"].as_str().unwrap_or_default();
+            assert!(words.contains("before the machine left its source"), "{what}: {end}");
+            assert!(took < Duration::from_secs(15), "{what}: {took:?}");
         }
     }
 
@@ -308,6 +314,11 @@ fn one_machine_is_left_whatever_is_killed_while_an_idle_one_is_handed_over() {
     ];
     one_machine_is_left(
         Guest::Idle,
-        &[(STOPPED, &EACH[..2]), (PACKAGED, &EACH[..6]), (COMMITTED, &beyond)],
+        &[
+            (KEEPING, &[(Daemon::Center, Victim::Relay)]),
+            (STOPPED, &EACH[..2]),
+            (PACKAGED, &EACH[..6]),
+            (COMMITTED, &beyond),
+        ],
     );
 }

@@ -11,6 +11,7 @@ mod carry;
 mod dirs;
 mod exec;
 mod filling;
+mod logs;
 mod machines;
 mod moves;
 mod pool;
@@ -30,6 +31,9 @@ mod tombs;
 mod users;
 mod waiting;
 mod warrant;
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -256,6 +260,7 @@ impl LocalSite {
         site.adopt_all().await?;
         site.sweep_strays().await;
         scrub::start(&site, site.options.scrub_every);
+        logs::start(&site);
         Ok(site)
     }
 

@@ -9,7 +9,7 @@
 //! Where QEMUs have uids of their own relays have, too, and nothing else of the site's is there for
 //! them ([`Companion`]). The site's key is: a relay speaks for its site.
 
-use std::io::Write as _;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
@@ -385,8 +385,16 @@ impl MovePaths {
 }
 
 fn last_line(log: &Path) -> String {
-    let text = std::fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned();
+    let mut text = Vec::new();
+    let read = std::fs::File::open(log).and_then(|mut file| {
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(2000)))?;
+        file.take(2000).read_to_end(&mut text)
+    });
+    if let Err(error) = read {
+        tracing::debug!(log = %log.display(), %error, "a log is not read");
+    }
+    let text = String::from_utf8_lossy(&text).into_owned();
     text.trim().lines().last().unwrap_or("it said nothing").to_owned()
 }
 
