@@ -1,14 +1,17 @@
 //! Two sites, and a machine on its way from one to the other.
 
+use std::fs::File;
 use std::net::SocketAddr;
+use std::os::fd::IntoRawFd;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use godwit_disk::image::{Backing, create_overlay};
 use godwit_migrate::hybrid::ArrivingDisk;
-use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayRole, RelayStatus};
+use godwit_migrate::relay::{Given, Meeting, RelayCommand, RelayDisk, RelayRole, RelayStatus};
 use godwit_migrate::{RelayClient, RelayConfig, RelayError, run_relay};
 use godwit_qemu::{DiskChain, DiskLayer, Launch, Layer, MemorySource, Node, Start};
-use godwit_transfer::Authority;
+use godwit_transfer::{Authority, Identity};
 use godwit_types::{Generation, MigrationId, Name};
 use tokio::task::JoinHandle;
 
@@ -99,13 +102,20 @@ impl Sites {
         ArrivingDisk { layers, filled: None, written: self.path("written") }
     }
 
-    fn config(&self, role: RelayRole, disk: RelayDisk, resume: bool) -> RelayConfig {
+    fn config(
+        &self,
+        role: RelayRole,
+        meeting: Meeting,
+        disk: RelayDisk,
+        resume: bool,
+    ) -> RelayConfig {
         let (end, keys, peer) = match role {
-            RelayRole::Source { .. } => ("src", "center", "cafe"),
-            RelayRole::Destination { .. } => ("dst", "cafe", "center"),
+            RelayRole::Source => ("src", "center", "cafe"),
+            RelayRole::Destination => ("dst", "cafe", "center"),
         };
         RelayConfig {
             role,
+            meeting,
             migration: self.migration,
             generation: Generation(2),
             peer: name(peer),
@@ -132,8 +142,8 @@ impl Sites {
             nbd: self.path("nbd"),
             written: self.path("written"),
         };
-        let role = RelayRole::Destination { listen: ([127, 0, 0, 1], 0).into() };
-        self.config(role, disk, resume)
+        let meeting = Meeting::Listen(([127, 0, 0, 1], 0).into());
+        self.config(RelayRole::Destination, meeting, disk, resume)
     }
 
     /// Configuration of the source's relay.
@@ -143,8 +153,27 @@ impl Sites {
             base: self.guest.base.clone(),
             layers: vec![self.path("source.qcow2")],
         };
-        self.config(RelayRole::Source { destination }, disk, resume)
+        self.config(RelayRole::Source, Meeting::Dial(destination), disk, resume)
     }
+}
+
+/// Has a destination's relay inherit what a daemon gives it, `commit` for its word among it.
+pub fn give(config: &mut RelayConfig, commit: File) {
+    let Some(RelayDisk::Destination { nbd, .. }) = &config.disk else { panic!("no destination") };
+    let listen = |path: &std::path::Path| {
+        // What a relay before has left.
+        let _ = std::fs::remove_file(path);
+        UnixListener::bind(path).expect("a socket").into_raw_fd()
+    };
+    let identity = Identity::load(&config.keys).expect("an identity");
+    let identity = Given::identity(&identity).expect("in memory");
+    config.given = Some(Given {
+        control: listen(&config.control),
+        identity: identity.into_raw_fd(),
+        nbd: Some(listen(nbd)),
+        commit: Some(commit.into_raw_fd()),
+        ..Given::default()
+    });
 }
 
 /// A relay in a task of this process, and its client.
