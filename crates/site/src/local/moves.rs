@@ -261,7 +261,7 @@ impl LocalSite {
 
     /// Takes back an earlier arrival of the same machine that never ran: its move is over, since the
     /// center gives each generation to one move only, and this site may have been away then.
-    async fn supersede(&self, comes: &MachineRecord) -> Result<(), Fault> {
+    pub(super) async fn supersede(&self, comes: &MachineRecord) -> Result<(), Fault> {
         let Some(entry) = self.entry_if_here(comes.vm).await else { return Ok(()) };
         let there = entry.lock().await.record.clone();
         match there.migration {

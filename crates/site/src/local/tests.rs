@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use godwit_qemu::MacAddress;
 use godwit_transfer::Authority;
-use godwit_types::{Hash, Mib, MigrationId};
+use godwit_types::{Generation, Hash, Mib, MigrationId};
 
 use super::promise::share_mib;
 use super::record::{DesiredState, DiskBase, End, Migration};
@@ -136,4 +136,40 @@ async fn a_source_whose_machine_ran_on_gives_neither_memory_nor_disk() {
     // No relay was begun, and the next daemon knows it, too.
     let kept = MachineRecord::load(&dir).expect("read").expect("there").migration;
     assert!(kept.is_some_and(|m| m.ran_on && m.attempt == 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_later_move_of_a_machine_takes_back_an_arrival_that_is_over_and_never_ran() {
+    let place = site(Mib(4096)).await;
+    let me = &place.site;
+    let there = on_its_way(Mib(256), End::Destination);
+    let vm = there.vm;
+    let dir = me.dirs.vm(vm);
+    std::fs::create_dir_all(&dir).expect("dir");
+    there.save(&dir).expect("saved");
+    me.register(there.clone(), None).await.map(drop).expect("here");
+    // The same move asks again: that one stays.
+    me.supersede(&there).await.expect("nothing to do");
+    assert!(me.entry(vm).await.is_ok());
+    let comes = MachineRecord { generation: there.generation.next(), ..there.clone() };
+    me.supersede(&comes).await.expect("taken back");
+    assert!(me.entry(vm).await.is_err() && !dir.exists());
+
+    let other = one_that_runs(me, &there).await;
+    let f = me.supersede(&other).await.expect_err("it runs here");
+    assert_eq!(f.code, Code::Conflict, "{f}");
+    assert!(me.entry(other.vm).await.is_ok());
+}
+
+/// Another machine, that came and runs here; gives what a later move of it would bring.
+async fn one_that_runs(me: &LocalSite, like: &MachineRecord) -> MachineRecord {
+    let mut record = MachineRecord { vm: VmId::new(), ..like.clone() };
+    if let Some(m) = &mut record.migration {
+        m.runs = true;
+    }
+    let dir = me.dirs.vm(record.vm);
+    std::fs::create_dir_all(&dir).expect("dir");
+    record.save(&dir).expect("saved");
+    me.register(record.clone(), None).await.map(drop).expect("here");
+    MachineRecord { generation: record.generation.next(), ..record }
 }
