@@ -26,6 +26,7 @@ mod depart;
 mod disks;
 mod exec;
 pub(crate) mod lifecycle;
+mod meet;
 mod moves;
 mod origin;
 mod people;

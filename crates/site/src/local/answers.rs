@@ -2,15 +2,19 @@
 
 use godwit_types::Fault;
 
+use super::LocalSite;
+use super::allowed::Action;
+use super::neighbours::Offered;
+
 use super::pool::Dock;
-use super::{LocalSite, displayed};
 use crate::verbs::{
-    Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateFate, MigrateFinish,
-    MigrateFollow, MigrateGiveUp, MigrateLost, MigrateManifest, MigratePrepare, MigrateReceived,
-    MigrateRelease, MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool,
-    PoolCheck, Report, Request, Revoke, SiteReply, SiteRequest, SubstrateDelete, SubstrateUsers,
-    Substrates, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot, VmStart,
-    VmStatus, VmStop, VmType,
+    Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
+    MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateListening, MigrateLost, MigrateManifest,
+    MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn, MigrateResumeOut,
+    MigrateSend, MigrateStatus, Ping, Pool, PoolCheck, Report, Request, Revoke, SiteReply,
+    SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer, SubstrateUsers, Substrates,
+    VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot, VmStart, VmStatus,
+    VmStop, VmType,
 };
 use crate::{Call, ConsoleTail};
 
@@ -47,19 +51,16 @@ impl LocalSite {
             };
             VmStatus { vm } => self.machine_status(vm).await?;
             VmConsole { vm, max_bytes } => {
-                let entry = self.entry(vm).await?;
-                let bytes = self.console_log(&*entry.lock().await, max_bytes as usize)?;
+                let bytes = self.console_log(vm, max_bytes as usize).await?;
                 let text = String::from_utf8_lossy(&bytes).into_owned();
                 ConsoleTail { bytes: bytes.len() as u64, text }
             };
             VmScreenshot { vm } => {
-                let entry = self.entry(vm).await?;
-                let machine = displayed(&*entry.lock().await)?.clone();
+                let machine = self.qemu_for(vm, Action::Screen).await?;
                 machine.screenshot().await.map_err(|e| Fault::of(&e))?.png
             };
             VmType { vm, text } => {
-                let entry = self.entry(vm).await?;
-                let machine = displayed(&*entry.lock().await)?.clone();
+                let machine = self.qemu_for(vm, Action::Screen).await?;
                 machine.send_text(&text).await.map_err(|e| Fault::of(&e))?
             };
             VmExec { vm, program } => self.exec(vm, program).await?;
@@ -97,6 +98,13 @@ impl LocalSite {
             PoolCheck {} => self.pool_check().await?;
             Revoke { list } => self.accept_revocations(list)?;
             Ping {} => ();
+            SubstrateOffer { id, to } => self.neighbours.offer(id, to);
+            SubstrateFetch { id, name, content, among, from, address } => {
+                let at = Offered { id, name, content, among, from, address };
+                self.fetch(at, call).await?
+            };
+            MigrateListening { migration } => self.listening(migration).await?;
+            MigrateDial { migration, vm, address } => self.dial(migration, vm, address).await?;
             Disk { of } => self.disk_of(of).await?;
         })
     }

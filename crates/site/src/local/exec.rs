@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use godwit_qemu::{AgentError, GuestCommand, Life, Machine};
+use godwit_qemu::{AgentError, GuestCommand, Machine};
 use godwit_types::{Fault, VmId};
 
+use super::LocalSite;
+use super::allowed::Action;
 use super::machines::into_fault;
-use super::{Entry, LocalSite};
 use crate::{GuestExec, GuestOutput, GuestProgram};
 
 /// How long a guest may take to its agent's first answer.
@@ -56,17 +57,12 @@ impl LocalSite {
 
     /// A machine whose guest can answer.
     async fn awake(&self, vm: VmId) -> Result<Machine, Fault> {
-        let entry = self.entry(vm).await?;
-        let (machine, name) = {
-            let e: &Entry = &*entry.lock().await;
-            (super::running(e)?.clone(), e.record.name.clone())
-        };
-        match machine.life().await.map_err(into_fault)? {
-            Life::Running | Life::Paused => Ok(machine),
-            // The center may ask again: it goes on elsewhere, or will be known to have ended.
-            life => Err(Fault::unavailable(format!(
-                "the guest of machine '{name}' stands still (QEMU is {life})"
-            ))),
-        }
+        let machine = self.qemu_for(vm, Action::Exec).await?;
+        let life = machine.life().await.map_err(into_fault)?;
+        // Of one that stands still the center may ask again: it goes on elsewhere, or will be known
+        // to have ended.
+        let state = self.entry(vm).await?.lock().await.state(&self.name);
+        let _ = state.asked(Some(life)).allows(Action::Exec)?;
+        Ok(machine)
     }
 }

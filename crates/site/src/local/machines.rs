@@ -11,16 +11,17 @@ use godwit_qemu::{
     MemorySource, Nic, NicBackend, Start,
 };
 use godwit_transfer::Warrant;
-use godwit_types::{Code, Fault, Generation, VmId, VmState};
-use tokio::sync::Mutex;
+use godwit_types::{Code, Fault, Generation, Name, VmId, VmState};
+use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio_util::sync::CancellationToken;
 
+use super::allowed::{Action, First, Refusal};
 use super::moves::MID;
 use super::pool::mac_seed;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Unfinished};
 use super::{Entry, LocalSite, report};
 use crate::Progress;
-use crate::{Call, MachineStatus, NewMachine, Origin, UNKNOWN_GENERATION};
+use crate::{Call, MachineStatus, NewMachine, Origin};
 
 /// How long a guest may take to its agent's first answer.
 const BOOT_WITHIN: Duration = Duration::from_secs(300);
@@ -54,9 +55,7 @@ impl LocalSite {
     /// One machine of this site.
     pub(super) async fn machine_status(&self, vm: VmId) -> Result<MachineStatus, Fault> {
         let entry = self.entry(vm).await?;
-        self.look_at(vm, entry).await.ok_or_else(|| {
-            Fault::not_found(format!("site '{}' does not have machine {vm}", self.name))
-        })
+        self.look_at(vm, entry).await.ok_or_else(|| self.not_here(vm))
     }
 
     /// What a machine is now; `None` for one that is gone.
@@ -68,7 +67,7 @@ impl LocalSite {
         if e.record.desired == DesiredState::Gone {
             return None;
         }
-        if let Some(state) = e.changing() {
+        if let Some(state) = e.state(&self.name).changing() {
             return Some(status_as(&e.record, state));
         }
         let mut life = life_of(&e).await;
@@ -77,7 +76,7 @@ impl LocalSite {
             life = life_of(&e).await;
         }
         let meant = e.record.desired;
-        let status = status_of(&mut e, life).await;
+        let status = status_of(&self.name, &mut e, life).await;
         if e.record.desired != meant {
             tracing::info!(vm = %e.record.name, "its guest powered itself off");
             let kept = e.record.save(&self.dirs.vm(vm));
@@ -175,7 +174,8 @@ impl LocalSite {
         if e.starting.take().is_none_or(|wanted| wanted.is_cancelled()) {
             return Err(Fault::cancelled());
         }
-        Ok(status(&mut e).await)
+        let life = life_of(&e).await;
+        Ok(status_of(&self.name, &mut e, life).await)
     }
 
     async fn boot_new(
@@ -321,22 +321,13 @@ impl LocalSite {
         call: Call,
     ) -> Result<MachineStatus, Fault> {
         self.warranted(vm, generation, &warrant)?;
-        self.quit_move(vm, generation, false).await?;
-        let entry = self.entry(vm).await?;
-        let mut e = entry.lock().await;
-        Self::fence(&e.record, generation)?;
-        if e.record.desired == DesiredState::Gone {
-            return Err(Fault::not_found(format!("machine '{}' is not here", e.record.name)));
+        let (mut e, first) = self.admit(vm, generation, Action::Start).await?;
+        if first == First::Arrival {
+            self.end_arrival(&mut e, true).await?;
         }
-        Self::sound(&e.record)?;
-        if e.starting.is_some() {
-            return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name)));
-        }
-        self.end_arrival(&mut e, true).await?;
-        if let Some(m) = &e.machine {
-            if m.life().await.map_err(into_fault)? == Life::Running {
-                return Err(Fault::conflict(format!("machine '{}' runs already", e.record.name)));
-            }
+        if let Some(m) = e.machine.clone() {
+            let life = m.life().await.map_err(into_fault)?;
+            let _ = e.state(&self.name).asked(Some(life)).allows(Action::Start)?;
             m.quit().await.map_err(into_fault)?;
             e.machine = None;
         }
@@ -362,6 +353,7 @@ impl LocalSite {
         e.starting = Some(wanted.clone());
         let record = e.record.clone();
         // Not held while the guest boots: whoever looks at it need not wait.
+        let entry = Arc::clone(OwnedMutexGuard::mutex(&e));
         drop(e);
         match self.boot(&entry, &record, &image, &call, &wanted).await {
             Ok(()) => self.started(&entry).await,
@@ -379,19 +371,17 @@ impl LocalSite {
 
     /// Ends a machine and removes what it has; its generation is kept as a tombstone.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
-        if self.entry(vm).await.is_ok() {
-            self.quit_move(vm, generation, true).await?;
-        }
-        let Ok(entry) = self.entry(vm).await else { return self.remove_again(vm, generation) };
-        let mut e = entry.lock().await;
+        let Some((mut e, first)) = self.admit_if_here(vm, generation, Action::Delete).await? else {
+            return self.remove_again(vm, generation);
+        };
         if e.record.desired == DesiredState::Gone {
             return self.remove_again(vm, generation);
         }
-        Self::fence(&e.record, generation)?;
-        if let Some(wanted) = e.starting.take() {
+        if first == First::Start
+            && let Some(wanted) = e.starting.take()
+        {
             wanted.cancel();
         }
-        self.end_arrival(&mut e, false).await?;
         if let Some(m) = e.machine.take() {
             m.kill().await;
         }
@@ -403,14 +393,12 @@ impl LocalSite {
     /// One that has left already may be removed again, by whoever knows of its last generation.
     fn remove_again(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
         match self.tombs.get(vm) {
-            Some(seen) if generation < seen => Err(Fault::new(
-                Code::Fenced,
-                format!("machine {vm} left at generation {seen}; {generation} may no longer act"),
-            )),
-            Some(_) => self.tombs.add(vm, generation),
-            None => {
-                Err(Fault::not_found(format!("site '{}' does not have machine {vm}", self.name)))
+            Some(seen) if generation < seen => {
+                let (machine, site) = (vm.to_string(), self.name.clone());
+                Err(Refusal::Left { machine, site, seen, given: generation }.into())
             }
+            Some(_) => self.tombs.add(vm, generation),
+            None => Err(self.not_here(vm)),
         }
     }
 
@@ -424,40 +412,6 @@ impl LocalSite {
         self.clear(e.record.vm);
         self.delist(e.record.vm).await;
         Ok(())
-    }
-
-    /// Refuses to change a machine that is on its way.
-    pub(super) fn steady(record: &MachineRecord) -> Result<(), Fault> {
-        Self::sound(record)?;
-        if let Some(Unfinished::Docking { .. }) = record.unfinished {
-            return Err(Fault::conflict(format!(
-                "machine '{}' was being docked and is being brought back to run on",
-                record.name
-            ))
-            .hint(format!(
-                "wait for it, or cut its power: godwit vm stop {} --force",
-                record.name
-            )));
-        }
-        match &record.migration {
-            None => Ok(()),
-            Some(m) => Err(Fault::conflict(format!(
-                "machine '{}' is moving {} '{}'",
-                record.name,
-                if m.end == End::Source { "to" } else { "from" },
-                m.peer
-            ))
-            .hint("wait for the move to end: godwit op list")),
-        }
-    }
-
-    /// Refuses a machine of which nothing is known but that it is here.
-    pub(super) fn sound(record: &MachineRecord) -> Result<(), Fault> {
-        if record.generation != UNKNOWN_GENERATION {
-            return Ok(());
-        }
-        Err(Fault::new(Code::Damaged, record.reason.clone().unwrap_or_default())
-            .hint("it can only be deleted: godwit vm delete"))
     }
 
     /// Refuses when a machine's RAM does not fit into what the host has left.
@@ -528,7 +482,10 @@ impl LocalSite {
     }
 
     /// The end of a machine's console log, also of one that has ended.
-    pub(super) fn console_log(&self, e: &Entry, max: usize) -> Result<Vec<u8>, Fault> {
+    pub(super) async fn console_log(&self, vm: VmId, max: usize) -> Result<Vec<u8>, Fault> {
+        let entry = self.entry(vm).await?;
+        let e = entry.lock().await;
+        let _ = e.state(&self.name).allows(Action::Log)?;
         if let Some(m) = &e.machine {
             return m.console_tail(max).map_err(into_fault);
         }
@@ -587,12 +544,7 @@ async fn life_of(e: &Entry) -> Option<Life> {
 }
 
 /// What a machine is, by QEMU's word.
-pub(super) async fn status(e: &mut Entry) -> MachineStatus {
-    let life = life_of(e).await;
-    status_of(e, life).await
-}
-
-async fn status_of(e: &mut Entry, life: Option<Life>) -> MachineStatus {
+async fn status_of(site: &Name, e: &mut Entry, life: Option<Life>) -> MachineStatus {
     if life == Some(Life::Exited)
         && let Some(m) = e.machine.take()
         && e.record.desired == DesiredState::Running
@@ -604,23 +556,7 @@ async fn status_of(e: &mut Entry, life: Option<Life>) -> MachineStatus {
             e.record.reason = Some(m.exited().await.brief());
         }
     }
-    if let Some(state) = e.changing() {
-        return status_as(&e.record, state);
-    }
-    let end = e.record.migration.as_ref().map(|m| m.end);
-    let given_up = e.record.migration.as_ref().is_some_and(|m| m.given_up.is_some());
-    let state = match (life, e.record.desired) {
-        (Some(Life::Running | Life::Paused), _) if given_up => VmState::Failed,
-        // A machine that still needs its source is not settled here.
-        (Some(Life::Running | Life::Paused), _) if end == Some(End::Destination) => VmState::Moving,
-        (Some(Life::PostMigrate), _) if end == Some(End::Source) => VmState::Moving,
-        (Some(Life::Running | Life::Paused), _) => VmState::Running,
-        (Some(Life::Incoming | Life::Leaving), _) => VmState::Moving,
-        (Some(Life::PoweredOff | Life::PostMigrate), _) | (_, DesiredState::Stopped) => {
-            VmState::Stopped
-        }
-        (Some(Life::Broken | Life::Stalled | Life::Exited) | None, _) => VmState::Failed,
-    };
+    let state = e.state(site).asked(life).vm_state();
     status_as(&e.record, state)
 }
 

@@ -5,14 +5,18 @@
 //! seen stays, so that an older one is refused for good.
 
 mod adopt;
+mod allowed;
 mod answers;
 mod apart;
 mod carry;
 mod dirs;
+mod entry;
 mod exec;
 mod filling;
 mod machines;
+mod meet;
 mod moves;
+mod neighbours;
 mod pool;
 mod promise;
 mod quit;
@@ -36,69 +40,31 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use godwit_image::{Image, ImageCache, Recipe};
-use godwit_qemu::{Accel, Confine, Machine, MemoryGroups};
+use godwit_qemu::{Accel, Confine, MemoryGroups};
 use godwit_transfer::{Revocations, Trust};
-use godwit_types::{Arch, Code, Fault, Generation, Name, VmId, VmState};
+use godwit_types::{Arch, Code, Fault, Name, VmId};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, RwLock, Semaphore};
-use tokio_util::sync::CancellationToken;
 
-use super::{
-    ByteStream, Call, ImageInfo, SiteHost, SiteReply, SiteRequest, StreamRequest,
-    UNKNOWN_GENERATION,
-};
+use super::{ByteStream, Call, ImageInfo, SiteHost, SiteReply, SiteRequest, StreamRequest};
 use crate::Progress;
 
+use allowed::Action;
 pub use apart::Uids;
 pub use dirs::SiteDirs;
+use entry::Entry;
 pub use promise::MACHINE_OVERHEAD_MIB;
 use record::MachineRecord;
 pub use users::in_use;
-
-/// One machine of this site. Its lock is held while something changes it, so that two requests
-/// for one machine take turns.
-struct Entry {
-    record: MachineRecord,
-    machine: Option<Machine>,
-    /// It is being started, without the lock; cancelled when it is not wanted any more.
-    starting: Option<CancellationToken>,
-    /// Somebody waits, without the lock, for its guest to power itself off.
-    stopping: std::sync::Weak<()>,
-}
-
-impl Entry {
-    fn new(record: MachineRecord, machine: Option<Machine>) -> Self {
-        Self { record, machine, starting: None, stopping: std::sync::Weak::new() }
-    }
-
-    /// Refuses what needs a guest that stays.
-    fn stays(&self) -> Result<(), Fault> {
-        if self.stopping.strong_count() == 0 {
-            return Ok(());
-        }
-        Err(Fault::conflict(format!("machine '{}' is being powered off", self.record.name))
-            .hint("wait for that, or end it at once with: godwit vm stop --force"))
-    }
-
-    /// The state of a machine that is in a change, whatever its QEMU says; a machine of which
-    /// nothing is known has failed.
-    fn changing(&self) -> Option<VmState> {
-        if self.record.generation == UNKNOWN_GENERATION {
-            return Some(VmState::Failed);
-        }
-        match &self.record.unfinished {
-            _ if self.starting.is_some() => Some(VmState::Starting),
-            Some(record::Unfinished::Docking { .. }) => Some(VmState::Docking),
-            Some(record::Unfinished::Activating) | None => None,
-        }
-    }
-}
 
 /// How a site is run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SiteOptions {
     /// The address under which other sites' relays reach this site's.
     pub relay_address: std::net::IpAddr,
+    /// Nobody can reach this site's relays: they dial those of the other site, also where a
+    /// machine comes here.
+    pub behind_nat: bool,
     /// The program whose role `relay CONFIG` is a relay: usually this one.
     pub relay_program: PathBuf,
     /// Bytes that the pool's store may hold on disk.
@@ -134,6 +100,7 @@ impl SiteOptions {
             .map_err(|e| Fault::internal(format!("finding this program: {e}")))?;
         Ok(Self {
             relay_address,
+            behind_nat: false,
             relay_program,
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
@@ -166,6 +133,7 @@ pub struct LocalSite {
     pool: godwit_substrate::Pool,
     shells: godwit_substrate::Shells,
     moves: moves::Moves,
+    neighbours: neighbours::Neighbours,
     trust: Trust,
     options: SiteOptions,
     confine: Option<Confine>,
@@ -244,6 +212,7 @@ impl LocalSite {
             pool,
             shells,
             moves: moves::Moves::default(),
+            neighbours: neighbours::Neighbours::default(),
             trust,
             options,
             confine,
@@ -272,12 +241,6 @@ impl LocalSite {
         self.accel.get(arch_key(arch)).copied().ok_or_else(|| {
             Fault::unavailable(format!("site '{}' cannot run {arch} guests", self.name))
                 .hint("see what is missing with: godwit doctor")
-        })
-    }
-
-    async fn entry(&self, vm: VmId) -> Result<Arc<Mutex<Entry>>, Fault> {
-        self.machines.read().await.get(&vm).cloned().ok_or_else(|| {
-            Fault::not_found(format!("site '{}' does not have machine {vm}", self.name))
         })
     }
 
@@ -352,23 +315,6 @@ impl LocalSite {
         // without being told.
         list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))?;
         relays::publish_revoked(&self.dirs, &self.trust)
-    }
-
-    /// Refuses a request with an older generation than the site has seen.
-    fn fence(record: &MachineRecord, given: Generation) -> Result<(), Fault> {
-        if !given.is_sane() {
-            return Err(Fault::invalid(format!("no machine has generation {given}")));
-        }
-        if given < record.generation {
-            return Err(Fault::new(
-                Code::Fenced,
-                format!(
-                    "machine '{}' is at generation {}; generation {given} may no longer act",
-                    record.name, record.generation
-                ),
-            ));
-        }
-        Ok(())
     }
 }
 
@@ -472,13 +418,10 @@ impl SiteHost for LocalSite {
             }
         };
         let place = self.screens.place(&self.name)?;
-        let entry = self.entry(vm).await?;
-        let entry = entry.lock().await;
-        let path = if display {
-            &displayed(&entry)?.paths().vnc
-        } else {
-            &running(&entry)?.paths().console
-        };
+        let action = if display { Action::Screen } else { Action::Console };
+        let machine = self.qemu_for(vm, action).await?;
+        let paths = machine.paths();
+        let path = if display { &paths.vnc } else { &paths.console };
         let stream = UnixStream::connect(path).await.map_err(|e| {
             Fault::unavailable(format!("connecting to {} of the machine: {e}", path.display()))
         })?;
@@ -495,22 +438,4 @@ fn advise(site: &Name, f: Fault) -> Fault {
         "make room at '{site}': delete machines or substrates there, or give it more space; see: \
          godwit site list -o wide, godwit pool status"
     ))
-}
-
-/// A running machine that has a display.
-fn displayed(entry: &Entry) -> Result<&Machine, Fault> {
-    let machine = running(entry)?;
-    if machine.launch().spec.display {
-        return Ok(machine);
-    }
-    let name = &entry.record.name;
-    Err(Fault::conflict(format!("machine '{name}' has no display"))
-        .hint(format!("its console: godwit vm console {name}")))
-}
-
-fn running(entry: &Entry) -> Result<&Machine, Fault> {
-    entry.machine.as_ref().ok_or_else(|| {
-        Fault::conflict(format!("machine '{}' does not run", entry.record.name))
-            .hint(format!("start it: godwit vm start {}", entry.record.name))
-    })
 }

@@ -20,7 +20,7 @@ use godwit_migrate::hybrid::{
     self, ArrivingDisk, Asked, Asking, DestinationFate, MoveError, Received, Sent, Steering,
     prepare_incoming, receive,
 };
-use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole, RelayStatus};
+use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk, RelayPhase, RelayStatus};
 use godwit_qemu::{
     DiskChain, DiskLayer, Layer, Life, Machine, Manifest, MemorySource, Node, Start, VmGenId,
 };
@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
+use super::allowed::{Action, First};
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
@@ -184,10 +185,8 @@ impl LocalSite {
         vm: VmId,
         generation: Generation,
     ) -> Result<Vec<u8>, Fault> {
-        let entry = self.entry(vm).await?;
-        let e = entry.lock().await;
-        Self::fence(&e.record, generation)?;
-        let machine = super::running(&e)?;
+        let (e, _) = self.admit(vm, generation, Action::Leave).await?;
+        let machine = e.machine.as_ref().ok_or_else(|| self.not_here(vm))?;
         let image = self.sound_disk(&e.record).await?;
         let disk_bytes = match image.disk_path() {
             Some(base) => Some(check_base(&base).map_err(into_fault)?),
@@ -283,9 +282,8 @@ impl LocalSite {
             _ => None,
         };
         let has_disk = disk.is_some();
-        let role = RelayRole::Destination { listen: (self.options.relay_address, 0).into() };
-        let relay = self.start_relay(record, role, disk, Part::Whole).await?;
-        let address = listening(&relay).await?;
+        let relay = self.start_relay(record, self.awaits(), disk, Part::Whole).await?;
+        let address = self.told_address(&relay).await?;
         let mut launch = self.launch(record, image)?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
@@ -432,13 +430,10 @@ impl LocalSite {
                 "a machine of generation {generation} does not leave as generation {next}"
             )));
         }
-        let entry = self.entry(vm).await?;
+        let meeting = self.meets(&to)?;
         let (record, machine) = {
-            let mut e = entry.lock().await;
-            Self::fence(&e.record, generation)?;
-            Self::steady(&e.record)?;
-            e.stays()?;
-            let machine = super::running(&e)?.clone();
+            let (mut e, _) = self.admit(vm, generation, Action::Leave).await?;
+            let machine = e.machine.clone().ok_or_else(|| self.not_here(vm))?;
             let leaves = Migration::new(to.migration, End::Source, to.peer.clone());
             e.record.migration = Some(Migration { next: Some(next), ..leaves });
             if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
@@ -452,7 +447,7 @@ impl LocalSite {
         let id = to.migration;
         Self::drive(&moving, async move {
             let mut sent = Sent::default();
-            let done = me.send_entered(&record, &machine, &to, &mine, &mut sent).await;
+            let done = me.send_entered(&record, &machine, meeting, &mine, &mut sent).await;
             me.after_leaving(&record, &machine, done, sent).await
         });
         self.follow(id, &call).await
@@ -462,13 +457,12 @@ impl LocalSite {
         self: &Arc<Self>,
         record: &MachineRecord,
         machine: &Machine,
-        to: &Incoming,
+        meeting: Meeting,
         moving: &Arc<Moving>,
         sent: &mut Sent,
     ) -> Result<(), NotSent> {
         let disk = self.source_disk(record, machine.launch().disk)?;
-        let role = RelayRole::Source { destination: to.address };
-        let relay = self.start_relay(record, role, disk, Part::Whole).await?;
+        let relay = self.start_relay(record, meeting, disk, Part::Whole).await?;
         let paths = self.move_paths(record)?;
         moving.shown.send_replace(Some(relay.watch()));
         let asking = Arc::clone(moving);
@@ -611,21 +605,22 @@ impl LocalSite {
     /// Takes back what was done for a migration, as long as the machine does not run here because
     /// of it. At the destination this also fences: a QEMU that never ran is gone for good.
     pub(super) async fn abort(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
-        let Ok(entry) = self.entry(vm).await else { return Ok(()) };
-        let (record, machine) = {
+        let Some(entry) = self.entry_if_here(vm).await else { return Ok(()) };
+        let (record, machine, state) = {
             let e = entry.lock().await;
-            (e.record.clone(), e.machine.clone())
+            let state = e.state(&self.name).in_move(&e.record, id);
+            (e.record.clone(), e.machine.clone(), state)
         };
-        let Some(migration) = record.migration.clone().filter(|m| m.id == id) else {
-            let here = record.desired != DesiredState::Gone && runs(machine.as_ref()).await;
-            // It came by this migration and has been whole since.
-            return if here { Err(self.runs_already(&record)) } else { Ok(()) };
+        let mut first = state.allows(Action::Abort)?;
+        if !state.leaves() {
+            let life = runs(machine.as_ref()).await.then_some(Life::Running);
+            first = state.asked(life).allows(Action::Abort)?;
+        }
+        let (First::Move, Some(migration)) = (first, record.migration.clone()) else {
+            return Ok(());
         };
         match migration.end {
             End::Destination => {
-                if migration.runs || runs(machine.as_ref()).await {
-                    return Err(self.runs_already(&record));
-                }
                 if let Some(m) = &machine {
                     m.kill().await;
                 }
@@ -649,10 +644,6 @@ impl LocalSite {
                 }
             }
         }
-    }
-
-    fn runs_already(&self, record: &MachineRecord) -> Fault {
-        Fault::conflict(format!("machine '{}' runs at '{}' already", record.name, self.name))
     }
 
     pub(super) fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {
@@ -684,12 +675,6 @@ pub(super) async fn runs(machine: Option<&Machine>) -> bool {
         Ok(Ok(life)) => life == Life::Running,
         Ok(Err(_)) | Err(_) => m.last_resumed(),
     }
-}
-
-/// Where a destination's relay waits for the other one.
-pub(super) async fn listening(relay: &RelayClient) -> Result<std::net::SocketAddr, Fault> {
-    let status = relay.wait(|s| s.listening.is_some()).await.map_err(into_fault)?;
-    status.listening.ok_or_else(|| Fault::internal(format!("the relay ended: {:?}", status.end)))
 }
 
 fn parse_manifest(bytes: &[u8]) -> Result<MoveManifest, Fault> {

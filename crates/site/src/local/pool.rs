@@ -12,6 +12,7 @@ use godwit_types::{DockReport, Fault, Generation, Name, SubstrateId, SubstrateKi
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
+use super::allowed::{Action, Refusal};
 use super::machines::{into_fault, join_error};
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
 use super::{Entry, LocalSite};
@@ -66,15 +67,8 @@ impl LocalSite {
     }
 
     async fn dock_here(self: &Arc<Self>, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
-        let entry = self.entry(want.vm).await?;
-        let mut e = entry.lock().await;
-        Self::fence(&e.record, want.generation)?;
-        Self::steady(&e.record)?;
-        e.stays()?;
-        let machine = super::running(&e)?.clone();
-        if e.starting.is_some() {
-            return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name)));
-        }
+        let (mut e, _) = self.admit(want.vm, want.generation, Action::Dock).await?;
+        let machine = e.machine.clone().ok_or_else(|| self.not_here(want.vm))?;
         // What the guest has read from a damaged base or layer is in its memory, too.
         let image = self.sound_disk(&e.record).await?;
         call.progress(Progress {
@@ -396,12 +390,6 @@ impl LocalSite {
         record: MachineRecord,
         starting: Option<CancellationToken>,
     ) -> Result<Arc<Mutex<Entry>>, Fault> {
-        let here = |record: &MachineRecord| {
-            Fault::new(
-                godwit_types::Code::Exists,
-                format!("machine '{}' is here already", record.name),
-            )
-        };
         let entry = Arc::new(Mutex::new(Entry { starting, ..Entry::new(record.clone(), None) }));
         let there = {
             let _one = self.promising.lock().await;
@@ -414,14 +402,9 @@ impl LocalSite {
                     if let Some(seen) = self.tombs.get(record.vm)
                         && record.generation <= seen
                     {
-                        return Err(Fault::new(
-                            godwit_types::Code::Fenced,
-                            format!(
-                                "machine '{}' left '{}' at generation {seen}; generation {} may no \
-                                 longer act",
-                                record.name, self.name, record.generation
-                            ),
-                        ));
+                        let (machine, site) = (record.name.to_string(), self.name.clone());
+                        let given = record.generation;
+                        return Err(Refusal::Left { machine, site, seen, given }.into());
                     }
                     all.insert(record.vm, Arc::clone(&entry));
                     self.remember_size(record.vm, record.memory);
@@ -430,9 +413,10 @@ impl LocalSite {
             }
         };
         let Some(there) = there else { return Ok(entry) };
-        let e = there.lock().await;
-        Self::fence(&e.record, record.generation)?;
-        Err(here(&record))
+        let state = there.lock().await.state(&self.name);
+        state.fence(record.generation)?;
+        let _ = state.allows(Action::Arrive)?;
+        Ok(there)
     }
 
     /// As [`LocalSite::register`], a machine that starts until [`LocalSite::started`]; what is also

@@ -88,10 +88,3 @@ impl LocalSite {
         ))
     }
 }
-
-impl Entry {
-    /// Whether it has a QEMU, or is about to.
-    fn takes_memory(&self) -> bool {
-        self.machine.is_some() || self.starting.is_some() || self.record.migration.is_some()
-    }
-}

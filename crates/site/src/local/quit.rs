@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use godwit_migrate::hybrid::{DestinationFate, MoveError, Sent};
 use godwit_qemu::Machine;
-use godwit_types::{Code, Fault, Generation, MigrationId, VmId};
+use godwit_types::{Code, Fault, MigrationId, VmId};
 use tracing::{info, warn};
 
 use super::moves::{Ended, runs};
@@ -125,25 +125,16 @@ impl LocalSite {
         self.unregister(record.vm).await;
     }
 
-    /// Ends this site's part of a move because a person wants the machine off, started anew or gone,
-    /// whatever state the move is in. A source's QEMU is killed, its disk is whole; a destination's
-    /// is ended only `for_good`, for it may have all there is of the machine.
+    /// Ends this site's part of a machine's move because a person wants it off, started anew or gone,
+    /// whatever state the move is in. The QEMU is killed: the disk of a source is whole, and of an
+    /// arrival nothing stays.
     pub(super) async fn quit_move(
         &self,
-        vm: VmId,
-        generation: Generation,
-        for_good: bool,
+        record: &MachineRecord,
+        machine: Option<Machine>,
     ) -> Result<(), Fault> {
-        let entry = self.entry(vm).await?;
-        let (record, machine) = {
-            let e = entry.lock().await;
-            Self::fence(&e.record, generation)?;
-            (e.record.clone(), e.machine.clone())
-        };
+        let vm = record.vm;
         let Some(migration) = &record.migration else { return Ok(()) };
-        if migration.end == End::Destination && !for_good {
-            return Ok(());
-        }
         info!(vm = %record.name, end = ?migration.end, "its move is ended by force");
         let moving = self.moving(migration.id);
         if let Some(moving) = &moving {
@@ -168,9 +159,13 @@ impl LocalSite {
         if let Ok(entry) = self.entry(vm).await {
             let mut e = entry.lock().await;
             let same = e.record.migration.as_ref().is_some_and(|m| m.id == migration.id);
-            if same && migration.end == End::Source {
-                e.machine = None;
-                self.unmark_entry(&mut e);
+            match migration.end {
+                _ if !same => {}
+                End::Source => {
+                    e.machine = None;
+                    self.unmark_entry(&mut e);
+                }
+                End::Destination => self.end_arrival(&mut e, false).await?,
             }
         }
         Ok(())

@@ -18,7 +18,7 @@ use godwit_migrate::hybrid::{
     Asking, MoveError, Received, Sent, follow_outgoing, reclaim, recover_disk, recover_incoming,
     recover_outgoing,
 };
-use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole};
+use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase};
 use godwit_qemu::{Life, Machine, MigrationStatus};
 use godwit_types::{Fault, Generation, MigrationId, VmId, chain};
 use serde::Serialize;
@@ -26,8 +26,9 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::allowed::{Action, First};
 use super::machines::into_fault;
-use super::moves::{Ended, MID, listening, runs};
+use super::moves::{Ended, MID, runs};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
@@ -414,13 +415,12 @@ impl LocalSite {
     ) -> Result<(MachineRecord, Option<Machine>), Fault> {
         let entry = self.entry(vm).await?;
         let e = entry.lock().await;
-        match &e.record.migration {
-            Some(m) if m.id == id && m.end == end => Ok((e.record.clone(), e.machine.clone())),
-            _ => Err(Fault::not_found(format!(
-                "machine '{}' is not in migration {id} at '{}'",
-                e.record.name, self.name
-            ))),
-        }
+        let action = match end {
+            End::Source => Action::ResumeDeparture,
+            End::Destination => Action::ResumeArrival,
+        };
+        let _ = e.state(&self.name).in_move(&e.record, id).allows(action)?;
+        Ok((e.record.clone(), e.machine.clone()))
     }
 
     /// Ends what is left of the last attempt, and begins a new one.
@@ -463,10 +463,9 @@ impl LocalSite {
             None => None,
         };
         let has_disk = disk.is_some();
-        let role = RelayRole::Destination { listen: (self.options.relay_address, 0).into() };
         let part = if memory { Part::Rest } else { Part::Disk };
-        let relay = self.start_relay(&record, role, disk, part).await?;
-        let address = listening(&relay).await?;
+        let relay = self.start_relay(&record, self.awaits(), disk, part).await?;
+        let address = self.told_address(&relay).await?;
         let received: Received = get(&self.dirs.vm(vm), RECEIVED);
         let mut whole = None;
         if let Some(machine) = machine {
@@ -559,15 +558,6 @@ impl LocalSite {
         call: &Call,
     ) -> Result<Vec<u8>, Fault> {
         let (record, machine) = self.at_end(id, vm, End::Source).await?;
-        if record.migration.as_ref().is_some_and(|m| m.ran_on) {
-            return Err(Fault::new(
-                godwit_types::Code::Damaged,
-                format!(
-                    "machine '{}' cannot be brought from '{}': {RAN_ON}",
-                    record.name, self.name
-                ),
-            ));
-        }
         let launch = machine.as_ref().map(Machine::launch);
         if memory && machine.is_none() {
             return Err(memory_is_gone(&record));
@@ -578,14 +568,14 @@ impl LocalSite {
             None => self.launch(&record, &self.image_by_hash(&record)?)?.disk,
         };
         let disk = self.source_disk(&record, chain)?;
+        let meeting = self.meets(&to)?;
         let moving = self.register_move(id, vm);
         let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
         Self::drive(&moving, async move {
             let mut sent: Sent = get(&me.dirs.vm(vm), SENT);
             let paths = me.move_paths(&record)?;
-            let role = RelayRole::Source { destination: to.address };
             let part = if memory { Part::Rest } else { Part::Disk };
-            let relay = me.start_relay(&record, role, disk, part).await?;
+            let relay = me.start_relay(&record, meeting, disk, part).await?;
             mine.shown.send_replace(Some(relay.watch()));
             let done = match machine.as_ref().filter(|_| memory) {
                 Some(machine) => {
@@ -631,12 +621,13 @@ impl LocalSite {
     /// The source removes what it kept of a machine that runs elsewhere for good.
     pub(super) async fn release(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
         let entry = self.entry(vm).await?;
-        let migration = {
+        let (first, migration) = {
             let e = entry.lock().await;
-            Self::fence(&e.record, generation)?;
-            e.record.migration.clone()
+            let state = e.state(&self.name);
+            state.fence(generation)?;
+            (state.allows(Action::Release)?, e.record.migration.clone())
         };
-        if let Some(m) = migration.filter(|m| m.end == End::Source) {
+        if let Some(m) = migration.filter(|_| first == First::Move) {
             // What the destination may still need stays until it needs it no more.
             if self.moving(m.id).is_some() {
                 let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
@@ -652,11 +643,7 @@ impl LocalSite {
     /// left of its migration. Only what was given up is taken away, or what is removed anyway.
     pub(super) async fn end_arrival(&self, e: &mut Entry, keep_disk: bool) -> Result<(), Fault> {
         let Some(m) = e.record.migration.clone() else { return Ok(()) };
-        let whatever = if keep_disk { None } else { Some(String::new()) };
-        let Some(why) = m.given_up.clone().or(whatever).filter(|_| m.end == End::Destination)
-        else {
-            return Self::steady(&e.record);
-        };
+        let why = m.given_up.clone().unwrap_or_default();
         let dir = self.dirs.vm(e.record.vm);
         let mid = dir.join(MID);
         if keep_disk && self.image_by_hash(&e.record)?.disk_path().is_some() {

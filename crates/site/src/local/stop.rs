@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use godwit_qemu::{Life, Machine};
 use godwit_types::{Fault, Generation, VmId};
+use tokio::sync::OwnedMutexGuard;
 
 use super::LocalSite;
+use super::allowed::{Action, First};
 use super::machines::{into_fault, remove_file};
-use super::record::{DesiredState, Unfinished};
+use super::record::DesiredState;
 use crate::Call;
 use crate::Progress;
 
@@ -30,26 +32,13 @@ impl LocalSite {
         force: bool,
         call: Call,
     ) -> Result<(), Fault> {
-        if force {
-            self.quit_move(vm, generation, false).await?;
-        }
-        let entry = self.entry(vm).await?;
+        let action = if force { Action::ForceStop } else { Action::Stop };
         let stopping = Arc::new(());
-        let machine = {
-            let mut e = entry.lock().await;
-            Self::fence(&e.record, generation)?;
-            let docking = matches!(e.record.unfinished, Some(Unfinished::Docking { .. }));
-            if !(force && docking) {
-                Self::steady(&e.record)?;
-            }
-            if !force {
-                e.stays()?;
-            }
-            if e.starting.is_some() && !force {
-                return Err(Fault::conflict(format!("machine '{}' is starting", e.record.name))
-                    .hint("wait for it, or end it at once with: godwit vm stop --force"));
-            }
-            if let Some(wanted) = e.starting.take() {
+        let (entry, machine) = {
+            let (mut e, first) = self.admit(vm, generation, action).await?;
+            if first == First::Start
+                && let Some(wanted) = e.starting.take()
+            {
                 wanted.cancel();
             }
             e.record.generation = generation;
@@ -57,7 +46,8 @@ impl LocalSite {
             e.record.unfinished = None;
             e.record.save(&self.dirs.vm(vm))?;
             e.stopping = Arc::downgrade(&stopping);
-            e.machine.clone()
+            let machine = e.machine.clone();
+            (Arc::clone(OwnedMutexGuard::mutex(&e)), machine)
         };
         if let Some(machine) = machine.as_ref().filter(|_| !force) {
             ask_guest(machine, &call).await;

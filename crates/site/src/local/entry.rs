@@ -1,0 +1,104 @@
+//! One machine of a site as its daemon has it, and the one way to come to change it.
+
+use std::sync::{Arc, Weak};
+
+use godwit_qemu::Machine;
+use godwit_types::{Fault, Generation, Name, VmId};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio_util::sync::CancellationToken;
+
+use super::LocalSite;
+use super::allowed::{Action, First, Qemu, State};
+use super::record::MachineRecord;
+
+/// One machine of this site. Its lock is held while something changes it, so that two requests
+/// for one machine take turns.
+pub(super) struct Entry {
+    pub(super) record: MachineRecord,
+    pub(super) machine: Option<Machine>,
+    /// It is being started, without the lock; cancelled when it is not wanted any more.
+    pub(super) starting: Option<CancellationToken>,
+    /// Somebody waits, without the lock, for its guest to power itself off.
+    pub(super) stopping: Weak<()>,
+}
+
+impl Entry {
+    pub(super) fn new(record: MachineRecord, machine: Option<Machine>) -> Self {
+        Self { record, machine, starting: None, stopping: Weak::new() }
+    }
+
+    /// Its state at `site`, whose QEMU was not asked.
+    pub(super) fn state(&self, site: &Name) -> State {
+        let display = self.machine.as_ref().is_some_and(|m| m.launch().spec.display);
+        let qemu = if self.machine.is_some() { Qemu::There } else { Qemu::Gone };
+        let changes = (self.starting.is_some(), self.stopping.strong_count() > 0);
+        State::of(&self.record, site, changes, (qemu, display))
+    }
+
+    /// Whether it has a QEMU, or is about to.
+    pub(super) fn takes_memory(&self) -> bool {
+        self.machine.is_some() || self.starting.is_some() || self.record.migration.is_some()
+    }
+}
+
+/// A machine that is locked for what was asked, and what has to end before that.
+pub(super) type Admitted = (OwnedMutexGuard<Entry>, First);
+
+impl LocalSite {
+    pub(super) async fn entry(&self, vm: VmId) -> Result<Arc<Mutex<Entry>>, Fault> {
+        self.entry_if_here(vm).await.ok_or_else(|| self.not_here(vm))
+    }
+
+    pub(super) async fn entry_if_here(&self, vm: VmId) -> Option<Arc<Mutex<Entry>>> {
+        self.machines.read().await.get(&vm).cloned()
+    }
+
+    pub(super) fn not_here(&self, vm: VmId) -> Fault {
+        Fault::not_found(format!("site '{}' does not have machine {vm}", self.name))
+            .hint("see where it runs: godwit vm list")
+    }
+
+    /// A machine locked for `action`, if its state allows that to one who knows of `generation`. A
+    /// move that has to end first has ended.
+    pub(super) async fn admit(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        action: Action,
+    ) -> Result<Admitted, Fault> {
+        let admitted = self.admit_if_here(vm, generation, action).await?;
+        admitted.ok_or_else(|| self.not_here(vm))
+    }
+
+    /// As [`LocalSite::admit`]; `None` when there is no such machine.
+    pub(super) async fn admit_if_here(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        action: Action,
+    ) -> Result<Option<Admitted>, Fault> {
+        loop {
+            let Some(entry) = self.entry_if_here(vm).await else { return Ok(None) };
+            let e = entry.lock_owned().await;
+            let state = e.state(&self.name);
+            state.fence(generation)?;
+            match state.allows(action)? {
+                First::Move => {
+                    let (record, machine) = (e.record.clone(), e.machine.clone());
+                    drop(e);
+                    self.quit_move(&record, machine).await?;
+                }
+                first => return Ok(Some((e, first))),
+            }
+        }
+    }
+
+    /// A machine's QEMU, if its state allows `action`, which changes nothing of it.
+    pub(super) async fn qemu_for(&self, vm: VmId, action: Action) -> Result<Machine, Fault> {
+        let entry = self.entry(vm).await?;
+        let e = entry.lock().await;
+        let _ = e.state(&self.name).allows(action)?;
+        // What was allowed without a QEMU needs none.
+        e.machine.clone().ok_or_else(|| self.not_here(vm))
+    }
+}
