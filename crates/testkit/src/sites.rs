@@ -1,11 +1,11 @@
 //! Two sites, and a machine on its way from one to the other.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use godwit_disk::image::{Backing, create_overlay};
 use godwit_migrate::hybrid::ArrivingDisk;
-use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayRole, RelayStatus};
+use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk, RelayRole, RelayStatus};
 use godwit_migrate::{RelayClient, RelayConfig, RelayError, run_relay};
 use godwit_qemu::{DiskChain, DiskLayer, Launch, Layer, MemorySource, Node, Start};
 use godwit_transfer::Authority;
@@ -14,6 +14,9 @@ use tokio::task::JoinHandle;
 
 use crate::guest::{Guest, LONG, tiny};
 use crate::place::Place;
+
+/// Where relays listen.
+const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 fn name(text: &str) -> Name {
     text.parse().expect("a name")
@@ -99,13 +102,20 @@ impl Sites {
         ArrivingDisk { layers, filled: None, written: self.path("written") }
     }
 
-    fn config(&self, role: RelayRole, disk: RelayDisk, resume: bool) -> RelayConfig {
+    fn config(
+        &self,
+        role: RelayRole,
+        meeting: Meeting,
+        disk: RelayDisk,
+        resume: bool,
+    ) -> RelayConfig {
         let (end, keys, peer) = match role {
-            RelayRole::Source { .. } => ("src", "center", "cafe"),
-            RelayRole::Destination { .. } => ("dst", "cafe", "center"),
+            RelayRole::Source => ("src", "center", "cafe"),
+            RelayRole::Destination => ("dst", "cafe", "center"),
         };
         RelayConfig {
             role,
+            meeting,
             migration: self.migration,
             generation: Generation(2),
             peer: name(peer),
@@ -132,8 +142,7 @@ impl Sites {
             nbd: self.path("nbd"),
             written: self.path("written"),
         };
-        let role = RelayRole::Destination { listen: ([127, 0, 0, 1], 0).into() };
-        self.config(role, disk, resume)
+        self.config(RelayRole::Destination, Meeting::Listen(LOOPBACK), disk, resume)
     }
 
     /// Configuration of the source's relay.
@@ -143,7 +152,7 @@ impl Sites {
             base: self.guest.base.clone(),
             layers: vec![self.path("source.qcow2")],
         };
-        self.config(RelayRole::Source { destination }, disk, resume)
+        self.config(RelayRole::Source, Meeting::Dial(destination), disk, resume)
     }
 }
 
