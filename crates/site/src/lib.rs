@@ -52,7 +52,7 @@ pub use types::{
 pub use verbs::{Asking, Request, SiteReply, SiteRequest};
 
 /// The first version of the protocol whose sites generalise the machine of what they dock as public.
-pub const GENERALISES: u16 = 2;
+pub const GENERALISES: u16 = 3;
 
 /// What a list of machines says, in one hash: while it is the same, nobody need ask for the list.
 #[must_use]

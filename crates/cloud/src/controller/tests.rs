@@ -163,6 +163,11 @@ impl SiteHost for Paper {
                 let here = self.all().into_iter().find(|m| m.vm == vm);
                 here.map(SiteReply::Machine).ok_or_else(|| Fault::not_found("not on paper"))
             }
+            SiteRequest::SubstrateUsers(_) => Ok(SiteReply::Names(Vec::new())),
+            SiteRequest::SubstrateDelete(d) => {
+                self.substrates.lock().expect("lock").retain(|s| s.id != d.id);
+                Ok(SiteReply::Done(()))
+            }
             SiteRequest::Substrates(_) => {
                 self.listed.fetch_add(1, SeqCst);
                 Ok(SiteReply::Substrates(held))
@@ -325,17 +330,24 @@ impl SiteHost for Paper {
                     ..Sent::default()
                 })))
             }
-            other => Err(Fault::invalid(format!("{other:?} on paper"))),
+            other => Err(Fault::invalid(format!("'{}' on paper", other.name()))),
         }
     }
 }
 
 pub(crate) struct World {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     authority: Arc<Authority>,
     pub(crate) c: Arc<Controller>,
     pub(crate) center: Arc<Paper>,
     pub(crate) cafe: Arc<Paper>,
+}
+
+impl World {
+    /// The registry's file.
+    pub(crate) fn registry_file(&self) -> std::path::PathBuf {
+        self.dir.path().join("r.redb")
+    }
 }
 
 pub(crate) async fn world(send: Send) -> World {
@@ -352,7 +364,7 @@ pub(super) async fn world_with(send: Send, patience: Duration) -> World {
     *cafe.peer.lock().expect("lock") = Some(center.clone());
     c.attach(center.clone(), SiteKind::Center).await.expect("center");
     c.attach(cafe.clone(), SiteKind::Ap).await.expect("cafe");
-    World { _dir: dir, authority, c, center, cafe }
+    World { dir, authority, c, center, cafe }
 }
 
 pub(super) async fn running(w: &World, n: &str) -> VmRecord {

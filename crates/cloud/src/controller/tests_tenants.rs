@@ -489,3 +489,57 @@ async fn a_site_that_takes_a_substrate_is_told_whose_pages_it_may_use() {
     let clean = held("clean", "default", SubstrateKind::Public, &[], "center");
     assert_eq!(told(&clean).await, all(&[&public]));
 }
+
+#[tokio::test]
+async fn of_many_that_rebuild_one_substrate_at_once_one_does() {
+    for kind in [SubstrateKind::Private, SubstrateKind::Restricted] {
+        let w = world(Send::Works).await;
+        let ann = user(&w, "acme", "ann", Role::Member);
+        let owner = ann.id.clone();
+        let info = SubstrateInfo { name: name("mine"), kind, owner, ..docked(4) };
+        w.center.substrates.lock().expect("lock").push(info.clone());
+        w.c.adopt_substrate(&name("center"), info).expect("listed");
+        let taken: Vec<_> = std::thread::scope(|scope| {
+            let at = tokio::runtime::Handle::current();
+            let all: Vec<_> = (0..30)
+                .map(|_| {
+                    let (c, ann, at) = (w.c.clone(), ann.clone(), at.clone());
+                    scope.spawn(move || {
+                        let _in = at.enter();
+                        c.substrate_rebuild(&ann, "mine", Mode::Act)
+                    })
+                })
+                .collect();
+            all.into_iter().map(|t| t.join().expect("no panic")).collect()
+        });
+        let refused = taken.iter().filter_map(|t| t.as_ref().err());
+        let codes: Vec<_> = refused.map(|f| f.code).collect();
+        assert_eq!(codes.len(), 29, "{kind}: {codes:?}");
+        assert!(codes.iter().all(|c| matches!(c, Code::Exists | Code::Conflict)), "{codes:?}");
+        assert_eq!(w.c.registry().vms().expect("list").len(), 1, "{kind}");
+    }
+}
+
+#[tokio::test]
+async fn who_deletes_a_substrate_is_in_the_log_of_its_tenant() {
+    let w = world(Send::Works).await;
+    let (ann, bob) = (user(&w, "acme", "ann", Role::Member), user(&w, "other", "bob", Role::Admin));
+    let s = private(&w, &ann, "mine");
+    w.c.substrate_delete(&bob, &s.id.to_string(), Mode::Act).await.expect_err("not there for him");
+    w.c.substrate_delete(&ann, "mine", Mode::DryRun).await.expect("would");
+    let deletes = |who: &Principal| {
+        let log = w.c.audit_for(who, 100, None).expect("read");
+        let of = |e: &crate::registry::AuditEntry| e.action.starts_with("substrate delete");
+        log.into_iter().filter(of).collect::<Vec<_>>()
+    };
+    let adm = user(&w, "acme", "adm", Role::Admin);
+    assert!(deletes(&adm).is_empty(), "nothing was deleted yet");
+    w.c.substrate_delete(&me(), "acme/mine", Mode::Act).await.expect("deleted");
+    let log = deletes(&adm);
+    assert!(!log.is_empty(), "its tenant sees it");
+    for e in &log {
+        assert_eq!((e.tenant.as_str(), e.user.as_str()), ("acme", "operator"), "{e:?}");
+        assert_eq!(e.object, "mine", "{e:?}");
+    }
+    assert!(deletes(&bob).is_empty(), "and nobody else's does");
+}

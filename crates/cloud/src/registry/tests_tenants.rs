@@ -495,6 +495,41 @@ fn machines_of_private_substrates_become_their_owners_alone_in_an_upgrade() {
 }
 
 #[test]
+fn machines_of_private_substrates_become_their_owners_alone_in_a_registry_of_this_format() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("r.redb");
+    let (acme, private) = (name("acme"), godwit_types::SubstrateKind::Private);
+    let reg = Registry::open(&path).expect("open");
+    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    reg.user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
+    let s = SubstrateRecord {
+        tenant: acme.clone(),
+        owner: name("ann"),
+        kind: private,
+        ..substrate("diary")
+    };
+    reg.substrate_add(&s).expect("added");
+    // As a first build of this format wrote them: it knew whose they are, and did not say so.
+    let of = |n: &str, tenant: &Name| VmRecord {
+        tenant: tenant.clone(),
+        substrate: Some(s.id),
+        ..vm(n)
+    };
+    let (own, other) = (of("own", &acme), of("other", &default_tenant()));
+    reg.vm_add(&own, None).expect("added");
+    reg.vm_add(&other, None).expect("added");
+    reg.vm_add(&vm("no-matter"), None).expect("added");
+    drop(reg);
+    for _ in 0..2 {
+        let reg = Registry::open(&path).expect("opens");
+        let of = |vm: &VmRecord| reg.vm(&vm.id.to_string()).expect("there").private_of;
+        assert_eq!(of(&own), Some(name("ann")));
+        assert_eq!(of(&other), Some(name("operator")));
+        assert_eq!(reg.vm("no-matter").expect("there").private_of, None);
+    }
+}
+
+#[test]
 fn a_tenant_pushes_no_operations_of_another_out() {
     let (_d, reg) = open();
     let acme = name("acme");
