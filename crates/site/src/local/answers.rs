@@ -4,7 +4,7 @@ use godwit_types::Fault;
 
 use super::LocalSite;
 use super::allowed::Action;
-use super::pool::Dock;
+use super::dock::Dock;
 use crate::verbs::{
     ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateFate, MigrateFinish,
     MigrateFollow, MigrateGiveUp, MigrateLost, MigrateManifest, MigratePrepare, MigrateReceived,

@@ -1,57 +1,29 @@
-//! Docking by conversion: a running machine becomes a substrate.
-//!
-//! ```text
-//! quiesce --> STOP, device state --> memory --> disk --> commit --> release
-//!    |              |                   |        |         |           (QEMU ends, its memory
-//!    +--------------+-------------------+--------+---------+            file is sealed)
-//!                         any failure
-//!                              v
-//!            cont, NICs plugged again, user programs thawed: it runs on
-//! ```
-//!
-//! The same way back is taken when the process that docked is gone: [`run_on`] needs nothing of it.
-//!
-//! While the guest comes to rest its memory is stored already, as far as that gets: of a page that
-//! does not change until the STOP only the hash is computed again while the machine stands.
-//!
-//! The commit is the rename of the substrate's directory. Before it the machine can go on and
-//! nothing of the substrate is left; after it the machine is ended.
+//! What is docked, from where, and how it comes into the store.
 
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use godwit_disk::FrozenChain;
 use godwit_image::Image;
-use godwit_qemu::{
-    AgentSession, BlockInUse, DiskChain, Launch, Layer, Life, Machine, Manifest, MemorySource, Nic,
-    NicBackend,
-};
+use godwit_qemu::{BlockInUse, DiskChain, Launch, Layer, Machine, Manifest, MemorySource};
 use godwit_store::{Effort, PageMap, UNIT, Writer, zero_hash};
-use godwit_types::{
-    BLOCK_SIZE, DockReport, Hash, Mib, Name, PAGE_SIZE, Phases, SubstrateId, SubstrateKind,
-};
+use godwit_types::{BLOCK_SIZE, Hash, Mib, PAGE_SIZE, SubstrateId};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use tokio::task::JoinHandle;
 
-use crate::agent::{
-    AFTER_ACTIVATE, BEFORE_DOCK, CARD_KEPT, END_BEFORE_DOCK, KEEP_CARD, SHELL, run_script,
-};
+use super::{DockRequest, DockStop};
 use crate::error::SubstrateError;
 use crate::manifest::{FORMAT, MAX_STATE, Part, Shape, Sizes, Substrate, read_bounded};
-use crate::memory::{SealedMemory, room};
+use crate::memory::room;
 use crate::pool::{Parts, Pool, held_bytes};
 use crate::private::PrivateMemory;
 
-/// How long the agent may take to answer at all before the machine counts as not dockable.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
-/// How long the guest may take to come to rest, and to wake again.
-const SCRIPT_WITHIN: Duration = Duration::from_secs(120);
 /// Bytes of disk that the small files of a substrate may take.
 const SMALL_FILES: u64 = 16 << 20;
 /// Bytes of a running machine's memory stored in one go.
@@ -63,184 +35,20 @@ const AHEAD_NICE: i32 = 10;
 /// Blocks put into the store in one go.
 const BATCH: usize = 1024;
 
-/// What a machine is to become.
-#[derive(Debug, Clone)]
-pub struct DockRequest {
-    /// Id of the substrate.
-    pub id: SubstrateId,
-    /// Its name.
-    pub name: Name,
-    /// Who may use it.
-    pub kind: SubstrateKind,
-    /// Whose it is.
-    pub owner: Name,
-    /// The image that the machine stands on.
-    pub image: Image,
-    /// By which it is stopped on request.
-    pub stop: DockStop,
-}
-
-/// Stops a docking on request, as long as that is before its commit. Clones are one.
-#[derive(Debug, Clone, Default)]
-pub struct DockStop(Arc<AtomicU8>);
-
-impl DockStop {
-    const WORKING: u8 = 0;
-    const STOPPED: u8 = 1;
-    const COMMITTED: u8 = 2;
-
-    /// Wants it stopped; whether that came before its commit.
-    pub fn stop(&self) -> bool {
-        self.become_state(Self::STOPPED)
-    }
-
-    fn become_state(&self, state: u8) -> bool {
-        let before =
-            self.0.compare_exchange(Self::WORKING, state, Ordering::SeqCst, Ordering::SeqCst);
-        before.is_ok() || before == Err(state)
-    }
-
-    fn check(&self) -> Result<(), SubstrateError> {
-        match self.0.load(Ordering::SeqCst) {
-            Self::STOPPED => Err(SubstrateError::Cancelled),
-            _ => Ok(()),
-        }
-    }
-
-    /// From here on it is not stopped any more.
-    fn commit(&self) -> Result<(), SubstrateError> {
-        match self.become_state(Self::COMMITTED) {
-            true => Ok(()),
-            false => Err(SubstrateError::Cancelled),
-        }
-    }
-}
-
-/// Converts `machine` into a substrate in `pool`. When this succeeds the machine has ended, its
-/// memory file has become the substrate's sealed one, and its cow image may be removed. When it
-/// fails the machine runs on and nothing is left in the pool. The work goes on to its end even
-/// when the future is dropped.
-///
-/// Whoever may be killed meanwhile writes down before that the machine is being docked, as what,
-/// and with which NICs. Afterwards it is a substrate if the pool has that; if not, [`run_on`] makes
-/// it what it was.
-///
-/// # Errors
-/// [`SubstrateError::NotRunningOn`] when it is to be called to run on again;
-/// [`SubstrateError::Cancelled`], [`SubstrateError::AgentSilent`], [`SubstrateError::NoRoom`], [`SubstrateError::Exists`], and
-/// what the machine, the disk and the store say.
-pub async fn dock_convert(
-    machine: &Machine,
-    pool: &Pool,
-    request: DockRequest,
-) -> Result<(Substrate, DockReport), SubstrateError> {
-    let (machine, pool) = (machine.clone(), pool.clone());
-    tokio::spawn(async move { convert(&machine, &pool, request).await })
-        .await
-        .map_err(|_| SubstrateError::Worker("docking"))?
-}
-
-async fn convert(
-    machine: &Machine,
-    pool: &Pool,
-    request: DockRequest,
-) -> Result<(Substrate, DockReport), SubstrateError> {
-    let mut phases = Phases::start();
-    let launch = machine.launch();
-    let mut plan = Plan::of(machine, &launch, pool, &request)?;
-    let nics = launch.nics.clone();
-    let mut agent = match machine.agent().connect("guest-exec", ANSWER_WITHIN).await {
-        Ok(agent) => agent,
-        Err(e) => {
-            pool.undo(request.id);
-            return Err(SubstrateError::AgentSilent(Box::new(e)));
-        }
-    };
-    let ahead = Ahead::start(pool, &plan);
-    let stop = request.stop.clone();
-    let done = async {
-        let rested = quiesce(machine, &nics, &mut agent).await;
-        drop(agent);
-        plan.substrate.nic_in = rested?;
-        godwit_hold::at("dock.quiesced").await;
-        stop.check()?;
-        phases.end("quiesce");
-        let stopped = phases.elapsed();
-        ahead.enough();
-        let blocks = plan.save(machine).await?;
-        phases.end("device state");
-        godwit_hold::at("dock.stopped").await;
-        Ok::<_, SubstrateError>((phases, stopped, blocks))
-    };
-    let stopped = done.await;
-    // Awaited in every case: what it has written is gone before anything is said to have failed.
-    let writer = ahead.end().await;
-    let done = async {
-        let (phases, stopped, blocks) = stopped?;
-        let (plan, pool, writer) = (plan.clone(), pool.clone(), writer?);
-        let stop = request.stop.clone();
-        let store = move || plan.store(&pool, writer, &blocks, phases, &stop);
-        let docked = tokio::task::spawn_blocking(store)
-            .await
-            .map_err(|_| SubstrateError::Worker("docking"))??;
-        Ok::<_, SubstrateError>((docked, stopped))
-    };
-    let result = done.await;
-    let ((substrate, pages, mut phases), stopped) = match result {
-        Ok(done) => done,
-        Err(e) => {
-            pool.undo(plan.substrate.id);
-            return Err(match run_on(machine, &nics).await {
-                Ok(()) => e,
-                Err(source) => {
-                    SubstrateError::NotRunningOn { why: Box::new(e), source: Box::new(source) }
-                }
-            });
-        }
-    };
-    godwit_hold::at("dock.published").await;
-    // Killed, not asked to quit: after its STOP it must not touch its memory any more.
-    machine.kill().await;
-    godwit_hold::at("dock.ended").await;
-    if let MemorySource::Shared { path } = &launch.memory {
-        // As an idle one's, it goes to where others have to give way; else it is laid out when it is
-        // needed.
-        let _room = pool.make_room(substrate.id, substrate.sizes.memory_bytes);
-        let sealed = pool.memory_path(substrate.id);
-        if !pool.memory_fits(substrate.id) {
-            tracing::info!(id = %substrate.id, "memory file not taken over: it is over the budget");
-        } else if let Err(error) = SealedMemory::hand_over(path, &pages, &sealed) {
-            tracing::info!(%error, "memory file not taken over; it is laid out at the first activation");
-        }
-    }
-    phases.end("release");
-    let pause_ms = phases.elapsed().saturating_sub(stopped).as_secs_f64() * 1e3;
-    let (phases, total_ms) = phases.finish();
-    let report = DockReport {
-        total_ms,
-        pause_ms,
-        device_state_bytes: substrate.state.bytes,
-        raw_bytes: substrate.sizes.raw_bytes,
-        stored_bytes: substrate.sizes.stored_bytes,
-        phases,
-    };
-    Ok((substrate, report))
-}
-
 /// All that can be said before the machine is touched.
 #[derive(Debug, Clone)]
-struct Plan {
+pub(super) struct Plan {
     /// As it will be, less the hashes and sizes of its parts.
-    substrate: Substrate,
-    memory: Held,
-    disk: Option<(PathBuf, Vec<PathBuf>)>,
+    pub(super) substrate: Substrate,
+    pub(super) memory: Held,
+    pub(super) disk: Option<(PathBuf, Vec<PathBuf>)>,
     /// Where QEMU saves its devices.
-    state: PathBuf,
+    pub(super) state: PathBuf,
 }
 
 /// Where the memory of the machine is.
 #[derive(Debug, Clone)]
-enum Held {
+pub(super) enum Held {
     /// In a file of its own.
     File(PathBuf),
     /// In the machine, over that of its parent.
@@ -248,7 +56,7 @@ enum Held {
 }
 
 impl Plan {
-    fn of(
+    pub(super) fn of(
         machine: &Machine,
         launch: &Launch,
         pool: &Pool,
@@ -303,8 +111,26 @@ impl Plan {
         Ok(Self { substrate, memory, disk, state: dir.join(crate::manifest::STATE) })
     }
 
+    /// The substrate that it becomes.
+    pub(super) const fn id(&self) -> SubstrateId {
+        self.substrate.id
+    }
+
+    /// The NIC in that port stays in the machine.
+    pub(super) const fn nic_stays(&mut self, port: Option<u8>) {
+        self.substrate.nic_in = port;
+    }
+
+    /// The file of its memory, if that is its own.
+    pub(super) fn own_memory(&self) -> Option<PathBuf> {
+        match &self.memory {
+            Held::File(path) => Some(path.clone()),
+            Held::Private(_) => None,
+        }
+    }
+
     /// Stops the machine and has its devices saved; gives the RAM blocks that QEMU has not saved.
-    async fn save(&self, machine: &Machine) -> Result<Vec<BlockInUse>, SubstrateError> {
+    pub(super) async fn save(&self, machine: &Machine) -> Result<Vec<BlockInUse>, SubstrateError> {
         let stopping = SubstrateError::machine;
         match &self.memory {
             Held::File(_) => {
@@ -318,59 +144,59 @@ impl Plan {
         }
     }
 
-    /// Hashes and stores everything and commits.
-    fn store(
+    /// Hashes everything and stores what is not there yet; tells when it had the memory.
+    pub(super) fn store(
         mut self,
-        pool: &Pool,
-        mut writer: Writer,
+        writer: &mut Writer,
         blocks: &[BlockInUse],
-        mut phases: Phases,
         stop: &DockStop,
-    ) -> Result<(Substrate, PageMap, Phases), SubstrateError> {
+    ) -> Result<(StoredParts, Instant), SubstrateError> {
         stop.check()?;
         writer.start_over();
         let (pages, state) = match &self.memory {
             Held::File(path) => {
                 let memory = self.substrate.shape.memory;
-                let pages = store_file(&mut writer, path, memory, stop)?;
+                let pages = store_file(writer, path, memory, stop)?;
                 (pages, read_bounded(&self.state, MAX_STATE)?)
             }
             Held::Private(memory) => {
-                let pages = memory.store(&mut writer, || stop.check().map(|()| true))?;
+                let pages = memory.store(writer, || stop.check().map(|()| true))?;
                 let pages = pages.ok_or(SubstrateError::Cancelled)?;
                 (pages, memory.state(&self.state, blocks)?)
             }
         };
-        phases.end("memory");
+        let memory_at = Instant::now();
         stop.check()?;
         let disk = match &self.disk {
-            Some((base, layers)) => Some(store_disk(&mut writer, base, layers)?),
+            Some((base, layers)) => Some(store_disk(writer, base, layers)?),
             None => None,
         };
         self.substrate.sizes.memory_bytes = held_bytes(&pages);
         self.substrate.sizes.disk_bytes = disk.as_ref().map_or(0, held_bytes);
         writer.forget_wrong_guesses();
-        phases.end("disk");
         let parts =
             Parts { state, pages: pages.encode(), disk: disk.as_ref().map(PageMap::encode) };
-        godwit_hold::at_blocking("dock.saved");
-        stop.commit()?;
-        let substrate = pool.publish(self.substrate, &parts, writer)?;
-        phases.end("commit");
-        Ok((substrate, pages, phases))
+        Ok((StoredParts { substrate: self.substrate, pages, parts }, memory_at))
     }
+}
+
+/// A substrate whose units are all in the store.
+pub(super) struct StoredParts {
+    pub(super) substrate: Substrate,
+    pub(super) pages: PageMap,
+    pub(super) parts: Parts,
 }
 
 /// Puts the memory of a machine that still runs into the store, so that only what changes until
 /// its STOP has to be encoded and written while it stands. What is read torn, or changes, is a
 /// wrong guess that the writer forgets.
-struct Ahead {
+pub(super) struct Ahead {
     enough: Arc<AtomicBool>,
     work: JoinHandle<Result<Writer, SubstrateError>>,
 }
 
 impl Ahead {
-    fn start(pool: &Pool, plan: &Plan) -> Self {
+    pub(super) fn start(pool: &Pool, plan: &Plan) -> Self {
         let enough = Arc::new(AtomicBool::new(false));
         let (told, pool, owner) = (Arc::clone(&enough), pool.clone(), plan.substrate.id.into());
         let memory = plan.memory.clone();
@@ -419,12 +245,12 @@ impl Ahead {
     }
 
     /// The machine is about to stop: from then on, what is stored is stored for good.
-    fn enough(&self) {
+    pub(super) fn enough(&self) {
         self.enough.store(true, Ordering::Relaxed);
     }
 
     /// Waits until the work has ended.
-    async fn end(self) -> Result<Writer, SubstrateError> {
+    pub(super) async fn end(self) -> Result<Writer, SubstrateError> {
         self.enough();
         self.work.await.map_err(|_| SubstrateError::Worker("docking"))?
     }
@@ -465,59 +291,6 @@ fn layers(chain: &DiskChain, image: &Image) -> Result<(PathBuf, Vec<PathBuf>), S
         Some(p) if id(&p).is_some() && id(&p) == id(&base) => Ok((base, paths)),
         _ => Err(refuse("its base is not the image's")),
     }
-}
-
-/// Brings the guest to rest and takes its NICs out, but for one that its interface can be taken down
-/// of instead: to find a new one takes an emulated guest more than all else in an activation. Gives
-/// the port of that one.
-async fn quiesce(
-    machine: &Machine,
-    nics: &[Nic],
-    agent: &mut AgentSession<'_>,
-) -> Result<Option<u8>, SubstrateError> {
-    // A TAP offers the guest more than a user network does.
-    let may_stay = match nics {
-        [nic] if !matches!(nic.backend, NicBackend::Tap(_)) => Some(nic.port),
-        _ => None,
-    };
-    let env: Vec<String> = may_stay.iter().map(|_| KEEP_CARD.to_owned()).collect();
-    let said = run_script(agent, BEFORE_DOCK, &[], &env, SCRIPT_WITHIN).await?;
-    let inside = may_stay.filter(|_| said.lines().any(|l| l == CARD_KEPT));
-    for nic in nics.iter().filter(|n| Some(n.port) != inside) {
-        let unplugged = machine.unplug_nic(nic.port).await;
-        unplugged.map_err(SubstrateError::machine("unplugging the NIC"))?;
-    }
-    Ok(inside)
-}
-
-/// Lets a machine run on whose docking broke off, at whatever step and in whichever process: its
-/// vCPUs run, its NICs are there, its user programs are thawed. Called again it changes nothing.
-///
-/// # Errors
-/// When QEMU or the guest does not do its part; what was done stays, and it may be called again.
-pub async fn run_on(machine: &Machine, nics: &[Nic]) -> Result<(), SubstrateError> {
-    const DOING: &str = "letting the machine run on";
-    let run_on = SubstrateError::machine;
-    let mut life = machine.life().await.map_err(run_on(DOING))?;
-    if life == Life::Leaving {
-        // A save that nobody waits for any more comes to its end by itself.
-        let _ = machine.wait_life(DOING, Life::PostMigrate, SCRIPT_WITHIN).await;
-        life = machine.life().await.map_err(run_on(DOING))?;
-    }
-    if life != Life::Running {
-        machine.run().await.map_err(run_on(DOING))?;
-    }
-    for nic in nics {
-        machine.replug_nic(nic.clone()).await.map_err(run_on("plugging the NIC again"))?;
-    }
-    let agent = machine.agent().connect("guest-exec", SCRIPT_WITHIN).await;
-    let mut agent = agent.map_err(|e| run_on("talking to the guest")(e.into()))?;
-    // What still brings the guest to rest would take from it again what it gets back here. A guest
-    // without a shell has to do without.
-    if let Err(error) = run_script(&mut agent, SHELL, &END_BEFORE_DOCK, &[], SCRIPT_WITHIN).await {
-        tracing::debug!(%error, "not looked for what brings the guest to rest");
-    }
-    run_script(&mut agent, AFTER_ACTIVATE, &[], &[], SCRIPT_WITHIN).await.map(drop)
 }
 
 /// Puts the memory file of a stopped machine into the store, holes left out.
@@ -602,19 +375,14 @@ fn store_disk(
 
 /// Whether zero units get an entry.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Zero {
+enum Zero {
     /// No: a page without an entry is zero.
     Left,
     /// Yes: a block without an entry shows the base.
     Kept,
 }
 
-pub(crate) fn push(
-    map: &mut PageMap,
-    first: u64,
-    hashes: &[Hash],
-    zero: Zero,
-) -> Result<(), SubstrateError> {
+fn push(map: &mut PageMap, first: u64, hashes: &[Hash], zero: Zero) -> Result<(), SubstrateError> {
     const { assert!(UNIT == PAGE_SIZE && UNIT == BLOCK_SIZE) };
     for (n, h) in (first..).zip(hashes) {
         if zero == Zero::Kept || *h != zero_hash() {
