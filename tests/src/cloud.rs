@@ -153,7 +153,7 @@ impl Cloud {
     }
 
     /// Where a daemon listens for other sites.
-    fn link_address(&self, which: Daemon) -> String {
+    pub(crate) fn link_address(&self, which: Daemon) -> String {
         let host = match (&self.net, which) {
             (None, _) => "127.0.0.1".to_owned(),
             (Some(net), Daemon::Center) => net.addr_a().to_string(),
@@ -418,7 +418,7 @@ impl Cloud {
         self.command_in(Daemon::Center, program.as_ref())
     }
 
-    fn command_at(&self, which: Daemon) -> Command {
+    pub(crate) fn command_at(&self, which: Daemon) -> Command {
         let other = self.others.iter().find(|(at, _)| *at == which).map(|(_, program)| program);
         self.command_in(which, other.unwrap_or(&self.program).as_os_str())
     }

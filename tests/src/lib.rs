@@ -8,6 +8,7 @@
 //! Panics are how a harness of tests says that something is not as it must be.
 #![allow(clippy::missing_panics_doc)]
 
+mod another;
 mod api;
 mod archive;
 mod bits;

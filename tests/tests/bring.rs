@@ -142,3 +142,47 @@ fn what_the_other_site_lacks_crosses_the_link_once() {
         .collect();
     assert!(left.is_empty(), "{left:?}");
 }
+
+/// Bytes that have crossed the link both ways.
+fn crossed_both_ways(cloud: &Cloud) -> u64 {
+    let c = cloud.net().counters();
+    c.a_to_b.offered_bytes + c.b_to_a.offered_bytes
+}
+
+#[test]
+fn between_two_sites_a_substrate_goes_straight_and_else_through_the_center() {
+    let cloud = Setup::new().over_link(RATE, DELAY).start();
+    cloud.bring_substrate();
+    // Both are on one side of the link, the center on the other.
+    let _bar = cloud.another_ap("bar", &["--behind-nat"]);
+    let made = |at: &str, parent: &str, name: &str| {
+        let _ = cloud.ok(&["vm", "activate", parent, "--name", name, "--site", at]);
+        let guest = cloud.guest(name);
+        let _ = guest.sh(&format!(
+            "dd if=/dev/urandom of=/data/{name} bs=1M count=8 2>/dev/null; sync; \
+             echo 3 >/proc/sys/vm/drop_caches"
+        ));
+        let sum = guest.sh(&format!("md5sum </data/{name}"));
+        let sub = format!("sub-{name}");
+        let _ = cloud.ok(&["vm", "dock", name, "--name", &sub]);
+        let stored = cloud.ok(&["substrate", "get", &sub])["stored_bytes"].as_u64().unwrap();
+        (sub, sum, stored)
+    };
+    let comes = |sub: &str, to: &str, name: &str| {
+        let before = crossed_both_ways(&cloud);
+        let _ = cloud.ok(&["vm", "activate", sub, "--name", name, "--site", to]);
+        crossed_both_ways(&cloud) - before
+    };
+
+    let (sub, sum, stored) = made("cafe", "base", "one");
+    let crossed = comes(&sub, "bar", "two");
+    eprintln!("{stored} bytes new at its site, {crossed} crossed the center's link");
+    assert_eq!(cloud.guest("two").sh("md5sum </data/one"), sum);
+    assert!(crossed < stored / 10, "{crossed} of {stored} bytes went by the center");
+
+    // Nobody reaches this one: its substrates go the long way.
+    let (sub, sum, stored) = made("bar", "base", "three");
+    let crossed = comes(&sub, "cafe", "four");
+    assert_eq!(cloud.guest("four").sh("md5sum </data/three"), sum);
+    assert!(crossed > stored, "{crossed} of {stored} bytes went by the center");
+}

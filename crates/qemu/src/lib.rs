@@ -8,6 +8,23 @@
 //! Architecture invariants: every text that can come from outside reaches QEMU as JSON or as one
 //! escaped option value, never through a shell; every answer read from QEMU, from a guest or from
 //! a file has a bound.
+//!
+//! # How it works
+//!
+//! `Launch` describes a process, `Machine` is one; what its life cycle does not allow is refused
+//! with both states. RAM is a named file on tmpfs: shared for a machine of its own, a private
+//! copy-on-write mapping of a sealed read-only file for an activated one. QEMU gets its own session
+//! and listening sockets handed over, so a daemon's end ends no machine and the next daemon adopts
+//! it. The guest agent's connection is kept between questions, and made before a saved state is
+//! loaded: an agent that nobody is connected to looks only every 100 ms whether somebody is. A
+//! program that is executed in a guest holds that connection only while it is started and asked
+//! about, so it keeps nobody else waiting, and whoever follows it may ask at another site. A site
+//! that runs as root gives each QEMU and each relay of a move a uid, a mount namespace and a
+//! memory-limited control group of its own (`confine`, `companion`); a relay inherits its
+//! configuration, identity, sockets and, at the source, the disk's layers open, and fills the disk
+//! at the destination in `vms/ID/in`, from where it becomes the site's at the pivot; what such a
+//! QEMU has to make elsewhere it makes in a directory of its own, and the site moves it to its
+//! place.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

@@ -18,6 +18,23 @@
 //!   by the next start if need be;
 //! - [`cgroup`], [`sys`], [`proc`], [`cpus`]: the kernel's interfaces;
 //! - [`cli`]: the commands.
+//!
+//! # How it works
+//!
+//! One thread finds machines, spreads their vCPUs, watches and lends; what it decides is pure
+//! (`place`, `lend`), and whatever it changes goes through `hands`, which writes it into a journal
+//! first and puts it back in the end. A vCPU is a thread number *and* a start time; one whose nice
+//! or mask somebody else has changed belongs to that somebody. Siblings get disjoint sets of pCPUs
+//! within their owner's masks, so the kernel balances freely inside a set and can't stack them. A
+//! loan is nice and slice of two siblings in one control group, by as many steps up as down, for a
+//! lag or for a place far back in the queue, with an expiry. Where a machine shares its group with
+//! others it gets a group below that one, of its vCPU threads only. *Gangs* (`gang`) are the better
+//! way than design.md's: loans by nice work at tens of milliseconds and can't bring siblings
+//! together, weights can. Of the busy machines that are as wide as the host one has nearly all the
+//! weight for 10 ms, then the next; the sum never changes, so nobody else pays. Their weights are
+//! in groups that the service made and removes, so they need no journal. Sites do all of it by
+//! default for machines that carry Godwit's mark; one site of a host does it for all
+//! (`--no-co-scheduling` leaves it).
 
 pub mod cgroup;
 pub mod cli;

@@ -13,8 +13,16 @@
 //!
 //! In the center's own process the same requests go to the site directly. Requests that act on
 //! a machine carry its generation; a site remembers the highest it has seen and refuses less.
+//!
+//! # How it works
+//!
+//! Each end of a migration is driven by a task of its site; the center follows both and may go away
+//! and come back. A site keeps a record of each machine, written before and after what a crash
+//! could cut, and a tombstone of each that left. A site keeps QEMUs waiting for the four substrates
+//! that were activated last. Revocations go to every site and every relay that starts.
 
 pub mod bounds;
+pub mod exchange;
 pub mod frames;
 mod local;
 mod remote;

@@ -355,15 +355,22 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Re
 }
 
 async fn answer_stream(lane: Lane, host: Arc<dyn SiteHost>) -> Result<(), Fault> {
-    let (mut to, mut from) = lane.split();
-    let request: StreamRequest = match arrival(&mut from).await {
-        Err(f) if f.code == Code::Damaged => {
-            send_message(&mut to, &Err::<(), Fault>(not_known(host.name()))).await?;
-            return to.finish().await.map_err(|e| Fault::of(&e));
-        }
-        request => request?,
+    let (to, mut from) = lane.split();
+    let stream = match arrival(&mut from).await {
+        Ok(request) => host.open(request).await,
+        Err(f) if f.code == Code::Damaged => Err(not_known(host.name())),
+        Err(f) => return Err(f),
     };
-    match host.open(request).await {
+    answer_pipe(to, from, stream).await
+}
+
+/// Answers a request for a stream with what came of it.
+async fn answer_pipe(
+    mut to: LaneSender,
+    from: LaneReceiver,
+    stream: Result<ByteStream, Fault>,
+) -> Result<(), Fault> {
+    match stream {
         Ok(stream) => {
             send_message(&mut to, &Ok::<(), Fault>(())).await?;
             let (read, write) = tokio::io::split(stream);
@@ -373,6 +380,31 @@ async fn answer_stream(lane: Lane, host: Arc<dyn SiteHost>) -> Result<(), Fault>
         Err(f) => {
             send_message(&mut to, &Err::<(), Fault>(f)).await?;
             to.finish().await.map_err(|e| Fault::of(&e))
+        }
+    }
+}
+
+/// Answers another site's requests for streams, one at a time, until it closes the link; `open`
+/// decides what it may have. It may ask for nothing else.
+pub(crate) async fn serve_neighbour(
+    link: Link,
+    site: &Name,
+    open: impl Fn(StreamRequest) -> Result<ByteStream, Fault>,
+) {
+    while let Ok(lane) = link.accept_lane().await {
+        if lane.kind() != LaneKind::Pipe {
+            lane.abort();
+            link.close("a site is asked for streams alone");
+            return;
+        }
+        let (to, mut from) = lane.split();
+        let stream = match arrival(&mut from).await {
+            Ok(request) => open(request),
+            Err(f) if f.code == Code::Damaged => Err(not_known(site)),
+            Err(_) => continue,
+        };
+        if let Err(error) = answer_pipe(to, from, stream).await {
+            tracing::debug!(%error, "a request could not be answered");
         }
     }
 }

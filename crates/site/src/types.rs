@@ -200,7 +200,7 @@ pub struct SubstrateInfo {
 pub struct Incoming {
     /// The migration.
     pub migration: MigrationId,
-    /// Where its relay listens.
+    /// Where its relay listens; unspecified when nobody can reach it ([`Incoming::dials`]).
     pub address: SocketAddr,
     /// The site's name, as in the relay's certificate.
     pub peer: Name,

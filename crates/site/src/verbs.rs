@@ -5,8 +5,10 @@
 //! an older one is not asked ([`RemoteSite`](super::RemoteSite) says so in words). Rows and kinds
 //! of reply are only ever added at the end, since their places are their numbers on the wire.
 
+use std::net::SocketAddr;
+
 use godwit_transfer::{Revocations, Warrant};
-use godwit_types::{Generation, MigrationId, Name, SubstrateId, SubstrateKind, VmId};
+use godwit_types::{Generation, Hash, MigrationId, Name, SubstrateId, SubstrateKind, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::types::{
@@ -53,6 +55,14 @@ pub enum Manner {
 pub struct Asking<T> {
     pub(super) request: SiteRequest,
     pub(super) reply: fn(SiteReply) -> Option<T>,
+}
+
+impl<T> Asking<T> {
+    /// What is asked.
+    #[must_use]
+    pub const fn request(&self) -> &SiteRequest {
+        &self.request
+    }
 }
 
 /// A kind of reply.
@@ -172,7 +182,7 @@ verbs! {
         Machines(Vec<MachineStatus>),
         /// To requests that change one machine.
         Machine(MachineStatus),
-        /// To `VmDock`.
+        /// To `VmDock` and `SubstrateFetch`.
         Substrate(SubstrateInfo),
         /// To `Substrates`.
         Substrates(Vec<SubstrateInfo>),
@@ -201,6 +211,8 @@ verbs! {
         Pool(PoolReport),
         /// To `PoolCheck`.
         Checked(CheckReport),
+        /// To `MigrateListening` and `SubstrateOffer`.
+        Address(Option<SocketAddr>),
     }
 
     /// Resources and holdings.
@@ -447,5 +459,40 @@ verbs! {
     VmStatus "vm status" since 2 => Machine {
         /// Which.
         vm: VmId,
+    }
+    /// To a supplier: another site may fetch a substrate from it, soon. Answered with where it
+    /// listens, if anybody can reach it.
+    SubstrateOffer "substrate offer" since 3 => Address {
+        /// Which.
+        id: SubstrateId,
+        /// The site that may.
+        to: Name,
+    }
+    /// To a taker: it fetches a substrate from the site that offers it.
+    SubstrateFetch "substrate fetch" since 3 => Substrate {
+        /// Which.
+        id: SubstrateId,
+        /// Its name, for messages.
+        name: Name,
+        /// The content that it must have, unless any will do.
+        content: Option<Hash>,
+        /// The site that offers it, as in its certificate.
+        from: Name,
+        /// Where that listens.
+        address: SocketAddr,
+    }
+    /// Where the source's relay listens, for a destination that has to dial; none once they have met.
+    MigrateListening "migrate listening" since 3 => Address {
+        /// The migration.
+        migration: MigrationId,
+    }
+    /// To a destination that nobody can reach: its relay dials the source's.
+    MigrateDial "migrate dial" since 3 => Done {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+        /// Where the source's relay listens.
+        address: SocketAddr,
     }
 }

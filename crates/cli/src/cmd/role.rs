@@ -122,6 +122,9 @@ pub(crate) struct ApRole {
     /// Where it listens for other sites (UDP); port 0 picks one
     #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDR:PORT")]
     link: SocketAddr,
+    /// No other site can reach this one, as behind NAT: it dials, also where a machine comes here
+    #[arg(long)]
+    behind_nat: bool,
     /// Bytes that the pool may hold on disk, e.g. 20G [default: 64G]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     pool_limit: Option<u64>,
@@ -227,6 +230,7 @@ impl ApRole {
             memory_cache_bytes: self.memory_cache,
             memory_promise_bytes: self.memory_promise,
             link_patience: self.living.link_patience.map(Duration::from_secs),
+            behind_nat: self.behind_nat,
             scrub_every: self.living.scrub_every.map(Duration::from_secs),
             co_schedule: !self.living.no_co_scheduling,
             uids: self.living.uid_range,

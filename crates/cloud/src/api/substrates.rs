@@ -10,6 +10,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
+use godwit_site::exchange::finish_import;
 use godwit_site::frames::FrameReader;
 use godwit_site::{ByteStream, Call, PoolReport, SiteHost, StreamRequest, verbs};
 use godwit_types::{Code, Fault, Name};
@@ -22,7 +23,6 @@ use super::{
 };
 use crate::access::{Action, Object, Principal, default_tenant};
 use crate::controller::authorize::{allow, visible_part};
-use crate::controller::bring::finish_import;
 use crate::controller::{Accepted, Controller, Mode, Unanswered, Uploading, ask_all};
 use crate::registry::SubstrateRecord;
 

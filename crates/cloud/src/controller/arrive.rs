@@ -26,6 +26,7 @@ use godwit_types::{Code, Fault, MoveReport, Name, UnixMs, VmState, human_bytes};
 use tokio::time::Instant;
 
 use super::lifecycle::dry;
+use super::meet::{can_be_dialled, may_dial};
 use super::moves::{Move, measured};
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
 use crate::access::Principal;
@@ -83,12 +84,15 @@ impl Controller {
         m: &Move,
         first: Asking<Vec<u8>>,
     ) -> Result<Option<MoveReport>, Fault> {
+        let meeting = self.introduce(m, may_dial(&first));
         let sending = self.hear_source(op, m, first);
         let arriving = self.hear_destination(op, m);
-        tokio::pin!(sending, arriving);
+        tokio::pin!(meeting, sending, arriving);
         let mut told: Option<Fault> = None;
+        let mut met = false;
         loop {
             tokio::select! {
+                () = &mut meeting, if !met => met = true,
                 sent = &mut sending => {
                     let (sent, request) = sent?;
                     if let Some(f) = told {
@@ -355,6 +359,7 @@ impl Controller {
         show(op, 0, format!("still missing at '{}': {}", m.to, missing(&here)));
         let request = verbs::MigrateResumeIn { migration: m.id, vm: m.vm.id, memory };
         let to = dst.ask(request, Call::quiet()).await?;
+        can_be_dialled(&src, &to)?;
         let request = verbs::MigrateResumeOut { migration: m.id, vm: m.vm.id, to, memory };
         let report = self.follow(op, m, request.asking()).await?;
         if lost.is_none() {

@@ -4,10 +4,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 
-use godwit_site::{SiteHost, SiteReport, SubstrateInfo, bounds};
+use godwit_site::{SiteHost, SiteReport, SubstrateInfo};
 use godwit_types::{Code, Fault, Name, SiteKind, SubstrateId};
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 
 use super::origin::Discovery;
@@ -187,40 +186,4 @@ impl Controller {
             seen => seen.map_err(registry_fault),
         }
     }
-}
-
-pub(super) fn cut(doing: &str, name: &Name, e: &std::io::Error) -> Fault {
-    Fault::unavailable(format!("{doing} substrate '{name}': {e}"))
-}
-
-/// Ends an import: no more bytes, then the site's verdict as JSON.
-///
-/// # Errors
-/// The site's refusal, or a broken stream.
-pub(crate) async fn finish_import(
-    mut into: godwit_site::ByteStream,
-    name: &Name,
-) -> Result<SubstrateInfo, Fault> {
-    into.shutdown().await.map_err(|e| cut("writing", name, &e))?;
-    verdict(into, name).await
-}
-
-/// Reads a site's verdict on a substrate that it took in, up to the end of the stream.
-///
-/// # Errors
-/// The site's refusal, or a broken stream.
-pub(super) async fn verdict(
-    from: impl tokio::io::AsyncRead + Unpin,
-    name: &Name,
-) -> Result<SubstrateInfo, Fault> {
-    let mut verdict = Vec::new();
-    from.take(64 << 10).read_to_end(&mut verdict).await.map_err(|e| cut("writing", name, &e))?;
-    if verdict.is_empty() {
-        return Err(cut("writing", name, &std::io::ErrorKind::UnexpectedEof.into()));
-    }
-    let verdict = serde_json::from_slice::<Result<SubstrateInfo, Fault>>(&verdict)
-        .map_err(|e| Fault::new(Code::Damaged, format!("the verdict on '{name}': {e}")))?;
-    let mut info = verdict.map_err(bounds::fault)?;
-    bounds::substrate(&mut info)?;
-    Ok(info)
 }

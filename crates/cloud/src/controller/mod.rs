@@ -25,6 +25,7 @@ mod carry;
 mod depart;
 mod exec;
 pub(crate) mod lifecycle;
+mod meet;
 mod moves;
 mod origin;
 mod people;

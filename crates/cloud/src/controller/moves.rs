@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::authorize::allow;
 use super::lifecycle::{call_of, dry, state_fault};
+use super::meet::can_be_dialled;
 use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
 use crate::access::{Action, Object, Principal};
 use crate::ops::{OpHandle, OpKind};
@@ -200,6 +201,7 @@ impl Controller {
             manifest,
         };
         let to = dst.ask(request, call_of(op)).await?;
+        can_be_dialled(&src, &to)?;
         op.done("prepare")?;
         op.check()?;
         let (next, scheme) = (m.generation, m.scheme.clone());

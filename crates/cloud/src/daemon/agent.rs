@@ -4,7 +4,8 @@
 //! agent opens another, for as long as it lives. Its machines do not notice.
 //!
 //! It obeys a certificate of kind center with the name of the center that it joined, and nobody
-//! else, whatever address that one answers at; a link that another site opens to it is closed.
+//! else, whatever address that one answers at; a link that another site opens to it is closed, but
+//! for what the center has it offer to that one.
 //! Its own certificate is renewed over the link ([`godwit_transfer::Renewal`]).
 
 use std::net::{IpAddr, SocketAddr};
@@ -50,6 +51,8 @@ pub struct AgentConfig {
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
     /// out.
     pub link_patience: Option<Duration>,
+    /// Nobody can reach this site: its relays dial those of other sites.
+    pub behind_nat: bool,
     /// How often all that is stored is read and checked; once a day when left out.
     pub scrub_every: Option<Duration>,
     /// Whether it looks after the siblings among its vCPUs.
@@ -146,8 +149,10 @@ impl Agent {
         let endpoint = Endpoint::bind(config.link, identity, trust.clone(), endpoint_options)
             .map_err(|e| Fault::of(&e))?;
         let link = endpoint.local_address().map_err(|e| Fault::of(&e))?;
-        let mut options = SiteOptions::new(own_address(link.ip(), &center.address).await?)?;
+        let address = own_address(link.ip(), &center.address).await?;
+        let mut options = SiteOptions::new(address)?;
         options.link_patience = patience;
+        options.behind_nat = config.behind_nat;
         options.co_schedule = config.co_schedule;
         options.uids = config.uids;
         options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
@@ -162,7 +167,9 @@ impl Agent {
         tasks.spawn(stop.clone().run_until_cancelled_owned(work));
         let renewing = keep_certificate(endpoint.clone(), keys.join("identity"), linked);
         tasks.spawn(stop.clone().run_until_cancelled_owned(renewing));
-        tasks.spawn(stop.clone().run_until_cancelled_owned(turn_away(endpoint.clone())));
+        let listens = SocketAddr::new(address, link.port());
+        let meeting = site.clone().meet_neighbours(endpoint.clone(), listens);
+        tasks.spawn(stop.clone().run_until_cancelled_owned(meeting));
         let ready = Ready { site: name, api: None, link: Some(link) };
         Ok(Self { ready, endpoint, site, connected, stop, tasks })
     }
@@ -258,15 +265,6 @@ async fn reach(endpoint: &Endpoint, center: &KnownCenter) -> Result<Link, Fault>
     endpoint.connect_to(address, &center).await.map_err(|e| Fault::of(&e))
 }
 
-/// Closes the links that others open: an agent serves its center alone, to which it opens the link
-/// itself.
-async fn turn_away(endpoint: Endpoint) {
-    while let Some(link) = endpoint.accept().await {
-        tracing::warn!(peer = %link.peer().name, from = %link.remote_address(), "turned away");
-        link.close("this site serves its center alone");
-    }
-}
-
 /// Has the certificate renewed whenever it is due, as long as there is a link then.
 async fn keep_certificate(
     endpoint: Endpoint,
@@ -312,37 +310,7 @@ async fn renew(endpoint: &Endpoint, link: &Link, dir: &Path) -> Result<(), Fault
 
 #[cfg(test)]
 mod tests {
-    use godwit_types::SiteKind;
-
     use super::*;
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_link_that_another_site_opens_is_closed_and_not_served() {
-        let dir = tempfile::tempdir().expect("dir");
-        let authority = godwit_transfer::Authority::create(dir.path()).expect("authority");
-        let bind = |name: &str, kind| {
-            let name = Name::new(name).expect("name");
-            let pending = PendingIdentity::make(&name, kind).expect("key");
-            let der = authority.issue(pending.request(), &name, kind).expect("issue");
-            let identity = pending.complete(&der, authority.certificate()).expect("identity");
-            let (any, trust) = ("127.0.0.1:0".parse().expect("address"), authority.trust());
-            let options = EndpointOptions::default();
-            Endpoint::bind(any, identity, trust.clone(), options).expect("bind")
-        };
-        let site = bind("cafe", SiteKind::Ap);
-        tokio::spawn(turn_away(site.clone()));
-        // Even the center's certificate does not open a link here: the site opens it.
-        for (name, kind) in [("bar", SiteKind::Device), ("center", SiteKind::Center)] {
-            let peer = bind(name, kind);
-            let link = peer.connect(site.local_address().expect("address"), None).await;
-            // It may be closed before its opening is answered.
-            let closed = match link {
-                Ok(link) => link.closed().await.to_string(),
-                Err(error) => error.to_string(),
-            };
-            assert!(closed.contains("serves its center alone"), "{closed}");
-        }
-    }
 
     #[test]
     fn the_center_is_kept_by_address_and_name() {

@@ -14,19 +14,25 @@ use super::{Given, RelayError};
 const MAX_CONFIG: u64 = 1 << 20;
 
 /// Which end of the migration a relay serves.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "role")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum RelayRole {
     /// QEMU migrates into this relay.
-    Source {
-        /// Where the other relay listens.
-        destination: SocketAddr,
-    },
+    Source,
     /// This relay feeds a waiting QEMU.
-    Destination {
-        /// Where to listen; port 0 lets the system choose (see [`super::RelayStatus::listening`]).
-        listen: SocketAddr,
-    },
+    Destination,
+}
+
+/// How a relay comes to its link with the other one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Meeting {
+    /// The other relay listens there.
+    Dial(SocketAddr),
+    /// Listens there until the other one comes, or until it is told to dial
+    /// ([`super::RelayCommand::Dial`]); port 0 lets the system choose (see
+    /// [`super::RelayStatus::listening`]).
+    Listen(SocketAddr),
 }
 
 /// Configuration of one relay process (JSON).
@@ -35,6 +41,8 @@ pub enum RelayRole {
 pub struct RelayConfig {
     /// Which end.
     pub role: RelayRole,
+    /// How it meets the other one.
+    pub meeting: Meeting,
     /// Which migration; both relays must have the same.
     pub migration: MigrationId,
     /// The generation that the machine has at the destination; both relays must have the same.
@@ -148,8 +156,8 @@ impl RelayConfig {
         let fits = matches!(
             (&self.role, &self.disk),
             (_, None)
-                | (RelayRole::Source { .. }, Some(RelayDisk::Source { .. }))
-                | (RelayRole::Destination { .. }, Some(RelayDisk::Destination { .. }))
+                | (RelayRole::Source, Some(RelayDisk::Source { .. }))
+                | (RelayRole::Destination, Some(RelayDisk::Destination { .. }))
         );
         if !self.memory && !self.resume {
             Err(RelayError::Contradiction("memory is left out of a migration that just begins"))

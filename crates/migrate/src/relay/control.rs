@@ -43,6 +43,11 @@ pub enum RelayCommand {
     /// The machine shall come back: take the rest of QEMU's stream in place of the destination.
     /// Only when the destination is known to be dead before the commit point.
     Reclaim,
+    /// The other relay listens there: dial it. Refused once there is a link.
+    Dial {
+        /// Its address.
+        address: std::net::SocketAddr,
+    },
     /// The final status was read; the process may end.
     Finish,
 }

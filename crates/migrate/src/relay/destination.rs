@@ -17,6 +17,7 @@ use super::control::Asked;
 use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
 use super::frame::{Kind, open};
+use super::meet::meet;
 use super::waits::{Channel, Waits};
 use super::wire::{About, NEWEST, Note, recv_note, send_note};
 use super::{
@@ -47,11 +48,8 @@ pub(super) async fn run(
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<Outcome, RelayError> {
-    let address = endpoint
-        .local_address()
-        .map_err(|source| RelayError::Link { peer: config.peer.to_string(), source })?;
-    status.send_modify(|s| s.listening = Some(address));
-    let mut lanes = unless_aborted(commands, accept(config, endpoint)).await?;
+    let link = meet(config, endpoint, status, commands).await?;
+    let mut lanes = unless_aborted(commands, accept_lanes(config, link)).await?;
     let worked = work(config, &mut lanes, device, status, commands).await;
     let note = match &worked {
         Ok(()) => Note::Done,
@@ -76,58 +74,41 @@ pub(super) async fn run(
     Ok(Outcome::Moved)
 }
 
-/// Waits for the source relay of this migration and for its lanes.
-async fn accept(config: &RelayConfig, endpoint: &Endpoint) -> Result<Lanes, RelayError> {
+/// Takes the lanes that the source's relay opens for this migration.
+async fn accept_lanes(config: &RelayConfig, link: Link) -> Result<Lanes, RelayError> {
     let fail = |source| RelayError::Link { peer: config.peer.to_string(), source };
     let (migration, generation) = (config.migration, config.generation);
     let ours = About { version: NEWEST, migration, generation };
-    loop {
-        let link = endpoint.accept().await.ok_or(RelayError::Protocol("the endpoint is closed"))?;
-        if link.peer().name != config.peer {
-            let e = RelayError::WrongPeer {
-                found: link.peer().name.to_string(),
-                expected: config.peer.to_string(),
-            };
-            tracing::warn!(error = %e, "refusing a relay");
-            link.close(&e.to_string());
-            continue;
-        }
-        let (mut steering, mut bulk, mut demand) = (None, None, None);
-        let (mut disk_demand, mut disk_bulk) = (None, None);
-        let wanted = if config.disk.is_some() { 5 } else { 3 };
-        for _ in 0..wanted {
-            let lane: Lane = link.accept_lane().await.map_err(fail)?;
-            match ours.agree(lane.about()) {
-                Ok(version) => tracing::debug!(version, kind = ?lane.kind(), "a lane"),
-                Err(e) => {
-                    link.close(&e.to_string());
-                    return Err(e);
-                }
-            }
-            match lane.kind() {
-                LaneKind::Steering => steering = Some(lane),
-                LaneKind::MemoryBulk => bulk = Some(lane),
-                LaneKind::MemoryDemand => demand = Some(lane),
-                LaneKind::DiskDemand if config.disk.is_some() => disk_demand = Some(lane),
-                LaneKind::DiskBulk if config.disk.is_some() => disk_bulk = Some(lane),
-                _ => return Err(RelayError::Protocol("a lane that has no use here")),
+    let (mut steering, mut bulk, mut demand) = (None, None, None);
+    let (mut disk_demand, mut disk_bulk) = (None, None);
+    let wanted = if config.disk.is_some() { 5 } else { 3 };
+    for _ in 0..wanted {
+        let lane: Lane = link.accept_lane().await.map_err(fail)?;
+        match ours.agree(lane.about()) {
+            Ok(version) => tracing::debug!(version, kind = ?lane.kind(), "a lane"),
+            Err(e) => {
+                link.close(&e.to_string());
+                return Err(e);
             }
         }
-        if let (Some(steering), Some(bulk), Some(demand)) = (steering, bulk, demand) {
-            let (_, bulk) = bulk.split();
-            let disk = disk_demand.zip(disk_bulk).map(|(d, b)| (d.split(), b.split().1));
-            if disk.is_some() == config.disk.is_some() {
-                return Ok(Lanes {
-                    link,
-                    steering: steering.split(),
-                    bulk,
-                    demand: demand.split(),
-                    disk,
-                });
-            }
+        match lane.kind() {
+            LaneKind::Steering => steering = Some(lane),
+            LaneKind::MemoryBulk => bulk = Some(lane),
+            LaneKind::MemoryDemand => demand = Some(lane),
+            LaneKind::DiskDemand if config.disk.is_some() => disk_demand = Some(lane),
+            LaneKind::DiskBulk if config.disk.is_some() => disk_bulk = Some(lane),
+            _ => return Err(RelayError::Protocol("a lane that has no use here")),
         }
+    }
+    let (Some(steering), Some(bulk), Some(demand)) = (steering, bulk, demand) else {
+        return Err(RelayError::Protocol("a lane is missing"));
+    };
+    let disk = disk_demand.zip(disk_bulk).map(|(d, b)| (d.split(), b.split().1));
+    if disk.is_some() != config.disk.is_some() {
         return Err(RelayError::Protocol("a lane is missing"));
     }
+    let (_, bulk) = bulk.split();
+    Ok(Lanes { link, steering: steering.split(), bulk, demand: demand.split(), disk })
 }
 
 async fn work(

@@ -23,6 +23,7 @@ mod error;
 mod frame;
 mod given;
 mod handover;
+mod meet;
 mod pacer;
 mod round;
 mod source;
@@ -30,7 +31,7 @@ mod status;
 mod waits;
 mod wire;
 
-pub use config::{RelayConfig, RelayDisk, RelayRole};
+pub use config::{Meeting, RelayConfig, RelayDisk, RelayRole};
 pub use control::{RelayClient, RelayCommand};
 pub use error::RelayError;
 pub use given::Given;
@@ -68,12 +69,10 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     };
     let trust =
         Trust::new(identity.authority(), config.revoked.clone()).map_err(RelayError::Keys)?;
-    let address = match &config.role {
-        RelayRole::Destination { listen } => *listen,
-        RelayRole::Source { destination } if destination.is_ipv6() => {
-            (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
-        }
-        RelayRole::Source { .. } => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
+    let address = match config.meeting {
+        Meeting::Listen(address) => address,
+        Meeting::Dial(there) if there.is_ipv6() => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
+        Meeting::Dial(_) => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
     };
     let options = EndpointOptions::patient(Duration::from_millis(config.link_patience_ms));
     let endpoint = Endpoint::bind(address, identity, trust.clone(), options)
@@ -94,12 +93,12 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     // QEMU has the disk as a node from its start, so it is served before anything else, and until
     // the driver has pivoted away from it.
     let served = BlockDevice::serve(&config, given.nbd, &status_tx)?;
-    let worked = match &config.role {
-        RelayRole::Source { .. } => {
+    let worked = match config.role {
+        RelayRole::Source => {
             let opened = (given.qemu, given.layers);
             source::run(&config, opened, &endpoint, &status_tx, &mut commands).await
         }
-        RelayRole::Destination { .. } => {
+        RelayRole::Destination => {
             destination::run(&config, &endpoint, served.as_ref(), &status_tx, &mut commands).await
         }
     };

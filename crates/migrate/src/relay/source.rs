@@ -16,10 +16,11 @@ use super::control::Asked;
 use super::core::{Channel as Lane, SourceCore};
 use super::disk::{self, Frozen, SharedPacer};
 use super::frame::seal;
+use super::meet::meet;
 use super::wire::{About, Note, known_by_peer, recv_note, send_note};
 use super::{
-    Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayRole,
-    RelayStatus, unless_aborted,
+    Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayStatus,
+    unless_aborted,
 };
 use crate::clock::{self, ClockId, Compare, Exchange};
 
@@ -44,7 +45,8 @@ pub(super) async fn run(
         Some(listener) => listener,
         None => super::listen(&config.qemu, "listening for QEMU on")?,
     };
-    let joined = Source::join(config, layers, endpoint, status);
+    let link = meet(config, endpoint, status, commands).await?;
+    let joined = Source::join(config, layers, link, status);
     let mut source = unless_aborted(commands, joined).await?;
     source.compare_clocks().await?;
     source.publish();
@@ -158,16 +160,9 @@ impl<'a> Source<'a> {
     async fn join(
         config: &RelayConfig,
         opened: Option<Vec<std::fs::File>>,
-        endpoint: &Endpoint,
+        link: Link,
         status: &'a watch::Sender<RelayStatus>,
     ) -> Result<Self, RelayError> {
-        let RelayRole::Source { destination } = config.role else {
-            return Err(RelayError::Contradiction("not a source"));
-        };
-        let link = endpoint
-            .connect(destination, Some(&config.peer))
-            .await
-            .map_err(|source| RelayError::Link { peer: config.peer.to_string(), source })?;
         let version = known_by_peer(link.version());
         let (migration, generation) = (config.migration, config.generation);
         let about = About { version, migration, generation }.bytes()?;
@@ -327,7 +322,7 @@ impl<'a> Source<'a> {
                         self.reclaim = phase <= RelayPhase::Stopped;
                         self.reclaim
                     }
-                    RelayCommand::Finish => false,
+                    RelayCommand::Dial { .. } | RelayCommand::Finish => false,
                 };
                 // Before the answer: the driver takes QEMU to be on its way then.
                 self.tell_qemu().await?;

@@ -138,8 +138,11 @@ pub struct RelayStatus {
     pub migration: MigrationId,
     /// How far it has come.
     pub phase: RelayPhase,
-    /// Where it waits for the other relay (destination only).
+    /// Where it waits, or waited, for the other relay, if it does not dial.
     pub listening: Option<SocketAddr>,
+    /// Whether it has a link with the other relay.
+    #[serde(default)]
+    pub met: bool,
     /// Whether PONG 3 has been seen.
     pub committed: bool,
     /// The counts.
@@ -174,6 +177,7 @@ impl RelayStatus {
             migration,
             phase: RelayPhase::Joining,
             listening: None,
+            met: false,
             committed: false,
             counts: Counts::default(),
             rtt_us: 0,

@@ -1,12 +1,13 @@
 //! Two sites on this machine for the system tests: the `tiny` guest, identities, relays.
 #![allow(dead_code, unreachable_pub, reason = "each test program uses its own part")]
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use godwit_disk::image::{Backing, create_overlay};
 use godwit_migrate::hybrid::ArrivingDisk;
-use godwit_migrate::relay::{RelayDisk, RelayRole, RelayStatus};
+use godwit_migrate::relay::{Meeting, RelayDisk, RelayRole, RelayStatus};
 use godwit_migrate::{RelayClient, RelayConfig, RelayError, run_relay};
 use godwit_qemu::{
     BootFile, DiskChain, DiskLayer, Launch, Layer, Machine, MachineSpec, MemorySource, Node, Start,
@@ -18,6 +19,9 @@ use tokio::task::JoinHandle;
 
 /// Long enough for anything on two busy cores.
 pub const LONG: Duration = Duration::from_secs(120);
+
+/// Where relays listen.
+pub const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// A guest image as the image cache keeps it.
 pub struct Guest {
@@ -136,13 +140,20 @@ impl Place {
         ArrivingDisk { layers, filled: None, written: self.path("written") }
     }
 
-    fn config(&self, role: RelayRole, disk: RelayDisk, resume: bool) -> RelayConfig {
+    fn config(
+        &self,
+        role: RelayRole,
+        meeting: Meeting,
+        disk: RelayDisk,
+        resume: bool,
+    ) -> RelayConfig {
         let (end, keys, peer) = match role {
-            RelayRole::Source { .. } => ("src", "center", "cafe"),
-            RelayRole::Destination { .. } => ("dst", "cafe", "center"),
+            RelayRole::Source => ("src", "center", "cafe"),
+            RelayRole::Destination => ("dst", "cafe", "center"),
         };
         RelayConfig {
             role,
+            meeting,
             migration: self.migration,
             generation: Generation(2),
             peer: name(peer),
@@ -168,17 +179,21 @@ impl Place {
             nbd: self.path("nbd"),
             written: self.path("written"),
         };
-        let role = RelayRole::Destination { listen: ([127, 0, 0, 1], 0).into() };
-        self.config(role, disk, resume)
+        self.config(RelayRole::Destination, Meeting::Listen(LOOPBACK), disk, resume)
     }
 
     /// Configuration of the source's relay.
-    pub fn source_config(&self, destination: std::net::SocketAddr, resume: bool) -> RelayConfig {
+    pub fn source_config(&self, destination: SocketAddr, resume: bool) -> RelayConfig {
+        self.source_that(Meeting::Dial(destination), resume)
+    }
+
+    /// The same of one that meets the destination's so.
+    pub fn source_that(&self, meeting: Meeting, resume: bool) -> RelayConfig {
         let disk = RelayDisk::Source {
             base: self.guest.base.clone(),
             layers: vec![self.path("source.qcow2")],
         };
-        self.config(RelayRole::Source { destination }, disk, resume)
+        self.config(RelayRole::Source, meeting, disk, resume)
     }
 }
 

@@ -5,13 +5,15 @@ use godwit_types::Fault;
 use super::LocalSite;
 use super::allowed::Action;
 use super::dock::Dock;
+use super::neighbours::Offered;
 use crate::verbs::{
-    ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateFate, MigrateFinish,
-    MigrateFollow, MigrateGiveUp, MigrateLost, MigrateManifest, MigratePrepare, MigrateReceived,
-    MigrateRelease, MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool,
-    PoolCheck, Report, Request, Revoke, SiteReply, SiteRequest, SubstrateDelete, SubstrateUsers,
-    Substrates, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot, VmStart,
-    VmStatus, VmStop, VmType,
+    ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
+    MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateListening, MigrateLost, MigrateManifest,
+    MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn, MigrateResumeOut,
+    MigrateSend, MigrateStatus, Ping, Pool, PoolCheck, Report, Request, Revoke, SiteReply,
+    SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer, SubstrateUsers, Substrates,
+    VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot, VmStart, VmStatus,
+    VmStop, VmType,
 };
 use crate::{Call, ConsoleTail};
 
@@ -95,6 +97,13 @@ impl LocalSite {
             PoolCheck {} => self.pool_check().await?;
             Revoke { list } => self.accept_revocations(list)?;
             Ping {} => ();
+            SubstrateOffer { id, to } => self.neighbours.offer(id, to);
+            SubstrateFetch { id, name, content, from, address } => {
+                let at = Offered { id, name, content, from, address };
+                self.fetch(at, call).await?
+            };
+            MigrateListening { migration } => self.listening(migration).await?;
+            MigrateDial { migration, vm, address } => self.dial(migration, vm, address).await?;
         })
     }
 }

@@ -15,7 +15,9 @@ mod entry;
 mod exec;
 mod filling;
 mod machines;
+mod meet;
 mod moves;
+mod neighbours;
 mod pool;
 mod promise;
 mod quit;
@@ -61,6 +63,9 @@ pub use users::in_use;
 pub struct SiteOptions {
     /// The address under which other sites' relays reach this site's.
     pub relay_address: std::net::IpAddr,
+    /// Nobody can reach this site's relays: they dial those of the other site, also where a
+    /// machine comes here.
+    pub behind_nat: bool,
     /// The program whose role `relay CONFIG` is a relay: usually this one.
     pub relay_program: PathBuf,
     /// Bytes that the pool's store may hold on disk.
@@ -96,6 +101,7 @@ impl SiteOptions {
             .map_err(|e| Fault::internal(format!("finding this program: {e}")))?;
         Ok(Self {
             relay_address,
+            behind_nat: false,
             relay_program,
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
@@ -128,6 +134,7 @@ pub struct LocalSite {
     pool: godwit_substrate::Pool,
     shells: godwit_substrate::Shells,
     moves: moves::Moves,
+    neighbours: neighbours::Neighbours,
     trust: Trust,
     options: SiteOptions,
     confine: Option<Confine>,
@@ -206,6 +213,7 @@ impl LocalSite {
             pool,
             shells,
             moves: moves::Moves::default(),
+            neighbours: neighbours::Neighbours::default(),
             trust,
             options,
             confine,

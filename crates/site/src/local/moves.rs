@@ -20,7 +20,7 @@ use godwit_migrate::hybrid::{
     self, ArrivingDisk, Asked, Asking, DestinationFate, MoveError, Received, Sent, Steering,
     prepare_incoming, receive,
 };
-use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole, RelayStatus};
+use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk, RelayPhase, RelayStatus};
 use godwit_qemu::{
     DiskChain, DiskLayer, Layer, Life, Machine, Manifest, MemorySource, Node, Start, VmGenId,
 };
@@ -282,9 +282,8 @@ impl LocalSite {
             _ => None,
         };
         let has_disk = disk.is_some();
-        let role = RelayRole::Destination { listen: (self.options.relay_address, 0).into() };
-        let relay = self.start_relay(record, role, disk, Part::Whole).await?;
-        let address = listening(&relay).await?;
+        let relay = self.start_relay(record, self.awaits(), disk, Part::Whole).await?;
+        let address = self.told_address(&relay).await?;
         let mut launch = self.launch(record, image)?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
@@ -431,6 +430,7 @@ impl LocalSite {
                 "a machine of generation {generation} does not leave as generation {next}"
             )));
         }
+        let meeting = self.meets(&to)?;
         let (record, machine) = {
             let (mut e, _) = self.admit(vm, generation, Action::Leave).await?;
             let machine = e.machine.clone().ok_or_else(|| self.not_here(vm))?;
@@ -447,7 +447,7 @@ impl LocalSite {
         let id = to.migration;
         Self::drive(&moving, async move {
             let mut sent = Sent::default();
-            let done = me.send_entered(&record, &machine, &to, &mine, &mut sent).await;
+            let done = me.send_entered(&record, &machine, meeting, &mine, &mut sent).await;
             me.after_leaving(&record, &machine, done, sent).await
         });
         self.follow(id, &call).await
@@ -457,13 +457,12 @@ impl LocalSite {
         self: &Arc<Self>,
         record: &MachineRecord,
         machine: &Machine,
-        to: &Incoming,
+        meeting: Meeting,
         moving: &Arc<Moving>,
         sent: &mut Sent,
     ) -> Result<(), NotSent> {
         let disk = self.source_disk(record, machine.launch().disk)?;
-        let role = RelayRole::Source { destination: to.address };
-        let relay = self.start_relay(record, role, disk, Part::Whole).await?;
+        let relay = self.start_relay(record, meeting, disk, Part::Whole).await?;
         let paths = self.move_paths(record)?;
         moving.shown.send_replace(Some(relay.watch()));
         let asking = Arc::clone(moving);
@@ -676,12 +675,6 @@ pub(super) async fn runs(machine: Option<&Machine>) -> bool {
         Ok(Ok(life)) => life == Life::Running,
         Ok(Err(_)) | Err(_) => m.last_resumed(),
     }
-}
-
-/// Where a destination's relay waits for the other one.
-pub(super) async fn listening(relay: &RelayClient) -> Result<std::net::SocketAddr, Fault> {
-    let status = relay.wait(|s| s.listening.is_some()).await.map_err(into_fault)?;
-    status.listening.ok_or_else(|| Fault::internal(format!("the relay ended: {:?}", status.end)))
 }
 
 fn parse_manifest(bytes: &[u8]) -> Result<MoveManifest, Fault> {

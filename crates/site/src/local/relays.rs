@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use godwit_migrate::relay::{Given, RelayCommand, RelayDisk, RelayRole};
+use godwit_migrate::relay::{Given, Meeting, RelayCommand, RelayDisk, RelayRole};
 use godwit_migrate::{RelayClient, RelayConfig};
 use godwit_qemu::{Companion, NotStarted};
 use godwit_transfer::{Identity, Trust};
@@ -55,7 +55,7 @@ impl LocalSite {
     pub(super) async fn start_relay(
         &self,
         record: &MachineRecord,
-        role: RelayRole,
+        meeting: Meeting,
         disk: Option<RelayDisk>,
         part: Part,
     ) -> Result<RelayClient, Fault> {
@@ -64,9 +64,12 @@ impl LocalSite {
             .clone()
             .ok_or_else(|| Fault::internal("a relay for a machine that is in no migration"))?;
         let paths = MovePaths::of(&self.dirs.run, &migration);
-        let generation = match migration.end {
-            End::Source => migration.next.unwrap_or_else(|| record.generation.next()),
-            End::Destination => record.generation,
+        let (role, generation) = match migration.end {
+            End::Source => {
+                let next = migration.next.unwrap_or_else(|| record.generation.next());
+                (RelayRole::Source, next)
+            }
+            End::Destination => (RelayRole::Destination, record.generation),
         };
         let fail = |what: &str, e: &std::io::Error| {
             Fault::internal(format!("{what} in {}: {e}", paths.dir.display()))
@@ -74,6 +77,7 @@ impl LocalSite {
         paths.make().map_err(|e| fail("making a place for a relay", &e))?;
         let mut config = RelayConfig {
             role,
+            meeting,
             migration: migration.id,
             generation,
             peer: migration.peer.clone(),
@@ -218,7 +222,7 @@ fn give(config: &mut RelayConfig) -> Result<Vec<OwnedFd>, Fault> {
         ..Given::default()
     };
     let mut open = vec![control, identity];
-    if matches!(config.role, RelayRole::Source { .. }) {
+    if config.role == RelayRole::Source {
         let qemu = listen(&config.qemu)?;
         given.qemu = Some(Given::number(&qemu));
         open.push(qemu);

@@ -18,7 +18,7 @@ use godwit_migrate::hybrid::{
     Asking, MoveError, Received, Sent, follow_outgoing, reclaim, recover_disk, recover_incoming,
     recover_outgoing,
 };
-use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase, RelayRole};
+use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase};
 use godwit_qemu::{Life, Machine, MigrationStatus};
 use godwit_types::{Fault, Generation, MigrationId, VmId, chain};
 use serde::Serialize;
@@ -28,7 +28,7 @@ use tracing::{info, warn};
 
 use super::allowed::{Action, First};
 use super::machines::into_fault;
-use super::moves::{Ended, MID, listening, runs};
+use super::moves::{Ended, MID, runs};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
@@ -463,10 +463,9 @@ impl LocalSite {
             None => None,
         };
         let has_disk = disk.is_some();
-        let role = RelayRole::Destination { listen: (self.options.relay_address, 0).into() };
         let part = if memory { Part::Rest } else { Part::Disk };
-        let relay = self.start_relay(&record, role, disk, part).await?;
-        let address = listening(&relay).await?;
+        let relay = self.start_relay(&record, self.awaits(), disk, part).await?;
+        let address = self.told_address(&relay).await?;
         let received: Received = get(&self.dirs.vm(vm), RECEIVED);
         let mut whole = None;
         if let Some(machine) = machine {
@@ -569,14 +568,14 @@ impl LocalSite {
             None => self.launch(&record, &self.image_by_hash(&record)?)?.disk,
         };
         let disk = self.source_disk(&record, chain)?;
+        let meeting = self.meets(&to)?;
         let moving = self.register_move(id, vm);
         let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
         Self::drive(&moving, async move {
             let mut sent: Sent = get(&me.dirs.vm(vm), SENT);
             let paths = me.move_paths(&record)?;
-            let role = RelayRole::Source { destination: to.address };
             let part = if memory { Part::Rest } else { Part::Disk };
-            let relay = me.start_relay(&record, role, disk, part).await?;
+            let relay = me.start_relay(&record, meeting, disk, part).await?;
             mine.shown.send_replace(Some(relay.watch()));
             let done = match machine.as_ref().filter(|_| memory) {
                 Some(machine) => {
