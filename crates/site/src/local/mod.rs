@@ -10,6 +10,7 @@ mod answers;
 mod apart;
 mod carry;
 mod dirs;
+mod dock;
 mod entry;
 mod exec;
 mod filling;
