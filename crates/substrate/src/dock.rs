@@ -36,6 +36,7 @@ use godwit_store::{Effort, PageMap, UNIT, Writer, zero_hash};
 use godwit_types::{
     BLOCK_SIZE, DockReport, Hash, Mib, Name, PAGE_SIZE, Phases, SubstrateId, SubstrateKind,
 };
+use rayon::prelude::*;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use tokio::task::JoinHandle;
@@ -59,6 +60,8 @@ const SMALL_FILES: u64 = 16 << 20;
 const WINDOW: u64 = 1 << 20;
 /// Bytes of a stopped machine's memory stored before a request to stop is looked at.
 const GO: u64 = 16 << 20;
+/// Bytes of it that one thread copies at a time.
+const COPIED: usize = 1 << 20;
 /// The nice value of what stores them: the guest comes to rest first.
 const AHEAD_NICE: i32 = 10;
 /// Blocks put into the store in one go.
@@ -546,7 +549,10 @@ fn store_file(
         // Copied out: its QEMU stands, but one that is not what it should be can cut the file, and
         // a mapping that is cut ends whoever reads it.
         let part = &mut buffer[..(to - from).min(GO) as usize];
-        file.read_exact_at(part, from).map_err(|e| match e.kind() {
+        let pieces = part.par_chunks_mut(COPIED).enumerate();
+        let read =
+            pieces.try_for_each(|(i, piece)| file.read_exact_at(piece, from + (i * COPIED) as u64));
+        read.map_err(|e| match e.kind() {
             ErrorKind::UnexpectedEof => resized("it was cut while it was read".into()),
             _ => SubstrateError::io("reading", path)(e),
         })?;
