@@ -142,6 +142,7 @@ fn plan(pool: &Pool, memory: &Path) -> Plan {
     let id = SubstrateId::new();
     let name = |s| Name::new(s).expect("name");
     let substrate = Substrate {
+        generalised: false,
         format: FORMAT,
         id,
         name: name("s"),
