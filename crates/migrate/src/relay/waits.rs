@@ -4,7 +4,7 @@
 //! written to that QEMU. Several may wait at once: what counts is the time during which anybody
 //! waits, and the longest wait of one page.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -28,8 +28,10 @@ pub(crate) struct Waits {
     /// The block of the request before.
     block: Option<Bytes>,
     waiting: HashMap<(Bytes, u64), Instant>,
-    /// Since when somebody waits.
-    since: Option<Instant>,
+    /// When somebody waited for a page that came, in order and apart from each other. One that was
+    /// on its way already when it was asked for may never be seen to come.
+    spans: VecDeque<(Instant, Instant)>,
+    /// The length of all, also of those that are so long ago that no wait reaches back to them.
     waited: Duration,
     longest: Duration,
 }
@@ -43,7 +45,7 @@ impl Waits {
             preempt: Some(StreamParser::preempt(limits)),
             block: None,
             waiting: HashMap::new(),
-            since: None,
+            spans: VecDeque::new(),
             waited: Duration::ZERO,
             longest: Duration::ZERO,
         }
@@ -57,7 +59,6 @@ impl Waits {
         let Some(name) = self.block.clone() else { return };
         if self.waiting.len() < MAX_WAITING {
             self.waiting.entry((name, start)).or_insert(now);
-            self.since.get_or_insert(now);
         }
     }
 
@@ -92,10 +93,18 @@ impl Waits {
     fn came(&mut self, page: &(Bytes, u64), now: Instant) {
         let Some(asked) = self.waiting.remove(page) else { return };
         self.longest = self.longest.max(now.saturating_duration_since(asked));
-        if self.waiting.is_empty()
-            && let Some(since) = self.since.take()
+        let mut begun = asked;
+        while let Some((from, to)) = self.spans.back().copied()
+            && to >= begun
         {
-            self.waited += now.saturating_duration_since(since);
+            begun = begun.min(from);
+            self.waited = self.waited.saturating_sub(to.saturating_duration_since(from));
+            self.spans.pop_back();
+        }
+        self.waited += now.saturating_duration_since(begun);
+        self.spans.push_back((begun, now));
+        if self.spans.len() > MAX_WAITING {
+            self.spans.pop_front();
         }
     }
 
@@ -123,12 +132,17 @@ mod tests {
         w.asked(None, 8192, at(25));
         w.came(&(m0.clone(), 4096), at(40));
         w.came(&(m0.clone(), 1 << 30), at(45));
-        assert_eq!(w.micros(), (0, 30_000));
+        assert_eq!(w.micros(), (30_000, 30_000));
         w.came(&(m0.clone(), 8192), at(70));
         assert_eq!(w.micros(), (60_000, 50_000));
         w.asked(None, 0, at(100));
         w.came(&(m0, 0), at(101));
         assert_eq!(w.micros(), (61_000, 50_000));
+        // One that was on its way already is never seen to come, and hides nobody's wait.
+        w.asked(None, 4096, at(200));
+        w.asked(None, 8192, at(210));
+        w.came(&(Bytes::from_static(b"m0"), 8192), at(215));
+        assert_eq!(w.micros(), (66_000, 50_000));
     }
 
     #[test]
