@@ -25,7 +25,7 @@ pub use lock::{lock, shared, turn};
 #[cfg(feature = "guests")]
 pub use place::{Place, qemu_img, serve};
 #[cfg(feature = "relays")]
-pub use sites::{Relay, Sites};
+pub use sites::{Relay, Sites, give};
 pub use tmpfs::Tmpfs;
 pub use wait::within;
 

@@ -1,22 +1,22 @@
 //! Two sites, and a machine on its way from one to the other.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::fs::File;
+use std::net::SocketAddr;
+use std::os::fd::IntoRawFd;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use godwit_disk::image::{Backing, create_overlay};
 use godwit_migrate::hybrid::ArrivingDisk;
-use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk, RelayRole, RelayStatus};
+use godwit_migrate::relay::{Given, Meeting, RelayCommand, RelayDisk, RelayRole, RelayStatus};
 use godwit_migrate::{RelayClient, RelayConfig, RelayError, run_relay};
 use godwit_qemu::{DiskChain, DiskLayer, Launch, Layer, MemorySource, Node, Start};
-use godwit_transfer::Authority;
+use godwit_transfer::{Authority, Identity};
 use godwit_types::{Generation, MigrationId, Name};
 use tokio::task::JoinHandle;
 
 use crate::guest::{Guest, LONG, tiny};
 use crate::place::Place;
-
-/// Where relays listen.
-const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 fn name(text: &str) -> Name {
     text.parse().expect("a name")
@@ -142,7 +142,8 @@ impl Sites {
             nbd: self.path("nbd"),
             written: self.path("written"),
         };
-        self.config(RelayRole::Destination, Meeting::Listen(LOOPBACK), disk, resume)
+        let meeting = Meeting::Listen(([127, 0, 0, 1], 0).into());
+        self.config(RelayRole::Destination, meeting, disk, resume)
     }
 
     /// Configuration of the source's relay.
@@ -154,6 +155,25 @@ impl Sites {
         };
         self.config(RelayRole::Source, Meeting::Dial(destination), disk, resume)
     }
+}
+
+/// Has a destination's relay inherit what a daemon gives it, `commit` for its word among it.
+pub fn give(config: &mut RelayConfig, commit: File) {
+    let Some(RelayDisk::Destination { nbd, .. }) = &config.disk else { panic!("no destination") };
+    let listen = |path: &std::path::Path| {
+        // What a relay before has left.
+        let _ = std::fs::remove_file(path);
+        UnixListener::bind(path).expect("a socket").into_raw_fd()
+    };
+    let identity = Identity::load(&config.keys).expect("an identity");
+    let identity = Given::identity(&identity).expect("in memory");
+    config.given = Some(Given {
+        control: listen(&config.control),
+        identity: identity.into_raw_fd(),
+        nbd: Some(listen(nbd)),
+        commit: Some(commit.into_raw_fd()),
+        ..Given::default()
+    });
 }
 
 /// A relay in a task of this process, and its client.

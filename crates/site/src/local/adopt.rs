@@ -16,21 +16,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_qemu::{Life, MacAddress, Machine, started_below};
-use godwit_substrate::{SubstrateError, run_on};
+use godwit_qemu::{MacAddress, Machine, started_below};
+use godwit_substrate::SubstrateError;
 use godwit_types::{Arch, Fault, Hash, Mib, Name, SubstrateId, VmId, chain};
 use tokio::sync::Mutex;
 
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
-use super::{Entry, LocalSite, filling};
+use super::{Entry, LocalSite, filling, ran};
 use crate::UNKNOWN_GENERATION;
 
 /// How long a machine in a move may take to be adopted before the site serves without it.
 const ADOPT_WITHIN: Duration = Duration::from_secs(20);
 /// The pause between two tries to adopt one that answers nobody.
 const ADOPT_AGAIN: Duration = Duration::from_secs(2);
-/// The pause between two tries to let a machine run on.
-const RUN_ON_AGAIN: Duration = Duration::from_secs(1);
 
 impl LocalSite {
     /// Takes over the machines that an earlier daemon left.
@@ -89,8 +87,11 @@ impl LocalSite {
         }
         if record.migration.is_none() {
             // Left of an arrival that had ended when the daemon did.
-            if let Err(error) = filling::end(&self.dirs.vm(vm)) {
-                tracing::warn!(vm = %record.name, %error, "where its disk was filled stays");
+            let dir = self.dirs.vm(vm);
+            for left in [filling::end(&dir), ran::forget(&dir)] {
+                if let Err(error) = left {
+                    tracing::warn!(vm = %record.name, %error, "a file of its arrival stays");
+                }
             }
         }
         let run = self.dirs.vm_run(vm);
@@ -162,48 +163,9 @@ impl LocalSite {
         });
     }
 
-    fn has_substrate(&self, id: SubstrateId) -> bool {
+    pub(super) fn has_substrate(&self, id: SubstrateId) -> bool {
         // One that cannot be read is there all the same.
         !matches!(self.pool.get(id), Err(SubstrateError::NotFound(_)))
-    }
-
-    /// Lets a machine run on whose docking broke off, in the background; until it does, it is being
-    /// docked by its state.
-    pub(super) fn bring_back(self: &Arc<Self>, vm: VmId, machine: Machine) {
-        let me = Arc::clone(self);
-        tokio::spawn(async move {
-            if let Err(error) = me.bring_back_now(vm, machine).await {
-                tracing::error!(%vm, %error, "a machine that was not docked");
-            }
-        });
-    }
-
-    async fn bring_back_now(&self, vm: VmId, machine: Machine) -> Result<(), Fault> {
-        let entry = self.entry(vm).await?;
-        let Some(Unfinished::Docking { nics, substrate }) =
-            entry.lock().await.record.unfinished.clone()
-        else {
-            return Ok(());
-        };
-        godwit_hold::at("dock.bring-back").await;
-        loop {
-            let Err(error) = run_on(&machine, &nics).await else { break };
-            tracing::warn!(%vm, error = %chain(&error), "it was not docked and does not run on yet");
-            let life = machine.life().await;
-            if matches!(life, Ok(Life::Exited | Life::PoweredOff | Life::Broken)) {
-                break;
-            }
-            tokio::time::sleep(RUN_ON_AGAIN).await;
-        }
-        let mut e = entry.lock().await;
-        // Whoever ended it meanwhile has settled what it is.
-        if e.record.desired == DesiredState::Gone
-            || !take_docking(&mut e.record.unfinished, substrate)
-        {
-            return Ok(());
-        }
-        tracing::info!(vm = %e.record.name, "runs on: it was not docked");
-        e.record.save(&self.dirs.vm(vm))
     }
 
     /// A machine whose record cannot be read: its QEMU is let alone, so that it can still be
@@ -284,14 +246,6 @@ impl LocalSite {
     }
 }
 
-/// Ends the mark of one docking. That of another, which began once this one was settled by whoever
-/// ended the machine, stays.
-fn take_docking(unfinished: &mut Option<Unfinished>, of: SubstrateId) -> bool {
-    let same =
-        matches!(unfinished, Some(Unfinished::Docking { substrate, .. }) if *substrate == of);
-    same && unfinished.take().is_some()
-}
-
 fn remove(path: &Path) {
     let is_dir = std::fs::symlink_metadata(path).is_ok_and(|m| m.is_dir());
     let removed = if is_dir { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
@@ -304,21 +258,4 @@ fn remove(path: &Path) {
 fn vm_of(name: &std::ffi::OsStr) -> Option<VmId> {
     let name = name.to_str().filter(|n| n.len() == 32)?;
     uuid::Uuid::try_parse(name).ok().map(VmId)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_docking_that_is_taken_back_late_leaves_the_mark_of_the_next() {
-        let (first, second) = (SubstrateId::new(), SubstrateId::new());
-        let docking = |substrate| Some(Unfinished::Docking { substrate, nics: Vec::new() });
-        let mut mark = docking(second);
-        assert!(!take_docking(&mut mark, first));
-        assert!(mark.is_some(), "what becomes of a crash in the second depends on it");
-        assert!(take_docking(&mut mark, second) && mark.is_none());
-        assert!(!take_docking(&mut mark, second));
-        assert!(!take_docking(&mut Some(Unfinished::Activating), second));
-    }
 }

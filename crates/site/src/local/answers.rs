@@ -4,9 +4,8 @@ use godwit_types::Fault;
 
 use super::LocalSite;
 use super::allowed::Action;
+use super::dock::Dock;
 use super::neighbours::Offered;
-
-use super::pool::Dock;
 use crate::verbs::{
     Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
     MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateListening, MigrateLost, MigrateManifest,

@@ -10,9 +10,11 @@ mod answers;
 mod apart;
 mod carry;
 mod dirs;
+mod dock;
 mod entry;
 mod exec;
 mod filling;
+mod logs;
 mod machines;
 mod meet;
 mod moves;
@@ -20,6 +22,7 @@ mod neighbours;
 mod pool;
 mod promise;
 mod quit;
+mod ran;
 mod record;
 mod relays;
 mod report;
@@ -33,6 +36,9 @@ mod tombs;
 mod users;
 mod waiting;
 mod warrant;
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -224,6 +230,7 @@ impl LocalSite {
         site.adopt_all().await?;
         site.sweep_strays().await;
         scrub::start(&site, site.options.scrub_every);
+        logs::start(&site);
         Ok(site)
     }
 

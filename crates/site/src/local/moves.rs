@@ -17,8 +17,8 @@ use std::time::Duration;
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
-    self, ArrivingDisk, Asked, Asking, DestinationFate, MoveError, Received, Sent, Steering,
-    prepare_incoming, receive,
+    self, ArrivingDisk, AskCommitted, Asked, Asking, Committed, DestinationFate, MoveError,
+    Received, Sent, Steering, prepare_incoming, receive,
 };
 use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk, RelayPhase, RelayStatus};
 use godwit_qemu::{
@@ -30,13 +30,13 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
-use super::allowed::{Action, First};
+use super::allowed::{Action, First, Refusal};
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
 use super::resume::forget_measured;
-use super::{LocalSite, filling};
+use super::{LocalSite, filling, ran};
 use crate::Progress;
 use crate::{Call, Incoming, MachineStatus, News, UNKNOWN_GENERATION};
 
@@ -237,6 +237,7 @@ impl LocalSite {
             reason: None,
             unfinished: None,
         };
+        self.supersede(&record).await?;
         let image = self.sound_image(&record).await?;
         let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
         manifest.machine.check(&here).map_err(into_fault)?;
@@ -258,6 +259,20 @@ impl LocalSite {
         }
     }
 
+    /// Takes back an earlier arrival of the same machine that never ran: its move is over, since the
+    /// center gives each generation to one move only, and this site may have been away then.
+    pub(super) async fn supersede(&self, comes: &MachineRecord) -> Result<(), Fault> {
+        let Some(entry) = self.entry_if_here(comes.vm).await else { return Ok(()) };
+        let there = entry.lock().await.record.clone();
+        match there.migration {
+            Some(m) if m.end == End::Destination && there.generation < comes.generation => {
+                info!(vm = %comes.name, generation = %there.generation, "an arrival that is over");
+                self.abort(m.id, comes.vm).await
+            }
+            _ => Ok(()),
+        }
+    }
+
     async fn prepare_entered(
         &self,
         record: &MachineRecord,
@@ -266,6 +281,8 @@ impl LocalSite {
     ) -> Result<(Machine, RelayClient, std::net::SocketAddr), Fault> {
         let dir = self.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
+        // Before the record: it is on disk with it, and says nothing of an earlier arrival.
+        ran::make(&dir)?;
         record.save(&dir)?;
         let paths = self.move_paths(record)?;
         let disk = match (image.disk_path(), manifest.disk_bytes) {
@@ -324,8 +341,20 @@ impl LocalSite {
             let filled = filling::is_there(&dir).then(|| filling::place(&dir));
             let disk = me.pivot_of(&record).map(|layers| ArrivingDisk { layers, filled, written });
             let outcome = {
-                let noted = me.note_run(&record, &relay);
-                let arriving = receive(&machine, &relay, disk, &mut received, resumed);
+                let noted = async {
+                    if relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
+                        godwit_hold::at("move.ran").await;
+                        me.mark_run(record.vm).await;
+                    }
+                };
+                let (asked, about) = (Arc::clone(&me), record.clone());
+                let committed = move || -> Committed {
+                    let (me, record) = (Arc::clone(&asked), about.clone());
+                    Box::pin(async move { me.has_committed(&record).await })
+                };
+                let committed: Option<AskCommitted<'_>> =
+                    ran::says(&dir).is_some().then_some(&committed);
+                let arriving = receive(&machine, &relay, disk, &mut received, resumed, committed);
                 tokio::pin!(arriving);
                 tokio::select! {
                     outcome = &mut arriving => outcome,
@@ -356,8 +385,8 @@ impl LocalSite {
         });
     }
 
-    /// Writes down that the machine has begun to run at its destination: from then on nobody else
-    /// may.
+    /// Writes down at the source that the machine has begun to run at its destination: from then on
+    /// nobody else may.
     async fn note_run(&self, record: &MachineRecord, relay: &RelayClient) {
         if !relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
             return;
@@ -386,8 +415,10 @@ impl LocalSite {
         {
             warn!(vm = %record.name, %error, "the list of what came stays beside the layer");
         }
-        if let Err(error) = filling::end(&dir) {
-            warn!(vm = %record.name, %error, "where its disk was filled stays");
+        for left in [filling::end(&dir), ran::forget(&dir)] {
+            if let Err(error) = left {
+                warn!(vm = %record.name, %error, "a file of its arrival stays");
+            }
         }
         forget_measured(&dir);
         if let Some(m) = &record.migration {
@@ -621,10 +652,17 @@ impl LocalSite {
         };
         match migration.end {
             End::Destination => {
+                if self.has_run(&record, machine.as_ref()).await {
+                    return Err(self.runs_here(&record));
+                }
+                // Then no relay can say any more that it runs here.
+                self.end_relay(&migration).await;
+                if self.has_run(&record, machine.as_ref()).await {
+                    return Err(self.runs_here(&record));
+                }
                 if let Some(m) = &machine {
                     m.kill().await;
                 }
-                self.end_relay(&migration).await;
                 if self.moving(id).is_some() {
                     // The task that follows the arrival undoes it.
                     let _ = tokio::time::timeout(UNDO_WITHIN, self.ended(id)).await;
@@ -644,6 +682,10 @@ impl LocalSite {
                 }
             }
         }
+    }
+
+    fn runs_here(&self, record: &MachineRecord) -> Fault {
+        Refusal::RunsHere { machine: record.name.clone(), site: self.name.clone() }.into()
     }
 
     pub(super) fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {

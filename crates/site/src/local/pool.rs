@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use godwit_qemu::NicBackend;
 use godwit_substrate::{
-    ActivateRequest, DockRequest, DockStop, Identity, Place, Pool, PoolDirs, Substrate,
-    SubstrateError, activate, dock_convert,
+    ActivateRequest, Identity, Place, Pool, PoolDirs, Substrate, SubstrateError, activate,
 };
-use godwit_types::{DockReport, Fault, Generation, Name, SubstrateId, SubstrateKind, VmId};
+use godwit_types::{DockReport, Fault, SubstrateId, SubstrateKind, VmId};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -21,16 +20,6 @@ use crate::{Call, CheckReport, MachineStatus, NewMachine, PoolReport, SubstrateI
 
 /// How long an activation keeps others waiting at most.
 const TURN: Duration = Duration::from_secs(3);
-
-/// A substrate to be docked.
-pub(super) struct Dock {
-    pub(super) vm: VmId,
-    pub(super) generation: Generation,
-    pub(super) substrate: SubstrateId,
-    pub(super) name: Name,
-    pub(super) kind: SubstrateKind,
-    pub(super) owner: Name,
-}
 
 impl LocalSite {
     pub(super) fn open_pool(
@@ -54,95 +43,6 @@ impl LocalSite {
             .map_err(|e| Fault::io("asking for the size of", &memory, &e.into()))?;
         pool.set_memory_budget(site.memory_cache_bytes.unwrap_or(half));
         Ok(pool)
-    }
-
-    /// Turns a machine into a substrate. The machine runs on when that fails.
-    pub(super) async fn dock(
-        self: Arc<Self>,
-        want: Dock,
-        call: Call,
-    ) -> Result<SubstrateInfo, Fault> {
-        // On a task of its own: it must come to its end when the caller goes away.
-        tokio::spawn(async move { self.dock_here(want, call).await }).await.map_err(join_error)?
-    }
-
-    async fn dock_here(self: &Arc<Self>, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
-        let (mut e, _) = self.admit(want.vm, want.generation, Action::Dock).await?;
-        let machine = e.machine.clone().ok_or_else(|| self.not_here(want.vm))?;
-        // What the guest has read from a damaged base or layer is in its memory, too.
-        let image = self.sound_disk(&e.record).await?;
-        call.progress(Progress {
-            stage: "dock".into(),
-            note: "the guest is being quiesced, then its memory is stored".into(),
-            ..Progress::default()
-        });
-        let request = DockRequest {
-            id: want.substrate,
-            name: want.name,
-            kind: want.kind,
-            owner: want.owner,
-            image: image.clone(),
-            stop: DockStop::default(),
-        };
-        let dir = self.dirs.vm(want.vm);
-        let nics = machine.launch().nics;
-        e.record.unfinished = Some(Unfinished::Docking { substrate: want.substrate, nics });
-        if let Err(f) = e.record.save(&dir) {
-            e.record.unfinished = None;
-            return Err(f);
-        }
-        let stop = request.stop.clone();
-        let docked = {
-            let docking = dock_convert(&machine, &self.pool, request);
-            tokio::pin!(docking);
-            tokio::select! {
-                docked = &mut docking => docked,
-                () = call.cancel.cancelled() => {
-                    // Comes to its end either way: undone, or docked when the commit came first.
-                    stop.stop();
-                    docking.await
-                }
-            }
-        };
-        let (substrate, report) = match docked {
-            Ok(docked) => docked,
-            Err(error @ SubstrateError::NotRunningOn { .. }) => {
-                drop(e);
-                self.bring_back(want.vm, machine);
-                return Err(into_fault(error));
-            }
-            Err(error) => {
-                e.record.unfinished = None;
-                if let Err(f) = e.record.save(&dir) {
-                    // The next daemon lets it run on once more, which changes nothing.
-                    tracing::warn!(vm = %e.record.name, error = %f, "not written that it runs on");
-                }
-                return Err(into_fault(error));
-            }
-        };
-        // What every activation needs is made now, so that the first one does not wait for it; its
-        // memory only where that is within the budget beside what is in use.
-        let (pool, id) = (self.pool.clone(), substrate.id);
-        tokio::task::spawn_blocking(move || {
-            let ready = if pool.memory_fits(id) {
-                pool.prepare(id, &image).map(drop)
-            } else {
-                pool.prepare_layer(id, &image).map(drop)
-            };
-            if let Err(e) = ready {
-                tracing::warn!(%id, error = %godwit_types::chain(&e), "not made ready");
-            }
-        });
-        // The machine has ended; what is left of it is its substrate.
-        e.machine = None;
-        e.record.generation = want.generation;
-        if let Err(error) = self.bury(&mut e).await {
-            tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
-            e.record.desired = DesiredState::Gone;
-            self.delist(want.vm).await;
-        }
-        self.pool.forget_clone(want.vm);
-        Ok(info(&substrate, Some(report)))
     }
 
     /// Makes a machine from a substrate.

@@ -32,7 +32,7 @@ use super::moves::{Ended, MID, runs};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
-use super::{Entry, LocalSite, filling};
+use super::{Entry, LocalSite, filling, ran};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
 
 /// How long QEMU may take to say how its migration stands.
@@ -122,7 +122,7 @@ impl LocalSite {
         let Some(migration) = record.migration.clone() else { return };
         let Some(machine) = machine else {
             self.end_relay(&migration).await;
-            if migration.end == End::Destination && !migration.runs {
+            if migration.end == End::Destination && !self.has_run(&record, None).await {
                 warn!(vm = %record.name, "its QEMU is gone before it ran here");
                 self.undo_arrival(&record).await;
             } else {
@@ -145,7 +145,11 @@ impl LocalSite {
         machine: Machine,
         relay: Result<RelayClient, godwit_migrate::RelayError>,
     ) {
-        let has_run = migration.runs || runs(Some(&machine)).await;
+        if relay.is_err() {
+            // One that does not answer could still write down that it runs.
+            self.end_relay(&migration).await;
+        }
+        let has_run = self.has_run(&record, Some(&machine)).await;
         match relay {
             Ok(relay) if !has_run && relay.status().phase == RelayPhase::Joining => {
                 // Its source may never come: the answer that it waits here may be lost.
@@ -336,8 +340,10 @@ impl LocalSite {
             End::Source => (0, Some(0)),
             End::Destination => self.missing(&record, memory).await?,
         };
-        let runs =
-            migration.runs || (migration.end == End::Destination && runs(machine.as_ref()).await);
+        let runs = match migration.end {
+            End::Source => migration.runs,
+            End::Destination => self.has_run(&record, machine.as_ref()).await,
+        };
         Ok(MoveStatus { memory, missing_pages, missing_blocks, runs, over: false, why })
     }
 
@@ -687,6 +693,7 @@ impl LocalSite {
             // Only then: without the record's word they tell of a layer that is still to be filled.
             MidLayer::forget(&mid).map_err(into_fault)?;
             filling::end(&dir)?;
+            ran::forget(&dir)?;
         }
         Ok(())
     }
