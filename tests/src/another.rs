@@ -17,7 +17,7 @@ impl Cloud {
         let mut command = self.command_at(Daemon::Ap);
         command.args(["ap", "--no-co-scheduling", "--name", site, "--link", &link]);
         command.arg("--join").arg(format!("@{}", token.display()));
-        command.arg("--root").arg(self.file("")).args(flags);
+        command.arg("--root").arg(self.root()).args(flags);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let running = Running(command.spawn().expect("starting an AP"));
         within(Duration::from_secs(120), "the AP to be there", || {

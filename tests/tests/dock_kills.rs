@@ -119,8 +119,24 @@ fn a_docking_cut_at_any_step_is_undone_or_done() {
         no_other_qemu(&cloud, Daemon::Center, &["w"]);
     }
 
+    // Of what is to be public its identity was taken by then: it runs on, and is somebody again.
+    let before = Before::of(&cloud, "w");
+    let (was, lines) = (before.identity, before.lines);
+    cloud.hold("dock.generalised");
+    let op = begin(&cloud, &["vm", "dock", "w", "--name", "s", "--kind", "public"]);
+    let _ = cloud.held("dock.generalised");
+    cloud.kill(Daemon::Center);
+    cloud.let_go("dock.generalised");
+    cloud.restart_center();
+    assert_eq!(ended(&cloud, &op)["state"], "failed");
+    cloud.runs_at("w", "center");
+    let is = cloud.guest("w").identity();
+    assert_eq!((is.hostname.as_str(), &is.mac), ("w", &was.mac));
+    assert!(is.machine_id.len() == 32 && is.machine_id != was.machine_id, "{is:?} was {was:?}");
+    assert_eq!(substrates(&cloud), 0);
+
     // Behind the commit it is a substrate, and nothing else of it is left.
-    let mut lines = cloud.guest("w").intact(0);
+    let mut lines = cloud.guest("w").intact(lines);
     for (step, vm, substrate, kind) in
         [("dock.published", "w", "mine", "private"), ("dock.ended", "again", "more", "restricted")]
     {

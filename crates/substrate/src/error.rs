@@ -97,7 +97,10 @@ pub enum SubstrateError {
     #[error("the guest agent of the machine does not answer; it runs on undocked")]
     AgentSilent(#[source] Box<AgentError>),
     /// The guest's identity could not be taken from it.
-    #[error("the machine cannot be generalised, as a public substrate's must be")]
+    #[error(
+        "the machine cannot be generalised, as a public substrate's must be; dock it as restricted, \
+         or mend what its guest says"
+    )]
     NotGeneralised(#[source] Box<SubstrateError>),
     /// A script in the guest failed.
     #[error("{script} in the guest failed ({how}): {said}")]

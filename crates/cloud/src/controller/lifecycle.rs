@@ -40,6 +40,20 @@ struct Shape {
     disk: DiskOf,
 }
 
+/// Refuses to have a public substrate docked at a site of a release that does not take its identity
+/// from the machine.
+pub(super) fn generalises(host: &dyn SiteHost, kind: SubstrateKind) -> Result<(), Fault> {
+    let (site, speaks) = (host.name(), host.speaks());
+    if kind != SubstrateKind::Public || speaks >= GENERALISES {
+        return Ok(());
+    }
+    Err(Fault::conflict(format!(
+        "site '{site}' speaks protocol {speaks}, and to generalise a machine, as a public \
+         substrate's must be, needs {GENERALISES}"
+    ))
+    .hint(format!("update '{site}', or dock it as restricted")))
+}
+
 /// What a machine is turned.
 #[derive(Debug, Clone, Copy)]
 enum Power {
@@ -455,15 +469,7 @@ impl Controller {
         let name = how.name.unwrap_or_else(|| vm.name.clone());
         self.is_new_substrate(&vm.tenant, &name)?;
         let host = self.host(&vm.site)?;
-        if kind == SubstrateKind::Public && host.speaks() < GENERALISES {
-            return Err(Fault::conflict(format!(
-                "site '{}' speaks protocol {}, and to generalise a machine, as a public \
-                 substrate's must be, needs {GENERALISES}",
-                vm.site,
-                host.speaks()
-            ))
-            .hint(format!("update '{}', or dock it as restricted", vm.site)));
-        }
+        generalises(&*host, kind)?;
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));

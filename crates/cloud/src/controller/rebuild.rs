@@ -15,7 +15,7 @@ use godwit_types::{Code, Fault, Generation, Name, SubstrateId, UnixMs, VmId, VmS
 use serde_json::json;
 
 use super::disks::DiskOf;
-use super::lifecycle::call_of;
+use super::lifecycle::{call_of, generalises};
 use super::{Accepted, Controller, Mode};
 use crate::access::{Action, Principal};
 use crate::ops::{OpHandle, OpKind};
@@ -103,6 +103,7 @@ impl Controller {
             return Ok(Accepted { op: None, plan, target });
         }
         let host = self.host(&site)?;
+        generalises(&*host, old.kind)?;
         let now = UnixMs::now();
         let private_of = old.private_of().cloned();
         let vm = VmRecord {
