@@ -34,9 +34,12 @@ impl LocalSite {
     ) -> Result<SiteReply, Fault> {
         Ok(handlers! { request;
             Report {} => self.report().await?;
-            Images {} => self.list_images().await?;
-            ImageBuild { name } => self.build_image(name, call).await?;
-            ImageDelete { name } => self.image_delete(name).await?;
+            Images {} => self.images.list().await?;
+            ImageBuild { name } => self.images.build(name, call).await?;
+            ImageDelete { name } => {
+                let users = self.image_users(&name).await?;
+                self.images.remove(name, &users).await?
+            };
             Machines {} => self.list_machines().await;
             VmNew { machine } => self.create(machine, call).await?;
             VmStart { vm, generation, warrant } => {
@@ -55,11 +58,11 @@ impl LocalSite {
                 ConsoleTail { bytes: bytes.len() as u64, text }
             };
             VmScreenshot { vm } => {
-                let machine = self.qemu_for(vm, Action::Screen).await?;
+                let machine = self.machines.qemu_for(vm, Action::Screen).await?;
                 machine.screenshot().await.map_err(|e| Fault::of(&e))?.png
             };
             VmType { vm, text } => {
-                let machine = self.qemu_for(vm, Action::Screen).await?;
+                let machine = self.machines.qemu_for(vm, Action::Screen).await?;
                 machine.send_text(&text).await.map_err(|e| Fault::of(&e))?
             };
             VmExec { vm, program } => self.exec(vm, program).await?;
@@ -90,11 +93,11 @@ impl LocalSite {
             MigrateReceived { migration } => self.received(migration).await?;
             MigrateRelease { vm, generation } => self.release(vm, generation).await?;
             MigrateAbort { migration, vm } => self.abort(migration, vm).await?;
-            Substrates {} => self.substrates()?;
-            SubstrateUsers { id } => self.substrate_users(id).await;
-            SubstrateDelete { id } => self.substrate_delete(id).await?;
-            Pool {} => self.pool_report().await?;
-            PoolCheck {} => self.pool_check().await?;
+            Substrates {} => self.substrates.list()?;
+            SubstrateUsers { id } => self.machines.substrate_users(id).await;
+            SubstrateDelete { id } => self.substrates.delete(id).await?;
+            Pool {} => self.substrates.report().await?;
+            PoolCheck {} => self.substrates.check(&self.images).await?;
             Revoke { list } => self.accept_revocations(list)?;
             Ping {} => ();
             SubstrateOffer { id, to } => self.neighbours.offer(id, to);

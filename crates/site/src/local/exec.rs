@@ -57,11 +57,11 @@ impl LocalSite {
 
     /// A machine whose guest can answer.
     async fn awake(&self, vm: VmId) -> Result<Machine, Fault> {
-        let machine = self.qemu_for(vm, Action::Exec).await?;
+        let machine = self.machines.qemu_for(vm, Action::Exec).await?;
         let life = machine.life().await.map_err(into_fault)?;
         // Of one that stands still the center may ask again: it goes on elsewhere, or will be known
         // to have ended.
-        let state = self.entry(vm).await?.lock().await.state(&self.name);
+        let state = self.machines.entry(vm).await?.lock().await.state(&self.name);
         let _ = state.asked(Some(life)).allows(Action::Exec)?;
         Ok(machine)
     }

@@ -89,7 +89,7 @@ impl LocalSite {
         vm: VmId,
         address: SocketAddr,
     ) -> Result<(), Fault> {
-        let record = self.entry(vm).await?.lock().await.record.clone();
+        let record = self.machines.entry(vm).await?.lock().await.record.clone();
         let migration = record.migration.as_ref();
         let migration = migration
             .filter(|m| m.id == id && m.end == End::Destination)

@@ -31,6 +31,7 @@ use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
 use super::allowed::{Action, First};
+use super::launch::Launcher;
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
@@ -186,8 +187,8 @@ impl LocalSite {
         generation: Generation,
     ) -> Result<Vec<u8>, Fault> {
         let (e, _) = self.admit(vm, generation, Action::Leave).await?;
-        let machine = e.machine.as_ref().ok_or_else(|| self.not_here(vm))?;
-        let image = self.sound_disk(&e.record).await?;
+        let machine = e.machine.as_ref().ok_or_else(|| self.machines.not_here(vm))?;
+        let image = self.substrates.sound_disk(&self.images, &e.record).await?;
         let disk_bytes = match image.disk_path() {
             Some(base) => Some(check_base(&base).map_err(into_fault)?),
             None => None,
@@ -217,8 +218,8 @@ impl LocalSite {
     ) -> Result<Incoming, Fault> {
         self.warranted(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
-        self.check_room(machine.memory)?;
-        self.check_disk_room(manifest.layer_bytes)?;
+        self.room.check_memory(machine.memory)?;
+        self.room.check_disk(manifest.layer_bytes)?;
         let record = MachineRecord {
             vm: machine.vm,
             name: machine.name,
@@ -237,10 +238,10 @@ impl LocalSite {
             reason: None,
             unfinished: None,
         };
-        let image = self.sound_image(&record).await?;
-        let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
+        let image = self.images.sound(&record).await?;
+        let here = Manifest::of(&Launcher::spec_of(&record, &image), &self.launcher.qemu);
         manifest.machine.check(&here).map_err(into_fault)?;
-        let entry = self.register(record.clone(), None).await?;
+        let entry = self.machines.register(record.clone(), None).await?;
         let mut e = entry.lock().await;
         match self.prepare_entered(&record, &image, &manifest).await {
             Ok((qemu, relay, address)) => {
@@ -282,9 +283,9 @@ impl LocalSite {
             _ => None,
         };
         let has_disk = disk.is_some();
-        let relay = self.start_relay(record, self.awaits(), disk, Part::Whole).await?;
+        let relay = self.relays.start(record, self.awaits(), disk, Part::Whole).await?;
         let address = self.told_address(&relay).await?;
-        let mut launch = self.launch(record, image)?;
+        let mut launch = self.launcher.launch(record, image)?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
             launch.vmgenid = VmGenId::Keep(id);
@@ -338,7 +339,7 @@ impl LocalSite {
                     me.settle_arrival(&record).await.map(|()| Ended::Received(Box::new(received)))
                 }
                 Err(e @ MoveError::Cancelled { .. }) => {
-                    let fault = me.blame_room(Fault::of(&e));
+                    let fault = me.room.blame(Fault::of(&e));
                     me.undo_arrival(&record).await;
                     Err(fault)
                 }
@@ -367,7 +368,7 @@ impl LocalSite {
 
     /// A machine has arrived and needs its source no more.
     pub(super) async fn settle_arrival(&self, record: &MachineRecord) -> Result<(), Fault> {
-        let entry = self.entry(record.vm).await?;
+        let entry = self.machines.entry(record.vm).await?;
         let mut e = entry.lock().await;
         let dir = self.dirs.vm(record.vm);
         let mid = dir.join(MID);
@@ -391,7 +392,7 @@ impl LocalSite {
         }
         forget_measured(&dir);
         if let Some(m) = &record.migration {
-            self.clear_move(m);
+            self.relays.clear(m);
         }
         info!(vm = %record.name, "has arrived");
         Ok(())
@@ -433,7 +434,7 @@ impl LocalSite {
         let meeting = self.meets(&to)?;
         let (record, machine) = {
             let (mut e, _) = self.admit(vm, generation, Action::Leave).await?;
-            let machine = e.machine.clone().ok_or_else(|| self.not_here(vm))?;
+            let machine = e.machine.clone().ok_or_else(|| self.machines.not_here(vm))?;
             let leaves = Migration::new(to.migration, End::Source, to.peer.clone());
             e.record.migration = Some(Migration { next: Some(next), ..leaves });
             if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
@@ -462,7 +463,7 @@ impl LocalSite {
         sent: &mut Sent,
     ) -> Result<(), NotSent> {
         let disk = self.source_disk(record, machine.launch().disk)?;
-        let relay = self.start_relay(record, meeting, disk, Part::Whole).await?;
+        let relay = self.relays.start(record, meeting, disk, Part::Whole).await?;
         let paths = self.move_paths(record)?;
         moving.shown.send_replace(Some(relay.watch()));
         let asking = Arc::clone(moving);
@@ -490,7 +491,7 @@ impl LocalSite {
         record: &MachineRecord,
         chain: Option<DiskChain>,
     ) -> Result<Option<RelayDisk>, Fault> {
-        let image = self.image_by_hash(record)?;
+        let image = self.images.of(record)?;
         let (Some(base), Some(chain)) = (image.disk_path(), chain) else {
             return Ok(None);
         };
@@ -511,7 +512,7 @@ impl LocalSite {
     pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
         let asking = Asked::arrives();
         let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
-        let next = match self.entry(moving.vm).await {
+        let next = match self.machines.entry(moving.vm).await {
             Ok(e) => e.lock().await.record.migration.as_ref().and_then(|m| m.next),
             Err(_) => None,
         };
@@ -605,7 +606,7 @@ impl LocalSite {
     /// Takes back what was done for a migration, as long as the machine does not run here because
     /// of it. At the destination this also fences: a QEMU that never ran is gone for good.
     pub(super) async fn abort(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
-        let Some(entry) = self.entry_if_here(vm).await else { return Ok(()) };
+        let Some(entry) = self.machines.entry_if_here(vm).await else { return Ok(()) };
         let (record, machine, state) = {
             let e = entry.lock().await;
             let state = e.state(&self.name).in_move(&e.record, id);
@@ -624,7 +625,7 @@ impl LocalSite {
                 if let Some(m) = &machine {
                     m.kill().await;
                 }
-                self.end_relay(&migration).await;
+                self.relays.end(&migration).await;
                 if self.moving(id).is_some() {
                     // The task that follows the arrival undoes it.
                     let _ = tokio::time::timeout(UNDO_WITHIN, self.ended(id)).await;
@@ -647,7 +648,7 @@ impl LocalSite {
     }
 
     pub(super) fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {
-        let image = self.image_by_hash(record).ok()?;
+        let image = self.images.of(record).ok()?;
         let base = image.disk_path()?;
         Some(vec![
             DiskLayer { node: Node::Base, layer: Layer::Raw { path: base } },

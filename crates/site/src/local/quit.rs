@@ -69,10 +69,10 @@ impl LocalSite {
             self.unmark(record.vm).await;
         }
         if let (Err(_), Some(m)) = (&done, &record.migration) {
-            self.end_relay(m).await;
+            self.relays.end(m).await;
         }
         if let (Some(m), false) = (&record.migration, keep) {
-            self.clear_move(m);
+            self.relays.clear(m);
         }
         done.map(|()| Ended::Sent(Box::new(sent))).map_err(|e| e.fault)
     }
@@ -91,7 +91,7 @@ impl LocalSite {
 
     /// The machine is in no move any more.
     pub(super) async fn unmark(&self, vm: VmId) {
-        let Ok(entry) = self.entry(vm).await else { return };
+        let Ok(entry) = self.machines.entry(vm).await else { return };
         self.unmark_entry(&mut *entry.lock().await);
     }
 
@@ -106,7 +106,7 @@ impl LocalSite {
 
     /// A machine never ran here: nothing of it stays.
     pub(super) async fn undo_arrival(&self, record: &MachineRecord) {
-        let Ok(entry) = self.entry(record.vm).await else { return };
+        let Ok(entry) = self.machines.entry(record.vm).await else { return };
         {
             let mut e = entry.lock().await;
             let id = |r: &MachineRecord| r.migration.as_ref().map(|m| m.id);
@@ -119,10 +119,10 @@ impl LocalSite {
             }
         }
         if let Some(m) = &record.migration {
-            self.end_relay(m).await;
-            self.clear_move(m);
+            self.relays.end(m).await;
+            self.relays.clear(m);
         }
-        self.unregister(record.vm).await;
+        self.machines.unregister(record.vm).await;
     }
 
     /// Ends this site's part of a machine's move because a person wants it off, started anew or gone,
@@ -154,9 +154,9 @@ impl LocalSite {
                 moving.outcome.send_replace(Some(Err(Fault::conflict(words))));
             }
         }
-        self.clear_move(migration);
+        self.relays.clear(migration);
         // An arrival that never ran here is gone by now.
-        if let Ok(entry) = self.entry(vm).await {
+        if let Ok(entry) = self.machines.entry(vm).await {
             let mut e = entry.lock().await;
             let same = e.record.migration.as_ref().is_some_and(|m| m.id == migration.id);
             match migration.end {
@@ -175,8 +175,8 @@ impl LocalSite {
     pub(super) async fn ended_here(&self, record: &MachineRecord) -> Fault {
         self.unmark(record.vm).await;
         if let Some(m) = &record.migration {
-            self.end_relay(m).await;
-            self.clear_move(m);
+            self.relays.end(m).await;
+            self.relays.clear(m);
         }
         let why = record.reason.clone().unwrap_or_else(|| "its QEMU is gone".into());
         Fault::new(

@@ -87,7 +87,7 @@ impl LocalSite {
         vm: VmId,
         change: impl FnOnce(&mut Migration),
     ) -> Result<MachineRecord, Fault> {
-        let entry = self.entry(vm).await?;
+        let entry = self.machines.entry(vm).await?;
         let mut e = entry.lock().await;
         let Some(m) = &mut e.record.migration else {
             return Err(Fault::conflict(format!(
@@ -121,7 +121,7 @@ impl LocalSite {
     ) {
         let Some(migration) = record.migration.clone() else { return };
         let Some(machine) = machine else {
-            self.end_relay(&migration).await;
+            self.relays.end(&migration).await;
             if migration.end == End::Destination && !migration.runs {
                 warn!(vm = %record.name, "its QEMU is gone before it ran here");
                 self.undo_arrival(&record).await;
@@ -235,8 +235,8 @@ impl LocalSite {
         }
         self.unmark(record.vm).await;
         if let Some(m) = &record.migration {
-            self.end_relay(m).await;
-            self.clear_move(m);
+            self.relays.end(m).await;
+            self.relays.clear(m);
         }
     }
 
@@ -261,7 +261,7 @@ impl LocalSite {
             self.unmark(record.vm).await;
             return Ok(());
         }
-        self.end_relay(&migration).await;
+        self.relays.end(&migration).await;
         let paths = MovePaths::of(&self.dirs.run, &migration);
         paths
             .make()
@@ -276,13 +276,13 @@ impl LocalSite {
         machine.run().await.map_err(into_fault)?;
         info!(vm = %record.name, "runs on at its source");
         self.unmark(record.vm).await;
-        self.clear_move(&migration);
+        self.relays.clear(&migration);
         Ok(())
     }
 
     /// The machine that is in that migration here.
     async fn traveller(&self, id: MigrationId) -> Result<(MachineRecord, Option<Machine>), Fault> {
-        let entries: Vec<_> = self.machines.read().await.values().cloned().collect();
+        let entries: Vec<_> = self.machines.now().await.into_iter().map(|(_, e)| e).collect();
         for entry in entries {
             let e = entry.lock().await;
             if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
@@ -294,7 +294,7 @@ impl LocalSite {
 
     /// How far a migration has come here.
     pub(super) async fn move_status(&self, id: MigrationId, vm: VmId) -> Result<MoveStatus, Fault> {
-        let entry = self.entry(vm).await?;
+        let entry = self.machines.entry(vm).await?;
         let (record, machine) = {
             let e = entry.lock().await;
             (e.record.clone(), e.machine.clone())
@@ -380,7 +380,7 @@ impl LocalSite {
                 std::fs::metadata(self.dirs.vm_memory(record.vm)).map_or(0, |m| m.blocks() * 512);
             record.memory.bytes().saturating_sub(there).div_ceil(4096)
         };
-        let image = self.image_by_hash(record)?;
+        let image = self.images.of(record)?;
         if image.disk_path().is_none() || record.disk_base == DiskBase::Mid {
             return Ok((pages, Some(0)));
         }
@@ -413,7 +413,7 @@ impl LocalSite {
         vm: VmId,
         end: End,
     ) -> Result<(MachineRecord, Option<Machine>), Fault> {
-        let entry = self.entry(vm).await?;
+        let entry = self.machines.entry(vm).await?;
         let e = entry.lock().await;
         let action = match end {
             End::Source => Action::ResumeDeparture,
@@ -426,7 +426,7 @@ impl LocalSite {
     /// Ends what is left of the last attempt, and begins a new one.
     async fn next_attempt(&self, record: &MachineRecord) -> Result<MachineRecord, Fault> {
         if let Some(m) = &record.migration {
-            self.end_relay(m).await;
+            self.relays.end(m).await;
             if self.moving(m.id).is_some() {
                 let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
             }
@@ -452,7 +452,7 @@ impl LocalSite {
         }
         let record = self.next_attempt(&record).await?;
         let paths = self.move_paths(&record)?;
-        let image = self.image_by_hash(&record)?;
+        let image = self.images.of(&record)?;
         let disk = match image.disk_path() {
             Some(base) => {
                 let bytes = godwit_disk::image::check_base(&base).map_err(into_fault)?;
@@ -464,7 +464,7 @@ impl LocalSite {
         };
         let has_disk = disk.is_some();
         let part = if memory { Part::Rest } else { Part::Disk };
-        let relay = self.start_relay(&record, self.awaits(), disk, part).await?;
+        let relay = self.relays.start(&record, self.awaits(), disk, part).await?;
         let address = self.told_address(&relay).await?;
         let received: Received = get(&self.dirs.vm(vm), RECEIVED);
         let mut whole = None;
@@ -499,7 +499,7 @@ impl LocalSite {
             if filling::is_there(&dir) {
                 MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
             }
-            let base = self.image_by_hash(&record)?.disk_path();
+            let base = self.images.of(&record)?.disk_path();
             let base = base.ok_or_else(|| Fault::internal("a disk without a base"))?;
             // What QEMU still reads through the link is answered from here until the pivot.
             let chain = FrozenChain::open(&base, &[mid]).map_err(into_fault)?;
@@ -565,7 +565,7 @@ impl LocalSite {
         let record = self.next_attempt(&record).await?;
         let chain = match launch {
             Some(l) => l.disk,
-            None => self.launch(&record, &self.image_by_hash(&record)?)?.disk,
+            None => self.launcher.launch(&record, &self.images.of(&record)?)?.disk,
         };
         let disk = self.source_disk(&record, chain)?;
         let meeting = self.meets(&to)?;
@@ -575,7 +575,7 @@ impl LocalSite {
             let mut sent: Sent = get(&me.dirs.vm(vm), SENT);
             let paths = me.move_paths(&record)?;
             let part = if memory { Part::Rest } else { Part::Disk };
-            let relay = me.start_relay(&record, meeting, disk, part).await?;
+            let relay = me.relays.start(&record, meeting, disk, part).await?;
             mine.shown.send_replace(Some(relay.watch()));
             let done = match machine.as_ref().filter(|_| memory) {
                 Some(machine) => {
@@ -591,7 +591,7 @@ impl LocalSite {
                 // Nothing but the destination's word ends what the source keeps now.
                 me.keep_sent(vm, &sent).await;
                 if let Some(m) = &record.migration {
-                    me.end_relay(m).await;
+                    me.relays.end(m).await;
                 }
             }
             done.map(|()| Ended::Sent(Box::new(sent)))
@@ -620,7 +620,7 @@ impl LocalSite {
 
     /// The source removes what it kept of a machine that runs elsewhere for good.
     pub(super) async fn release(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
-        let entry = self.entry(vm).await?;
+        let entry = self.machines.entry(vm).await?;
         let (first, migration) = {
             let e = entry.lock().await;
             let state = e.state(&self.name);
@@ -632,8 +632,8 @@ impl LocalSite {
             if self.moving(m.id).is_some() {
                 let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
             }
-            self.end_relay(&m).await;
-            self.clear_move(&m);
+            self.relays.end(&m).await;
+            self.relays.clear(&m);
             self.unmark(vm).await;
         }
         self.remove(vm, generation).await
@@ -646,7 +646,7 @@ impl LocalSite {
         let why = m.given_up.clone().unwrap_or_default();
         let dir = self.dirs.vm(e.record.vm);
         let mid = dir.join(MID);
-        if keep_disk && self.image_by_hash(&e.record)?.disk_path().is_some() {
+        if keep_disk && self.images.of(&e.record)?.disk_path().is_some() {
             match MidLayer::missing(&filling::layer(&dir)) {
                 Ok((_, true)) => {}
                 Ok((left, false)) => {
@@ -677,8 +677,8 @@ impl LocalSite {
         if let Some(m) = e.machine.take() {
             m.kill().await;
         }
-        self.end_relay(&m).await;
-        self.clear_move(&m);
+        self.relays.end(&m).await;
+        self.relays.clear(&m);
         e.record.migration = None;
         if e.record.desired != DesiredState::Gone {
             e.record.save(&dir)?;

@@ -22,7 +22,7 @@ impl LocalSite {
         id: SubstrateId,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
-        let substrate = self.pool.get(id).map_err(into_fault)?;
+        let substrate = self.substrates.pool.get(id).map_err(into_fault)?;
         let record = MachineRecord {
             vm: new.vm,
             name: new.name,
@@ -41,16 +41,16 @@ impl LocalSite {
             reason: None,
             unfinished: None,
         };
-        self.give_way(record.memory, id).await;
-        self.check_room(record.memory)?;
-        let image = self.sound_disk(&record).await?;
-        let (entry, wanted) = self.register_starting(record.clone()).await?;
-        self.pool.note_clone(id, record.vm);
+        self.substrates.give_way(&self.room, record.memory, id).await;
+        self.room.check_memory(record.memory)?;
+        let image = self.substrates.sound_disk(&self.images, &record).await?;
+        let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
+        self.substrates.pool.note_clone(id, record.vm);
         match self.boot_stored_entered(&entry, &record, &image, (&call, &wanted)).await {
             Ok(()) => self.started(&entry).await,
             Err(f) => {
-                self.pool.forget_clone(record.vm);
-                self.withdraw(&entry, record.vm).await;
+                self.substrates.pool.forget_clone(record.vm);
+                self.machines.withdraw(&entry, record.vm).await;
                 Err(f)
             }
         }
