@@ -50,7 +50,7 @@ impl LocalSite {
                 Err(f) => self.adopt_damaged(vm, &f.message).await,
             }
         }
-        self.sweep_moves().await;
+        self.moves.sweep().await;
         Ok(())
     }
 

@@ -13,6 +13,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio_util::sync::CancellationToken;
 
 use super::allowed::{Action, First};
+use super::look::{life_of, status_of};
 use super::pool::mac_seed;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Unfinished};
 use super::{Entry, LocalSite};
@@ -23,7 +24,7 @@ use crate::{Call, MachineStatus, NewMachine, Origin};
 const BOOT_WITHIN: Duration = Duration::from_secs(300);
 
 /// How often a boot is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// The file that a machine writes its disk to.
 pub(super) const TOP: &str = "top.qcow2";
@@ -37,79 +38,6 @@ pub(super) fn join_error(e: tokio::task::JoinError) -> Fault {
 }
 
 impl LocalSite {
-    pub(super) async fn list_machines(&self) -> Vec<MachineStatus> {
-        let entries = self.machines.now().await;
-        // Side by side: one that answers late keeps nobody waiting for the others.
-        let looks = entries.into_iter().map(|(vm, entry)| self.look_at(vm, entry));
-        futures::future::join_all(looks).await.into_iter().flatten().collect()
-    }
-
-    /// One machine of this site.
-    pub(super) async fn machine_status(&self, vm: VmId) -> Result<MachineStatus, Fault> {
-        let entry = self.machines.entry(vm).await?;
-        self.look_at(vm, entry).await.ok_or_else(|| self.machines.not_here(vm))
-    }
-
-    /// What a machine is now; `None` for one that is gone.
-    async fn look_at(&self, vm: VmId, entry: Arc<Mutex<Entry>>) -> Option<MachineStatus> {
-        // One that is being changed answers with what is known of it without waiting.
-        let Ok(mut e) = tokio::time::timeout(LOOK_EVERY, entry.lock()).await else {
-            return self.busy_status(vm);
-        };
-        if e.record.desired == DesiredState::Gone {
-            return None;
-        }
-        if let Some(state) = e.state(&self.name).changing() {
-            return Some(status_as(&e.record, state));
-        }
-        let mut life = life_of(&e).await;
-        if life == Some(Life::Stalled) {
-            self.wake_stalled(&mut e).await;
-            life = life_of(&e).await;
-        }
-        let meant = e.record.desired;
-        let status = status_of(&self.name, &mut e, life).await;
-        if e.record.desired != meant {
-            tracing::info!(vm = %e.record.name, "its guest powered itself off");
-            let kept = e.record.save(&self.dirs.vm(vm));
-            if let Err(f) = kept.and_then(|()| remove_file(&self.dirs.vm_memory(vm))) {
-                tracing::warn!(error = %f, "what it left behind");
-            }
-        }
-        Some(status)
-    }
-
-    /// Lets a machine run on that a full disk stopped, once there is room again.
-    async fn wake_stalled(&self, e: &mut Entry) {
-        let Some(m) = &e.machine else { return };
-        if self.room.check_disk(0).is_err() {
-            let words = format!(
-                "its guest stands still: there is no room for its disk at {}",
-                self.dirs.data.display()
-            );
-            if e.record.reason.as_ref() != Some(&words) {
-                tracing::warn!(vm = %e.record.name, "{words}");
-                e.record.reason = Some(words);
-            }
-            return;
-        }
-        match m.run().await {
-            Ok(()) => {
-                tracing::info!(vm = %e.record.name, "there is room for its disk again: it runs on");
-                e.record.reason = None;
-            }
-            Err(error) => tracing::warn!(vm = %e.record.name, %error, "it does not run on"),
-        }
-    }
-
-    /// A machine that a job has at this moment, as its record has it: present, and not settled.
-    fn busy_status(&self, vm: VmId) -> Option<MachineStatus> {
-        let r = MachineRecord::load(&self.dirs.vm(vm)).ok().flatten()?;
-        let docking = matches!(r.unfinished, Some(Unfinished::Docking { .. }));
-        let state = if docking { VmState::Docking } else { VmState::Starting };
-        (r.desired != DesiredState::Gone).then(|| status_as(&r, state))
-    }
-
     pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
         self.warranted(new.vm, new.generation, &new.warrant)?;
         let image = match &new.origin {
@@ -326,29 +254,6 @@ impl LocalSite {
         e.record.generation = generation;
         self.machines.bury(&mut e).await
     }
-
-    /// The end of a machine's console log, also of one that has ended.
-    pub(super) async fn console_log(&self, vm: VmId, max: usize) -> Result<Vec<u8>, Fault> {
-        let entry = self.machines.entry(vm).await?;
-        let e = entry.lock().await;
-        let _ = e.state(&self.name).allows(Action::Log)?;
-        if let Some(m) = &e.machine {
-            return m.console_tail(max).map_err(into_fault);
-        }
-        let path = godwit_qemu::RunPaths::of(&self.dirs.vm_run(e.record.vm)).console_log;
-        tail(&path, max)
-    }
-}
-
-fn tail(path: &Path, max: usize) -> Result<Vec<u8>, Fault> {
-    use std::io::{Read, Seek, SeekFrom};
-    let fail = |e: std::io::Error| Fault::not_found(format!("reading {}: {e}", path.display()));
-    let mut file = std::fs::File::open(path).map_err(fail)?;
-    let len = file.metadata().map_err(fail)?.len();
-    file.seek(SeekFrom::Start(len.saturating_sub(max as u64))).map_err(fail)?;
-    let mut out = Vec::new();
-    file.take(max as u64).read_to_end(&mut out).map_err(fail)?;
-    Ok(out)
 }
 
 /// Bytes on the disk of what a machine has above its base image.
@@ -371,60 +276,5 @@ pub(super) fn remove_file(path: &Path) -> Result<(), Fault> {
             Err(Fault::internal(format!("removing {}: {e}", path.display())))
         }
         _ => Ok(()),
-    }
-}
-
-/// How long QEMU may take to say how it is. One whose main loop waits for a page says nothing.
-const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-
-/// In which life a machine's QEMU is, if it has one.
-async fn life_of(e: &Entry) -> Option<Life> {
-    let m = e.machine.as_ref()?;
-    // Nobody takes a source that stands still and is silent for one that runs.
-    let leaves = e.record.migration.as_ref().is_some_and(|m| m.end == End::Source);
-    let silent = if leaves { Life::Leaving } else { Life::Running };
-    match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
-        Ok(Ok(life)) => Some(life),
-        Ok(Err(_)) | Err(_) => Some(silent),
-    }
-}
-
-/// What a machine is, by QEMU's word.
-async fn status_of(site: &Name, e: &mut Entry, life: Option<Life>) -> MachineStatus {
-    if life == Some(Life::Exited)
-        && let Some(m) = e.machine.take()
-        && e.record.desired == DesiredState::Running
-    {
-        if m.has_powered_off() {
-            e.record.desired = DesiredState::Stopped;
-            e.record.reason = None;
-        } else {
-            e.record.reason = Some(m.exited().await.brief());
-        }
-    }
-    let state = e.state(site).asked(life).vm_state();
-    status_as(&e.record, state)
-}
-
-fn status_as(r: &MachineRecord, state: VmState) -> MachineStatus {
-    MachineStatus {
-        vm: r.vm,
-        name: r.name.clone(),
-        generation: r.generation,
-        warrant: r.warrant.clone(),
-        state,
-        image: r.image.clone(),
-        arch: r.arch,
-        memory: r.memory,
-        vcpus: r.vcpus,
-        reason: match (
-            state,
-            r.migration.as_ref().and_then(|m| m.given_up.as_ref()).or(r.reason.as_ref()).cloned(),
-        ) {
-            (VmState::Failed, None) => Some("QEMU is gone".into()),
-            (VmState::Failed, reason) => reason,
-            _ => None,
-        },
-        activate: None,
     }
 }

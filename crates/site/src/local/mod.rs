@@ -16,9 +16,11 @@ mod exec;
 mod filling;
 mod images;
 mod launch;
+mod look;
 mod machines;
 mod meet;
 mod moves;
+mod moving;
 mod neighbours;
 mod pool;
 mod promise;
@@ -121,13 +123,14 @@ pub struct LocalSite {
     dirs: SiteDirs,
     images: images::Images,
     launcher: launch::Launcher,
-    machines: table::Machines,
+    machines: Arc<table::Machines>,
     /// Activations that go on at once.
     turns: Arc<Semaphore>,
     room: room::Room,
     substrates: substrates::Substrates,
-    moves: moves::Moves,
-    relays: relays::Relays,
+    moves: moving::Moves,
+    relays: Arc<relays::Relays>,
+    reach: meet::Reach,
     neighbours: neighbours::Neighbours,
     trust: Trust,
     options: SiteOptions,
@@ -171,9 +174,17 @@ impl LocalSite {
         let sched = std::sync::Mutex::new(options.co_schedule.then(sched::start).flatten());
         waiting::sweep(&dirs).await;
         let promise = options.memory_promise_bytes;
-        let machines = table::Machines::open(name.clone(), dirs.clone(), pool.clone(), promise)?;
+        let machines =
+            Arc::new(table::Machines::open(name.clone(), dirs.clone(), pool.clone(), promise)?);
         let room = room::Room::new(name.clone(), dirs.clone(), pool.clone());
-        let relays = relays::Relays::new(&dirs, &trust, &options, (&confine, &groups));
+        let relays = Arc::new(relays::Relays::new(&dirs, &trust, &options, (&confine, &groups)));
+        let moves = moving::Moves::new(
+            name.clone(),
+            dirs.clone(),
+            Arc::clone(&machines),
+            Arc::clone(&relays),
+        );
+        let reach = meet::Reach::new(name.clone(), options.relay_address, options.behind_nat);
         let launcher =
             launch::Launcher::probe(name.clone(), dirs.clone(), pool.clone(), (confine, groups))
                 .await?;
@@ -186,7 +197,8 @@ impl LocalSite {
             turns: Arc::new(Semaphore::new(at_once())),
             room,
             substrates,
-            moves: moves::Moves::default(),
+            moves,
+            reach,
             relays,
             neighbours: neighbours::Neighbours::default(),
             trust,

@@ -19,7 +19,7 @@ impl LocalSite {
         let images: BTreeSet<_> =
             // Damaged ones, too: asked for one, the site says what is wrong with it.
             self.images.list().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
-        let machines = self.list_machines().await;
+        let machines = self.machines.list(&self.room).await;
         let vms = machines.iter().filter(|m| m.state == godwit_types::VmState::Running).count();
         self.substrates.pool.forget_set_aside(godwit_substrate::KEPT);
         let me = self.whole()?;

@@ -28,91 +28,21 @@ use tracing::{info, warn};
 
 use super::allowed::{Action, First};
 use super::machines::into_fault;
-use super::moves::{Ended, MID, runs};
+use super::moves::{MID, runs};
+use super::moving::{Ended, Moves, RECEIVED, RELEASE_WITHIN, SENT, measured};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
 use super::{Entry, LocalSite, filling};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
 
-/// How long QEMU may take to say how its migration stands.
-const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// How long a QEMU that was told to switch may take to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
-/// How long a source's end may take to come to its end once it is needed no more.
-const RELEASE_WITHIN: Duration = Duration::from_secs(30);
 
 /// Why a source has nothing any more that its machine could go on with.
 const RAN_ON: &str = "it has run there after it had left";
 
-/// What an end measured before a break, beside its machine's record.
-const SENT: &str = "sent.json";
-const RECEIVED: &str = "received.json";
-
-fn put<T: Serialize>(dir: &Path, name: &str, value: &T) {
-    let written = serde_json::to_vec(value)
-        .map_err(std::io::Error::from)
-        .and_then(|bytes| std::fs::write(dir.join(name), bytes));
-    if let Err(e) = written {
-        // Only a report is poorer for it.
-        warn!(dir = %dir.display(), error = %e, "what was measured is not kept");
-    }
-}
-
-fn get<T: DeserializeOwned + Default>(dir: &Path, name: &str) -> T {
-    let bytes = std::fs::read(dir.join(name)).unwrap_or_default();
-    serde_json::from_slice(&bytes).unwrap_or_default()
-}
-
-/// A migration is over: what was measured of it is in its report.
-pub(super) fn forget_measured(dir: &Path) {
-    for name in [SENT, RECEIVED] {
-        // Mostly there is none.
-        let _ = std::fs::remove_file(dir.join(name));
-    }
-}
-
 impl LocalSite {
-    pub(super) async fn keep_sent(&self, vm: VmId, sent: &Sent) {
-        put(&self.dirs.vm(vm), SENT, sent);
-    }
-
-    pub(super) async fn keep_received(&self, vm: VmId, received: &Received) {
-        put(&self.dirs.vm(vm), RECEIVED, received);
-    }
-
-    /// Changes what the record says of a machine's migration, and writes it down.
-    async fn change_migration(
-        &self,
-        vm: VmId,
-        change: impl FnOnce(&mut Migration),
-    ) -> Result<MachineRecord, Fault> {
-        let entry = self.machines.entry(vm).await?;
-        let mut e = entry.lock().await;
-        let Some(m) = &mut e.record.migration else {
-            return Err(Fault::conflict(format!(
-                "machine '{}' is in no migration at '{}'",
-                e.record.name, self.name
-            )));
-        };
-        change(m);
-        e.record.save(&self.dirs.vm(vm))?;
-        Ok(e.record.clone())
-    }
-
-    pub(super) async fn mark_run(&self, vm: VmId) {
-        if let Err(f) = self.change_migration(vm, |m| m.runs = true).await {
-            warn!(error = %f, "it was not written down that a machine runs");
-        }
-    }
-
-    /// A machine that has left has run here: its disk here is not what it left with.
-    pub(super) async fn mark_ran_on(&self, vm: VmId) {
-        if let Err(f) = self.change_migration(vm, |m| m.ran_on = true).await {
-            warn!(error = %f, "it was not written down that a machine has run on");
-        }
-    }
-
     /// After the daemon's return: takes up a machine that is in a migration.
     pub(super) async fn resume_after_restart(
         self: &Arc<Self>,
@@ -126,7 +56,7 @@ impl LocalSite {
                 warn!(vm = %record.name, "its QEMU is gone before it ran here");
                 self.undo_arrival(&record).await;
             } else {
-                self.interrupted(&record, &migration, "its QEMU is gone");
+                self.moves.interrupted(&record, &migration, "its QEMU is gone");
             }
             return;
         };
@@ -154,10 +84,10 @@ impl LocalSite {
             }
             Ok(relay) => {
                 info!(vm = %record.name, "its arrival goes on");
-                let received = get(&self.dirs.vm(record.vm), RECEIVED);
+                let received = measured(&self.dirs.vm(record.vm), RECEIVED);
                 self.spawn_arrival(record, machine, relay, received, has_run);
             }
-            Err(e) if has_run => self.interrupted(&record, &migration, &chain(&e)),
+            Err(e) if has_run => self.moves.interrupted(&record, &migration, &chain(&e)),
             Err(e) => {
                 warn!(vm = %record.name, error = %chain(&e), "its relay is gone before it ran here");
                 self.undo_arrival(&record).await;
@@ -183,7 +113,7 @@ impl LocalSite {
             .await;
         }
         if migration.runs {
-            self.hold_still(&record, &machine).await;
+            self.moves.hold_still(&record, &machine).await;
         }
         let at_home = !migration.runs && runs(Some(&machine)).await;
         match relay {
@@ -191,15 +121,15 @@ impl LocalSite {
                 // Nobody drives it any more, and nothing has left: it is given up.
                 let why = "the daemon at the source was restarted".to_owned();
                 let _ = relay.command(&RelayCommand::Abort { why }).await;
-                self.stay(&record, &machine).await;
+                self.moves.stay(&record, &machine).await;
             }
             Ok(relay) => {
                 info!(vm = %record.name, "its departure goes on");
-                let moving = self.register_move(migration.id, record.vm);
+                let moving = self.moves.register(migration.id, record.vm);
                 moving.shown.send_replace(Some(relay.watch()));
                 let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
-                Self::drive(&moving, async move {
-                    let mut sent: Sent = get(&me.dirs.vm(record.vm), SENT);
+                Moves::drive(&moving, async move {
+                    let mut sent: Sent = measured(&me.dirs.vm(record.vm), SENT);
                     let paths = MovePaths::of(&me.dirs.run, &migration);
                     let steering = mine.steering();
                     let ask = || -> Asking {
@@ -216,34 +146,15 @@ impl LocalSite {
                     me.after_leaving(&record, &machine, done, sent).await
                 });
             }
-            Err(_) if at_home => self.stay(&record, &machine).await,
-            Err(e) => self.interrupted(&record, &migration, &chain(&e)),
-        }
-    }
-
-    /// Enters a migration that goes on only over new relays.
-    fn interrupted(&self, record: &MachineRecord, migration: &Migration, why: &str) {
-        warn!(vm = %record.name, error = %why, "its relay is gone and it still needs the other end");
-        let moving = self.register_move(migration.id, record.vm);
-        let e = MoveError::Interrupted { why: why.to_owned() };
-        moving.outcome.send_replace(Some(Err(Fault::of(&e))));
-    }
-
-    async fn stay(&self, record: &MachineRecord, machine: &Machine) {
-        if let Err(e) = machine.migrate_cancel().await {
-            info!(vm = %record.name, error = %chain(&e), "no migration to cancel");
-        }
-        self.unmark(record.vm).await;
-        if let Some(m) = &record.migration {
-            self.relays.end(m).await;
-            self.relays.clear(m);
+            Err(_) if at_home => self.moves.stay(&record, &machine).await,
+            Err(e) => self.moves.interrupted(&record, &migration, &chain(&e)),
         }
     }
 
     /// Brings a machine back to this site, its source, when its destination never ran it and no
     /// relay is left that could.
     pub(super) async fn reclaim(self: &Arc<Self>, id: MigrationId) -> Result<(), Fault> {
-        let (record, machine) = self.traveller(id).await?;
+        let (record, machine) = self.moves.traveller(id).await?;
         let Some(migration) = record.migration.clone().filter(|m| m.end == End::Source) else {
             return Err(Fault::conflict("this site is not the source of that migration"));
         };
@@ -255,10 +166,10 @@ impl LocalSite {
                     record.name
                 )));
             }
-            return Err(self.ended_here(&record).await);
+            return Err(self.moves.ended_here(&record).await);
         };
         if runs(Some(&machine)).await {
-            self.unmark(record.vm).await;
+            self.moves.unmark(record.vm).await;
             return Ok(());
         }
         self.relays.end(&migration).await;
@@ -269,27 +180,15 @@ impl LocalSite {
         if let Err(e) = reclaim(&machine, &paths.qemu).await {
             if matches!(e, MoveError::Stuck | MoveError::Ended { .. }) {
                 // Nothing is left to decide: it may be started from its disk, or removed.
-                self.unmark(record.vm).await;
+                self.moves.unmark(record.vm).await;
             }
             return Err(into_fault(e));
         }
         machine.run().await.map_err(into_fault)?;
         info!(vm = %record.name, "runs on at its source");
-        self.unmark(record.vm).await;
+        self.moves.unmark(record.vm).await;
         self.relays.clear(&migration);
         Ok(())
-    }
-
-    /// The machine that is in that migration here.
-    async fn traveller(&self, id: MigrationId) -> Result<(MachineRecord, Option<Machine>), Fault> {
-        let entries: Vec<_> = self.machines.now().await.into_iter().map(|(_, e)| e).collect();
-        for entry in entries {
-            let e = entry.lock().await;
-            if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
-                return Ok((e.record.clone(), e.machine.clone()));
-            }
-        }
-        Err(self.no_such_move(id))
     }
 
     /// How far a migration has come here.
@@ -330,7 +229,7 @@ impl LocalSite {
                 (MemoryStatus::Partial, None)
             }
             None => (MemoryStatus::Gone, record.reason.clone()),
-            Some(m) => self.memory_status(m, migration.end).await,
+            Some(m) => Moves::memory_status(m, migration.end).await,
         };
         let (missing_pages, missing_blocks) = match migration.end {
             End::Source => (0, Some(0)),
@@ -339,31 +238,6 @@ impl LocalSite {
         let runs =
             migration.runs || (migration.end == End::Destination && runs(machine.as_ref()).await);
         Ok(MoveStatus { memory, missing_pages, missing_blocks, runs, over: false, why })
-    }
-
-    async fn memory_status(&self, m: &Machine, end: End) -> (MemoryStatus, Option<String>) {
-        let life = tokio::time::timeout(ANSWER_WITHIN, m.life()).await;
-        if matches!(life, Ok(Ok(Life::Exited))) {
-            let exit = m.exited().await;
-            let why = exit.signal.map_or_else(
-                || "its QEMU has ended".to_owned(),
-                |s| format!("its QEMU was ended by signal {s}"),
-            );
-            return (MemoryStatus::Gone, Some(why));
-        }
-        let status = match tokio::time::timeout(ANSWER_WITHIN, m.query_migrate()).await {
-            Ok(Ok(info)) => info.status,
-            // It waits for a page, so one is missing.
-            Ok(Err(_)) | Err(_) => MigrationStatus::PostcopyPaused,
-        };
-        match (status, end) {
-            (MigrationStatus::Completed, _) => (MemoryStatus::Whole, None),
-            (MigrationStatus::Failed | MigrationStatus::Cancelled, _) => {
-                let why = "its QEMU has ended the migration and cannot take it up again";
-                (MemoryStatus::Gone, Some(why.into()))
-            }
-            _ => (MemoryStatus::Partial, None),
-        }
     }
 
     /// Pages and blocks that a destination lacks.
@@ -388,7 +262,7 @@ impl LocalSite {
         let told = record
             .migration
             .as_ref()
-            .and_then(|m| self.moving(m.id))
+            .and_then(|m| self.moves.get(m.id))
             .and_then(|m| m.shown.borrow().as_ref().map(|s| s.borrow().counts));
         let mid = filling::layer(&self.dirs.vm(record.vm));
         let blocks = match MidLayer::missing(&mid) {
@@ -406,38 +280,6 @@ impl LocalSite {
         Ok((pages, blocks))
     }
 
-    /// The machine of a migration at this end, with its QEMU if that lives.
-    async fn at_end(
-        &self,
-        id: MigrationId,
-        vm: VmId,
-        end: End,
-    ) -> Result<(MachineRecord, Option<Machine>), Fault> {
-        let entry = self.machines.entry(vm).await?;
-        let e = entry.lock().await;
-        let action = match end {
-            End::Source => Action::ResumeDeparture,
-            End::Destination => Action::ResumeArrival,
-        };
-        let _ = e.state(&self.name).in_move(&e.record, id).allows(action)?;
-        Ok((e.record.clone(), e.machine.clone()))
-    }
-
-    /// Ends what is left of the last attempt, and begins a new one.
-    async fn next_attempt(&self, record: &MachineRecord) -> Result<MachineRecord, Fault> {
-        if let Some(m) = &record.migration {
-            self.relays.end(m).await;
-            if self.moving(m.id).is_some() {
-                let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
-            }
-        }
-        self.change_migration(record.vm, |m| {
-            m.attempt += 1;
-            m.given_up = None;
-        })
-        .await
-    }
-
     /// Starts a new relay for a machine that still needs its source: one that runs here, or one
     /// whose memory is lost and whose disk is brought.
     pub(super) async fn resume_in(
@@ -446,12 +288,12 @@ impl LocalSite {
         vm: VmId,
         memory: bool,
     ) -> Result<Incoming, Fault> {
-        let (record, machine) = self.at_end(id, vm, End::Destination).await?;
+        let (record, machine) = self.moves.at_end(id, vm, End::Destination).await?;
         if memory && machine.is_none() {
             return Err(memory_is_gone(&record));
         }
-        let record = self.next_attempt(&record).await?;
-        let paths = self.move_paths(&record)?;
+        let record = self.moves.next_attempt(&record).await?;
+        let paths = self.moves.paths(&record)?;
         let image = self.images.of(&record)?;
         let disk = match image.disk_path() {
             Some(base) => {
@@ -464,9 +306,9 @@ impl LocalSite {
         };
         let has_disk = disk.is_some();
         let part = if memory { Part::Rest } else { Part::Disk };
-        let relay = self.relays.start(&record, self.awaits(), disk, part).await?;
-        let address = self.told_address(&relay).await?;
-        let received: Received = get(&self.dirs.vm(vm), RECEIVED);
+        let relay = self.relays.start(&record, self.reach.awaits(), disk, part).await?;
+        let address = self.reach.told_address(&relay).await?;
+        let received: Received = measured(&self.dirs.vm(vm), RECEIVED);
         let mut whole = None;
         if let Some(machine) = machine {
             if has_disk {
@@ -475,7 +317,8 @@ impl LocalSite {
             if memory {
                 recover_incoming(&machine, &paths.qemu).await.map_err(into_fault)?;
                 whole = Some(machine);
-            } else if self.memory_status(&machine, End::Destination).await.0 == MemoryStatus::Whole
+            } else if Moves::memory_status(&machine, End::Destination).await.0
+                == MemoryStatus::Whole
             {
                 whole = Some(machine);
             }
@@ -489,11 +332,11 @@ impl LocalSite {
 
     /// Ends the arrival of a machine whose memory and disk are all here.
     pub(super) async fn finish_arrival(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
-        let (record, machine) = self.at_end(id, vm, End::Destination).await?;
+        let (record, machine) = self.moves.at_end(id, vm, End::Destination).await?;
         let machine = machine.ok_or_else(|| memory_is_gone(&record))?;
-        let record = self.next_attempt(&record).await?;
+        let record = self.moves.next_attempt(&record).await?;
         if let Some(layers) = self.pivot_of(&record) {
-            let paths = self.move_paths(&record)?;
+            let paths = self.moves.paths(&record)?;
             let dir = self.dirs.vm(vm);
             let mid = dir.join(MID);
             if filling::is_there(&dir) {
@@ -533,10 +376,10 @@ impl LocalSite {
         received: Received,
     ) {
         let Some(migration) = record.migration.clone() else { return };
-        let moving = self.register_move(migration.id, record.vm);
+        let moving = self.moves.register(migration.id, record.vm);
         moving.shown.send_replace(Some(relay.watch()));
         let vm = record.vm;
-        Self::drive(&moving, async move {
+        Moves::drive(&moving, async move {
             let last = relay.wait(|s| s.phase >= RelayPhase::Done).await.map_err(into_fault)?;
             if last.phase < RelayPhase::Done {
                 let why = format!("{:?}", last.end);
@@ -557,23 +400,23 @@ impl LocalSite {
         memory: bool,
         call: &Call,
     ) -> Result<Vec<u8>, Fault> {
-        let (record, machine) = self.at_end(id, vm, End::Source).await?;
+        let (record, machine) = self.moves.at_end(id, vm, End::Source).await?;
         let launch = machine.as_ref().map(Machine::launch);
         if memory && machine.is_none() {
             return Err(memory_is_gone(&record));
         }
-        let record = self.next_attempt(&record).await?;
+        let record = self.moves.next_attempt(&record).await?;
         let chain = match launch {
             Some(l) => l.disk,
             None => self.launcher.launch(&record, &self.images.of(&record)?)?.disk,
         };
         let disk = self.source_disk(&record, chain)?;
-        let meeting = self.meets(&to)?;
-        let moving = self.register_move(id, vm);
+        let meeting = self.reach.meets(&to)?;
+        let moving = self.moves.register(id, vm);
         let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
-        Self::drive(&moving, async move {
-            let mut sent: Sent = get(&me.dirs.vm(vm), SENT);
-            let paths = me.move_paths(&record)?;
+        Moves::drive(&moving, async move {
+            let mut sent: Sent = measured(&me.dirs.vm(vm), SENT);
+            let paths = me.moves.paths(&record)?;
             let part = if memory { Part::Rest } else { Part::Disk };
             let relay = me.relays.start(&record, meeting, disk, part).await?;
             mine.shown.send_replace(Some(relay.watch()));
@@ -589,14 +432,14 @@ impl LocalSite {
                 let _ = relay.command(&RelayCommand::Finish).await;
             } else {
                 // Nothing but the destination's word ends what the source keeps now.
-                me.keep_sent(vm, &sent).await;
+                me.moves.keep_sent(vm, &sent).await;
                 if let Some(m) = &record.migration {
                     me.relays.end(m).await;
                 }
             }
             done.map(|()| Ended::Sent(Box::new(sent)))
         });
-        self.follow(id, call).await
+        self.moves.follow(id, call).await
     }
 
     /// What the machine lacks here is not waited for any more. Its QEMU is left as it is.
@@ -608,6 +451,7 @@ impl LocalSite {
     ) -> Result<(), Fault> {
         let why: String = why.chars().take(1000).collect();
         let record = self
+            .moves
             .change_migration(vm, |m| {
                 if m.id == id && m.end == End::Destination {
                     m.given_up = Some(why);
@@ -629,12 +473,12 @@ impl LocalSite {
         };
         if let Some(m) = migration.filter(|_| first == First::Move) {
             // What the destination may still need stays until it needs it no more.
-            if self.moving(m.id).is_some() {
-                let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
+            if self.moves.get(m.id).is_some() {
+                let _ = tokio::time::timeout(RELEASE_WITHIN, self.moves.ended(m.id)).await;
             }
             self.relays.end(&m).await;
             self.relays.clear(&m);
-            self.unmark(vm).await;
+            self.moves.unmark(vm).await;
         }
         self.remove(vm, generation).await
     }

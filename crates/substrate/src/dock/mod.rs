@@ -38,7 +38,7 @@ use crate::manifest::Substrate;
 use crate::pool::Pool;
 use plan::Plan;
 pub(crate) use plan::next_data;
-use steps::{Docking, Unrested};
+use steps::Docking;
 
 /// How long the agent may take to answer at all before the machine counts as not dockable.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -141,23 +141,25 @@ async fn convert(
 /// Brings the guest to rest and takes its NICs out, but for one that its interface can be taken down
 /// of instead: to find a new one takes an emulated guest more than all else in an activation. Gives
 /// the port of that one.
-async fn quiesce(machine: &Machine, nics: &[Nic]) -> Result<Option<u8>, Unrested> {
+async fn quiesce(
+    machine: &Machine,
+    nics: &[Nic],
+    listens: impl FnOnce(),
+) -> Result<Option<u8>, SubstrateError> {
     let agent = machine.agent().connect("guest-exec", ANSWER_WITHIN).await;
-    let silent = |e| Unrested::Untouched(SubstrateError::AgentSilent(Box::new(e)));
-    let mut agent = agent.map_err(silent)?;
+    let mut agent = agent.map_err(|e| SubstrateError::AgentSilent(Box::new(e)))?;
+    listens();
     // A TAP offers the guest more than a user network does.
     let may_stay = match nics {
         [nic] if !matches!(nic.backend, NicBackend::Tap(_)) => Some(nic.port),
         _ => None,
     };
     let env: Vec<String> = may_stay.iter().map(|_| KEEP_CARD.to_owned()).collect();
-    let said = run_script(&mut agent, BEFORE_DOCK, &[], &env, SCRIPT_WITHIN).await;
-    let said = said.map_err(Unrested::Touched)?;
+    let said = run_script(&mut agent, BEFORE_DOCK, &[], &env, SCRIPT_WITHIN).await?;
     let inside = may_stay.filter(|_| said.lines().any(|l| l == CARD_KEPT));
     for nic in nics.iter().filter(|n| Some(n.port) != inside) {
         let unplugged = machine.unplug_nic(nic.port).await;
-        let unplugging = SubstrateError::machine("unplugging the NIC");
-        unplugged.map_err(unplugging).map_err(Unrested::Touched)?;
+        unplugged.map_err(SubstrateError::machine("unplugging the NIC"))?;
     }
     Ok(inside)
 }

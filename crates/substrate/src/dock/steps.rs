@@ -31,8 +31,12 @@ use crate::pool::Pool;
 /// What a docking does to the machine itself.
 pub(super) trait Subject: Send + Sync {
     /// Brings its guest to rest and takes its NICs off the network; gives the port of one that
-    /// stays in.
-    fn rest(&self, nics: &[Nic]) -> impl Future<Output = Result<Option<u8>, Unrested>> + Send;
+    /// stays in. `listens` is called when the guest does: before that nothing is done to it.
+    fn rest(
+        &self,
+        nics: &[Nic],
+        listens: impl FnOnce() + Send,
+    ) -> impl Future<Output = Result<Option<u8>, SubstrateError>> + Send;
 
     /// Stops it and has its devices saved; gives the RAM blocks that QEMU has not saved.
     fn save(
@@ -47,17 +51,13 @@ pub(super) trait Subject: Send + Sync {
     fn kill(&self) -> impl Future<Output = ()> + Send;
 }
 
-/// Why a guest did not come to rest.
-pub(super) enum Unrested {
-    /// It was not even asked.
-    Untouched(SubstrateError),
-    /// It may be at rest in part.
-    Touched(SubstrateError),
-}
-
 impl Subject for Machine {
-    async fn rest(&self, nics: &[Nic]) -> Result<Option<u8>, Unrested> {
-        quiesce(self, nics).await
+    async fn rest(
+        &self,
+        nics: &[Nic],
+        listens: impl FnOnce() + Send,
+    ) -> Result<Option<u8>, SubstrateError> {
+        quiesce(self, nics, listens).await
     }
 
     async fn save(&self, plan: &Plan) -> Result<Vec<BlockInUse>, SubstrateError> {
@@ -222,14 +222,12 @@ impl<M: Subject> Docking<M, Planned> {
 
     /// Brings the guest to rest; its memory is stored meanwhile, as far as that gets.
     pub(super) async fn quiesce(self) -> Result<Docking<M, Quiesced>, SubstrateError> {
-        let ahead = Ahead::start(&self.pool, &self.step.plan);
-        let rested = match self.machine.rest(&self.nics).await {
-            Err(Unrested::Untouched(why)) => {
-                drop(ahead.end().await);
-                return Err(self.undo(why).await);
-            }
-            Err(Unrested::Touched(why)) => Err(why),
-            Ok(inside) => Ok(inside),
+        let mut ahead = None;
+        let listens = || ahead = Some(Ahead::start(&self.pool, &self.step.plan));
+        let rested = self.machine.rest(&self.nics, listens).await;
+        let Some(ahead) = ahead else {
+            let why = rested.err().unwrap_or(SubstrateError::Worker("quiescing"));
+            return Err(self.undo(why).await);
         };
         let (me, Planned { plan }) = self.apart();
         let (mut me, inside) = me.at(Quiesced { plan, ahead }).or_undo(rested).await?;

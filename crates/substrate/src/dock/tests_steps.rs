@@ -1,3 +1,4 @@
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -9,6 +10,9 @@ use super::super::plan::Held;
 use super::*;
 use crate::manifest::{FORMAT, Part, Shape, Sizes};
 use crate::pool::PoolDirs;
+
+const MEMORY: Mib = Mib(32);
+const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 1]);
 
 /// What a docking asks of a machine, in order.
 type Asked = Arc<Mutex<Vec<&'static str>>>;
@@ -29,11 +33,16 @@ impl Fake {
 }
 
 impl Subject for Fake {
-    async fn rest(&self, _: &[Nic]) -> Result<Option<u8>, Unrested> {
+    async fn rest(
+        &self,
+        _: &[Nic],
+        listens: impl FnOnce() + Send,
+    ) -> Result<Option<u8>, SubstrateError> {
         if self.refuses == "listen" {
-            return Err(Unrested::Untouched(SubstrateError::Worker("listen")));
+            return Err(SubstrateError::Worker("listen"));
         }
-        self.is_asked("rest").map(|()| Some(0)).map_err(Unrested::Touched)
+        listens();
+        self.is_asked("rest").map(|()| Some(0))
     }
 
     async fn save(&self, _: &Plan) -> Result<Vec<BlockInUse>, SubstrateError> {
@@ -77,18 +86,17 @@ impl Place {
         self.dir.path().join("ram")
     }
 
-    /// A docking of a machine of 1 MiB with some pages in it, which refuses one thing.
+    /// A docking of a machine of 32 MiB with some pages in it, which refuses one thing.
     fn planned(&self, refuses: &'static str) -> Docking<Fake, Planned> {
         self.asked.lock().expect("asked").clear();
-        let mut ram = vec![0; Mib(1).bytes() as usize];
-        for (n, page) in ram.chunks_mut(PAGE_SIZE).take(40).enumerate() {
-            page[..16].fill(n as u8 + 1);
+        let ram = std::fs::File::create(self.memory()).expect("memory");
+        ram.set_len(MEMORY.bytes()).expect("sized");
+        for n in 0..40u8 {
+            ram.write_all_at(&[n + 1; 16], u64::from(n) * PAGE_SIZE as u64).expect("filled");
         }
-        std::fs::write(self.memory(), ram).expect("memory");
         let plan = plan(&self.pool, &self.memory());
         let machine = Fake { asked: Arc::clone(&self.asked), refuses, state: plan.state.clone() };
-        let mac = MacAddress([2, 0, 0, 0, 0, 1]);
-        let nics = vec![Nic { port: 0, mac, backend: NicBackend::Isolated }];
+        let nics = vec![Nic { port: 0, mac: MAC, backend: NicBackend::Isolated }];
         let how = (self.stop.clone(), Phases::start());
         Docking::planned(machine, self.pool.clone(), nics, plan, how)
     }
@@ -112,7 +120,7 @@ fn plan(pool: &Pool, memory: &Path) -> Plan {
     let file = BootFile { path: "/none".into(), hash: Hash::of(b"kernel") };
     let shape = Shape {
         arch: Arch::X86_64,
-        memory: Mib(1),
+        memory: MEMORY,
         vcpus: 1,
         display: false,
         disk: false,
@@ -143,14 +151,14 @@ fn plan(pool: &Pool, memory: &Path) -> Plan {
         shape,
         cmdline: "quiet".into(),
         machine: Manifest::of(&spec, "10.0.2"),
-        macs: Vec::new(),
+        macs: vec![(0, MAC)],
         nic_in: None,
         agent: true,
         state: unknown,
         pages: unknown,
         disk: None,
         docked_unix_ms: 1,
-        sizes: Sizes { raw_bytes: Mib(1).bytes(), ..Sizes::default() },
+        sizes: Sizes { raw_bytes: MEMORY.bytes(), ..Sizes::default() },
     };
     let dir = pool.new_dir(id);
     std::fs::create_dir_all(&dir).expect("dir");
@@ -188,7 +196,7 @@ async fn whatever_step_fails_the_machine_is_given_back_what_was_taken_from_it_on
     place.nothing_left("store");
 
     // There is no room for it.
-    let full = Place::new(PAGE_SIZE as u64);
+    let full = Place::new(1);
     let error = dock(full.planned("")).await.expect_err("full");
     assert_eq!(error.code(), Code::NoRoom, "{error}");
     assert_eq!(full.asked(), ["rest", "save", "run on"]);
