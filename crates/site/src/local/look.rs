@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_qemu::{Life, Machine};
+use godwit_qemu::Life;
 use godwit_types::{Fault, Name, VmId, VmState};
 use tokio::sync::Mutex;
 

@@ -6,16 +6,16 @@ use std::time::Duration;
 
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_image::Image;
-use godwit_qemu::{Layer, Life, MacAddress, Machine};
+use godwit_qemu::{Layer, MacAddress, Machine};
 use godwit_transfer::Warrant;
-use godwit_types::{Code, Fault, Generation, Name, VmId, VmState};
+use godwit_types::{Code, Fault, Generation, VmId};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio_util::sync::CancellationToken;
 
 use super::allowed::{Action, First};
 use super::look::{life_of, status_of};
 use super::pool::mac_seed;
-use super::record::{DesiredState, DiskBase, End, MachineRecord, Unfinished};
+use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::{Entry, LocalSite};
 use crate::Progress;
 use crate::{Call, MachineStatus, NewMachine, Origin};

@@ -9,16 +9,15 @@
 //! is in, so that a daemon that comes back finds both again ([`super::resume`]). Each end is driven
 //! by a task of its own; who asks only listens, and may come back when its link was cut.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
-    self, ArrivingDisk, Asked, Asking, DestinationFate, MoveError, Received, Sent, Steering,
-    prepare_incoming, receive,
+    self, ArrivingDisk, Asking, DestinationFate, MoveError, Received, Sent, prepare_incoming,
+    receive,
 };
 use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk, RelayPhase, RelayStatus};
 use godwit_qemu::{
@@ -27,7 +26,7 @@ use godwit_qemu::{
 use godwit_transfer::Warrant;
 use godwit_types::{Code, Fault, Generation, Hash, MigrationId, Name, VmId};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::allowed::{Action, First};
@@ -40,7 +39,7 @@ use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
 use super::{LocalSite, filling};
 use crate::Progress;
-use crate::{Call, Incoming, MachineStatus, News, UNKNOWN_GENERATION};
+use crate::{Call, Incoming, MachineStatus, News};
 
 /// How long an end may take to undo its part when it is told to.
 const UNDO_WITHIN: Duration = Duration::from_secs(40);

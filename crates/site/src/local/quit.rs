@@ -5,15 +5,14 @@ use std::time::Duration;
 
 use godwit_migrate::hybrid::{DestinationFate, MoveError, Sent};
 use godwit_qemu::Machine;
-use godwit_types::{Code, Fault, MigrationId, VmId};
+use godwit_types::Fault;
 use tracing::{info, warn};
 
+use super::LocalSite;
 use super::moves::runs;
 use super::moving::Ended;
-use super::moving::forget_measured;
 use super::record::{End, MachineRecord};
 use super::relays::MovePaths;
-use super::{Entry, LocalSite};
 
 /// How long the task of a move may take to end once its QEMU and its relay are gone.
 const FORCED_WITHIN: Duration = Duration::from_secs(10);

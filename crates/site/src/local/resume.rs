@@ -7,7 +7,6 @@
 //! [`SiteRequest::MigrateStatus`]: crate::SiteRequest::MigrateStatus
 
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,10 +18,8 @@ use godwit_migrate::hybrid::{
     recover_outgoing,
 };
 use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase};
-use godwit_qemu::{Life, Machine, MigrationStatus};
+use godwit_qemu::Machine;
 use godwit_types::{Fault, Generation, MigrationId, VmId, chain};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
