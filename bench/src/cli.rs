@@ -37,6 +37,8 @@ enum What {
     IdleMoves(IdleMovesArgs),
     /// Activate many machines of one substrate at once.
     Burst(BurstArgs),
+    /// Fill a pool with substrates that differ, and activate each again.
+    PoolFill(PoolFillArgs),
     /// Co-scheduling of sibling vCPUs: the dissertation's tables and figures in the simulator, and
     /// on real kernels where asked.
     Sched(SchedArgs),
@@ -248,6 +250,37 @@ struct BurstArgs {
 }
 
 #[derive(Debug, Args)]
+struct PoolFillArgs {
+    /// What the pool's packs are to hold, in GB (10^9 bytes).
+    #[arg(long, default_value_t = 8.0)]
+    packs_gb: f64,
+    /// Memory for substrates that no machine runs from, in MiB of tmpfs.
+    #[arg(long, default_value_t = 1024)]
+    memory_budget: u64,
+    /// Noise that each has in its memory and nobody else, in MiB.
+    #[arg(long, default_value_t = 16)]
+    own_mib: u32,
+    /// Begin no substrate after so many minutes.
+    #[arg(long, default_value_t = 120)]
+    minutes: u64,
+    /// Activate so many: the first, the last, and others by chance [default: all]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..))]
+    sample: Option<u32>,
+    /// Substrates made, and activated, side by side.
+    #[arg(long, default_value_t = 2)]
+    side_by_side: usize,
+    /// Guest image; built already.
+    #[arg(long, default_value = "tiny")]
+    guest: Name,
+    /// Directory for results.json and the report; made if need be.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// The godwit program [default: beside this one].
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 struct SpecArgs {
     /// The figures; changed when something is taken.
     #[arg(default_value = "docs/figures.json", value_name = "FILE")]
@@ -308,6 +341,28 @@ impl IdleMovesArgs {
             Ok(())
         })?;
         anyhow::ensure!(bad == 0, "{bad} of {} moves hung or failed", trial.count);
+        Ok(())
+    }
+}
+
+impl PoolFillArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let trial = suites::trials::PoolFill {
+            packs_bytes: (self.packs_gb * 1e9) as u64,
+            own_mib: self.own_mib,
+            budget_bytes: self.memory_budget << 20,
+            fill_within: Duration::from_secs(self.minutes * 60),
+            activate: self.sample.map(|n| n as usize),
+            side_by_side: self.side_by_side,
+            guest: self.guest,
+            program: program_or_beside(self.program)?,
+        };
+        let mut failed = 0;
+        suite("pool-fill", false, &self.out, async |r| {
+            failed = suites::trials::pool_fill(&trial, r).await?;
+            Ok(())
+        })?;
+        anyhow::ensure!(failed == 0, "{failed} substrates were not made or not activated");
         Ok(())
     }
 }
@@ -393,6 +448,7 @@ pub(crate) fn main() -> ExitCode {
         What::Spec(args) => args.run(),
         What::IdleMoves(args) => args.run(),
         What::Burst(args) => args.run(),
+        What::PoolFill(args) => args.run(),
         What::Sched(args) => {
             suite("sched", args.run.quick, &args.run.out, async |r| args.measure(r))
         }

@@ -4,7 +4,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use crate::cloud::{Cloud, Daemon, Running};
-use crate::run::within;
+use godwit_testkit::within;
 
 impl Cloud {
     /// Starts an AP called `site` beside the usual one, on the same side of the link, and lets it

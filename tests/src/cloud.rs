@@ -8,14 +8,14 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use godwit_bench::link::{Link, LinkHandle, LinkSpec, Side};
+use godwit_testkit::{MemoryOf, Tmpfs, images, lock, process, turn, within};
 use serde_json::Value;
 
 use crate::api::Api;
+use crate::archive;
 use crate::guest::Guest;
-use crate::run::{Answer, Followed, run, within};
+use crate::run::{Answer, Followed, run};
 use crate::setup::{Setup, Use};
-use crate::tmpfs::Tmpfs;
-use crate::{archive, process};
 
 /// How long a daemon may take to be ready on a busy machine: it probes accelerators.
 const READY_WITHIN: Duration = Duration::from_secs(120);
@@ -53,6 +53,8 @@ pub struct Cloud {
     program: PathBuf,
     /// Daemons that are of another build.
     others: Vec<(Daemon, PathBuf)>,
+    // Unmounted before, where that is a file system of its own.
+    memory: MemoryOf,
     root: tempfile::TempDir,
     link: u16,
     center: Option<Child>,
@@ -108,7 +110,7 @@ impl Cloud {
     fn bare(setup: Setup) -> Self {
         let program = program();
         image();
-        let turn = archive::turn();
+        let turn = turn();
         Self::in_turn(setup, program, Some(turn))
     }
 
@@ -128,6 +130,7 @@ impl Cloud {
             co_scheduling: setup.co_scheduling,
             program,
             others: setup.others,
+            memory: MemoryOf::root(root.path()),
             root,
             link,
             center: None,
@@ -139,7 +142,7 @@ impl Cloud {
         for (at, what, mib) in setup.mounts {
             let path = match what {
                 Use::Disk => cloud.site_dir(at).join("data"),
-                Use::Ram => cloud.memory_root().join(at.site()),
+                Use::Ram => cloud.memory.path().join(at.site()),
             };
             cloud.mounts.push((at, what, Tmpfs::mount(&path, mib)));
         }
@@ -540,7 +543,7 @@ impl Cloud {
     #[must_use]
     pub fn substrate_archive(&self) -> PathBuf {
         let path = archive::path(&self.program, &image());
-        let _one = archive::lock("archive");
+        let _one = lock("archive");
         if !path.exists() {
             archive::forget_others(&path);
             // In a cloud of its own: nothing that this one measures depends on who comes first.
@@ -638,18 +641,13 @@ impl Cloud {
     #[must_use]
     pub fn vm_memory(&self, vm: &Value, at: Daemon) -> PathBuf {
         let id = vm["id"].as_str().expect("an id").replace('-', "");
-        self.memory_root().join(at.site()).join(id)
+        self.memory.path().join(at.site()).join(id)
     }
 
     /// Where a site keeps the memory of its machines.
     #[must_use]
     pub fn memory_dir(&self, at: Daemon) -> PathBuf {
-        self.memory_root().join(at.site())
-    }
-
-    fn memory_root(&self) -> PathBuf {
-        let of = godwit_types::Hash::of(self.root.path().as_os_str().as_encoded_bytes());
-        PathBuf::from(format!("/dev/shm/godwit-{}", of.short()))
+        self.memory.path().join(at.site())
     }
 
     /// The one operation on `vm` that goes on.
@@ -669,7 +667,7 @@ impl Drop for Cloud {
             let _ = child.wait();
         }
         let root = self.root.path().to_str().expect("a path").to_owned();
-        let memory = self.memory_root();
+        let memory = self.memory.path().to_owned();
         let mine = || {
             let shm = memory.to_str().expect("a path");
             process::with_word(|w| w.contains(&root) || w.contains(shm))
@@ -686,7 +684,6 @@ impl Drop for Cloud {
             std::thread::sleep(Duration::from_millis(20));
         }
         self.mounts.clear();
-        let _ = std::fs::remove_dir_all(&memory);
         if std::thread::panicking() {
             for which in [Daemon::Center, Daemon::Ap] {
                 let text = tail(&self.log(which));
@@ -764,17 +761,6 @@ fn program() -> PathBuf {
         path.display()
     );
     path
-}
-
-fn images() -> PathBuf {
-    std::env::var_os("GODWIT_IMAGES")
-        .map_or_else(|| PathBuf::from("/var/cache/godwit/images"), PathBuf::from)
-}
-
-/// Whether an image has been built; only `tiny` always is.
-#[must_use]
-pub fn has_image(name: &str) -> bool {
-    images().join(name).exists()
 }
 
 /// The directory of the image `tiny`.

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use godwit_testkit::within;
 use serde_json::Value;
 
 use crate::cloud::Cloud;
-use crate::run::within;
 
 /// Where the witness appends its lines: on the guest's disk.
 const LINES: &str = "/data/lines";

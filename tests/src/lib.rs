@@ -11,19 +11,15 @@
 mod another;
 mod api;
 mod archive;
-mod bits;
 mod cloud;
 mod guest;
-mod process;
 mod run;
 mod setup;
-mod tmpfs;
 
 pub use api::{Api, Body, Reply};
-pub use bits::flip;
-pub use cloud::{Cloud, Daemon, Fed, Running, Unwanted, free_port, has_image};
+pub use cloud::{Cloud, Daemon, Fed, Running, Unwanted, free_port};
+pub use godwit_testkit::process::{exists, kill, pause, resume};
+pub use godwit_testkit::{Tmpfs, flip, has_image, within};
 pub use guest::{Guest, Identity};
-pub use process::{exists, kill, pause, resume};
-pub use run::{Answer, Followed, within};
+pub use run::{Answer, Followed};
 pub use setup::{Setup, Use};
-pub use tmpfs::Tmpfs;

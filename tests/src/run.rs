@@ -5,28 +5,11 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use godwit_testkit::within;
 use serde_json::Value;
-
-/// The pause between two looks at a state that sends no event.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// How long one command may take.
 const COMMAND_WITHIN: Duration = Duration::from_secs(240);
-
-/// Looks at a state until it is there.
-///
-/// # Panics
-/// When it is not there `within` the time; `what` says what was waited for.
-pub fn within<T>(within: Duration, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
-    loop {
-        if let Some(t) = look() {
-            return t;
-        }
-        assert!(begun.elapsed() < within, "waited {within:?} for {what}");
-        std::thread::sleep(LOOK_EVERY);
-    }
-}
 
 /// How a command ended and what it said.
 #[derive(Debug, Clone)]

@@ -41,10 +41,17 @@ fn every_form_of_answer_and_each_refusal_is_clear() {
     assert!(cloud.refused(&["vm", "exec", "a", "nothere"], 5).contains("nothere"));
 
     // This guest shows nothing.
-    for verb in [&["vm", "screenshot", "a"][..], &["vm", "type", "a", "x"], &["vm", "view", "a"]] {
+    let typed = "my-passphrase-7345";
+    for verb in [&["vm", "screenshot", "a"][..], &["vm", "type", "a", typed], &["vm", "view", "a"]]
+    {
         let words = cloud.refused(verb, 5);
         assert!(words.contains("'a' has no display") && words.contains("hint: "), "{words}");
     }
+    // What was typed is in no log.
+    let log = cloud.run(&["audit", "list", "--limit", "20"]).stdout;
+    assert!(log.contains("vm type") && !log.contains(typed), "{log}");
+    let said = cloud.said(Daemon::Center);
+    assert!(said.contains("center ready") && !said.contains(typed), "{said}");
 
     // Operations.
     let first = cloud.ok(&["op", "list"])[0]["id"].as_str().unwrap().to_owned();

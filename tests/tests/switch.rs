@@ -14,6 +14,14 @@ const END_WITHIN: Duration = Duration::from_secs(60);
 const STOPPED: &str = "relay.stopped";
 /// It has come, and nothing of it has left.
 const PACKAGED: &str = "relay.packaged";
+/// QEMU has been told to switch, and does not until its relay lets it.
+const KEEPING: &str = "move.keeping";
+/// The machine is about to run at its destination, and nothing says so yet.
+const PONG: &str = "relay.pong";
+/// The destination's relay has written down that it runs there, and has told nobody.
+const WRITTEN: &str = "relay.written";
+/// The source knows that it runs there, and the destination's daemon has not written it down.
+const TOLD: &str = "move.ran";
 /// The machine may run at its destination, and the source does not know it.
 const COMMITTED: &str = "relay.committed";
 
@@ -143,7 +151,9 @@ impl Story {
     fn harmed(&mut self, from: Daemon, step: &str, victim: Victim) {
         self.go(from);
         let name = self.name();
-        let written = (matches!(victim, Victim::FarQemu | Victim::FarHost) && step == COMMITTED)
+        // Whether the only copy of the machine's memory is at its destination.
+        let beyond = [WRITTEN, TOLD, COMMITTED].contains(&step);
+        let written = (matches!(victim, Victim::FarQemu | Victim::FarHost) && beyond)
             .then(|| self.write_much());
         let before = self.cloud.vm(&name);
         self.cloud.hold(step);
@@ -163,33 +173,40 @@ impl Story {
             let o = all.as_array()?.iter().find(|o| o["id"] == *op)?.clone();
             (!["running", "cancelling"].contains(&o["state"].as_str()?)).then_some(o)
         });
+        let took = since.elapsed();
         let vm = self.cloud.vm(&name);
         eprintln!(
-            "{what}: {} at {} after {:?} ({})",
-            vm["state"],
-            vm["site"],
-            since.elapsed(),
-            end["error"]["message"]
+            "{what}: {} at {} after {took:?} ({})",
+            vm["state"], vm["site"], end["error"]["message"]
         );
         match victim {
             Victim::Qemu if step != COMMITTED => self.ended_with_its_qemu(&end, KILLED, None),
             // All of its memory may have come before.
             Victim::Qemu if end["state"] != "done" => self.ended_with_its_qemu(&end, KILLED, None),
-            // It was about to run there, or did already.
-            Victim::FarHost if step == COMMITTED && end["error"]["code"] == "damaged" => {
+            Victim::FarHost if beyond => {
                 self.ended_with_its_qemu(&end, "its QEMU is gone", written.as_deref());
             }
             Victim::FarHost => self.runs_on(&end),
-            Victim::FarQemu if step == COMMITTED => {
+            Victim::FarQemu if beyond => {
                 self.ended_with_its_qemu(&end, KILLED, written.as_deref());
             }
             _ => {
                 // Beyond the commit point nothing leads back.
-                if step == COMMITTED {
+                if beyond {
                     assert_eq!(end["state"], "done", "{what}: {end}");
+                }
+                // And nothing leads there before it.
+                if step == PONG {
+                    assert_eq!(end["state"], "failed", "{what}: {end}");
                 }
                 self.runs_on(&end);
             }
+        }
+        if step == KEEPING {
+            // Nobody waits for what cannot come, and it is said where the machine is.
+            let words = end["error"]["message"].as_str().unwrap_or_default();
+            assert!(words.contains("before the machine left its source"), "{what}: {end}");
+            assert!(took < Duration::from_secs(15), "{what}: {took:?}");
         }
     }
 
@@ -274,7 +291,18 @@ const EACH: [(Daemon, Victim); 8] = [
 
 #[test]
 fn one_machine_is_left_whatever_is_killed_while_a_busy_one_is_handed_over() {
-    one_machine_is_left(Guest::AtWork, &[(STOPPED, &EACH), (PACKAGED, &EACH), (COMMITTED, &EACH)]);
+    // Whatever the daemon there has come to write down, its relay's word counts.
+    let at_the_point = [(Daemon::Center, Victim::FarHost), (Daemon::Center, Victim::FarRelay)];
+    let told = [(Daemon::Center, Victim::FarHost)];
+    let steps: [(&str, &[(Daemon, Victim)]); 6] = [
+        (STOPPED, &EACH),
+        (PACKAGED, &EACH),
+        (PONG, &at_the_point),
+        (WRITTEN, &at_the_point),
+        (TOLD, &told),
+        (COMMITTED, &EACH),
+    ];
+    one_machine_is_left(Guest::AtWork, &steps);
 }
 
 #[test]
@@ -286,6 +314,11 @@ fn one_machine_is_left_whatever_is_killed_while_an_idle_one_is_handed_over() {
     ];
     one_machine_is_left(
         Guest::Idle,
-        &[(STOPPED, &EACH[..2]), (PACKAGED, &EACH[..6]), (COMMITTED, &beyond)],
+        &[
+            (KEEPING, &[(Daemon::Center, Victim::Relay)]),
+            (STOPPED, &EACH[..2]),
+            (PACKAGED, &EACH[..6]),
+            (COMMITTED, &beyond),
+        ],
     );
 }

@@ -46,6 +46,16 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) async fn start(program: &Path, between: Between) -> anyhow::Result<Self> {
+        Self::with(program, between, &[]).await
+    }
+
+    /// As [`World::start`], with more words on the center's command line.
+    pub(crate) async fn with(
+        program: &Path,
+        between: Between,
+        center: &[&str],
+    ) -> anyhow::Result<Self> {
+        let words = center;
         let link = match between {
             Between::Link { rate_mbit, delay_ms } => {
                 let name = Name::new(&format!("demo-{}", std::process::id()));
@@ -80,6 +90,7 @@ impl World {
         let mut first = command(Side::A);
         first.args(["center", "--name", CENTER, "--api", &api]);
         first.args(["--link", &here, "--config"]).arg(&config);
+        first.args(words);
         let center = daemon(first, CENTER, root.path(), ram.path())?;
         let mut second = command(Side::B);
         let world =
@@ -197,6 +208,11 @@ impl World {
     /// Where a site has the sockets and logs of its machines.
     pub(crate) fn run_dir(&self, site: &str) -> PathBuf {
         self.root.path().join(site).join("run")
+    }
+
+    /// Where a site has the memory of its machines.
+    pub(crate) fn memory_dir(&self, site: &str) -> PathBuf {
+        self.ram.path().join(site)
     }
 
     /// Where both sites have those of their machines.

@@ -1,15 +1,12 @@
 //! The command against a center of its own, in directories of its own.
 #![allow(clippy::unwrap_used)]
 
-#[path = "../../qemu/tests/support/leftover.rs"]
-mod leftover;
-
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use leftover::EndsGuests;
+use godwit_testkit::{EndsGuests, MemoryOf};
 use serde_json::Value;
 
 /// How long a center may take to be ready on a busy machine: it probes accelerators.
@@ -36,6 +33,7 @@ struct Center {
     child: Child,
     /// Machines outlive their daemon.
     _guests: EndsGuests,
+    _memory: MemoryOf,
     dir: tempfile::TempDir,
 }
 
@@ -81,7 +79,8 @@ impl Center {
         loop {
             if let Ok(n) = told.recv(&mut word) {
                 assert_eq!(&word[..n], b"READY=1");
-                return Self { child, _guests: EndsGuests::of(dir.path()), dir };
+                let _memory = MemoryOf::root(&dir.path().join("r"));
+                return Self { child, _guests: EndsGuests::of(dir.path()), _memory, dir };
             }
             let ended = child.try_wait().expect("wait");
             if ended.is_some() || begun.elapsed() > READY_WITHIN {

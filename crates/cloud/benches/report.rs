@@ -64,6 +64,7 @@ fn record(i: usize, site: &Name) -> VmRecord {
         arch: Arch::X86_64,
         memory: Mib(128),
         vcpus: 1,
+        disk_bytes: None,
         created: UnixMs::now(),
         changed: UnixMs::now(),
         moving_to: None,

@@ -30,7 +30,10 @@ use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
 use crate::access::Principal;
-use crate::registry::{OpRecord, Registry, RegistryError, Step, StepState, VmRecord};
+use crate::registry::{
+    OpRecord, Registry, RegistryError, Step, StepKind, StepName, StepState, VmRecord,
+    registry_fault,
+};
 
 /// What an operation does, with what is needed to take it up again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -431,7 +434,7 @@ impl Ops {
             }
             return Ok(());
         }
-        let op = self.registry.op(id).map_err(crate::controller::registry_fault)?;
+        let op = self.registry.op(id).map_err(registry_fault)?;
         Err(Fault::conflict(format!("operation {id} is {} already", op.state)))
     }
 }
@@ -490,7 +493,7 @@ impl OpHandle {
     ///
     /// # Errors
     /// When the registry fails; then the step must not be taken.
-    pub fn begin(&self, step: &str, data: Value) -> Result<(), Fault> {
+    pub fn begin(&self, step: StepKind) -> Result<(), Fault> {
         self.journal(|j| {
             // A step that was taken again and again says no more than its last times.
             if j.len() >= MAX_STEPS
@@ -498,7 +501,7 @@ impl OpHandle {
             {
                 j.remove(old);
             }
-            j.push(Step { name: step.to_owned(), state: StepState::Begun, data });
+            j.push(Step { what: step, state: StepState::Begun });
         })
     }
 
@@ -506,7 +509,7 @@ impl OpHandle {
     ///
     /// # Errors
     /// When the registry fails.
-    pub fn done(&self, step: &str) -> Result<(), Fault> {
+    pub fn done(&self, step: StepName) -> Result<(), Fault> {
         self.mark(step, StepState::Done)
     }
 
@@ -514,13 +517,13 @@ impl OpHandle {
     ///
     /// # Errors
     /// When the registry fails.
-    pub fn undone(&self, step: &str) -> Result<(), Fault> {
+    pub fn undone(&self, step: StepName) -> Result<(), Fault> {
         self.mark(step, StepState::Undone)
     }
 
-    fn mark(&self, step: &str, state: StepState) -> Result<(), Fault> {
+    fn mark(&self, step: StepName, state: StepState) -> Result<(), Fault> {
         self.journal(|j| {
-            if let Some(s) = j.iter_mut().rev().find(|s| s.name == step) {
+            if let Some(s) = j.iter_mut().rev().find(|s| s.what.name() == Some(step)) {
                 s.state = state;
             }
         })
@@ -535,7 +538,7 @@ impl OpHandle {
             l.view.send_modify(|o| change(&mut o.journal));
             l.view.borrow().clone()
         };
-        self.ops.registry.op_put(&record).map_err(crate::controller::registry_fault)
+        self.ops.registry.op_put(&record).map_err(registry_fault)
     }
 
     fn end(&self, outcome: Result<Value, Fault>) {
@@ -671,9 +674,10 @@ mod tests {
         let (at, reached) = tokio::sync::oneshot::channel::<()>();
         let id = first
             .start(&Principal::operator(), kind(), |h| async move {
-                h.begin("lay", json!({"file": "a"}))?;
-                h.done("lay")?;
-                h.begin("tie", json!(7))?;
+                let site = Name::new("center").expect("name");
+                h.begin(StepKind::Rebuild { site: site.clone() })?;
+                h.done(StepName::Rebuild)?;
+                h.begin(StepKind::Delete { site })?;
                 at.send(()).ok();
                 std::future::pending::<()>().await;
                 Ok(Value::Null)
@@ -685,10 +689,16 @@ mod tests {
         let second = Ops::new(reg);
         let left = second.abandoned().expect("list");
         assert_eq!(left.len(), 1);
-        let states: Vec<_> = left[0].journal.iter().map(|s| (s.name.as_str(), s.state)).collect();
-        assert_eq!(states, [("lay", StepState::Done), ("tie", StepState::Begun)]);
+        let states: Vec<_> = left[0].journal.iter().map(|s| (s.what.name(), s.state)).collect();
+        assert_eq!(
+            states,
+            [
+                (Some(StepName::Rebuild), StepState::Done),
+                (Some(StepName::Delete), StepState::Begun)
+            ]
+        );
         second.resume(left[0].clone(), |h| async move {
-            h.undone("tie")?;
+            h.undone(StepName::Delete)?;
             Err(Fault::unavailable("the daemon was restarted"))
         });
         let end = second.wait(id).await.expect("ends");

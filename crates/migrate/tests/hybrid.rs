@@ -1,13 +1,15 @@
 //! Scheme `hybrid` from QEMU to QEMU, through two relays and a QUIC link on this machine.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
 
-mod support;
+use std::fs::File;
 
 use godwit_migrate::hybrid::{
-    Asking, DestinationFate, Received, Sent, Steering, prepare_incoming, receive, report, send,
+    Asking, Committed, DestinationFate, MoveError, Received, Sent, Steering, prepare_incoming,
+    receive, report, send,
 };
+use godwit_migrate::relay::{NOT_COMMITTED, RelayPhase, says_committed};
 use godwit_qemu::Life;
-use support::{LONG, Place, Relay, sh, start, up};
+use godwit_testkit::{LONG, Relay, Sites, give, sh, start, up};
 use tokio_util::sync::CancellationToken;
 
 fn dead() -> Asking {
@@ -30,15 +32,70 @@ async fn witness(machine: &godwit_qemu::Machine) {
     .await;
 }
 
+/// A move to a site that cannot write down that the machine runs there.
+async fn is_taken_back_from_a_full_disk(place: &Sites, source: &godwit_qemu::Machine) {
+    let mut config = place.destination_config(false);
+    give(&mut config, File::options().write(true).open("/dev/full").unwrap());
+    let socket = config.qemu.clone();
+    let there = Relay::start(config).await;
+    let address = there.listening().await;
+    let target = start(place.target()).await;
+    prepare_incoming(&target, &socket).await.unwrap();
+    let here_config = place.source_config(address, false);
+    let here = Relay::start(here_config.clone()).await;
+
+    let (_never, lost) = tokio::sync::watch::channel(None);
+    let steering = Steering { cancel: CancellationToken::new(), lost };
+    let (mut sent, mut received) = (Sent::default(), Received::default());
+    let ended = tokio::sync::watch::Sender::new(false);
+    // The destination's word is there once it has ended its QEMU.
+    let fenced = || -> Asking {
+        let mut ended = ended.subscribe();
+        Box::pin(async move {
+            ended.wait_for(|e| *e).await.unwrap();
+            DestinationFate::Dead
+        })
+    };
+    let sending = send(source, &here.client, &here_config.qemu, &mut sent, &steering, fenced);
+    let committed = || -> Committed { panic!("the relay has said what became of it") };
+    let disk = Some(place.pivot());
+    let receiving = async {
+        let r = receive(&target, &there.client, disk, &mut received, false, Some(&committed)).await;
+        ended.send_replace(true);
+        r
+    };
+    let both = async { tokio::join!(sending, receiving) };
+    let (left, arrived) = tokio::time::timeout(LONG, both).await.unwrap();
+    let why = match arrived {
+        Err(MoveError::Cancelled { why }) => why,
+        other => panic!("{other:?}"),
+    };
+    assert!(why.contains("No space left"), "{why}");
+    assert!(matches!(left, Err(MoveError::Reclaimed { .. })), "{left:?}");
+    let status = there.finish().await;
+    assert!(!status.committed && status.phase < RelayPhase::Committed, "{status:?}");
+    here.finish().await;
+    assert_eq!(target.life().await.unwrap(), Life::Exited, "it ran there, and nobody was told");
+    assert_eq!(source.life().await.unwrap(), Life::Running);
+    for left in ["mid.qcow2", "target.qcow2"] {
+        std::fs::remove_file(place.path(left)).unwrap();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_machine_moves_with_memory_and_disk_while_it_works() {
-    let place = Place::new();
+    let place = Sites::new();
     let source = start(place.source()).await;
     up(&source).await;
     witness(&source).await;
     let sum = sh(&source, "md5sum < /data/ballast").await;
+    is_taken_back_from_a_full_disk(&place, &source).await;
 
-    let there = Relay::start(place.destination_config(false)).await;
+    let word = place.path("ran");
+    std::fs::write(&word, NOT_COMMITTED).unwrap();
+    let mut config = place.destination_config(false);
+    give(&mut config, File::options().write(true).open(&word).unwrap());
+    let there = Relay::start(config).await;
     let address = there.listening().await;
     let target = start(place.target()).await;
     prepare_incoming(&target, &place.destination_config(false).qemu).await.unwrap();
@@ -49,7 +106,9 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     let steering = Steering { cancel: CancellationToken::new(), lost };
     let (mut sent, mut received) = (Sent::default(), Received::default());
     let sending = send(&source, &here.client, &here_config.qemu, &mut sent, &steering, dead);
-    let receiving = receive(&target, &there.client, Some(place.pivot()), &mut received, false);
+    let committed = || -> Committed { panic!("nothing is lost") };
+    let disk = Some(place.pivot());
+    let receiving = receive(&target, &there.client, disk, &mut received, false, Some(&committed));
     let both = async { tokio::join!(sending, receiving) };
     let (left, arrived) = tokio::time::timeout(LONG, both).await.unwrap_or_else(|_| {
         panic!("stuck: {:?} {:?}", here.client.status(), there.client.status())
@@ -57,6 +116,7 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     left.unwrap();
     arrived.unwrap();
     assert_eq!(source.life().await.unwrap(), Life::PostMigrate);
+    assert!(says_committed(&std::fs::read(&word).unwrap()));
     here.finish().await;
     there.finish().await;
     source.kill().await;

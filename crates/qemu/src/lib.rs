@@ -58,7 +58,7 @@ pub use keys::{Key, KeyStroke, UnknownCharacter, strokes};
 pub use launch::{Binaries, Launch, MACHINE_VARIABLE, MemorySource, Start, VmGenId};
 pub use machine::{
     Action, BlockInUse, BlockStats, Capability, Life, Machine, MigrationInfo, MigrationStatus,
-    Parameters, RAM_BLOCK, Refused, RunPaths, Screenshot,
+    Parameters, RAM_BLOCK, Refused, RunPaths, Screenshot, bound_log,
 };
 pub use manifest::{Manifest, ManifestMismatch, versions_fit};
 pub use memory::{MemoryFile, MemoryReader};

@@ -1,12 +1,10 @@
 //! Programs in a real guest, by its agent.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
 
-mod support;
-
 use std::time::{Duration, Instant};
 
 use godwit_qemu::{AgentError, ExecOutput, GuestCommand};
-use support::{LONG, Place, sh, tiny, up};
+use godwit_testkit::{LONG, Place, sh, tiny, up};
 
 /// Bytes that are no text and no two pages of which are alike.
 fn noise(len: usize) -> Vec<u8> {

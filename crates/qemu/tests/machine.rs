@@ -1,16 +1,14 @@
 //! Machines on a real QEMU: boot, dock, clone, adopt, plug, pivot.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
 
-mod support;
-
 use std::time::Instant;
 
 use godwit_qemu::{
     Accel, DiskLayer, Key, Launch, Layer, Life, Machine, Manifest, MemorySource, Nic, NicBackend,
     Node, QemuError, accel,
 };
+use godwit_testkit::{LONG, Place, RESEEDED, guest, incoming, serve, sh, tiny, up};
 use godwit_types::{Arch, Code, CodedError, Mib};
-use support::{LONG, Place, RESEEDED, guest, incoming, serve, sh, tiny, up};
 
 #[tokio::test]
 async fn a_machine_boots_obeys_its_life_cycle_and_ends() {

@@ -1,8 +1,6 @@
 //! Migration from QEMU to QEMU over a unix socket.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
 
-mod support;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -10,8 +8,8 @@ use godwit_qemu::{
     Capability, DiskChain, DiskLayer, Launch, Layer, Life, Machine, MemorySource, MigrationStatus,
     Node, Parameters, VmGenId,
 };
+use godwit_testkit::{LONG, Place, RESEEDED, incoming, serve, sh, tiny, up};
 use serde_json::json;
-use support::{LONG, Place, RESEEDED, incoming, serve, sh, tiny, up};
 
 /// A running guest and the machine that waits for it. Both open the same cow image: QEMU hands its
 /// locks over.

@@ -4,12 +4,10 @@
 //! `scripts/qemu SUITE`; a test whose QEMU is not there says so and passes.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
 
-mod support;
-
 use std::path::PathBuf;
 
 use godwit_qemu::{Binaries, DiskLayer, Launch, Layer, Manifest, MemorySource, Node};
-use support::{Place, incoming, sh, tiny, up};
+use godwit_testkit::{Place, incoming, sh, tiny, up};
 
 /// The QEMU of another suite.
 fn other(suite: &str) -> Option<Binaries> {

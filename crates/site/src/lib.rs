@@ -47,9 +47,12 @@ pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
     MachineStatus, MemoryStatus, MoveStatus, NewMachine, News, Origin, PoolReport, Progress,
-    SiteEvent, SiteReport, StreamRequest, SubstrateInfo, UNKNOWN_GENERATION, Upload,
+    SiteEvent, SiteReport, StreamRequest, SubstrateInfo, TakeAmong, UNKNOWN_GENERATION, Upload,
 };
 pub use verbs::{Asking, Request, SiteReply, SiteRequest};
+
+/// The first version of the protocol whose sites generalise the machine of what they dock as public.
+pub const GENERALISES: u16 = 3;
 
 /// What a list of machines says, in one hash: while it is the same, nobody need ask for the list.
 #[must_use]

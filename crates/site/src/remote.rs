@@ -196,6 +196,7 @@ impl SiteHost for RemoteSite {
             StreamRequest::SubstrateExport { .. }
             | StreamRequest::SubstrateSupply { .. }
             | StreamRequest::SubstrateTake { .. }
+            | StreamRequest::SubstrateTakeAmong(_)
             | StreamRequest::SubstrateUpload(_)
             | StreamRequest::SubstrateImport { .. } => Priority::Background,
         };

@@ -352,6 +352,20 @@ pub enum StreamRequest {
     },
     /// As [`StreamRequest::SubstrateImport`], of a file that a user brings: a substrate of its own.
     SubstrateUpload(Upload),
+    /// As [`StreamRequest::SubstrateTake`]; units that the substrate names are taken from those of
+    /// some substrates alone.
+    SubstrateTakeAmong(TakeAmong),
+}
+
+/// What comes from another site, and what it may refer to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeAmong {
+    /// The content that it must have, unless any will do.
+    pub content: Option<Hash>,
+    /// Units that are here already count as here if they belong to one of these substrates, which
+    /// whoever has the new one may read; all others must come. So a supplier cannot have a machine
+    /// made of somebody else's pages by naming their hashes.
+    pub among: Vec<SubstrateId>,
 }
 
 /// What a user's file becomes, and what it may refer to.
@@ -378,6 +392,7 @@ impl StreamRequest {
             Self::SubstrateExport { .. } => "substrate export",
             Self::SubstrateSupply { .. } => "substrate supply",
             Self::SubstrateTake { .. } => "substrate take",
+            Self::SubstrateTakeAmong(_) => "substrate take among",
             Self::SubstrateImport { .. } => "substrate import",
             Self::SubstrateUpload(_) => "substrate upload",
         }
@@ -394,6 +409,7 @@ impl StreamRequest {
             | Self::SubstrateTake { .. }
             | Self::SubstrateImport { .. } => 1,
             Self::SubstrateUpload(_) => 2,
+            Self::SubstrateTakeAmong(_) => 3,
         }
     }
 }

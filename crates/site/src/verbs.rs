@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::types::{
     CheckReport, ConsoleTail, GuestExec, GuestProgram, ImageInfo, Incoming, MachineStatus,
-    MoveStatus, NewMachine, PoolReport, SubstrateInfo,
+    MoveStatus, NewMachine, Origin, PoolReport, SubstrateInfo,
 };
 use crate::SiteReport;
 
@@ -213,6 +213,8 @@ verbs! {
         Checked(CheckReport),
         /// To `MigrateListening` and `SubstrateOffer`.
         Address(Option<SocketAddr>),
+        /// To `Disk`.
+        Bytes(u64),
     }
 
     /// Resources and holdings.
@@ -476,6 +478,8 @@ verbs! {
         name: Name,
         /// The content that it must have, unless any will do.
         content: Option<Hash>,
+        /// Pages and blocks that are there already are taken from these substrates alone.
+        among: Vec<SubstrateId>,
         /// The site that offers it, as in its certificate.
         from: Name,
         /// Where that listens.
@@ -494,5 +498,10 @@ verbs! {
         vm: VmId,
         /// Where the source's relay listens.
         address: SocketAddr,
+    }
+    /// How large the disk is that a machine has, in bytes: what its guest sees.
+    Disk "disk" since 3 => Bytes {
+        /// What the machine is made from.
+        of: Origin,
     }
 }

@@ -24,6 +24,22 @@ pub(crate) const END_BEFORE_DOCK: [&str; 2] = [
      kill -9 ${p#/proc/}; done 2>/dev/null; exit 0",
 ];
 
+/// Takes from the machine what makes it itself: `after-activate` gives each that is activated its
+/// own. The emptied machine-id is how systemd, too, knows an image that is of no machine.
+pub(crate) const GENERALISE: [&str; 2] = [
+    "-c",
+    "set -e; echo localhost >/proc/sys/kernel/hostname
+[ ! -e /etc/hostname ] || echo localhost >/etc/hostname
+: >/etc/machine-id
+rm -f /etc/ssh/ssh_host_* /var/lib/dbus/machine-id /var/lib/systemd/random-seed \
+    /var/lib/systemd/credential.secret /var/lib/dhcp/*.leases /var/lib/NetworkManager/*lease*
+[ ! -s /etc/machine-id ]
+for left in /etc/ssh/ssh_host_*; do [ ! -e \"$left\" ]; done",
+];
+/// Ends well in a machine that [`GENERALISE`] has made nobody.
+pub(crate) const IS_NOBODY: [&str; 2] =
+    ["-c", "[ -e /etc/machine-id ] && ! [ -s /etc/machine-id ]"];
+
 /// Runs a program in the guest; gives what it says.
 pub(crate) async fn run_script(
     agent: &mut AgentSession<'_>,

@@ -49,6 +49,8 @@ pub struct Becomes {
     pub id: Option<SubstrateId>,
     /// What says that it is public becomes restricted.
     pub not_public: bool,
+    /// The same, unless its machine was generalised.
+    pub not_public_as_it_was: bool,
     /// The substrates of this pool whose units it may name without bringing them; all that the
     /// store has when left out. For what a user brings: whoever names a unit gets to read it.
     pub among: Option<Vec<SubstrateId>>,
@@ -117,7 +119,8 @@ impl Import {
             substrate.id = SubstrateId::new();
         }
         substrate.id = becomes.id.unwrap_or(substrate.id);
-        if becomes.not_public && substrate.kind == SubstrateKind::Public {
+        let as_it_was = becomes.not_public_as_it_was && !substrate.generalised;
+        if (becomes.not_public || as_it_was) && substrate.kind == SubstrateKind::Public {
             substrate.kind = SubstrateKind::Restricted;
         }
         let turn = pool.turn(substrate.id);

@@ -96,6 +96,9 @@ pub enum SubstrateError {
     /// The guest agent does not answer, so that the machine cannot be brought to rest.
     #[error("the guest agent of the machine does not answer; it runs on undocked")]
     AgentSilent(#[source] Box<AgentError>),
+    /// The guest's identity could not be taken from it.
+    #[error("the machine cannot be generalised, as a public substrate's must be")]
+    NotGeneralised(#[source] Box<SubstrateError>),
     /// A script in the guest failed.
     #[error("{script} in the guest failed ({how}): {said}")]
     Script {
@@ -223,6 +226,7 @@ impl CodedError for SubstrateError {
             Self::AgentSilent(_) | Self::BrokeOff(_) => Code::Unavailable,
             Self::Script { .. } | Self::Worker(_) => Code::Internal,
             Self::Cancelled => Code::Cancelled,
+            Self::NotGeneralised(_) => Code::Conflict,
             Self::NotRunningOn { why, .. } => why.code(),
             Self::Machine { source, .. } => source.code(),
             Self::Store { source, .. } => source.code(),

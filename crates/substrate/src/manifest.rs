@@ -107,6 +107,9 @@ pub struct Substrate {
     /// were taken out, and one is plugged anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nic_in: Option<u8>,
+    /// Whether the machine's identity was taken from it before it was docked.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub generalised: bool,
     /// Whether a guest agent answers in it.
     pub agent: bool,
     /// QEMU's device state.

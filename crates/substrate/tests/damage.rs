@@ -8,11 +8,12 @@ mod common;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use common::{blocks, bundle, feed, files, fill, flip, image, name, open, page, pages};
+use common::{blocks, bundle, feed, files, fill, image, name, open, page, pages};
 use godwit_disk::FrozenChain;
 use godwit_image::Image;
 use godwit_store::UNIT;
 use godwit_substrate::{Becomes, Import, Pool, Ready, SubstrateError};
+use godwit_testkit::flip;
 use godwit_types::{Code, CodedError, Mib, SubstrateId};
 
 /// An error and its causes.

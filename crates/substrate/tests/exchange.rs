@@ -73,11 +73,23 @@ fn bring(
     left: usize,
     end: ErrorKind,
 ) -> (Result<Substrate, SubstrateError>, usize) {
+    bring_as(from, to, id, left, end, Becomes::default())
+}
+
+/// As [`bring`]; what it becomes there.
+fn bring_as(
+    from: &Pool,
+    to: &Pool,
+    id: SubstrateId,
+    left: usize,
+    end: ErrorKind,
+    becomes: Becomes,
+) -> (Result<Substrate, SubstrateError>, usize) {
     let (out, mut data) = pipe(left, end);
     let (mut control, wants) = pipe(usize::MAX, ErrorKind::UnexpectedEof);
     std::thread::scope(|s| {
         let supplier = s.spawn(move || from.supply(id, wants, out));
-        let taken = to.take(Becomes::default(), &mut data, &mut control);
+        let taken = to.take(becomes, &mut data, &mut control);
         if taken.is_ok() {
             control.write_all(&TakerMsg::Enough.encode()).expect("it listens");
         }
@@ -177,6 +189,36 @@ fn what_is_given_up_or_kept_too_long_is_gone() {
     let (taken, _) = bring(&here, &third, id, usize::MAX, ErrorKind::UnexpectedEof);
     assert_eq!(taken.expect_err("it is there").code(), Code::Exists);
     assert!(third.check().expect("check").is_clean());
+}
+
+#[test]
+fn a_forged_supplier_cannot_have_a_substrate_made_of_somebody_elses_pages() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (here, there, image) = places(dir.path());
+    let id = SubstrateId::new();
+    fill(&here, id, &image);
+    let (_, whole) = bring(&here, &there, id, usize::MAX, ErrorKind::UnexpectedEof);
+    // A substrate that only names the same pages: its supplier has none of them.
+    let mut file = Vec::new();
+    here.export(id, &mut file).expect("exported");
+    let named = Becomes { name: Some(name("copy")), ..Becomes::default() };
+    let copied = here.import(&file[..], named).expect("a copy");
+    let mut hollow = Vec::new();
+    here.supply(copied.id, &TakerMsg::Enough.encode()[..], &mut hollow).expect("its small parts");
+    let among = |all: &[SubstrateId]| Becomes { among: Some(all.to_vec()), ..Becomes::default() };
+    let e = there.take(among(&[]), &hollow[..], Vec::new()).expect_err("not made");
+    assert_eq!(e.code(), Code::Unavailable, "it waits for the pages: {e}");
+    assert_eq!(there.list().expect("list").len(), 1, "nothing is there");
+    there.forget_set_aside(Duration::ZERO);
+    // From an honest supplier all of them come, though they are here.
+    let (taken, came) =
+        bring_as(&here, &there, copied.id, usize::MAX, ErrorKind::UnexpectedEof, among(&[]));
+    taken.expect("brought");
+    assert!(came + 4096 > whole, "{came} bytes came of {whole}");
+    there.delete(copied.id).expect("deleted");
+    // Whoever may read the other has to bring nothing.
+    there.take(among(&[id]), &hollow[..], Vec::new()).expect("made of what it may read");
+    assert!(there.check().expect("check").is_clean());
 }
 
 #[test]

@@ -2,29 +2,19 @@
 
 #![allow(clippy::print_stderr, reason = "figures, and a skipped test says so")]
 
-#[path = "../../qemu/tests/support/leftover.rs"]
-mod leftover;
-
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use godwit_disk::image::{Backing, create_overlay};
-use godwit_image::{DEFAULT_CACHE, Image, ImageCache};
-use godwit_qemu::{
-    Accel, BootFile, DiskChain, GuestCommand, Launch, Layer, Life, MacAddress, Machine,
-    MachineSpec, MemorySource, Nic, NicBackend,
-};
+use godwit_qemu::{Accel, GuestCommand, Life, MacAddress, Machine, Nic, NicBackend};
 use godwit_store::{Store, StoreOptions};
 use godwit_substrate::{
     ActivateRequest, Activated, DockRequest, DockStop, Place, Pool, PoolDirs, Shells, activate,
     dock_convert,
 };
+use godwit_testkit::{Guest, LONG, guest, sh, up};
 use godwit_types::{Code, CodedError, Name, SubstrateId, SubstrateKind, VmId};
-use leftover::EndsGuests;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
-
-const LONG: Duration = Duration::from_secs(180);
 
 fn name(s: &str) -> Name {
     Name::new(s).expect("name")
@@ -32,31 +22,31 @@ fn name(s: &str) -> Name {
 
 /// A site in a directory of its own; memory files on tmpfs.
 struct Site {
-    _guests: EndsGuests,
+    at: godwit_testkit::Place,
     pool: Pool,
-    image: Image,
-    dir: tempfile::TempDir,
-    memory: tempfile::TempDir,
+    guest: Guest,
 }
 
 fn site(limit_bytes: u64) -> Option<Site> {
-    let cache = std::env::var_os("GODWIT_IMAGES").map_or(PathBuf::from(DEFAULT_CACHE), Into::into);
-    let image = match ImageCache::open(cache).and_then(|c| c.get(&name("tiny"))) {
-        Ok(image) => image,
-        Err(e) => {
-            eprintln!("SKIPPED: the tiny image is not built here: {e}");
-            return None;
-        }
+    let Some(guest) = guest("tiny") else {
+        eprintln!("SKIPPED: the tiny image is not built here");
+        return None;
     };
-    let dir = tempfile::tempdir().expect("tempdir");
-    let memory = tempfile::tempdir_in("/dev/shm").expect("tempdir");
-    let store = Store::open(&dir.path().join("store"), StoreOptions::default()).expect("store");
-    let dirs = PoolDirs {
-        substrates: dir.path().join("substrates"),
-        memory: memory.path().join("sealed"),
-    };
+    let at = godwit_testkit::Place::new();
+    let store = Store::open(&at.path("store"), StoreOptions::default()).expect("store");
+    let dirs = PoolDirs { substrates: at.path("substrates"), memory: at.memory("sealed") };
     let pool = Pool::open(dirs, store, limit_bytes).expect("pool");
-    Some(Site { _guests: EndsGuests::of(dir.path()), pool, image, dir, memory })
+    Some(Site { at, pool, guest })
+}
+
+impl Site {
+    /// The same with a pool of another size.
+    fn reopen(&mut self, limit_bytes: u64) {
+        let dirs =
+            PoolDirs { substrates: self.at.path("roomy"), memory: self.at.memory("roomy-sealed") };
+        let store = Store::open(&self.at.path("roomy-store"), StoreOptions::default());
+        self.pool = Pool::open(dirs, store.expect("store"), limit_bytes).expect("pool");
+    }
 }
 
 fn place(dir: &Path) -> Place {
@@ -74,37 +64,14 @@ fn place(dir: &Path) -> Place {
 
 impl Site {
     async fn boot(&self) -> Machine {
-        let i = &self.image;
-        let spec = MachineSpec {
-            arch: i.arch,
-            memory: i.memory,
-            vcpus: i.vcpus,
-            kernel: BootFile { path: i.kernel_path(), hash: i.kernel.hash },
-            initrd: i
-                .initrd_path()
-                .zip(i.initrd.as_ref())
-                .map(|(path, f)| BootFile { path, hash: f.hash }),
-            cmdline: i.cmdline.clone(),
-            display: i.display,
-            disk: true,
-            nic_ports: MachineSpec::DEFAULT_NIC_PORTS,
-        };
-        let p = place(self.dir.path());
-        let base = i.disk_path().expect("disk");
-        std::fs::create_dir_all(p.top.parent().expect("dir")).expect("mkdir");
-        let bytes = i.disk.as_ref().expect("disk").bytes;
-        create_overlay(&p.top, Backing::Raw(&base), bytes).expect("top");
-        let ram = self.memory.path().join("first.ram");
-        let mut launch =
-            Launch::new(spec, p.run_dir, name("first"), MemorySource::Shared { path: ram });
-        launch.disk = Some(DiskChain::over(vec![Layer::Raw { path: base }], p.top));
+        let mut launch = self.at.launch("first", &self.guest);
         launch.nics = vec![Nic {
             port: 0,
             mac: MacAddress([0x52, 0, 0, 0, 0, 9]),
             backend: NicBackend::Isolated,
         }];
         let machine = launch.spawn().await.expect("started");
-        machine.agent().ping(LONG).await.expect("booted");
+        up(&machine).await;
         machine
     }
 
@@ -114,7 +81,7 @@ impl Site {
             name: name(as_name),
             kind: SubstrateKind::Restricted,
             owner: name("operator"),
-            image: self.image.clone(),
+            image: self.guest.image.clone(),
             stop: DockStop::default(),
         }
     }
@@ -122,8 +89,8 @@ impl Site {
     fn request(&self, substrate: SubstrateId, as_name: &str) -> ActivateRequest {
         ActivateRequest {
             substrate,
-            image: self.image.clone(),
-            place: place(self.dir.path()),
+            image: self.guest.image.clone(),
+            place: place(self.at.dir.path()),
             name: name(as_name),
             identity: None,
             nic: Some(NicBackend::Isolated),
@@ -131,16 +98,6 @@ impl Site {
             cancel: CancellationToken::default(),
         }
     }
-}
-
-async fn sh(machine: &Machine, script: &str) -> String {
-    let out = machine
-        .agent()
-        .exec("/bin/sh", &["-c", script], &[], &[], LONG)
-        .await
-        .unwrap_or_else(|e| panic!("{script}: {e}"));
-    assert!(out.ok(), "{script}: {out:?}");
-    out.text()
 }
 
 async fn json(machine: &Machine, script: &str) -> Value {
@@ -236,9 +193,9 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
     assert_eq!(refused.code(), Code::Conflict);
 
     // One from a waiting QEMU.
-    let dir = site.dir.path().to_owned();
+    let dir = site.at.dir.path().to_owned();
     let shells = Shells::new(site.pool.clone(), Box::new(move || place(&dir)));
-    shells.keep(id, site.image.clone(), Accel::Tcg, 1).await.expect("waiting");
+    shells.keep(id, site.guest.image.clone(), Accel::Tcg, 1).await.expect("waiting");
     let warm = activate(&site.pool, Some(&shells), site.request(id, "warm")).await.expect("warm");
     show("activate, warm", &warm.report);
     assert!(warm.report.warm);
@@ -266,7 +223,7 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
     sh(&clone.machine, "head -c 3000000 /dev/urandom >/tmp/own; md5sum /tmp/own >/tmp/sum").await;
     let request = site.dock("again");
     let second = request.id;
-    let sealed = site.memory.path().join(format!("sealed/{id}.mem"));
+    let sealed = site.at.memory(&format!("sealed/{id}.mem"));
     let held = || blocks_kib(&sealed);
     let (before, in_pool) = (held(), site.pool.store().stats().expect("stats").pack_bytes);
     assert!(before < 140 << 10, "{before} KiB: the sealed memory has no holes");
@@ -313,7 +270,7 @@ async fn a_machine_that_cannot_be_docked_runs_on_and_nothing_is_left() {
     let machine = site.boot().await;
     start_witness(&machine).await;
     let nothing_left = || {
-        let left = std::fs::read_dir(site.dir.path().join("substrates")).expect("dir").count();
+        let left = std::fs::read_dir(site.at.path("substrates")).expect("dir").count();
         assert_eq!(left, 0);
         site.pool.store().gc().expect("gc");
         assert_eq!(site.pool.store().stats().expect("stats").units, 0);
@@ -333,6 +290,39 @@ async fn a_machine_that_cannot_be_docked_runs_on_and_nothing_is_left() {
     machine.run().await.expect("runs on");
     assert_intact(&machine).await;
     machine.kill().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_becomes_public_is_nobody_and_a_docking_that_fails_gives_an_identity_back() {
+    const WHO: &str = "cat /etc/machine-id; hostname; ls /etc/ssh/ssh_host_* 2>/dev/null; true";
+    let Some(mut site) = site(1 << 20) else { return };
+    let machine = site.boot().await;
+    let first = sh(&machine, WHO).await;
+    assert!(first.len() > 32, "{first}");
+    // The pool is full: it runs on, as somebody.
+    let public = |r| DockRequest { kind: SubstrateKind::Public, ..r };
+    let err = dock_convert(&machine, &site.pool, public(site.dock("a"))).await.expect_err("full");
+    assert_eq!(err.code(), Code::NoRoom, "{err}");
+    let second = sh(&machine, WHO).await;
+    assert!(second.len() > 32 && second != first, "{second} after {first}");
+    assert!(second.ends_with("first"), "{second}");
+    // A guest in which it does not work is not made public.
+    sh(&machine, "mv /etc/machine-id /etc/id && mkdir /etc/machine-id").await;
+    let err = dock_convert(&machine, &site.pool, public(site.dock("b"))).await.expect_err("not");
+    assert_eq!(err.code(), Code::Conflict, "{err}");
+    assert!(err.to_string().contains("cannot be generalised"), "{err}");
+    sh(&machine, "rmdir /etc/machine-id && mv /etc/id /etc/machine-id").await;
+    site.reopen(1 << 30);
+    let request = public(site.dock("clean"));
+    let id = request.id;
+    let (substrate, _) = dock_convert(&machine, &site.pool, request).await.expect("docked");
+    assert!(substrate.generalised && site.pool.get(id).expect("there").generalised);
+    // One that is activated is somebody again, and nobody whom it was before.
+    let clone = activate(&site.pool, None, site.request(id, "new")).await.expect("activated");
+    let third = sh(&clone.machine, WHO).await;
+    assert!(third.len() > 32 && third.ends_with("new"), "{third}");
+    assert!(third != second && third != first);
+    clone.machine.kill().await;
 }
 
 /// An agent and programs as the guests had them that knew neither the one question of an activation

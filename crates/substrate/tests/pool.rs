@@ -84,6 +84,7 @@ fn bundle(id: SubstrateId) -> Bundle {
         machine: Manifest::of(&spec, "10.0.2"),
         macs: Vec::new(),
         nic_in: None,
+        generalised: false,
         agent: true,
         state: part(&state),
         pages: part(&pages),
@@ -148,6 +149,22 @@ fn hollow(file: &[u8], pool: &Pool, id: SubstrateId) -> Vec<u8> {
 }
 
 #[test]
+fn a_file_is_public_only_if_its_machine_was_generalised() {
+    for generalised in [false, true] {
+        let there = site(1 << 30);
+        let id = SubstrateId::new();
+        let mut bundle = bundle(id);
+        let mut said: Substrate = serde_json::from_slice(&bundle.json).expect("json");
+        said.generalised = generalised;
+        bundle.json = serde_json::to_vec(&said).expect("json");
+        let wants = Becomes { not_public_as_it_was: true, ..Becomes::default() };
+        let import = Import::begin(&there.pool, bundle, wants).expect("begun");
+        let kind = if generalised { SubstrateKind::Public } else { SubstrateKind::Restricted };
+        assert_eq!(import.substrate().kind, kind);
+    }
+}
+
+#[test]
 fn whoever_names_somebody_elses_units_must_bring_them() {
     let here = site(1 << 30);
     let id = SubstrateId::new();
@@ -161,7 +178,7 @@ fn whoever_names_somebody_elses_units_must_bring_them() {
         not_public: true,
         owner: Some(name("bob")),
         among: Some(among.to_vec()),
-        content: None,
+        ..Becomes::default()
     };
     // Among nothing, and among a substrate that is not here.
     for among in [&[][..], &[SubstrateId::new()][..]] {

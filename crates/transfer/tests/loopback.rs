@@ -3,6 +3,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -275,4 +276,60 @@ async fn a_link_survives_five_seconds_without_a_single_packet() {
     other.send(b"and back").await.expect("send");
     assert_eq!(within(lane.recv()).await.expect("recv").expect("frame"), &b"and back"[..]);
     assert!(forwarder.dropped() > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_demanded_frame_does_not_wait_behind_bulk() {
+    const PIECE: usize = 64 << 10;
+    let cloud = Cloud::new();
+    let (center, address) = cloud.center();
+    let forwarder = Forwarder::start(address, 40.0, Duration::from_millis(5)).await;
+    let (ap, _) = cloud.endpoint(cloud.identity("cafe", SiteKind::Ap));
+    let near = within(ap.connect(forwarder.address, None)).await.expect("connect");
+    let far = within(center.accept()).await.expect("accept");
+    let open = async |kind: LaneKind| {
+        let mut lane = near.open(kind, kind.usual_priority()).await.expect("open");
+        lane.send(b"here").await.expect("send");
+        let mut other = within(far.accept_lane()).await.expect("lane");
+        assert_eq!(other.kind(), kind);
+        assert!(within(other.recv()).await.expect("recv").is_some());
+        (lane, other)
+    };
+    for (bulk, demand) in
+        [(LaneKind::MemoryBulk, LaneKind::MemoryDemand), (LaneKind::DiskBulk, LaneKind::DiskDemand)]
+    {
+        let (mut bulk, mut taken) = open(bulk).await;
+        let (mut demand, mut asked) = open(demand).await;
+        let (arrived, left) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        // More than the link holds is always waiting to be sent.
+        let sent = Arc::clone(&left);
+        let sender = tokio::spawn(async move {
+            while bulk.send(&[7; PIECE]).await.is_ok() {
+                sent.fetch_add(1, SeqCst);
+            }
+        });
+        let got = Arc::clone(&arrived);
+        let receiver = tokio::spawn(async move {
+            while let Ok(Some(_)) = taken.recv().await {
+                got.fetch_add(1, SeqCst);
+            }
+        });
+        let waiting = || (left.load(SeqCst) - arrived.load(SeqCst)) * PIECE;
+        for round in 0..4 {
+            within(async {
+                while waiting() < 6 << 20 {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            })
+            .await;
+            let (behind, before) = (waiting(), arrived.load(SeqCst));
+            demand.send(b"this page, now").await.expect("send");
+            assert!(within(asked.recv()).await.expect("recv").is_some());
+            let first = (arrived.load(SeqCst) - before) * PIECE;
+            // Only what is in flight already comes first.
+            assert!(first * 2 < behind, "round {round}: {first} bytes first, of {behind}");
+        }
+        sender.abort();
+        receiver.abort();
+    }
 }

@@ -1,12 +1,14 @@
 //! Trials from outside, by the command line alone: many moves of idle machines, many activations at
-//! once. They look for what a short run does not show.
+//! once, a pool full of substrates. They look for what a short run does not show.
 
 mod burst;
 mod cpu;
 mod idle_moves;
+mod pool_fill;
 
 pub use burst::{Burst, burst};
 pub use idle_moves::{IdleMoves, idle_moves};
+pub use pool_fill::{PoolFill, pool_fill};
 
 use std::time::Duration;
 

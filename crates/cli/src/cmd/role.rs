@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use godwit_cloud::api::{Api, Routes};
 use godwit_cloud::daemon::{
     Agent, AgentConfig, Center, CenterConfig, ClientFiles, TlsFiles, join_site,
 };
@@ -150,6 +151,11 @@ pub(crate) struct RelayRole {
     given: bool,
 }
 
+/// What a center answers behind its API's socket.
+fn served(api: &Api) -> Routes {
+    api.v1().and(api.metrics()).and(api.health())
+}
+
 impl CenterRole {
     pub(crate) async fn run(self) -> Result {
         self.living.begin()?;
@@ -178,7 +184,7 @@ impl CenterRole {
             uids: self.living.uid_range,
         };
         let center = tokio::select! {
-            c = Box::pin(Center::start(config)) => c?,
+            c = Box::pin(Center::start(config, served)) => c?,
             () = ends.wait() => return Ok(Outcome::Done),
         };
         copy_secret(&client.token(), self.token_file.as_deref())?;

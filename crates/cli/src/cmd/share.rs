@@ -122,6 +122,9 @@ enum QuotaVerb {
         /// Memory of the machines that are on, e.g. 8G
         #[arg(long, value_name = "SIZE", value_parser = mib)]
         memory: Option<Limit>,
+        /// Disks of its machines, running or not, as their guests see them, e.g. 100G
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        disk: Option<Limit>,
         /// Memory and disk of its substrates, each in full whatever they share, e.g. 20G
         #[arg(long, value_name = "SIZE", value_parser = size)]
         pool: Option<Limit>,
@@ -156,8 +159,8 @@ fn size(text: &str) -> Result<Limit, String> {
 
 impl Row for TenantQuota {
     const COLUMNS: &'static [&'static str] =
-        &["TENANT", "MACHINES", "VCPUS", "MEMORY", "POOL", "MOVES"];
-    const WIDE: usize = 6;
+        &["TENANT", "MACHINES", "VCPUS", "MEMORY", "DISK", "POOL", "MOVES"];
+    const WIDE: usize = 7;
     fn cells(&self) -> Vec<String> {
         let (u, q) = (&self.used, &self.quota);
         let of = |used: String, limit: Option<String>| match limit {
@@ -172,6 +175,7 @@ impl Row for TenantQuota {
             plain(u.machines, q.machines),
             plain(u.vcpus, q.vcpus),
             sized(u.memory_mib << 20, q.memory_mib.map(|m| m << 20)),
+            sized(u.disk_bytes, q.disk_bytes),
             sized(u.pool_bytes, q.pool_bytes),
             plain(u.moves, q.moves),
         ]
@@ -190,8 +194,8 @@ impl Quotas {
                 let quota: TenantQuota = client.get(&format!("/v1/tenants/{of}/quota")).await?;
                 out::one(format, &quota)?;
             }
-            QuotaVerb::Set { of, machines, vcpus, memory, pool, moves } => {
-                let given = [machines, vcpus, memory, pool, moves];
+            QuotaVerb::Set { of, machines, vcpus, memory, disk, pool, moves } => {
+                let given = [machines, vcpus, memory, disk, pool, moves];
                 if given.iter().all(Option::is_none) {
                     return Err(Failure::usage("say what to change, e.g. --machines 10"));
                 }
@@ -202,6 +206,7 @@ impl Quotas {
                     machines: or(machines, now.quota.machines),
                     vcpus: or(vcpus, now.quota.vcpus),
                     memory_mib: or(memory, now.quota.memory_mib),
+                    disk_bytes: or(disk, now.quota.disk_bytes),
                     pool_bytes: or(pool, now.quota.pool_bytes),
                     moves: or(moves, now.quota.moves),
                 };

@@ -134,7 +134,8 @@ struct Dock {
     #[arg(long)]
     name: Option<Name>,
     /// Who may use it: public, restricted or private [default: restricted; private if its own
-    /// substrate is]
+    /// substrate is]. For a public one the environment's host name, machine-id and SSH host keys are
+    /// taken from it first
     #[arg(long, value_parser = substrate_kind, value_name = "KIND")]
     kind: Option<SubstrateKind>,
     #[command(flatten)]

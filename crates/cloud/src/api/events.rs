@@ -391,7 +391,7 @@ mod tests {
         let c = crate::controller::Controller::new(registry.clone(), authority);
         let stop = CancellationToken::new();
         let api = Api::new(c, Arc::new(super::super::tests::NoGate), "secret").until(stop.clone());
-        Place { _dir: dir, registry, router: api.router(), stop }
+        Place { _dir: dir, registry, router: super::super::tests::whole(&api), stop }
     }
 
     impl Place {

@@ -13,6 +13,7 @@ mod images;
 mod meta;
 mod operations;
 mod people;
+mod routes;
 mod shares;
 mod sites;
 mod substrates;
@@ -25,15 +26,13 @@ mod vms;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::{Body, BodyDataStream, HttpBody as _};
 use axum::extract::{FromRequest, FromRequestParts, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
-use axum::middleware::{self, Next};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
 use futures::StreamExt;
 use godwit_transfer::Revocations;
 use godwit_transfer::keys::TokenInfo;
@@ -49,6 +48,7 @@ use crate::controller::{Accepted, Controller, Mode};
 pub use events::{EventFilter, FeedEvent, MAX_STREAMS, RESET, REVISION_HEADER, Reset};
 pub use exec::{Encoding, ExecReply, ExecRequest, MAX_INPUT};
 pub use meta::Health;
+pub use routes::Routes;
 pub use sites::{NewToken, Token, TokenText, TokenUse};
 pub use substrates::Grant;
 pub use vms::{TypeText, VmFilter};
@@ -136,66 +136,6 @@ impl Api {
     #[must_use]
     pub fn until(self, stop: CancellationToken) -> Self {
         Self { stop, ..self }
-    }
-
-    /// The routes.
-    pub fn router(self) -> Router {
-        let guarded = Router::new()
-            .route("/metrics", get(meta::metrics))
-            .route("/v1/openapi.json", get(meta::spec))
-            .route("/v1/sites", get(sites::list))
-            .route("/v1/sites/{name}", get(sites::one).delete(sites::revoke))
-            .route("/v1/tokens", get(sites::tokens).post(sites::token))
-            .route("/v1/tokens/{id}", delete(sites::withdraw))
-            .route("/v1/tenants", get(people::tenants).post(people::tenant_create))
-            .route("/v1/tenants/{tenant}", delete(people::tenant_delete))
-            .route("/v1/users", get(people::users).post(people::user_create))
-            .route("/v1/users/{user}", delete(people::user_delete))
-            .route("/v1/api-tokens", get(people::tokens).post(people::token_create))
-            .route("/v1/api-tokens/{id}", delete(people::token_delete))
-            .route("/v1/audit", get(people::audit))
-            .route("/v1/audit/end", get(people::audit_end))
-            .route("/v1/images", get(images::list))
-            .route("/v1/images/{name}", get(images::one).delete(images::remove))
-            .route("/v1/images/{name}/build", post(images::build))
-            .route("/v1/vms", get(vms::list).post(vms::create))
-            .route("/v1/vms/{vm}", get(vms::one).delete(vms::delete))
-            .route("/v1/vms/{vm}/start", post(vms::start))
-            .route("/v1/vms/{vm}/stop", post(vms::stop))
-            .route("/v1/vms/{vm}/dock", post(vms::dock))
-            .route("/v1/vms/{vm}/migrate", post(vms::migrate))
-            .route("/v1/vms/{vm}/console", get(vms::console))
-            .route("/v1/vms/{vm}/screenshot", get(vms::screenshot))
-            .route("/v1/vms/{vm}/type", post(vms::type_text))
-            .route("/v1/vms/{vm}/exec", post(exec::start))
-            .route("/v1/vms/{vm}/exec/{pid}", get(exec::wait))
-            .route("/v1/vms/{vm}/view", get(vms::view))
-            .route("/v1/vms/{vm}/attach", get(vms::attach))
-            .route("/v1/substrates", get(substrates::list).post(substrates::import))
-            .route("/v1/substrates/{substrate}", get(substrates::one))
-            .route("/v1/substrates/{substrate}", delete(substrates::remove))
-            .route("/v1/substrates/{substrate}/grants", post(substrates::grant))
-            .route("/v1/substrates/{substrate}/grants/{tenant}", delete(substrates::revoke))
-            .route("/v1/tenants/{tenant}/quota", get(people::quota).put(people::quota_set))
-            .route("/v1/substrates/{substrate}/export", get(substrates::export))
-            .route("/v1/substrates/{substrate}/rebuild", post(substrates::rebuild))
-            .route("/v1/ops", get(operations::list))
-            .route("/v1/ops/{id}", get(operations::one))
-            .route("/v1/ops/{id}/events", get(operations::events))
-            .route("/v1/ops/{id}/cancel", post(operations::cancel))
-            .route("/v1/events", get(events::events))
-            .route("/v1/pool", get(substrates::pool))
-            .route("/v1/pool/{site}/check", post(substrates::pool_check))
-            .fallback(|| async {
-                HttpFault(Fault::not_found("no such path").hint("see /v1/openapi.json"))
-            })
-            .method_not_allowed_fallback(|| async {
-                let f = Fault::invalid("this path does not take that method");
-                (StatusCode::METHOD_NOT_ALLOWED, axum::Json(f.hint("see /v1/openapi.json")))
-            })
-            .layer(middleware::from_fn_with_state(self.clone(), events::say_revision))
-            .layer(middleware::from_fn_with_state(self.clone(), authenticate));
-        Router::new().route("/healthz", get(meta::healthz)).merge(guarded).with_state(self)
     }
 }
 
@@ -295,7 +235,7 @@ impl From<Fault> for HttpFault {
 
 impl From<crate::registry::RegistryError> for HttpFault {
     fn from(e: crate::registry::RegistryError) -> Self {
-        Self(crate::controller::registry_fault(e))
+        Self(crate::registry::registry_fault(e))
     }
 }
 

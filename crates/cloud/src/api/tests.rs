@@ -1,4 +1,6 @@
+use axum::Router;
 use axum::http::Method;
+use axum::routing::get;
 use tower::ServiceExt;
 
 use godwit_transfer::keys::TokenState;
@@ -36,13 +38,23 @@ impl Gatekeeper for NoGate {
     }
 }
 
+/// All that a center serves.
+pub(super) fn whole(api: &Api) -> Router {
+    api.serve(api.v1().and(api.metrics()).and(api.health()))
+}
+
 fn api() -> (tempfile::TempDir, Router) {
+    let (dir, api) = center();
+    (dir, whole(&api))
+}
+
+fn center() -> (tempfile::TempDir, Api) {
     let dir = tempfile::tempdir().expect("dir");
     let reg = Arc::new(Registry::open(&dir.path().join("r.redb")).expect("open"));
     let authority = godwit_transfer::Authority::create(&dir.path().join("authority"));
     let authority = Arc::new(authority.expect("authority"));
     let c = Controller::new(reg, authority);
-    (dir, Api::new(c, Arc::new(NoGate), "secret").router())
+    (dir, Api::new(c, Arc::new(NoGate), "secret"))
 }
 
 async fn send(
@@ -87,6 +99,25 @@ pub(super) async fn send_as(
 
 pub(super) fn fault(text: &str) -> Fault {
     serde_json::from_str(text).expect("a fault")
+}
+
+#[tokio::test]
+async fn a_room_above_adds_pages_that_know_who_asks() {
+    let (_d, api) = center();
+    let page = get(|who: axum::Extension<Principal>| async move { who.user.to_string() });
+    let pages = Routes::new()
+        .guarded(Router::new().route("/pages/me", page))
+        .open(Router::new().route("/pages/login", get(|| async { "who are you?" })));
+    let r = api.serve(api.v1().and(pages));
+    let ask = |path, token| send(&r, Method::GET, path, token, vec![]);
+    assert_eq!(ask("/pages/me", None).await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(ask("/pages/me", Some("secret")).await, (StatusCode::OK, "operator".into()));
+    assert_eq!(ask("/pages/login", None).await, (StatusCode::OK, "who are you?".into()));
+    // The API is there as ever, and what nobody added is not.
+    assert_eq!(ask("/v1/vms", None).await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(ask("/v1/vms", Some("secret")).await.0, StatusCode::OK);
+    assert_eq!(ask("/healthz", None).await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(ask("/metrics", Some("secret")).await.0, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! Every path of the API, asked by every role of a foreign tenant and by a viewer of the own.
 
+use axum::Router;
 use std::collections::{BTreeMap, BTreeSet};
 
 use axum::http::Method;
@@ -183,7 +184,7 @@ fn with(path: &str, named: &str) -> String {
 }
 
 fn router(w: &World) -> Router {
-    Api::new(w.c.clone(), Arc::new(NoGate), "secret").router()
+    super::tests::whole(&Api::new(w.c.clone(), Arc::new(NoGate), "secret"))
 }
 
 /// A token of a new user of acme.
@@ -440,9 +441,9 @@ async fn what_is_public_or_granted_is_used_and_not_changed() {
     let granted = format!("other%2F{}", held(granted));
     let private = substrate("mine", &name("acme"), &name("a-user"), SubstrateKind::Private);
     let private = held(private);
-    // What is private is used by its owner alone, and an admin may remove it: a site of paper does not.
+    // What is private is used by its owner alone, and an admin may remove it.
     for (named, make, delete) in
-        [(public.as_str(), 202, 403), (&granted, 202, 403), (private.as_str(), 403, 400)]
+        [(public.as_str(), 202, 403), (&granted, 202, 403), (private.as_str(), 403, 200)]
     {
         let path = format!("/v1/substrates/{named}");
         let (status, text) = send_as(&r, Method::GET, &path, &token, "").await;
@@ -520,4 +521,37 @@ async fn a_file_that_has_come_whole_is_listed_though_its_sender_has_hung_up() {
         assert!(begun.elapsed() < Duration::from_secs(30), "it is not listed");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+#[tokio::test]
+async fn what_is_typed_is_written_down_nowhere() {
+    const TYPED: &str = "my-passphrase-7345";
+    let w = world(Send::Works).await;
+    let r = router(&w);
+    let has = furnish(&w, "acme", "our");
+    let token = token_of(&w, Role::Member);
+    let path = format!("/v1/vms/{}/type", has.vm.name);
+    let body = serde_json::json!({ "text": TYPED }).to_string();
+    let (status, said) = send_as(&r, Method::POST, &path, &token, &body).await;
+    assert!(!status.is_success(), "a machine of paper has no keyboard");
+    // Bodies that are refused before anybody types.
+    let long = serde_json::json!({ "text": TYPED.repeat(1000) }).to_string();
+    let odd = serde_json::json!({ "text": TYPED, "words": TYPED }).to_string();
+    let (_, too_long) = send_as(&r, Method::POST, &path, &token, &long).await;
+    let (_, not_known) = send_as(&r, Method::POST, &path, &token, &odd).await;
+    let nowhere = path.replace("our-vm", "none");
+    let (_, none) = send_as(&r, Method::POST, &nowhere, &token, &body).await;
+    let mut all = vec![said, too_long, not_known, none];
+    for read in ["/v1/audit", "/v1/ops", "/v1/vms", "/metrics"] {
+        let (status, text) = send_as(&r, Method::GET, read, "secret", "").await;
+        assert_eq!(status, StatusCode::OK, "{read}");
+        all.push(text);
+    }
+    assert!(all[4].contains("vm type"), "that something was typed is: {}", all[4]);
+    for text in &all {
+        assert!(!text.contains(TYPED), "{text}");
+    }
+    // Nor does the registry's file have it.
+    let file = std::fs::read(w.registry_file()).expect("the registry");
+    assert!(!file.windows(TYPED.len()).any(|part| part == TYPED.as_bytes()));
 }

@@ -28,10 +28,10 @@ use tokio::time::Instant;
 use super::lifecycle::dry;
 use super::meet::{can_be_dialled, may_dial};
 use super::moves::{Move, measured};
-use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
+use super::{Accepted, Controller, MigrateVm, Mode};
 use crate::access::Principal;
 use crate::ops::{OpHandle, OpKind};
-use crate::registry::VmRecord;
+use crate::registry::{StepKind, VmRecord, registry_fault};
 
 /// The stage that an operation shows while a broken migration is taken up again.
 pub(super) const RECOVERING: &str = "recovering";
@@ -511,7 +511,7 @@ impl Controller {
         let op = self
             .ops
             .start(who, kind, |op| async move {
-                op.begin("send", serde_json::json!({ "migration": m.id, "from": m.from }))?;
+                op.begin(StepKind::Send { migration: m.id, from: m.from.clone() })?;
                 let why = Fault::unavailable("asked for again");
                 let report = me.arrive(&op, &m, why).await?;
                 me.finish(&op, &m, report).await

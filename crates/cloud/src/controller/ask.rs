@@ -10,10 +10,10 @@ use godwit_types::{Code, Fault, Name, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Controller, registry_fault};
+use super::Controller;
 use crate::clock::Moment;
 use crate::placement::{Demand, Placement, PlacementRefusal, Unfit, place};
-use crate::registry::SubstrateRecord;
+use crate::registry::{SubstrateRecord, registry_fault};
 
 /// How long a site may take to tell what it has when several are asked.
 pub const ANSWER_WITHIN: Duration = Duration::from_millis(if cfg!(test) { 300 } else { 3000 });
@@ -63,7 +63,7 @@ where
 }
 
 /// An answer of `site`, or that it does not answer.
-async fn within<T>(
+pub(super) async fn within<T>(
     site: &Name,
     answer: impl Future<Output = Result<T, Fault>>,
 ) -> Result<T, Fault> {

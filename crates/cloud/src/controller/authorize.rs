@@ -6,9 +6,11 @@
 use godwit_types::{Code, Fault, Name, OpId, SubstrateId, SubstrateKind};
 use tokio::sync::watch;
 
-use super::{Controller, registry_fault};
+use super::Controller;
 use crate::access::{Action, Object, Principal, Refusal, default_tenant, forbidden, may};
-use crate::registry::{OpRecord, RegistryError, SiteRecord, SubstrateRecord, VmRecord};
+use crate::registry::{
+    OpRecord, RegistryError, SiteRecord, SubstrateRecord, VmRecord, registry_fault,
+};
 
 /// Refuses what `who` may not do with an object that it was told of by `key`.
 pub(crate) fn allow(

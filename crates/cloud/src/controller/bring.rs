@@ -6,14 +6,13 @@ use std::sync::{Arc, PoisonError};
 
 use godwit_site::{SiteHost, SiteReport, SubstrateInfo};
 use godwit_types::{Code, Fault, Name, SiteKind, SubstrateId};
-use serde_json::json;
 use tokio::sync::Mutex;
 
+use super::Controller;
 use super::origin::Discovery;
 use super::rebuild::{suffixed, tail};
-use super::{Controller, registry_fault};
 use crate::ops::OpHandle;
-use crate::registry::{RegistryError, SubstrateRecord};
+use crate::registry::{RegistryError, StepKind, StepName, SubstrateRecord, registry_fault};
 
 /// The substrates that are on their way, by where they go.
 pub(super) type Bringing = std::sync::Mutex<HashMap<(SubstrateId, Name), Arc<Mutex<()>>>>;
@@ -53,12 +52,16 @@ impl Controller {
             Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name));
         for from in sources {
             let from = from.name();
-            op.begin("bring", json!({ "from": from, "to": to.name(), "substrate": s.id }))?;
+            op.begin(StepKind::Bring {
+                from: from.clone(),
+                to: to.name().clone(),
+                substrate: s.id,
+            })?;
             match self.carry(op, &s, from, to.name()).await {
                 Ok(info) => {
                     Self::is_wanted(to.name(), id, &info)?;
                     self.adopt_substrate(to.name(), info)?;
-                    op.done("bring")?;
+                    op.done(StepName::Bring)?;
                     return self.host(to.name());
                 }
                 // A bring that an earlier daemon of the center began has come to its end meanwhile.
@@ -66,7 +69,7 @@ impl Controller {
                     let to = self.host(to.name())?;
                     let there = to.substrates().await?.into_iter().find(|i| i.id == id);
                     self.adopt_substrate(to.name(), there.ok_or(f)?)?;
-                    op.done("bring")?;
+                    op.done(StepName::Bring)?;
                     return Ok(to);
                 }
                 Err(f) if matches!(f.code, Code::Damaged | Code::Unavailable | Code::TimedOut) => {

@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use godwit_site::exchange::{Bring, Failed, is_break};
 use godwit_site::verbs::{Request, SubstrateFetch, SubstrateOffer};
-use godwit_site::{ByteStream, Call, SiteHost, StreamRequest, SubstrateInfo};
-use godwit_types::{Fault, Name, SiteKind};
+use godwit_site::{ByteStream, Call, SiteHost, StreamRequest, SubstrateInfo, TakeAmong};
+use godwit_types::{Fault, Name, SiteKind, SubstrateId};
 use tokio::time::Instant;
 
 use super::Controller;
 use super::lifecycle::call_of;
 use crate::ops::OpHandle;
-use crate::registry::SubstrateRecord;
+use crate::registry::{SubstrateRecord, registry_fault};
 
 /// How often one bring goes on after a break.
 const BREAKS: usize = 5;
@@ -32,7 +32,9 @@ impl Controller {
         to: &Name,
     ) -> Result<SubstrateInfo, Fault> {
         let call = call_of(op);
-        match self.straight(&call, s, from, to).await {
+        // The same for every try: what came of one is of use to the next.
+        let among = self.readable_with(s, to)?;
+        match self.straight(&call, s, (from, to), &among).await {
             Some(Ok(info)) => return Ok(info),
             Some(Err(f)) if !is_break(&f) => return Err(f),
             // What came is kept at the taker.
@@ -46,7 +48,7 @@ impl Controller {
         let mut patience = Duration::ZERO;
         loop {
             let ends = tokio::select! {
-                ends = self.ends(s, (from, to), patience) => ends?,
+                ends = self.ends(s, (from, to), &among, patience) => ends?,
                 () = call.cancel.cancelled() => return Err(Fault::cancelled()),
             };
             match bring.run(ends).await {
@@ -68,8 +70,8 @@ impl Controller {
         &self,
         call: &Call,
         s: &SubstrateRecord,
-        from: &Name,
-        to: &Name,
+        (from, to): (&Name, &Name),
+        among: &[SubstrateId],
     ) -> Option<Result<SubstrateInfo, Fault>> {
         let own = |name: &Name| self.registry.site(name).is_ok_and(|s| s.kind == SiteKind::Center);
         let able = |name: &Name| -> Option<Arc<dyn SiteHost>> {
@@ -81,8 +83,9 @@ impl Controller {
             Ok(address) => address?,
             Err(f) => return Some(Err(f)),
         };
-        let (name, from) = (s.name.clone(), from.clone());
-        let fetch = SubstrateFetch { id: s.id, name, content: s.content, from, address };
+        let (name, content, among) = (s.name.clone(), s.content, among.to_vec());
+        let from = from.clone();
+        let fetch = SubstrateFetch { id: s.id, name, content, among, from, address };
         Some(dst.ask(fetch, call.clone()).await)
     }
 
@@ -91,6 +94,7 @@ impl Controller {
         &self,
         s: &SubstrateRecord,
         (from, to): (&Name, &Name),
+        among: &[SubstrateId],
         patience: Duration,
     ) -> Result<(ByteStream, ByteStream), Fault> {
         let until = Instant::now() + patience;
@@ -99,8 +103,9 @@ impl Controller {
             let open = async {
                 let supply = StreamRequest::SubstrateSupply { id: s.id };
                 let out = self.host(from)?.open(supply).await?;
-                let take = StreamRequest::SubstrateTake { content: s.content };
-                Ok((out, self.host(to)?.open(take).await?))
+                let taker = self.host(to)?;
+                let take = self.take_of(&*taker, s, among)?;
+                Ok((out, taker.open(take).await?))
             };
             match open.await {
                 Err(f) if is_break(&f) => {
@@ -112,5 +117,40 @@ impl Controller {
                 ends => return ends,
             }
         }
+    }
+}
+
+impl Controller {
+    /// The substrates at a site whose contents whoever may use `s` may read in any case.
+    fn readable_with(&self, s: &SubstrateRecord, at: &Name) -> Result<Vec<SubstrateId>, Fault> {
+        let all = self.registry.substrates().map_err(registry_fault)?;
+        let there = all.iter().filter(|o| o.holders.contains(at) && o.is_read_by_all_of(s));
+        Ok(there.map(|o| o.id).collect())
+    }
+
+    /// How a taker is asked. One that is too old to be told whose units it may use is asked only
+    /// where there is one tenant.
+    fn take_of(
+        &self,
+        taker: &dyn SiteHost,
+        s: &SubstrateRecord,
+        among: &[SubstrateId],
+    ) -> Result<StreamRequest, Fault> {
+        let content = s.content;
+        let among = StreamRequest::SubstrateTakeAmong(TakeAmong { content, among: among.to_vec() });
+        if taker.speaks() >= among.since() {
+            return Ok(among);
+        }
+        if self.registry.tenants().len() <= 1 {
+            return Ok(StreamRequest::SubstrateTake { content });
+        }
+        let (site, speaks) = (taker.name(), taker.speaks());
+        Err(Fault::conflict(format!(
+            "site '{site}' speaks protocol {speaks}, and '{}', which keeps the pages of tenants \
+             apart, needs {}",
+            among.name(),
+            among.since()
+        ))
+        .hint(format!("update '{site}'")))
     }
 }

@@ -16,10 +16,10 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::lifecycle::{call_of, dry};
-use super::{Accepted, Controller, Mode, registry_fault};
+use super::{Accepted, Controller, Mode};
 use crate::access::Principal;
 use crate::ops::{OpHandle, OpKind};
-use crate::registry::VmRecord;
+use crate::registry::{MoveReached, StepKind, StepName, VmRecord, move_reached, registry_fault};
 
 /// How long a move that was asked to stop may take to end by itself.
 const CANCEL_WITHIN: Duration = Duration::from_secs(20);
@@ -68,12 +68,12 @@ impl Controller {
                 if now.state == VmState::Stopped {
                     return Ok(json!({}));
                 }
-                op.begin("vm stop", json!({ "site": now.site, "generation": now.generation }))?;
+                op.begin(StepKind::VmStop { site: now.site.clone(), generation: now.generation })?;
                 let (vm, generation) = (now.id, now.generation);
                 let request = verbs::VmStop { vm, generation, force: true };
                 me.host(&now.site)?.ask(request, call_of(&op)).await?;
                 me.become_stopped(&now)?;
-                op.done("vm stop")?;
+                op.done(StepName::VmStop)?;
                 Ok(json!({}))
             })
             .map_err(registry_fault)?;
@@ -101,13 +101,13 @@ impl Controller {
     fn last_move(&self, vm: &VmRecord) -> Result<Option<LastMove>, Fault> {
         let all = self.ops.list().map_err(registry_fault)?;
         let moves = |k: &OpKind| matches!(k, OpKind::VmMigrate { vm: v, .. } if *v == vm.id);
-        Ok(all.into_iter().rev().find(|o| moves(&o.kind)).map(|o| {
-            let ids = o.journal.iter().rev().map(|s| s.data["migration"].clone());
-            LastMove {
-                op: o.id,
-                goes_on: !o.state.is_final(),
-                migration: ids.filter_map(|id| serde_json::from_value(id).ok()).next(),
-            }
+        Ok(all.into_iter().rev().find(|o| moves(&o.kind)).map(|o| LastMove {
+            op: o.id,
+            goes_on: !o.state.is_final(),
+            migration: match move_reached(&o.journal) {
+                MoveReached::Nothing => None,
+                MoveReached::Prepare(id) | MoveReached::Send(id) => Some(id),
+            },
         }))
     }
 

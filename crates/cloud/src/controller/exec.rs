@@ -17,10 +17,10 @@ use godwit_site::{Call, GuestExec, GuestOutput, GuestProgram, SiteHost, verbs};
 use godwit_types::{Code, Fault, Name, OpState, VmId, VmState};
 use tokio::time::Instant;
 
-use super::{Controller, registry_fault};
+use super::Controller;
 use crate::access::{Action, Principal};
 use crate::ops::OpKind;
-use crate::registry::VmRecord;
+use crate::registry::{VmRecord, registry_fault};
 
 /// How often a guest that stands still is asked again, and a machine's place is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 
-use godwit_site::{Call, NewMachine, News, Origin, SiteHost, verbs};
+use godwit_site::{Call, GENERALISES, NewMachine, News, Origin, SiteHost, verbs};
 use godwit_types::{
     Arch, Code, Fault, Generation, Mib, Name, SubstrateId, SubstrateKind, UnixMs, VmId, VmState,
 };
@@ -11,11 +11,12 @@ use serde_json::json;
 
 use super::authorize::{allow, name_at_sites};
 use super::depart::Wanted;
-use super::{Accepted, Controller, CreateVm, DockVm, Mode, registry_fault};
+use super::disks::DiskOf;
+use super::{Accepted, Controller, CreateVm, DockVm, Mode};
 use crate::access::{Action, Object, Principal, may};
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
-use crate::registry::{SubstrateRecord, VmRecord};
+use crate::registry::{StepKind, StepName, SubstrateRecord, VmRecord, registry_fault};
 
 /// A call of a site whose progress is shown by the operation.
 pub(super) fn call_of(op: &OpHandle) -> Call {
@@ -35,6 +36,15 @@ struct Shape {
     vcpus: u8,
     origin: Origin,
     substrate: Option<SubstrateRecord>,
+    /// What its disk is remembered by.
+    disk: DiskOf,
+}
+
+/// What a machine is turned.
+#[derive(Debug, Clone, Copy)]
+enum Power {
+    On,
+    Off,
 }
 
 impl Controller {
@@ -50,6 +60,7 @@ impl Controller {
                     vcpus: want.vcpus.unwrap_or(i.vcpus),
                     origin: Origin::Image(image.clone()),
                     substrate: None,
+                    disk: DiskOf::Image(i.hash),
                 })
             }
             (None, Some(key)) => {
@@ -65,6 +76,7 @@ impl Controller {
                     memory: s.memory,
                     vcpus: s.vcpus,
                     origin: Origin::Substrate(s.id),
+                    disk: DiskOf::Substrate(s.id),
                     substrate: Some(s),
                 })
             }
@@ -157,6 +169,11 @@ impl Controller {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
         }
         let host = self.host(&placed.site)?;
+        let holder = match &shape.substrate {
+            Some(s) if !placed.holds => s.holders.iter().find_map(|n| self.host(n).ok()),
+            _ => Some(host.clone()),
+        };
+        let disk_bytes = self.disk_bytes(shape.disk, &shape.origin, holder).await;
         let private = shape.substrate.as_ref().and_then(|s| s.private_of().map(|of| (s, of)));
         let private_of = private.map(|(s, of)| match s.tenant == who.tenant {
             true => of.clone(),
@@ -175,6 +192,7 @@ impl Controller {
             arch: shape.arch,
             memory: shape.memory,
             vcpus: shape.vcpus,
+            disk_bytes,
             created: now,
             changed: now,
             moving_to: None,
@@ -226,9 +244,9 @@ impl Controller {
             new.content = record.content;
         }
         op.check()?;
-        op.begin("start", json!({ "site": host.name() }))?;
+        op.begin(StepKind::Start { site: host.name().clone() })?;
         let status = host.ask(verbs::VmNew { machine: new }, call_of(op)).await?;
-        op.done("start")?;
+        op.done(StepName::Start)?;
         Ok(json!({ "site": host.name(), "activate": status.activate }))
     }
 
@@ -250,7 +268,7 @@ impl Controller {
                 Ok(v)
             }
             Err(f) => {
-                op.undone("start")?;
+                op.undone(StepName::Start)?;
                 Err(f)
             }
         }
@@ -308,7 +326,7 @@ impl Controller {
         })?;
         let kind = OpKind::VmStart { vm: vm.id, name: vm.name.clone() };
         let me = self.clone();
-        self.launch(who, kind, plan, vm, VmState::Running, |vm, op| async move {
+        self.launch(who, kind, plan, vm, Power::On, |vm, op| async move {
             let request = verbs::VmStart { vm: vm.id, generation: vm.generation, warrant };
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
@@ -343,7 +361,7 @@ impl Controller {
             return Ok(dry(plan, &vm));
         }
         let kind = OpKind::VmStop { vm: vm.id, name: vm.name.clone() };
-        self.launch(who, kind, plan, vm, VmState::Stopped, move |vm, op| async move {
+        self.launch(who, kind, plan, vm, Power::Off, move |vm, op| async move {
             let request = verbs::VmStop { vm: vm.id, generation: vm.generation, force };
             host.ask(request, call_of(&op)).await?;
             Ok(json!({}))
@@ -389,7 +407,7 @@ impl Controller {
                 } else {
                     (vm, host)
                 };
-                op.begin("delete", json!({ "site": vm.site }))?;
+                op.begin(StepKind::Delete { site: vm.site.clone() })?;
                 let request = verbs::VmDelete { vm: vm.id, generation: vm.generation };
                 match host.ask(request, call_of(&op)).await {
                     Err(f) if f.code != Code::NotFound => return Err(f),
@@ -397,7 +415,7 @@ impl Controller {
                 }
                 me.release_source(&vm).await;
                 me.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
-                op.done("delete")?;
+                op.done(StepName::Delete)?;
                 Ok(json!({}))
             })
             .map_err(registry_fault)?;
@@ -437,6 +455,15 @@ impl Controller {
         let name = how.name.unwrap_or_else(|| vm.name.clone());
         self.is_new_substrate(&vm.tenant, &name)?;
         let host = self.host(&vm.site)?;
+        if kind == SubstrateKind::Public && host.speaks() < GENERALISES {
+            return Err(Fault::conflict(format!(
+                "site '{}' speaks protocol {}, and to generalise a machine, as a public \
+                 substrate's must be, needs {GENERALISES}",
+                vm.site,
+                host.speaks()
+            ))
+            .hint(format!("update '{}', or dock it as restricted", vm.site)));
+        }
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
@@ -466,7 +493,7 @@ impl Controller {
         };
         let (me, record) = (self.clone(), vm.clone());
         let started = self.ops.start(who, kind, |op| async move {
-            op.begin("dock", json!({ "site": record.site, "substrate": substrate }))?;
+            op.begin(StepKind::Dock { site: record.site.clone(), substrate })?;
             let outcome = host.ask(request, call_of(&op)).await;
             match outcome {
                 Ok(info) => {
@@ -474,15 +501,15 @@ impl Controller {
                     Self::is_wanted(&record.site, substrate, &info)?;
                     me.adopt_substrate(&record.site, info)?;
                     me.registry.vm_remove(record.id, record.generation).map_err(registry_fault)?;
-                    op.done("dock")?;
+                    op.done(StepName::Dock)?;
                     Ok(json!({ "substrate": substrate, "dock": report }))
                 }
                 Err(f) => {
                     let settled = me.settle_dock(&op, &record, substrate, f).await;
                     if settled.is_ok() {
-                        op.done("dock")?
+                        op.done(StepName::Dock)?
                     } else {
-                        op.undone("dock")?
+                        op.undone(StepName::Dock)?
                     }
                     settled
                 }
@@ -500,14 +527,14 @@ impl Controller {
         }
     }
 
-    /// Runs a job that takes a machine to `goal`; after a failure its state is asked of its site.
+    /// Runs a job that turns a machine on or off; after a failure its state is asked of its site.
     fn launch<F, Fut>(
         self: &Arc<Self>,
         who: &Principal,
         kind: OpKind,
         plan: String,
         vm: VmRecord,
-        goal: VmState,
+        power: Power,
         job: F,
     ) -> Result<Accepted, Fault>
     where
@@ -515,11 +542,18 @@ impl Controller {
         Fut: Future<Output = Result<serde_json::Value, Fault>> + Send + 'static,
     {
         let (me, name) = (self.clone(), vm.name.to_string());
-        let verb = kind.verb();
+        let (goal, step) = match power {
+            Power::On => (VmState::Running, StepName::VmStart),
+            Power::Off => (VmState::Stopped, StepName::VmStop),
+        };
         let op = self
             .ops
             .start(who, kind, |op| async move {
-                op.begin(verb, json!({ "site": vm.site, "generation": vm.generation }))?;
+                let (site, generation) = (vm.site.clone(), vm.generation);
+                op.begin(match power {
+                    Power::On => StepKind::VmStart { site, generation },
+                    Power::Off => StepKind::VmStop { site, generation },
+                })?;
                 match job(vm.clone(), op.clone()).await {
                     Ok(v) => {
                         me.change_vm(&vm, vm.generation, |v| {
@@ -528,12 +562,12 @@ impl Controller {
                             }
                             Ok(())
                         })?;
-                        op.done(verb)?;
+                        op.done(step)?;
                         Ok(v)
                     }
                     Err(f) => {
                         me.settle_vm(&vm, &f).await?;
-                        op.undone(verb)?;
+                        op.undone(step)?;
                         Err(f)
                     }
                 }

@@ -23,6 +23,7 @@ pub(crate) mod authorize;
 pub(crate) mod bring;
 mod carry;
 mod depart;
+mod disks;
 mod exec;
 pub(crate) mod lifecycle;
 mod meet;
@@ -59,7 +60,7 @@ pub use people::{ApiToken, NewApiToken, NewTenant, NewUser};
 
 use crate::clock::Moment;
 use crate::ops::Ops;
-use crate::registry::{Registry, SiteRecord, VmRecord};
+use crate::registry::{Registry, SiteRecord, VmRecord, registry_fault};
 use godwit_site::{Call, SiteHost, SiteReport, verbs};
 
 pub(crate) use ask::ask_all;
@@ -96,7 +97,9 @@ pub struct CreateVm {
 pub struct DockVm {
     /// Name of the substrate; the machine's own when left out.
     pub name: Option<Name>,
-    /// Who may use it; restricted when left out, private for a machine of a private substrate.
+    /// Who may use it; restricted when left out, private for a machine of a private substrate. What
+    /// is to be public is generalised first: its host name, machine-id and SSH host keys are taken
+    /// from it.
     pub kind: Option<SubstrateKind>,
 }
 
@@ -144,6 +147,7 @@ pub struct Controller {
     sites: Sites,
     bringing: bring::Bringing,
     uploads: origin::Uploads,
+    disks: disks::Disks,
     refusals: refusals::Refusals,
     settled: recover::Settled,
     /// One machine at a time is entered: what may run once only is not entered twice.
@@ -155,37 +159,6 @@ pub struct Controller {
 impl std::fmt::Debug for Controller {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Controller").field("ops", &self.ops).finish_non_exhaustive()
-    }
-}
-
-pub(crate) fn registry_fault(e: crate::registry::RegistryError) -> Fault {
-    let fault = Fault::of(&e);
-    match e {
-        crate::registry::RegistryError::NotFound { what: "machine", .. } => {
-            fault.hint("see the machines with: godwit vm list")
-        }
-        crate::registry::RegistryError::NotFound { what: "substrate", .. } => {
-            fault.hint("see the substrates with: godwit substrate list")
-        }
-        crate::registry::RegistryError::NotFound { what: "site", .. } => {
-            fault.hint("see the sites with: godwit site list")
-        }
-        crate::registry::RegistryError::NotFound { what: "user", .. } => {
-            fault.hint("see the users with: godwit user list")
-        }
-        crate::registry::RegistryError::NotFound { what: "tenant", .. } => {
-            fault.hint("see the tenants with: godwit tenant list")
-        }
-        crate::registry::RegistryError::NotFound { what: "token", .. } => {
-            fault.hint("see the tokens with: godwit token list")
-        }
-        crate::registry::RegistryError::OverQuota { .. } => {
-            fault.hint("see the quota with: godwit quota get; an operator sets it")
-        }
-        _ if fault.code == godwit_types::Code::NoRoom => {
-            fault.hint("make room on the file system of the center's data directory")
-        }
-        _ => fault,
     }
 }
 
@@ -212,6 +185,7 @@ impl Controller {
             sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
             bringing: bring::Bringing::default(),
             uploads: origin::Uploads::default(),
+            disks: disks::Disks::default(),
             refusals: refusals::Refusals::default(),
             settled: recover::Settled::default(),
             entering: std::sync::Mutex::default(),

@@ -12,11 +12,11 @@ use serde_json::json;
 use super::authorize::allow;
 use super::lifecycle::{call_of, dry, state_fault};
 use super::meet::can_be_dialled;
-use super::{Accepted, Controller, MigrateVm, Mode, registry_fault};
+use super::{Accepted, Controller, MigrateVm, Mode};
 use crate::access::{Action, Object, Principal};
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
-use crate::registry::{Arriving, VmRecord};
+use crate::registry::{Arriving, StepKind, StepName, VmRecord, registry_fault};
 
 /// How long a destination that was lost during the switch is asked for.
 const FATE_LIMIT: Duration = Duration::from_secs(600);
@@ -169,7 +169,7 @@ impl Controller {
                 return Err(f);
             }
         };
-        op.begin("send", json!({ "migration": m.id, "from": m.from }))?;
+        op.begin(StepKind::Send { migration: m.id, from: m.from.clone() })?;
         let first = self.follow(op, &m, request).await;
         self.conclude(op, &m, first).await
     }
@@ -190,7 +190,7 @@ impl Controller {
         let request = verbs::MigrateManifest { vm, generation };
         let manifest = src.ask(request, Call::quiet()).await?;
         op.check()?;
-        op.begin("prepare", json!({ "migration": m.id, "at": m.to }))?;
+        op.begin(StepKind::Prepare { migration: m.id, at: m.to.clone() })?;
         let warrant = self.warrant(&m.vm, m.generation, &m.to)?;
         let request = verbs::MigratePrepare {
             migration: m.id,
@@ -202,7 +202,7 @@ impl Controller {
         };
         let to = dst.ask(request, call_of(op)).await?;
         can_be_dialled(&src, &to)?;
-        op.done("prepare")?;
+        op.done(StepName::Prepare)?;
         op.check()?;
         let (next, scheme) = (m.generation, m.scheme.clone());
         Ok(verbs::MigrateSend { vm, generation, next, to, scheme }.asking())
@@ -222,7 +222,7 @@ impl Controller {
                     self.void_warrant(&m.vm, m.generation, &m.to);
                     let f = self.explained(m, f).await;
                     self.settle_vm(&m.vm, &f).await?;
-                    op.undone("send")?;
+                    op.undone(StepName::Send)?;
                     return Err(f);
                 }
                 self.note_switch(m)?;
@@ -389,8 +389,8 @@ impl Controller {
         report: Option<MoveReport>,
     ) -> Result<serde_json::Value, Fault> {
         self.note_switch(m)?;
-        op.done("send")?;
-        op.begin("release", json!({ "at": m.from }))?;
+        op.done(StepName::Send)?;
+        op.begin(StepKind::Release { at: m.from.clone() })?;
         let mut vm = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
         if vm.state == VmState::Failed {
             // It had been given up.
@@ -399,7 +399,7 @@ impl Controller {
             })?;
         }
         self.release_source(&vm).await;
-        op.done("release")?;
+        op.done(StepName::Release)?;
         Ok(json!({ "move": report }))
     }
 }

@@ -15,11 +15,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use godwit_site::{SubstrateInfo, Upload};
 use godwit_types::{Code, Fault, Name, SiteKind, SubstrateId, SubstrateKind};
 
+use super::Controller;
 use super::authorize::{allow, name_at_sites};
-use super::{Controller, registry_fault};
 use crate::access::{Action, Object, Principal, default_tenant, may, operator};
 use crate::ops::OpKind;
-use crate::registry::{OpRecord, SubstrateRecord};
+use crate::registry::{OpRecord, SubstrateRecord, registry_fault};
 
 /// How the center hears of a substrate that it does not know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -249,7 +249,7 @@ impl Controller {
     /// The substrates that the center has asked a site to dock: a site publishes nothing by itself.
     pub(super) fn asked_for(&self, site: &Name) -> Result<HashSet<SubstrateId>, Fault> {
         let ops = self.ops().list().map_err(registry_fault)?;
-        let here = |o: &OpRecord| o.journal.iter().any(|s| s.data["site"] == site.as_str());
+        let here = |o: &OpRecord| o.journal.iter().any(|s| s.what.docks_at() == Some(site));
         Ok(ops
             .iter()
             .filter_map(|o| match &o.kind {

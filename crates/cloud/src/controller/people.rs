@@ -6,13 +6,13 @@ use godwit_types::{Code, Fault, Name, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::Controller;
 use super::authorize::{allow, unseen};
-use super::{Controller, registry_fault};
 use crate::access::{Action, Object, Principal, Role, may};
 use crate::registry::audit::Note;
 use crate::registry::{
     AuditEnd, AuditEntry, Drawn, Quota, SubstrateRecord, TenantQuota, TenantRecord, TokenInfo,
-    TokenRecord, UserRecord,
+    TokenRecord, UserRecord, registry_fault,
 };
 
 /// A tenant to be made.

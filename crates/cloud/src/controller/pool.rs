@@ -8,10 +8,10 @@ use serde_json::json;
 
 use super::authorize::allow;
 use super::lifecycle::call_of;
-use super::{Accepted, Controller, Mode, registry_fault};
+use super::{Accepted, Controller, Mode};
 use crate::access::{Action, Object, Principal};
 use crate::ops::OpKind;
-use crate::registry::VmRecord;
+use crate::registry::{VmRecord, registry_fault};
 
 impl Controller {
     /// The center's own site.

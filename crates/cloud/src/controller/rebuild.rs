@@ -14,12 +14,13 @@ use godwit_transfer::Warrant;
 use godwit_types::{Code, Fault, Generation, Name, SubstrateId, UnixMs, VmId, VmState};
 use serde_json::json;
 
+use super::disks::DiskOf;
 use super::lifecycle::call_of;
-use super::{Accepted, Controller, Mode, registry_fault};
+use super::{Accepted, Controller, Mode};
 use crate::access::{Action, Principal};
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
-use crate::registry::{SubstrateRecord, VmRecord};
+use crate::registry::{StepKind, StepName, SubstrateRecord, VmRecord, registry_fault};
 
 /// `base-suffix`, cut to the length that a name may have.
 pub(super) fn suffixed(base: &Name, suffix: &str) -> Result<Name, Fault> {
@@ -116,6 +117,7 @@ impl Controller {
             arch: old.arch,
             memory: old.memory,
             vcpus: old.vcpus,
+            disk_bytes: self.disks.known(DiskOf::Substrate(old.id)),
             created: now,
             changed: now,
             moving_to: None,
@@ -136,7 +138,7 @@ impl Controller {
             let outcome = me.run_rebuild(&op, &job, warrant, &host).await;
             if let Err(f) = &outcome {
                 me.undo_rebuild(&job.vm, f).await?;
-                op.undone("rebuild")?;
+                op.undone(StepName::Rebuild)?;
             }
             outcome
         });
@@ -152,7 +154,7 @@ impl Controller {
         warrant: Warrant,
         host: &Arc<dyn SiteHost>,
     ) -> Result<serde_json::Value, Fault> {
-        op.begin("rebuild", json!({ "site": job.vm.site }))?;
+        op.begin(StepKind::Rebuild { site: job.vm.site.clone() })?;
         let machine = NewMachine {
             vm: job.vm.id,
             name: job.vm.name.clone(),
@@ -183,7 +185,7 @@ impl Controller {
         Self::is_wanted(host.name(), job.new, &info)?;
         let report = info.dock.clone();
         self.replace(&job.old, info, &job.vm).await?;
-        op.done("rebuild")?;
+        op.done(StepName::Rebuild)?;
         Ok(json!({ "substrate": job.new, "dock": report }))
     }
 

@@ -9,12 +9,12 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use godwit_site::{Call, MachineStatus, Request, SiteHost, UNKNOWN_GENERATION, verbs};
-use godwit_types::{Code, Fault, Hash, Name, UnixMs, VmState};
+use godwit_types::{Code, Fault, Hash, MigrationId, Name, UnixMs, VmState};
 
+use super::Controller;
 use super::moves::Move;
-use super::{Controller, registry_fault};
 use crate::ops::{OpHandle, OpKind};
-use crate::registry::{OpRecord, VmRecord};
+use crate::registry::{MoveReached, OpRecord, VmRecord, all_known, move_reached, registry_fault};
 
 /// How long a restarted center waits for a site to come back before it decides without it.
 pub(super) const RETURN_LIMIT: Duration = Duration::from_secs(60);
@@ -54,6 +54,7 @@ impl Controller {
         handle: &OpHandle,
         op: OpRecord,
     ) -> Result<serde_json::Value, Fault> {
+        all_known(&op.journal)?;
         let restarted = || Fault::unavailable("the center was restarted while this ran");
         let again = || restarted().hint("nothing is half done; ask again");
         match &op.kind {
@@ -99,17 +100,19 @@ impl Controller {
             }
             OpKind::VmMigrate { vm, from, to, generation, .. } => {
                 let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
-                let sent = op.journal.iter().rev().find(|s| s.name == "send");
-                let id =
-                    sent.and_then(|s| serde_json::from_value(s.data["migration"].clone()).ok());
-                let Some(id) = id else {
-                    for site in [from, to] {
-                        self.await_host(site, RETURN_LIMIT).await?;
+                let id = match move_reached(&op.journal) {
+                    MoveReached::Send(id) => id,
+                    reached @ (MoveReached::Nothing | MoveReached::Prepare(_)) => {
+                        for site in [from, to] {
+                            self.await_host(site, RETURN_LIMIT).await?;
+                        }
+                        if let MoveReached::Prepare(migration) = reached {
+                            self.undo_prepare(migration, to, &record).await;
+                        }
+                        self.void_warrant(&record, *generation, to);
+                        self.settle_vm(&record, &again()).await?;
+                        return Err(again().hint("the machine is where it was; ask again"));
                     }
-                    self.undo_prepare(&op, &record).await;
-                    self.void_warrant(&record, *generation, to);
-                    self.settle_vm(&record, &again()).await?;
-                    return Err(again().hint("the machine is where it was; ask again"));
                 };
                 let m = Move::found(&record, from.clone(), to.clone(), *generation, id);
                 if record.generation > *generation {
@@ -124,10 +127,7 @@ impl Controller {
     }
 
     /// Takes back what a migration had prepared that never sent anything.
-    async fn undo_prepare(&self, op: &OpRecord, vm: &VmRecord) {
-        let prepared = op.journal.iter().rev().find(|s| s.name == "prepare");
-        let id = prepared.and_then(|s| serde_json::from_value(s.data["migration"].clone()).ok());
-        let (Some(migration), OpKind::VmMigrate { to, .. }) = (id, &op.kind) else { return };
+    async fn undo_prepare(&self, migration: MigrationId, to: &Name, vm: &VmRecord) {
         let Ok(host) = self.host(to) else { return };
         let abort = verbs::MigrateAbort { migration, vm: vm.id };
         if let Err(e) = host.ask(abort, Call::quiet()).await {

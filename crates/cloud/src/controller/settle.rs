@@ -16,9 +16,9 @@ use godwit_types::{Fault, Name, SubstrateId, VmId, VmState};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::{Controller, registry_fault};
+use super::Controller;
 use crate::ops::{OpHandle, OpKind};
-use crate::registry::VmRecord;
+use crate::registry::{VmRecord, registry_fault};
 
 /// How long a site that is away is waited for.
 const RETURN_LIMIT: Duration = Duration::from_secs(60);

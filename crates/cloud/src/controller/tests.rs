@@ -16,6 +16,7 @@ use godwit_types::{Arch, Code, Fault, Hash, OpState, SubstrateId, VmId, VmState}
 use super::tests_belief::docked;
 use super::*;
 use crate::access::Principal;
+use crate::registry::StepName;
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
 pub(crate) struct Paper {
@@ -35,6 +36,8 @@ pub(crate) struct Paper {
     pub(super) says: Mutex<Option<Result<MoveStatus, Fault>>>,
     /// It was asked to bring the rest of a machine, with its memory or without.
     pub(super) resumed: Mutex<Vec<bool>>,
+    /// The streams that were opened.
+    pub(super) opened: Mutex<Vec<StreamRequest>>,
     /// It answers nothing at all.
     pub(super) hung: AtomicBool,
     /// How often it was asked what its pool holds.
@@ -79,6 +82,7 @@ impl Paper {
             silent: AtomicBool::new(false),
             says: Mutex::default(),
             resumed: Mutex::default(),
+            opened: Mutex::default(),
             hung: AtomicBool::new(false),
             listed: AtomicUsize::new(0),
             asked: AtomicUsize::new(0),
@@ -112,8 +116,13 @@ impl SiteHost for Paper {
     fn name(&self) -> &Name {
         &self.name
     }
-    async fn open(&self, _: StreamRequest) -> Result<ByteStream, Fault> {
-        Err(Fault::invalid("no streams on paper"))
+    async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
+        let supplies = matches!(request, StreamRequest::SubstrateSupply { .. });
+        self.opened.lock().expect("lock").push(request);
+        match supplies {
+            true => Ok(Box::pin(tokio::io::duplex(1).0)),
+            false => Err(Fault::invalid("no streams on paper")),
+        }
     }
     async fn answer(&self, request: SiteRequest, call: Call) -> Result<SiteReply, Fault> {
         if self.hung.load(SeqCst) {
@@ -145,6 +154,7 @@ impl SiteHost for Paper {
                 fault: None,
             }])),
             SiteRequest::Ping(_) => Ok(SiteReply::Done(())),
+            SiteRequest::Disk(_) => Ok(SiteReply::Bytes(4 << 30)),
             SiteRequest::Machines(_) => {
                 self.asked.fetch_add(1, SeqCst);
                 Ok(SiteReply::Machines(self.all()))
@@ -152,6 +162,11 @@ impl SiteHost for Paper {
             SiteRequest::VmStatus(VmStatus { vm }) => {
                 let here = self.all().into_iter().find(|m| m.vm == vm);
                 here.map(SiteReply::Machine).ok_or_else(|| Fault::not_found("not on paper"))
+            }
+            SiteRequest::SubstrateUsers(_) => Ok(SiteReply::Names(Vec::new())),
+            SiteRequest::SubstrateDelete(d) => {
+                self.substrates.lock().expect("lock").retain(|s| s.id != d.id);
+                Ok(SiteReply::Done(()))
             }
             SiteRequest::Substrates(_) => {
                 self.listed.fetch_add(1, SeqCst);
@@ -315,17 +330,24 @@ impl SiteHost for Paper {
                     ..Sent::default()
                 })))
             }
-            other => Err(Fault::invalid(format!("{other:?} on paper"))),
+            other => Err(Fault::invalid(format!("'{}' on paper", other.name()))),
         }
     }
 }
 
 pub(crate) struct World {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     authority: Arc<Authority>,
     pub(crate) c: Arc<Controller>,
     pub(crate) center: Arc<Paper>,
     pub(crate) cafe: Arc<Paper>,
+}
+
+impl World {
+    /// The registry's file.
+    pub(crate) fn registry_file(&self) -> std::path::PathBuf {
+        self.dir.path().join("r.redb")
+    }
 }
 
 pub(crate) async fn world(send: Send) -> World {
@@ -342,7 +364,7 @@ pub(super) async fn world_with(send: Send, patience: Duration) -> World {
     *cafe.peer.lock().expect("lock") = Some(center.clone());
     c.attach(center.clone(), SiteKind::Center).await.expect("center");
     c.attach(cafe.clone(), SiteKind::Ap).await.expect("cafe");
-    World { _dir: dir, authority, c, center, cafe }
+    World { dir, authority, c, center, cafe }
 }
 
 pub(super) async fn running(w: &World, n: &str) -> VmRecord {
@@ -377,8 +399,8 @@ async fn a_machine_is_made_moved_stopped_and_deleted() {
     let a = w.c.migrate(&me(), "report", to("cafe"), Mode::Act).expect("accepted");
     let end = w.c.ops().wait(a.op.expect("op")).await.expect("ends");
     assert_eq!(end.state, OpState::Done, "{end:?}");
-    let steps: Vec<_> = end.journal.iter().map(|s| s.name.as_str()).collect();
-    assert_eq!(steps, ["prepare", "send", "release"]);
+    let steps: Vec<_> = end.journal.iter().filter_map(|s| s.what.name()).collect();
+    assert_eq!(steps, [StepName::Prepare, StepName::Send, StepName::Release]);
     let vm = w.c.registry().vm("report").expect("there");
     assert_eq!(
         (vm.state, vm.site.as_str(), vm.generation),
@@ -490,7 +512,9 @@ async fn a_center_that_was_killed_during_a_move_finds_the_machine() {
     let vm = running(&w, "a").await;
     let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let mut seen = w.c.ops().watch(op).expect("watch");
-    seen.wait_for(|o| o.journal.iter().any(|s| s.name == "send")).await.expect("sending");
+    seen.wait_for(|o| o.journal.iter().any(|s| s.what.name() == Some(StepName::Send)))
+        .await
+        .expect("sending");
     // The daemon dies here; the sites finish the move without it.
     let second = Controller::new(w.c.registry().clone(), w.authority.clone());
     w.cafe.machines.lock().expect("lock").clear();
@@ -510,6 +534,25 @@ async fn a_center_that_was_killed_during_a_move_finds_the_machine() {
         (VmState::Running, "cafe", Generation(2))
     );
     assert!(w.center.all().is_empty(), "the source was released");
+}
+
+#[tokio::test]
+async fn a_journal_of_a_later_release_is_refused_in_words_and_nothing_is_undone() {
+    let w = world(Send::Works).await;
+    let vm = running(&w, "a").await;
+    let kind = crate::ops::OpKind::VmStop { vm: vm.id, name: vm.name.clone() };
+    let mut op = crate::registry::OpRecord::begun(&me(), kind);
+    let step = serde_json::json!({ "name": "warm", "state": "begun", "data": { "pages": 7 } });
+    op.journal.push(serde_json::from_value(step).expect("a step"));
+    w.c.registry().op_put(&op).expect("written");
+    let second = Controller::new(w.c.registry().clone(), w.authority.clone());
+    assert_eq!(second.recover().expect("recovers"), 1);
+    let end = second.ops().wait(op.id).await.expect("ends");
+    assert_eq!((end.state, end.failure()), (OpState::Failed, Some(Code::Conflict)));
+    let said = end.error.expect("a failure").message;
+    assert!(said.contains("a step 'warm' that this version does not know"), "{said}");
+    assert_eq!(end.journal, op.journal, "kept as it was");
+    assert_eq!(second.registry().vm("a").expect("there").state, VmState::Running);
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! What tenants are kept from: each other's names, substrates, tokens and room.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use godwit_site::SubstrateInfo;
@@ -49,9 +50,8 @@ fn docking(w: &World, who: &Principal, vm: &VmRecord, called: &str, site: &str) 
     };
     let mut op = OpRecord::begun(who, kind);
     op.journal.push(crate::registry::Step {
-        name: "dock".into(),
+        what: crate::registry::StepKind::Dock { site: name(site), substrate },
         state: crate::registry::StepState::Begun,
-        data: serde_json::json!({ "site": site, "substrate": substrate }),
     });
     w.c.registry().op_put(&op).expect("entered");
     substrate
@@ -430,4 +430,116 @@ async fn a_name_that_is_the_id_of_anothers_machine_tells_nothing() {
     let id = machine(&w, &ann, "a").id.to_string();
     let want = CreateVm { name: Some(name(&id)), image: Some(name("tiny")), ..CreateVm::default() };
     w.c.create(&bob, want, Mode::DryRun).await.expect("as any other name");
+}
+
+#[tokio::test]
+async fn a_site_that_takes_a_substrate_is_told_whose_pages_it_may_use() {
+    let w = world(Send::Works).await;
+    let held = |n: &str, tenant: &str, kind, granted: &[&str], at: &str| {
+        let s = SubstrateRecord {
+            tenant: name(tenant),
+            kind,
+            granted: granted.iter().map(|t| name(t)).collect(),
+            holders: [name(at)].into(),
+            content: Some(godwit_types::Hash::of(n.as_bytes())),
+            ..crate::registry::tests::substrate(n)
+        };
+        w.c.registry().substrate_add(&s).expect("added");
+        s
+    };
+    let (restricted, private) = (SubstrateKind::Restricted, SubstrateKind::Private);
+    let ann = user(&w, "acme", "ann", Role::Member);
+    for tenant in ["other", "third"] {
+        user(&w, tenant, "bob", Role::Member);
+    }
+    let public = held("public", "other", SubstrateKind::Public, &[], "cafe");
+    let own = held("own", "acme", restricted, &[], "cafe");
+    let granted = held("granted", "other", restricted, &["acme"], "cafe");
+    held("foreign", "other", restricted, &[], "cafe");
+    held("diary", "acme", private, &[], "cafe");
+    held("elsewhere", "acme", restricted, &[], "center");
+    let told = async |s: &SubstrateRecord| {
+        w.cafe.opened.lock().expect("lock").clear();
+        let kind = OpKind::SubstrateCopy {
+            substrate: s.id,
+            name: s.name.clone(),
+            from: name("center"),
+            to: name("cafe"),
+        };
+        let (c, substrate) = (w.c.clone(), s.clone());
+        let job = |op| async move {
+            c.carry(&op, &substrate, &name("center"), &name("cafe")).await?;
+            Ok(serde_json::Value::Null)
+        };
+        let op = w.c.ops().start(&ann, kind, job).expect("started");
+        w.c.ops().wait(op).await.expect("ends");
+        let opened = w.cafe.opened.lock().expect("lock").clone();
+        let [godwit_site::StreamRequest::SubstrateTakeAmong(t)] = &opened[..] else {
+            panic!("{opened:?}")
+        };
+        assert_eq!(t.content, s.content);
+        t.among.iter().copied().collect::<HashSet<_>>()
+    };
+    let all = |all: &[&SubstrateRecord]| all.iter().map(|s| s.id).collect::<HashSet<_>>();
+    let mine = held("mine", "acme", restricted, &[], "center");
+    assert_eq!(told(&mine).await, all(&[&public, &own, &granted]));
+    // Whoever it is granted to reads it, too, and what is public everybody.
+    let shared = held("shared", "acme", restricted, &["third"], "center");
+    assert_eq!(told(&shared).await, all(&[&public]));
+    let clean = held("clean", "default", SubstrateKind::Public, &[], "center");
+    assert_eq!(told(&clean).await, all(&[&public]));
+}
+
+#[tokio::test]
+async fn of_many_that_rebuild_one_substrate_at_once_one_does() {
+    for kind in [SubstrateKind::Private, SubstrateKind::Restricted] {
+        let w = world(Send::Works).await;
+        let ann = user(&w, "acme", "ann", Role::Member);
+        let owner = ann.id.clone();
+        let info = SubstrateInfo { name: name("mine"), kind, owner, ..docked(4) };
+        w.center.substrates.lock().expect("lock").push(info.clone());
+        w.c.adopt_substrate(&name("center"), info).expect("listed");
+        let taken: Vec<_> = std::thread::scope(|scope| {
+            let at = tokio::runtime::Handle::current();
+            let all: Vec<_> = (0..30)
+                .map(|_| {
+                    let (c, ann, at) = (w.c.clone(), ann.clone(), at.clone());
+                    scope.spawn(move || {
+                        let _in = at.enter();
+                        c.substrate_rebuild(&ann, "mine", Mode::Act)
+                    })
+                })
+                .collect();
+            all.into_iter().map(|t| t.join().expect("no panic")).collect()
+        });
+        let refused = taken.iter().filter_map(|t| t.as_ref().err());
+        let codes: Vec<_> = refused.map(|f| f.code).collect();
+        assert_eq!(codes.len(), 29, "{kind}: {codes:?}");
+        assert!(codes.iter().all(|c| matches!(c, Code::Exists | Code::Conflict)), "{codes:?}");
+        assert_eq!(w.c.registry().vms().expect("list").len(), 1, "{kind}");
+    }
+}
+
+#[tokio::test]
+async fn who_deletes_a_substrate_is_in_the_log_of_its_tenant() {
+    let w = world(Send::Works).await;
+    let (ann, bob) = (user(&w, "acme", "ann", Role::Member), user(&w, "other", "bob", Role::Admin));
+    let s = private(&w, &ann, "mine");
+    w.c.substrate_delete(&bob, &s.id.to_string(), Mode::Act).await.expect_err("not there for him");
+    w.c.substrate_delete(&ann, "mine", Mode::DryRun).await.expect("would");
+    let deletes = |who: &Principal| {
+        let log = w.c.audit_for(who, 100, None).expect("read");
+        let of = |e: &crate::registry::AuditEntry| e.action.starts_with("substrate delete");
+        log.into_iter().filter(of).collect::<Vec<_>>()
+    };
+    let adm = user(&w, "acme", "adm", Role::Admin);
+    assert!(deletes(&adm).is_empty(), "nothing was deleted yet");
+    w.c.substrate_delete(&me(), "acme/mine", Mode::Act).await.expect("deleted");
+    let log = deletes(&adm);
+    assert!(!log.is_empty(), "its tenant sees it");
+    for e in &log {
+        assert_eq!((e.tenant.as_str(), e.user.as_str()), ("acme", "operator"), "{e:?}");
+        assert_eq!(e.object, "mine", "{e:?}");
+    }
+    assert!(deletes(&bob).is_empty(), "and nobody else's does");
 }

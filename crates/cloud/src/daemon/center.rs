@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use super::guard::{Guard, impatient};
 use super::tls::{self, TlsFiles};
 use super::{ClientFiles, RENEW, Ready, local_socket, secrets};
-use crate::api::{Api, Gatekeeper};
+use crate::api::{Api, Gatekeeper, Routes};
 use crate::controller::Controller;
 use crate::registry::{Registry, RegistryError};
 
@@ -118,11 +118,15 @@ impl Gatekeeper for Door {
 }
 
 impl Center {
-    /// Starts a center; when this returns, its API answers.
+    /// Starts a center; when this returns, its API answers. `serves` says of what that is put
+    /// together.
     ///
     /// # Errors
     /// What could not be opened, bound or read.
-    pub async fn start(config: CenterConfig) -> Result<Self, Fault> {
+    pub async fn start(
+        config: CenterConfig,
+        serves: impl FnOnce(&Api) -> Routes + Send,
+    ) -> Result<Self, Fault> {
         config.dirs.make()?;
         let registry = Registry::open(&config.dirs.data.join("registry.redb")).map_err(|e| {
             let hint = match &e {
@@ -186,8 +190,9 @@ impl Center {
             authority,
             center: config.advertise.clone().unwrap_or_else(|| link.to_string()),
         };
-        let (api, address) =
-            serve_api(&config, &controller, Arc::new(door), &token, &keys, &stop, &tasks).await?;
+        let api = Api::new(controller.clone(), Arc::new(door), &token).until(stop.clone());
+        let router = api.serve(serves(&api));
+        let (api, address) = serve_api(&config, router, &token, &keys, &stop, &tasks).await?;
         tracing::info!(site = %config.site, api = %address, link = %link, "center ready");
         let ready = Ready { site: config.site, api: Some(address), link: Some(link) };
         Ok(Self { ready, controller, endpoint, own, api, stop, tasks })
@@ -220,8 +225,7 @@ impl Center {
 
 async fn serve_api(
     config: &CenterConfig,
-    controller: &Arc<Controller>,
-    door: Arc<Door>,
+    router: axum::Router,
     token: &str,
     keys: &Path,
     stop: &CancellationToken,
@@ -241,7 +245,6 @@ async fn serve_api(
     if let Some(files) = config.tls.clone() {
         tasks.spawn(stop.clone().run_until_cancelled_owned(files.keep(tls.clone())));
     }
-    let router = Api::new(controller.clone(), door, token).until(stop.clone()).router();
     let router = router.layer(axum::middleware::map_request(impatient));
     let handle = Handle::new();
     let mut server = axum_server::from_tcp_rustls(listener, tls)

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use godwit_types::Fault;
 use godwit_types::{Code, CodedError, Generation, Hash, Name};
 
 /// Why the registry refused or failed.
@@ -169,5 +170,37 @@ impl RegistryError {
             Self::Database(e) => Self::Database(e.clone()),
             _ => Self::Database(Arc::new(redb::Error::PreviousIo)),
         }
+    }
+}
+
+/// A failure of the registry as it is told to whoever asked.
+pub(crate) fn registry_fault(e: RegistryError) -> Fault {
+    let fault = Fault::of(&e);
+    match e {
+        RegistryError::NotFound { what: "machine", .. } => {
+            fault.hint("see the machines with: godwit vm list")
+        }
+        RegistryError::NotFound { what: "substrate", .. } => {
+            fault.hint("see the substrates with: godwit substrate list")
+        }
+        RegistryError::NotFound { what: "site", .. } => {
+            fault.hint("see the sites with: godwit site list")
+        }
+        RegistryError::NotFound { what: "user", .. } => {
+            fault.hint("see the users with: godwit user list")
+        }
+        RegistryError::NotFound { what: "tenant", .. } => {
+            fault.hint("see the tenants with: godwit tenant list")
+        }
+        RegistryError::NotFound { what: "token", .. } => {
+            fault.hint("see the tokens with: godwit token list")
+        }
+        RegistryError::OverQuota { .. } => {
+            fault.hint("see the quota with: godwit quota get; an operator sets it")
+        }
+        _ if fault.code == Code::NoRoom => {
+            fault.hint("make room on the file system of the center's data directory")
+        }
+        _ => fault,
     }
 }

@@ -478,7 +478,7 @@ fn prepare(db: &Database) -> Result<bool> {
         }
     };
     match found.as_deref() {
-        Some(FORMAT) => return Ok(false),
+        Some(FORMAT) => return own_private_now(db),
         None | Some(b"1" | b"2") => {}
         Some(other) => {
             return Err(RegistryError::Format {
@@ -516,7 +516,7 @@ fn prepare(db: &Database) -> Result<bool> {
             sites.insert(key.as_str(), bytes.as_slice())?;
         }
     }
-    own_private(&tx)?;
+    own_private(&tx, &not_owned(&db.begin_read()?)?)?;
     for old in OLD_NAMES {
         tx.delete_table(old)?;
     }
@@ -527,34 +527,64 @@ fn prepare(db: &Database) -> Result<bool> {
     Ok(true)
 }
 
-/// Machines of private substrates become their owners' alone: they did not say so before format 3.
-fn own_private(tx: &WriteTransaction) -> Result<()> {
-    let mut private = std::collections::HashMap::new();
-    for entry in tx.open_table(SUBSTRATES)?.iter()? {
+/// Machines of private substrates that do not say whose they are, with those owners: no machine said
+/// so before format 3, nor did those of its first builds.
+fn not_owned(tx: &redb::ReadTransaction) -> Result<Vec<(String, super::VmRecord)>> {
+    let (mut private, mut found) = (std::collections::HashMap::new(), Vec::new());
+    let rows = |table| match tx.open_table(table) {
+        Ok(rows) => Ok(Some(rows)),
+        Err(redb::TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(e) => Err(e),
+    };
+    let (Some(substrates), Some(vms)) = (rows(SUBSTRATES)?, rows(VMS)?) else { return Ok(found) };
+    for entry in substrates.iter()? {
+        // One that does not parse is named when it is loaded.
         if let Ok(s) = serde_json::from_slice::<super::SubstrateRecord>(entry?.1.value())
             && let Some(owner) = s.private_of()
         {
-            private.insert(s.id, owner.clone());
+            private.insert(s.id, (s.tenant.clone(), owner.clone()));
         }
     }
-    let mut vms = tx.open_table(VMS)?;
-    let mut rows = Vec::new();
+    if private.is_empty() {
+        return Ok(found);
+    }
     for entry in vms.iter()? {
         let (k, v) = entry?;
         if let Ok(mut vm) = serde_json::from_slice::<super::VmRecord>(v.value())
             && vm.private_of.is_none()
-            && let Some(owner) = vm.substrate.and_then(|s| private.get(&s))
+            && let Some((tenant, owner)) = vm.substrate.and_then(|s| private.get(&s))
         {
-            vm.private_of = Some(owner.clone());
-            rows.push((k.value().to_owned(), vm));
+            // The name of a user says who that is in its tenant alone; in another, an operator has
+            // activated it.
+            let of = if vm.tenant == *tenant { owner.clone() } else { crate::access::operator() };
+            vm.private_of = Some(of);
+            found.push((k.value().to_owned(), vm));
         }
     }
-    for (key, vm) in rows {
-        let bytes = serde_json::to_vec(&vm)
+    Ok(found)
+}
+
+fn own_private(tx: &WriteTransaction, owned: &[(String, super::VmRecord)]) -> Result<()> {
+    let mut vms = tx.open_table(VMS)?;
+    for (key, vm) in owned {
+        let bytes = serde_json::to_vec(vm)
             .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;
         vms.insert(key.as_str(), bytes.as_slice())?;
     }
     Ok(())
+}
+
+/// The same in a file of this format. Answers whether it wrote.
+fn own_private_now(db: &Database) -> Result<bool> {
+    let owned = not_owned(&db.begin_read()?)?;
+    if owned.is_empty() {
+        return Ok(false);
+    }
+    let tx = db.begin_write()?;
+    own_private(&tx, &owned)?;
+    count(&tx)?;
+    tx.commit()?;
+    Ok(true)
 }
 
 fn load(db: &Database) -> Result<Tables> {

@@ -22,6 +22,7 @@ mod deleted;
 mod error;
 mod feed;
 mod file;
+mod journal;
 mod live;
 pub(crate) mod people;
 mod quota;
@@ -51,12 +52,12 @@ use tables::{Change, SiteRow, Tables};
 pub use audience::{Audience, Reader};
 pub use audit::{AuditEnd, AuditEntry, MAX_AUDIT, MAX_READ};
 pub use error::RegistryError;
+pub(crate) use error::registry_fault;
 pub use feed::{Event, EventId, EventKind, Forgotten, NoEventId, Object, Summary, Watcher, What};
+pub use journal::{MoveReached, Step, StepKind, StepName, StepState, all_known, move_reached};
 pub use people::{Drawn, MAX_TOKENS, TenantRecord, TokenInfo, TokenRecord, UserRecord};
 pub use quota::{Quota, TenantQuota, Usage};
-pub use records::{
-    Arriving, DeletedVm, OpRecord, SiteRecord, Step, StepState, SubstrateRecord, VmRecord,
-};
+pub use records::{Arriving, DeletedVm, OpRecord, SiteRecord, SubstrateRecord, VmRecord};
 
 use crate::access::{Principal, default_tenant};
 use crate::clock::Moment;

@@ -24,6 +24,9 @@ pub struct Quota {
     /// Guest memory of the machines that are on, in MiB.
     #[serde(default)]
     pub memory_mib: Option<u64>,
+    /// Bytes of its machines' disks as their guests see them, running or not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
     /// What its substrates hold of memory and disk, each in full whatever it shares with others, in
     /// bytes: the most that they may take in the pool. A docking begins only
     /// while there is room, those under way counted with their guests' memory; the one that fills
@@ -44,6 +47,9 @@ pub struct Usage {
     pub vcpus: u64,
     /// Guest memory of the machines that are on, in MiB.
     pub memory_mib: u64,
+    /// Bytes of its machines' disks as their guests see them; a disk that is not known counts nothing.
+    #[serde(default)]
+    pub disk_bytes: u64,
     /// What its substrates hold of memory and disk, in bytes; of a docking under way its guest's memory.
     pub pool_bytes: u64,
     /// Machines that move.
@@ -73,6 +79,7 @@ impl Usage {
         let mut used = Self::default();
         for vm in vms {
             used.machines += 1;
+            used.disk_bytes = used.disk_bytes.saturating_add(vm.disk_bytes.unwrap_or(0));
             if is_on(vm.state) {
                 used.vcpus += u64::from(vm.vcpus);
                 used.memory_mib += u64::from(vm.memory.0);
@@ -114,6 +121,8 @@ impl Tables {
         let mut wanted = Vec::new();
         if old.is_none() {
             wanted.push(("machines", used.machines, 1, q.machines));
+            let disk = new.disk_bytes.unwrap_or(0);
+            wanted.push(("bytes of machines' disks", used.disk_bytes, disk, q.disk_bytes));
         }
         if starts {
             wanted.push(("running vCPUs", used.vcpus, vcpus, q.vcpus));

@@ -10,6 +10,7 @@ use godwit_types::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::journal::Step;
 use crate::access::{Principal, default_tenant, operator};
 use crate::ops::OpKind;
 
@@ -113,6 +114,10 @@ pub struct VmRecord {
     pub memory: Mib,
     /// vCPUs.
     pub vcpus: u8,
+    /// Bytes of its disk as its guest sees it; not known of one that was made by a version before
+    /// this, or at a site of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
     /// When it was made.
     pub created: UnixMs,
     /// When its state last changed.
@@ -190,6 +195,23 @@ impl SubstrateRecord {
     pub fn private_of(&self) -> Option<&Name> {
         (self.kind == SubstrateKind::Private).then_some(&self.owner)
     }
+
+    /// Whether whoever may use `other` may use this one, too.
+    #[must_use]
+    pub fn is_read_by_all_of(&self, other: &Self) -> bool {
+        let reads = |tenant: &Name| *tenant == self.tenant || self.granted.contains(tenant);
+        let all_read = || reads(&other.tenant) && other.granted.iter().all(reads);
+        match (self.kind, other.kind) {
+            (SubstrateKind::Public, _) => true,
+            (_, SubstrateKind::Public) => false,
+            (SubstrateKind::Restricted, SubstrateKind::Restricted) => all_read(),
+            (SubstrateKind::Restricted, SubstrateKind::Private) => reads(&other.tenant),
+            (SubstrateKind::Private, SubstrateKind::Private) => {
+                self.tenant == other.tenant && self.owner == other.owner
+            }
+            (SubstrateKind::Private, SubstrateKind::Restricted) => false,
+        }
+    }
 }
 
 /// A machine that was deleted or docked, remembered until every site has been seen without it.
@@ -203,31 +225,6 @@ pub struct DeletedVm {
     pub generation: Generation,
     /// When it went.
     pub when: UnixMs,
-}
-
-/// One step of an operation, written down before it is taken and again when it is done, so that
-/// a daemon that comes back knows what to finish or to undo.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Step {
-    /// What was to be done.
-    pub name: String,
-    /// How far it came.
-    pub state: StepState,
-    /// What is needed to finish or to undo it.
-    #[schema(value_type = Object)]
-    pub data: serde_json::Value,
-}
-
-/// How far a step came.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum StepState {
-    /// Begun; may have happened or not.
-    Begun,
-    /// Done.
-    Done,
-    /// Taken back.
-    Undone,
 }
 
 /// A long job.

@@ -32,6 +32,7 @@ pub(crate) fn vm(n: &str) -> VmRecord {
         arch: Arch::X86_64,
         memory: Mib(256),
         vcpus: 1,
+        disk_bytes: None,
         created: UnixMs(1),
         changed: UnixMs(1),
         moving_to: None,

@@ -46,9 +46,8 @@ fn every_change_that_somebody_follows_is_one_event_in_its_order() {
     );
     reg.vm_add(&v, Some(&op)).expect("add");
     op.journal.push(Step {
-        name: "lay".into(),
+        what: StepKind::VmStart { site: name("center"), generation: Generation(1) },
         state: StepState::Begun,
-        data: serde_json::Value::Null,
     });
     reg.op_put(&op).expect("a step");
     run_on(&reg, &v, VmState::Running);

@@ -188,6 +188,44 @@ fn fifty_creations_race_for_the_last_places_of_a_quota() {
 }
 
 #[test]
+fn fifty_creations_race_for_the_last_gigabytes_of_disk() {
+    let (_d, reg) = open();
+    let acme = name("acme");
+    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    let of = |n: &str| VmRecord { tenant: acme.clone(), disk_bytes: Some(4 << 30), ..vm(n) };
+    let old = VmRecord { disk_bytes: None, ..of("old") };
+    reg.vm_add(&old, None).expect("no limit yet");
+    let quota = Quota { disk_bytes: Some(14 << 30), ..Quota::default() };
+    reg.tenant_quota(&me(), &acme, quota).expect("set");
+    let taken = std::sync::Mutex::new(Vec::new());
+    std::thread::scope(|s| {
+        for i in 0..50 {
+            let (reg, of, taken) = (&reg, &of, &taken);
+            s.spawn(move || {
+                let vm = of(&format!("vm-{i}"));
+                match reg.vm_add(&vm, None) {
+                    Ok(()) => taken.lock().expect("lock").push(vm),
+                    Err(e) => {
+                        let words = "has 12884901888 bytes of machines' disks and may have";
+                        assert!(e.to_string().contains(words), "{e}");
+                        assert_eq!(e.code(), Code::NoRoom);
+                    }
+                }
+            });
+        }
+    });
+    let taken = taken.into_inner().expect("lock");
+    assert_eq!(taken.len(), 3);
+    assert_eq!(reg.quota(&acme).expect("there").used.disk_bytes, 12 << 30);
+    // One that is off has its disk still; one that is gone has none.
+    let off = |v: &mut VmRecord| Ok(v.become_state(godwit_types::VmState::Failed, UnixMs(1))?);
+    reg.vm_update(taken[0].id, Generation::FIRST, off).expect("off");
+    reg.vm_add(&of("one-more"), None).expect_err("no room");
+    reg.vm_remove(taken[0].id, Generation::FIRST).expect("removed");
+    reg.vm_add(&of("one-more"), None).expect("room");
+}
+
+#[test]
 fn each_part_of_a_quota_is_counted_when_it_is_taken() {
     let (_d, reg) = open();
     let all = default_tenant();
@@ -453,6 +491,41 @@ fn machines_of_private_substrates_become_their_owners_alone_in_an_upgrade() {
         let reg = Registry::open(&path).expect("opens");
         assert_eq!(reg.vm("diary").expect("there").private_of, Some(s.owner.clone()));
         assert_eq!(reg.vm("report").expect("there"), v);
+    }
+}
+
+#[test]
+fn machines_of_private_substrates_become_their_owners_alone_in_a_registry_of_this_format() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("r.redb");
+    let (acme, private) = (name("acme"), godwit_types::SubstrateKind::Private);
+    let reg = Registry::open(&path).expect("open");
+    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    reg.user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
+    let s = SubstrateRecord {
+        tenant: acme.clone(),
+        owner: name("ann"),
+        kind: private,
+        ..substrate("diary")
+    };
+    reg.substrate_add(&s).expect("added");
+    // As a first build of this format wrote them: it knew whose they are, and did not say so.
+    let of = |n: &str, tenant: &Name| VmRecord {
+        tenant: tenant.clone(),
+        substrate: Some(s.id),
+        ..vm(n)
+    };
+    let (own, other) = (of("own", &acme), of("other", &default_tenant()));
+    reg.vm_add(&own, None).expect("added");
+    reg.vm_add(&other, None).expect("added");
+    reg.vm_add(&vm("no-matter"), None).expect("added");
+    drop(reg);
+    for _ in 0..2 {
+        let reg = Registry::open(&path).expect("opens");
+        let of = |vm: &VmRecord| reg.vm(&vm.id.to_string()).expect("there").private_of;
+        assert_eq!(of(&own), Some(name("ann")));
+        assert_eq!(of(&other), Some(name("operator")));
+        assert_eq!(reg.vm("no-matter").expect("there").private_of, None);
     }
 }
 

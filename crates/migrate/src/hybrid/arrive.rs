@@ -1,6 +1,7 @@
 //! Carries out what the destination's table asks for.
 
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::time::Duration;
 
 use godwit_disk::MidLayer;
@@ -30,9 +31,18 @@ pub struct ArrivingDisk {
     pub written: PathBuf,
 }
 
+/// An answer on its way: whether it was written down that the machine runs here.
+pub type Committed = Pin<Box<dyn Future<Output = bool> + Send>>;
+
+/// Sees that the relay has ended, so that it writes nothing down any more, and reads what it has
+/// written.
+pub type AskCommitted<'a> = &'a (dyn Fn() -> Committed + Send + Sync);
+
 /// Takes in a machine through the destination relay behind `client`. `machine` listens for the
 /// relay already ([`prepare_incoming`]). Returns when the machine is independent
-/// of its source; the relay may be told to finish then.
+/// of its source; the relay may be told to finish then. When something is lost before the relay has
+/// told of the commit point, `committed` says whether it has passed; without it the machine's QEMU
+/// does, by running.
 ///
 /// # Errors
 /// [`MoveError::Cancelled`] (the machine never ran here, and its QEMU is gone),
@@ -44,11 +54,14 @@ pub async fn receive(
     disk: Option<ArrivingDisk>,
     received: &mut Received,
     resumed: bool,
+    committed: Option<AskCommitted<'_>>,
 ) -> Result<(), MoveError> {
     let driver = if resumed { DestinationDriver::resumed() } else { DestinationDriver::new() };
     let events = machine.events();
     let before = received.counts;
-    let mut arrival = Arriving { machine, client, disk, driver, received, before, events };
+    let passed = resumed;
+    let mut arrival =
+        Arriving { machine, client, disk, driver, received, before, events, committed, passed };
     arrival.drive(client.watch()).await
 }
 
@@ -72,6 +85,9 @@ struct Arriving<'a> {
     /// What earlier relays of this migration counted.
     before: Counts,
     events: EventCursor,
+    committed: Option<AskCommitted<'a>>,
+    /// The relay has told of the commit point.
+    passed: bool,
 }
 
 impl Arriving<'_> {
@@ -79,6 +95,7 @@ impl Arriving<'_> {
         loop {
             let seen = status.borrow_and_update().clone();
             self.received.counts = self.before.plus(&seen.counts);
+            self.passed |= seen.committed;
             if seen.phase >= RelayPhase::Done {
                 self.received.complete.get_or_insert_with(now);
             }
@@ -129,6 +146,7 @@ impl Arriving<'_> {
     }
 
     async fn apply(&mut self, event: DestinationEvent) -> Result<(), MoveError> {
+        let event = self.weighed(event).await?;
         let lost = matches!(event, DestinationEvent::Lost { .. });
         let todo = if lost && self.driver.is_open() && self.runs_here().await {
             // The relay went without telling that PONG 3 had passed.
@@ -175,6 +193,26 @@ impl Arriving<'_> {
             }
         }
         Ok(())
+    }
+
+    /// What a loss means where the commit point is written down: until it is, a machine that runs
+    /// here was taken from nobody.
+    async fn weighed(&mut self, event: DestinationEvent) -> Result<DestinationEvent, MoveError> {
+        let (DestinationEvent::Lost { why }, Some(committed), false) =
+            (&event, self.committed, self.passed || self.driver.is_over())
+        else {
+            return Ok(event);
+        };
+        let refused = self.client.status().refused;
+        if let Some(why) = refused {
+            return Ok(DestinationEvent::NotCommitted { why });
+        }
+        if committed().await {
+            self.passed = true;
+            self.driver.on(DestinationEvent::Runs).map_err(MoveError::State)?;
+            return Ok(event);
+        }
+        Ok(DestinationEvent::NotCommitted { why: why.clone() })
     }
 
     /// Whether the machine runs here. A QEMU that has read its whole device state may be just

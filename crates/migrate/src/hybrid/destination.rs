@@ -60,6 +60,12 @@ pub enum DestinationEvent {
         /// What.
         why: String,
     },
+    /// What was lost was lost before it had been written down that the machine runs here, and it never
+    /// will be: nobody was told, and it runs at its source again.
+    NotCommitted {
+        /// What was lost.
+        why: String,
+    },
     /// The disk no longer reads from the source.
     Pivoted,
 }
@@ -147,7 +153,10 @@ impl DestinationDriver {
                     todo.push(DestinationEffect::Offer);
                 }
             }
-            (At::Moved | At::Gone { .. } | At::Interrupted { .. }, On::Lost { .. } | On::Runs) => {}
+            (
+                At::Moved | At::Gone { .. } | At::Interrupted { .. },
+                On::Lost { .. } | On::NotCommitted { .. } | On::Runs,
+            ) => {}
             (_, On::Runs) => {
                 self.runs = true;
                 if matches!(self.state, At::Prepare | At::PreCopy | At::Freeze) {
@@ -158,7 +167,8 @@ impl DestinationDriver {
             (At::PostCopy | At::Release, On::Lost { why }) => {
                 self.state = At::Interrupted { why };
             }
-            (At::Prepare | At::PreCopy | At::Freeze, On::Lost { why }) => {
+            (At::Prepare | At::PreCopy | At::Freeze, On::Lost { why })
+            | (_, On::NotCommitted { why }) => {
                 todo.push(DestinationEffect::EndQemu);
                 self.state = At::Gone { why };
             }
@@ -223,6 +233,18 @@ mod tests {
             assert_eq!(on(&mut d, RelayPhase::MemoryDone), []);
             assert_eq!(on(&mut d, RelayPhase::Done), [DestinationEffect::Pivot]);
         }
+    }
+
+    #[test]
+    fn a_machine_that_runs_and_of_which_nobody_was_told_is_ended() {
+        let mut d = DestinationDriver::new();
+        d.on(DestinationEvent::Relay(RelayPhase::Stopped)).unwrap();
+        d.on(DestinationEvent::Runs).unwrap();
+        let why = || "a full disk".to_owned();
+        let todo = d.on(DestinationEvent::NotCommitted { why: why() }).unwrap();
+        assert_eq!(todo, [DestinationEffect::EndQemu]);
+        assert_eq!(*d.state(), DestinationState::Gone { why: why() });
+        assert_eq!(d.on(DestinationEvent::Lost { why: why() }).unwrap(), []);
     }
 
     #[test]

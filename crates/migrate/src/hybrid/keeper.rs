@@ -35,6 +35,11 @@ const STEP: usize = 64 << 10;
 /// than the connection itself holds.
 const NEAR_END: u64 = 4 << 20;
 
+/// Whether QEMU has not stopped its machine for the switch yet.
+pub(super) const fn is_before_switch(status: MigrationStatus) -> bool {
+    matches!(status, MigrationStatus::Active | MigrationStatus::Setup)
+}
+
 /// A second handle to the connection between QEMU and its relay.
 #[derive(Debug)]
 pub(super) struct Keeper {
@@ -61,9 +66,9 @@ impl Keeper {
         Some(Self { stream })
     }
 
-    /// The relay is gone: reads on until QEMU answers and is beyond its switch, and nothing more:
-    /// what is read here never comes to a destination that runs.
-    pub(super) async fn settle(&mut self, machine: &Machine) {
+    /// The relay is gone: reads on until QEMU answers and, when it was let `switch`, is beyond that,
+    /// and nothing more: what is read here never comes to a destination that runs.
+    pub(super) async fn settle(&mut self, machine: &Machine, switch: bool) {
         let mut buf = BytesMut::new();
         let settled = async {
             loop {
@@ -76,9 +81,7 @@ impl Keeper {
                     }
                 };
                 match answer {
-                    Ok(i)
-                        if matches!(i.status, MigrationStatus::Active | MigrationStatus::Setup) =>
-                    {
+                    Ok(i) if switch && is_before_switch(i.status) => {
                         self.read_some(&mut buf).await;
                     }
                     // One that has ended has no more to say.

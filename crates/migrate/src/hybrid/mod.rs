@@ -25,7 +25,7 @@ mod rest;
 mod run;
 mod source;
 
-pub use arrive::{ArrivingDisk, receive};
+pub use arrive::{ArrivingDisk, AskCommitted, Committed, receive};
 pub use destination::{DestinationDriver, DestinationEffect, DestinationEvent, DestinationState};
 pub use measure::{Asked, Received, Request, Sent, Timeline, report};
 pub use recover::{follow_outgoing, reclaim, recover_disk, recover_incoming, recover_outgoing};

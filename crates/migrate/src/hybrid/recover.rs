@@ -141,6 +141,8 @@ fn found<'a>(
         rings: Vec::new(),
         keeper: None,
         kept: None,
+        // Or nobody would have to follow it.
+        proceeded: true,
     }
 }
 

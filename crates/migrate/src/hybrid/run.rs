@@ -10,7 +10,7 @@ use godwit_types::{Code, CodedError, InvalidTransition};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::keeper::Keeper;
+use super::keeper::{Keeper, is_before_switch};
 use super::measure::now;
 use super::{Sent, SourceDriver, SourceEffect, SourceEnd, SourceEvent, SourceState, recover};
 use crate::relay::{
@@ -220,6 +220,8 @@ pub(super) struct Source<'a> {
     pub(super) keeper: Option<Keeper>,
     /// The relay's descriptor of it that was asked for last.
     pub(super) kept: Option<i32>,
+    /// The relay has let QEMU switch, and said so.
+    pub(super) proceeded: bool,
 }
 
 /// Sends the running `machine` through the source relay behind `client`, whose QEMU socket is
@@ -250,6 +252,7 @@ pub async fn send(
         rings: Vec::new(),
         keeper: None,
         kept: None,
+        proceeded: false,
     };
     source.drive(steering, ask).await
 }
@@ -420,7 +423,9 @@ impl Source<'_> {
                 let status = self.client.status();
                 self.keeper = Keeper::take(&status, self.machine);
                 self.kept = status.qemu_socket;
+                godwit_hold::at("move.keeping").await;
                 self.command(&RelayCommand::Proceed { first }, "read on").await?;
+                self.proceeded = true;
             }
             SourceEffect::AbortRelay { why } => {
                 // A relay that is gone needs no telling.
@@ -480,6 +485,11 @@ impl Source<'_> {
             {
                 Ok(SourceEvent::Undone)
             }
+            // It was never let switch, and nobody is left who would.
+            Ok(Ok(info)) if is_before_switch(info.status) && self.relay_is_gone() => {
+                self.give_up().await?;
+                Ok(SourceEvent::Undone)
+            }
             // One that is silent writes with its main lock held, and is read on now.
             Ok(Ok(_)) | Err(_) => Ok(SourceEvent::DestinationDead),
             Ok(Err(e)) => match end_of(self.machine).await {
@@ -491,10 +501,33 @@ impl Source<'_> {
 
     /// A QEMU whose relay is gone is read until it answers: its main lock may be held by a write.
     async fn settle(&mut self) {
-        let gone = self.client.watch().has_changed().is_err();
-        if let (Some(keeper), true) = (&mut self.keeper, gone || self.client.status().end.is_some())
-        {
-            keeper.settle(self.machine).await;
+        let gone = self.relay_is_gone();
+        if let (Some(keeper), true) = (&mut self.keeper, gone) {
+            keeper.settle(self.machine, self.proceeded).await;
+        }
+    }
+
+    fn relay_is_gone(&self) -> bool {
+        self.client.watch().has_changed().is_err() || self.client.status().end.is_some()
+    }
+
+    /// Cancels a migration that nobody reads any more, and lets the machine run on here.
+    async fn give_up(&self) -> Result<(), MoveError> {
+        const DOING: &str = "giving up a migration whose relay is gone";
+        let ended =
+            [MigrationStatus::Cancelled, MigrationStatus::Failed, MigrationStatus::Completed];
+        let given_up = async {
+            self.machine.migrate_cancel().await?;
+            self.machine.wait_migration(DOING, &ended, EVENT_WITHIN).await?;
+            if self.machine.life().await? != Life::Running {
+                self.machine.run().await?;
+            }
+            Ok(())
+        };
+        let Err(e) = given_up.await else { return Ok(()) };
+        match end_of(self.machine).await {
+            Some(why) => Err(MoveError::Ended { why }),
+            None => Err(qemu(DOING)(e)),
         }
     }
 

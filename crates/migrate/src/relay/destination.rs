@@ -13,6 +13,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
 
+use super::commit::CommitFile;
 use super::control::Asked;
 use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
@@ -45,12 +46,15 @@ pub(super) async fn run(
     config: &RelayConfig,
     endpoint: &Endpoint,
     device: Option<&BlockDevice>,
+    commit: &CommitFile,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<Outcome, RelayError> {
     let link = meet(config, endpoint, status, commands).await?;
     let mut lanes = unless_aborted(commands, accept_lanes(config, link)).await?;
-    let worked = work(config, &mut lanes, device, status, commands).await;
+    let worked = work(config, &mut lanes, (device, commit), status, commands).await;
+    // Whoever reads the file once this relay says that it has ended reads its last word.
+    commit.settle().await;
     let note = match &worked {
         Ok(()) => Note::Done,
         Err(RelayError::PeerAborted(_)) => return worked.map(|()| Outcome::Moved),
@@ -114,7 +118,7 @@ async fn accept_lanes(config: &RelayConfig, link: Link) -> Result<Lanes, RelayEr
 async fn work(
     config: &RelayConfig,
     lanes: &mut Lanes,
-    device: Option<&BlockDevice>,
+    (device, commit): (Option<&BlockDevice>, &CommitFile),
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<(), RelayError> {
@@ -148,7 +152,7 @@ async fn work(
     let waits = Mutex::new(Waits::new(config.resume));
     let back = async {
         match main_read {
-            Some(read) => back_path(read, back_lane, &waits, status).await,
+            Some(read) => back_path(read, back_lane, &waits, commit, status).await,
             None => Ok(()),
         }
     };
@@ -243,6 +247,7 @@ async fn back_path(
     mut read: OwnedReadHalf,
     lane: &mut LaneSender,
     waits: &Mutex<Waits>,
+    commit: &CommitFile,
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     let mut parser = ReturnPathParser::new(MAX_BITMAP);
@@ -264,19 +269,13 @@ async fn back_path(
         while let Some(message) = parser.next()? {
             match message {
                 ReturnMessage::Pong(PONG_COMMIT) => {
-                    status.send_modify(|s| {
-                        s.committed = true;
-                        s.phase = s.phase.max(RelayPhase::Committed);
-                    });
+                    committed(RelayPhase::Committed, commit, status).await?;
                     godwit_hold::at("relay.committed").await;
                 }
                 ReturnMessage::Shut(value) => {
                     shut = Some(value);
                     if value == 0 {
-                        status.send_modify(|s| {
-                            s.committed = true;
-                            s.phase = s.phase.max(RelayPhase::MemoryDone);
-                        });
+                        committed(RelayPhase::MemoryDone, commit, status).await?;
                     }
                 }
                 ReturnMessage::ReqPages { block, start, .. } => {
@@ -294,6 +293,28 @@ async fn back_path(
             .await
             .map_err(|source| RelayError::Lane { what: "sending the return path", source })?;
     }
+}
+
+/// QEMU is about to run the machine, or does: that is written down, then told to the daemon, and only
+/// then passed on to the source. What cannot be written down is not so.
+async fn committed(
+    phase: RelayPhase,
+    commit: &CommitFile,
+    status: &watch::Sender<RelayStatus>,
+) -> Result<(), RelayError> {
+    if !status.borrow().committed {
+        godwit_hold::at("relay.pong").await;
+        if let Err(e) = commit.write().await {
+            status.send_modify(|s| s.refused = Some(e.in_full()));
+            return Err(e);
+        }
+        godwit_hold::at("relay.written").await;
+    }
+    status.send_modify(|s| {
+        s.committed = true;
+        s.phase = s.phase.max(phase);
+    });
+    Ok(())
 }
 
 fn account(status: &watch::Sender<RelayStatus>, kind: Kind, wire: usize) {

@@ -109,6 +109,9 @@ pub enum RelayError {
         /// The oldest that is spoken here.
         oldest: u16,
     },
+    /// The commit point cannot be written down.
+    #[error("writing down that the machine runs here")]
+    NotWritten(#[source] std::io::Error),
     /// The other relay gave up.
     #[error("the other relay gave up: {0}")]
     PeerAborted(String),
@@ -144,6 +147,8 @@ impl CodedError for RelayError {
             Self::TooOld { .. } => Code::Conflict,
             Self::Stream(_) | Self::Frame(_) | Self::Protocol(_) => Code::Damaged,
             Self::Aborted(_) => Code::Cancelled,
+            Self::NotWritten(e) if e.kind() == std::io::ErrorKind::StorageFull => Code::NoRoom,
+            Self::NotWritten(_) => Code::Internal,
             Self::Socket { .. }
             | Self::Qemu { .. }
             | Self::QemuClosed(_)

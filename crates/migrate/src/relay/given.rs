@@ -31,6 +31,11 @@ pub struct Given {
     /// The layers of the disk, lowest first, for reading; at the source.
     #[serde(default)]
     pub layers: Vec<i32>,
+    /// Where it is written down that the machine runs here, before the source is told; made by the
+    /// daemon with [`super::NOT_COMMITTED`] in it. At the destination; a relay without it tells at
+    /// once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<i32>,
 }
 
 /// The same, taken.
@@ -41,6 +46,7 @@ pub(super) struct Taken {
     pub(super) qemu: Option<UnixListener>,
     pub(super) nbd: Option<UnixListener>,
     pub(super) layers: Vec<File>,
+    pub(super) commit: Option<File>,
 }
 
 fn contradiction<E>(why: &'static str) -> impl Fn(E) -> RelayError {
@@ -51,7 +57,8 @@ impl Given {
     /// Whether the numbers can be those of descriptors that are this program's alone.
     fn check(&self) -> Result<(), RelayError> {
         let mut all: Vec<i32> = [self.control, self.identity].into();
-        all.extend(self.qemu.into_iter().chain(self.nbd).chain(self.layers.iter().copied()));
+        let single = [self.qemu, self.nbd, self.commit];
+        all.extend(single.into_iter().flatten().chain(self.layers.iter().copied()));
         let n = all.len();
         all.sort_unstable();
         all.dedup();
@@ -97,6 +104,7 @@ impl Given {
                 .iter()
                 .map(|fd| take(*fd).map(File::from))
                 .collect::<Result<_, _>>()?,
+            commit: self.commit.map(|fd| take(fd).map(File::from)).transpose()?,
         })
     }
 
@@ -132,7 +140,16 @@ mod tests {
         twice.check().expect_err("twice");
         let standard = Given { nbd: Some(1), ..given.clone() };
         standard.check().expect_err("standard output");
+        let taken = Given { commit: Some(given.control), ..given.clone() };
+        taken.check().expect_err("twice");
         let closed = Given { layers: vec![1_000_000], ..given };
         closed.check().expect_err("not open");
+    }
+
+    #[test]
+    fn what_a_daemon_of_the_release_before_gives_is_taken() {
+        let text = r#"{"control":5,"identity":6,"qemu":null,"nbd":7,"layers":[]}"#;
+        let given: Given = serde_json::from_str(text).expect("understood");
+        assert_eq!((given.nbd, given.commit), (Some(7), None));
     }
 }

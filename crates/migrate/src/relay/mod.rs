@@ -14,6 +14,7 @@
 //! for nothing.
 
 mod around;
+mod commit;
 mod config;
 mod control;
 mod core;
@@ -31,6 +32,7 @@ mod status;
 mod waits;
 mod wire;
 
+pub use commit::{NOT_COMMITTED, says_committed};
 pub use config::{Meeting, RelayConfig, RelayDisk, RelayRole};
 pub use control::{RelayClient, RelayCommand};
 pub use error::RelayError;
@@ -47,6 +49,8 @@ use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use commit::CommitFile;
+
 /// How long a relay that has ended waits for its daemon to read the final status.
 const LINGER: Duration = Duration::from_secs(600);
 /// How often the list of revoked certificates is read again.
@@ -62,7 +66,12 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     let (identity, control, given) = match &config.given {
         Some(given) => {
             let taken = given.take()?;
-            let inputs = Inputs { qemu: taken.qemu, nbd: taken.nbd, layers: Some(taken.layers) };
+            let inputs = Inputs {
+                qemu: taken.qemu,
+                nbd: taken.nbd,
+                layers: Some(taken.layers),
+                commit: CommitFile::new(taken.commit),
+            };
             (taken.identity, Some(taken.control), inputs)
         }
         None => (Identity::load(&config.keys).map_err(RelayError::Keys)?, None, Inputs::default()),
@@ -99,7 +108,8 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
             source::run(&config, opened, &endpoint, &status_tx, &mut commands).await
         }
         RelayRole::Destination => {
-            destination::run(&config, &endpoint, served.as_ref(), &status_tx, &mut commands).await
+            let (commit, served) = (&given.commit, served.as_ref());
+            destination::run(&config, &endpoint, served, commit, &status_tx, &mut commands).await
         }
     };
     let end = match worked {
@@ -142,6 +152,7 @@ struct Inputs {
     qemu: Option<UnixListener>,
     nbd: Option<UnixListener>,
     layers: Option<Vec<std::fs::File>>,
+    commit: CommitFile,
 }
 
 /// Takes newer lists of revoked certificates over while the relay works: the link to a peer that

@@ -156,6 +156,10 @@ pub struct RelayStatus {
     /// point was seen. QEMU is held; [`super::RelayCommand::Reclaim`] brings the machine back.
     #[serde(default)]
     pub lost: Option<String>,
+    /// Destination only: why it could not be written down that the machine runs here. The source was
+    /// not told that it does, and never will be: it must not.
+    #[serde(default)]
+    pub refused: Option<String>,
     /// The relay's process.
     #[serde(default)]
     pub pid: Option<i32>,
@@ -183,6 +187,7 @@ impl RelayStatus {
             rtt_us: 0,
             clock: None,
             lost: None,
+            refused: None,
             pid: i32::try_from(std::process::id()).ok(),
             qemu_socket: None,
             ram: None,

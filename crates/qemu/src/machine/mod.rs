@@ -26,7 +26,7 @@ pub use life::{Action, Life, Refused};
 pub use migrate::{BlockInUse, Capability, MigrationInfo, MigrationStatus, Parameters};
 pub use rings::RAM_BLOCK;
 pub(crate) use run_dir::Record;
-pub use run_dir::RunPaths;
+pub use run_dir::{RunPaths, bound_log};
 
 use crate::agent::Agent;
 use crate::confine;

@@ -152,19 +152,32 @@ pub(crate) async fn bound_logs(paths: impl Fn() -> RunPaths) {
         look.tick().await;
         let paths = paths();
         for log in [&paths.console_log, &paths.log] {
-            if let Err(e) = punch_older(log) {
+            if let Err(e) = bound_log(log) {
                 debug!(error = %e, log = %log.display(), "a log cannot be bounded");
             }
         }
     }
 }
 
-fn punch_older(log: &Path) -> std::io::Result<()> {
-    let meta = std::fs::metadata(log)?;
-    if meta.blocks() * 512 <= 2 * LOG_KEPT || meta.len() <= LOG_KEPT {
+/// Gives the older part of a log back to its file system when it takes more than 8 MiB; the last
+/// 4 MiB are kept. The file must be appended to: it keeps its length, and reads as zeros where it
+/// was cut.
+///
+/// # Errors
+/// When it cannot be looked at or cut. One that is no plain file is left alone.
+pub fn bound_log(log: &Path) -> std::io::Result<()> {
+    let large = |m: &std::fs::Metadata| {
+        m.is_file() && m.blocks() * 512 > 2 * LOG_KEPT && m.len() > LOG_KEPT
+    };
+    if !large(&std::fs::symlink_metadata(log)?) {
         return Ok(());
     }
-    let file = std::fs::OpenOptions::new().write(true).open(log)?;
+    let no_follow = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or_default();
+    let file = std::fs::OpenOptions::new().write(true).custom_flags(no_follow).open(log)?;
+    let meta = file.metadata()?;
+    if !large(&meta) {
+        return Ok(());
+    }
     let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     Ok(rustix::fs::fallocate(file, flags, 0, meta.len() - LOG_KEPT)?)
 }
@@ -180,7 +193,11 @@ mod tests {
         let mut text = vec![b'x'; 10 << 20];
         text.extend_from_slice(b"the end");
         std::fs::write(&log, &text).unwrap();
-        punch_older(&log).unwrap();
+        let link = dir.path().join("qemu.log");
+        std::os::unix::fs::symlink(&log, &link).unwrap();
+        bound_log(&link).unwrap();
+        assert!(std::fs::metadata(&log).unwrap().blocks() * 512 > 9 << 20, "another's file");
+        bound_log(&log).unwrap();
         let meta = std::fs::metadata(&log).unwrap();
         assert_eq!(meta.len(), text.len() as u64);
         assert!(meta.blocks() * 512 < 5 << 20, "{}", meta.blocks() * 512);

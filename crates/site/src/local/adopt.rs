@@ -20,7 +20,7 @@ use godwit_qemu::{MacAddress, Machine, started_below};
 use godwit_types::{Arch, Fault, Hash, Mib, Name, VmId, chain};
 
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
-use super::{Entry, LocalSite, filling};
+use super::{Entry, LocalSite, filling, ran};
 use crate::UNKNOWN_GENERATION;
 
 /// How long a machine in a move may take to be adopted before the site serves without it.
@@ -85,8 +85,11 @@ impl LocalSite {
         }
         if record.migration.is_none() {
             // Left of an arrival that had ended when the daemon did.
-            if let Err(error) = filling::end(&self.dirs.vm(vm)) {
-                tracing::warn!(vm = %record.name, %error, "where its disk was filled stays");
+            let dir = self.dirs.vm(vm);
+            for left in [filling::end(&dir), ran::forget(&dir)] {
+                if let Err(error) = left {
+                    tracing::warn!(vm = %record.name, %error, "a file of its arrival stays");
+                }
             }
         }
         let run = self.dirs.vm_run(vm);

@@ -7,7 +7,7 @@ use super::allowed::Action;
 use super::dock::Dock;
 use super::neighbours::Offered;
 use crate::verbs::{
-    ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
+    Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
     MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateListening, MigrateLost, MigrateManifest,
     MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn, MigrateResumeOut,
     MigrateSend, MigrateStatus, Ping, Pool, PoolCheck, Report, Request, Revoke, SiteReply,
@@ -101,12 +101,13 @@ impl LocalSite {
             Revoke { list } => self.accept_revocations(list)?;
             Ping {} => ();
             SubstrateOffer { id, to } => self.neighbours.offer(id, to);
-            SubstrateFetch { id, name, content, from, address } => {
-                let at = Offered { id, name, content, from, address };
+            SubstrateFetch { id, name, content, among, from, address } => {
+                let at = Offered { id, name, content, among, from, address };
                 self.fetch(at, call).await?
             };
             MigrateListening { migration } => self.moves.listening(migration).await?;
             MigrateDial { migration, vm, address } => self.moves.dial(migration, vm, address).await?;
+            Disk { of } => self.disk_of(of).await?;
         })
     }
 }

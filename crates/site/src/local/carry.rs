@@ -68,13 +68,17 @@ impl Substrates {
     }
 
     /// A stream on which a substrate of that content comes from another site.
-    pub(super) fn take(&self, content: Option<Hash>) -> ByteStream {
+    pub(super) fn take(
+        &self,
+        content: Option<Hash>,
+        among: Option<Vec<SubstrateId>>,
+    ) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
         let (pool, site) = (self.pool.clone(), self.site.clone());
         tokio::spawn(async move {
             let (read, write) = tokio::io::split(far);
             let parts = BufReader::new(PartReader::new(SyncIoBridge::new(read)));
-            let becomes = Becomes { content, ..Becomes::default() };
+            let becomes = Becomes { content, among, ..Becomes::default() };
             let taken = tokio::task::spawn_blocking(move || {
                 let mut control = SyncIoBridge::new(write);
                 let taken = pool.take(becomes, parts, &mut control);

@@ -16,6 +16,7 @@ mod exec;
 mod filling;
 mod images;
 mod launch;
+mod logs;
 mod look;
 mod machines;
 mod meet;
@@ -25,6 +26,7 @@ mod neighbours;
 mod pool;
 mod promise;
 mod quit;
+mod ran;
 mod record;
 mod relays;
 mod report;
@@ -40,6 +42,9 @@ mod table;
 mod tombs;
 mod waiting;
 mod warrant;
+
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -210,6 +215,7 @@ impl LocalSite {
         site.adopt_all().await?;
         site.sweep_strays().await;
         scrub::start(&site, site.options.scrub_every);
+        logs::start(&site);
         Ok(site)
     }
 
@@ -256,10 +262,21 @@ impl SiteHost for LocalSite {
             StreamRequest::Display { vm } => (vm, true),
             StreamRequest::SubstrateExport { id } => return self.substrates.export(id).await,
             StreamRequest::SubstrateSupply { id } => return Ok(self.substrates.supply(id)),
-            StreamRequest::SubstrateTake { content } => return Ok(self.substrates.take(content)),
+            StreamRequest::SubstrateTake { content } => {
+                return Ok(self.substrates.take(content, None));
+            }
+            StreamRequest::SubstrateTakeAmong(t) => {
+                return Ok(self.substrates.take(t.content, Some(t.among)));
+            }
             StreamRequest::SubstrateImport { name, content } => {
-                let becomes = godwit_substrate::Becomes { name, content, ..Default::default() };
-                return Ok(self.substrates.import(becomes));
+                // A file says of itself that it is public; the center's own copy is what it is.
+                let not_public_as_it_was = content.is_none();
+                return Ok(self.substrates.import(godwit_substrate::Becomes {
+                    name,
+                    content,
+                    not_public_as_it_was,
+                    ..Default::default()
+                }));
             }
             StreamRequest::SubstrateUpload(t) => {
                 return Ok(self.substrates.import(godwit_substrate::Becomes {
@@ -268,8 +285,8 @@ impl SiteHost for LocalSite {
                     owner: Some(t.owner),
                     // What a file says of itself makes nothing public.
                     not_public: true,
-                    content: None,
                     among: Some(t.among),
+                    ..Default::default()
                 }));
             }
         };

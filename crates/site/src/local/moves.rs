@@ -16,8 +16,8 @@ use std::time::Duration;
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
-    self, ArrivingDisk, Asking, DestinationFate, MoveError, Received, Sent, prepare_incoming,
-    receive,
+    self, ArrivingDisk, AskCommitted, Asking, Committed, DestinationFate, MoveError, Received,
+    Sent, prepare_incoming, receive,
 };
 use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk, RelayPhase, RelayStatus};
 use godwit_qemu::{
@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::allowed::{Action, First};
+use super::allowed::{Action, First, Refusal};
 use super::launch::Launcher;
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::moving::forget_measured;
@@ -37,7 +37,7 @@ use super::moving::{Ended, Moves, Moving};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
-use super::{LocalSite, filling};
+use super::{LocalSite, filling, ran};
 use crate::Progress;
 use crate::{Call, Incoming, MachineStatus, News};
 
@@ -131,6 +131,7 @@ impl LocalSite {
             reason: None,
             unfinished: None,
         };
+        self.supersede(&record).await?;
         let image = self.images.sound(&record).await?;
         let here = Manifest::of(&Launcher::spec_of(&record, &image), &self.launcher.qemu);
         manifest.machine.check(&here).map_err(into_fault)?;
@@ -152,6 +153,20 @@ impl LocalSite {
         }
     }
 
+    /// Takes back an earlier arrival of the same machine that never ran: its move is over, since the
+    /// center gives each generation to one move only, and this site may have been away then.
+    pub(super) async fn supersede(&self, comes: &MachineRecord) -> Result<(), Fault> {
+        let Some(entry) = self.machines.entry_if_here(comes.vm).await else { return Ok(()) };
+        let there = entry.lock().await.record.clone();
+        match there.migration {
+            Some(m) if m.end == End::Destination && there.generation < comes.generation => {
+                info!(vm = %comes.name, generation = %there.generation, "an arrival that is over");
+                self.abort(m.id, comes.vm).await
+            }
+            _ => Ok(()),
+        }
+    }
+
     async fn prepare_entered(
         &self,
         record: &MachineRecord,
@@ -160,6 +175,8 @@ impl LocalSite {
     ) -> Result<(Machine, RelayClient, std::net::SocketAddr), Fault> {
         let dir = self.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
+        // Before the record: it is on disk with it, and says nothing of an earlier arrival.
+        ran::make(&dir)?;
         record.save(&dir)?;
         let paths = self.moves.paths(record)?;
         let disk = match (image.disk_path(), manifest.disk_bytes) {
@@ -218,8 +235,20 @@ impl LocalSite {
             let filled = filling::is_there(&dir).then(|| filling::place(&dir));
             let disk = me.pivot_of(&record).map(|layers| ArrivingDisk { layers, filled, written });
             let outcome = {
-                let noted = me.moves.note_run(&record, &relay);
-                let arriving = receive(&machine, &relay, disk, &mut received, resumed);
+                let noted = async {
+                    if relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
+                        godwit_hold::at("move.ran").await;
+                        me.moves.mark_run(record.vm).await;
+                    }
+                };
+                let (asked, about) = (Arc::clone(&me), record.clone());
+                let committed = move || -> Committed {
+                    let (me, record) = (Arc::clone(&asked), about.clone());
+                    Box::pin(async move { me.has_committed(&record).await })
+                };
+                let committed: Option<AskCommitted<'_>> =
+                    ran::says(&dir).is_some().then_some(&committed);
+                let arriving = receive(&machine, &relay, disk, &mut received, resumed, committed);
                 tokio::pin!(arriving);
                 tokio::select! {
                     outcome = &mut arriving => outcome,
@@ -271,8 +300,10 @@ impl LocalSite {
         {
             warn!(vm = %record.name, %error, "the list of what came stays beside the layer");
         }
-        if let Err(error) = filling::end(&dir) {
-            warn!(vm = %record.name, %error, "where its disk was filled stays");
+        for left in [filling::end(&dir), ran::forget(&dir)] {
+            if let Err(error) = left {
+                warn!(vm = %record.name, %error, "a file of its arrival stays");
+            }
         }
         forget_measured(&dir);
         if let Some(m) = &record.migration {
@@ -425,10 +456,17 @@ impl LocalSite {
         };
         match migration.end {
             End::Destination => {
+                if self.has_run(&record, machine.as_ref()).await {
+                    return Err(self.runs_here(&record));
+                }
+                // Then no relay can say any more that it runs here.
+                self.relays.end(&migration).await;
+                if self.has_run(&record, machine.as_ref()).await {
+                    return Err(self.runs_here(&record));
+                }
                 if let Some(m) = &machine {
                     m.kill().await;
                 }
-                self.relays.end(&migration).await;
                 if self.moves.get(id).is_some() {
                     // The task that follows the arrival undoes it.
                     let _ = tokio::time::timeout(UNDO_WITHIN, self.moves.ended(id)).await;
@@ -448,6 +486,10 @@ impl LocalSite {
                 }
             }
         }
+    }
+
+    fn runs_here(&self, record: &MachineRecord) -> Fault {
+        Refusal::RunsHere { machine: record.name.clone(), site: self.name.clone() }.into()
     }
 
     pub(super) fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {

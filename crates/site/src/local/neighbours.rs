@@ -43,6 +43,7 @@ pub(super) struct Offered {
     pub(super) id: SubstrateId,
     pub(super) name: Name,
     pub(super) content: Option<Hash>,
+    pub(super) among: Vec<SubstrateId>,
     pub(super) from: Name,
     pub(super) address: SocketAddr,
 }
@@ -100,7 +101,7 @@ impl LocalSite {
         let fetched = async {
             let out = supplier.open(StreamRequest::SubstrateSupply { id: at.id }).await?;
             let bring = Bring { name: &at.name, from: &at.from, to: &self.name, call: &call };
-            match bring.run((out, self.substrates.take(at.content))).await {
+            match bring.run((out, self.substrates.take(at.content, Some(at.among)))).await {
                 Ok(info) => Ok(info),
                 Err(Failed::Broken(f) | Failed::For(f)) => Err(f),
             }

@@ -9,7 +9,7 @@
 //! Where QEMUs have uids of their own relays have, too, and nothing else of the site's is there for
 //! them ([`Companion`]). The site's key is: a relay speaks for its site.
 
-use std::io::Write as _;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
@@ -25,7 +25,7 @@ use godwit_types::{Fault, Mib};
 
 use super::machines::into_fault;
 use super::record::{End, MachineRecord, Migration};
-use super::{SiteDirs, SiteOptions, filling};
+use super::{SiteDirs, SiteOptions, filling, ran};
 
 /// How long a relay may take until it can be steered, and until it has ended when it is told to.
 const RELAY_WITHIN: Duration = Duration::from_secs(20);
@@ -121,7 +121,12 @@ impl Relays {
             disk,
             given: None,
         };
-        let open = give(&mut config)?;
+        let commit = match (migration.end, part) {
+            (End::Destination, Part::Whole) => Some(ran::open(&self.dirs.vm(record.vm))?),
+            // It runs there already.
+            (End::Destination, _) | (End::Source, _) => None,
+        };
+        let open = give(&mut config, commit)?;
         let input = written(&config, &paths.config)
             .map_err(|e| fail("writing a relay's configuration", &e))?;
         let log = std::fs::OpenOptions::new()
@@ -237,7 +242,7 @@ impl Relays {
 }
 
 /// Opens what a relay is to have open, and says so in its configuration.
-fn give(config: &mut RelayConfig) -> Result<Vec<OwnedFd>, Fault> {
+fn give(config: &mut RelayConfig, commit: Option<std::fs::File>) -> Result<Vec<OwnedFd>, Fault> {
     let listen = |path: &Path| -> Result<OwnedFd, Fault> {
         listen(path).map(OwnedFd::from).map_err(|e| Fault::io("listening on", path, &e))
     };
@@ -270,6 +275,10 @@ fn give(config: &mut RelayConfig) -> Result<Vec<OwnedFd>, Fault> {
             open.push(nbd);
         }
         None => {}
+    }
+    if let Some(commit) = commit {
+        given.commit = Some(Given::number(&commit));
+        open.push(commit.into());
     }
     config.given = Some(given);
     Ok(open)
@@ -409,8 +418,16 @@ impl MovePaths {
 }
 
 fn last_line(log: &Path) -> String {
-    let text = std::fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned();
+    let mut text = Vec::new();
+    let read = std::fs::File::open(log).and_then(|mut file| {
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(2000)))?;
+        file.take(2000).read_to_end(&mut text)
+    });
+    if let Err(error) = read {
+        tracing::debug!(log = %log.display(), %error, "a log is not read");
+    }
+    let text = String::from_utf8_lossy(&text).into_owned();
     text.trim().lines().last().unwrap_or("it said nothing").to_owned()
 }
 

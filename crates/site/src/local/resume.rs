@@ -30,7 +30,7 @@ use super::moving::{Ended, Moves, RECEIVED, RELEASE_WITHIN, SENT, measured};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
-use super::{Entry, LocalSite, filling};
+use super::{Entry, LocalSite, filling, ran};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
 
 /// How long a QEMU that was told to switch may take to stop.
@@ -49,7 +49,7 @@ impl LocalSite {
         let Some(migration) = record.migration.clone() else { return };
         let Some(machine) = machine else {
             self.relays.end(&migration).await;
-            if migration.end == End::Destination && !migration.runs {
+            if migration.end == End::Destination && !self.has_run(&record, None).await {
                 warn!(vm = %record.name, "its QEMU is gone before it ran here");
                 self.undo_arrival(&record).await;
             } else {
@@ -72,7 +72,11 @@ impl LocalSite {
         machine: Machine,
         relay: Result<RelayClient, godwit_migrate::RelayError>,
     ) {
-        let has_run = migration.runs || runs(Some(&machine)).await;
+        if relay.is_err() {
+            // One that does not answer could still write down that it runs.
+            self.relays.end(&migration).await;
+        }
+        let has_run = self.has_run(&record, Some(&machine)).await;
         match relay {
             Ok(relay) if !has_run && relay.status().phase == RelayPhase::Joining => {
                 // Its source may never come: the answer that it waits here may be lost.
@@ -232,8 +236,10 @@ impl LocalSite {
             End::Source => (0, Some(0)),
             End::Destination => self.missing(&record, memory).await?,
         };
-        let runs =
-            migration.runs || (migration.end == End::Destination && runs(machine.as_ref()).await);
+        let runs = match migration.end {
+            End::Source => migration.runs,
+            End::Destination => self.has_run(&record, machine.as_ref()).await,
+        };
         Ok(MoveStatus { memory, missing_pages, missing_blocks, runs, over: false, why })
     }
 
@@ -528,6 +534,7 @@ impl LocalSite {
             // Only then: without the record's word they tell of a layer that is still to be filled.
             MidLayer::forget(&mid).map_err(into_fault)?;
             filling::end(&dir)?;
+            ran::forget(&dir)?;
         }
         Ok(())
     }

@@ -12,9 +12,24 @@ use super::machines::{TOP, into_fault, join_error};
 use super::pool::mac_seed;
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::{Entry, LocalSite};
-use crate::{Call, MachineStatus, NewMachine};
+use crate::{Call, MachineStatus, NewMachine, Origin};
 
 impl LocalSite {
+    /// How large the disk of a machine is that is made of that.
+    pub(super) async fn disk_of(&self, of: Origin) -> Result<u64, Fault> {
+        let (cache, pool) = (self.images.cache().clone(), self.substrates.pool.clone());
+        let image = tokio::task::spawn_blocking(move || match of {
+            Origin::Image(name) => cache.get(&name).map_err(|e| Fault::of(&e)),
+            Origin::Substrate(id) | Origin::StoredDisk(id) => {
+                let s = pool.get(id).map_err(into_fault)?;
+                let dir = cache.dir().join("by-hash").join(s.image_hash.to_string());
+                Image::open(&dir).map_err(|e| Fault::of(&e))
+            }
+        });
+        let image = image.await.map_err(join_error)??;
+        Ok(image.disk.map_or(0, |disk| disk.bytes))
+    }
+
     /// Makes a machine of a substrate's stored disk and boots it; the saved memory is not used.
     pub(super) async fn boot_stored(
         &self,

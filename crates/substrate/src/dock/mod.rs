@@ -31,9 +31,11 @@ use godwit_qemu::{Life, Machine, Nic, NicBackend};
 use godwit_types::{DockReport, Name, Phases, SubstrateId, SubstrateKind};
 
 use crate::agent::{
-    AFTER_ACTIVATE, BEFORE_DOCK, CARD_KEPT, END_BEFORE_DOCK, KEEP_CARD, SHELL, run_script,
+    AFTER_ACTIVATE, BEFORE_DOCK, CARD_KEPT, END_BEFORE_DOCK, GENERALISE, IS_NOBODY, KEEP_CARD,
+    SHELL, run_script,
 };
 use crate::error::SubstrateError;
+use crate::identity::{Identity, environment};
 use crate::manifest::Substrate;
 use crate::pool::Pool;
 use plan::Plan;
@@ -52,7 +54,8 @@ pub struct DockRequest {
     pub id: SubstrateId,
     /// Its name.
     pub name: Name,
-    /// Who may use it.
+    /// Who may use it. What is to be public is generalised: the machine's host name, machine-id and
+    /// SSH host keys are taken from it before it is docked.
     pub kind: SubstrateKind,
     /// Whose it is.
     pub owner: Name,
@@ -140,15 +143,21 @@ async fn convert(
 
 /// Brings the guest to rest and takes its NICs out, but for one that its interface can be taken down
 /// of instead: to find a new one takes an emulated guest more than all else in an activation. Gives
-/// the port of that one.
+/// the port of that one. From a guest that is to be public what makes it itself is taken before.
 async fn quiesce(
     machine: &Machine,
     nics: &[Nic],
+    kind: SubstrateKind,
     listens: impl FnOnce(),
 ) -> Result<Option<u8>, SubstrateError> {
     let agent = machine.agent().connect("guest-exec", ANSWER_WITHIN).await;
     let mut agent = agent.map_err(|e| SubstrateError::AgentSilent(Box::new(e)))?;
     listens();
+    if kind == SubstrateKind::Public {
+        let done = run_script(&mut agent, SHELL, &GENERALISE, &[], SCRIPT_WITHIN).await;
+        done.map_err(|e| SubstrateError::NotGeneralised(Box::new(e)))?;
+        godwit_hold::at("dock.generalised").await;
+    }
     // A TAP offers the guest more than a user network does.
     let may_stay = match nics {
         [nic] if !matches!(nic.backend, NicBackend::Tap(_)) => Some(nic.port),
@@ -165,7 +174,8 @@ async fn quiesce(
 }
 
 /// Lets a machine run on whose docking broke off, at whatever step and in whichever process: its
-/// vCPUs run, its NICs are there, its user programs are thawed. Called again it changes nothing.
+/// vCPUs run, its NICs are there, its user programs are thawed; one that was generalised already has
+/// an identity again, a new one under its name. Called again it changes nothing.
 ///
 /// # Errors
 /// When QEMU or the guest does not do its part; what was done stays, and it may be called again.
@@ -191,5 +201,10 @@ pub async fn run_on(machine: &Machine, nics: &[Nic]) -> Result<(), SubstrateErro
     if let Err(error) = run_script(&mut agent, SHELL, &END_BEFORE_DOCK, &[], SCRIPT_WITHIN).await {
         tracing::debug!(%error, "not looked for what brings the guest to rest");
     }
-    run_script(&mut agent, AFTER_ACTIVATE, &[], &[], SCRIPT_WITHIN).await.map(drop)
+    let nobody = run_script(&mut agent, SHELL, &IS_NOBODY, &[], SCRIPT_WITHIN).await.is_ok();
+    let env = match nobody {
+        true => environment(Some(&Identity::fresh(machine.launch().name)?), false)?,
+        false => Vec::new(),
+    };
+    run_script(&mut agent, AFTER_ACTIVATE, &[], &env, SCRIPT_WITHIN).await.map(drop)
 }

@@ -1,6 +1,7 @@
 //! What is docked, from where, and how it comes into the store.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ use godwit_disk::FrozenChain;
 use godwit_image::Image;
 use godwit_qemu::{BlockInUse, DiskChain, Launch, Layer, Machine, Manifest, MemorySource};
 use godwit_store::{Effort, PageMap, UNIT, Writer, zero_hash};
-use godwit_types::{BLOCK_SIZE, Hash, Mib, PAGE_SIZE, SubstrateId};
+use godwit_types::{BLOCK_SIZE, Hash, Mib, PAGE_SIZE, SubstrateId, SubstrateKind};
+use rayon::prelude::*;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use tokio::task::JoinHandle;
@@ -29,7 +31,9 @@ const SMALL_FILES: u64 = 16 << 20;
 /// Bytes of a running machine's memory stored in one go.
 const WINDOW: u64 = 1 << 20;
 /// Bytes of a stopped machine's memory stored before a request to stop is looked at.
-const GO: u64 = 64 << 20;
+const GO: u64 = 16 << 20;
+/// Bytes of it that one thread copies at a time.
+const COPIED: usize = 1 << 20;
 /// The nice value of what stores them: the guest comes to rest first.
 const AHEAD_NICE: i32 = 10;
 /// Blocks put into the store in one go.
@@ -84,6 +88,7 @@ impl Plan {
             machine: machine.manifest(),
             macs: launch.nics.iter().map(|n| (n.port, n.mac)).collect(),
             nic_in: None,
+            generalised: request.kind == SubstrateKind::Public,
             agent: true,
             state: unknown,
             pages: unknown,
@@ -301,29 +306,35 @@ fn store_file(
     stop: &DockStop,
 ) -> Result<PageMap, SubstrateError> {
     let file = File::open(path).map_err(SubstrateError::io("opening the memory file", path))?;
-    let len = file.metadata().map_err(SubstrateError::io("reading", path))?.len();
-    if len != memory.bytes() {
-        return Err(SubstrateError::damaged(
-            path.display().to_string(),
-            format!("it has {len} bytes, the machine {}", memory.bytes()),
-        ));
-    }
-    // SAFETY: the machine that has the file open is stopped, nobody else may write to it or cut
-    // it (it is in a directory of ours, mode 0600), and its size was just checked.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(SubstrateError::io("mapping", path))?;
+    let len = memory.bytes();
+    let resized = |why: String| SubstrateError::damaged(path.display().to_string(), why);
+    let sized = || match file.metadata().map_err(SubstrateError::io("reading", path))?.len() {
+        found if found == len => Ok(()),
+        found => Err(resized(format!("it has {found} bytes, the machine {len}"))),
+    };
+    sized()?;
     let mut pages = PageMap::new(len / PAGE_SIZE as u64);
+    let mut buffer = vec![0; GO as usize];
     let mut at = 0;
     while let Some((from, to)) =
         next_data(&file, at, len).map_err(SubstrateError::io("seeking in", path))?
     {
         stop.check()?;
-        let to = to.min(from + GO);
-        let hashes = writer
-            .put_units(&map[from as usize..to as usize])
-            .map_err(SubstrateError::store("storing the memory"))?;
+        // Copied out: its QEMU stands, but one that is not what it should be can cut the file, and
+        // a mapping that is cut ends whoever reads it.
+        let part = &mut buffer[..(to - from).min(GO) as usize];
+        let pieces = part.par_chunks_mut(COPIED).enumerate();
+        let read =
+            pieces.try_for_each(|(i, piece)| file.read_exact_at(piece, from + (i * COPIED) as u64));
+        read.map_err(|e| match e.kind() {
+            ErrorKind::UnexpectedEof => resized("it was cut while it was read".into()),
+            _ => SubstrateError::io("reading", path)(e),
+        })?;
+        let hashes = writer.put_units(part).map_err(SubstrateError::store("storing the memory"))?;
         push(&mut pages, from / PAGE_SIZE as u64, &hashes, Zero::Left)?;
-        at = to;
+        at = from + part.len() as u64;
     }
+    sized()?;
     Ok(pages)
 }
 
@@ -393,4 +404,58 @@ fn push(map: &mut PageMap, first: u64, hashes: &[Hash], zero: Zero) -> Result<()
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_store::{Store, StoreOptions};
+    use godwit_types::{Code, CodedError};
+
+    use super::*;
+
+    /// As a QEMU could do that its guest has taken over.
+    #[test]
+    fn a_memory_file_that_is_cut_or_grows_while_it_is_read_is_named_and_ends_nobody() {
+        const SIZE: Mib = Mib(32);
+        let dir = tempfile::tempdir().expect("dir");
+        let options = StoreOptions { reserve_bytes: 1 << 20, ..StoreOptions::default() };
+        let store = Store::open(&dir.path().join("store"), options).expect("store");
+        let path = dir.path().join("ram");
+        let bytes: Vec<u8> = (0..SIZE.bytes() / 8).flat_map(u64::to_le_bytes).collect();
+        let read = || {
+            let mut writer =
+                store.writer(SubstrateId::new().into(), Effort::Fast).expect("a writer");
+            store_file(&mut writer, &path, SIZE, &DockStop::default())
+        };
+        std::fs::write(&path, &bytes).expect("written");
+        assert_eq!(read().expect("whole").entries().len(), bytes.len() / PAGE_SIZE);
+
+        let file = File::options().write(true).open(&path).expect("opened");
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for size in [SIZE.bytes() / 2, SIZE.bytes() * 2, 0].into_iter().cycle() {
+                    if done.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    file.set_len(size).expect("cut");
+                    std::thread::yield_now();
+                    file.set_len(SIZE.bytes()).expect("grown again");
+                    file.write_all_at(&bytes, 0).expect("filled");
+                }
+            });
+            let mut refused = 0;
+            for _ in 0..500 {
+                let Err(e) = read() else { continue };
+                assert!(matches!(e.code(), Code::Damaged | Code::Internal), "{e}");
+                assert!(e.to_string().contains("ram"), "{e}");
+                refused += usize::from(e.code() == Code::Damaged);
+                if refused == 5 {
+                    break;
+                }
+            }
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(refused, 5, "it was never seen");
+        });
+    }
 }

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use godwit_qemu::{BlockInUse, Machine, Nic};
 use godwit_store::{PageMap, Writer};
-use godwit_types::{DockReport, Phases, SubstrateId};
+use godwit_types::{DockReport, Phases, SubstrateId, SubstrateKind};
 
 use super::plan::{Ahead, Plan, StoredParts};
 use super::{DockStop, quiesce, run_on};
@@ -35,6 +35,7 @@ pub(super) trait Subject: Send + Sync {
     fn rest(
         &self,
         nics: &[Nic],
+        kind: SubstrateKind,
         listens: impl FnOnce() + Send,
     ) -> impl Future<Output = Result<Option<u8>, SubstrateError>> + Send;
 
@@ -55,9 +56,10 @@ impl Subject for Machine {
     async fn rest(
         &self,
         nics: &[Nic],
+        kind: SubstrateKind,
         listens: impl FnOnce() + Send,
     ) -> Result<Option<u8>, SubstrateError> {
-        quiesce(self, nics, listens).await
+        quiesce(self, nics, kind, listens).await
     }
 
     async fn save(&self, plan: &Plan) -> Result<Vec<BlockInUse>, SubstrateError> {
@@ -224,7 +226,8 @@ impl<M: Subject> Docking<M, Planned> {
     pub(super) async fn quiesce(self) -> Result<Docking<M, Quiesced>, SubstrateError> {
         let mut ahead = None;
         let listens = || ahead = Some(Ahead::start(&self.pool, &self.step.plan));
-        let rested = self.machine.rest(&self.nics, listens).await;
+        let kind = self.step.plan.substrate.kind;
+        let rested = self.machine.rest(&self.nics, kind, listens).await;
         let Some(ahead) = ahead else {
             let why = rested.err().unwrap_or(SubstrateError::Worker("quiescing"));
             return Err(self.undo(why).await);

@@ -36,6 +36,7 @@ impl Subject for Fake {
     async fn rest(
         &self,
         _: &[Nic],
+        _: SubstrateKind,
         listens: impl FnOnce() + Send,
     ) -> Result<Option<u8>, SubstrateError> {
         if self.refuses == "listen" {
@@ -141,6 +142,7 @@ fn plan(pool: &Pool, memory: &Path) -> Plan {
     let id = SubstrateId::new();
     let name = |s| Name::new(s).expect("name");
     let substrate = Substrate {
+        generalised: false,
         format: FORMAT,
         id,
         name: name("s"),

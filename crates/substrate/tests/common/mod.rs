@@ -115,6 +115,7 @@ pub(crate) fn bundle(id: SubstrateId, image: &Image) -> Bundle {
         machine: Manifest::of(&spec, "10.0.2"),
         macs: Vec::new(),
         nic_in: None,
+        generalised: false,
         agent: true,
         state: part(&state),
         pages: part(&pages),
@@ -145,20 +146,6 @@ pub(crate) fn fill(pool: &Pool, id: SubstrateId, image: &Image) -> Substrate {
     let mut import = Import::begin(pool, bundle(id, image), Becomes::default()).expect("sound");
     feed(&mut import);
     import.finish().expect("published")
-}
-
-/// Turns one bit over in place.
-pub(crate) fn flip(path: &Path, at: u64) {
-    use std::os::unix::fs::{FileExt, PermissionsExt};
-    let mut rights = std::fs::metadata(path).expect("there").permissions();
-    rights.set_mode(rights.mode() | 0o600);
-    let was = std::fs::metadata(path).expect("there").permissions();
-    std::fs::set_permissions(path, rights).expect("writable");
-    let file = std::fs::File::options().read(true).write(true).open(path).expect("opened");
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).expect("read");
-    file.write_all_at(&[byte[0] ^ 0x10], at).expect("written");
-    std::fs::set_permissions(path, was).expect("as before");
 }
 
 /// All files below `dir`, with their bytes.

@@ -1,4 +1,4 @@
-//! Processes that belong to a cloud, found by what they were started with.
+//! Processes that belong to a test, found by what they were started with.
 
 use std::path::Path;
 
@@ -44,17 +44,20 @@ fn words(pid: i32) -> Vec<String> {
 }
 
 /// The word on a process's command line that `is` so.
-pub(crate) fn word(pid: i32, is: impl Fn(&str) -> bool) -> Option<String> {
+#[must_use]
+pub fn word(pid: i32, is: impl Fn(&str) -> bool) -> Option<String> {
     words(pid).into_iter().find(|w| is(w))
 }
 
 /// Whether a process is a QEMU.
-pub(crate) fn is_qemu(pid: i32) -> bool {
+#[must_use]
+pub fn is_qemu(pid: i32) -> bool {
     words(pid).first().is_some_and(|w| w.contains("qemu-system-"))
 }
 
 /// The processes, other than this one, with a word on their command line that `is` so.
-pub(crate) fn with_word(is: impl Fn(&str) -> bool) -> Vec<i32> {
+#[must_use]
+pub fn with_word(is: impl Fn(&str) -> bool) -> Vec<i32> {
     let me = i32::try_from(std::process::id()).unwrap_or(0);
     let entries = std::fs::read_dir("/proc").expect("reading /proc");
     entries
@@ -64,7 +67,8 @@ pub(crate) fn with_word(is: impl Fn(&str) -> bool) -> Vec<i32> {
 }
 
 /// The QEMU that the record in `run_dir` names, if it lives and is that one.
-pub(crate) fn recorded(run_dir: &Path) -> Option<i32> {
+#[must_use]
+pub fn recorded(run_dir: &Path) -> Option<i32> {
     let text = std::fs::read(run_dir.join("machine.json")).ok()?;
     let record: serde_json::Value = serde_json::from_slice(&text).ok()?;
     let pid = i32::try_from(record["process"]["pid"].as_i64()?).ok()?;

@@ -15,7 +15,8 @@ pub struct Tmpfs {
 
 impl Tmpfs {
     /// Mounts one of `mib` MiB at `path`, which is made.
-    pub(crate) fn mount(path: &Path, mib: u64) -> Self {
+    #[must_use]
+    pub fn mount(path: &Path, mib: u64) -> Self {
         std::fs::create_dir_all(path).expect("a place to mount");
         let data = std::ffi::CString::new(format!("size={},mode=0700", mib << 20)).expect("words");
         mount("tmpfs", path, "tmpfs", MountFlags::empty(), &*data)

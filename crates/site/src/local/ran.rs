@@ -1,0 +1,119 @@
+//! Whether a machine that comes has run here: from then on it is nobody else's to run.
+//!
+//! Its relay writes that into a file beside the machine's record before the source hears of it; the
+//! record says so a little later, and for longer. A host that dies in between is known by the file.
+//! Until the file says so the machine has not run here, whatever its QEMU does.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use godwit_migrate::relay::{NOT_COMMITTED, says_committed};
+use godwit_qemu::Machine;
+use godwit_types::Fault;
+
+use super::LocalSite;
+use super::moves::runs;
+use super::record::{End, MachineRecord};
+
+const FILE: &str = "ran";
+
+/// Makes the file in a machine's directory, in place of what an earlier arrival has left. It is on
+/// disk once the directory is.
+pub(super) fn make(dir: &Path) -> Result<(), Fault> {
+    forget(dir)?;
+    let path = dir.join(FILE);
+    let made = File::options().write(true).create_new(true).mode(0o600).open(&path);
+    made.and_then(|mut file| {
+        file.write_all(NOT_COMMITTED)?;
+        file.sync_all()
+    })
+    .map_err(|e| Fault::io("making", &path, &e))
+}
+
+/// Opens it for the relay.
+pub(super) fn open(dir: &Path) -> Result<File, Fault> {
+    let path = dir.join(FILE);
+    File::options().write(true).open(&path).map_err(|e| Fault::io("opening", &path, &e))
+}
+
+/// What the file says; `None` when there is none, as of an arrival that a daemon of the release
+/// before has prepared.
+pub(super) fn says(dir: &Path) -> Option<bool> {
+    match std::fs::read(dir.join(FILE)) {
+        Ok(bytes) => Some(says_committed(&bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => {
+            // Nobody takes a machine back on a guess.
+            tracing::error!(dir = %dir.display(), %error, "whether a machine has run here is not to be read");
+            Some(true)
+        }
+    }
+}
+
+/// Removes the file, once the arrival is over.
+pub(super) fn forget(dir: &Path) -> Result<(), Fault> {
+    let path = dir.join(FILE);
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Fault::io("removing", &path, &e)),
+        _ => Ok(()),
+    }
+}
+
+impl LocalSite {
+    /// Whether a machine has run here that comes. What is answered stays so: it is in the record
+    /// before it is said.
+    pub(super) async fn has_run(&self, record: &MachineRecord, machine: Option<&Machine>) -> bool {
+        let Some(m) = record.migration.as_ref().filter(|m| m.end == End::Destination) else {
+            return false;
+        };
+        if m.runs {
+            return true;
+        }
+        let refused = self.moves.get(m.id).is_some_and(|moving| {
+            moving.shown.borrow().as_ref().is_some_and(|s| s.borrow().refused.is_some())
+        });
+        let has = match says(&self.dirs.vm(record.vm)) {
+            Some(said) => said && !refused,
+            None => runs(machine).await,
+        };
+        if has {
+            self.moves.mark_run(record.vm).await;
+        }
+        has
+    }
+
+    /// As [`LocalSite::has_run`], where there is such a file, once the relay has ended: it writes
+    /// nothing any more.
+    pub(super) async fn has_committed(&self, record: &MachineRecord) -> bool {
+        if let Some(m) = &record.migration {
+            self.relays.end(m).await;
+        }
+        says(&self.dirs.vm(record.vm)) == Some(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_earlier_arrival_left_says_nothing_of_the_next() {
+        let dir = tempfile::tempdir().expect("dir");
+        let dir = dir.path();
+        assert_eq!(says(dir), None);
+        make(dir).expect("made");
+        assert_eq!(says(dir), Some(false));
+        let relay = open(dir).expect("opened");
+        std::os::unix::fs::FileExt::write_all_at(&relay, b"1", 0).expect("written");
+        assert_eq!(says(dir), Some(true));
+        make(dir).expect("the next");
+        std::os::unix::fs::FileExt::write_all_at(&relay, b"1", 0).expect("a late word");
+        assert_eq!(says(dir), Some(false));
+        for _ in 0..2 {
+            forget(dir).expect("removed");
+        }
+        assert_eq!(says(dir), None);
+    }
+}

@@ -1,0 +1,175 @@
+//! What a site decides by itself, at a site without guests.
+
+use std::time::Duration;
+
+use godwit_qemu::MacAddress;
+use godwit_transfer::Authority;
+use godwit_types::{Arch, Generation, Hash, Mib, MigrationId, VmId};
+
+use super::promise::share_mib;
+use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
+use super::*;
+use crate::{Incoming, MemoryStatus};
+
+/// A site and where it is.
+struct Place {
+    site: Arc<LocalSite>,
+    _dir: tempfile::TempDir,
+    _memory: tempfile::TempDir,
+}
+
+/// A site that promises so much memory to its machines.
+async fn site(promise: Mib) -> Place {
+    let dir = tempfile::tempdir().expect("dir");
+    let memory = tempfile::tempdir_in("/dev/shm").expect("a directory on tmpfs");
+    let authority = Authority::create(&dir.path().join("ca")).expect("authority");
+    let name: Name = "cafe".parse().expect("name");
+    authority.own_identity(&dir.path().join("site/data/keys/identity"), &name).expect("keys");
+    let dirs = SiteDirs {
+        memory: memory.path().join("cafe"),
+        ..SiteDirs::below(&dir.path().join("site"))
+    };
+    let trust = Trust::new(authority.certificate(), Revocations::default()).expect("trust");
+    let options = SiteOptions {
+        uids: Uids::Off,
+        memory_promise_bytes: Some(promise.bytes()),
+        ..SiteOptions::new(std::net::Ipv4Addr::LOCALHOST.into()).expect("options")
+    };
+    let site = LocalSite::open(name, dirs, trust, options).await.expect("a site");
+    Place { site, _dir: dir, _memory: memory }
+}
+
+fn on_its_way(memory: Mib, end: End) -> MachineRecord {
+    let peer: Name = "center".parse().expect("name");
+    let vm = VmId::new();
+    MachineRecord {
+        vm,
+        name: format!("m{}", &vm.0.simple().to_string()[24..]).parse().expect("name"),
+        generation: Generation::FIRST,
+        warrant: None,
+        desired: DesiredState::Running,
+        image: "tiny".parse().expect("name"),
+        image_hash: Hash::of(b"tiny"),
+        substrate: None,
+        arch: Arch::X86_64,
+        memory,
+        vcpus: 1,
+        mac: MacAddress([2, 0, 0, 0, 0, 1]),
+        disk_base: DiskBase::Image,
+        migration: Some(Migration::new(MigrationId::new(), end, peer)),
+        reason: None,
+        unfinished: None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_arrivals_at_once_are_not_promised_the_same_memory() {
+    let memory = Mib(256);
+    // Room for two, and for most of a third.
+    let share = share_mib(memory);
+    let place = site(Mib(u32::try_from(3 * share - 1).expect("small"))).await;
+    let me = &place.site;
+    let arrive = || me.machines.register(on_its_way(memory, End::Destination), None);
+
+    // As an arrival does: its machine is locked until all is ready, and its record comes late.
+    let first = arrive().await.expect("the first");
+    let first = first.lock().await;
+    assert!(!me.dirs.vm(first.record.vm).exists());
+    assert_eq!(me.machines.promised_mib(None).await, share);
+    assert_eq!(me.machines.promised_mib(Some(first.record.vm)).await, 0);
+    let (a, b) = tokio::join!(arrive(), arrive());
+    let (second, f) = match (a, b) {
+        (Ok(second), Err(f)) | (Err(f), Ok(second)) => (second, f),
+        (a, b) => panic!("both or none: {} {}", a.is_ok(), b.is_ok()),
+    };
+    assert_eq!(f.code, Code::NoRoom);
+    assert!(f.message.contains(&format!("has promised {} MiB", 2 * share)), "{f}");
+    // Nobody waits for the lock of another's machine.
+    let third = tokio::time::timeout(Duration::from_secs(10), arrive()).await.expect("no wait");
+    third.map(drop).expect_err("still no room");
+
+    // Once it is written down its record counts, and only once.
+    let dir = me.dirs.vm(first.record.vm);
+    std::fs::create_dir_all(&dir).expect("dir");
+    first.record.save(&dir).expect("saved");
+    assert_eq!(me.machines.promised_mib(None).await, 2 * share);
+    let vm = first.record.vm;
+    drop(first);
+    assert_eq!(me.machines.promised_mib(None).await, 2 * share);
+
+    // What is undone is free for the next.
+    me.machines.unregister(vm).await;
+    assert_eq!(me.machines.promised_mib(None).await, share);
+    let third = arrive().await.expect("there is room");
+    let (second, third) = (second.lock().await, third.lock().await);
+    assert_eq!(me.machines.promised_mib(None).await, 2 * share);
+    assert_ne!(second.record.vm, third.record.vm);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_whose_machine_ran_on_gives_neither_memory_nor_disk() {
+    let place = site(Mib(4096)).await;
+    let me = &place.site;
+    let record = on_its_way(Mib(256), End::Source);
+    let (vm, id) = (record.vm, record.migration.as_ref().expect("its move").id);
+    let dir = me.dirs.vm(vm);
+    std::fs::create_dir_all(&dir).expect("dir");
+    record.save(&dir).expect("saved");
+    me.machines.register(record, None).await.map(drop).expect("here");
+    let before = me.move_status(id, vm).await.expect("in its move");
+    assert!(!before.over && before.missing_blocks == Some(0), "{before:?}");
+
+    me.moves.mark_ran_on(vm).await;
+    let status = me.move_status(id, vm).await.expect("in its move");
+    assert_eq!((status.memory, status.missing_blocks), (MemoryStatus::Gone, None));
+    assert!(status.over && !status.runs, "{status:?}");
+    for memory in [true, false] {
+        let to = Incoming {
+            migration: id,
+            address: ([127, 0, 0, 1], 9).into(),
+            peer: "center".parse().expect("name"),
+        };
+        let f = me.resume_out(id, vm, to, memory, &Call::quiet()).await.expect_err("nothing");
+        assert_eq!(f.code, Code::Damaged, "{f}");
+        assert!(f.message.contains("it has run there after it had left"), "{f}");
+    }
+    // No relay was begun, and the next daemon knows it, too.
+    let kept = MachineRecord::load(&dir).expect("read").expect("there").migration;
+    assert!(kept.is_some_and(|m| m.ran_on && m.attempt == 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_later_move_of_a_machine_takes_back_an_arrival_that_is_over_and_never_ran() {
+    let place = site(Mib(4096)).await;
+    let me = &place.site;
+    let there = on_its_way(Mib(256), End::Destination);
+    let vm = there.vm;
+    let dir = me.dirs.vm(vm);
+    std::fs::create_dir_all(&dir).expect("dir");
+    there.save(&dir).expect("saved");
+    me.machines.register(there.clone(), None).await.map(drop).expect("here");
+    // The same move asks again: that one stays.
+    me.supersede(&there).await.expect("nothing to do");
+    assert!(me.machines.entry(vm).await.is_ok());
+    let comes = MachineRecord { generation: there.generation.next(), ..there.clone() };
+    me.supersede(&comes).await.expect("taken back");
+    assert!(me.machines.entry(vm).await.is_err() && !dir.exists());
+
+    let other = one_that_runs(me, &there).await;
+    let f = me.supersede(&other).await.expect_err("it runs here");
+    assert_eq!(f.code, Code::Conflict, "{f}");
+    assert!(me.machines.entry(other.vm).await.is_ok());
+}
+
+/// Another machine, that came and runs here; gives what a later move of it would bring.
+async fn one_that_runs(me: &LocalSite, like: &MachineRecord) -> MachineRecord {
+    let mut record = MachineRecord { vm: VmId::new(), ..like.clone() };
+    if let Some(m) = &mut record.migration {
+        m.runs = true;
+    }
+    let dir = me.dirs.vm(record.vm);
+    std::fs::create_dir_all(&dir).expect("dir");
+    record.save(&dir).expect("saved");
+    me.machines.register(record.clone(), None).await.map(drop).expect("here");
+    MachineRecord { generation: record.generation.next(), ..record }
+}
