@@ -17,9 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_qemu::{MacAddress, Machine, started_below};
-use godwit_substrate::SubstrateError;
-use godwit_types::{Arch, Fault, Hash, Mib, Name, SubstrateId, VmId, chain};
-use tokio::sync::Mutex;
+use godwit_types::{Arch, Fault, Hash, Mib, Name, VmId, chain};
 
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
 use super::{Entry, LocalSite, filling, ran};
@@ -52,7 +50,7 @@ impl LocalSite {
                 Err(f) => self.adopt_damaged(vm, &f.message).await,
             }
         }
-        self.sweep_moves().await;
+        self.moves.sweep().await;
         Ok(())
     }
 
@@ -60,9 +58,9 @@ impl LocalSite {
         let vm = record.vm;
         if record.desired == DesiredState::Gone {
             // Tombstones were records once.
-            self.tombs.add(vm, record.generation)?;
+            self.machines.leaves(vm, record.generation)?;
         }
-        if let Some(seen) = self.tombs.get(vm)
+        if let Some(seen) = self.machines.left(vm)
             && record.generation <= seen
         {
             if record.desired != DesiredState::Gone {
@@ -77,9 +75,9 @@ impl LocalSite {
                 self.forget(vm).await;
                 return Ok(());
             }
-            Some(Unfinished::Docking { substrate, .. }) if self.has_substrate(*substrate) => {
+            Some(Unfinished::Docking { substrate, .. }) if self.substrates.has(*substrate) => {
                 tracing::info!(vm = %record.name, %substrate, "it was docked: removed");
-                self.tombs.add(vm, record.generation)?;
+                self.machines.leaves(vm, record.generation)?;
                 self.forget(vm).await;
                 return Ok(());
             }
@@ -112,14 +110,14 @@ impl LocalSite {
             None => None,
         };
         if let DiskBase::Substrate(id) = record.disk_base {
-            self.pool.note_clone(id, vm);
+            self.substrates.pool.note_clone(id, vm);
         }
         if machine.is_none() && record.unfinished.take().is_some() {
             record.reason = Some("its QEMU ended while it was being docked".into());
             record.save(&self.dirs.vm(vm))?;
         }
         let entry = Entry::new(record.clone(), machine.clone());
-        self.machines.write().await.insert(vm, Arc::new(Mutex::new(entry)));
+        self.machines.insert(vm, entry).await;
         let Some(machine) = machine else {
             if silent {
                 self.adopt_later(record);
@@ -147,7 +145,7 @@ impl LocalSite {
                     tokio::time::sleep(ADOPT_AGAIN).await;
                     continue;
                 };
-                let Ok(entry) = me.entry(record.vm).await else { return };
+                let Ok(entry) = me.machines.entry(record.vm).await else { return };
                 let now = {
                     let mut e = entry.lock().await;
                     if e.machine.is_some() || e.record.migration.is_none() {
@@ -161,11 +159,6 @@ impl LocalSite {
             }
             me.resume_after_restart(record, None).await;
         });
-    }
-
-    pub(super) fn has_substrate(&self, id: SubstrateId) -> bool {
-        // One that cannot be read is there all the same.
-        !matches!(self.pool.get(id), Err(SubstrateError::NotFound(_)))
     }
 
     /// A machine whose record cannot be read: its QEMU is let alone, so that it can still be
@@ -193,8 +186,7 @@ impl LocalSite {
             reason: Some(format!("its record is damaged: {why}")),
             unfinished: None,
         };
-        let entry = Arc::new(Mutex::new(Entry::new(record, machine)));
-        self.machines.write().await.insert(vm, entry);
+        self.machines.insert(vm, Entry::new(record, machine)).await;
     }
 
     /// Ends a machine that is in no list, and removes all that it has.
@@ -203,7 +195,7 @@ impl LocalSite {
             m.kill().await;
         }
         self.end_strays(vm).await;
-        self.clear(vm);
+        self.machines.clear(vm);
     }
 
     /// Ends every QEMU of a machine, also one that does not answer.

@@ -34,10 +34,13 @@ impl LocalSite {
     ) -> Result<SiteReply, Fault> {
         Ok(handlers! { request;
             Report {} => self.report().await?;
-            Images {} => self.list_images().await?;
-            ImageBuild { name } => self.build_image(name, call).await?;
-            ImageDelete { name } => self.image_delete(name).await?;
-            Machines {} => self.list_machines().await;
+            Images {} => self.images.list().await?;
+            ImageBuild { name } => self.images.build(name, call).await?;
+            ImageDelete { name } => {
+                let users = self.image_users(&name).await?;
+                self.images.remove(name, &users).await?
+            };
+            Machines {} => self.machines.list(&self.room).await;
             VmNew { machine } => self.create(machine, call).await?;
             VmStart { vm, generation, warrant } => {
                 self.restart(vm, generation, warrant, call).await?
@@ -48,22 +51,22 @@ impl LocalSite {
                 let want = Dock { vm, generation, substrate, name, kind, owner };
                 self.whole()?.dock(want, call).await?
             };
-            VmStatus { vm } => self.machine_status(vm).await?;
+            VmStatus { vm } => self.machines.status(&self.room, vm).await?;
             VmConsole { vm, max_bytes } => {
-                let bytes = self.console_log(vm, max_bytes as usize).await?;
+                let bytes = self.machines.console_log(vm, max_bytes as usize).await?;
                 let text = String::from_utf8_lossy(&bytes).into_owned();
                 ConsoleTail { bytes: bytes.len() as u64, text }
             };
             VmScreenshot { vm } => {
-                let machine = self.qemu_for(vm, Action::Screen).await?;
+                let machine = self.machines.qemu_for(vm, Action::Screen).await?;
                 machine.screenshot().await.map_err(|e| Fault::of(&e))?.png
             };
             VmType { vm, text } => {
-                let machine = self.qemu_for(vm, Action::Screen).await?;
+                let machine = self.machines.qemu_for(vm, Action::Screen).await?;
                 machine.send_text(&text).await.map_err(|e| Fault::of(&e))?
             };
-            VmExec { vm, program } => self.exec(vm, program).await?;
-            VmExecWait { vm, pid, within_ms } => self.exec_wait(vm, pid, within_ms).await?;
+            VmExec { vm, program } => self.machines.exec(vm, program).await?;
+            VmExecWait { vm, pid, within_ms } => self.machines.exec_wait(vm, pid, within_ms).await?;
             MigrateManifest { vm, generation } => self.manifest(vm, generation).await?;
             MigratePrepare { migration, machine, generation, warrant, from, manifest } => {
                 let me = self.whole()?;
@@ -75,9 +78,9 @@ impl LocalSite {
                 }
                 self.whole()?.send(vm, (generation, next), to, call).await?
             };
-            MigrateFollow { migration } => self.follow(migration, &call).await?;
+            MigrateFollow { migration } => self.moves.follow(migration, &call).await?;
             MigrateFate { migration, dead } => self.whole()?.deliver_fate(migration, dead).await?;
-            MigrateLost { migration, why } => self.mark_lost(migration, why)?;
+            MigrateLost { migration, why } => self.moves.mark_lost(migration, why)?;
             MigrateStatus { migration, vm } => self.move_status(migration, vm).await?;
             MigrateResumeIn { migration, vm, memory } => {
                 self.whole()?.resume_in(migration, vm, memory).await?
@@ -87,14 +90,14 @@ impl LocalSite {
             };
             MigrateFinish { migration, vm } => self.finish_arrival(migration, vm).await?;
             MigrateGiveUp { migration, vm, why } => self.abandon(migration, vm, why).await?;
-            MigrateReceived { migration } => self.received(migration).await?;
+            MigrateReceived { migration } => self.moves.received(migration).await?;
             MigrateRelease { vm, generation } => self.release(vm, generation).await?;
             MigrateAbort { migration, vm } => self.abort(migration, vm).await?;
-            Substrates {} => self.substrates()?;
-            SubstrateUsers { id } => self.substrate_users(id).await;
-            SubstrateDelete { id } => self.substrate_delete(id).await?;
-            Pool {} => self.pool_report().await?;
-            PoolCheck {} => self.pool_check().await?;
+            Substrates {} => self.substrates.list()?;
+            SubstrateUsers { id } => self.machines.substrate_users(id).await;
+            SubstrateDelete { id } => self.substrates.delete(id).await?;
+            Pool {} => self.substrates.report().await?;
+            PoolCheck {} => self.substrates.check(&self.images).await?;
             Revoke { list } => self.accept_revocations(list)?;
             Ping {} => ();
             SubstrateOffer { id, to } => self.neighbours.offer(id, to);
@@ -102,8 +105,8 @@ impl LocalSite {
                 let at = Offered { id, name, content, among, from, address };
                 self.fetch(at, call).await?
             };
-            MigrateListening { migration } => self.listening(migration).await?;
-            MigrateDial { migration, vm, address } => self.dial(migration, vm, address).await?;
+            MigrateListening { migration } => self.moves.listening(migration).await?;
+            MigrateDial { migration, vm, address } => self.moves.dial(migration, vm, address).await?;
             Disk { of } => self.disk_of(of).await?;
         })
     }

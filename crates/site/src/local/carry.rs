@@ -7,16 +7,15 @@ use godwit_types::{Fault, Hash, Name, SubstrateId};
 use tokio::io::{AsyncWriteExt, DuplexStream, WriteHalf};
 use tokio_util::io::SyncIoBridge;
 
-use super::LocalSite;
 use super::machines::{into_fault, join_error};
-use super::pool::{blocking, info};
+use super::substrates::{Substrates, blocking, info};
 use crate::frames::{FrameWriter, PartReader};
 use crate::{ByteStream, SubstrateInfo};
 
 /// Bytes that a substrate's stream buffers between its two ends.
 const PIPE: usize = 1 << 20;
 
-impl LocalSite {
+impl Substrates {
     /// A substrate as a stream to read: an archive in frames. Refused before its first byte when
     /// something of it is damaged.
     pub(super) async fn export(&self, id: SubstrateId) -> Result<ByteStream, Fault> {
@@ -40,7 +39,7 @@ impl LocalSite {
     /// A stream to write a substrate to; after its end the site answers with one event.
     pub(super) fn import(&self, becomes: Becomes) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
-        let (pool, site) = (self.pool.clone(), self.name.clone());
+        let (pool, site) = (self.pool.clone(), self.site.clone());
         tokio::spawn(async move {
             if let Err(e) = import_archive(pool, site, becomes, far).await {
                 tracing::warn!(error = %e, "an import's answer could not be delivered");
@@ -75,7 +74,7 @@ impl LocalSite {
         among: Option<Vec<SubstrateId>>,
     ) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
-        let (pool, site) = (self.pool.clone(), self.name.clone());
+        let (pool, site) = (self.pool.clone(), self.site.clone());
         tokio::spawn(async move {
             let (read, write) = tokio::io::split(far);
             let parts = BufReader::new(PartReader::new(SyncIoBridge::new(read)));

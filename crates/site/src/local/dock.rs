@@ -12,7 +12,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_image::Image;
 use godwit_qemu::{Life, Machine, Nic};
 use godwit_substrate::{DockRequest, DockStop, SubstrateError, dock_convert, run_on};
 use godwit_types::{Fault, Generation, Name, SubstrateId, SubstrateKind, VmId, chain};
@@ -20,8 +19,8 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::allowed::Action;
 use super::machines::{into_fault, join_error};
-use super::pool::info;
 use super::record::{DesiredState, Unfinished};
+use super::substrates::info;
 use super::{Entry, LocalSite};
 use crate::{Call, Progress, SubstrateInfo};
 
@@ -79,12 +78,12 @@ impl Marked {
         let vm = e.record.vm;
         e.machine = None;
         e.record.generation = generation;
-        if let Err(error) = site.bury(e).await {
+        if let Err(error) = site.machines.bury(e).await {
             tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
             e.record.desired = DesiredState::Gone;
-            site.delist(vm).await;
+            site.machines.delist(vm).await;
         }
-        site.pool.forget_clone(vm);
+        site.substrates.pool.forget_clone(vm);
     }
 }
 
@@ -101,9 +100,9 @@ impl LocalSite {
 
     async fn dock_here(self: &Arc<Self>, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
         let (entry, _) = self.admit(want.vm, want.generation, Action::Dock).await?;
-        let machine = entry.machine.clone().ok_or_else(|| self.not_here(want.vm))?;
+        let machine = entry.machine.clone().ok_or_else(|| self.machines.not_here(want.vm))?;
         // What the guest has read from a damaged base or layer is in its memory, too.
-        let image = self.sound_disk(&entry.record).await?;
+        let image = self.substrates.sound_disk(&self.images, &entry.record).await?;
         call.progress(Progress {
             stage: "dock".into(),
             note: "the guest is being quiesced, then its memory is stored".into(),
@@ -121,7 +120,7 @@ impl LocalSite {
         let (dir, nics) = (self.dirs.vm(want.vm), machine.launch().nics);
         let marked = Marked::new(entry, dir, want.substrate, nics)?;
         let docked = {
-            let docking = dock_convert(&machine, &self.pool, request);
+            let docking = dock_convert(&machine, &self.substrates.pool, request);
             tokio::pin!(docking);
             tokio::select! {
                 docked = &mut docking => docked,
@@ -134,7 +133,7 @@ impl LocalSite {
         };
         match docked {
             Ok((substrate, report)) => {
-                self.make_ready(substrate.id, image);
+                self.substrates.make_ready(substrate.id, image);
                 marked.settled(self, want.generation).await;
                 Ok(info(&substrate, Some(report)))
             }
@@ -150,22 +149,6 @@ impl LocalSite {
         }
     }
 
-    /// Makes what every activation of a substrate needs, so that the first one does not wait for it;
-    /// its memory only where that is within the budget beside what is in use.
-    fn make_ready(&self, id: SubstrateId, image: Image) {
-        let pool = self.pool.clone();
-        tokio::task::spawn_blocking(move || {
-            let ready = if pool.memory_fits(id) {
-                pool.prepare(id, &image).map(drop)
-            } else {
-                pool.prepare_layer(id, &image).map(drop)
-            };
-            if let Err(e) = ready {
-                tracing::warn!(%id, error = %chain(&e), "not made ready");
-            }
-        });
-    }
-
     /// Lets a machine run on whose docking broke off, in the background; until it does, it is being
     /// docked by its state.
     pub(super) fn bring_back(self: &Arc<Self>, vm: VmId, machine: Machine) {
@@ -178,13 +161,13 @@ impl LocalSite {
     }
 
     async fn bring_back_now(&self, vm: VmId, machine: Machine) -> Result<(), Fault> {
-        let entry = self.entry(vm).await?;
+        let entry = self.machines.entry(vm).await?;
         let Some(Unfinished::Docking { nics, substrate }) =
             entry.lock().await.record.unfinished.clone()
         else {
             return Ok(());
         };
-        if self.has_substrate(substrate) {
+        if self.substrates.has(substrate) {
             // Its docking ended behind the commit without a word.
             let mut entry = entry.lock_owned().await;
             if !take_docking(&mut entry.record.unfinished, substrate) {

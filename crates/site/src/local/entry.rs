@@ -1,10 +1,10 @@
 //! One machine of a site as its daemon has it, and the one way to come to change it.
 
-use std::sync::{Arc, Weak};
+use std::sync::Weak;
 
 use godwit_qemu::Machine;
 use godwit_types::{Fault, Generation, Name, VmId};
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
 use super::LocalSite;
@@ -45,19 +45,6 @@ impl Entry {
 pub(super) type Admitted = (OwnedMutexGuard<Entry>, First);
 
 impl LocalSite {
-    pub(super) async fn entry(&self, vm: VmId) -> Result<Arc<Mutex<Entry>>, Fault> {
-        self.entry_if_here(vm).await.ok_or_else(|| self.not_here(vm))
-    }
-
-    pub(super) async fn entry_if_here(&self, vm: VmId) -> Option<Arc<Mutex<Entry>>> {
-        self.machines.read().await.get(&vm).cloned()
-    }
-
-    pub(super) fn not_here(&self, vm: VmId) -> Fault {
-        Fault::not_found(format!("site '{}' does not have machine {vm}", self.name))
-            .hint("see where it runs: godwit vm list")
-    }
-
     /// A machine locked for `action`, if its state allows that to one who knows of `generation`. A
     /// move that has to end first has ended.
     pub(super) async fn admit(
@@ -67,7 +54,7 @@ impl LocalSite {
         action: Action,
     ) -> Result<Admitted, Fault> {
         let admitted = self.admit_if_here(vm, generation, action).await?;
-        admitted.ok_or_else(|| self.not_here(vm))
+        admitted.ok_or_else(|| self.machines.not_here(vm))
     }
 
     /// As [`LocalSite::admit`]; `None` when there is no such machine.
@@ -78,7 +65,7 @@ impl LocalSite {
         action: Action,
     ) -> Result<Option<Admitted>, Fault> {
         loop {
-            let Some(entry) = self.entry_if_here(vm).await else { return Ok(None) };
+            let Some(entry) = self.machines.entry_if_here(vm).await else { return Ok(None) };
             let e = entry.lock_owned().await;
             let state = e.state(&self.name);
             state.fence(generation)?;
@@ -91,14 +78,5 @@ impl LocalSite {
                 first => return Ok(Some((e, first))),
             }
         }
-    }
-
-    /// A machine's QEMU, if its state allows `action`, which changes nothing of it.
-    pub(super) async fn qemu_for(&self, vm: VmId, action: Action) -> Result<Machine, Fault> {
-        let entry = self.entry(vm).await?;
-        let e = entry.lock().await;
-        let _ = e.state(&self.name).allows(action)?;
-        // What was allowed without a QEMU needs none.
-        e.machine.clone().ok_or_else(|| self.not_here(vm))
     }
 }

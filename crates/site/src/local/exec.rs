@@ -5,15 +5,15 @@ use std::time::Duration;
 use godwit_qemu::{AgentError, GuestCommand, Machine};
 use godwit_types::{Fault, VmId};
 
-use super::LocalSite;
 use super::allowed::Action;
 use super::machines::into_fault;
+use super::table::Machines;
 use crate::{GuestExec, GuestOutput, GuestProgram};
 
 /// How long a guest may take to its agent's first answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-impl LocalSite {
+impl Machines {
     /// Starts a program in the guest, by its agent, and gives its process there. A failure of
     /// class [`Internal`](godwit_types::Code::Internal) leaves open whether it was started; after any other it was not.
     pub(super) async fn exec(&self, vm: VmId, p: GuestProgram) -> Result<u64, Fault> {
@@ -30,7 +30,7 @@ impl LocalSite {
         })
     }
 
-    /// Waits until a program that [`LocalSite::exec`] started has ended.
+    /// Waits until a program that [`Machines::exec`] started has ended.
     pub(super) async fn exec_wait(
         &self,
         vm: VmId,
@@ -61,7 +61,7 @@ impl LocalSite {
         let life = machine.life().await.map_err(into_fault)?;
         // Of one that stands still the center may ask again: it goes on elsewhere, or will be known
         // to have ended.
-        let state = self.entry(vm).await?.lock().await.state(&self.name);
+        let state = self.entry(vm).await?.lock().await.state(&self.site);
         let _ = state.asked(Some(life)).allows(Action::Exec)?;
         Ok(machine)
     }

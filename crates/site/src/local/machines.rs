@@ -6,31 +6,25 @@ use std::time::Duration;
 
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_image::Image;
-use godwit_qemu::{
-    BootFile, Confine, DiskChain, Launch, Layer, Life, MacAddress, Machine, MachineSpec,
-    MemorySource, Nic, NicBackend, Start,
-};
+use godwit_qemu::{Layer, MacAddress, Machine};
 use godwit_transfer::Warrant;
-use godwit_types::{Code, Fault, Generation, Name, VmId, VmState};
+use godwit_types::{Code, Fault, Generation, VmId};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio_util::sync::CancellationToken;
 
-use super::allowed::{Action, First, Refusal};
-use super::moves::MID;
+use super::allowed::{Action, First};
+use super::look::{life_of, status_of};
 use super::pool::mac_seed;
-use super::record::{DesiredState, DiskBase, End, MachineRecord, Unfinished};
-use super::{Entry, LocalSite, report};
+use super::record::{DesiredState, DiskBase, MachineRecord};
+use super::{Entry, LocalSite};
 use crate::Progress;
 use crate::{Call, MachineStatus, NewMachine, Origin};
 
 /// How long a guest may take to its agent's first answer.
 const BOOT_WITHIN: Duration = Duration::from_secs(300);
 
-/// Disk that a machine that comes leaves free, in MiB.
-const DISK_MARGIN_MIB: u64 = 16;
-
 /// How often a boot is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// The file that a machine writes its disk to.
 pub(super) const TOP: &str = "top.qcow2";
@@ -44,80 +38,6 @@ pub(super) fn join_error(e: tokio::task::JoinError) -> Fault {
 }
 
 impl LocalSite {
-    pub(super) async fn list_machines(&self) -> Vec<MachineStatus> {
-        let entries: Vec<_> =
-            self.machines.read().await.iter().map(|(vm, e)| (*vm, e.clone())).collect();
-        // Side by side: one that answers late keeps nobody waiting for the others.
-        let looks = entries.into_iter().map(|(vm, entry)| self.look_at(vm, entry));
-        futures::future::join_all(looks).await.into_iter().flatten().collect()
-    }
-
-    /// One machine of this site.
-    pub(super) async fn machine_status(&self, vm: VmId) -> Result<MachineStatus, Fault> {
-        let entry = self.entry(vm).await?;
-        self.look_at(vm, entry).await.ok_or_else(|| self.not_here(vm))
-    }
-
-    /// What a machine is now; `None` for one that is gone.
-    async fn look_at(&self, vm: VmId, entry: Arc<Mutex<Entry>>) -> Option<MachineStatus> {
-        // One that is being changed answers with what is known of it without waiting.
-        let Ok(mut e) = tokio::time::timeout(LOOK_EVERY, entry.lock()).await else {
-            return self.busy_status(vm);
-        };
-        if e.record.desired == DesiredState::Gone {
-            return None;
-        }
-        if let Some(state) = e.state(&self.name).changing() {
-            return Some(status_as(&e.record, state));
-        }
-        let mut life = life_of(&e).await;
-        if life == Some(Life::Stalled) {
-            self.wake_stalled(&mut e).await;
-            life = life_of(&e).await;
-        }
-        let meant = e.record.desired;
-        let status = status_of(&self.name, &mut e, life).await;
-        if e.record.desired != meant {
-            tracing::info!(vm = %e.record.name, "its guest powered itself off");
-            let kept = e.record.save(&self.dirs.vm(vm));
-            if let Err(f) = kept.and_then(|()| remove_file(&self.dirs.vm_memory(vm))) {
-                tracing::warn!(error = %f, "what it left behind");
-            }
-        }
-        Some(status)
-    }
-
-    /// Lets a machine run on that a full disk stopped, once there is room again.
-    async fn wake_stalled(&self, e: &mut Entry) {
-        let Some(m) = &e.machine else { return };
-        if self.check_disk_room(0).is_err() {
-            let words = format!(
-                "its guest stands still: there is no room for its disk at {}",
-                self.dirs.data.display()
-            );
-            if e.record.reason.as_ref() != Some(&words) {
-                tracing::warn!(vm = %e.record.name, "{words}");
-                e.record.reason = Some(words);
-            }
-            return;
-        }
-        match m.run().await {
-            Ok(()) => {
-                tracing::info!(vm = %e.record.name, "there is room for its disk again: it runs on");
-                e.record.reason = None;
-            }
-            Err(error) => tracing::warn!(vm = %e.record.name, %error, "it does not run on"),
-        }
-    }
-
-    /// A machine that a job has at this moment, as its record has it: present, and not settled.
-    fn busy_status(&self, vm: VmId) -> Option<MachineStatus> {
-        let r = MachineRecord::load(&self.dirs.vm(vm)).ok().flatten()?;
-        let docking = matches!(r.unfinished, Some(Unfinished::Docking { .. }));
-        let state = if docking { VmState::Docking } else { VmState::Starting };
-        (r.desired != DesiredState::Gone).then(|| status_as(&r, state))
-    }
-
     pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
         self.warranted(new.vm, new.generation, &new.warrant)?;
         let image = match &new.origin {
@@ -131,14 +51,7 @@ impl LocalSite {
                 return self.boot_stored(new, id, call).await;
             }
         };
-        let (cache, name) = (self.images.clone(), image.clone());
-        let image = tokio::task::spawn_blocking(move || {
-            let image = cache.get(&name)?;
-            cache.check(&image).map(|()| image)
-        })
-        .await
-        .map_err(join_error)?
-        .map_err(into_fault)?;
+        let image = self.images.newest(image).await?;
         let record = MachineRecord {
             vm: new.vm,
             name: new.name,
@@ -157,12 +70,12 @@ impl LocalSite {
             reason: None,
             unfinished: None,
         };
-        self.check_room(record.memory)?;
-        let (entry, wanted) = self.register_starting(record.clone()).await?;
+        self.room.check_memory(record.memory)?;
+        let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
         match self.boot_new(&entry, &record, &image, &call, &wanted).await {
             Ok(()) => self.started(&entry).await,
             Err(f) => {
-                self.withdraw(&entry, record.vm).await;
+                self.machines.withdraw(&entry, record.vm).await;
                 Err(f)
             }
         }
@@ -214,7 +127,7 @@ impl LocalSite {
     ) -> Result<(), Fault> {
         // Memory of an earlier run is of no use to a boot.
         remove_file(&self.dirs.vm_memory(record.vm))?;
-        let machine = self.launch(record, image)?.spawn().await.map_err(into_fault)?;
+        let machine = self.launcher.launch(record, image)?.spawn().await.map_err(into_fault)?;
         {
             let mut e = entry.lock().await;
             if wanted.is_cancelled() {
@@ -264,55 +177,6 @@ impl LocalSite {
         outcome
     }
 
-    /// The machine that a record describes.
-    pub(super) fn spec_of(&self, record: &MachineRecord, image: &Image) -> MachineSpec {
-        let initrd = match (image.initrd_path(), &image.initrd) {
-            (Some(path), Some(f)) => Some(BootFile { path, hash: f.hash }),
-            _ => None,
-        };
-        MachineSpec {
-            arch: image.arch,
-            memory: record.memory,
-            vcpus: record.vcpus,
-            kernel: BootFile { path: image.kernel_path(), hash: image.kernel.hash },
-            initrd,
-            cmdline: image.cmdline.clone(),
-            display: image.display,
-            disk: image.disk.is_some(),
-            nic_ports: MachineSpec::DEFAULT_NIC_PORTS,
-        }
-    }
-
-    pub(super) fn launch(&self, record: &MachineRecord, image: &Image) -> Result<Launch, Fault> {
-        let memory = MemorySource::Shared { path: self.dirs.vm_memory(record.vm) };
-        let spec = self.spec_of(record, image);
-        let mut launch =
-            Launch::new(spec, self.dirs.vm_run(record.vm), record.name.clone(), memory);
-        if let Some(base) = image.disk_path() {
-            let dir = self.dirs.vm(record.vm);
-            let mut layers = vec![Layer::Raw { path: base }];
-            match record.disk_base {
-                DiskBase::Image => {}
-                DiskBase::Substrate(id) => {
-                    // Its memory is of no use to a guest that boots.
-                    let layer = self.pool.prepare_layer(id, image).map_err(into_fault)?;
-                    layers.extend(layer.map(|path| Layer::Qcow2 { path }));
-                }
-                DiskBase::Mid => layers.push(Layer::Qcow2 { path: dir.join(MID) }),
-            }
-            launch.disk = Some(DiskChain::over(layers, dir.join(TOP)));
-        }
-        launch.start = Start::Boot;
-        launch.groups.clone_from(&self.groups);
-        launch.confine = self.confine.clone().map(|c| Confine {
-            readable: image.kernel_path().parent().map(Path::to_owned).into_iter().collect(),
-            ..c
-        });
-        launch.accel = self.accel(image.arch)?;
-        launch.nics = vec![Nic { port: 0, mac: record.mac, backend: NicBackend::Isolated }];
-        Ok(launch)
-    }
-
     pub(super) async fn restart(
         &self,
         vm: VmId,
@@ -334,19 +198,20 @@ impl LocalSite {
         e.record.generation = generation;
         e.record.warrant = Some(warrant);
         {
-            // Nobody who makes a promise waits for a machine's lock; its record tells of it.
-            let _one = self.promising.lock().await;
-            if let Err(f) = self.check_promise(vm, e.record.memory).await {
-                // It stays stopped, at the generation at which it was asked.
-                e.record.save(&self.dirs.vm(vm))?;
-                return Err(f);
-            }
+            let _one = match self.machines.promise(vm, e.record.memory).await {
+                Ok(one) => one,
+                Err(f) => {
+                    // It stays stopped, at the generation at which it was asked.
+                    e.record.save(&self.dirs.vm(vm))?;
+                    return Err(f);
+                }
+            };
             e.record.desired = DesiredState::Running;
             e.record.reason = None;
             e.record.unfinished = None;
             e.record.save(&self.dirs.vm(vm))?;
         }
-        let image = self.sound_image(&e.record).await?;
+        let image = self.images.sound(&e.record).await?;
         // One that did not answer when this daemon came.
         self.end_strays(vm).await;
         let wanted = CancellationToken::new();
@@ -372,10 +237,10 @@ impl LocalSite {
     /// Ends a machine and removes what it has; its generation is kept as a tombstone.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
         let Some((mut e, first)) = self.admit_if_here(vm, generation, Action::Delete).await? else {
-            return self.remove_again(vm, generation);
+            return self.machines.remove_again(vm, generation);
         };
         if e.record.desired == DesiredState::Gone {
-            return self.remove_again(vm, generation);
+            return self.machines.remove_again(vm, generation);
         }
         if first == First::Start
             && let Some(wanted) = e.starting.take()
@@ -387,122 +252,8 @@ impl LocalSite {
         }
         self.end_strays(vm).await;
         e.record.generation = generation;
-        self.bury(&mut e).await
+        self.machines.bury(&mut e).await
     }
-
-    /// One that has left already may be removed again, by whoever knows of its last generation.
-    fn remove_again(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
-        match self.tombs.get(vm) {
-            Some(seen) if generation < seen => {
-                let (machine, site) = (vm.to_string(), self.name.clone());
-                Err(Refusal::Left { machine, site, seen, given: generation }.into())
-            }
-            Some(_) => self.tombs.add(vm, generation),
-            None => Err(self.not_here(vm)),
-        }
-    }
-
-    /// Writes a machine's tombstone, removes all its files and forgets it; its QEMU has ended. When
-    /// the tombstone can't be written the machine stays as it is.
-    pub(super) async fn bury(&self, e: &mut Entry) -> Result<(), Fault> {
-        self.tombs.add(e.record.vm, e.record.generation)?;
-        e.record.desired = DesiredState::Gone;
-        e.record.migration = None;
-        self.pool.forget_clone(e.record.vm);
-        self.clear(e.record.vm);
-        self.delist(e.record.vm).await;
-        Ok(())
-    }
-
-    /// Refuses when a machine's RAM does not fit into what the host has left.
-    pub(super) fn check_room(&self, memory: godwit_types::Mib) -> Result<(), Fault> {
-        let mut free = report::ram_room_mib(&self.dirs.memory)?;
-        if free < u64::from(memory.0) {
-            // Memory that no machine maps is made again when it is needed.
-            self.pool.reclaim((u64::from(memory.0) - free) << 20);
-            free = report::ram_room_mib(&self.dirs.memory)?;
-        }
-        if u64::from(memory.0) <= free {
-            return Ok(());
-        }
-        Err(Fault::new(
-            Code::NoRoom,
-            format!(
-                "site '{}' has room for {free} MiB of guest memory at {}; {} are needed",
-                self.name,
-                self.dirs.memory.display(),
-                memory.0
-            ),
-        )
-        .hint("stop a machine there, or choose another site with --site"))
-    }
-
-    /// Refuses when the disk has less than that left for a machine that comes.
-    pub(super) fn check_disk_room(&self, bytes: u64) -> Result<(), Fault> {
-        let needed = (bytes >> 20) + 1 + DISK_MARGIN_MIB;
-        let free = report::free_mib(&self.dirs.data)?;
-        if needed <= free {
-            return Ok(());
-        }
-        Err(Fault::new(
-            Code::NoRoom,
-            format!(
-                "site '{}' has {free} MiB of disk left at {}; {needed} are needed",
-                self.name,
-                self.dirs.data.display()
-            ),
-        ))
-    }
-
-    /// The same failure, or that this site has become full, which explains it.
-    pub(super) fn blame_room(&self, f: Fault) -> Fault {
-        for (what, dir) in [("guest memory", &self.dirs.memory), ("disks", &self.dirs.data)] {
-            if report::free_mib(dir).is_ok_and(|free| free == 0) {
-                let words = format!("no room left for {what} at {}", dir.display());
-                let message = format!("site '{}' has {words}: {}", self.name, f.message);
-                return super::advise(&self.name, Fault::new(Code::NoRoom, message));
-            }
-        }
-        f
-    }
-
-    /// Removes every file of a machine. What cannot be removed is told in the log: nothing else
-    /// depends on it.
-    pub(super) fn clear(&self, vm: VmId) {
-        for dir in [self.dirs.vm(vm), self.dirs.vm_run(vm)] {
-            if let Err(e) = std::fs::remove_dir_all(&dir)
-                && e.kind() != std::io::ErrorKind::NotFound
-            {
-                tracing::warn!(path = %dir.display(), error = %e, "not removed");
-            }
-        }
-        if let Err(f) = remove_file(&self.dirs.vm_memory(vm)) {
-            tracing::warn!(error = %f, "not removed");
-        }
-    }
-
-    /// The end of a machine's console log, also of one that has ended.
-    pub(super) async fn console_log(&self, vm: VmId, max: usize) -> Result<Vec<u8>, Fault> {
-        let entry = self.entry(vm).await?;
-        let e = entry.lock().await;
-        let _ = e.state(&self.name).allows(Action::Log)?;
-        if let Some(m) = &e.machine {
-            return m.console_tail(max).map_err(into_fault);
-        }
-        let path = godwit_qemu::RunPaths::of(&self.dirs.vm_run(e.record.vm)).console_log;
-        tail(&path, max)
-    }
-}
-
-fn tail(path: &Path, max: usize) -> Result<Vec<u8>, Fault> {
-    use std::io::{Read, Seek, SeekFrom};
-    let fail = |e: std::io::Error| Fault::not_found(format!("reading {}: {e}", path.display()));
-    let mut file = std::fs::File::open(path).map_err(fail)?;
-    let len = file.metadata().map_err(fail)?.len();
-    file.seek(SeekFrom::Start(len.saturating_sub(max as u64))).map_err(fail)?;
-    let mut out = Vec::new();
-    file.take(max as u64).read_to_end(&mut out).map_err(fail)?;
-    Ok(out)
 }
 
 /// Bytes on the disk of what a machine has above its base image.
@@ -525,60 +276,5 @@ pub(super) fn remove_file(path: &Path) -> Result<(), Fault> {
             Err(Fault::internal(format!("removing {}: {e}", path.display())))
         }
         _ => Ok(()),
-    }
-}
-
-/// How long QEMU may take to say how it is. One whose main loop waits for a page says nothing.
-const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-
-/// In which life a machine's QEMU is, if it has one.
-async fn life_of(e: &Entry) -> Option<Life> {
-    let m = e.machine.as_ref()?;
-    // Nobody takes a source that stands still and is silent for one that runs.
-    let leaves = e.record.migration.as_ref().is_some_and(|m| m.end == End::Source);
-    let silent = if leaves { Life::Leaving } else { Life::Running };
-    match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
-        Ok(Ok(life)) => Some(life),
-        Ok(Err(_)) | Err(_) => Some(silent),
-    }
-}
-
-/// What a machine is, by QEMU's word.
-async fn status_of(site: &Name, e: &mut Entry, life: Option<Life>) -> MachineStatus {
-    if life == Some(Life::Exited)
-        && let Some(m) = e.machine.take()
-        && e.record.desired == DesiredState::Running
-    {
-        if m.has_powered_off() {
-            e.record.desired = DesiredState::Stopped;
-            e.record.reason = None;
-        } else {
-            e.record.reason = Some(m.exited().await.brief());
-        }
-    }
-    let state = e.state(site).asked(life).vm_state();
-    status_as(&e.record, state)
-}
-
-fn status_as(r: &MachineRecord, state: VmState) -> MachineStatus {
-    MachineStatus {
-        vm: r.vm,
-        name: r.name.clone(),
-        generation: r.generation,
-        warrant: r.warrant.clone(),
-        state,
-        image: r.image.clone(),
-        arch: r.arch,
-        memory: r.memory,
-        vcpus: r.vcpus,
-        reason: match (
-            state,
-            r.migration.as_ref().and_then(|m| m.given_up.as_ref()).or(r.reason.as_ref()).cloned(),
-        ) {
-            (VmState::Failed, None) => Some("QEMU is gone".into()),
-            (VmState::Failed, reason) => reason,
-            _ => None,
-        },
-        activate: None,
     }
 }

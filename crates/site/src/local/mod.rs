@@ -14,10 +14,14 @@ mod dock;
 mod entry;
 mod exec;
 mod filling;
+mod images;
+mod launch;
 mod logs;
+mod look;
 mod machines;
 mod meet;
 mod moves;
+mod moving;
 mod neighbours;
 mod pool;
 mod promise;
@@ -27,41 +31,38 @@ mod record;
 mod relays;
 mod report;
 mod resume;
+mod room;
 mod sched;
 mod screens;
 mod scrub;
 mod stop;
 mod stored;
+mod substrates;
+mod table;
 mod tombs;
-mod users;
 mod waiting;
 mod warrant;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use godwit_image::{Image, ImageCache, Recipe};
-use godwit_qemu::{Accel, Confine, MemoryGroups};
 use godwit_transfer::{Revocations, Trust};
-use godwit_types::{Arch, Code, Fault, Name, VmId};
+use godwit_types::{Code, Fault, Name};
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, RwLock, Semaphore};
+use tokio::sync::Semaphore;
 
-use super::{ByteStream, Call, ImageInfo, SiteHost, SiteReply, SiteRequest, StreamRequest};
-use crate::Progress;
+use super::{ByteStream, Call, SiteHost, SiteReply, SiteRequest, StreamRequest};
 
 use allowed::Action;
 pub use apart::Uids;
 pub use dirs::SiteDirs;
 use entry::Entry;
+pub use images::{image_info, images_of, in_use};
 pub use promise::MACHINE_OVERHEAD_MIB;
-use record::MachineRecord;
-pub use users::in_use;
 
 /// How a site is run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -125,25 +126,19 @@ impl SiteOptions {
 pub struct LocalSite {
     name: Name,
     dirs: SiteDirs,
-    images: ImageCache,
-    accel: BTreeMap<&'static str, Accel>,
-    qemu: String,
-    machines: RwLock<BTreeMap<VmId, Arc<Mutex<Entry>>>>,
-    tombs: tombs::Tombs,
+    images: images::Images,
+    launcher: launch::Launcher,
+    machines: Arc<table::Machines>,
     /// Activations that go on at once.
     turns: Arc<Semaphore>,
-    /// One promise of memory at a time, until its machine is entered.
-    promising: Mutex<()>,
-    /// The memory of machines made by this daemon: their records may not be written yet.
-    sizes: std::sync::Mutex<std::collections::HashMap<VmId, godwit_types::Mib>>,
-    pool: godwit_substrate::Pool,
-    shells: godwit_substrate::Shells,
-    moves: moves::Moves,
+    room: room::Room,
+    substrates: substrates::Substrates,
+    moves: moving::Moves,
+    relays: Arc<relays::Relays>,
+    reach: meet::Reach,
     neighbours: neighbours::Neighbours,
     trust: Trust,
     options: SiteOptions,
-    confine: Option<Confine>,
-    groups: Option<MemoryGroups>,
     screens: screens::Screens,
     sched: std::sync::Mutex<Option<godwit_sched_host::service::Service>>,
     me: std::sync::Weak<Self>,
@@ -158,13 +153,6 @@ impl std::fmt::Debug for LocalSite {
 /// How many activations go on at once: each waits for its guest half of the time.
 fn at_once() -> usize {
     2 * std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
-}
-
-const fn arch_key(arch: Arch) -> &'static str {
-    match arch {
-        Arch::X86_64 => "x86-64",
-        Arch::Aarch64 => "aarch64",
-    }
 }
 
 impl LocalSite {
@@ -184,45 +172,42 @@ impl LocalSite {
         let confine = apart::confine(options.uids, &dirs)?;
         let groups = apart::groups(&dirs);
         relays::publish_revoked(&dirs, &trust)?;
-        let images = ImageCache::open(&dirs.images).map_err(|e| Fault::of(&e))?;
-        let binaries = godwit_qemu::Binaries::default();
-        let qemu = godwit_qemu::doctor::qemu_version(binaries.of(Arch::X86_64))
-            .await
-            .map_err(|e| Fault::of(&e).hint("see what is missing with: godwit doctor"))?;
-        let mut accel = BTreeMap::new();
-        for arch in [Arch::X86_64, Arch::Aarch64] {
-            let cache = dirs.data.join(format!("accel-{}.json", arch_key(arch)));
-            match godwit_qemu::accel::probe(binaries.of(arch), arch, &cache).await {
-                Ok(p) => {
-                    accel.insert(arch_key(arch), p.accel);
-                }
-                Err(e) => tracing::info!(%arch, error = %e, "guests of this kind cannot run here"),
-            }
-        }
-        let pool = Self::open_pool(&dirs, &options)?;
+        let images = images::Images::open(name.clone(), &dirs.images)?;
+        let how = (&confine, &groups);
+        let substrates = substrates::Substrates::open(name.clone(), &dirs, &options, how)?;
+        let pool = &substrates.pool;
         let sched = std::sync::Mutex::new(options.co_schedule.then(sched::start).flatten());
         waiting::sweep(&dirs).await;
-        let shells = waiting::shells(&pool, &dirs, confine.clone(), groups.clone());
-        let tombs = tombs::Tombs::open(dirs.tombs())?;
+        let promise = options.memory_promise_bytes;
+        let machines =
+            Arc::new(table::Machines::open(name.clone(), dirs.clone(), pool.clone(), promise)?);
+        let room = room::Room::new(name.clone(), dirs.clone(), pool.clone());
+        let relays = Arc::new(relays::Relays::new(&dirs, &trust, &options, (&confine, &groups)));
+        let moves = moving::Moves::new(
+            name.clone(),
+            dirs.clone(),
+            Arc::clone(&machines),
+            Arc::clone(&relays),
+        );
+        let reach = meet::Reach::new(name.clone(), options.relay_address, options.behind_nat);
+        let launcher =
+            launch::Launcher::probe(name.clone(), dirs.clone(), pool.clone(), (confine, groups))
+                .await?;
         let site = Arc::new_cyclic(|me| Self {
             name,
             dirs,
             images,
-            accel,
-            qemu,
-            machines: RwLock::default(),
-            tombs,
+            launcher,
+            machines,
             turns: Arc::new(Semaphore::new(at_once())),
-            promising: Mutex::default(),
-            sizes: std::sync::Mutex::default(),
-            pool,
-            shells,
-            moves: moves::Moves::default(),
+            room,
+            substrates,
+            moves,
+            reach,
+            relays,
             neighbours: neighbours::Neighbours::default(),
             trust,
             options,
-            confine,
-            groups,
             screens: screens::Screens::new(screens::SCREENS_AT_ONCE),
             sched,
             me: me.clone(),
@@ -244,70 +229,6 @@ impl LocalSite {
         &self.dirs
     }
 
-    fn accel(&self, arch: Arch) -> Result<Accel, Fault> {
-        self.accel.get(arch_key(arch)).copied().ok_or_else(|| {
-            Fault::unavailable(format!("site '{}' cannot run {arch} guests", self.name))
-                .hint("see what is missing with: godwit doctor")
-        })
-    }
-
-    /// The image of exactly that content, even when the name has moved on to a newer build.
-    fn image_by_hash(&self, record: &MachineRecord) -> Result<Image, Fault> {
-        let dir: PathBuf = self.images.dir().join("by-hash").join(record.image_hash.to_string());
-        if !dir.is_dir() {
-            return Err(Fault::conflict(format!(
-                "site '{}' does not hold image '{}' with the hash {}",
-                self.name, record.image, record.image_hash
-            ))
-            .hint(format!(
-                "build it there: godwit image build {} --site {}; a newer build has another hash",
-                record.image, self.name
-            )));
-        }
-        let image = Image::open(&dir).map_err(|e| Fault::of(&e))?;
-        if image.hash == record.image_hash {
-            return Ok(image);
-        }
-        let words = format!("{} holds an image with another hash", dir.display());
-        Err(Fault::new(Code::Damaged, words))
-    }
-
-    /// As [`LocalSite::image_by_hash`], its files verified.
-    async fn sound_image(&self, record: &MachineRecord) -> Result<Image, Fault> {
-        let (image, cache) = (self.image_by_hash(record)?, self.images.clone());
-        tokio::task::spawn_blocking(move || cache.check(&image).map(|()| image))
-            .await
-            .map_err(|e| Fault::internal(e.to_string()))?
-            .map_err(|e| Fault::of(&e))
-    }
-
-    async fn list_images(&self) -> Result<Vec<ImageInfo>, Fault> {
-        let cache = self.images.clone();
-        tokio::task::spawn_blocking(move || images_of(&cache))
-            .await
-            .map_err(|e| Fault::internal(e.to_string()))?
-    }
-
-    async fn build_image(&self, name: Name, call: Call) -> Result<ImageInfo, Fault> {
-        let cancel = call.cancel.clone();
-        let told = move |p: godwit_image::Progress| {
-            call.progress(Progress {
-                stage: p.stage.as_str().into(),
-                done: p.fraction.map_or(0, |f| (f64::from(f) * 1000.0) as u64),
-                total: if p.fraction.is_some() { 1000 } else { 0 },
-                unit: "permille".into(),
-                note: p.note,
-            });
-        };
-        tokio::select! {
-            // Dropping the build kills its tools and publishes nothing.
-            () = cancel.cancelled() => Err(Fault::cancelled()),
-            built = self.images.build(&name, told) => {
-                built.map(|i| image_info(&i)).map_err(|e| Fault::of(&e))
-            }
-        }
-    }
-
     /// Takes the center's list of revoked certificates. It counts at once, also when it cannot be
     /// kept for the next daemon.
     fn accept_revocations(&self, list: Revocations) -> Result<(), Fault> {
@@ -325,63 +246,6 @@ impl LocalSite {
     }
 }
 
-/// The images of a cache: those that are built, those that are there and cannot be used, and the
-/// other recipes.
-///
-/// # Errors
-/// The cache cannot be read.
-pub fn images_of(cache: &ImageCache) -> Result<Vec<ImageInfo>, Fault> {
-    let built = cache.list().map_err(|e| Fault::of(&e))?;
-    let mut out: Vec<_> = built.iter().map(image_info).collect();
-    for (info, image) in out.iter_mut().zip(&built) {
-        info.fault = match cache.damage(image) {
-            Ok(path) => path.map(|path| format!("{} is damaged; build it again", path.display())),
-            Err(e) => Some(godwit_types::chain(&e)),
-        };
-        info.built = info.fault.is_none();
-    }
-    for name in Recipe::names() {
-        if out.iter().any(|i| i.name == name) {
-            continue;
-        }
-        let Ok(r) = Recipe::get(&name) else { continue };
-        let fault = match cache.get(&name) {
-            Ok(_) | Err(godwit_image::ImageError::NotBuilt { .. }) => None,
-            Err(e) => Some(godwit_types::chain(&e)),
-        };
-        out.push(ImageInfo {
-            hash: r.hash(),
-            name,
-            arch: r.arch,
-            memory: r.memory,
-            vcpus: r.vcpus,
-            bytes: 0,
-            display: r.display,
-            app: r.app.clone(),
-            built: false,
-            fault,
-        });
-    }
-    Ok(out)
-}
-
-/// What is told of an image that is built.
-#[must_use]
-pub fn image_info(i: &Image) -> ImageInfo {
-    ImageInfo {
-        name: i.name.clone(),
-        hash: i.hash,
-        arch: i.arch,
-        memory: i.memory,
-        vcpus: i.vcpus,
-        bytes: i.files().map(|f| f.bytes).sum(),
-        display: i.display,
-        app: i.app.clone(),
-        built: true,
-        fault: None,
-    }
-}
-
 #[async_trait]
 impl SiteHost for LocalSite {
     fn name(&self) -> &Name {
@@ -396,16 +260,18 @@ impl SiteHost for LocalSite {
         let (vm, display) = match request {
             StreamRequest::Console { vm } => (vm, false),
             StreamRequest::Display { vm } => (vm, true),
-            StreamRequest::SubstrateExport { id } => return self.export(id).await,
-            StreamRequest::SubstrateSupply { id } => return Ok(self.supply(id)),
-            StreamRequest::SubstrateTake { content } => return Ok(self.take(content, None)),
+            StreamRequest::SubstrateExport { id } => return self.substrates.export(id).await,
+            StreamRequest::SubstrateSupply { id } => return Ok(self.substrates.supply(id)),
+            StreamRequest::SubstrateTake { content } => {
+                return Ok(self.substrates.take(content, None));
+            }
             StreamRequest::SubstrateTakeAmong(t) => {
-                return Ok(self.take(t.content, Some(t.among)));
+                return Ok(self.substrates.take(t.content, Some(t.among)));
             }
             StreamRequest::SubstrateImport { name, content } => {
                 // A file says of itself that it is public; the center's own copy is what it is.
                 let not_public_as_it_was = content.is_none();
-                return Ok(self.import(godwit_substrate::Becomes {
+                return Ok(self.substrates.import(godwit_substrate::Becomes {
                     name,
                     content,
                     not_public_as_it_was,
@@ -413,7 +279,7 @@ impl SiteHost for LocalSite {
                 }));
             }
             StreamRequest::SubstrateUpload(t) => {
-                return Ok(self.import(godwit_substrate::Becomes {
+                return Ok(self.substrates.import(godwit_substrate::Becomes {
                     name: Some(t.name),
                     id: Some(t.id),
                     owner: Some(t.owner),
@@ -426,7 +292,7 @@ impl SiteHost for LocalSite {
         };
         let place = self.screens.place(&self.name)?;
         let action = if display { Action::Screen } else { Action::Console };
-        let machine = self.qemu_for(vm, action).await?;
+        let machine = self.machines.qemu_for(vm, action).await?;
         let paths = machine.paths();
         let path = if display { &paths.vnc } else { &paths.console };
         let stream = UnixStream::connect(path).await.map_err(|e| {

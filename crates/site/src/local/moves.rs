@@ -9,16 +9,15 @@
 //! is in, so that a daemon that comes back finds both again ([`super::resume`]). Each end is driven
 //! by a task of its own; who asks only listens, and may come back when its link was cut.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
-    self, ArrivingDisk, AskCommitted, Asked, Asking, Committed, DestinationFate, MoveError,
-    Received, Sent, Steering, prepare_incoming, receive,
+    self, ArrivingDisk, AskCommitted, Asking, Committed, DestinationFate, MoveError, Received,
+    Sent, prepare_incoming, receive,
 };
 use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk, RelayPhase, RelayStatus};
 use godwit_qemu::{
@@ -27,18 +26,20 @@ use godwit_qemu::{
 use godwit_transfer::Warrant;
 use godwit_types::{Code, Fault, Generation, Hash, MigrationId, Name, VmId};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::allowed::{Action, First, Refusal};
+use super::launch::Launcher;
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
+use super::moving::forget_measured;
+use super::moving::{Ended, Moves, Moving};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
-use super::resume::forget_measured;
 use super::{LocalSite, filling, ran};
 use crate::Progress;
-use crate::{Call, Incoming, MachineStatus, News, UNKNOWN_GENERATION};
+use crate::{Call, Incoming, MachineStatus, News};
 
 /// How long an end may take to undo its part when it is told to.
 const UNDO_WITHIN: Duration = Duration::from_secs(40);
@@ -46,10 +47,6 @@ const UNDO_WITHIN: Duration = Duration::from_secs(40);
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 /// How often progress is told.
 const TELL_EVERY: Duration = Duration::from_millis(200);
-/// How long it is asked for once the move was asked to end.
-const CANCEL_LIMIT: Duration = Duration::from_secs(15);
-/// How often the center is asked what became of a lost destination.
-const ASK_EVERY: Duration = Duration::from_secs(2);
 /// The longest manifest that is read, in bytes.
 const MAX_MANIFEST: usize = 256 << 10;
 
@@ -75,110 +72,7 @@ pub(super) struct MoveManifest {
 
 const FORMAT: u32 = 1;
 
-/// A migration that this daemon drives at one of its ends.
-#[derive(Debug)]
-pub(super) struct Moving {
-    pub(super) vm: VmId,
-    /// How it ended here; `None` while it goes on.
-    pub(super) outcome: watch::Sender<Option<Result<Ended, Fault>>>,
-    /// The relay's status, once there is one.
-    pub(super) shown: watch::Sender<Option<watch::Receiver<RelayStatus>>>,
-    /// The source asks what became of its destination.
-    asking: watch::Sender<bool>,
-    /// Where the center's word on a lost destination goes.
-    fate: StdMutex<Option<oneshot::Sender<DestinationFate>>>,
-    pub(super) cancel: tokio_util::sync::CancellationToken,
-    lost: watch::Sender<Option<String>>,
-}
-
-impl Moving {
-    pub(super) fn steering(&self) -> Steering {
-        Steering { cancel: self.cancel.clone(), lost: self.lost.subscribe() }
-    }
-
-    /// Asks the center, through whoever follows, what became of a lost destination. The machine is
-    /// held until somebody knows; the question is put again and again until it is answered.
-    pub(super) async fn ask_fate(&self) -> DestinationFate {
-        let (tell, told) = oneshot::channel();
-        *self.fate.lock().unwrap_or_else(PoisonError::into_inner) = Some(tell);
-        self.asking.send_replace(true);
-        let tired = async {
-            self.cancel.cancelled().await;
-            tokio::time::sleep(CANCEL_LIMIT).await;
-        };
-        let fate = tokio::select! {
-            fate = told => fate.unwrap_or(DestinationFate::Unknown),
-            () = tired => DestinationFate::Unknown,
-        };
-        self.asking.send_replace(false);
-        fate
-    }
-
-    /// Answers that question; tells whether it was put.
-    pub(super) fn answer(&self, fate: DestinationFate) -> bool {
-        let waiting = self.fate.lock().unwrap_or_else(PoisonError::into_inner).take();
-        waiting.is_some_and(|tell| tell.send(fate).is_ok())
-    }
-}
-
-/// Ends a migration's story even when the task that drives it panics.
-struct Ending(Arc<Moving>);
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        self.0.outcome.send_if_modified(|o| {
-            let unsaid = o.is_none();
-            if unsaid {
-                *o = Some(Err(Fault::internal("a migration's end failed; see the site's log")));
-            }
-            unsaid
-        });
-    }
-}
-
-/// How one end of a migration ended well.
-#[derive(Debug, Clone)]
-pub(super) enum Ended {
-    Sent(Box<Sent>),
-    Received(Box<Received>),
-}
-
-pub(super) type Moves = StdMutex<HashMap<MigrationId, Arc<Moving>>>;
-
 impl LocalSite {
-    pub(super) fn moving(&self, id: MigrationId) -> Option<Arc<Moving>> {
-        self.moves.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
-    }
-
-    pub(super) fn register_move(&self, id: MigrationId, vm: VmId) -> Arc<Moving> {
-        let moving = Arc::new(Moving {
-            vm,
-            outcome: watch::Sender::new(None),
-            shown: watch::Sender::new(None),
-            asking: watch::Sender::new(false),
-            fate: StdMutex::default(),
-            cancel: tokio_util::sync::CancellationToken::new(),
-            lost: watch::Sender::new(None),
-        });
-        let mut all = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
-        // Ended ones are kept until their machine moves again, so that a late question is answered.
-        all.retain(|_, m| m.vm != vm || m.outcome.borrow().is_none());
-        all.insert(id, Arc::clone(&moving));
-        moving
-    }
-
-    /// Drives one end on a task of its own.
-    pub(super) fn drive(
-        moving: &Arc<Moving>,
-        work: impl Future<Output = Result<Ended, Fault>> + Send + 'static,
-    ) {
-        let ending = Ending(Arc::clone(moving));
-        tokio::spawn(async move {
-            let outcome = work.await;
-            ending.0.outcome.send_replace(Some(outcome));
-        });
-    }
-
     /// The manifest of a machine that is to move.
     pub(super) async fn manifest(
         &self,
@@ -186,8 +80,8 @@ impl LocalSite {
         generation: Generation,
     ) -> Result<Vec<u8>, Fault> {
         let (e, _) = self.admit(vm, generation, Action::Leave).await?;
-        let machine = e.machine.as_ref().ok_or_else(|| self.not_here(vm))?;
-        let image = self.sound_disk(&e.record).await?;
+        let machine = e.machine.as_ref().ok_or_else(|| self.machines.not_here(vm))?;
+        let image = self.substrates.sound_disk(&self.images, &e.record).await?;
         let disk_bytes = match image.disk_path() {
             Some(base) => Some(check_base(&base).map_err(into_fault)?),
             None => None,
@@ -217,8 +111,8 @@ impl LocalSite {
     ) -> Result<Incoming, Fault> {
         self.warranted(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
-        self.check_room(machine.memory)?;
-        self.check_disk_room(manifest.layer_bytes)?;
+        self.room.check_memory(machine.memory)?;
+        self.room.check_disk(manifest.layer_bytes)?;
         let record = MachineRecord {
             vm: machine.vm,
             name: machine.name,
@@ -238,10 +132,10 @@ impl LocalSite {
             unfinished: None,
         };
         self.supersede(&record).await?;
-        let image = self.sound_image(&record).await?;
-        let here = Manifest::of(&self.spec_of(&record, &image), &self.qemu);
+        let image = self.images.sound(&record).await?;
+        let here = Manifest::of(&Launcher::spec_of(&record, &image), &self.launcher.qemu);
         manifest.machine.check(&here).map_err(into_fault)?;
-        let entry = self.register(record.clone(), None).await?;
+        let entry = self.machines.register(record.clone(), None).await?;
         let mut e = entry.lock().await;
         match self.prepare_entered(&record, &image, &manifest).await {
             Ok((qemu, relay, address)) => {
@@ -262,7 +156,7 @@ impl LocalSite {
     /// Takes back an earlier arrival of the same machine that never ran: its move is over, since the
     /// center gives each generation to one move only, and this site may have been away then.
     pub(super) async fn supersede(&self, comes: &MachineRecord) -> Result<(), Fault> {
-        let Some(entry) = self.entry_if_here(comes.vm).await else { return Ok(()) };
+        let Some(entry) = self.machines.entry_if_here(comes.vm).await else { return Ok(()) };
         let there = entry.lock().await.record.clone();
         match there.migration {
             Some(m) if m.end == End::Destination && there.generation < comes.generation => {
@@ -284,7 +178,7 @@ impl LocalSite {
         // Before the record: it is on disk with it, and says nothing of an earlier arrival.
         ran::make(&dir)?;
         record.save(&dir)?;
-        let paths = self.move_paths(record)?;
+        let paths = self.moves.paths(record)?;
         let disk = match (image.disk_path(), manifest.disk_bytes) {
             (Some(base), Some(bytes)) => {
                 let top = dir.join(TOP);
@@ -299,9 +193,9 @@ impl LocalSite {
             _ => None,
         };
         let has_disk = disk.is_some();
-        let relay = self.start_relay(record, self.awaits(), disk, Part::Whole).await?;
-        let address = self.told_address(&relay).await?;
-        let mut launch = self.launch(record, image)?;
+        let relay = self.relays.start(record, self.reach.awaits(), disk, Part::Whole).await?;
+        let address = self.reach.told_address(&relay).await?;
+        let mut launch = self.launcher.launch(record, image)?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
             launch.vmgenid = VmGenId::Keep(id);
@@ -332,10 +226,10 @@ impl LocalSite {
         resumed: bool,
     ) {
         let Some(migration) = record.migration.clone() else { return };
-        let moving = self.register_move(migration.id, record.vm);
+        let moving = self.moves.register(migration.id, record.vm);
         moving.shown.send_replace(Some(relay.watch()));
         let me = Arc::clone(self);
-        Self::drive(&moving, async move {
+        Moves::drive(&moving, async move {
             let written = MovePaths::of(&me.dirs.run, &migration).written;
             let dir = me.dirs.vm(record.vm);
             let filled = filling::is_there(&dir).then(|| filling::place(&dir));
@@ -344,7 +238,7 @@ impl LocalSite {
                 let noted = async {
                     if relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
                         godwit_hold::at("move.ran").await;
-                        me.mark_run(record.vm).await;
+                        me.moves.mark_run(record.vm).await;
                     }
                 };
                 let (asked, about) = (Arc::clone(&me), record.clone());
@@ -367,14 +261,14 @@ impl LocalSite {
                     me.settle_arrival(&record).await.map(|()| Ended::Received(Box::new(received)))
                 }
                 Err(e @ MoveError::Cancelled { .. }) => {
-                    let fault = me.blame_room(Fault::of(&e));
+                    let fault = me.room.blame(Fault::of(&e));
                     me.undo_arrival(&record).await;
                     Err(fault)
                 }
                 // The machine runs here and still needs its source.
                 Err(e) => {
-                    me.mark_run(record.vm).await;
-                    me.keep_received(record.vm, &received).await;
+                    me.moves.mark_run(record.vm).await;
+                    me.moves.keep_received(record.vm, &received).await;
                     Err(Fault::of(&e))
                 }
             };
@@ -385,18 +279,9 @@ impl LocalSite {
         });
     }
 
-    /// Writes down at the source that the machine has begun to run at its destination: from then on
-    /// nobody else may.
-    async fn note_run(&self, record: &MachineRecord, relay: &RelayClient) {
-        if !relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
-            return;
-        }
-        self.mark_run(record.vm).await;
-    }
-
     /// A machine has arrived and needs its source no more.
     pub(super) async fn settle_arrival(&self, record: &MachineRecord) -> Result<(), Fault> {
-        let entry = self.entry(record.vm).await?;
+        let entry = self.machines.entry(record.vm).await?;
         let mut e = entry.lock().await;
         let dir = self.dirs.vm(record.vm);
         let mid = dir.join(MID);
@@ -422,30 +307,10 @@ impl LocalSite {
         }
         forget_measured(&dir);
         if let Some(m) = &record.migration {
-            self.clear_move(m);
+            self.relays.clear(m);
         }
         info!(vm = %record.name, "has arrived");
         Ok(())
-    }
-
-    /// Waits until a machine that comes in is whole.
-    pub(super) async fn received(&self, id: MigrationId) -> Result<Vec<u8>, Fault> {
-        match self.ended(id).await? {
-            Ended::Received(r) => {
-                serde_json::to_vec(&*r).map_err(|e| Fault::internal(e.to_string()))
-            }
-            Ended::Sent(_) => Err(Fault::invalid("this site is the source of that migration")),
-        }
-    }
-
-    pub(super) async fn ended(&self, id: MigrationId) -> Result<Ended, Fault> {
-        let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
-        let mut outcome = moving.outcome.subscribe();
-        let ended = outcome
-            .wait_for(Option::is_some)
-            .await
-            .map_err(|_| Fault::internal("a migration ended without a word"))?;
-        ended.clone().unwrap_or_else(|| Err(Fault::internal("a migration without an end")))
     }
 
     /// Sends a machine. Returns when its destination needs nothing more of this site.
@@ -461,10 +326,10 @@ impl LocalSite {
                 "a machine of generation {generation} does not leave as generation {next}"
             )));
         }
-        let meeting = self.meets(&to)?;
+        let meeting = self.reach.meets(&to)?;
         let (record, machine) = {
             let (mut e, _) = self.admit(vm, generation, Action::Leave).await?;
-            let machine = e.machine.clone().ok_or_else(|| self.not_here(vm))?;
+            let machine = e.machine.clone().ok_or_else(|| self.machines.not_here(vm))?;
             let leaves = Migration::new(to.migration, End::Source, to.peer.clone());
             e.record.migration = Some(Migration { next: Some(next), ..leaves });
             if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
@@ -473,15 +338,15 @@ impl LocalSite {
             }
             (e.record.clone(), machine)
         };
-        let moving = self.register_move(to.migration, vm);
+        let moving = self.moves.register(to.migration, vm);
         let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
         let id = to.migration;
-        Self::drive(&moving, async move {
+        Moves::drive(&moving, async move {
             let mut sent = Sent::default();
             let done = me.send_entered(&record, &machine, meeting, &mine, &mut sent).await;
             me.after_leaving(&record, &machine, done, sent).await
         });
-        self.follow(id, &call).await
+        self.moves.follow(id, &call).await
     }
 
     async fn send_entered(
@@ -493,8 +358,8 @@ impl LocalSite {
         sent: &mut Sent,
     ) -> Result<(), NotSent> {
         let disk = self.source_disk(record, machine.launch().disk)?;
-        let relay = self.start_relay(record, meeting, disk, Part::Whole).await?;
-        let paths = self.move_paths(record)?;
+        let relay = self.relays.start(record, meeting, disk, Part::Whole).await?;
+        let paths = self.moves.paths(record)?;
         moving.shown.send_replace(Some(relay.watch()));
         let asking = Arc::clone(moving);
         let ask = move || -> Asking {
@@ -504,7 +369,7 @@ impl LocalSite {
         {
             let steering = moving.steering();
             let sending = hybrid::send(machine, &relay, &paths.qemu, sent, &steering, ask);
-            let noted = self.note_run(record, &relay);
+            let noted = self.moves.note_run(record, &relay);
             tokio::pin!(sending);
             tokio::select! {
                 done = &mut sending => done?,
@@ -521,7 +386,7 @@ impl LocalSite {
         record: &MachineRecord,
         chain: Option<DiskChain>,
     ) -> Result<Option<RelayDisk>, Fault> {
-        let image = self.image_by_hash(record)?;
+        let image = self.images.of(record)?;
         let (Some(base), Some(chain)) = (image.disk_path(), chain) else {
             return Ok(None);
         };
@@ -537,67 +402,6 @@ impl LocalSite {
         Ok(Some(RelayDisk::Source { base, layers }))
     }
 
-    /// Tells the progress of a migration at its source, and ends as it ends. A caller that goes
-    /// away stops nothing; one that cancels does.
-    pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
-        let asking = Asked::arrives();
-        let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
-        let next = match self.entry(moving.vm).await {
-            Ok(e) => e.lock().await.record.migration.as_ref().and_then(|m| m.next),
-            Err(_) => None,
-        };
-        let switched = News::Switched { generation: next.unwrap_or(UNKNOWN_GENERATION) };
-        let show = async {
-            let mut shown = moving.shown.subscribe();
-            let status = shown.wait_for(Option::is_some).await.ok().and_then(|s| s.clone());
-            if let Some(status) = status {
-                report_progress(status, call.clone(), switched.clone()).await;
-            }
-            std::future::pending::<()>().await;
-        };
-        let ask = async {
-            let mut asking = moving.asking.subscribe();
-            while asking.wait_for(|a| *a).await.is_ok() {
-                call.news(News::Uncertain);
-                // The question may be dropped on its way, and so may the answer.
-                if let Ok(Err(_)) = tokio::time::timeout(ASK_EVERY, asking.wait_for(|a| !*a)).await
-                {
-                    break;
-                }
-            }
-            std::future::pending::<()>().await;
-        };
-        let cancel = async {
-            call.cancel.cancelled().await;
-            moving.cancel.cancel();
-            std::future::pending::<()>().await;
-        };
-        let ended = tokio::select! {
-            ended = self.ended(id) => ended?,
-            () = show => return Err(Fault::internal("a progress that ends")),
-            () = ask => return Err(Fault::internal("a question that ends")),
-            () = cancel => return Err(Fault::internal("a cancel that ends")),
-        };
-        match ended {
-            Ended::Sent(sent) => {
-                // Told once more: the end may have come before the progress.
-                call.news(switched.clone());
-                let sent = Sent { asking: asking.replies(), ..*sent };
-                serde_json::to_vec(&sent).map_err(|e| Fault::internal(e.to_string()))
-            }
-            Ended::Received(_) => {
-                Err(Fault::invalid("this site is the destination of that migration"))
-            }
-        }
-    }
-
-    /// The destination of a migration is lost, as the center knows before the relay.
-    pub(super) fn mark_lost(&self, id: MigrationId, why: String) -> Result<(), Fault> {
-        let moving = self.moving(id).ok_or_else(|| self.no_such_move(id))?;
-        moving.lost.send_replace(Some(why));
-        Ok(())
-    }
-
     /// The center's word on a destination that was lost during the switch.
     pub(super) async fn deliver_fate(
         self: &Arc<Self>,
@@ -605,7 +409,7 @@ impl LocalSite {
         dead: bool,
     ) -> Result<(), Fault> {
         let fate = if dead { DestinationFate::Dead } else { DestinationFate::Runs };
-        let moving = self.moving(id);
+        let moving = self.moves.get(id);
         if moving.as_ref().is_some_and(|m| m.answer(fate)) {
             return Ok(());
         }
@@ -636,7 +440,7 @@ impl LocalSite {
     /// Takes back what was done for a migration, as long as the machine does not run here because
     /// of it. At the destination this also fences: a QEMU that never ran is gone for good.
     pub(super) async fn abort(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
-        let Some(entry) = self.entry_if_here(vm).await else { return Ok(()) };
+        let Some(entry) = self.machines.entry_if_here(vm).await else { return Ok(()) };
         let (record, machine, state) = {
             let e = entry.lock().await;
             let state = e.state(&self.name).in_move(&e.record, id);
@@ -656,24 +460,24 @@ impl LocalSite {
                     return Err(self.runs_here(&record));
                 }
                 // Then no relay can say any more that it runs here.
-                self.end_relay(&migration).await;
+                self.relays.end(&migration).await;
                 if self.has_run(&record, machine.as_ref()).await {
                     return Err(self.runs_here(&record));
                 }
                 if let Some(m) = &machine {
                     m.kill().await;
                 }
-                if self.moving(id).is_some() {
+                if self.moves.get(id).is_some() {
                     // The task that follows the arrival undoes it.
-                    let _ = tokio::time::timeout(UNDO_WITHIN, self.ended(id)).await;
+                    let _ = tokio::time::timeout(UNDO_WITHIN, self.moves.ended(id)).await;
                 }
                 self.undo_arrival(&record).await;
                 Ok(())
             }
             End::Source => {
-                let Some(moving) = self.moving(id) else { return Ok(()) };
+                let Some(moving) = self.moves.get(id) else { return Ok(()) };
                 moving.cancel.cancel();
-                match tokio::time::timeout(UNDO_WITHIN, self.ended(id)).await {
+                match tokio::time::timeout(UNDO_WITHIN, self.moves.ended(id)).await {
                     Ok(_) => Ok(()),
                     Err(_) => Err(Fault::conflict(format!(
                         "machine '{}' is in the switch; it is held until it is known where it runs",
@@ -689,7 +493,7 @@ impl LocalSite {
     }
 
     pub(super) fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {
-        let image = self.image_by_hash(record).ok()?;
+        let image = self.images.of(record).ok()?;
         let base = image.disk_path()?;
         Some(vec![
             DiskLayer { node: Node::Base, layer: Layer::Raw { path: base } },
@@ -698,14 +502,6 @@ impl LocalSite {
                 layer: Layer::Qcow2 { path: self.dirs.vm(record.vm).join(MID) },
             },
         ])
-    }
-
-    pub(super) fn move_paths(&self, record: &MachineRecord) -> Result<MovePaths, Fault> {
-        let migration = record
-            .migration
-            .as_ref()
-            .ok_or_else(|| Fault::internal("a machine that is in no migration"))?;
-        Ok(MovePaths::of(&self.dirs.run, migration))
     }
 }
 
@@ -732,7 +528,11 @@ fn parse_manifest(bytes: &[u8]) -> Result<MoveManifest, Fault> {
 }
 
 /// Tells the progress of a migration as its relay counts it.
-async fn report_progress(mut status: watch::Receiver<RelayStatus>, call: Call, switched: News) {
+pub(super) async fn report_progress(
+    mut status: watch::Receiver<RelayStatus>,
+    call: Call,
+    switched: News,
+) {
     let mut committed = false;
     loop {
         let s = status.borrow_and_update().clone();

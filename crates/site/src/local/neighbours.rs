@@ -80,7 +80,7 @@ impl LocalSite {
             let _ = self.neighbours.reachable.set(listens);
         }
         let (neighbours, name, pool) = (&self.neighbours, &self.name, Arc::clone(&self));
-        take_links(&endpoint, neighbours, name, move |id| pool.supply(id)).await;
+        take_links(&endpoint, neighbours, name, move |id| pool.substrates.supply(id)).await;
     }
 
     /// Fetches a substrate from a site that offers it.
@@ -101,7 +101,7 @@ impl LocalSite {
         let fetched = async {
             let out = supplier.open(StreamRequest::SubstrateSupply { id: at.id }).await?;
             let bring = Bring { name: &at.name, from: &at.from, to: &self.name, call: &call };
-            match bring.run((out, self.take(at.content, Some(at.among)))).await {
+            match bring.run((out, self.substrates.take(at.content, Some(at.among)))).await {
                 Ok(info) => Ok(info),
                 Err(Failed::Broken(f) | Failed::For(f)) => Err(f),
             }

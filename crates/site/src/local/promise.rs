@@ -6,13 +6,13 @@
 //! ever killed for another's sake. Who knows that clones stay small promises more.
 
 use std::collections::HashMap;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{MutexGuard, PoisonError};
 
 use godwit_types::{Code, Fault, Mib, VmId};
-use tokio::sync::Mutex;
 
 use super::record::{DesiredState, MachineRecord};
-use super::{Entry, LocalSite, report};
+use super::report;
+use super::table::Machines;
 
 /// What one machine costs beside its guest memory, in MiB: the QEMU process under TCG.
 pub const MACHINE_OVERHEAD_MIB: u64 = 64;
@@ -22,12 +22,11 @@ pub(super) fn share_mib(memory: Mib) -> u64 {
     u64::from(memory.0) + MACHINE_OVERHEAD_MIB
 }
 
-impl LocalSite {
+impl Machines {
     /// Memory that is promised to the machines of this site but for `not`, and that the sealed
     /// memory takes that they map, in MiB.
     pub(super) async fn promised_mib(&self, not: Option<VmId>) -> u64 {
-        let all: Vec<(VmId, Arc<Mutex<Entry>>)> =
-            self.machines.read().await.iter().map(|(vm, e)| (*vm, Arc::clone(e))).collect();
+        let all = self.now().await;
         let machines = all.into_iter().filter(|(vm, _)| Some(*vm) != not).map(|(vm, entry)| {
             match entry.try_lock() {
                 Ok(e) => e.takes_memory().then_some(e.record.memory),
@@ -44,7 +43,7 @@ impl LocalSite {
         machines + (sealed.saturating_sub(idle) >> 20)
     }
 
-    fn sizes(&self) -> MutexGuard<'_, HashMap<VmId, Mib>> {
+    pub(super) fn sizes(&self) -> MutexGuard<'_, HashMap<VmId, Mib>> {
         self.sizes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -53,15 +52,9 @@ impl LocalSite {
         self.sizes().insert(vm, memory);
     }
 
-    /// Takes a machine off the list of all.
-    pub(super) async fn delist(&self, vm: VmId) {
-        self.machines.write().await.remove(&vm);
-        self.sizes().remove(&vm);
-    }
-
     /// How much may be promised in all, in MiB.
     pub(super) fn promise_limit_mib(&self) -> Result<u64, Fault> {
-        match self.options.memory_promise_bytes {
+        match self.promise_bytes {
             Some(bytes) => Ok(bytes >> 20),
             None => report::machines_mib(),
         }
@@ -79,7 +72,7 @@ impl LocalSite {
             format!(
                 "site '{}' has promised {promised} MiB of memory to its machines, of {limit}; \
                  {wanted} more are needed",
-                self.name
+                self.site
             ),
         )
         .hint(

@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use godwit_migrate::hybrid::{DestinationFate, MoveError, Sent};
 use godwit_qemu::Machine;
-use godwit_types::{Code, Fault, MigrationId, VmId};
+use godwit_types::Fault;
 use tracing::{info, warn};
 
-use super::moves::{Ended, runs};
+use super::LocalSite;
+use super::moves::runs;
+use super::moving::Ended;
 use super::record::{End, MachineRecord};
 use super::relays::MovePaths;
-use super::resume::forget_measured;
-use super::{Entry, LocalSite};
 
 /// How long the task of a move may take to end once its QEMU and its relay are gone.
 const FORCED_WITHIN: Duration = Duration::from_secs(10);
@@ -56,57 +56,30 @@ impl LocalSite {
                 warn!(vm = %record.name, error = %e.fault, "a machine did not leave whole");
                 if e.beyond {
                     if sent.ran_on {
-                        self.mark_ran_on(record.vm).await;
+                        self.moves.mark_ran_on(record.vm).await;
                     }
-                    self.hold_still(record, machine).await;
+                    self.moves.hold_still(record, machine).await;
                 }
                 e.keep && (e.beyond || !runs(Some(machine)).await)
             }
         };
         if keep {
-            self.keep_sent(record.vm, &sent).await;
+            self.moves.keep_sent(record.vm, &sent).await;
         } else {
-            self.unmark(record.vm).await;
+            self.moves.unmark(record.vm).await;
         }
         if let (Err(_), Some(m)) = (&done, &record.migration) {
-            self.end_relay(m).await;
+            self.relays.end(m).await;
         }
         if let (Some(m), false) = (&record.migration, keep) {
-            self.clear_move(m);
+            self.relays.clear(m);
         }
         done.map(|()| Ended::Sent(Box::new(sent))).map_err(|e| e.fault)
     }
 
-    /// A machine that runs at its destination must not run here, whatever its QEMU thinks.
-    pub(super) async fn hold_still(&self, record: &MachineRecord, machine: &Machine) {
-        if !runs(Some(machine)).await {
-            return;
-        }
-        warn!(vm = %record.name, "it runs at its destination; it is held here");
-        self.mark_ran_on(record.vm).await;
-        if let Err(e) = machine.stop().await {
-            warn!(vm = %record.name, error = %godwit_types::chain(&e), "it is not held");
-        }
-    }
-
-    /// The machine is in no move any more.
-    pub(super) async fn unmark(&self, vm: VmId) {
-        let Ok(entry) = self.entry(vm).await else { return };
-        self.unmark_entry(&mut *entry.lock().await);
-    }
-
-    fn unmark_entry(&self, e: &mut Entry) {
-        e.record.migration = None;
-        let dir = self.dirs.vm(e.record.vm);
-        if let Err(f) = e.record.save(&dir) {
-            warn!(error = %f, "a record was not written");
-        }
-        forget_measured(&dir);
-    }
-
     /// A machine never ran here: nothing of it stays.
     pub(super) async fn undo_arrival(&self, record: &MachineRecord) {
-        let Ok(entry) = self.entry(record.vm).await else { return };
+        let Ok(entry) = self.machines.entry(record.vm).await else { return };
         {
             let mut e = entry.lock().await;
             let id = |r: &MachineRecord| r.migration.as_ref().map(|m| m.id);
@@ -119,10 +92,10 @@ impl LocalSite {
             }
         }
         if let Some(m) = &record.migration {
-            self.end_relay(m).await;
-            self.clear_move(m);
+            self.relays.end(m).await;
+            self.relays.clear(m);
         }
-        self.unregister(record.vm).await;
+        self.machines.unregister(record.vm).await;
     }
 
     /// Ends this site's part of a machine's move because a person wants it off, started anew or gone,
@@ -136,7 +109,7 @@ impl LocalSite {
         let vm = record.vm;
         let Some(migration) = &record.migration else { return Ok(()) };
         info!(vm = %record.name, end = ?migration.end, "its move is ended by force");
-        let moving = self.moving(migration.id);
+        let moving = self.moves.get(migration.id);
         if let Some(moving) = &moving {
             moving.cancel.cancel();
         }
@@ -146,7 +119,7 @@ impl LocalSite {
         super::relays::end_all_below(&MovePaths::of(&self.dirs.run, migration).dir).await;
         if let Some(moving) = &moving {
             moving.answer(DestinationFate::Dead);
-            let ended = tokio::time::timeout(FORCED_WITHIN, self.ended(migration.id)).await;
+            let ended = tokio::time::timeout(FORCED_WITHIN, self.moves.ended(migration.id)).await;
             if ended.is_err() {
                 // Nothing is left that it could do; who follows it is told so.
                 warn!(vm = %record.name, "the task of its move does not end");
@@ -154,66 +127,20 @@ impl LocalSite {
                 moving.outcome.send_replace(Some(Err(Fault::conflict(words))));
             }
         }
-        self.clear_move(migration);
+        self.relays.clear(migration);
         // An arrival that never ran here is gone by now.
-        if let Ok(entry) = self.entry(vm).await {
+        if let Ok(entry) = self.machines.entry(vm).await {
             let mut e = entry.lock().await;
             let same = e.record.migration.as_ref().is_some_and(|m| m.id == migration.id);
             match migration.end {
                 _ if !same => {}
                 End::Source => {
                     e.machine = None;
-                    self.unmark_entry(&mut e);
+                    self.moves.unmark_entry(&mut e);
                 }
                 End::Destination => self.end_arrival(&mut e, false).await?,
             }
         }
         Ok(())
-    }
-
-    /// What became of a source whose QEMU is gone, when the machine never ran elsewhere.
-    pub(super) async fn ended_here(&self, record: &MachineRecord) -> Fault {
-        self.unmark(record.vm).await;
-        if let Some(m) = &record.migration {
-            self.end_relay(m).await;
-            self.clear_move(m);
-        }
-        let why = record.reason.clone().unwrap_or_else(|| "its QEMU is gone".into());
-        Fault::new(
-            Code::Damaged,
-            format!(
-                "machine '{}' ended at '{}' before it had moved: {why}",
-                record.name, self.name
-            ),
-        )
-    }
-
-    /// After a start: ends relays and removes files of moves that no machine here is in.
-    pub(super) async fn sweep_moves(&self) {
-        let mut wanted = Vec::new();
-        for entry in self.machines.read().await.values() {
-            if let Some(m) = &entry.lock().await.record.migration {
-                wanted.push(MovePaths::of(&self.dirs.run, m).dir);
-            }
-        }
-        let Ok(found) = std::fs::read_dir(&self.dirs.run) else { return };
-        for dir in found.flatten().map(|f| f.path()) {
-            let move_of =
-                dir.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"mig-"));
-            if move_of && !wanted.contains(&dir) {
-                info!(dir = %dir.display(), "a move that is over left this behind");
-                super::relays::end_all_below(&dir).await;
-                let _ = std::fs::remove_dir_all(&dir);
-            }
-        }
-    }
-
-    /// Why this site can't follow a move.
-    pub(super) fn no_such_move(&self, id: MigrationId) -> Fault {
-        Fault::unavailable(format!(
-            "the move was given up: the daemon of site '{}' was restarted before the switch ({id})",
-            self.name
-        ))
-        .hint("see where the machine runs: godwit vm list")
     }
 }

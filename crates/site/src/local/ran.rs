@@ -71,7 +71,7 @@ impl LocalSite {
         if m.runs {
             return true;
         }
-        let refused = self.moving(m.id).is_some_and(|moving| {
+        let refused = self.moves.get(m.id).is_some_and(|moving| {
             moving.shown.borrow().as_ref().is_some_and(|s| s.borrow().refused.is_some())
         });
         let has = match says(&self.dirs.vm(record.vm)) {
@@ -79,7 +79,7 @@ impl LocalSite {
             None => runs(machine).await,
         };
         if has {
-            self.mark_run(record.vm).await;
+            self.moves.mark_run(record.vm).await;
         }
         has
     }
@@ -88,7 +88,7 @@ impl LocalSite {
     /// nothing any more.
     pub(super) async fn has_committed(&self, record: &MachineRecord) -> bool {
         if let Some(m) = &record.migration {
-            self.end_relay(m).await;
+            self.relays.end(m).await;
         }
         says(&self.dirs.vm(record.vm)) == Some(true)
     }

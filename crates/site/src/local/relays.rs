@@ -19,13 +19,13 @@ use std::time::Duration;
 
 use godwit_migrate::relay::{Given, Meeting, RelayCommand, RelayDisk, RelayRole};
 use godwit_migrate::{RelayClient, RelayConfig};
-use godwit_qemu::{Companion, NotStarted};
+use godwit_qemu::{Companion, Confine, MemoryGroups, NotStarted};
 use godwit_transfer::{Identity, Trust};
 use godwit_types::{Fault, Mib};
 
 use super::machines::into_fault;
 use super::record::{End, MachineRecord, Migration};
-use super::{LocalSite, SiteDirs, filling, ran};
+use super::{SiteDirs, SiteOptions, filling, ran};
 
 /// How long a relay may take until it can be steered, and until it has ended when it is told to.
 const RELAY_WITHIN: Duration = Duration::from_secs(20);
@@ -50,9 +50,38 @@ pub(super) enum Part {
     Disk,
 }
 
-impl LocalSite {
+/// The relays of one site.
+pub(super) struct Relays {
+    dirs: SiteDirs,
+    trust: Trust,
+    /// The program whose role `relay CONFIG` is a relay.
+    program: PathBuf,
+    /// How long a relay keeps a silent link.
+    patience: Duration,
+    confine: Option<Confine>,
+    groups: Option<MemoryGroups>,
+}
+
+impl Relays {
+    /// As the site is run, in its directories. `trust` says whom they believe.
+    pub(super) fn new(
+        dirs: &SiteDirs,
+        trust: &Trust,
+        site: &SiteOptions,
+        (confine, groups): (&Option<Confine>, &Option<MemoryGroups>),
+    ) -> Self {
+        Self {
+            dirs: dirs.clone(),
+            trust: trust.clone(),
+            program: site.relay_program.clone(),
+            patience: site.link_patience,
+            confine: confine.clone(),
+            groups: groups.clone(),
+        }
+    }
+
     /// Starts the relay of this end, as a process that outlives this one.
-    pub(super) async fn start_relay(
+    pub(super) async fn start(
         &self,
         record: &MachineRecord,
         meeting: Meeting,
@@ -84,7 +113,7 @@ impl LocalSite {
             keys: self.dirs.keys().join("identity"),
             revoked: (*self.trust.revocations()).clone(),
             revoked_file: Some(self.dirs.for_relays().join(REVOKED)),
-            link_patience_ms: self.options.link_patience.as_millis() as u64,
+            link_patience_ms: self.patience.as_millis() as u64,
             control: paths.control.clone(),
             qemu: paths.qemu.clone(),
             resume: part != Part::Whole,
@@ -124,7 +153,7 @@ impl LocalSite {
         }
         writable.extend(hold_dir());
         let relay = Companion {
-            program: self.options.relay_program.clone(),
+            program: self.program.clone(),
             args: vec!["relay".into(), paths.config.clone().into(), "--given".into()],
             env: kept_environment().map(|(name, value)| (name.into(), value)).collect(),
             meeting: paths.dir.clone(),
@@ -174,7 +203,7 @@ impl LocalSite {
     }
 
     /// Removes what a move that is over has left for its relay.
-    pub(super) fn clear_move(&self, migration: &Migration) {
+    pub(super) fn clear(&self, migration: &Migration) {
         let paths = MovePaths::of(&self.dirs.run, migration);
         // What stays is removed when the site starts next.
         let _ = std::fs::remove_dir_all(&paths.dir);
@@ -185,7 +214,7 @@ impl LocalSite {
 
     /// Ends this site's relay of a migration, if it is there, and waits until its process is gone:
     /// what it held is free then. One that does not listen is killed.
-    pub(super) async fn end_relay(&self, migration: &Migration) {
+    pub(super) async fn end(&self, migration: &Migration) {
         let paths = MovePaths::of(&self.dirs.run, migration);
         let asked = async {
             let relay = RelayClient::attach(&paths.control).await.ok()?;

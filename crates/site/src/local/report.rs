@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use godwit_qemu::Accel;
 use godwit_types::{Fault, Hash};
 
 use super::LocalSite;
@@ -19,26 +18,27 @@ impl LocalSite {
         let (memory_mib, memory_free_mib) = memory()?;
         let images: BTreeSet<_> =
             // Damaged ones, too: asked for one, the site says what is wrong with it.
-            self.list_images().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
-        let machines = self.list_machines().await;
+            self.images.list().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
+        let machines = self.machines.list(&self.room).await;
         let vms = machines.iter().filter(|m| m.state == godwit_types::VmState::Running).count();
-        self.pool.forget_set_aside(godwit_substrate::KEPT);
+        self.substrates.pool.forget_set_aside(godwit_substrate::KEPT);
         let me = self.whole()?;
-        let held = tokio::task::spawn_blocking(move || me.substrates())
+        let held = tokio::task::spawn_blocking(move || me.substrates.list())
             .await
             .map_err(|e| Fault::internal(e.to_string()))??;
         let told = postcard::to_stdvec(&held)
             .map_err(|e| Fault::internal(format!("encoding the substrates: {e}")))?;
-        let kvm = self.accel.values().any(|a| *a == Accel::Kvm);
+        let kvm = self.launcher.has_kvm();
         Ok(SiteReport {
             version: env!("CARGO_PKG_VERSION").into(),
             accel: if kvm { "kvm" } else { "tcg" }.into(),
-            qemu: self.qemu.clone(),
+            qemu: self.launcher.qemu.clone(),
             cpus: std::thread::available_parallelism()
                 .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
             memory_mib,
             memory_free_mib,
-            ram_files_free_mib: (free_mib(&self.dirs.memory)? + (self.pool.sealed_bytes().1 >> 20))
+            ram_files_free_mib: (free_mib(&self.dirs.memory)?
+                + (self.substrates.pool.sealed_bytes().1 >> 20))
                 .saturating_sub(promised_mib(&self.dirs.memory)?),
             disk_free_mib: free_mib(&self.dirs.data)?,
             load: load()?,
@@ -46,11 +46,11 @@ impl LocalSite {
             substrates: held.iter().map(|s| s.id).collect(),
             holdings: Some(Hash::of(&told)),
             machines: crate::digest(&machines),
-            damaged: self.pool.damaged(MOST_DAMAGED, DAMAGE_CHARS),
+            damaged: self.substrates.pool.damaged(MOST_DAMAGED, DAMAGE_CHARS),
             images,
             rtt_ms: None,
-            memory_promised_mib: self.promised_mib(None).await,
-            memory_promise_mib: self.promise_limit_mib()?,
+            memory_promised_mib: self.machines.promised_mib(None).await,
+            memory_promise_mib: self.machines.promise_limit_mib()?,
         })
     }
 }

@@ -7,7 +7,6 @@
 //! [`SiteRequest::MigrateStatus`]: crate::SiteRequest::MigrateStatus
 
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,100 +18,28 @@ use godwit_migrate::hybrid::{
     recover_outgoing,
 };
 use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase};
-use godwit_qemu::{Life, Machine, MigrationStatus};
+use godwit_qemu::Machine;
 use godwit_types::{Fault, Generation, MigrationId, VmId, chain};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::allowed::{Action, First};
 use super::machines::into_fault;
-use super::moves::{Ended, MID, runs};
+use super::moves::{MID, runs};
+use super::moving::{Ended, Moves, RECEIVED, RELEASE_WITHIN, SENT, measured};
 use super::quit::NotSent;
 use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::relays::{MovePaths, Part};
 use super::{Entry, LocalSite, filling, ran};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
 
-/// How long QEMU may take to say how its migration stands.
-const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// How long a QEMU that was told to switch may take to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
-/// How long a source's end may take to come to its end once it is needed no more.
-const RELEASE_WITHIN: Duration = Duration::from_secs(30);
 
 /// Why a source has nothing any more that its machine could go on with.
 const RAN_ON: &str = "it has run there after it had left";
 
-/// What an end measured before a break, beside its machine's record.
-const SENT: &str = "sent.json";
-const RECEIVED: &str = "received.json";
-
-fn put<T: Serialize>(dir: &Path, name: &str, value: &T) {
-    let written = serde_json::to_vec(value)
-        .map_err(std::io::Error::from)
-        .and_then(|bytes| std::fs::write(dir.join(name), bytes));
-    if let Err(e) = written {
-        // Only a report is poorer for it.
-        warn!(dir = %dir.display(), error = %e, "what was measured is not kept");
-    }
-}
-
-fn get<T: DeserializeOwned + Default>(dir: &Path, name: &str) -> T {
-    let bytes = std::fs::read(dir.join(name)).unwrap_or_default();
-    serde_json::from_slice(&bytes).unwrap_or_default()
-}
-
-/// A migration is over: what was measured of it is in its report.
-pub(super) fn forget_measured(dir: &Path) {
-    for name in [SENT, RECEIVED] {
-        // Mostly there is none.
-        let _ = std::fs::remove_file(dir.join(name));
-    }
-}
-
 impl LocalSite {
-    pub(super) async fn keep_sent(&self, vm: VmId, sent: &Sent) {
-        put(&self.dirs.vm(vm), SENT, sent);
-    }
-
-    pub(super) async fn keep_received(&self, vm: VmId, received: &Received) {
-        put(&self.dirs.vm(vm), RECEIVED, received);
-    }
-
-    /// Changes what the record says of a machine's migration, and writes it down.
-    async fn change_migration(
-        &self,
-        vm: VmId,
-        change: impl FnOnce(&mut Migration),
-    ) -> Result<MachineRecord, Fault> {
-        let entry = self.entry(vm).await?;
-        let mut e = entry.lock().await;
-        let Some(m) = &mut e.record.migration else {
-            return Err(Fault::conflict(format!(
-                "machine '{}' is in no migration at '{}'",
-                e.record.name, self.name
-            )));
-        };
-        change(m);
-        e.record.save(&self.dirs.vm(vm))?;
-        Ok(e.record.clone())
-    }
-
-    pub(super) async fn mark_run(&self, vm: VmId) {
-        if let Err(f) = self.change_migration(vm, |m| m.runs = true).await {
-            warn!(error = %f, "it was not written down that a machine runs");
-        }
-    }
-
-    /// A machine that has left has run here: its disk here is not what it left with.
-    pub(super) async fn mark_ran_on(&self, vm: VmId) {
-        if let Err(f) = self.change_migration(vm, |m| m.ran_on = true).await {
-            warn!(error = %f, "it was not written down that a machine has run on");
-        }
-    }
-
     /// After the daemon's return: takes up a machine that is in a migration.
     pub(super) async fn resume_after_restart(
         self: &Arc<Self>,
@@ -121,12 +48,12 @@ impl LocalSite {
     ) {
         let Some(migration) = record.migration.clone() else { return };
         let Some(machine) = machine else {
-            self.end_relay(&migration).await;
+            self.relays.end(&migration).await;
             if migration.end == End::Destination && !self.has_run(&record, None).await {
                 warn!(vm = %record.name, "its QEMU is gone before it ran here");
                 self.undo_arrival(&record).await;
             } else {
-                self.interrupted(&record, &migration, "its QEMU is gone");
+                self.moves.interrupted(&record, &migration, "its QEMU is gone");
             }
             return;
         };
@@ -147,7 +74,7 @@ impl LocalSite {
     ) {
         if relay.is_err() {
             // One that does not answer could still write down that it runs.
-            self.end_relay(&migration).await;
+            self.relays.end(&migration).await;
         }
         let has_run = self.has_run(&record, Some(&machine)).await;
         match relay {
@@ -158,10 +85,10 @@ impl LocalSite {
             }
             Ok(relay) => {
                 info!(vm = %record.name, "its arrival goes on");
-                let received = get(&self.dirs.vm(record.vm), RECEIVED);
+                let received = measured(&self.dirs.vm(record.vm), RECEIVED);
                 self.spawn_arrival(record, machine, relay, received, has_run);
             }
-            Err(e) if has_run => self.interrupted(&record, &migration, &chain(&e)),
+            Err(e) if has_run => self.moves.interrupted(&record, &migration, &chain(&e)),
             Err(e) => {
                 warn!(vm = %record.name, error = %chain(&e), "its relay is gone before it ran here");
                 self.undo_arrival(&record).await;
@@ -187,7 +114,7 @@ impl LocalSite {
             .await;
         }
         if migration.runs {
-            self.hold_still(&record, &machine).await;
+            self.moves.hold_still(&record, &machine).await;
         }
         let at_home = !migration.runs && runs(Some(&machine)).await;
         match relay {
@@ -195,15 +122,15 @@ impl LocalSite {
                 // Nobody drives it any more, and nothing has left: it is given up.
                 let why = "the daemon at the source was restarted".to_owned();
                 let _ = relay.command(&RelayCommand::Abort { why }).await;
-                self.stay(&record, &machine).await;
+                self.moves.stay(&record, &machine).await;
             }
             Ok(relay) => {
                 info!(vm = %record.name, "its departure goes on");
-                let moving = self.register_move(migration.id, record.vm);
+                let moving = self.moves.register(migration.id, record.vm);
                 moving.shown.send_replace(Some(relay.watch()));
                 let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
-                Self::drive(&moving, async move {
-                    let mut sent: Sent = get(&me.dirs.vm(record.vm), SENT);
+                Moves::drive(&moving, async move {
+                    let mut sent: Sent = measured(&me.dirs.vm(record.vm), SENT);
                     let paths = MovePaths::of(&me.dirs.run, &migration);
                     let steering = mine.steering();
                     let ask = || -> Asking {
@@ -220,34 +147,15 @@ impl LocalSite {
                     me.after_leaving(&record, &machine, done, sent).await
                 });
             }
-            Err(_) if at_home => self.stay(&record, &machine).await,
-            Err(e) => self.interrupted(&record, &migration, &chain(&e)),
-        }
-    }
-
-    /// Enters a migration that goes on only over new relays.
-    fn interrupted(&self, record: &MachineRecord, migration: &Migration, why: &str) {
-        warn!(vm = %record.name, error = %why, "its relay is gone and it still needs the other end");
-        let moving = self.register_move(migration.id, record.vm);
-        let e = MoveError::Interrupted { why: why.to_owned() };
-        moving.outcome.send_replace(Some(Err(Fault::of(&e))));
-    }
-
-    async fn stay(&self, record: &MachineRecord, machine: &Machine) {
-        if let Err(e) = machine.migrate_cancel().await {
-            info!(vm = %record.name, error = %chain(&e), "no migration to cancel");
-        }
-        self.unmark(record.vm).await;
-        if let Some(m) = &record.migration {
-            self.end_relay(m).await;
-            self.clear_move(m);
+            Err(_) if at_home => self.moves.stay(&record, &machine).await,
+            Err(e) => self.moves.interrupted(&record, &migration, &chain(&e)),
         }
     }
 
     /// Brings a machine back to this site, its source, when its destination never ran it and no
     /// relay is left that could.
     pub(super) async fn reclaim(self: &Arc<Self>, id: MigrationId) -> Result<(), Fault> {
-        let (record, machine) = self.traveller(id).await?;
+        let (record, machine) = self.moves.traveller(id).await?;
         let Some(migration) = record.migration.clone().filter(|m| m.end == End::Source) else {
             return Err(Fault::conflict("this site is not the source of that migration"));
         };
@@ -259,13 +167,13 @@ impl LocalSite {
                     record.name
                 )));
             }
-            return Err(self.ended_here(&record).await);
+            return Err(self.moves.ended_here(&record).await);
         };
         if runs(Some(&machine)).await {
-            self.unmark(record.vm).await;
+            self.moves.unmark(record.vm).await;
             return Ok(());
         }
-        self.end_relay(&migration).await;
+        self.relays.end(&migration).await;
         let paths = MovePaths::of(&self.dirs.run, &migration);
         paths
             .make()
@@ -273,32 +181,20 @@ impl LocalSite {
         if let Err(e) = reclaim(&machine, &paths.qemu).await {
             if matches!(e, MoveError::Stuck | MoveError::Ended { .. }) {
                 // Nothing is left to decide: it may be started from its disk, or removed.
-                self.unmark(record.vm).await;
+                self.moves.unmark(record.vm).await;
             }
             return Err(into_fault(e));
         }
         machine.run().await.map_err(into_fault)?;
         info!(vm = %record.name, "runs on at its source");
-        self.unmark(record.vm).await;
-        self.clear_move(&migration);
+        self.moves.unmark(record.vm).await;
+        self.relays.clear(&migration);
         Ok(())
-    }
-
-    /// The machine that is in that migration here.
-    async fn traveller(&self, id: MigrationId) -> Result<(MachineRecord, Option<Machine>), Fault> {
-        let entries: Vec<_> = self.machines.read().await.values().cloned().collect();
-        for entry in entries {
-            let e = entry.lock().await;
-            if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
-                return Ok((e.record.clone(), e.machine.clone()));
-            }
-        }
-        Err(self.no_such_move(id))
     }
 
     /// How far a migration has come here.
     pub(super) async fn move_status(&self, id: MigrationId, vm: VmId) -> Result<MoveStatus, Fault> {
-        let entry = self.entry(vm).await?;
+        let entry = self.machines.entry(vm).await?;
         let (record, machine) = {
             let e = entry.lock().await;
             (e.record.clone(), e.machine.clone())
@@ -334,7 +230,7 @@ impl LocalSite {
                 (MemoryStatus::Partial, None)
             }
             None => (MemoryStatus::Gone, record.reason.clone()),
-            Some(m) => self.memory_status(m, migration.end).await,
+            Some(m) => Moves::memory_status(m, migration.end).await,
         };
         let (missing_pages, missing_blocks) = match migration.end {
             End::Source => (0, Some(0)),
@@ -345,31 +241,6 @@ impl LocalSite {
             End::Destination => self.has_run(&record, machine.as_ref()).await,
         };
         Ok(MoveStatus { memory, missing_pages, missing_blocks, runs, over: false, why })
-    }
-
-    async fn memory_status(&self, m: &Machine, end: End) -> (MemoryStatus, Option<String>) {
-        let life = tokio::time::timeout(ANSWER_WITHIN, m.life()).await;
-        if matches!(life, Ok(Ok(Life::Exited))) {
-            let exit = m.exited().await;
-            let why = exit.signal.map_or_else(
-                || "its QEMU has ended".to_owned(),
-                |s| format!("its QEMU was ended by signal {s}"),
-            );
-            return (MemoryStatus::Gone, Some(why));
-        }
-        let status = match tokio::time::timeout(ANSWER_WITHIN, m.query_migrate()).await {
-            Ok(Ok(info)) => info.status,
-            // It waits for a page, so one is missing.
-            Ok(Err(_)) | Err(_) => MigrationStatus::PostcopyPaused,
-        };
-        match (status, end) {
-            (MigrationStatus::Completed, _) => (MemoryStatus::Whole, None),
-            (MigrationStatus::Failed | MigrationStatus::Cancelled, _) => {
-                let why = "its QEMU has ended the migration and cannot take it up again";
-                (MemoryStatus::Gone, Some(why.into()))
-            }
-            _ => (MemoryStatus::Partial, None),
-        }
     }
 
     /// Pages and blocks that a destination lacks.
@@ -386,7 +257,7 @@ impl LocalSite {
                 std::fs::metadata(self.dirs.vm_memory(record.vm)).map_or(0, |m| m.blocks() * 512);
             record.memory.bytes().saturating_sub(there).div_ceil(4096)
         };
-        let image = self.image_by_hash(record)?;
+        let image = self.images.of(record)?;
         if image.disk_path().is_none() || record.disk_base == DiskBase::Mid {
             return Ok((pages, Some(0)));
         }
@@ -394,7 +265,7 @@ impl LocalSite {
         let told = record
             .migration
             .as_ref()
-            .and_then(|m| self.moving(m.id))
+            .and_then(|m| self.moves.get(m.id))
             .and_then(|m| m.shown.borrow().as_ref().map(|s| s.borrow().counts));
         let mid = filling::layer(&self.dirs.vm(record.vm));
         let blocks = match MidLayer::missing(&mid) {
@@ -412,38 +283,6 @@ impl LocalSite {
         Ok((pages, blocks))
     }
 
-    /// The machine of a migration at this end, with its QEMU if that lives.
-    async fn at_end(
-        &self,
-        id: MigrationId,
-        vm: VmId,
-        end: End,
-    ) -> Result<(MachineRecord, Option<Machine>), Fault> {
-        let entry = self.entry(vm).await?;
-        let e = entry.lock().await;
-        let action = match end {
-            End::Source => Action::ResumeDeparture,
-            End::Destination => Action::ResumeArrival,
-        };
-        let _ = e.state(&self.name).in_move(&e.record, id).allows(action)?;
-        Ok((e.record.clone(), e.machine.clone()))
-    }
-
-    /// Ends what is left of the last attempt, and begins a new one.
-    async fn next_attempt(&self, record: &MachineRecord) -> Result<MachineRecord, Fault> {
-        if let Some(m) = &record.migration {
-            self.end_relay(m).await;
-            if self.moving(m.id).is_some() {
-                let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
-            }
-        }
-        self.change_migration(record.vm, |m| {
-            m.attempt += 1;
-            m.given_up = None;
-        })
-        .await
-    }
-
     /// Starts a new relay for a machine that still needs its source: one that runs here, or one
     /// whose memory is lost and whose disk is brought.
     pub(super) async fn resume_in(
@@ -452,13 +291,13 @@ impl LocalSite {
         vm: VmId,
         memory: bool,
     ) -> Result<Incoming, Fault> {
-        let (record, machine) = self.at_end(id, vm, End::Destination).await?;
+        let (record, machine) = self.moves.at_end(id, vm, End::Destination).await?;
         if memory && machine.is_none() {
             return Err(memory_is_gone(&record));
         }
-        let record = self.next_attempt(&record).await?;
-        let paths = self.move_paths(&record)?;
-        let image = self.image_by_hash(&record)?;
+        let record = self.moves.next_attempt(&record).await?;
+        let paths = self.moves.paths(&record)?;
+        let image = self.images.of(&record)?;
         let disk = match image.disk_path() {
             Some(base) => {
                 let bytes = godwit_disk::image::check_base(&base).map_err(into_fault)?;
@@ -470,9 +309,9 @@ impl LocalSite {
         };
         let has_disk = disk.is_some();
         let part = if memory { Part::Rest } else { Part::Disk };
-        let relay = self.start_relay(&record, self.awaits(), disk, part).await?;
-        let address = self.told_address(&relay).await?;
-        let received: Received = get(&self.dirs.vm(vm), RECEIVED);
+        let relay = self.relays.start(&record, self.reach.awaits(), disk, part).await?;
+        let address = self.reach.told_address(&relay).await?;
+        let received: Received = measured(&self.dirs.vm(vm), RECEIVED);
         let mut whole = None;
         if let Some(machine) = machine {
             if has_disk {
@@ -481,7 +320,8 @@ impl LocalSite {
             if memory {
                 recover_incoming(&machine, &paths.qemu).await.map_err(into_fault)?;
                 whole = Some(machine);
-            } else if self.memory_status(&machine, End::Destination).await.0 == MemoryStatus::Whole
+            } else if Moves::memory_status(&machine, End::Destination).await.0
+                == MemoryStatus::Whole
             {
                 whole = Some(machine);
             }
@@ -495,17 +335,17 @@ impl LocalSite {
 
     /// Ends the arrival of a machine whose memory and disk are all here.
     pub(super) async fn finish_arrival(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
-        let (record, machine) = self.at_end(id, vm, End::Destination).await?;
+        let (record, machine) = self.moves.at_end(id, vm, End::Destination).await?;
         let machine = machine.ok_or_else(|| memory_is_gone(&record))?;
-        let record = self.next_attempt(&record).await?;
+        let record = self.moves.next_attempt(&record).await?;
         if let Some(layers) = self.pivot_of(&record) {
-            let paths = self.move_paths(&record)?;
+            let paths = self.moves.paths(&record)?;
             let dir = self.dirs.vm(vm);
             let mid = dir.join(MID);
             if filling::is_there(&dir) {
                 MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
             }
-            let base = self.image_by_hash(&record)?.disk_path();
+            let base = self.images.of(&record)?.disk_path();
             let base = base.ok_or_else(|| Fault::internal("a disk without a base"))?;
             // What QEMU still reads through the link is answered from here until the pivot.
             let chain = FrozenChain::open(&base, &[mid]).map_err(into_fault)?;
@@ -539,10 +379,10 @@ impl LocalSite {
         received: Received,
     ) {
         let Some(migration) = record.migration.clone() else { return };
-        let moving = self.register_move(migration.id, record.vm);
+        let moving = self.moves.register(migration.id, record.vm);
         moving.shown.send_replace(Some(relay.watch()));
         let vm = record.vm;
-        Self::drive(&moving, async move {
+        Moves::drive(&moving, async move {
             let last = relay.wait(|s| s.phase >= RelayPhase::Done).await.map_err(into_fault)?;
             if last.phase < RelayPhase::Done {
                 let why = format!("{:?}", last.end);
@@ -563,25 +403,25 @@ impl LocalSite {
         memory: bool,
         call: &Call,
     ) -> Result<Vec<u8>, Fault> {
-        let (record, machine) = self.at_end(id, vm, End::Source).await?;
+        let (record, machine) = self.moves.at_end(id, vm, End::Source).await?;
         let launch = machine.as_ref().map(Machine::launch);
         if memory && machine.is_none() {
             return Err(memory_is_gone(&record));
         }
-        let record = self.next_attempt(&record).await?;
+        let record = self.moves.next_attempt(&record).await?;
         let chain = match launch {
             Some(l) => l.disk,
-            None => self.launch(&record, &self.image_by_hash(&record)?)?.disk,
+            None => self.launcher.launch(&record, &self.images.of(&record)?)?.disk,
         };
         let disk = self.source_disk(&record, chain)?;
-        let meeting = self.meets(&to)?;
-        let moving = self.register_move(id, vm);
+        let meeting = self.reach.meets(&to)?;
+        let moving = self.moves.register(id, vm);
         let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
-        Self::drive(&moving, async move {
-            let mut sent: Sent = get(&me.dirs.vm(vm), SENT);
-            let paths = me.move_paths(&record)?;
+        Moves::drive(&moving, async move {
+            let mut sent: Sent = measured(&me.dirs.vm(vm), SENT);
+            let paths = me.moves.paths(&record)?;
             let part = if memory { Part::Rest } else { Part::Disk };
-            let relay = me.start_relay(&record, meeting, disk, part).await?;
+            let relay = me.relays.start(&record, meeting, disk, part).await?;
             mine.shown.send_replace(Some(relay.watch()));
             let done = match machine.as_ref().filter(|_| memory) {
                 Some(machine) => {
@@ -595,14 +435,14 @@ impl LocalSite {
                 let _ = relay.command(&RelayCommand::Finish).await;
             } else {
                 // Nothing but the destination's word ends what the source keeps now.
-                me.keep_sent(vm, &sent).await;
+                me.moves.keep_sent(vm, &sent).await;
                 if let Some(m) = &record.migration {
-                    me.end_relay(m).await;
+                    me.relays.end(m).await;
                 }
             }
             done.map(|()| Ended::Sent(Box::new(sent)))
         });
-        self.follow(id, call).await
+        self.moves.follow(id, call).await
     }
 
     /// What the machine lacks here is not waited for any more. Its QEMU is left as it is.
@@ -614,6 +454,7 @@ impl LocalSite {
     ) -> Result<(), Fault> {
         let why: String = why.chars().take(1000).collect();
         let record = self
+            .moves
             .change_migration(vm, |m| {
                 if m.id == id && m.end == End::Destination {
                     m.given_up = Some(why);
@@ -626,7 +467,7 @@ impl LocalSite {
 
     /// The source removes what it kept of a machine that runs elsewhere for good.
     pub(super) async fn release(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
-        let entry = self.entry(vm).await?;
+        let entry = self.machines.entry(vm).await?;
         let (first, migration) = {
             let e = entry.lock().await;
             let state = e.state(&self.name);
@@ -635,12 +476,12 @@ impl LocalSite {
         };
         if let Some(m) = migration.filter(|_| first == First::Move) {
             // What the destination may still need stays until it needs it no more.
-            if self.moving(m.id).is_some() {
-                let _ = tokio::time::timeout(RELEASE_WITHIN, self.ended(m.id)).await;
+            if self.moves.get(m.id).is_some() {
+                let _ = tokio::time::timeout(RELEASE_WITHIN, self.moves.ended(m.id)).await;
             }
-            self.end_relay(&m).await;
-            self.clear_move(&m);
-            self.unmark(vm).await;
+            self.relays.end(&m).await;
+            self.relays.clear(&m);
+            self.moves.unmark(vm).await;
         }
         self.remove(vm, generation).await
     }
@@ -652,7 +493,7 @@ impl LocalSite {
         let why = m.given_up.clone().unwrap_or_default();
         let dir = self.dirs.vm(e.record.vm);
         let mid = dir.join(MID);
-        if keep_disk && self.image_by_hash(&e.record)?.disk_path().is_some() {
+        if keep_disk && self.images.of(&e.record)?.disk_path().is_some() {
             match MidLayer::missing(&filling::layer(&dir)) {
                 Ok((_, true)) => {}
                 Ok((left, false)) => {
@@ -683,8 +524,8 @@ impl LocalSite {
         if let Some(m) = e.machine.take() {
             m.kill().await;
         }
-        self.end_relay(&m).await;
-        self.clear_move(&m);
+        self.relays.end(&m).await;
+        self.relays.clear(&m);
         e.record.migration = None;
         if e.record.desired != DesiredState::Gone {
             e.record.save(&dir)?;

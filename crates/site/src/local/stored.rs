@@ -17,7 +17,7 @@ use crate::{Call, MachineStatus, NewMachine, Origin};
 impl LocalSite {
     /// How large the disk of a machine is that is made of that.
     pub(super) async fn disk_of(&self, of: Origin) -> Result<u64, Fault> {
-        let (cache, pool) = (self.images.clone(), self.pool.clone());
+        let (cache, pool) = (self.images.cache().clone(), self.substrates.pool.clone());
         let image = tokio::task::spawn_blocking(move || match of {
             Origin::Image(name) => cache.get(&name).map_err(|e| Fault::of(&e)),
             Origin::Substrate(id) | Origin::StoredDisk(id) => {
@@ -37,7 +37,7 @@ impl LocalSite {
         id: SubstrateId,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
-        let substrate = self.pool.get(id).map_err(into_fault)?;
+        let substrate = self.substrates.pool.get(id).map_err(into_fault)?;
         let record = MachineRecord {
             vm: new.vm,
             name: new.name,
@@ -56,16 +56,16 @@ impl LocalSite {
             reason: None,
             unfinished: None,
         };
-        self.give_way(record.memory, id).await;
-        self.check_room(record.memory)?;
-        let image = self.sound_disk(&record).await?;
-        let (entry, wanted) = self.register_starting(record.clone()).await?;
-        self.pool.note_clone(id, record.vm);
+        self.substrates.give_way(&self.room, record.memory, id).await;
+        self.room.check_memory(record.memory)?;
+        let image = self.substrates.sound_disk(&self.images, &record).await?;
+        let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
+        self.substrates.pool.note_clone(id, record.vm);
         match self.boot_stored_entered(&entry, &record, &image, (&call, &wanted)).await {
             Ok(()) => self.started(&entry).await,
             Err(f) => {
-                self.pool.forget_clone(record.vm);
-                self.withdraw(&entry, record.vm).await;
+                self.substrates.pool.forget_clone(record.vm);
+                self.machines.withdraw(&entry, record.vm).await;
                 Err(f)
             }
         }

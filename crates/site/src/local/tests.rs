@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use godwit_qemu::MacAddress;
 use godwit_transfer::Authority;
-use godwit_types::{Generation, Hash, Mib, MigrationId};
+use godwit_types::{Arch, Generation, Hash, Mib, MigrationId, VmId};
 
 use super::promise::share_mib;
-use super::record::{DesiredState, DiskBase, End, Migration};
+use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
 use super::*;
 use crate::{Incoming, MemoryStatus};
 
@@ -69,14 +69,14 @@ async fn two_arrivals_at_once_are_not_promised_the_same_memory() {
     let share = share_mib(memory);
     let place = site(Mib(u32::try_from(3 * share - 1).expect("small"))).await;
     let me = &place.site;
-    let arrive = || me.register(on_its_way(memory, End::Destination), None);
+    let arrive = || me.machines.register(on_its_way(memory, End::Destination), None);
 
     // As an arrival does: its machine is locked until all is ready, and its record comes late.
     let first = arrive().await.expect("the first");
     let first = first.lock().await;
     assert!(!me.dirs.vm(first.record.vm).exists());
-    assert_eq!(me.promised_mib(None).await, share);
-    assert_eq!(me.promised_mib(Some(first.record.vm)).await, 0);
+    assert_eq!(me.machines.promised_mib(None).await, share);
+    assert_eq!(me.machines.promised_mib(Some(first.record.vm)).await, 0);
     let (a, b) = tokio::join!(arrive(), arrive());
     let (second, f) = match (a, b) {
         (Ok(second), Err(f)) | (Err(f), Ok(second)) => (second, f),
@@ -92,17 +92,17 @@ async fn two_arrivals_at_once_are_not_promised_the_same_memory() {
     let dir = me.dirs.vm(first.record.vm);
     std::fs::create_dir_all(&dir).expect("dir");
     first.record.save(&dir).expect("saved");
-    assert_eq!(me.promised_mib(None).await, 2 * share);
+    assert_eq!(me.machines.promised_mib(None).await, 2 * share);
     let vm = first.record.vm;
     drop(first);
-    assert_eq!(me.promised_mib(None).await, 2 * share);
+    assert_eq!(me.machines.promised_mib(None).await, 2 * share);
 
     // What is undone is free for the next.
-    me.unregister(vm).await;
-    assert_eq!(me.promised_mib(None).await, share);
+    me.machines.unregister(vm).await;
+    assert_eq!(me.machines.promised_mib(None).await, share);
     let third = arrive().await.expect("there is room");
     let (second, third) = (second.lock().await, third.lock().await);
-    assert_eq!(me.promised_mib(None).await, 2 * share);
+    assert_eq!(me.machines.promised_mib(None).await, 2 * share);
     assert_ne!(second.record.vm, third.record.vm);
 }
 
@@ -115,11 +115,11 @@ async fn a_source_whose_machine_ran_on_gives_neither_memory_nor_disk() {
     let dir = me.dirs.vm(vm);
     std::fs::create_dir_all(&dir).expect("dir");
     record.save(&dir).expect("saved");
-    me.register(record, None).await.map(drop).expect("here");
+    me.machines.register(record, None).await.map(drop).expect("here");
     let before = me.move_status(id, vm).await.expect("in its move");
     assert!(!before.over && before.missing_blocks == Some(0), "{before:?}");
 
-    me.mark_ran_on(vm).await;
+    me.moves.mark_ran_on(vm).await;
     let status = me.move_status(id, vm).await.expect("in its move");
     assert_eq!((status.memory, status.missing_blocks), (MemoryStatus::Gone, None));
     assert!(status.over && !status.runs, "{status:?}");
@@ -147,18 +147,18 @@ async fn a_later_move_of_a_machine_takes_back_an_arrival_that_is_over_and_never_
     let dir = me.dirs.vm(vm);
     std::fs::create_dir_all(&dir).expect("dir");
     there.save(&dir).expect("saved");
-    me.register(there.clone(), None).await.map(drop).expect("here");
+    me.machines.register(there.clone(), None).await.map(drop).expect("here");
     // The same move asks again: that one stays.
     me.supersede(&there).await.expect("nothing to do");
-    assert!(me.entry(vm).await.is_ok());
+    assert!(me.machines.entry(vm).await.is_ok());
     let comes = MachineRecord { generation: there.generation.next(), ..there.clone() };
     me.supersede(&comes).await.expect("taken back");
-    assert!(me.entry(vm).await.is_err() && !dir.exists());
+    assert!(me.machines.entry(vm).await.is_err() && !dir.exists());
 
     let other = one_that_runs(me, &there).await;
     let f = me.supersede(&other).await.expect_err("it runs here");
     assert_eq!(f.code, Code::Conflict, "{f}");
-    assert!(me.entry(other.vm).await.is_ok());
+    assert!(me.machines.entry(other.vm).await.is_ok());
 }
 
 /// Another machine, that came and runs here; gives what a later move of it would bring.
@@ -170,6 +170,6 @@ async fn one_that_runs(me: &LocalSite, like: &MachineRecord) -> MachineRecord {
     let dir = me.dirs.vm(record.vm);
     std::fs::create_dir_all(&dir).expect("dir");
     record.save(&dir).expect("saved");
-    me.register(record.clone(), None).await.map(drop).expect("here");
+    me.machines.register(record.clone(), None).await.map(drop).expect("here");
     MachineRecord { generation: record.generation.next(), ..record }
 }

@@ -11,6 +11,7 @@ use godwit_substrate::{Place, Pool, Shells};
 use godwit_types::{SubstrateId, VmId};
 
 use super::dirs::WAITING;
+use super::substrates::Substrates;
 use super::{LocalSite, SiteDirs};
 
 /// The most substrates that QEMUs wait for; each of them holds some 40 MiB.
@@ -53,10 +54,10 @@ pub(super) async fn sweep(dirs: &SiteDirs) {
     }
 }
 
-impl LocalSite {
+impl Substrates {
     /// Lets QEMUs wait for a substrate that was just activated, in the background.
     pub(super) fn keep_waiting(&self, id: SubstrateId, image: Image, accel: Accel) {
-        let (shells, wanted, pool) = (self.shells.clone(), self.options.waiting, self.pool.clone());
+        let (shells, wanted, pool) = (self.shells.clone(), self.wanted, self.pool.clone());
         if wanted == 0 {
             return;
         }
@@ -84,11 +85,13 @@ impl LocalSite {
     pub(super) fn waiting(&self) -> u64 {
         self.shells.kept().into_iter().map(|id| self.shells.waiting(id) as u64).sum()
     }
+}
 
+impl LocalSite {
     /// Ends what must not outlive the daemon: the QEMUs that wait. Machines run on.
     pub async fn close(&self) {
-        self.shells.close().await;
-        if let Some(groups) = &self.groups {
+        self.substrates.shells.close().await;
+        if let Some(groups) = &self.launcher.groups {
             groups.sweep();
         }
         let service = self.sched.lock().ok().and_then(|mut s| s.take());

@@ -1,0 +1,198 @@
+//! The substrates of this host: its pool, and the QEMUs that wait for them.
+
+use std::path::PathBuf;
+
+use godwit_image::Image;
+use godwit_qemu::{Confine, MemoryGroups};
+use godwit_substrate::{Pool, PoolDirs, Shells, Substrate, SubstrateError};
+use godwit_types::{DockReport, Fault, Mib, Name, SubstrateId, chain};
+
+use super::images::Images;
+use super::machines::{into_fault, join_error};
+use super::record::{DiskBase, MachineRecord};
+use super::room::Room;
+use super::{SiteDirs, SiteOptions, waiting};
+use crate::{CheckReport, PoolReport, SubstrateInfo};
+
+/// The substrates of one site.
+pub(super) struct Substrates {
+    pub(super) site: Name,
+    /// Where they are kept.
+    data: PathBuf,
+    pub(super) pool: Pool,
+    pub(super) shells: Shells,
+    /// QEMUs that wait for each substrate that was activated of late.
+    pub(super) wanted: usize,
+}
+
+impl Substrates {
+    /// Those in the site's directories. QEMUs that wait are confined as machines are.
+    pub(super) fn open(
+        name: Name,
+        dirs: &SiteDirs,
+        site: &SiteOptions,
+        (confine, groups): (&Option<Confine>, &Option<MemoryGroups>),
+    ) -> Result<Self, Fault> {
+        let pool = Self::open_pool(dirs, site)?;
+        let shells = waiting::shells(&pool, dirs, confine.clone(), groups.clone());
+        let data = dirs.data.clone();
+        Ok(Self { site: name, data, pool, shells, wanted: site.waiting })
+    }
+
+    fn open_pool(dirs: &SiteDirs, site: &SiteOptions) -> Result<Pool, Fault> {
+        let options = godwit_store::StoreOptions {
+            memory_limit_bytes: site.store_memory_bytes,
+            ..godwit_store::StoreOptions::default()
+        };
+        let store =
+            godwit_store::Store::open(&dirs.data.join("store"), options).map_err(into_fault)?;
+        let dirs = PoolDirs {
+            substrates: dirs.data.join("substrates"),
+            memory: dirs.memory.join("substrates"),
+        };
+        let memory = dirs.memory.clone();
+        let pool = Pool::open(dirs, store, site.pool_bytes).map_err(into_fault)?;
+        let half = rustix::fs::statvfs(&memory)
+            .map(|s| s.f_blocks.saturating_mul(s.f_frsize) / 2)
+            .map_err(|e| Fault::io("asking for the size of", &memory, &e.into()))?;
+        pool.set_memory_budget(site.memory_cache_bytes.unwrap_or(half));
+        Ok(pool)
+    }
+
+    /// The substrates that are here.
+    pub(super) fn list(&self) -> Result<Vec<SubstrateInfo>, Fault> {
+        let all = self.pool.list().map_err(into_fault)?;
+        Ok(all.iter().map(|s| info(s, None)).collect())
+    }
+
+    /// Whether there is one of that id.
+    pub(super) fn has(&self, id: SubstrateId) -> bool {
+        // One that cannot be read is there all the same.
+        !matches!(self.pool.get(id), Err(SubstrateError::NotFound(_)))
+    }
+
+    /// Removes one, and the QEMUs that wait for it.
+    pub(super) async fn delete(&self, id: SubstrateId) -> Result<(), Fault> {
+        self.shells.drop_line(id).await;
+        let pool = self.pool.clone();
+        blocking(move || pool.delete(id)).await
+    }
+
+    /// What the pool holds.
+    pub(super) async fn report(&self) -> Result<PoolReport, Fault> {
+        let substrates = self.pool.list().map_err(into_fault)?;
+        let stats = self.pool.store().stats().map_err(into_fault)?;
+        Ok(PoolReport {
+            substrates: substrates.len() as u64,
+            units: stats.units,
+            raw_bytes: substrates.iter().map(|s| s.sizes.raw_bytes + s.sizes.disk_bytes).sum(),
+            stored_bytes: stats.pack_bytes,
+            memory_bytes: stats.memory_bytes,
+            sealed_bytes: self.pool.sealed_bytes().0,
+            sealed_limit_bytes: self.pool.memory_budget(),
+            free_bytes: super::report::free_mib(&self.data)? << 20,
+            waiting: self.waiting(),
+        })
+    }
+
+    /// Reads all that is stored, and the images, and tells what is damaged.
+    pub(super) async fn check(&self, images: &Images) -> Result<CheckReport, Fault> {
+        let pool = self.pool.clone();
+        let found = blocking(move || pool.check()).await?;
+        let mut damaged: Vec<String> =
+            found.store.damaged.iter().map(ToString::to_string).collect();
+        let named = |what: &'static str| move |h: &godwit_types::Hash| format!("unit {h}: {what}");
+        damaged.extend(found.store.index.iter().map(|why| {
+            format!(
+                "the index of the store in {}: {why}; what it holds can be used until this daemon ends: \
+                 export what is nowhere else before that",
+                self.pool.store().dir().display()
+            )
+        }));
+        damaged.extend(found.store.bad_entries.iter().map(named("its index entry is malformed")));
+        damaged.extend(found.store.missing.iter().map(named("it is not there")));
+        damaged.extend(found.broken.iter().map(|(id, why)| format!("substrate {id}: {why}")));
+        let images = images.cache().clone();
+        let check = move || {
+            let all = images.list().map_err(|e| Fault::of(&e))?;
+            Ok::<_, Fault>(
+                all.into_iter()
+                    .filter_map(|image| {
+                        let found = images.scrub(&image).err()?;
+                        Some(format!("image {}: {}", image.name, godwit_types::chain(&found)))
+                    })
+                    .collect::<Vec<_>>(),
+            )
+        };
+        damaged.extend(tokio::task::spawn_blocking(check).await.map_err(join_error)??);
+        Ok(CheckReport { units: found.store.units, damaged })
+    }
+
+    /// Ends QEMUs that wait for other substrates while there is no room for a machine of `memory`
+    /// from substrate `id` beside what they keep in use, of the host's memory or of the budget.
+    pub(super) async fn give_way(&self, room: &Room, memory: Mib, id: SubstrateId) {
+        let mut others = self.shells.kept();
+        others.retain(|other| *other != id);
+        others.sort_unstable();
+        for other in others {
+            if self.pool.memory_fits(id) && room.check_memory(memory).is_ok() {
+                return;
+            }
+            self.shells.drop_line(other).await;
+        }
+    }
+
+    /// The image of a machine that is to be docked or to move, and the layer below it, verified.
+    pub(super) async fn sound_disk(
+        &self,
+        images: &Images,
+        record: &MachineRecord,
+    ) -> Result<Image, Fault> {
+        let image = images.sound(record).await?;
+        if let DiskBase::Substrate(id) = record.disk_base {
+            let (pool, here) = (self.pool.clone(), image.clone());
+            blocking(move || pool.prepare_layer(id, &here).map(drop)).await?;
+        }
+        Ok(image)
+    }
+
+    /// Makes what every activation of a substrate needs, so that the first one does not wait for it;
+    /// its memory only where that is within the budget beside what is in use.
+    pub(super) fn make_ready(&self, id: SubstrateId, image: Image) {
+        let pool = self.pool.clone();
+        tokio::task::spawn_blocking(move || {
+            let ready = if pool.memory_fits(id) {
+                pool.prepare(id, &image).map(drop)
+            } else {
+                pool.prepare_layer(id, &image).map(drop)
+            };
+            if let Err(e) = ready {
+                tracing::warn!(%id, error = %chain(&e), "not made ready");
+            }
+        });
+    }
+}
+
+pub(super) async fn blocking<T: Send + 'static>(
+    job: impl FnOnce() -> Result<T, SubstrateError> + Send + 'static,
+) -> Result<T, Fault> {
+    tokio::task::spawn_blocking(job).await.map_err(join_error)?.map_err(into_fault)
+}
+
+pub(super) fn info(s: &Substrate, dock: Option<DockReport>) -> SubstrateInfo {
+    SubstrateInfo {
+        id: s.id,
+        name: s.name.clone(),
+        kind: s.kind,
+        owner: s.owner.clone(),
+        image: s.image.clone(),
+        arch: s.shape.arch,
+        memory: s.shape.memory,
+        vcpus: s.shape.vcpus,
+        raw_bytes: s.sizes.raw_bytes,
+        stored_bytes: s.sizes.stored_bytes,
+        created: godwit_types::UnixMs(s.docked_unix_ms),
+        content: s.content(),
+        dock,
+    }
+}
