@@ -97,6 +97,11 @@ pub(super) fn checked(mut reply: SiteReply) -> Result<SiteReply, Fault> {
             at_most("substrates", all.len(), MAX_SUBSTRATES)?;
             all.iter_mut().try_for_each(substrate)?;
         }
+        SiteReply::Address(Some(a))
+            if a.port() == 0 || a.ip().is_unspecified() || a.ip().is_multicast() =>
+        {
+            return Err(Fault::new(Code::Damaged, format!("nobody listens at {a}")));
+        }
         SiteReply::Substrate(s) => substrate(s)?,
         SiteReply::Pool(p) => {
             for n in [p.raw_bytes, p.stored_bytes, p.memory_bytes, p.free_bytes] {

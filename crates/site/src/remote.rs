@@ -10,7 +10,7 @@
 //!
 //! A message longer than one frame is cut into pieces, each led by a byte that tells whether
 //! more follow. A request goes on at the site when the link breaks: half a change helps nobody.
-//! Only CANCEL stops it.
+//! Only CANCEL stops it, but for those that end with their caller ([`Manner::WithCaller`]).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -306,6 +306,7 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Re
         request => request?,
     };
     let turn = request.has(Manner::InTurn).then_some(room);
+    let with_caller = request.has(Manner::WithCaller);
     // Progress that comes faster than the link takes it is dropped; nothing else is.
     let (progress, mut shown) = mpsc::channel(32);
     let (certain, mut news) = mpsc::unbounded_channel();
@@ -344,7 +345,12 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Re
             frame = from.recv(), if listening => match frame {
                 Ok(Some(f)) if f == CANCEL => cancel.cancel(),
                 Ok(Some(_)) => {}
-                Ok(None) | Err(_) => listening = false,
+                Ok(None) | Err(_) => {
+                    listening = false;
+                    if with_caller {
+                        cancel.cancel();
+                    }
+                }
             },
         }
     };
@@ -392,7 +398,7 @@ pub(crate) async fn serve_neighbour(
     site: &Name,
     open: impl Fn(StreamRequest) -> Result<ByteStream, Fault>,
 ) {
-    while let Ok(lane) = link.accept_lane().await {
+    while let Ok(Ok(lane)) = tokio::time::timeout(ARRIVAL, link.accept_lane()).await {
         if lane.kind() != LaneKind::Pipe {
             lane.abort();
             link.close("a site is asked for streams alone");
@@ -408,6 +414,7 @@ pub(crate) async fn serve_neighbour(
             tracing::debug!(%error, "a request could not be answered");
         }
     }
+    link.close("nothing more is asked for");
 }
 
 #[cfg(test)]

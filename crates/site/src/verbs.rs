@@ -48,6 +48,8 @@ pub enum Manner {
     InTurn,
     /// It must not be asked twice: an answer that was lost is told as that.
     Once,
+    /// It is stopped when nobody waits for its answer any more.
+    WithCaller,
 }
 
 /// A request of any verb whose reply is a `T`.
@@ -471,7 +473,7 @@ verbs! {
         to: Name,
     }
     /// To a taker: it fetches a substrate from the site that offers it.
-    SubstrateFetch "substrate fetch" since 3 => Substrate {
+    SubstrateFetch "substrate fetch" since 3, WithCaller => Substrate {
         /// Which.
         id: SubstrateId,
         /// Its name, for messages.

@@ -28,9 +28,11 @@ pub(crate) const END_BEFORE_DOCK: [&str; 2] = [
 /// own. The emptied machine-id is how systemd, too, knows an image that is of no machine.
 pub(crate) const GENERALISE: [&str; 2] = [
     "-c",
-    "set -e; echo localhost >/proc/sys/kernel/hostname
-[ ! -e /etc/hostname ] || echo localhost >/etc/hostname
+    // Called like the one that brings the guest to rest, so that it is ended like that.
+    "set -e; echo before-dock >/proc/$$/comm
 : >/etc/machine-id
+echo localhost >/proc/sys/kernel/hostname
+[ ! -e /etc/hostname ] || echo localhost >/etc/hostname
 rm -f /etc/ssh/ssh_host_* /var/lib/dbus/machine-id /var/lib/systemd/random-seed \
     /var/lib/systemd/credential.secret /var/lib/dhcp/*.leases /var/lib/NetworkManager/*lease*
 [ ! -s /etc/machine-id ]

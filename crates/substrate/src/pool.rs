@@ -497,7 +497,15 @@ impl Pool {
             let dir = self.dir(id);
             std::fs::rename(new, &dir).map_err(SubstrateError::io("publishing", &dir))?;
             godwit_hold::at_blocking("publish.renamed");
-            sync_dir(&self.inner.dirs.substrates)
+            let Err(e) = sync_dir(&self.inner.dirs.substrates) else { return Ok(()) };
+            match std::fs::rename(&dir, new) {
+                Ok(()) => Err(e),
+                // It is there, and cannot be taken back.
+                Err(error) => {
+                    tracing::error!(%id, %error, sync = %e, "published, and perhaps not on the disk yet");
+                    Ok(())
+                }
+            }
         };
         let done = publish();
         if let Err(e) = done {

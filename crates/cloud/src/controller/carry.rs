@@ -11,12 +11,16 @@ use godwit_types::{Fault, Name, SiteKind, SubstrateId};
 use tokio::time::Instant;
 
 use super::Controller;
+use super::ask::within;
 use super::lifecycle::call_of;
 use crate::ops::OpHandle;
 use crate::registry::{SubstrateRecord, registry_fault};
 
 /// How often one bring goes on after a break.
 const BREAKS: usize = 5;
+
+/// How long a taker may take to hear that a bring is given up.
+const HEARD: Duration = Duration::from_secs(5);
 
 /// How long a site that was lost in the midst of a bring may stay away.
 const AWAY: Duration = Duration::from_secs(60);
@@ -34,18 +38,28 @@ impl Controller {
         let call = call_of(op);
         // The same for every try: what came of one is of use to the next.
         let among = self.readable_with(s, to)?;
-        match self.straight(&call, s, (from, to), &among).await {
+        let bring = Bring { name: &s.name, from, to, call: &call };
+        let mut breaks = 0;
+        let mut patience = Duration::ZERO;
+        let given_up = async {
+            call.cancel.cancelled().await;
+            tokio::time::sleep(HEARD).await;
+        };
+        let straight = tokio::select! {
+            straight = self.straight(&call, s, (from, to), &among) => straight,
+            () = given_up => return Err(Fault::cancelled()),
+        };
+        match straight {
             Some(Ok(info)) => return Ok(info),
             Some(Err(f)) if !is_break(&f) => return Err(f),
             // What came is kept at the taker.
             Some(Err(f)) => {
+                breaks += 1;
+                patience = AWAY;
                 tracing::info!(substrate = %s.name, %from, %to, error = %f, "brought by way of the center");
             }
             None => {}
         }
-        let bring = Bring { name: &s.name, from, to, call: &call };
-        let mut breaks = 0;
-        let mut patience = Duration::ZERO;
         loop {
             let ends = tokio::select! {
                 ends = self.ends(s, (from, to), &among, patience) => ends?,
@@ -79,7 +93,7 @@ impl Controller {
         };
         let (src, dst) = (able(from)?, able(to)?);
         let offer = SubstrateOffer { id: s.id, to: to.clone() };
-        let address = match src.ask(offer, Call::quiet()).await {
+        let address = match within(from, src.ask(offer, Call::quiet())).await {
             Ok(address) => address?,
             Err(f) => return Some(Err(f)),
         };

@@ -1,11 +1,11 @@
-//! How large the disks of machines are, for the quotas: sites are asked, once for each image and
-//! substrate, since neither ever changes.
+//! How large the disks of machines are, for the quotas: sites are asked. What the center's own site
+//! says of a substrate is remembered, since that never changes.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use godwit_site::{Call, Origin, Request as _, SiteHost, verbs};
-use godwit_types::{Hash, SubstrateId};
+use godwit_types::{Hash, SiteKind, SubstrateId};
 
 use super::Controller;
 
@@ -17,6 +17,9 @@ pub(super) enum DiskOf {
     /// A substrate.
     Substrate(SubstrateId),
 }
+
+/// No disk has more bytes, whatever a site says: a PiB.
+const LARGEST: u64 = 1 << 50;
 
 /// So many disks are remembered; then all are forgotten.
 const MAX_KNOWN: usize = 4096;
@@ -60,8 +63,17 @@ impl Controller {
         let host = host.filter(|h| h.speaks() >= verbs::Disk::SINCE)?;
         let asked = host.ask(verbs::Disk { of: origin.clone() }, Call::quiet());
         match super::ask::within(host.name(), asked).await {
+            Ok(bytes) if bytes > LARGEST => {
+                tracing::warn!(site = %host.name(), bytes, "no disk is as large as that");
+                None
+            }
             Ok(bytes) => {
-                self.disks.remember(of, bytes);
+                // Another site's word holds for what is made of it there, and for nobody else; the
+                // build that a name stands for is not the same everywhere.
+                let own = self.registry.site(host.name()).map(|s| s.kind == SiteKind::Center);
+                if matches!(of, DiskOf::Substrate(_)) && own.unwrap_or_default() {
+                    self.disks.remember(of, bytes);
+                }
                 Some(bytes)
             }
             Err(error) => {

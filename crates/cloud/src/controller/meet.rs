@@ -40,8 +40,8 @@ pub(super) fn may_dial(asking: &Asking<Vec<u8>>) -> bool {
 }
 
 impl Controller {
-    /// Has the destination's relay dial the source's until they have met. Ends at once for a
-    /// destination that listens; does not end while one that dials has not met its source.
+    /// Has the destination's relay dial the source's whenever that waits for it. Ends at once for a
+    /// destination that listens, else not before whoever follows the move.
     pub(super) async fn introduce(&self, m: &Move, dials: bool) {
         if !dials {
             return;
@@ -53,7 +53,8 @@ impl Controller {
                     return;
                 }
                 match src.ask(verbs::MigrateListening { migration: m.id }, Call::quiet()).await {
-                    Ok(None) => return,
+                    // They may lose each other, and this may be said of the attempt before.
+                    Ok(None) => pause = AGAIN,
                     Ok(Some(address)) => {
                         pause = AGAIN;
                         godwit_hold::at("meet.dial").await;

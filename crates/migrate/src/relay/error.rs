@@ -101,6 +101,14 @@ pub enum RelayError {
     /// A message out of place.
     #[error("the other relay does not keep to the protocol: {0}")]
     Protocol(&'static str),
+    /// The other relay, which has to dial, did not come.
+    #[error("the relay of site '{peer}' did not come to {address}, where this one listens")]
+    NobodyCame {
+        /// Its site.
+        peer: String,
+        /// Where it was awaited.
+        address: std::net::SocketAddr,
+    },
     /// What the other relay says is older than anything that is still understood.
     #[error("the other relay speaks version {theirs}, and {oldest} is the oldest here; update it")]
     TooOld {
@@ -145,6 +153,7 @@ impl CodedError for RelayError {
             Self::Disk { source, .. } => source.code(),
             Self::WrongPeer { .. } => Code::Unauthenticated,
             Self::TooOld { .. } => Code::Conflict,
+            Self::NobodyCame { .. } => Code::Unavailable,
             Self::Stream(_) | Self::Frame(_) | Self::Protocol(_) => Code::Damaged,
             Self::Aborted(_) => Code::Cancelled,
             Self::NotWritten(e) if e.kind() == std::io::ErrorKind::StorageFull => Code::NoRoom,

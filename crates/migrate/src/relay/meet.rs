@@ -12,6 +12,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use futures::future::OptionFuture;
 use godwit_transfer::{Endpoint, Link};
 use tokio::sync::{mpsc, watch};
 
@@ -55,16 +56,12 @@ async fn link(
     let address = endpoint.local_address().map_err(fail)?;
     status.send_modify(|s| s.listening = Some(address));
     let mut dialled = None;
+    let dialling: OptionFuture<_> = None.into();
+    tokio::pin!(dialling);
     loop {
-        let dialling = async {
-            match dialled {
-                Some(address) => dial(config, endpoint, address).await,
-                None => std::future::pending().await,
-            }
-        };
         let told = tokio::select! {
             link = accept(config, endpoint) => return link,
-            link = dialling => match link {
+            Some(link) = &mut dialling, if dialled.is_some() => match link {
                 Ok(link) => return Ok(link),
                 Err(error) => {
                     tracing::warn!(%error, "the other relay is not reached");
@@ -73,7 +70,9 @@ async fn link(
                 }
             },
             Some(told) = commands.recv() => told,
-            () = &mut late => return Err(RelayError::Protocol("it does not come")),
+            () = &mut late => {
+                return Err(RelayError::NobodyCame { peer: config.peer.to_string(), address });
+            }
         };
         match told {
             (RelayCommand::Abort { why }, answer) => {
@@ -81,7 +80,11 @@ async fn link(
                 return Err(RelayError::Aborted(why));
             }
             (RelayCommand::Dial { address }, answer) => {
-                dialled = Some(address);
+                // One that is under way goes on: the other end may count on it already.
+                if dialled != Some(address) {
+                    dialled = Some(address);
+                    dialling.set(Some(dial(config, endpoint, address)).into());
+                }
                 let _ = answer.send(true);
             }
             (_, answer) => {

@@ -9,11 +9,12 @@
 //! Undocking   -            -        yes           yes     -            -           (1)
 //! Leaving     ends it      -        ends it       .. it   -            departure   ends it
 //! RanOn       ends it      -        ends it       .. it   -            -           ends it
-//! Arriving    -            -        -             .. it   -            arrival     ends it (1)
+//! Arriving    -            -        -             .. it   -            arrival     ends it (3)
 //! Arrived     -            -        -             .. it   -            arrival     -
 //! Stranded    ends it      -        -             .. it   -            arrival     -
 //! Damaged     -            -        -             yes     -            -           (1)
 //! (1) unless its guest runs here   (2) or one whose guest does not run, which is ended
+//! (3) unless it is written down that it has run here
 //! ```
 //!
 //! A program is started, a console and a screen are shown wherever there is a QEMU whose guest is
@@ -448,11 +449,11 @@ impl State {
                 | Phase::Settled
                 | Phase::PoweringOff
                 | Phase::Undocking
-                | Phase::Arriving(_)
                     if self.qemu == Qemu::Is(Life::Running) =>
                 {
                     Err(self.runs_here())
                 }
+                // Whatever its QEMU does: it has run here once that is written down.
                 Phase::Arriving(_) => Ok(First::Move),
                 Phase::Damaged(_)
                 | Phase::Starting

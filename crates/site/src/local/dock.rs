@@ -179,11 +179,13 @@ impl LocalSite {
             return Ok(());
         }
         godwit_hold::at("dock.bring-back").await;
+        let mut ended = None;
         loop {
             let Err(error) = run_on(&machine, &nics).await else { break };
             tracing::warn!(%vm, error = %chain(&error), "it was not docked and does not run on yet");
             let life = machine.life().await;
             if matches!(life, Ok(Life::Exited | Life::PoweredOff | Life::Broken)) {
+                ended = Some(chain(&error));
                 break;
             }
             tokio::time::sleep(RUN_ON_AGAIN).await;
@@ -195,7 +197,14 @@ impl LocalSite {
         {
             return Ok(());
         }
-        tracing::info!(vm = %e.record.name, "runs on: it was not docked");
+        match &ended {
+            None => tracing::info!(vm = %e.record.name, "runs on: it was not docked"),
+            Some(why) => {
+                tracing::error!(vm = %e.record.name, %why, "ended while it was brought back");
+                let words = format!("it ended while it was brought back from a docking: {why}");
+                e.record.reason = Some(words);
+            }
+        }
         e.record.save(&self.dirs.vm(vm))
     }
 }

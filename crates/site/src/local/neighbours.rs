@@ -22,8 +22,9 @@ use crate::{Call, RemoteSite, SiteHost, StreamRequest, SubstrateInfo};
 
 /// How long an offer may wait for the taker to come.
 const OFFERED: Duration = Duration::from_secs(60);
-/// Links of other sites that are served at once.
+/// Links of other sites that are served at once, and of one of them.
 const LINKS: usize = 64;
+const LINKS_OF_ONE: usize = 4;
 /// How long the supplier may take to be reached.
 const REACHED: Duration = Duration::from_secs(5);
 
@@ -99,7 +100,16 @@ impl LocalSite {
         };
         let supplier = RemoteSite::new(link.clone());
         let fetched = async {
-            let out = supplier.open(StreamRequest::SubstrateSupply { id: at.id }).await?;
+            let supply = supplier.open(StreamRequest::SubstrateSupply { id: at.id });
+            let out = tokio::select! {
+                out = tokio::time::timeout(REACHED, supply) => out.map_err(silent)?,
+                () = call.cancel.cancelled() => return Err(Fault::cancelled()),
+            };
+            let out = out.map_err(|f| match f.code {
+                // The center's way remains.
+                Code::Forbidden => Fault::unavailable(f.message),
+                _ => f,
+            })?;
             let bring = Bring { name: &at.name, from: &at.from, to: &self.name, call: &call };
             match bring.run((out, self.substrates.take(at.content, Some(at.among)))).await {
                 Ok(info) => Ok(info),
@@ -120,13 +130,23 @@ async fn take_links(
     supply: impl Fn(SubstrateId) -> crate::ByteStream,
 ) {
     let mut served = futures::stream::FuturesUnordered::new();
+    let mut open: HashMap<Name, usize> = HashMap::new();
     loop {
         let link = tokio::select! {
             link = endpoint.accept() => link,
-            Some(()) = futures::StreamExt::next(&mut served) => continue,
+            Some(peer) = futures::StreamExt::next(&mut served) => {
+                if let Some(its) = open.get_mut(&peer) {
+                    *its -= 1;
+                }
+                open.retain(|_, its| *its > 0);
+                continue;
+            }
         };
         let Some(link) = link else { return };
-        if served.len() < LINKS && neighbours.expects(&link.peer().name) {
+        let peer = link.peer().name.clone();
+        let its = open.get(&peer).copied().unwrap_or_default();
+        if served.len() < LINKS && its < LINKS_OF_ONE && neighbours.expects(&peer) {
+            *open.entry(peer).or_default() += 1;
             served.push(serve_offers(link, neighbours, site, &supply));
             continue;
         }
@@ -140,13 +160,14 @@ async fn serve_offers(
     neighbours: &Neighbours,
     site: &Name,
     supply: &impl Fn(SubstrateId) -> crate::ByteStream,
-) {
+) -> Name {
     let peer = link.peer().name.clone();
     serve_neighbour(link, site, |request| match request {
         StreamRequest::SubstrateSupply { id } if neighbours.take(&peer, id) => Ok(supply(id)),
         _ => Err(Fault::new(Code::Forbidden, "that was not offered to this site")),
     })
     .await;
+    peer
 }
 
 #[cfg(test)]

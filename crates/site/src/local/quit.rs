@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::LocalSite;
 use super::moves::runs;
 use super::moving::Ended;
-use super::record::{End, MachineRecord};
+use super::record::{DesiredState, End, MachineRecord};
 use super::relays::MovePaths;
 
 /// How long the task of a move may take to end once its QEMU and its relay are gone.
@@ -95,7 +95,12 @@ impl LocalSite {
             self.relays.end(m).await;
             self.relays.clear(m);
         }
-        self.machines.unregister(record.vm).await;
+        // Unless another has taken it back meanwhile: what is there now is of a later move.
+        let mut e = entry.lock().await;
+        if e.record.desired != DesiredState::Gone {
+            e.record.desired = DesiredState::Gone;
+            self.machines.unregister(record.vm).await;
+        }
     }
 
     /// Ends this site's part of a machine's move because a person wants it off, started anew or gone,

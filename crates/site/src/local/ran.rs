@@ -5,7 +5,7 @@
 //! Until the file says so the machine has not run here, whatever its QEMU does.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -41,9 +41,15 @@ pub(super) fn open(dir: &Path) -> Result<File, Fault> {
 /// What the file says; `None` when there is none, as of an arrival that a daemon of the release
 /// before has prepared.
 pub(super) fn says(dir: &Path) -> Option<bool> {
-    match std::fs::read(dir.join(FILE)) {
+    // Its relay may have made anything of it.
+    let read = || {
+        let mut bytes = Vec::new();
+        File::open(dir.join(FILE))?.take(2).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    match read() {
         Ok(bytes) => Some(says_committed(&bytes)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+        Err(e) if std::io::Error::kind(&e) == std::io::ErrorKind::NotFound => None,
         Err(error) => {
             // Nobody takes a machine back on a guess.
             tracing::error!(dir = %dir.display(), %error, "whether a machine has run here is not to be read");

@@ -106,8 +106,8 @@ impl Machines {
         let entry = self.entry(vm).await?;
         let e = entry.lock().await;
         let _ = e.state(&self.site).allows(action)?;
-        // What was allowed without a QEMU needs none.
-        e.machine.clone().ok_or_else(|| self.not_here(vm))
+        let machine = e.machine.clone();
+        machine.ok_or_else(|| Refusal::NotRunning(e.record.name.clone()).into())
     }
 
     /// Enters a machine that is being made, and promises it its memory; nobody else can make it

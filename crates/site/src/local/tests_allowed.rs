@@ -170,7 +170,7 @@ PoweringOff Here        NotInMove   NotInMove   yes         RunsHere
 Undocking   Here        NotInMove   NotInMove   yes         RunsHere
 Leaving     Here        NotInMove   yes         yes:Move    yes:Move
 RanOn       Here        NotInMove   RanOn       yes:Move    yes:Move
-Arriving    Here        yes         NotInMove   yes         RunsHere
+Arriving    Here        yes         NotInMove   yes         yes:Move
 Arrived     Here        yes         NotInMove   yes         RunsHere
 Stranded    Here        yes         NotInMove   yes         RunsHere";
     assert_eq!(found, expected, "\n{found}");
