@@ -348,7 +348,8 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Re
                 Ok(None) | Err(_) => {
                     listening = false;
                     if with_caller {
-                        cancel.cancel();
+                        // Not cancelled: what it had done until here may be of use to the next.
+                        work.abort();
                     }
                 }
             },

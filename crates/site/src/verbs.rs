@@ -48,7 +48,7 @@ pub enum Manner {
     InTurn,
     /// It must not be asked twice: an answer that was lost is told as that.
     Once,
-    /// It is stopped when nobody waits for its answer any more.
+    /// It breaks off when nobody waits for its answer any more.
     WithCaller,
 }
 
