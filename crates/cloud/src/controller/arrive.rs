@@ -1,4 +1,4 @@
-//! The second half of a migration: from the switch until the machine needs its source no more,
+//! The second half of a migration: from the switch until the machine no longer needs its source,
 //! however often a relay, a link or a daemon is lost on the way.
 //!
 //! ```text

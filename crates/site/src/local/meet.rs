@@ -59,7 +59,7 @@ impl Reach {
     }
 
     /// What the source is told of where this site's relay listens.
-    pub(super) async fn told_address(&self, relay: &RelayClient) -> Result<SocketAddr, Fault> {
+    pub(super) async fn reported_address(&self, relay: &RelayClient) -> Result<SocketAddr, Fault> {
         let status = relay.wait(|s| s.listening.is_some()).await.map_err(into_fault)?;
         let address = status
             .listening

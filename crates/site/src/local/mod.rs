@@ -86,7 +86,7 @@ pub struct SiteOptions {
     pub memory_promise_bytes: Option<u64>,
     /// How often all that is stored is read and checked; once a day when left out.
     pub scrub_every: Option<std::time::Duration>,
-    /// QEMUs that wait for each substrate that was activated of late; 0 keeps none.
+    /// QEMUs that wait for each substrate that was activated recently; 0 keeps none.
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
     pub co_schedule: bool,

@@ -194,7 +194,7 @@ impl LocalSite {
         };
         let has_disk = disk.is_some();
         let relay = self.relays.start(record, self.reach.awaits(), disk, Part::Whole).await?;
-        let address = self.reach.told_address(&relay).await?;
+        let address = self.reach.reported_address(&relay).await?;
         let mut launch = self.launcher.launch(record, image)?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
@@ -279,7 +279,7 @@ impl LocalSite {
         });
     }
 
-    /// A machine has arrived and needs its source no more.
+    /// A machine has arrived and no longer needs its source.
     pub(super) async fn settle_arrival(&self, record: &MachineRecord) -> Result<(), Fault> {
         let entry = self.machines.entry(record.vm).await?;
         let mut e = entry.lock().await;

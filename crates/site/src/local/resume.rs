@@ -310,7 +310,7 @@ impl LocalSite {
         let has_disk = disk.is_some();
         let part = if memory { Part::Rest } else { Part::Disk };
         let relay = self.relays.start(&record, self.reach.awaits(), disk, part).await?;
-        let address = self.reach.told_address(&relay).await?;
+        let address = self.reach.reported_address(&relay).await?;
         let received: Received = measured(&self.dirs.vm(vm), RECEIVED);
         let mut whole = None;
         if let Some(machine) = machine {

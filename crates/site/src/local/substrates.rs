@@ -21,7 +21,7 @@ pub(super) struct Substrates {
     data: PathBuf,
     pub(super) pool: Pool,
     pub(super) shells: Shells,
-    /// QEMUs that wait for each substrate that was activated of late.
+    /// QEMUs that wait for each substrate that was activated recently.
     pub(super) wanted: usize,
 }
 
