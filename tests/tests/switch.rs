@@ -180,9 +180,10 @@ impl Story {
             vm["state"], vm["site"], end["error"]["message"]
         );
         match victim {
-            Victim::Qemu if step != COMMITTED => self.ended_with_its_qemu(&end, KILLED, None),
-            // All of its memory may have come before.
-            Victim::Qemu if end["state"] != "done" => self.ended_with_its_qemu(&end, KILLED, None),
+            // Its device state has come before all other steps, and all of its memory may have.
+            Victim::Qemu if step == STOPPED || end["state"] != "done" => {
+                self.ended_with_its_qemu(&end, KILLED, None);
+            }
             Victim::FarHost if beyond => {
                 self.ended_with_its_qemu(&end, "its QEMU is gone", written.as_deref());
             }
