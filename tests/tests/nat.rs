@@ -64,9 +64,11 @@ fn begin(cloud: &Cloud, to: Daemon) -> String {
 #[test]
 fn a_site_behind_nat_is_source_and_destination_of_moves() {
     let setup = Setup::new().over_link(100.0, 10.0).flag(Daemon::Ap, "--behind-nat");
-    let mut cloud = setup.start();
-    cloud.bring_substrate();
+    let mut cloud = setup.center_only();
+    // Before it speaks with anybody: the door knows no link that was there before itself.
     nft(&cloud, &["-f", "-"], RULES);
+    cloud.join_ap();
+    cloud.bring_substrate();
     // The door is shut: a stranger's packet is counted and goes no further.
     let door = (cloud.net().addr_b(), 4242);
     let stranger = || UdpSocket::bind("0.0.0.0:0")?.send_to(b"hello", door);
