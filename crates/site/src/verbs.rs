@@ -1,6 +1,6 @@
 //! The requests of the center to a site, each with its reply: one table.
 //!
-//! A new verb is a row here and a handler in `site/local/answers.rs`, which does not compile
+//! A new verb is a row here and a handler in `local/answers.rs`, which does not compile
 //! without it. The row says since which version of the protocol it is there: a site that speaks
 //! an older one is not asked ([`RemoteSite`](super::RemoteSite) says so in words). Rows and kinds
 //! of reply are only ever added at the end, since their places are their numbers on the wire.

@@ -91,7 +91,8 @@ impl LocalSite {
         Ok(status_of(&self.name, &mut e, life).await)
     }
 
-    async fn boot_new(
+    /// Writes a machine's record and an empty top layer, and boots it.
+    pub(super) async fn boot_new(
         &self,
         entry: &Mutex<Entry>,
         record: &MachineRecord,

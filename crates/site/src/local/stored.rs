@@ -1,17 +1,14 @@
 //! A machine booted from the disk that a substrate stores: the way out when its saved state can no
 //! longer be loaded.
 
-use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_image::Image;
 use godwit_qemu::MacAddress;
 use godwit_types::{Fault, SubstrateId};
-use tokio::sync::Mutex;
-use tokio_util::sync::CancellationToken;
 
-use super::machines::{TOP, into_fault, join_error};
+use super::LocalSite;
+use super::machines::{into_fault, join_error};
 use super::pool::mac_seed;
 use super::record::{DesiredState, DiskBase, MachineRecord};
-use super::{Entry, LocalSite};
 use crate::{Call, MachineStatus, NewMachine, Origin};
 
 impl LocalSite {
@@ -61,7 +58,7 @@ impl LocalSite {
         let image = self.substrates.sound_disk(&self.images, &record).await?;
         let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
         self.substrates.pool.note_clone(id, record.vm);
-        match self.boot_stored_entered(&entry, &record, &image, (&call, &wanted)).await {
+        match self.boot_new(&entry, &record, &image, &call, &wanted).await {
             Ok(()) => self.started(&entry).await,
             Err(f) => {
                 self.substrates.pool.forget_clone(record.vm);
@@ -69,28 +66,5 @@ impl LocalSite {
                 Err(f)
             }
         }
-    }
-
-    async fn boot_stored_entered(
-        &self,
-        entry: &Mutex<Entry>,
-        record: &MachineRecord,
-        image: &Image,
-        (call, wanted): (&Call, &CancellationToken),
-    ) -> Result<(), Fault> {
-        let dir = self.dirs.vm(record.vm);
-        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
-        record.save(&dir)?;
-        if let Some(base) = image.disk_path() {
-            let top = dir.join(TOP);
-            tokio::task::spawn_blocking(move || {
-                let bytes = check_base(&base)?;
-                create_overlay(&top, Backing::None, bytes)
-            })
-            .await
-            .map_err(join_error)?
-            .map_err(into_fault)?;
-        }
-        self.boot(entry, record, image, call, wanted).await
     }
 }

@@ -95,7 +95,7 @@ fn every_state() -> Vec<State> {
     all
 }
 
-fn said(outcome: &Result<First, Refusal>) -> String {
+fn outcome_text(outcome: &Result<First, Refusal>) -> String {
     let long = match outcome {
         Ok(First::Nothing) => "yes".to_owned(),
         Ok(first) => format!("yes:{first:?}"),
@@ -112,7 +112,7 @@ fn table(qemu: Qemu, actions: &[Action]) -> String {
     let lines = states.map(|s| {
         let phase = format!("{:?}", s.phase);
         let phase = phase.split('(').next().unwrap_or_default().to_owned();
-        let cells = actions.iter().map(|a| format!("{:<11}", said(&s.allows(*a))));
+        let cells = actions.iter().map(|a| format!("{:<11}", outcome_text(&s.allows(*a))));
         format!("{phase:<11} {}", cells.collect::<Vec<_>>().join(" ")).trim_end().to_owned()
     });
     lines.collect::<Vec<_>>().join("\n")
@@ -183,7 +183,7 @@ Stranded    Here        yes         NotInMove   yes         RunsHere";
 #[test]
 fn what_is_shown_depends_on_qemu_alone() {
     for s in every_state() {
-        let shown = |a| said(&s.allows(a));
+        let shown = |a| outcome_text(&s.allows(a));
         if s.phase == Phase::Gone {
             assert_eq!(shown(Action::Log), "Gone");
             continue;
@@ -235,7 +235,7 @@ fn every_refusal_names_the_machine_and_says_what_to_do() {
     let (machine, seen, given) = ("m".to_owned(), Generation(7), Generation(6));
     all.push(Refusal::Left { machine, site: name("here"), seen, given });
     let variants: std::collections::BTreeSet<String> =
-        all.iter().map(|r| said(&Err(r.clone()))).collect();
+        all.iter().map(|r| outcome_text(&Err(r.clone()))).collect();
     assert_eq!(variants.len(), 19, "each refusal is reached by some state: {variants:?}");
     for r in all {
         let words = r.to_string();
@@ -255,7 +255,7 @@ fn a_migration_is_seen_by_its_own_id_only() {
     assert_eq!(state().in_move(&r, id).phase, Phase::Leaving(name("cafe")));
     let other = state().in_move(&r, MigrationId::new());
     assert_eq!(other.phase, Phase::Settled);
-    assert_eq!(said(&other.allows(Action::ResumeDeparture)), "NotInMove");
+    assert_eq!(outcome_text(&other.allows(Action::ResumeDeparture)), "NotInMove");
 }
 
 #[test]
