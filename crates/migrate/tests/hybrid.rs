@@ -3,12 +3,13 @@
 
 use std::fs::File;
 
+use godwit_migrate::RelayConfig;
 use godwit_migrate::hybrid::{
     Asking, Committed, DestinationFate, MoveError, Received, Sent, Steering, prepare_incoming,
     receive, report, send,
 };
-use godwit_migrate::relay::{NOT_COMMITTED, RelayPhase, says_committed};
-use godwit_qemu::Life;
+use godwit_migrate::relay::{HeldMemory, NOT_COMMITTED, RelayPhase, says_committed};
+use godwit_qemu::{Life, MemorySource};
 use godwit_testkit::{LONG, Relay, Sites, give, sh, start, up};
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +31,16 @@ async fn witness(machine: &godwit_qemu::Machine) {
         "until /usr/lib/godwit/godwit-witness status | grep -q memory_ok; do sleep 0.2; done",
     )
     .await;
+}
+
+/// A copy of the machine's memory as it is now, which both sites hold.
+async fn held_memory(place: &Sites, source: &godwit_qemu::Machine) -> HeldMemory {
+    let MemorySource::Shared { path } = source.launch().memory else { panic!("no file") };
+    let copy = place.path("held");
+    source.stop().await.unwrap();
+    std::fs::copy(path, &copy).unwrap();
+    source.run().await.unwrap();
+    HeldMemory { content: godwit_types::Hash::of(b"as it was"), path: copy }
 }
 
 /// A move to a site that cannot write down that the machine runs there.
@@ -87,6 +98,7 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     let place = Sites::new();
     let source = start(place.source()).await;
     up(&source).await;
+    let held = held_memory(&place, &source).await;
     witness(&source).await;
     let sum = sh(&source, "md5sum < /data/ballast").await;
     is_taken_back_from_a_full_disk(&place, &source).await;
@@ -94,12 +106,14 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     let word = place.path("ran");
     std::fs::write(&word, NOT_COMMITTED).unwrap();
     let mut config = place.destination_config(false);
+    config.held = Some(held.clone());
     give(&mut config, File::options().write(true).open(&word).unwrap());
     let there = Relay::start(config).await;
     let address = there.listening().await;
     let target = start(place.target()).await;
     prepare_incoming(&target, &place.destination_config(false).qemu).await.unwrap();
     let here_config = place.source_config(address, false);
+    let here_config = RelayConfig { held: Some(held), ..here_config };
     let here = Relay::start(here_config.clone()).await;
 
     let (_never, lost) = tokio::sync::watch::channel(None);
@@ -131,6 +145,10 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     // Both relays share this host's clock, and found that out.
     let clock = report.clock.expect("the clocks were compared");
     assert!(clock.offset_ms == 0.0 && clock.bound_ms == 0.0, "{clock:?}");
+    // Most of what the machine has it had when it was copied; the witness's own pages it had not.
+    let pages = &report.pages;
+    assert!(pages.known > pages.data / 4 && pages.known < pages.data, "{pages:?}");
+    assert!(pages.changed > 0, "{pages:?}");
     // Whether any page had to be asked for is up to the guest.
     assert!(report.pages.data > 0, "{:?}", report.pages);
     assert!(report.pages.waited_ms >= report.pages.longest_wait_ms, "{:?}", report.pages);

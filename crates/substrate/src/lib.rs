@@ -75,5 +75,5 @@ pub use identity::Identity;
 pub use manifest::{Docked, Part, Shape, Sizes, Substrate};
 pub use memory::SealedMemory;
 pub use pool::{Pool, PoolCheck, PoolDirs};
-pub use ready::Ready;
+pub use ready::{OpenMemory, Ready};
 pub use shells::{Places, Shells};

@@ -57,6 +57,28 @@ impl Ready {
     }
 }
 
+/// Sealed memory that is open for reading.
+#[derive(Debug)]
+pub struct OpenMemory {
+    file: File,
+    memory: SealedMemory,
+    _in_use: InUse,
+}
+
+impl OpenMemory {
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.memory.path()
+    }
+
+    /// The open file.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
 #[derive(Debug, Clone)]
 pub(crate) struct ReadyDisk {
     pub(crate) base: PathBuf,
@@ -111,6 +133,41 @@ impl Pool {
         let done = prepare().map_err(|e: SubstrateError| e.of(&name));
         self.note_use(id, done.as_ref().err());
         done
+    }
+
+    /// Opens the sealed memory of a substrate of this `content`, made first where it is missing or
+    /// damaged and the budget has room for it. It stays while it is open.
+    ///
+    /// # Errors
+    /// As [`Pool::prepare`]; [`SubstrateError::NoRoom`] beyond the budget; one of another content
+    /// is [`SubstrateError::NotFound`].
+    pub fn open_memory(
+        &self,
+        id: SubstrateId,
+        content: Hash,
+    ) -> Result<OpenMemory, SubstrateError> {
+        let docked = self.docked(id)?;
+        let name = docked.substrate.name.clone();
+        if docked.substrate.content() != content {
+            return Err(SubstrateError::NotFound(format!("{name} of content {content}")));
+        }
+        let one = Arc::clone(lock(&self.inner.making).entry(id).or_default());
+        let _one = lock(&one);
+        let in_use = self.inner.cache.used(id);
+        if !self.memory_fits(id) {
+            let budget_bytes = self.memory_budget();
+            return Err(SubstrateError::NoRoom {
+                place: format!("for the memory of substrate {name} beside what is in use"),
+                needed_bytes: docked.substrate.shape.memory.bytes(),
+                free_bytes: budget_bytes.saturating_sub(self.sealed_bytes().0),
+            });
+        }
+        let opened = self.ready_memory(&docked).and_then(|memory| {
+            let file =
+                File::open(memory.path()).map_err(SubstrateError::io("opening", memory.path()))?;
+            Ok(OpenMemory { file, memory, _in_use: in_use })
+        });
+        opened.map_err(|e| e.of(&name))
     }
 
     /// Makes sure of the disk layer of a substrate whose clone is about to be read: docked, or

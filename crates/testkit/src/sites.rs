@@ -128,6 +128,7 @@ impl Sites {
             resume,
             memory: true,
             disk: Some(disk),
+            held: None,
             given: None,
         }
     }

@@ -173,6 +173,10 @@ pub struct PagesMoved {
     pub zero: u64,
     /// Of both, those that had been sent before.
     pub repeated: u64,
+    /// Of the pages with content, those that were only named, since both sites held them.
+    pub known: u64,
+    /// Of them those of which only what differs from what both sites held was sent.
+    pub changed: u64,
     /// Of both, those sent because the machine, or the relay for it, asked for them.
     pub demanded: u64,
     /// Bytes that the destination was told to forget at the switch, since they had changed.

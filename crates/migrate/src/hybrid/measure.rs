@@ -197,6 +197,8 @@ pub fn report(
         data: sent.counts.data_pages,
         zero: sent.counts.zero_pages,
         repeated: sent.counts.repeated_pages,
+        known: sent.counts.known_pages,
+        changed: sent.counts.changed_pages,
         demanded: sent.counts.demanded_pages,
         discarded_bytes: sent.counts.discarded_bytes,
         requests: received.counts.requests,

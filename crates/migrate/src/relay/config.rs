@@ -5,9 +5,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use godwit_transfer::Revocations;
-use godwit_types::{Generation, MigrationId, Name};
+use godwit_types::{Generation, Hash, MigrationId, Name};
 use serde::{Deserialize, Serialize};
 
+use super::known::KnownMemory;
 use super::{Given, RelayError};
 
 /// The largest configuration file in bytes.
@@ -74,9 +75,23 @@ pub struct RelayConfig {
     /// The disk, when the machine has one.
     #[serde(default)]
     pub disk: Option<RelayDisk>,
+    /// Memory that the other site holds as well, most of which the machine may still have; not for a
+    /// migration that goes on after a break.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<HeldMemory>,
     /// What the relay inherits open, in place of opening or making it.
     #[serde(default)]
     pub given: Option<Given>,
+}
+
+/// A memory image that both sites hold. It is used where both name the same content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeldMemory {
+    /// What is in it: the content of its substrate.
+    pub content: Hash,
+    /// The file, with page `n` of the machine's memory at `n` times 4096.
+    pub path: PathBuf,
 }
 
 /// The disk of the machine as a relay needs it.
@@ -148,6 +163,20 @@ impl RelayConfig {
         Ok(config)
     }
 
+    /// Opens the memory that both sites hold, or takes it as it was `given` open.
+    pub(super) fn held_memory(
+        &self,
+        given: Option<std::fs::File>,
+    ) -> Result<Option<(Hash, KnownMemory)>, RelayError> {
+        let Some(held) = &self.held else { return Ok(None) };
+        let path = || held.path.clone();
+        let open = || given.map_or_else(|| std::fs::File::open(&held.path), Ok);
+        open()
+            .and_then(KnownMemory::new)
+            .map(|memory| Some((held.content, memory)))
+            .map_err(|source| RelayError::Held { path: path(), source })
+    }
+
     /// Checks what the types cannot.
     ///
     /// # Errors
@@ -159,7 +188,9 @@ impl RelayConfig {
                 | (RelayRole::Source, Some(RelayDisk::Source { .. }))
                 | (RelayRole::Destination, Some(RelayDisk::Destination { .. }))
         );
-        if !self.memory && !self.resume {
+        if self.held.is_some() && self.resume {
+            Err(RelayError::Contradiction("what goes on after a break refers to no held memory"))
+        } else if !self.memory && !self.resume {
             Err(RelayError::Contradiction("memory is left out of a migration that just begins"))
         } else if !(1_000..=3_600_000).contains(&self.link_patience_ms) {
             Err(RelayError::Contradiction("the link's patience is not between 1 s and an hour"))

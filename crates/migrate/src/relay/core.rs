@@ -26,6 +26,7 @@ use godwit_qemu::stream::{
 use super::around::Around;
 use super::frame::{Kind, MAX_RAW};
 use super::handover::OpenState;
+use super::known::{Batch, KnownMemory, Put};
 use super::pacer::Pacer;
 use super::round::Round;
 use super::status::{Counts, RamSection, RelayPhase};
@@ -59,7 +60,7 @@ pub(crate) struct SourceCore {
     around: Around,
     pacer: Pacer,
     phase: RelayPhase,
-    batch: Vec<u8>,
+    batch: Batch,
     out: VecDeque<Outgoing>,
     counts: Counts,
     shut: Option<u32>,
@@ -111,7 +112,7 @@ impl SourceCore {
             around: Around::default(),
             pacer: Pacer::new(),
             phase,
-            batch: Vec::with_capacity(BATCH + 8192),
+            batch: Batch::default(),
             out: VecDeque::new(),
             counts: Counts::default(),
             shut: None,
@@ -123,6 +124,11 @@ impl SourceCore {
             section: None,
             ram: None,
         }
+    }
+
+    /// From now on the destination holds `known`, too.
+    pub(crate) fn refer_to(&mut self, known: KnownMemory) {
+        self.batch.refer_to(known);
     }
 
     /// What the stream says of the machine's memory, once it has.
@@ -208,6 +214,8 @@ impl SourceCore {
                     if self.phase == RelayPhase::PreCopy && over {
                         self.advance(RelayPhase::RoundOver);
                     }
+                    self.put_page(page);
+                    continue;
                 }
                 Record::Command(Command::SwitchoverStart) => self.stopped(),
                 Record::Command(Command::RamDiscard { block, ranges, .. }) => {
@@ -218,7 +226,7 @@ impl SourceCore {
                     self.stopped();
                     self.state = DeviceState::Packaged;
                     self.flush(Kind::Memory);
-                    record.encode(&mut self.batch);
+                    self.batch.record(&record);
                     self.flush(Kind::Device);
                     // The destination asks for nothing before it has this; from now on QEMU
                     // answers.
@@ -234,7 +242,7 @@ impl SourceCore {
                     // QEMU ends as pre-copy. Its destination is to have memory without an end yet.
                     self.stopped();
                     self.state = DeviceState::Open(OpenState::new(*id));
-                    Record::SectionPart { id: *id }.encode(&mut self.batch);
+                    self.batch.record(&Record::SectionPart { id: *id });
                     continue;
                 }
                 Record::Opaque(piece) => {
@@ -244,20 +252,33 @@ impl SourceCore {
                 Record::Eof => self.ended = true,
                 _ => {}
             }
-            record.encode(&mut self.batch);
-            if self.batch.len() >= BATCH {
-                self.flush(Kind::Memory);
-            }
+            self.batch.record(&record);
+            self.flush_full();
         }
         self.flush(Kind::Memory);
         Ok(())
+    }
+
+    fn put_page(&mut self, page: &Page) {
+        match self.batch.page(page) {
+            Put::Whole => {}
+            Put::Same => self.counts.known_pages += 1,
+            Put::Changed => self.counts.changed_pages += 1,
+        }
+        self.flush_full();
+    }
+
+    fn flush_full(&mut self) {
+        if self.batch.is_full(BATCH) {
+            self.flush(Kind::Memory);
+        }
     }
 
     /// Bytes behind memory that are no commands: device state in the open.
     fn on_open_state(&mut self, piece: &[u8]) -> Result<(), StreamError> {
         if matches!(self.state, DeviceState::Packaged) {
             // What follows the end of a stream of post-copy, if QEMU should send such a thing.
-            self.batch.extend_from_slice(piece);
+            self.batch.stream(piece);
             return Ok(());
         }
         let malformed = |what| StreamError::Malformed { at: 0, what };
@@ -267,7 +288,7 @@ impl SourceCore {
         state.push(piece)?;
         let Some(handover) = state.finish(last) else { return Ok(()) };
         self.flush(Kind::Memory);
-        self.batch = handover.memory;
+        self.batch.stream(&handover.memory);
         self.flush(Kind::Memory);
         // QEMU would have opened it in post-copy, and the destination waits for it at its end.
         self.on_preempt_open();
@@ -349,10 +370,13 @@ impl SourceCore {
         if self.batch.is_empty() {
             return;
         }
-        let mut raw = Bytes::from(std::mem::take(&mut self.batch));
-        self.batch.reserve(BATCH + 8192);
+        let (collected, raw) = self.batch.take();
+        // One that refers to pages is not parted: it has one hash.
+        let whole = collected == Kind::Referring;
+        let (kind, most) = if whole { (collected, usize::MAX) } else { (kind, MAX_RAW) };
+        let mut raw = Bytes::from(raw);
         while !raw.is_empty() {
-            let piece = raw.split_to(raw.len().min(MAX_RAW));
+            let piece = raw.split_to(raw.len().min(most));
             self.out.push_back(Outgoing { channel: Channel::Main, kind, raw: piece });
         }
     }
@@ -370,7 +394,7 @@ impl SourceCore {
         }
         match kind {
             Kind::Device => self.counts.bytes.device_state += wire,
-            Kind::Memory | Kind::Open => self.counts.bytes.memory += wire,
+            Kind::Memory | Kind::Open | Kind::Referring => self.counts.bytes.memory += wire,
         }
     }
 

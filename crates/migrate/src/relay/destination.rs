@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use godwit_qemu::stream::{PONG_COMMIT, ReturnMessage, ReturnPathParser};
 use godwit_transfer::{Endpoint, Lane, LaneKind, LaneReceiver, LaneSender, Link};
+use godwit_types::Hash;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -18,9 +19,10 @@ use super::control::Asked;
 use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
 use super::frame::{Kind, open};
+use super::known::{KnownMemory, expand};
 use super::meet::meet;
 use super::waits::{Channel, Waits};
-use super::wire::{About, NEWEST, Note, recv_note, send_note};
+use super::wire::{About, NEWEST, Note, REFERS, recv_note, send_note};
 use super::{
     BlockDevice, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase,
     RelayStatus, unless_aborted,
@@ -33,9 +35,15 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// How long QEMU may take to say what its end is, once it has shut a channel.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
+/// What is open already: the disk, the word on the commit point, and the memory that the source may
+/// hold, too.
+type Opened<'a> = (Option<&'a BlockDevice>, &'a CommitFile, Option<(Hash, KnownMemory)>);
+
 /// The lanes of one migration, as the source opened them.
 struct Lanes {
     link: Link,
+    /// The version that both relays use.
+    version: u16,
     steering: (LaneSender, LaneReceiver),
     bulk: LaneReceiver,
     demand: (LaneSender, LaneReceiver),
@@ -45,14 +53,13 @@ struct Lanes {
 pub(super) async fn run(
     config: &RelayConfig,
     endpoint: &Endpoint,
-    device: Option<&BlockDevice>,
-    commit: &CommitFile,
+    (device, commit, held): Opened<'_>,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<Outcome, RelayError> {
     let link = meet(config, endpoint, status, commands).await?;
     let mut lanes = unless_aborted(commands, accept_lanes(config, link)).await?;
-    let worked = work(config, &mut lanes, (device, commit), status, commands).await;
+    let worked = work(config, &mut lanes, (device, commit, held), status, commands).await;
     // Whoever reads the file once this relay says that it has ended reads its last word.
     commit.settle().await;
     let note = match &worked {
@@ -84,12 +91,13 @@ async fn accept_lanes(config: &RelayConfig, link: Link) -> Result<Lanes, RelayEr
     let (migration, generation) = (config.migration, config.generation);
     let ours = About { version: NEWEST, migration, generation };
     let (mut steering, mut bulk, mut demand) = (None, None, None);
+    let mut agreed = NEWEST;
     let (mut disk_demand, mut disk_bulk) = (None, None);
     let wanted = if config.disk.is_some() { 5 } else { 3 };
     for _ in 0..wanted {
         let lane: Lane = link.accept_lane().await.map_err(fail)?;
         match ours.agree(lane.about()) {
-            Ok(version) => tracing::debug!(version, kind = ?lane.kind(), "a lane"),
+            Ok(version) => agreed = agreed.min(version),
             Err(e) => {
                 link.close(&e.to_string());
                 return Err(e);
@@ -112,13 +120,14 @@ async fn accept_lanes(config: &RelayConfig, link: Link) -> Result<Lanes, RelayEr
         return Err(RelayError::Protocol("a lane is missing"));
     }
     let (_, bulk) = bulk.split();
-    Ok(Lanes { link, steering: steering.split(), bulk, demand: demand.split(), disk })
+    let (steering, demand) = (steering.split(), demand.split());
+    Ok(Lanes { link, version: agreed, steering, bulk, demand, disk })
 }
 
 async fn work(
     config: &RelayConfig,
     lanes: &mut Lanes,
-    (device, commit): (Option<&BlockDevice>, &CommitFile),
+    (device, commit, held): Opened<'_>,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<(), RelayError> {
@@ -144,7 +153,14 @@ async fn work(
         };
         s.committed = config.resume;
     });
-    let Lanes { link, steering, bulk, demand, disk } = lanes;
+    let Lanes { link, version, steering, bulk, demand, disk } = lanes;
+    let mut known = None;
+    if let Some((content, memory)) = held
+        && *version >= REFERS
+    {
+        send_note(&mut steering.0, Note::Holds(content)).await?;
+        known = Some(memory);
+    }
     send_note(&mut steering.0, Note::Ready).await?;
 
     let (ack_tx, mut acks) = mpsc::channel(1024);
@@ -164,7 +180,7 @@ async fn work(
     };
     let bulk = async {
         match main_write {
-            Some(write) => bulk_channel(bulk, write, ack_tx, &waits, status).await,
+            Some(write) => bulk_channel((bulk, known), write, ack_tx, &waits, status).await,
             None => Ok(()),
         }
     };
@@ -324,7 +340,7 @@ fn account(status: &watch::Sender<RelayStatus>, kind: Kind, wire: usize) {
                 s.counts.bytes.device_state += wire as u64;
                 RelayPhase::Stopped
             }
-            Kind::Memory | Kind::Open => {
+            Kind::Memory | Kind::Open | Kind::Referring => {
                 s.counts.bytes.memory += wire as u64;
                 RelayPhase::PreCopy
             }
@@ -351,7 +367,7 @@ fn note_written(
 
 /// From the bulk lane to QEMU's main channel; each frame is acknowledged when QEMU has taken it.
 async fn bulk_channel(
-    lane: &mut LaneReceiver,
+    (lane, mut known): (&mut LaneReceiver, Option<KnownMemory>),
     mut write: OwnedWriteHalf,
     acks: mpsc::Sender<u32>,
     waits: &Mutex<Waits>,
@@ -362,6 +378,10 @@ async fn bulk_channel(
     {
         let (kind, raw) = open(&frame)?;
         account(status, kind, frame.len());
+        let raw = match kind {
+            Kind::Referring => expand(&raw, known.as_mut())?,
+            Kind::Memory | Kind::Device | Kind::Open => raw,
+        };
         write.write_all(&raw).await.map_err(|source| RelayError::Qemu {
             what: "writing the destination QEMU's main channel",
             source,

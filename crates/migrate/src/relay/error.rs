@@ -6,6 +6,7 @@ use godwit_transfer::{KeyError, LaneError, LinkError};
 use godwit_types::{Code, CodedError};
 
 use super::frame::FrameError;
+use super::known::ReferError;
 
 /// Why a relay could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -117,6 +118,18 @@ pub enum RelayError {
         /// The oldest that is spoken here.
         oldest: u16,
     },
+    /// The memory that both sites hold cannot be opened.
+    #[error("opening the memory that both sites hold, {path}", path = .path.display())]
+    Held {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A frame refers to memory that is not here, or is other than at the source.
+    #[error("taking pages from the memory that both sites hold")]
+    Refer(#[source] ReferError),
     /// The commit point cannot be written down.
     #[error("writing down that the machine runs here")]
     NotWritten(#[source] std::io::Error),
@@ -143,6 +156,12 @@ impl From<FrameError> for RelayError {
     }
 }
 
+impl From<ReferError> for RelayError {
+    fn from(e: ReferError) -> Self {
+        Self::Refer(e)
+    }
+}
+
 impl CodedError for RelayError {
     fn code(&self) -> Code {
         match self {
@@ -154,7 +173,8 @@ impl CodedError for RelayError {
             Self::WrongPeer { .. } => Code::Unauthenticated,
             Self::TooOld { .. } => Code::Conflict,
             Self::NobodyCame { .. } => Code::Unavailable,
-            Self::Stream(_) | Self::Frame(_) | Self::Protocol(_) => Code::Damaged,
+            Self::Stream(_) | Self::Frame(_) | Self::Protocol(_) | Self::Refer(_) => Code::Damaged,
+            Self::Held { .. } => Code::Internal,
             Self::Aborted(_) => Code::Cancelled,
             Self::NotWritten(e) if e.kind() == std::io::ErrorKind::StorageFull => Code::NoRoom,
             Self::NotWritten(_) => Code::Internal,

@@ -16,6 +16,8 @@ pub(crate) enum Kind {
     Device = 2,
     /// The preempt channel is open; no bytes.
     Open = 3,
+    /// As `Memory`, with pages that the destination holds ([`super::known`]); since version 3.
+    Referring = 4,
 }
 
 /// A frame that is none.
@@ -44,6 +46,7 @@ pub(crate) fn open(frame: &Bytes) -> Result<(Kind, Bytes), FrameError> {
         1 => Kind::Memory,
         2 => Kind::Device,
         3 => Kind::Open,
+        4 => Kind::Referring,
         other => return Err(FrameError::Kind(other)),
     };
     let len = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;

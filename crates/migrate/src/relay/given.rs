@@ -36,6 +36,9 @@ pub struct Given {
     /// once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<i32>,
+    /// The memory that both sites hold, for reading ([`super::RelayConfig::held`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<i32>,
 }
 
 /// The same, taken.
@@ -47,6 +50,7 @@ pub(super) struct Taken {
     pub(super) nbd: Option<UnixListener>,
     pub(super) layers: Vec<File>,
     pub(super) commit: Option<File>,
+    pub(super) held: Option<File>,
 }
 
 fn contradiction<E>(why: &'static str) -> impl Fn(E) -> RelayError {
@@ -57,7 +61,7 @@ impl Given {
     /// Whether the numbers can be those of descriptors that are this program's alone.
     fn check(&self) -> Result<(), RelayError> {
         let mut all: Vec<i32> = [self.control, self.identity].into();
-        let single = [self.qemu, self.nbd, self.commit];
+        let single = [self.qemu, self.nbd, self.commit, self.held];
         all.extend(single.into_iter().flatten().chain(self.layers.iter().copied()));
         let n = all.len();
         all.sort_unstable();
@@ -105,6 +109,7 @@ impl Given {
                 .map(|fd| take(*fd).map(File::from))
                 .collect::<Result<_, _>>()?,
             commit: self.commit.map(|fd| take(fd).map(File::from)).transpose()?,
+            held: self.held.map(|fd| take(fd).map(File::from)).transpose()?,
         })
     }
 

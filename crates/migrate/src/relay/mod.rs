@@ -24,6 +24,7 @@ mod error;
 mod frame;
 mod given;
 mod handover;
+mod known;
 mod meet;
 mod pacer;
 mod round;
@@ -33,7 +34,7 @@ mod waits;
 mod wire;
 
 pub use commit::{NOT_COMMITTED, says_committed};
-pub use config::{Meeting, RelayConfig, RelayDisk, RelayRole};
+pub use config::{HeldMemory, Meeting, RelayConfig, RelayDisk, RelayRole};
 pub use control::{RelayClient, RelayCommand};
 pub use error::RelayError;
 pub use given::Given;
@@ -71,11 +72,13 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
                 nbd: taken.nbd,
                 layers: Some(taken.layers),
                 commit: CommitFile::new(taken.commit),
+                held: taken.held,
             };
             (taken.identity, Some(taken.control), inputs)
         }
         None => (Identity::load(&config.keys).map_err(RelayError::Keys)?, None, Inputs::default()),
     };
+    let held = config.held_memory(given.held)?;
     let trust =
         Trust::new(identity.authority(), config.revoked.clone()).map_err(RelayError::Keys)?;
     let address = match config.meeting {
@@ -104,12 +107,12 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     let served = BlockDevice::serve(&config, given.nbd, &status_tx)?;
     let worked = match config.role {
         RelayRole::Source => {
-            let opened = (given.qemu, given.layers);
+            let opened = (given.qemu, given.layers, held);
             source::run(&config, opened, &endpoint, &status_tx, &mut commands).await
         }
         RelayRole::Destination => {
-            let (commit, served) = (&given.commit, served.as_ref());
-            destination::run(&config, &endpoint, served, commit, &status_tx, &mut commands).await
+            let opened = (served.as_ref(), &given.commit, held);
+            destination::run(&config, &endpoint, opened, &status_tx, &mut commands).await
         }
     };
     let end = match worked {
@@ -153,6 +156,7 @@ struct Inputs {
     nbd: Option<UnixListener>,
     layers: Option<Vec<std::fs::File>>,
     commit: CommitFile,
+    held: Option<std::fs::File>,
 }
 
 /// Takes newer lists of revoked certificates over while the relay works: the link to a peer that

@@ -6,7 +6,7 @@ use bytes::BytesMut;
 use godwit_qemu::stream::ReturnMessage;
 use godwit_transfer::codec::Packer;
 use godwit_transfer::{Endpoint, LaneKind, LaneReceiver, LaneSender, Link};
-use godwit_types::BytesMoved;
+use godwit_types::{BytesMoved, Hash};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
@@ -16,8 +16,9 @@ use super::control::Asked;
 use super::core::{Channel as Lane, SourceCore};
 use super::disk::{self, Frozen, SharedPacer};
 use super::frame::seal;
+use super::known::KnownMemory;
 use super::meet::meet;
-use super::wire::{About, Note, known_by_peer, recv_note, send_note};
+use super::wire::{About, Note, REFERS, known_by_peer, recv_note, send_note};
 use super::{
     Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayStatus,
     unless_aborted,
@@ -31,12 +32,13 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// How long the other relay may take to have heard that the migration has ended well.
 const LAST_WORD: Duration = Duration::from_secs(10);
 
-/// What is open already: where QEMU connects, and the layers of the disk.
-type Opened = (Option<UnixListener>, Option<Vec<std::fs::File>>);
+/// What is open already: where QEMU connects, the layers of the disk, and the memory that the
+/// destination may hold, too.
+type Opened = (Option<UnixListener>, Option<Vec<std::fs::File>>, Option<(Hash, KnownMemory)>);
 
 pub(super) async fn run(
     config: &RelayConfig,
-    (listener, layers): Opened,
+    (listener, layers, held): Opened,
     endpoint: &Endpoint,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
@@ -46,7 +48,7 @@ pub(super) async fn run(
         None => super::listen(&config.qemu, "listening for QEMU on")?,
     };
     let link = meet(config, endpoint, status, commands).await?;
-    let joined = Source::join(config, layers, link, status);
+    let joined = Source::join(config, (layers, held), link, status);
     let mut source = unless_aborted(commands, joined).await?;
     source.compare_clocks().await?;
     source.publish();
@@ -159,7 +161,7 @@ async fn disk_over(
 impl<'a> Source<'a> {
     async fn join(
         config: &RelayConfig,
-        opened: Option<Vec<std::fs::File>>,
+        (opened, mut held): (Option<Vec<std::fs::File>>, Option<(Hash, KnownMemory)>),
         link: Link,
         status: &'a watch::Sender<RelayStatus>,
     ) -> Result<Self, RelayError> {
@@ -185,15 +187,23 @@ impl<'a> Source<'a> {
                 disk::source(frozen, demand, bulk, pacer, status, resume).await
             }));
         }
-        match recv_note(&mut steering.1).await? {
-            Some(Note::Ready) => {}
-            Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
-            _ => return Err(RelayError::Protocol("it is not ready")),
+        let mut core = SourceCore::new(config.resume, config.memory);
+        loop {
+            match recv_note(&mut steering.1).await? {
+                Some(Note::Ready) => break,
+                Some(Note::Holds(content)) if version >= REFERS => {
+                    if let Some((_, memory)) = held.take_if(|(ours, _)| *ours == content) {
+                        core.refer_to(memory);
+                    }
+                }
+                Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
+                _ => return Err(RelayError::Protocol("it is not ready")),
+            }
         }
         Ok(Self {
             status,
             link,
-            core: SourceCore::new(config.resume, config.memory),
+            core,
             clocks: Compare::default(),
             packer: Packer::new(),
             steering,
@@ -380,7 +390,7 @@ impl<'a> Source<'a> {
             Event::Note(Some(Note::DiskAck(frames))) => self.disk_pacer.on_ack(frames.into()),
             Event::Note(Some(Note::Done)) => self.done = true,
             Event::Note(Some(Note::Abort { why, .. })) => return Err(RelayError::PeerAborted(why)),
-            Event::Note(Some(Note::Ready | Note::Clock { .. })) => {}
+            Event::Note(Some(Note::Ready | Note::Clock { .. } | Note::Holds(_))) => {}
             Event::Note(None) => return Err(RelayError::Protocol("it has left")),
         }
         self.send_all().await?;

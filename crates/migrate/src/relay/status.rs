@@ -63,6 +63,14 @@ pub struct Counts {
     /// Pages sent that had been sent before (source only).
     #[serde(default)]
     pub repeated_pages: u64,
+    /// Of the pages with content, those that were only named, since the destination held them
+    /// (source only).
+    #[serde(default)]
+    pub known_pages: u64,
+    /// Of them those of which only what differs from what the destination held was sent (source
+    /// only).
+    #[serde(default)]
+    pub changed_pages: u64,
     /// Time during which the machine waited for a page that it had asked for, in microseconds
     /// (destination only).
     #[serde(default)]
@@ -95,6 +103,8 @@ impl Counts {
             disk_cancelled: self.disk_cancelled.max(later.disk_cancelled),
             disk_left: if later.disk_blocks > 0 { later.disk_left } else { self.disk_left },
             repeated_pages: self.repeated_pages + later.repeated_pages,
+            known_pages: self.known_pages + later.known_pages,
+            changed_pages: self.changed_pages + later.changed_pages,
             waited_us: self.waited_us + later.waited_us,
             longest_wait_us: self.longest_wait_us.max(later.longest_wait_us),
         }

@@ -5,16 +5,19 @@ use std::time::Duration;
 use bytes::Bytes;
 use godwit_transfer::wire::{decode, decode_open, encode};
 use godwit_transfer::{LaneReceiver, LaneSender};
-use godwit_types::{Generation, MigrationId};
+use godwit_types::{Generation, Hash, MigrationId};
 use serde::{Deserialize, Serialize};
 
 use super::RelayError;
 use crate::clock::ClockId;
 
-/// The newest version of what relays say. 1: first. 2: the clocks of both hosts are compared.
-pub(crate) const NEWEST: u16 = 2;
+/// The newest version of what relays say. 1: first. 2: the clocks of both hosts are compared. 3: frames
+/// refer to memory that both hold.
+pub(crate) const NEWEST: u16 = 3;
 /// The oldest that is still spoken.
 pub(crate) const OLDEST: u16 = 2;
+/// From this version on frames may refer to memory that both hold.
+pub(crate) const REFERS: u16 = 3;
 /// The longest reason that is passed on, in bytes.
 const MAX_WHY: usize = 1000;
 
@@ -23,7 +26,7 @@ const MAX_WHY: usize = 1000;
 /// one of that, and is entered here: a relay of before compares the whole `about` byte for byte.
 pub(crate) const fn known_by_peer(link: u16) -> u16 {
     match link {
-        0 | 1 => 2,
+        0..=3 => 2,
         _ => NEWEST,
     }
 }
@@ -91,6 +94,9 @@ pub(crate) enum Note {
         /// Which clock that is.
         clock: ClockId,
     },
+    /// The destination has memory of this content open, to which frames may refer; before `Ready`, from
+    /// version 3 on.
+    Holds(Hash),
 }
 
 pub(crate) async fn send_note(lane: &mut LaneSender, note: Note) -> Result<(), RelayError> {

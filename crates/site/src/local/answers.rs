@@ -8,12 +8,12 @@ use super::dock::Dock;
 use super::neighbours::Offered;
 use crate::verbs::{
     Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
-    MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateListening, MigrateLost, MigrateManifest,
-    MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn, MigrateResumeOut,
-    MigrateSend, MigrateStatus, Ping, Pool, PoolCheck, Report, Request, Revoke, SiteReply,
-    SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer, SubstrateUsers, Substrates,
-    VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot, VmStart, VmStatus,
-    VmStop, VmType,
+    MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateHold, MigrateListening, MigrateLost,
+    MigrateManifest, MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn,
+    MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool, PoolCheck, Report, Request, Revoke,
+    SiteReply, SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer, SubstrateUsers,
+    Substrates, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot, VmStart,
+    VmStatus, VmStop, VmType,
 };
 use crate::{Call, ConsoleTail};
 
@@ -107,6 +107,9 @@ impl LocalSite {
             };
             MigrateListening { migration } => self.moves.listening(migration).await?;
             MigrateDial { migration, vm, address } => self.moves.dial(migration, vm, address).await?;
+            MigrateHold { migration, substrate, content } => {
+                self.held.hold(&self.substrates, migration, (substrate, content)).await?
+            };
             Disk { of } => self.disk_of(of).await?;
         })
     }

@@ -14,6 +14,7 @@ mod dock;
 mod entry;
 mod exec;
 mod filling;
+mod held;
 mod images;
 mod launch;
 mod logs;
@@ -134,6 +135,7 @@ pub struct LocalSite {
     room: room::Room,
     substrates: substrates::Substrates,
     moves: moving::Moves,
+    held: held::HeldMemories,
     relays: Arc<relays::Relays>,
     reach: meet::Reach,
     neighbours: neighbours::Neighbours,
@@ -203,6 +205,7 @@ impl LocalSite {
             room,
             substrates,
             moves,
+            held: held::HeldMemories::default(),
             reach,
             relays,
             neighbours: neighbours::Neighbours::default(),

@@ -30,6 +30,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::allowed::{Action, First, Refusal};
+use super::held::Held;
 use super::launch::Launcher;
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::moving::forget_measured;
@@ -193,7 +194,8 @@ impl LocalSite {
             _ => None,
         };
         let has_disk = disk.is_some();
-        let relay = self.relays.start(record, self.reach.awaits(), disk, Part::Whole).await?;
+        let part = Part::Whole(self.held_of(record));
+        let relay = self.relays.start(record, self.reach.awaits(), disk, part).await?;
         let address = self.reach.reported_address(&relay).await?;
         let mut launch = self.launcher.launch(record, image)?;
         launch.start = Start::Incoming;
@@ -358,7 +360,8 @@ impl LocalSite {
         sent: &mut Sent,
     ) -> Result<(), NotSent> {
         let disk = self.source_disk(record, machine.launch().disk)?;
-        let relay = self.relays.start(record, meeting, disk, Part::Whole).await?;
+        let part = Part::Whole(self.held_of(record));
+        let relay = self.relays.start(record, meeting, disk, part).await?;
         let paths = self.moves.paths(record)?;
         moving.shown.send_replace(Some(relay.watch()));
         let asking = Arc::clone(moving);
@@ -378,6 +381,11 @@ impl LocalSite {
         }
         let _ = relay.command(&RelayCommand::Finish).await;
         Ok(())
+    }
+
+    /// The memory that is ready for the move that a machine is in.
+    fn held_of(&self, record: &MachineRecord) -> Option<Held> {
+        self.held.take(record.migration.as_ref()?.id)
     }
 
     /// The disk of a machine that leaves, as its relay reads it.

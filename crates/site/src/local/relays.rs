@@ -23,6 +23,7 @@ use godwit_qemu::{Companion, Confine, MemoryGroups, NotStarted};
 use godwit_transfer::{Identity, Trust};
 use godwit_types::{Fault, Mib};
 
+use super::held::Held;
 use super::machines::into_fault;
 use super::record::{End, MachineRecord, Migration};
 use super::{SiteDirs, SiteOptions, filling, ran};
@@ -40,10 +41,10 @@ const REVOKED: &str = "revoked.json";
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// What a relay is to carry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Part {
-    /// A migration from its start.
-    Whole,
+    /// A migration from its start, with memory that the other site holds as well.
+    Whole(Option<Held>),
     /// What is missing after a break.
     Rest,
     /// What is missing of the disk after a break; memory is not carried.
@@ -116,17 +117,25 @@ impl Relays {
             link_patience_ms: self.patience.as_millis() as u64,
             control: paths.control.clone(),
             qemu: paths.qemu.clone(),
-            resume: part != Part::Whole,
-            memory: part != Part::Disk,
+            resume: !matches!(part, Part::Whole(_)),
+            memory: !matches!(part, Part::Disk),
             disk,
+            held: None,
             given: None,
         };
-        let commit = match (migration.end, part) {
-            (End::Destination, Part::Whole) => Some(ran::open(&self.dirs.vm(record.vm))?),
+        let commit = match (migration.end, &part) {
+            (End::Destination, Part::Whole(_)) => Some(ran::open(&self.dirs.vm(record.vm))?),
             // It runs there already.
             (End::Destination, _) | (End::Source, _) => None,
         };
-        let open = give(&mut config, commit)?;
+        let held = match part {
+            Part::Whole(held) => held,
+            Part::Rest | Part::Disk => None,
+        };
+        config.held = held.as_ref().map(|h| h.memory.clone());
+        let held = held.map(|h| h.open.file().try_clone()).transpose();
+        let held = held.map_err(|e| fail("handing on the memory that both sites hold", &e))?;
+        let open = give(&mut config, commit, held)?;
         let input = written(&config, &paths.config)
             .map_err(|e| fail("writing a relay's configuration", &e))?;
         let log = std::fs::OpenOptions::new()
@@ -242,7 +251,11 @@ impl Relays {
 }
 
 /// Opens what a relay is to have open, and says so in its configuration.
-fn give(config: &mut RelayConfig, commit: Option<std::fs::File>) -> Result<Vec<OwnedFd>, Fault> {
+fn give(
+    config: &mut RelayConfig,
+    commit: Option<std::fs::File>,
+    held: Option<std::fs::File>,
+) -> Result<Vec<OwnedFd>, Fault> {
     let listen = |path: &Path| -> Result<OwnedFd, Fault> {
         listen(path).map(OwnedFd::from).map_err(|e| Fault::io("listening on", path, &e))
     };
@@ -279,6 +292,10 @@ fn give(config: &mut RelayConfig, commit: Option<std::fs::File>) -> Result<Vec<O
     if let Some(commit) = commit {
         given.commit = Some(Given::number(&commit));
         open.push(commit.into());
+    }
+    if let Some(held) = held {
+        given.held = Some(Given::number(&held));
+        open.push(held.into());
     }
     config.given = Some(given);
     Ok(open)

@@ -316,3 +316,40 @@ fn device_state_before_the_end_of_memory_ends_the_move_before_its_switch() {
     core.on_main(&encode(&setup(4))).expect("valid");
     assert!(core.on_main(&[4, 0, 0, 0, 9, 5, b't', b'i', b'm', b'e', b'r', 0]).is_err());
 }
+
+#[test]
+fn pages_that_the_destination_holds_are_named_and_qemu_there_reads_the_same_stream() {
+    use super::super::known::{KnownMemory, expand};
+    use std::io::Write as _;
+
+    let held = || {
+        let mut file = tempfile::tempfile().expect("a file");
+        // As `page` makes them, but for page 1; page 3 is not there.
+        for n in [1_u8, 9, 3] {
+            file.write_all(&[n; 4096]).expect("written");
+        }
+        KnownMemory::new(file).expect("opened")
+    };
+    let mut core = SourceCore::new(false, true);
+    core.refer_to(held());
+    let mut wire = encode(&setup(4));
+    wire.extend(encode(&part(0..4)));
+    core.on_main(&wire).expect("valid");
+    let (mut got, mut kinds, mut there, mut sent) = (Vec::new(), Vec::new(), held(), 0);
+    while let Some(out) = core.next_frame() {
+        sent += out.raw.len();
+        kinds.push(out.kind);
+        match out.kind {
+            Kind::Referring => {
+                got.extend_from_slice(&expand(&out.raw, Some(&mut there)).expect("expands"));
+            }
+            _ => got.extend_from_slice(&out.raw),
+        }
+    }
+    assert_eq!(got, wire);
+    assert_eq!(kinds, [Kind::Referring]);
+    assert!(sent < 3 * 4096, "{sent} of {}", wire.len());
+    let counts = core.counts();
+    assert_eq!((counts.data_pages, counts.known_pages, counts.changed_pages), (4, 2, 0));
+    assert_eq!(core.phase(), RelayPhase::RoundOver);
+}

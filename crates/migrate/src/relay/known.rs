@@ -1,0 +1,504 @@
+//! Memory that both sites of a move hold, and frames that refer to it.
+//!
+//! An environment that was activated from a substrate still has most of the substrate's pages, and
+//! both sites have the substrate's sealed memory. Where the two sites' relays have the same content
+//! open (`Note::Holds`), a page that is as it was there is only named, and one that differs by
+//! little is sent as what differs.
+//!
+//! ```text
+//! frame of kind Referring:  BLAKE3 of all pages that it does not spell out (32) | step ...
+//! step 0 bytes:    u32 length | bytes of QEMU's stream
+//! step 1 same:     u8 named | u64 first page | u32 pages
+//! step 2 changed:  u8 named | u64 page | u16 length | { u16 words to skip | u16 words | words }
+//! ```
+//!
+//! The destination makes QEMU's own page records of it. The hash is what finds a copy that is not
+//! what it should be, at either end, before QEMU is given a byte of the frame.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use bytes::{Buf, BufMut, Bytes};
+use godwit_qemu::RAM_BLOCK;
+use godwit_qemu::stream::{Content, Page, Record};
+use godwit_types::PAGE_SIZE;
+
+use super::frame::Kind;
+
+/// Pages of a memory file that are read at once.
+const WINDOW: u64 = 16;
+/// The most pages that one frame refers to.
+const MAX_PAGES: u32 = 1024;
+/// The most bytes that a change of one page takes; beyond that the page is spelled out.
+const MAX_CHANGE: usize = 1024;
+/// A word of a page, in bytes: what is compared at once.
+const WORD: usize = 8;
+const WORDS: usize = PAGE_SIZE / WORD;
+const HASH: usize = blake3::OUT_LEN;
+
+const STEP_BYTES: u8 = 0;
+const STEP_SAME: u8 = 1;
+const STEP_CHANGED: u8 = 2;
+
+/// Why a frame's references cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReferError {
+    /// It is no such frame, or asks for more than it may.
+    #[error("a frame refers to pages in a way that has no meaning: {0}")]
+    Malformed(&'static str),
+    /// Nothing is held here.
+    #[error("a frame refers to pages, and no memory is held here that it could mean")]
+    Nothing,
+    /// The file cannot be read.
+    #[error("reading page {page} of the memory that is held here")]
+    Read {
+        /// Number of the page.
+        page: u64,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// What the pages hash to is not what the source says.
+    #[error(
+        "the memory that both sites hold is not the same: pages that were referred to are others here"
+    )]
+    Differs,
+}
+
+/// A memory file, read a few pages at a time.
+#[derive(Debug)]
+pub(crate) struct KnownMemory {
+    file: File,
+    pages: u64,
+    /// The pages that were read last, from page `first` on.
+    window: Vec<u8>,
+    first: u64,
+}
+
+impl KnownMemory {
+    pub(crate) fn new(file: File) -> std::io::Result<Self> {
+        let pages = file.metadata()?.len() / PAGE_SIZE as u64;
+        Ok(Self { file, pages, window: Vec::new(), first: 0 })
+    }
+
+    /// Page `number`; `None` beyond the end.
+    fn page(&mut self, number: u64) -> std::io::Result<Option<&[u8]>> {
+        if number >= self.pages {
+            return Ok(None);
+        }
+        let have = self.first..self.first + (self.window.len() / PAGE_SIZE) as u64;
+        if !have.contains(&number) {
+            let count = WINDOW.min(self.pages - number);
+            self.window.resize(count as usize * PAGE_SIZE, 0);
+            self.first = number;
+            let read = self.file.read_exact_at(&mut self.window, number * PAGE_SIZE as u64);
+            if let Err(e) = read {
+                self.window.clear();
+                return Err(e);
+            }
+        }
+        let at = (number - self.first) as usize * PAGE_SIZE;
+        Ok(Some(&self.window[at..at + PAGE_SIZE]))
+    }
+}
+
+/// How a page was put into a [`Batch`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Put {
+    /// It is spelled out.
+    Whole,
+    /// The destination has it.
+    Same,
+    /// The destination has one that differs by little.
+    Changed,
+}
+
+/// Pages that follow each other and are the same at the destination.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    named: bool,
+    first: u64,
+    pages: u32,
+}
+
+/// Collects records of QEMU's stream for one frame.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    known: Option<KnownMemory>,
+    /// Steps that are complete.
+    steps: Vec<u8>,
+    run: Option<Run>,
+    /// Bytes of the stream behind them.
+    bytes: Vec<u8>,
+    hasher: blake3::Hasher,
+    /// Pages that are referred to.
+    pages: u32,
+}
+
+impl Batch {
+    /// From now on pages are compared with `known`, which the destination holds, too.
+    pub(crate) fn refer_to(&mut self, known: KnownMemory) {
+        self.known = Some(known);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.steps.is_empty() && self.run.is_none() && self.bytes.is_empty()
+    }
+
+    /// Whether it holds what a frame is to hold: `most` bytes, or as many pages as it may refer to.
+    pub(crate) fn is_full(&self, most: usize) -> bool {
+        self.steps.len() + self.bytes.len() >= most || self.pages >= MAX_PAGES
+    }
+
+    /// Appends a record as it is.
+    pub(crate) fn record(&mut self, record: &Record) {
+        self.close_run();
+        record.encode(&mut self.bytes);
+    }
+
+    /// Appends bytes of the stream as they are.
+    pub(crate) fn stream(&mut self, bytes: &[u8]) {
+        self.close_run();
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Appends a page, by reference where that is possible.
+    pub(crate) fn page(&mut self, page: &Page) -> Put {
+        let number = page.offset / PAGE_SIZE as u64;
+        let there = match (&mut self.known, &page.content) {
+            (Some(known), Content::Data(data)) if page.block == RAM_BLOCK => {
+                // What cannot be read here is not referred to.
+                known.page(number).ok().flatten().map(|there| (data, there))
+            }
+            _ => None,
+        };
+        match there {
+            Some((data, there)) if data[..] == *there => {
+                self.hasher.update(data);
+                self.same(page.named, number);
+                Put::Same
+            }
+            Some((data, there)) => match change(there, data) {
+                Some(change) => {
+                    self.hasher.update(data);
+                    self.changed(page.named, number, &change);
+                    Put::Changed
+                }
+                None => self.whole(page),
+            },
+            None => self.whole(page),
+        }
+    }
+
+    fn whole(&mut self, page: &Page) -> Put {
+        self.close_run();
+        page.encode(&mut self.bytes);
+        Put::Whole
+    }
+
+    fn same(&mut self, named: bool, number: u64) {
+        self.close_bytes();
+        self.pages += 1;
+        match &mut self.run {
+            Some(run) if !named && number == run.first + u64::from(run.pages) => run.pages += 1,
+            _ => {
+                self.close_run();
+                self.run = Some(Run { named, first: number, pages: 1 });
+            }
+        }
+    }
+
+    fn changed(&mut self, named: bool, number: u64, change: &[u8]) {
+        self.close_run();
+        self.close_bytes();
+        self.pages += 1;
+        self.steps.put_u8(STEP_CHANGED);
+        self.steps.put_u8(u8::from(named));
+        self.steps.put_u64(number);
+        self.steps.put_u16(change.len() as u16);
+        self.steps.put_slice(change);
+    }
+
+    fn close_run(&mut self) {
+        if let Some(run) = self.run.take() {
+            self.steps.put_u8(STEP_SAME);
+            self.steps.put_u8(u8::from(run.named));
+            self.steps.put_u64(run.first);
+            self.steps.put_u32(run.pages);
+        }
+    }
+
+    fn close_bytes(&mut self) {
+        if !self.bytes.is_empty() {
+            self.steps.put_u8(STEP_BYTES);
+            self.steps.put_u32(self.bytes.len() as u32);
+            self.steps.append(&mut self.bytes);
+        }
+    }
+
+    /// What was collected, and whether it refers to pages.
+    pub(crate) fn take(&mut self) -> (Kind, Vec<u8>) {
+        self.close_run();
+        if self.pages == 0 {
+            return (Kind::Memory, std::mem::take(&mut self.bytes));
+        }
+        self.close_bytes();
+        let mut raw = Vec::with_capacity(HASH + self.steps.len());
+        raw.extend_from_slice(self.hasher.finalize().as_bytes());
+        raw.append(&mut self.steps);
+        self.hasher.reset();
+        self.pages = 0;
+        (Kind::Referring, raw)
+    }
+}
+
+/// What must be written over `old` to have `new`; `None` when that is not worth it.
+fn change(old: &[u8], new: &[u8]) -> Option<Vec<u8>> {
+    let (old, _) = old.as_chunks::<WORD>();
+    let (new, _) = new.as_chunks::<WORD>();
+    let mut out = Vec::new();
+    let (mut at, mut from) = (0, 0);
+    while at < WORDS {
+        if old[at] == new[at] {
+            at += 1;
+            continue;
+        }
+        let start = at;
+        while at < WORDS && old[at] != new[at] {
+            at += 1;
+        }
+        if out.len() + 4 + (at - start) * WORD > MAX_CHANGE {
+            return None;
+        }
+        out.put_u16((start - from) as u16);
+        out.put_u16((at - start) as u16);
+        out.extend_from_slice(new[start..at].as_flattened());
+        from = at;
+    }
+    Some(out)
+}
+
+/// Writes a change over `page`.
+fn apply(mut change: &[u8], page: &mut [u8]) -> Result<(), ReferError> {
+    let bad = || ReferError::Malformed("a change of a page");
+    let mut at = 0;
+    while !change.is_empty() {
+        let skip = usize::from(change.try_get_u16().map_err(|_| bad())?) * WORD;
+        let len = usize::from(change.try_get_u16().map_err(|_| bad())?) * WORD;
+        let (words, rest) = change.split_at_checked(len).ok_or_else(bad)?;
+        let to = page.get_mut(at + skip..at + skip + len).ok_or_else(bad)?;
+        to.copy_from_slice(words);
+        at += skip + len;
+        change = rest;
+    }
+    Ok(())
+}
+
+/// QEMU's stream as a frame of kind [`Kind::Referring`] means it.
+///
+/// # Errors
+/// [`ReferError`]; nothing of the frame may be given to QEMU then.
+pub(crate) fn expand(raw: &Bytes, known: Option<&mut KnownMemory>) -> Result<Bytes, ReferError> {
+    let known = known.ok_or(ReferError::Nothing)?;
+    let cut = |what| move |_| ReferError::Malformed(what);
+    let mut raw = raw.clone();
+    if raw.len() < HASH {
+        return Err(ReferError::Malformed("it has no hash"));
+    }
+    let wanted = raw.split_to(HASH);
+    let (mut out, mut hasher, mut pages) = (Vec::new(), blake3::Hasher::new(), 0_u32);
+    let mut put = |out: &mut Vec<u8>, named: u8, number: u64, change: &[u8]| {
+        pages += 1;
+        if pages > 2 * MAX_PAGES {
+            return Err(ReferError::Malformed("it refers to too many pages"));
+        }
+        let mut page = known
+            .page(number)
+            .map_err(|source| ReferError::Read { page: number, source })?
+            .ok_or(ReferError::Malformed("a page beyond the end of memory"))?
+            .to_vec();
+        apply(change, &mut page)?;
+        hasher.update(&page);
+        let block = Bytes::from_static(RAM_BLOCK.as_bytes());
+        let (named, offset) = (named != 0, number * PAGE_SIZE as u64);
+        Page { block, named, offset, content: Content::Data(page.into()) }.encode(out);
+        Ok(())
+    };
+    while raw.has_remaining() {
+        match raw.get_u8() {
+            STEP_BYTES => {
+                let len = raw.try_get_u32().map_err(cut("bytes of a stream"))? as usize;
+                if len > raw.len() {
+                    return Err(ReferError::Malformed("bytes of a stream"));
+                }
+                out.extend_from_slice(&raw.split_to(len));
+            }
+            STEP_SAME => {
+                let named = raw.try_get_u8().map_err(cut("a run of pages"))?;
+                let first = raw.try_get_u64().map_err(cut("a run of pages"))?;
+                let count = raw.try_get_u32().map_err(cut("a run of pages"))?;
+                for i in 0..u64::from(count) {
+                    let number = first
+                        .checked_add(i)
+                        .ok_or(ReferError::Malformed("a page beyond the end of memory"))?;
+                    // Only its first record may name the block.
+                    put(&mut out, if i == 0 { named } else { 0 }, number, &[])?;
+                }
+            }
+            STEP_CHANGED => {
+                let named = raw.try_get_u8().map_err(cut("a changed page"))?;
+                let number = raw.try_get_u64().map_err(cut("a changed page"))?;
+                let len = usize::from(raw.try_get_u16().map_err(cut("a changed page"))?);
+                if len > raw.len() {
+                    return Err(ReferError::Malformed("a changed page"));
+                }
+                put(&mut out, named, number, &raw.split_to(len))?;
+            }
+            _ => return Err(ReferError::Malformed("an unknown step")),
+        }
+    }
+    if hasher.finalize().as_bytes()[..] == wanted[..] {
+        Ok(out.into())
+    } else {
+        Err(ReferError::Differs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGES: u64 = 40;
+
+    /// Memory whose page `n` is filled with `n`.
+    fn memory() -> Vec<u8> {
+        (0..PAGES).flat_map(|n| vec![n as u8; PAGE_SIZE]).collect()
+    }
+
+    fn open(bytes: &[u8]) -> KnownMemory {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(bytes).expect("written");
+        KnownMemory::new(file).expect("opened")
+    }
+
+    fn page(number: u64, named: bool, data: Vec<u8>) -> Page {
+        let block = Bytes::from_static(RAM_BLOCK.as_bytes());
+        let offset = number * PAGE_SIZE as u64;
+        Page { block, named, offset, content: Content::Data(data.into()) }
+    }
+
+    /// Puts what is to be sent into a batch and gives QEMU's own bytes beside the frame.
+    fn both(pages: &[Page]) -> (Vec<u8>, Vec<Put>, Kind, Bytes) {
+        let (mut plain, mut batch) = (Vec::new(), Batch::default());
+        batch.refer_to(open(&memory()));
+        let mut put = Vec::new();
+        for p in pages {
+            p.encode(&mut plain);
+            put.push(batch.page(p));
+        }
+        batch.record(&Record::Eos);
+        Record::Eos.encode(&mut plain);
+        let (kind, raw) = batch.take();
+        assert!(batch.is_empty());
+        (plain, put, kind, raw.into())
+    }
+
+    #[test]
+    fn what_both_hold_is_named_and_comes_out_as_qemu_sent_it() {
+        let mut near = vec![7; PAGE_SIZE];
+        near[100] = 1;
+        near[4095] = 2;
+        let strange: Vec<u8> = (0..PAGE_SIZE).map(|i| (i % 251) as u8).collect();
+        let mut rom = page(3, true, vec![3; PAGE_SIZE]);
+        rom.block = Bytes::from_static(b"rom");
+        let zero = Page { content: Content::Fill(0), ..page(9, false, Vec::new()) };
+        let pages = [
+            page(5, true, vec![5; PAGE_SIZE]),
+            page(6, false, vec![6; PAGE_SIZE]),
+            page(7, false, near),
+            page(8, false, strange),
+            zero,
+            rom,
+            page(10, true, vec![10; PAGE_SIZE]),
+            page(PAGES, false, vec![1; PAGE_SIZE]),
+        ];
+        let (plain, put, kind, raw) = both(&pages);
+        use Put::{Changed, Same, Whole};
+        assert_eq!(put, [Same, Same, Changed, Whole, Whole, Whole, Same, Whole]);
+        assert_eq!(kind, Kind::Referring);
+        assert!(raw.len() < plain.len() * 2 / 3);
+        assert_eq!(expand(&raw, Some(&mut open(&memory()))).expect("expands"), plain);
+    }
+
+    #[test]
+    fn a_copy_that_differs_in_a_page_that_was_named_is_found() {
+        let pages = [page(5, true, vec![5; PAGE_SIZE]), page(6, false, vec![6; PAGE_SIZE])];
+        let (_, _, _, raw) = both(&pages);
+        let mut other = memory();
+        other[6 * PAGE_SIZE + 17] ^= 1;
+        let found = expand(&raw, Some(&mut open(&other))).expect_err("another page");
+        assert!(matches!(found, ReferError::Differs), "{found}");
+        other[6 * PAGE_SIZE + 17] ^= 1;
+        other[8 * PAGE_SIZE] ^= 1;
+        expand(&raw, Some(&mut open(&other))).expect("that page was not named");
+        let short = expand(&raw, Some(&mut open(&memory()[..6 * PAGE_SIZE]))).expect_err("short");
+        assert!(matches!(short, ReferError::Malformed(_)), "{short}");
+        assert!(matches!(expand(&raw, None), Err(ReferError::Nothing)));
+    }
+
+    #[test]
+    fn without_a_memory_to_refer_to_a_batch_is_qemus_bytes() {
+        let mut batch = Batch::default();
+        let (p, mut plain) = (page(5, true, vec![5; PAGE_SIZE]), Vec::new());
+        assert_eq!(batch.page(&p), Put::Whole);
+        p.encode(&mut plain);
+        assert_eq!(batch.take(), (Kind::Memory, plain));
+    }
+
+    #[test]
+    fn a_frame_that_asks_for_more_than_it_may_is_refused() {
+        let mut raw = vec![0; HASH];
+        raw.extend([STEP_SAME, 0]);
+        raw.extend(0_u64.to_be_bytes());
+        raw.extend(u32::MAX.to_be_bytes());
+        let big = vec![0; (3 * MAX_PAGES) as usize * PAGE_SIZE];
+        let refused = expand(&raw.into(), Some(&mut open(&big))).expect_err("too many");
+        assert!(refused.to_string().contains("too many pages"), "{refused}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn any_change_of_a_page_is_written_over_it_or_spelled_out(
+            edits in prop::collection::vec((0..PAGE_SIZE, any::<u8>()), 0..80),
+        ) {
+            let (old, mut new) = (vec![9_u8; PAGE_SIZE], vec![9_u8; PAGE_SIZE]);
+            for (at, byte) in edits {
+                new[at] = byte;
+            }
+            if let Some(change) = change(&old, &new) {
+                prop_assert!(change.len() <= MAX_CHANGE);
+                let mut there = old;
+                apply(&change, &mut there).expect("applies");
+                prop_assert_eq!(there, new);
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_it_fail_otherwise_than_by_an_error(
+            raw in prop::collection::vec(any::<u8>(), 0..200),
+            step in 0_u8..3,
+        ) {
+            let mut known = open(&memory());
+            let _ = expand(&raw.clone().into(), Some(&mut known));
+            let mut framed = vec![0; HASH];
+            framed.push(step);
+            framed.extend(&raw);
+            let _ = expand(&framed.into(), Some(&mut known));
+        }
+    }
+}
