@@ -5,7 +5,9 @@
 //!
 //! Source QEMU sends into a relay on its host, the destination's QEMU is fed by a relay on its
 //! host. The relays parse the stream, pack bulk, and let everything that is under way through
-//! before the machine stops, so that its device state waits for nothing. The pages that hold the
+//! before the machine stops, so that its device state waits for nothing. Where both sites hold the
+//! substrate that the machine comes from, its pages are named in place of sent, and of those that
+//! changed little only the change is sent (`relay/known.rs`). The pages that hold the
 //! machine's virtio queues are asked for right behind the device state, before the destination can:
 //! its QEMU reads them while it loads the devices, and each would stop it for a round trip. After
 //! the switch memory goes before disk: a vCPU waits for each page, while most of what a guest reads

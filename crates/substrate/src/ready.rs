@@ -170,6 +170,12 @@ impl Pool {
         opened.map_err(|e| e.of(&name))
     }
 
+    /// The sealed memory of a substrate may be damaged although nothing touched its file: it is read
+    /// again before it is used next.
+    pub fn doubt_memory(&self, id: SubstrateId) {
+        self.inner.verified.forget(&self.memory_path(id));
+    }
+
     /// Makes sure of the disk layer of a substrate whose clone is about to be read: docked, or
     /// moved elsewhere.
     ///

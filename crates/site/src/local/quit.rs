@@ -70,11 +70,19 @@ impl LocalSite {
         }
         if let (Err(_), Some(m)) = (&done, &record.migration) {
             self.relays.end(m).await;
+            self.doubt_memory_of(record);
         }
         if let (Some(m), false) = (&record.migration, keep) {
             self.relays.clear(m);
         }
         done.map(|()| Ended::Sent(Box::new(sent))).map_err(|e| e.fault)
+    }
+
+    /// A move failed, perhaps since the memory that both sites hold differs.
+    fn doubt_memory_of(&self, record: &MachineRecord) {
+        if let Some(id) = record.substrate {
+            self.substrates.pool.doubt_memory(id);
+        }
     }
 
     /// A machine never ran here: nothing of it stays.
@@ -95,6 +103,7 @@ impl LocalSite {
             self.relays.end(m).await;
             self.relays.clear(m);
         }
+        self.doubt_memory_of(record);
         // Unless another has taken it back meanwhile: what is there now is of a later move.
         let mut e = entry.lock().await;
         if e.record.desired != DesiredState::Gone {
