@@ -5,6 +5,7 @@
 //!   real files.
 //! - [`nbd`]: what QEMU reads from while blocks are still on their way; [`overlay`]: which of them
 //!   the guest has overwritten meanwhile.
+//! - [`blocks`]: which block of a base image has given content.
 //! - [`image`]: making, inspecting, reading, merging image files.
 //!
 //! # How it works
@@ -20,6 +21,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod bitmap;
+pub mod blocks;
 mod error;
 pub mod image;
 pub mod live;
@@ -31,6 +33,7 @@ pub mod postcopy;
 pub mod rle;
 
 pub use bitmap::{BitmapError, BlockBitmap, MAX_BLOCKS};
+pub use blocks::BlockIndex;
 pub use error::DiskError;
 pub use image::{FrozenChain, LayerMap, MidLayer};
 pub use live::{LiveError, RemoteDisk, SourceDisk};

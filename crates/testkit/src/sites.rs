@@ -152,6 +152,7 @@ impl Sites {
     pub fn source_config(&self, destination: SocketAddr, resume: bool) -> RelayConfig {
         let disk = RelayDisk::Source {
             base: self.guest.base.clone(),
+            index: None,
             layers: vec![self.path("source.qcow2")],
         };
         self.config(RelayRole::Source, Meeting::Dial(destination), disk, resume)

@@ -177,6 +177,8 @@ pub struct PagesMoved {
     pub known: u64,
     /// Of them those of which only what differs from what both sites held was sent.
     pub changed: u64,
+    /// Of them those that were named as blocks of the base image.
+    pub base: u64,
     /// Of both, those sent because the machine, or the relay for it, asked for them.
     pub demanded: u64,
     /// Bytes that the destination was told to forget at the switch, since they had changed.

@@ -199,6 +199,7 @@ pub fn report(
         repeated: sent.counts.repeated_pages,
         known: sent.counts.known_pages,
         changed: sent.counts.changed_pages,
+        base: sent.counts.base_pages,
         demanded: sent.counts.demanded_pages,
         discarded_bytes: sent.counts.discarded_bytes,
         requests: received.counts.requests,

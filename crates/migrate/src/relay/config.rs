@@ -102,6 +102,9 @@ pub enum RelayDisk {
     Source {
         /// The base image, which both sites hold.
         base: PathBuf,
+        /// Where the base image's blocks are indexed ([`godwit_disk::BlockIndex`]), if they are.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        index: Option<PathBuf>,
         /// The layers above it, lowest first: everything that is post-copied.
         layers: Vec<PathBuf>,
     },

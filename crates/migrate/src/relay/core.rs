@@ -26,7 +26,7 @@ use godwit_qemu::stream::{
 use super::around::Around;
 use super::frame::{Kind, MAX_RAW};
 use super::handover::OpenState;
-use super::known::{Batch, KnownMemory, Put};
+use super::known::{Batch, KnownBlocks, KnownMemory, Put};
 use super::pacer::Pacer;
 use super::round::Round;
 use super::status::{Counts, RamSection, RelayPhase};
@@ -124,6 +124,11 @@ impl SourceCore {
             section: None,
             ram: None,
         }
+    }
+
+    /// From now on pages are looked for in the base image.
+    pub(crate) fn refer_to_blocks(&mut self, blocks: KnownBlocks) {
+        self.batch.refer_to_blocks(blocks);
     }
 
     /// From now on the destination holds `known`, too.
@@ -264,6 +269,7 @@ impl SourceCore {
             Put::Whole => {}
             Put::Same => self.counts.known_pages += 1,
             Put::Changed => self.counts.changed_pages += 1,
+            Put::Block => self.counts.base_pages += 1,
         }
         self.flush_full();
     }

@@ -19,7 +19,7 @@ use super::control::Asked;
 use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
 use super::frame::{Kind, open};
-use super::known::{KnownMemory, expand};
+use super::known::{HeldHere, KnownMemory, expand};
 use super::meet::meet;
 use super::waits::{Channel, Waits};
 use super::wire::{About, NEWEST, Note, REFERS, recv_note, send_note};
@@ -154,12 +154,16 @@ async fn work(
         s.committed = config.resume;
     });
     let Lanes { link, version, steering, bulk, demand, disk } = lanes;
-    let mut known = None;
+    let mut here = HeldHere::default();
+    if let Some(RelayDisk::Destination { base, .. }) = &config.disk {
+        let open = std::fs::File::open(base);
+        here.base = Some(open.map_err(|source| RelayError::Held { path: base.clone(), source })?);
+    }
     if let Some((content, memory)) = held
         && *version >= REFERS
     {
         send_note(&mut steering.0, Note::Holds(content)).await?;
-        known = Some(memory);
+        here.memory = Some(memory);
     }
     send_note(&mut steering.0, Note::Ready).await?;
 
@@ -180,7 +184,7 @@ async fn work(
     };
     let bulk = async {
         match main_write {
-            Some(write) => bulk_channel((bulk, known), write, ack_tx, &waits, status).await,
+            Some(write) => bulk_channel((bulk, here), write, ack_tx, &waits, status).await,
             None => Ok(()),
         }
     };
@@ -367,7 +371,7 @@ fn note_written(
 
 /// From the bulk lane to QEMU's main channel; each frame is acknowledged when QEMU has taken it.
 async fn bulk_channel(
-    (lane, mut known): (&mut LaneReceiver, Option<KnownMemory>),
+    (lane, mut here): (&mut LaneReceiver, HeldHere),
     mut write: OwnedWriteHalf,
     acks: mpsc::Sender<u32>,
     waits: &Mutex<Waits>,
@@ -379,7 +383,7 @@ async fn bulk_channel(
         let (kind, raw) = open(&frame)?;
         account(status, kind, frame.len());
         let raw = match kind {
-            Kind::Referring => expand(&raw, known.as_mut())?,
+            Kind::Referring => expand(&raw, &mut here)?,
             Kind::Memory | Kind::Device | Kind::Open => raw,
         };
         write.write_all(&raw).await.map_err(|source| RelayError::Qemu {

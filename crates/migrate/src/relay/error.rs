@@ -118,8 +118,8 @@ pub enum RelayError {
         /// The oldest that is spoken here.
         oldest: u16,
     },
-    /// The memory that both sites hold cannot be opened.
-    #[error("opening the memory that both sites hold, {path}", path = .path.display())]
+    /// What both sites hold cannot be opened.
+    #[error("opening what both sites hold, {path}", path = .path.display())]
     Held {
         /// The file.
         path: PathBuf,
@@ -128,7 +128,7 @@ pub enum RelayError {
         source: std::io::Error,
     },
     /// A frame refers to memory that is not here, or is other than at the source.
-    #[error("taking pages from the memory that both sites hold")]
+    #[error("taking pages from what both sites hold")]
     Refer(#[source] ReferError),
     /// The commit point cannot be written down.
     #[error("writing down that the machine runs here")]

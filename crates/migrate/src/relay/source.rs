@@ -1,8 +1,10 @@
 //! The relay at the source.
 
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
+use godwit_disk::BlockIndex;
 use godwit_qemu::stream::ReturnMessage;
 use godwit_transfer::codec::Packer;
 use godwit_transfer::{Endpoint, LaneKind, LaneReceiver, LaneSender, Link};
@@ -16,7 +18,7 @@ use super::control::Asked;
 use super::core::{Channel as Lane, SourceCore};
 use super::disk::{self, Frozen, SharedPacer};
 use super::frame::seal;
-use super::known::KnownMemory;
+use super::known::{KnownBlocks, KnownMemory};
 use super::meet::meet;
 use super::wire::{About, Note, REFERS, known_by_peer, recv_note, send_note};
 use super::{
@@ -158,6 +160,25 @@ async fn disk_over(
     }
 }
 
+/// The base image with its index, where there is one that can be used.
+async fn known_blocks(config: &RelayConfig) -> Option<KnownBlocks> {
+    let Some(RelayDisk::Source { base, index: Some(index), .. }) = config.disk.clone() else {
+        return None;
+    };
+    let open = move || {
+        let index = BlockIndex::load(&File::open(index)?)?;
+        Ok::<_, std::io::Error>(KnownBlocks::new(index, File::open(base)?))
+    };
+    match tokio::task::spawn_blocking(open).await {
+        Ok(Ok(blocks)) => Some(blocks),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "pages are not looked for in the base image");
+            None
+        }
+        Err(_) => None,
+    }
+}
+
 impl<'a> Source<'a> {
     async fn join(
         config: &RelayConfig,
@@ -178,7 +199,7 @@ impl<'a> Source<'a> {
         let demand = open(LaneKind::MemoryDemand).await?.split();
         let disk_pacer = SharedPacer::new();
         let mut disk = None;
-        if let Some(RelayDisk::Source { base, layers }) = config.disk.clone() {
+        if let Some(RelayDisk::Source { base, layers, .. }) = config.disk.clone() {
             let demand = open(LaneKind::DiskDemand).await?.split();
             let (bulk, _) = open(LaneKind::DiskBulk).await?.split();
             let (pacer, status, resume) = (disk_pacer.clone(), status.clone(), config.resume);
@@ -188,6 +209,12 @@ impl<'a> Source<'a> {
             }));
         }
         let mut core = SourceCore::new(config.resume, config.memory);
+        if version >= REFERS
+            && !config.resume
+            && let Some(blocks) = known_blocks(config).await
+        {
+            core.refer_to_blocks(blocks);
+        }
         loop {
             match recv_note(&mut steering.1).await? {
                 Some(Note::Ready) => break,

@@ -71,6 +71,9 @@ pub struct Counts {
     /// only).
     #[serde(default)]
     pub changed_pages: u64,
+    /// Of them those that were named as blocks of the base image (source only).
+    #[serde(default)]
+    pub base_pages: u64,
     /// Time during which the machine waited for a page that it had asked for, in microseconds
     /// (destination only).
     #[serde(default)]
@@ -105,6 +108,7 @@ impl Counts {
             repeated_pages: self.repeated_pages + later.repeated_pages,
             known_pages: self.known_pages + later.known_pages,
             changed_pages: self.changed_pages + later.changed_pages,
+            base_pages: self.base_pages + later.base_pages,
             waited_us: self.waited_us + later.waited_us,
             longest_wait_us: self.longest_wait_us.max(later.longest_wait_us),
         }

@@ -1,25 +1,34 @@
 //! The images of this host.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use godwit_disk::BlockIndex;
 use godwit_image::{Image, ImageCache, Recipe};
-use godwit_types::{Code, Fault, Name};
+use godwit_types::{Code, Fault, Hash, Name};
 
 use super::machines::{into_fault, join_error};
 use super::record::MachineRecord;
 use crate::{Call, ImageInfo, Progress};
+
+/// Where the blocks of images are indexed, below their cache.
+const INDEXED: &str = "indexed";
 
 /// The images of one site.
 #[derive(Debug)]
 pub(super) struct Images {
     site: Name,
     cache: ImageCache,
+    /// Images whose blocks are being indexed, or cannot be.
+    indexing: Arc<Mutex<HashSet<Hash>>>,
 }
 
 impl Images {
     /// Those in a directory.
     pub(super) fn open(site: Name, dir: &Path) -> Result<Self, Fault> {
-        Ok(Self { site, cache: ImageCache::open(dir).map_err(into_fault)? })
+        let cache = ImageCache::open(dir).map_err(into_fault)?;
+        Ok(Self { site, cache, indexing: Arc::default() })
     }
 
     /// The image of exactly that content, even when the name has moved on to a newer build.
@@ -46,22 +55,79 @@ impl Images {
     /// As [`Images::of`], its files verified.
     pub(super) async fn sound(&self, record: &MachineRecord) -> Result<Image, Fault> {
         let (image, cache) = (self.of(record)?, self.cache.clone());
-        tokio::task::spawn_blocking(move || cache.check(&image).map(|()| image))
+        let sound = tokio::task::spawn_blocking(move || cache.check(&image).map(|()| image))
             .await
             .map_err(join_error)?
-            .map_err(into_fault)
+            .map_err(into_fault)?;
+        self.make_index(&sound);
+        Ok(sound)
+    }
+
+    /// Where the blocks of an image's disk are indexed, once they are.
+    pub(super) fn index_of(&self, image: &Image) -> Option<PathBuf> {
+        Some(self.index_path(image)).filter(|path| path.exists())
+    }
+
+    fn index_path(&self, image: &Image) -> PathBuf {
+        self.cache.dir().join(INDEXED).join(image.hash.to_string())
+    }
+
+    /// Indexes the blocks of an image's disk in the background, if they are not yet: a machine that
+    /// moves only names those that are in its memory.
+    fn make_index(&self, image: &Image) {
+        let (Some(disk), path, hash) = (image.disk_path(), self.index_path(image), image.hash)
+        else {
+            return;
+        };
+        let begun = |set: &Mutex<HashSet<Hash>>| {
+            !set.lock().unwrap_or_else(PoisonError::into_inner).insert(hash)
+        };
+        if path.exists() || begun(&self.indexing) {
+            return;
+        }
+        let indexing = Arc::clone(&self.indexing);
+        tokio::task::spawn_blocking(move || {
+            let make = || {
+                if let Some(dir) = path.parent() {
+                    std::fs::create_dir_all(dir)?;
+                }
+                BlockIndex::build(&std::fs::File::open(&disk)?)?.save(&path)
+            };
+            match make() {
+                Ok(()) => {
+                    indexing.lock().unwrap_or_else(PoisonError::into_inner).remove(&hash);
+                }
+                // Not tried again by this process: moves are only slower.
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "an image's blocks are not indexed");
+                }
+            }
+        });
+    }
+
+    /// Removes the indices of images that are gone.
+    fn forget_indices(cache: &ImageCache) {
+        let Ok(all) = std::fs::read_dir(cache.dir().join(INDEXED)) else { return };
+        for entry in all.flatten() {
+            if !cache.dir().join("by-hash").join(entry.file_name()).exists() {
+                // Only a derived file.
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
     }
 
     /// The newest build of an image, its files verified.
     pub(super) async fn newest(&self, name: &Name) -> Result<Image, Fault> {
         let (cache, name) = (self.cache.clone(), name.clone());
-        tokio::task::spawn_blocking(move || {
+        let newest = tokio::task::spawn_blocking(move || {
             let image = cache.get(&name)?;
             cache.check(&image).map(|()| image)
         })
         .await
         .map_err(join_error)?
-        .map_err(into_fault)
+        .map_err(into_fault)?;
+        self.make_index(&newest);
+        Ok(newest)
     }
 
     /// Every image that is here, and every recipe.
@@ -97,10 +163,8 @@ impl Images {
             return Err(in_use(&name, users));
         }
         let cache = self.cache.clone();
-        tokio::task::spawn_blocking(move || cache.remove(&name))
-            .await
-            .map_err(join_error)?
-            .map_err(into_fault)
+        let remove = move || cache.remove(&name).inspect(|()| Self::forget_indices(&cache));
+        tokio::task::spawn_blocking(remove).await.map_err(join_error)?.map_err(into_fault)
     }
 
     /// The cache itself, to be read in the background.

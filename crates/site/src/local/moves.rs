@@ -407,7 +407,8 @@ impl LocalSite {
             })
             .collect();
         layers.push(chain.top);
-        Ok(Some(RelayDisk::Source { base, layers }))
+        let index = self.images.index_of(&image);
+        Ok(Some(RelayDisk::Source { base, index, layers }))
     }
 
     /// The center's word on a destination that was lost during the switch.

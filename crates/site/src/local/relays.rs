@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! given open:  configuration, identity, listening sockets, at the source the layers of the disk
-//! seen:        programs, the base image, the list of revoked certificates; at the destination its
-//!              QEMU's sockets, and the directory in which it fills the disk
+//! seen:        programs, the base image and the index of its blocks, the list of revoked
+//!              certificates; at the destination its QEMU's sockets, and the directory in which it
+//!              fills the disk
 //! ```
 //!
 //! Where QEMUs have uids of their own relays have, too, and nothing else of the site's is there for
@@ -152,7 +153,10 @@ impl Relays {
         let mut writable = Vec::new();
         let mut filled = None;
         match &config.disk {
-            Some(RelayDisk::Source { base, .. }) => readable.push(base.clone()),
+            Some(RelayDisk::Source { base, index, .. }) => {
+                readable.push(base.clone());
+                readable.extend(index.clone());
+            }
             Some(RelayDisk::Destination { base, mid, .. }) => {
                 readable.push(base.clone());
                 writable.extend(mid.parent().map(Path::to_owned));

@@ -319,7 +319,7 @@ fn device_state_before_the_end_of_memory_ends_the_move_before_its_switch() {
 
 #[test]
 fn pages_that_the_destination_holds_are_named_and_qemu_there_reads_the_same_stream() {
-    use super::super::known::{KnownMemory, expand};
+    use super::super::known::{HeldHere, KnownMemory, expand};
     use std::io::Write as _;
 
     let held = || {
@@ -335,13 +335,15 @@ fn pages_that_the_destination_holds_are_named_and_qemu_there_reads_the_same_stre
     let mut wire = encode(&setup(4));
     wire.extend(encode(&part(0..4)));
     core.on_main(&wire).expect("valid");
-    let (mut got, mut kinds, mut there, mut sent) = (Vec::new(), Vec::new(), held(), 0);
+    let (mut got, mut kinds, mut there, mut sent) =
+        (Vec::new(), Vec::new(), HeldHere::default(), 0);
+    there.memory = Some(held());
     while let Some(out) = core.next_frame() {
         sent += out.raw.len();
         kinds.push(out.kind);
         match out.kind {
             Kind::Referring => {
-                got.extend_from_slice(&expand(&out.raw, Some(&mut there)).expect("expands"));
+                got.extend_from_slice(&expand(&out.raw, &mut there).expect("expands"));
             }
             _ => got.extend_from_slice(&out.raw),
         }
