@@ -390,6 +390,12 @@ fn copy_secret(from: &Path, to: Option<&Path>) -> Result<()> {
     file.write_all(&text).map_err(failed)
 }
 
+/// How long the lock of a daemon that was killed may be held: a program that it was just starting
+/// has all its files until that program runs.
+const LOCK_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
+/// How often it is tried meanwhile.
+const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// The one daemon of a site, for as long as this is held.
 #[derive(Debug)]
 struct Lock {
@@ -410,17 +416,29 @@ impl Lock {
             .mode(0o600)
             .open(&path)
             .map_err(failed)?;
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(Failure::new(
-                Code::Conflict,
-                format!("site '{site}' has a daemon already"),
-            )
-            .hint("stop it with: godwit down, or name another site's directories"));
+        let deadline = std::time::Instant::now() + LOCK_WITHIN;
+        while flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            if is_alive(&path) || std::time::Instant::now() >= deadline {
+                return Err(Failure::new(
+                    Code::Conflict,
+                    format!("site '{site}' has a daemon already"),
+                )
+                .hint("stop it with: godwit down, or name another site's directories"));
+            }
+            std::thread::sleep(LOCK_PAUSE);
         }
         file.set_len(0).map_err(failed)?;
         write!(file, "{}", std::process::id()).map_err(failed)?;
         Ok(Self { _file: file })
     }
+}
+
+/// Whether the process that a daemon's file names is there.
+fn is_alive(path: &Path) -> bool {
+    std::fs::read_to_string(path)
+        .ok()
+        .and_then(|text| rustix::process::Pid::from_raw(text.trim().parse().ok()?))
+        .is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
 }
 
 /// The process of the daemon that has `run` as its run directory, if one lives.
@@ -456,6 +474,28 @@ mod tests {
         assert_eq!(daemon_of(&dirs.run), rustix::process::Pid::from_raw(me));
         drop(lock);
         assert_eq!(daemon_of(&dirs.run), None);
+    }
+
+    #[test]
+    fn the_lock_of_a_daemon_that_was_killed_is_waited_for() {
+        let dir = tempfile::tempdir().expect("dir");
+        let dirs = SiteDirs::below(dir.path());
+        let cafe = Name::new("cafe").expect("name");
+        // What a child of it holds until it runs its program. Its process is gone.
+        let lock = Lock::take(&dirs, &cafe).expect("free");
+        let mut gone = std::process::Command::new("true").spawn().expect("a process");
+        gone.wait().expect("ended");
+        std::fs::write(dirs.run.join(PID_FILE), gone.id().to_string()).expect("written");
+        let (tell, told) = std::sync::mpsc::channel();
+        let taker = std::thread::spawn(move || {
+            tell.send(()).expect("heard");
+            Lock::take(&dirs, &cafe).map(drop)
+        });
+        told.recv().expect("it has begun");
+        std::thread::sleep(3 * LOCK_PAUSE);
+        assert!(!taker.is_finished(), "it waits");
+        drop(lock);
+        taker.join().expect("no panic").expect("free now");
     }
 
     #[test]
