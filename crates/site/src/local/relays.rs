@@ -23,8 +23,9 @@ use godwit_qemu::{Companion, Confine, MemoryGroups, NotStarted};
 use godwit_transfer::{Identity, Trust};
 use godwit_types::{Fault, Mib};
 
+use super::course::{End, Migration};
 use super::machines::into_fault;
-use super::record::{End, MachineRecord, Migration};
+use super::record::MachineRecord;
 use super::{SiteDirs, SiteOptions, filling, ran};
 
 /// How long a relay may take until it can be steered, and until it has ended when it is told to.
@@ -93,9 +94,9 @@ impl Relays {
             .clone()
             .ok_or_else(|| Fault::internal("a relay for a machine that is in no migration"))?;
         let paths = MovePaths::of(&self.dirs.run, &migration);
-        let (role, generation) = match migration.end {
+        let (role, generation) = match migration.end() {
             End::Source => {
-                let next = migration.next.unwrap_or_else(|| record.generation.next());
+                let next = migration.next().unwrap_or_else(|| record.generation.next());
                 (RelayRole::Source, next)
             }
             End::Destination => (RelayRole::Destination, record.generation),
@@ -121,7 +122,7 @@ impl Relays {
             disk,
             given: None,
         };
-        let commit = match (migration.end, part) {
+        let commit = match (migration.end(), part) {
             (End::Destination, Part::Whole) => Some(ran::open(&self.dirs.vm(record.vm))?),
             // It runs there already.
             (End::Destination, _) | (End::Source, _) => None,
@@ -441,7 +442,7 @@ mod tests {
             "a".repeat(godwit_types::Name::MAX_LEN).parse().expect("valid");
         let run = super::super::SiteDirs::usual(&name).run;
         let id = godwit_types::MigrationId::new();
-        let mut migration = Migration::new(id, End::Source, name);
+        let mut migration = Migration::departure(id, name, None);
         migration.attempt = 9_999;
         let paths = MovePaths::of(&run, &migration);
         assert!(paths.control.as_os_str().len() <= 107);
