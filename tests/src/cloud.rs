@@ -392,6 +392,19 @@ impl Cloud {
         std::fs::write(self.hold_dir().join(step), "").expect("a request to hold");
     }
 
+    /// Has whoever comes to `step` next panic there.
+    ///
+    /// # Panics
+    /// When that cannot be asked for.
+    pub fn panic_at(&self, step: &str) {
+        self.make_hold_dir();
+        let request = self.hold_dir().join(step);
+        // Whole when it is seen.
+        let part = request.with_extension("part");
+        std::fs::write(&part, godwit_hold::PANIC).expect("a request to panic");
+        std::fs::rename(part, request).expect("a request to panic");
+    }
+
     /// Waits until somebody is held at `step`, and gives its process.
     pub fn held(&self, step: &str) -> i32 {
         let held = self.hold_dir().join(format!("{step}.held"));

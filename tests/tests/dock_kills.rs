@@ -119,6 +119,23 @@ fn a_docking_cut_at_any_step_is_undone_or_done() {
         no_other_qemu(&cloud, Daemon::Center, &["w"]);
     }
 
+    // Its task panics; the daemon goes on, and does what its successor would.
+    let daemon = cloud.pid(Daemon::Center);
+    for step in ["dock.marked", "dock.stopped"] {
+        let before = Before::of(&cloud, "w");
+        cloud.panic_at(step);
+        let op = begin(&cloud, &["vm", "dock", "w", "--name", "s"]);
+        let end = ended(&cloud, &op);
+        assert_eq!(end["state"], "failed", "{step}: {end}");
+        let words = end["error"]["message"].as_str().unwrap();
+        assert!(words.contains("'w' was not docked and runs on"), "{step}: {end}");
+        cloud.runs_at("w", "center");
+        before.runs_on(step);
+        assert_eq!(cloud.qemu(&vm, Daemon::Center), Some(qemu), "{step}");
+        assert_eq!(substrates(&cloud), 0, "{step}");
+        assert_eq!(cloud.pid(Daemon::Center), daemon, "{step}");
+    }
+
     // Of what is to be public its identity was taken by then: it runs on, and is somebody again.
     let before = Before::of(&cloud, "w");
     let (was, lines) = (before.identity, before.lines);
@@ -137,17 +154,26 @@ fn a_docking_cut_at_any_step_is_undone_or_done() {
 
     // Behind the commit it is a substrate, and nothing else of it is left.
     let mut lines = cloud.guest("w").intact(lines);
-    for (step, vm, substrate, kind) in
-        [("dock.published", "w", "mine", "private"), ("dock.ended", "again", "more", "restricted")]
-    {
+    for (step, vm, substrate, kind) in [
+        ("dock.published", "w", "mine", "private"),
+        ("dock.ended", "again", "more", "restricted"),
+        ("dock.settling", "again", "most", "restricted"),
+    ] {
         let old = cloud.vm(vm);
         let qemu = cloud.qemu(&old, Daemon::Center).unwrap();
-        cloud.hold(step);
-        let op = begin(&cloud, &["vm", "dock", vm, "--name", substrate, "--kind", kind]);
-        let _ = cloud.held(step);
-        cloud.kill(Daemon::Center);
-        cloud.let_go(step);
-        cloud.restart_center();
+        let dock = ["vm", "dock", vm, "--name", substrate, "--kind", kind];
+        let op = if step == "dock.settling" {
+            cloud.panic_at(step);
+            begin(&cloud, &dock)
+        } else {
+            cloud.hold(step);
+            let op = begin(&cloud, &dock);
+            let _ = cloud.held(step);
+            cloud.kill(Daemon::Center);
+            cloud.let_go(step);
+            cloud.restart_center();
+            op
+        };
         let end = ended(&cloud, &op);
         assert_eq!(end["state"], "done", "{step}: {end}");
         let _ = cloud.refused(&["vm", "get", vm], 4);

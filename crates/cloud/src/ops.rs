@@ -294,7 +294,7 @@ impl Ops {
         Fut: Future<Output = Result<Value, Fault>> + Send + 'static,
     {
         let record = OpRecord::begun(who, kind);
-        self.registry.op_put(&record)?;
+        self.registry.ops().put(&record)?;
         let id = record.id;
         self.run(record, job);
         Ok(id)
@@ -347,7 +347,7 @@ impl Ops {
     /// # Errors
     /// When the registry fails.
     pub fn abandoned(&self) -> Result<Vec<OpRecord>, RegistryError> {
-        let ops = self.registry.ops_shared();
+        let ops = self.registry.ops().shared();
         let live = self.live();
         let left = ops.into_iter().filter(|o| !o.state.is_final() && !live.contains_key(&o.id));
         Ok(left.map(Arc::unwrap_or_clone).collect())
@@ -358,7 +358,7 @@ impl Ops {
     /// # Errors
     /// When the registry fails.
     pub fn list(&self) -> Result<Vec<OpRecord>, RegistryError> {
-        let mut ops = self.registry.ops()?;
+        let mut ops = self.registry.ops().all()?;
         let live = self.live();
         // What has ended is listed so: whoever follows the registry was told already.
         for op in ops.iter_mut().filter(|o| !o.state.is_final()) {
@@ -373,7 +373,7 @@ impl Ops {
     #[must_use]
     pub fn counts(&self) -> BTreeMap<(&'static str, String), u32> {
         let mut counts = BTreeMap::new();
-        let kept = self.registry.ops_shared();
+        let kept = self.registry.ops().shared();
         let live = self.live();
         for op in kept {
             let state = live.get(&op.id).map_or(op.state, |l| l.view.borrow().state);
@@ -391,7 +391,7 @@ impl Ops {
         if let Some(l) = self.live().get(&id) {
             return Ok(l.view.subscribe());
         }
-        Ok(watch::Sender::new(self.registry.op(id)?).subscribe())
+        Ok(watch::Sender::new(self.registry.ops().get(id)?).subscribe())
     }
 
     /// Waits until the operation has ended.
@@ -404,7 +404,7 @@ impl Ops {
         match ended {
             Ok(o) => Ok(o),
             // The sender is gone: what it last wrote is in the registry.
-            Err(_) => self.registry.op(id),
+            Err(_) => self.registry.ops().get(id),
         }
     }
 
@@ -430,11 +430,11 @@ impl Ops {
                 change
             });
             if asked {
-                self.registry.op_cancelling(&l.view.borrow());
+                self.registry.ops().cancelling(&l.view.borrow());
             }
             return Ok(());
         }
-        let op = self.registry.op(id).map_err(registry_fault)?;
+        let op = self.registry.ops().get(id).map_err(registry_fault)?;
         Err(Fault::conflict(format!("operation {id} is {} already", op.state)))
     }
 }
@@ -538,7 +538,7 @@ impl OpHandle {
             l.view.send_modify(|o| change(&mut o.journal));
             l.view.borrow().clone()
         };
-        self.ops.registry.op_put(&record).map_err(registry_fault)
+        self.ops.registry.ops().put(&record).map_err(registry_fault)
     }
 
     fn end(&self, outcome: Result<Value, Fault>) {
@@ -564,7 +564,7 @@ impl OpHandle {
                 record.error = Some(f);
             }
         }
-        if let Err(e) = self.ops.registry.op_put(&record) {
+        if let Err(e) = self.ops.registry.ops().put(&record) {
             tracing::error!(op = %self.id, error = %godwit_types::chain(&e), "the end of an operation could not be written; trying again");
             tokio::spawn(write_later(self.ops.registry.clone(), record.clone()));
         }
@@ -582,7 +582,7 @@ const WRITE_AGAIN: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// Writes the end of an operation as soon as the registry can take it again.
 async fn write_later(registry: Arc<Registry>, record: OpRecord) {
-    while registry.op_put(&record).is_err() {
+    while registry.ops().put(&record).is_err() {
         tokio::time::sleep(WRITE_AGAIN).await;
     }
 }
@@ -624,7 +624,7 @@ mod tests {
         go.send(()).expect("waits");
         let end = ops.wait(id).await.expect("ends");
         assert_eq!((end.state, end.result), (OpState::Done, Some(json!({"pages": 2}))));
-        assert_eq!(reg.op(id).expect("kept").state, OpState::Done);
+        assert_eq!(reg.ops().get(id).expect("kept").state, OpState::Done);
         assert_eq!(ops.running(), 0);
     }
 

@@ -10,12 +10,17 @@
 //! test:    create S ............ S.held is there: kill -9, or remove S
 //! program: ........ comes to S, writes S.held, waits .................. removes S.held, goes on
 //! ```
+//!
+//! Where `S` says [`PANIC`] whoever comes to it panics in place of waiting, once.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// The directory that holds the requests to wait.
 pub const VARIABLE: &str = "GODWIT_HOLD";
+
+/// What a request says that is to end by a panic whoever comes to its step.
+pub const PANIC: &str = "panic";
 
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
@@ -34,6 +39,10 @@ impl Step {
         let found = Self { request: dir.join(step), held: dir.join(format!("{step}.held")) };
         if !found.request.exists() {
             return None;
+        }
+        if std::fs::read_to_string(&found.request).is_ok_and(|says| says == PANIC) {
+            let _ = std::fs::remove_file(&found.request);
+            panic!("at '{step}', as a test asked for");
         }
         // A request that cannot be answered makes its test fail by its own time-out.
         let part = dir.join(format!("{step}.part"));
@@ -86,5 +95,8 @@ mod tests {
         std::fs::remove_file(dir.path().join("test.step")).unwrap();
         program.join().unwrap();
         assert!(!held.exists());
+        std::fs::write(dir.path().join("test.step"), PANIC).unwrap();
+        std::thread::spawn(|| at_blocking("test.step")).join().unwrap_err();
+        at_blocking("test.step");
     }
 }

@@ -228,7 +228,7 @@ impl Following {
         loop {
             let next = tokio::time::timeout_at(late, self.watcher.next());
             let next = self.api.stop.run_until_cancelled(next).await?;
-            if !self.api.controller.registry().still_good(&self.who, UnixMs::now()) {
+            if !self.api.controller.registry().people().still_good(&self.who, UnixMs::now()) {
                 return None;
             }
             match next {
@@ -265,7 +265,7 @@ impl Following {
             Some(object) => serde_json::to_value(object).ok(),
             None if what.kind == EventKind::Site => {
                 let (name, c) = (Name::new(&what.key).ok(), &self.api.controller);
-                let site = name.and_then(|n| c.registry().site(&n).ok());
+                let site = name.and_then(|n| c.registry().sites().get(&n).ok());
                 site.and_then(|s| serde_json::to_value(c.site_for(&self.who, s)).ok())
             }
             None => None,
@@ -335,7 +335,7 @@ pub(super) async fn events(
     let created = match who.is_operator() && !who.narrowed {
         // It reads what all have, whatever has become of its own tenant's entry.
         true => UnixMs::default(),
-        false => registry.tenant(&who.tenant)?.created,
+        false => registry.people().tenant(&who.tenant)?.created,
     };
     let reader = Reader::new(&who, created);
     let place = api.streams.place(&who)?;
@@ -429,7 +429,7 @@ mod tests {
             let site = Name::new(site).expect("name");
             let op =
                 OpRecord::begun(&Principal::operator(), crate::ops::OpKind::PoolCheck { site });
-            self.registry.op_put(&op).expect("put");
+            self.registry.ops().put(&op).expect("put");
         }
     }
 
@@ -531,14 +531,14 @@ mod tests {
     /// A token of a new user.
     fn user(p: &Place, tenant: &str, n: &str) -> String {
         let (me, tenant) = (Principal::operator(), Name::new(tenant).expect("name"));
-        if p.registry.tenant(&tenant).is_err() {
+        if p.registry.people().tenant(&tenant).is_err() {
             let made = crate::registry::TenantRecord::new(tenant.clone());
-            p.registry.tenant_add(&me, &made).expect("tenant");
+            p.registry.people().tenant_add(&me, &made).expect("tenant");
         }
         let (n, role) = (Name::new(n).expect("name"), crate::access::Role::Viewer);
-        let user = p.registry.user_add(&me, &tenant, &n, role).expect("user");
+        let user = p.registry.people().user_add(&me, &tenant, &n, role).expect("user");
         let drawn = crate::registry::Drawn::new(user.id, role, None);
-        p.registry.token_add(&me, &drawn.record).expect("token");
+        p.registry.people().token_add(&me, &drawn.record).expect("token");
         drawn.text
     }
 
@@ -546,7 +546,7 @@ mod tests {
         let who = Principal::operator().at(&Name::new(tenant).expect("name"));
         let (vm, name) = (godwit_types::VmId::new(), Name::new(n).expect("name"));
         let op = OpRecord::begun(&who, crate::ops::OpKind::VmStop { vm, name });
-        p.registry.op_put(&op).expect("put");
+        p.registry.ops().put(&op).expect("put");
         op
     }
 
@@ -603,12 +603,13 @@ mod tests {
         p.registry.substrate_holder(lent.id, &name("hall"), true).expect("held");
         // A tenant of that name that was before is another.
         p.registry
+            .people()
             .tenant_add(&me, &crate::registry::TenantRecord::new(name("third")))
             .expect("made");
         let mut old = stopped(&p, "third", "old");
         old.state = godwit_types::OpState::Done;
-        p.registry.op_put(&old).expect("ended");
-        p.registry.tenant_remove(&me, &name("third")).expect("removed");
+        p.registry.ops().put(&old).expect("ended");
+        p.registry.people().tenant_remove(&me, &name("third")).expect("removed");
         let eve = user(&p, "third", "eve");
         for tenant in ["acme", "other", "third"] {
             stopped(&p, tenant, "end");
@@ -665,8 +666,11 @@ mod tests {
         assert_eq!(open(&bob).await.status(), StatusCode::OK, "another user has its own");
         drop(streams.pop());
         assert_eq!(open(&ann).await.status(), StatusCode::OK);
-        let token = p.registry.tokens().into_iter().find(|t| t.user.as_str() == "ann");
-        p.registry.token_remove(&Principal::operator(), &token.expect("there").id).expect("gone");
+        let token = p.registry.people().tokens().into_iter().find(|t| t.user.as_str() == "ann");
+        p.registry
+            .people()
+            .token_remove(&Principal::operator(), &token.expect("there").id)
+            .expect("gone");
         let mut s = streams.pop().expect("open");
         frame(&mut s).await;
         stopped(&p, "acme", "after");

@@ -27,7 +27,7 @@ pub struct Health {
 /// Whether the daemon serves and its registry can be read.
 #[utoipa::path(get, path = "/healthz", responses((status = 200, body = Health)))]
 pub(super) async fn healthz(State(api): State<Api>) -> Answer<Json<Health>> {
-    api.controller.registry().sites()?;
+    api.controller.registry().sites().all()?;
     Ok(Json(Health { status: "ok".into(), version: env!("CARGO_PKG_VERSION").into() }))
 }
 
@@ -48,7 +48,7 @@ pub(super) async fn metrics(State(api): State<Api>, who: Who) -> Answer<impl Int
             let _ = writeln!(out, "{name}{labels} {value}");
         }
     };
-    let sites = registry.sites()?;
+    let sites = registry.sites().all()?;
     family(
         "godwit_site_up",
         "gauge",

@@ -178,7 +178,7 @@ async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) 
 impl Api {
     /// How many of `all` places one tenant may take: all while there is no other.
     fn share(&self, all: usize) -> usize {
-        let others = self.controller.registry().tenants().len() > 1;
+        let others = self.controller.registry().people().tenants().len() > 1;
         if others { all / 4 } else { all }
     }
 
@@ -188,14 +188,14 @@ impl Api {
         if blake3::hash(token.as_bytes()) == self.token {
             return Some(Principal::operator());
         }
-        self.controller.registry().principal(token, UnixMs::now())
+        self.controller.registry().people().principal(token, UnixMs::now())
     }
 
     /// The same in the tenant that the request names.
     fn acting(&self, mut who: Principal, headers: &HeaderMap) -> Result<Principal, Fault> {
         let Some(named) = headers.get(TENANT_HEADER) else { return Ok(who) };
         let named = name(named.to_str().unwrap_or_default())?;
-        let there = self.controller.registry().tenant(&named).is_ok();
+        let there = self.controller.registry().people().tenant(&named).is_ok();
         if !there || !who.is_operator() && named != who.tenant {
             return Err(crate::controller::authorize::unseen("tenant", named.as_str()));
         }

@@ -83,7 +83,7 @@ const MAX_LIFETIME_S: u64 = 7 * 86_400;
 #[utoipa::path(get, path = "/v1/sites", responses((status = 200, body = Vec<SiteRecord>)))]
 pub(super) async fn list(State(api): State<Api>, who: Who) -> Answer<Json<Vec<SiteRecord>>> {
     allow(&who, Action::See, &Object::Site, ("site", ""))?;
-    let all = api.controller.registry().sites()?;
+    let all = api.controller.registry().sites().all()?;
     Ok(Json(all.into_iter().map(|s| as_it_is(&api, &who, s)).collect()))
 }
 
@@ -96,7 +96,7 @@ pub(super) async fn one(
     Path(site): Path<String>,
 ) -> Answer<Json<SiteRecord>> {
     allow(&who, Action::See, &Object::Site, ("site", &site))?;
-    Ok(Json(as_it_is(&api, &who, api.controller.registry().site(&name(&site)?)?)))
+    Ok(Json(as_it_is(&api, &who, api.controller.registry().sites().get(&name(&site)?)?)))
 }
 
 /// A lease is worth something only while the site is connected: one from before the center was
@@ -120,12 +120,12 @@ pub(super) async fn revoke(
 ) -> Answer<StatusCode> {
     allow(&who, Action::Change, &Object::Site, ("site", &site))?;
     let site = name(&site)?;
-    let record = api.controller.registry().site(&site)?;
+    let record = api.controller.registry().sites().get(&site)?;
     if record.kind == SiteKind::Center {
         return Err(Fault::invalid("the center cannot be revoked").into());
     }
     let revoked = api.gate.revoke(&site)?;
-    api.controller.registry().site_revoke(&site)?;
+    api.controller.registry().sites().revoke(&site)?;
     if let Ok(host) = api.controller.host(&site) {
         api.controller.detach(&host);
     }
@@ -175,7 +175,7 @@ pub(super) async fn token(
     if kind == SiteKind::Center {
         return Err(Fault::invalid("there is one center; let an ap or a device join").into());
     }
-    let known = api.controller.registry().sites()?;
+    let known = api.controller.registry().sites().all()?;
     if known.iter().any(|s| s.kind == SiteKind::Center && s.name == want.site) {
         let words = format!("'{}' is the center's own site", want.site);
         return Err(Fault::new(Code::Exists, words).hint("choose another name").into());

@@ -135,9 +135,9 @@ fn substrate(n: &str, tenant: &Name, owner: &Name, kind: SubstrateKind) -> Subst
 fn furnish(w: &World, tenant: &str, prefix: &str) -> Has {
     let (c, tenant, me) = (&w.c, name(tenant), Principal::operator());
     let reg = c.registry();
-    reg.tenant_add(&me, &TenantRecord::new(tenant.clone())).expect("tenant");
+    reg.people().tenant_add(&me, &TenantRecord::new(tenant.clone())).expect("tenant");
     let user = name(&format!("{prefix}-user"));
-    let user = reg.user_add(&me, &tenant, &user, Role::Admin).expect("user");
+    let user = reg.people().user_add(&me, &tenant, &user, Role::Admin).expect("user");
     let of = Principal::of(&user);
     let vm = VmRecord {
         tenant: tenant.clone(),
@@ -151,7 +151,7 @@ fn furnish(w: &World, tenant: &str, prefix: &str) -> Has {
     let substrate = substrate(&format!("{prefix}-sub"), &tenant, &user.name, kind);
     reg.substrate_add(&substrate).expect("substrate");
     let drawn = Drawn::new(user.id, Role::Member, None);
-    reg.token_add(&me, &drawn.record).expect("token");
+    reg.people().token_add(&me, &drawn.record).expect("token");
     Has { vm, substrate, op, token: drawn.record.id, user: user.name }
 }
 
@@ -189,23 +189,28 @@ fn router(w: &World) -> Router {
 
 /// A token of a new user of acme.
 fn token_of(w: &World, role: Role) -> String {
-    let user = w.c.registry().user_add(
+    let user = w.c.registry().people().user_add(
         &Principal::operator(),
         &name("acme"),
         &name(&format!("a-{role}")),
         role,
     );
     let drawn = Drawn::new(user.expect("user").id, role, None);
-    w.c.registry().token_add(&Principal::operator(), &drawn.record).expect("token");
+    w.c.registry().people().token_add(&Principal::operator(), &drawn.record).expect("token");
     drawn.text
 }
 
 /// All that is written down, but for what changes by itself.
 fn all(w: &World) -> String {
     let r = w.c.registry();
-    let ops: Vec<_> = r.ops().expect("ops").into_iter().map(|o| (o.id, o.state)).collect();
+    let ops: Vec<_> = r.ops().all().expect("ops").into_iter().map(|o| (o.id, o.state)).collect();
     let (vms, substrates) = (r.vms().expect("vms"), r.substrates().expect("substrates"));
-    format!("{vms:?}{substrates:?}{ops:?}{:?}{:?}{:?}", r.tenants(), r.users(), r.tokens())
+    format!(
+        "{vms:?}{substrates:?}{ops:?}{:?}{:?}{:?}",
+        r.people().tenants(),
+        r.people().users(),
+        r.people().tokens()
+    )
 }
 
 fn described() -> BTreeSet<(String, String)> {

@@ -68,7 +68,7 @@ pub(super) async fn list(
 ) -> Answer<Json<Vec<VmRecord>>> {
     if let Some(site) = &f.site {
         // An empty list would say that the site has none.
-        let _ = api.controller.registry().site(site)?;
+        let _ = api.controller.registry().sites().get(site)?;
     }
     let mut vms = api.controller.vms_for(&who)?;
     vms.retain(|v| f.site.as_ref().is_none_or(|s| s == &v.site));

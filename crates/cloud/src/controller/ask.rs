@@ -135,7 +135,7 @@ impl Controller {
         demand: &Demand,
         held: Option<&SubstrateRecord>,
     ) -> Result<Placement, Fault> {
-        let mut sites = self.registry.sites().map_err(registry_fault)?;
+        let mut sites = self.registry.sites().all().map_err(registry_fault)?;
         // What was docked or brought a moment ago is in no report yet.
         if let Some(s) = held {
             for site in sites.iter_mut().filter(|site| s.holders.contains(&site.name)) {
@@ -166,7 +166,7 @@ impl Controller {
         // Whatever it answers, it answers.
         if tokio::time::timeout(ANSWER_WITHIN, ping).await.is_err()
             && self.is_attached(host)
-            && self.registry.site_silent(host.name(), asked)
+            && self.registry.sites().silent(host.name(), asked)
         {
             tracing::warn!(site = %host.name(), "does not answer");
         }

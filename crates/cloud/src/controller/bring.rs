@@ -45,7 +45,8 @@ impl Controller {
         let mut sources: Vec<_> = s.holders.iter().filter_map(|n| self.host(n).ok()).collect();
         // A holder that is known to be damaged is asked last, the center's own site first.
         sources.sort_by_cached_key(|host| {
-            let own = self.registry.site(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
+            let own =
+                self.registry.sites().get(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
             (s.damaged.contains_key(host.name()), !own)
         });
         let mut last =
@@ -89,10 +90,11 @@ impl Controller {
         host: &Arc<dyn SiteHost>,
         mut report: SiteReport,
     ) -> Result<SiteReport, Fault> {
-        if self.registry.knows_holdings(host.name(), &report) {
+        if self.registry.sites().knows_holdings(host.name(), &report) {
             return Ok(report);
         }
-        let trusted = self.registry.site(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
+        let trusted =
+            self.registry.sites().get(host.name()).is_ok_and(|s| s.kind == SiteKind::Center);
         let asked = if trusted { HashSet::new() } else { self.asked_for(host.name())? };
         let mut unasked = 0u64;
         for s in host.substrates().await? {

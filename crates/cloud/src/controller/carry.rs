@@ -87,7 +87,8 @@ impl Controller {
         (from, to): (&Name, &Name),
         among: &[SubstrateId],
     ) -> Option<Result<SubstrateInfo, Fault>> {
-        let own = |name: &Name| self.registry.site(name).is_ok_and(|s| s.kind == SiteKind::Center);
+        let own =
+            |name: &Name| self.registry.sites().get(name).is_ok_and(|s| s.kind == SiteKind::Center);
         let able = |name: &Name| -> Option<Arc<dyn SiteHost>> {
             self.host(name).ok().filter(|host| !own(name) && host.speaks() >= SubstrateFetch::SINCE)
         };
@@ -155,7 +156,7 @@ impl Controller {
         if taker.speaks() >= among.since() {
             return Ok(among);
         }
-        if self.registry.tenants().len() <= 1 {
+        if self.registry.people().tenants().len() <= 1 {
             return Ok(StreamRequest::SubstrateTake { content });
         }
         let (site, speaks) = (taker.name(), taker.speaks());

@@ -70,7 +70,8 @@ impl Controller {
             Ok(bytes) => {
                 // Another site's word holds for what is made of it there, and for nobody else; the
                 // build that a name stands for is not the same everywhere.
-                let own = self.registry.site(host.name()).map(|s| s.kind == SiteKind::Center);
+                let own =
+                    self.registry.sites().get(host.name()).map(|s| s.kind == SiteKind::Center);
                 if matches!(of, DiskOf::Substrate(_)) && own.unwrap_or_default() {
                     self.disks.remember(of, bytes);
                 }

@@ -185,7 +185,7 @@ impl Controller {
     /// Why a machine with a program in it is not there any more.
     fn what_became(&self, program: &GuestProcess) -> Fault {
         let GuestProcess { vm, name, pid } = program;
-        let ops = self.registry.ops().unwrap_or_default();
+        let ops = self.registry.ops().all().unwrap_or_default();
         let docked = ops.iter().rev().find_map(|op| match &op.kind {
             OpKind::VmDock { vm: v, substrate, .. }
                 if v == vm && !matches!(op.state, OpState::Failed | OpState::Cancelled) =>

@@ -487,7 +487,7 @@ impl Controller {
             substrate,
             name: at_sites,
             kind,
-            owner: self.registry.user(&vm.tenant, &owner).map_or(owner.clone(), |u| u.id),
+            owner: self.registry.people().user(&vm.tenant, &owner).map_or(owner.clone(), |u| u.id),
         };
         let kind = OpKind::VmDock {
             vm: vm.id,

@@ -214,7 +214,7 @@ impl Controller {
         let name = host.name().clone();
         let asked_at = self.registry.revision();
         let report = host.report().await?;
-        let old = self.registry.site(&name).ok();
+        let old = self.registry.sites().get(&name).ok();
         if old.as_ref().is_some_and(|s| s.revoked) {
             return Err(Fault::new(
                 godwit_types::Code::Unauthenticated,
@@ -230,7 +230,7 @@ impl Controller {
             revoked: false,
             report: report.clone(),
         };
-        self.registry.site_put(&record).map_err(registry_fault)?;
+        self.registry.sites().put(&record).map_err(registry_fault)?;
         // What it runs is asked for once, whatever it said when it was here before.
         self.unsettle(&name);
         self.sites
@@ -254,7 +254,7 @@ impl Controller {
         if hosts.get(name).is_some_and(|h| Arc::ptr_eq(h, host)) {
             hosts.remove(name);
             drop(hosts);
-            if let Err(error) = self.registry.site_away(name) {
+            if let Err(error) = self.registry.sites().away(name) {
                 tracing::warn!(site = %name, %error, "when it was seen last is not written down");
             }
             self.sites.changes.send_modify(|n| *n += 1);
@@ -317,7 +317,8 @@ impl Controller {
     ) -> Result<(), Fault> {
         let report = self.adopt_substrates(host, report.clone()).await?;
         self.registry
-            .site_report(host.name(), report.clone(), Moment::now(), LEASE)
+            .sites()
+            .report(host.name(), report.clone(), Moment::now(), LEASE)
             .map_err(registry_fault)?;
         self.registry.substrates_damaged(host.name(), &report.damaged).map_err(registry_fault)?;
         self.settle_machines(host, report.machines, asked_at).await
@@ -334,7 +335,7 @@ impl Controller {
             if !self.is_attached(&host) {
                 return;
             }
-            self.registry.site_lapsed(host.name(), Moment::now());
+            self.registry.sites().lapsed(host.name(), Moment::now());
             let report = tokio::time::timeout(LEASE, self.refresh(&host));
             // A site that takes long to tell what it has is there; one that is stopped is not.
             let (reported, ()) = tokio::join!(report, self.check_answers(&host));
@@ -368,7 +369,7 @@ impl Controller {
             return Ok(h.clone());
         }
         drop(hosts);
-        let site = self.registry.site(name).map_err(registry_fault)?;
+        let site = self.registry.sites().get(name).map_err(registry_fault)?;
         if site.revoked {
             return Err(Fault::conflict(format!("site '{}' was revoked", site.name)).hint(format!(
                 "let it join anew: godwit site token {0}, then godwit site join --replace there",

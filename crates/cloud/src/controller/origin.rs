@@ -79,7 +79,7 @@ impl Uploading {
         let tenant = this.tenant.clone();
         let coming = all.values().filter(|u| u.tenant == tenant).map(|u| u.bytes).sum();
         drop(all);
-        self.controller.registry.pool_has_room(&tenant, coming).map_err(registry_fault)
+        self.controller.registry.quotas().pool_has_room(&tenant, coming).map_err(registry_fault)
     }
 }
 
@@ -104,7 +104,7 @@ impl Controller {
     /// Whose it is what `who` makes in the tenant that it acts in: names are per tenant, so of an
     /// operator of another tenant it is the operator's.
     pub(super) fn owner_for(&self, who: &Principal) -> Name {
-        match self.registry.user_of(&who.id) {
+        match self.registry.people().user_of(&who.id) {
             Some((of, user)) if of == who.tenant => user,
             _ => operator(),
         }
@@ -124,7 +124,7 @@ impl Controller {
             return Err(Fault::new(Code::Exists, format!("substrate '{name}' exists already"))
                 .hint("give it another name with --name"));
         }
-        if self.registry.ops_shared().iter().any(docking) {
+        if self.registry.ops().shared().iter().any(docking) {
             let words = format!("substrate '{name}' is being docked already");
             return Err(Fault::new(Code::Exists, words).hint("give it another name with --name"));
         }
@@ -157,7 +157,7 @@ impl Controller {
         let want = Upload {
             name: name_at_sites(&who.tenant, name, id)?,
             id,
-            owner: self.registry.user(&who.tenant, &user).map_or(user.clone(), |u| u.id),
+            owner: self.registry.people().user(&who.tenant, &user).map_or(user.clone(), |u| u.id),
             among,
         };
         let one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
@@ -166,7 +166,7 @@ impl Controller {
         self.uploads.all().insert(id, FileUpload { tenant, user, name, bytes: 0 });
         drop(one);
         let upload = Uploading { controller: self.clone(), want };
-        let room = self.registry.pool_has_room(&who.tenant, bytes.unwrap_or_default());
+        let room = self.registry.quotas().pool_has_room(&who.tenant, bytes.unwrap_or_default());
         room.map_err(registry_fault)?;
         Ok(upload)
     }
@@ -205,8 +205,8 @@ impl Controller {
         {
             return made;
         }
-        let own = self.registry.site(site).is_ok_and(|s| s.kind == SiteKind::Center);
-        if own && let Some((tenant, owner)) = self.registry.user_of(&info.owner) {
+        let own = self.registry.sites().get(site).is_ok_and(|s| s.kind == SiteKind::Center);
+        if own && let Some((tenant, owner)) = self.registry.people().user_of(&info.owner) {
             return Origin { tenant, owner, name: None, kind: info.kind };
         }
         let kind = match (discovery, own) {
@@ -243,7 +243,7 @@ impl Controller {
             }
             _ => None,
         };
-        self.registry.ops_shared().iter().rev().find_map(made)
+        self.registry.ops().shared().iter().rev().find_map(made)
     }
 
     /// The substrates that the center has asked a site to dock: a site publishes nothing by itself.

@@ -68,7 +68,7 @@ impl Controller {
     /// The tenants that are there for `who`.
     #[must_use]
     pub fn tenants_for(&self, who: &Principal) -> Vec<TenantRecord> {
-        let mut all = self.registry.tenants();
+        let mut all = self.registry.people().tenants();
         all.retain(|t| may(who, Action::See, &Object::Tenant { name: &t.name }).is_ok());
         all
     }
@@ -80,7 +80,7 @@ impl Controller {
     pub fn tenant_create(&self, who: &Principal, new: NewTenant) -> Result<TenantRecord, Fault> {
         // Whether there is one is not told: only an operator may, or may not.
         allow(who, Action::Create, &Object::Tenant { name: &who.tenant }, ("tenant", ""))?;
-        self.registry.tenant_add(who, &TenantRecord::new(new.name)).map_err(registry_fault)
+        self.registry.people().tenant_add(who, &TenantRecord::new(new.name)).map_err(registry_fault)
     }
 
     /// Removes a tenant that has nothing and nobody any more.
@@ -89,7 +89,7 @@ impl Controller {
     /// Forbidden, not found; conflict that says what it still has.
     pub fn tenant_delete(&self, who: &Principal, name: &Name) -> Result<(), Fault> {
         allow(who, Action::Change, &Object::Tenant { name }, ("tenant", name.as_str()))?;
-        self.registry.tenant_remove(who, name).map_err(registry_fault)
+        self.registry.people().tenant_remove(who, name).map_err(registry_fault)
     }
 
     /// How much a tenant may have, and has.
@@ -98,7 +98,7 @@ impl Controller {
     /// Not found.
     pub fn quota(&self, who: &Principal, name: &Name) -> Result<TenantQuota, Fault> {
         allow(who, Action::See, &Object::Tenant { name }, ("tenant", name.as_str()))?;
-        self.registry.quota(name).map_err(registry_fault)
+        self.registry.quotas().of(name).map_err(registry_fault)
     }
 
     /// Sets how much a tenant may have.
@@ -112,8 +112,8 @@ impl Controller {
         quota: Quota,
     ) -> Result<TenantQuota, Fault> {
         allow(who, Action::Change, &Object::Tenant { name }, ("tenant", name.as_str()))?;
-        self.registry.tenant_quota(who, name, quota).map_err(registry_fault)?;
-        self.registry.quota(name).map_err(registry_fault)
+        self.registry.quotas().set(who, name, quota).map_err(registry_fault)?;
+        self.registry.quotas().of(name).map_err(registry_fault)
     }
 
     /// Lets another tenant use a restricted substrate, or no longer.
@@ -147,9 +147,9 @@ impl Controller {
         let there = |e: &AuditEntry| who.lists(&e.tenant) && (who.is_operator() || !e.cloud);
         let from = match who.is_operator() {
             true => 0,
-            false => self.registry.tenant(&who.tenant).map_err(registry_fault)?.audit_from,
+            false => self.registry.people().tenant(&who.tenant).map_err(registry_fault)?.audit_from,
         };
-        self.registry.audit_entries_before(limit, from, before, there).map_err(registry_fault)
+        self.registry.audit().entries_before(limit, from, before, there).map_err(registry_fault)
     }
 
     /// Reads the whole audit log and tells where it ends.
@@ -158,7 +158,7 @@ impl Controller {
     /// Forbidden; damaged, with the number of the entry.
     pub fn audit_verify(&self, who: &Principal) -> Result<AuditEnd, Fault> {
         allow(who, Action::See, &Object::Cloud, ("site", ""))?;
-        self.registry.audit_verify().map_err(registry_fault)
+        self.registry.audit().verify().map_err(registry_fault)
     }
 
     /// Writes into the audit log what changed nothing in the registry. What was done is done: a
@@ -198,7 +198,7 @@ impl Controller {
 
     fn enter(&self, note: Note<'_>) {
         let Note { user, action, object, .. } = note;
-        if let Err(error) = self.registry.audit(note) {
+        if let Err(error) = self.registry.audit().note(note) {
             let error = godwit_types::chain(&error);
             tracing::error!(%user, action, object, %error, "not in the audit log");
         }
@@ -207,7 +207,7 @@ impl Controller {
     /// The users that are there for `who`, by tenant and name.
     #[must_use]
     pub fn users_for(&self, who: &Principal) -> Vec<UserRecord> {
-        let mut all = self.registry.users();
+        let mut all = self.registry.people().users();
         all.retain(|u| {
             let object = Object::User { tenant: &u.tenant, role: u.role };
             who.lists(&u.tenant) && may(who, Action::See, &object).is_ok()
@@ -226,14 +226,14 @@ impl Controller {
         if role == Role::Operator && *tenant != crate::access::default_tenant() {
             return Err(Fault::invalid("operators are users of tenant 'default'"));
         }
-        self.registry.user_add(who, tenant, &new.name, role).map_err(registry_fault)
+        self.registry.people().user_add(who, tenant, &new.name, role).map_err(registry_fault)
     }
 
     /// A user by name, or `TENANT/NAME`, if `who` may do `action` with it.
     fn user_for(&self, who: &Principal, action: Action, key: &str) -> Result<UserRecord, Fault> {
         let unseen = || unseen("user", key);
         let (tenant, name) = crate::registry::full_name(&who.tenant, key).ok_or_else(unseen)?;
-        let user = self.registry.user(&tenant, &name).map_err(|_| unseen())?;
+        let user = self.registry.people().user(&tenant, &name).map_err(|_| unseen())?;
         let object = Object::User { tenant: &user.tenant, role: user.role };
         allow(who, action, &object, ("user", key))?;
         Ok(user)
@@ -245,13 +245,13 @@ impl Controller {
     /// Forbidden, not found; conflict while it has a private substrate.
     pub fn user_delete(&self, who: &Principal, key: &str) -> Result<(), Fault> {
         let user = self.user_for(who, Action::Change, key)?;
-        self.registry.user_remove(who, &user.tenant, &user.name).map_err(registry_fault)
+        self.registry.people().user_remove(who, &user.tenant, &user.name).map_err(registry_fault)
     }
 
     /// The tokens that are there for `who`, without their secrets.
     #[must_use]
     pub fn tokens_for(&self, who: &Principal) -> Vec<TokenInfo> {
-        let mut all = self.registry.tokens();
+        let mut all = self.registry.people().tokens();
         all.retain(|t| {
             let object = Object::Token { tenant: &t.tenant, user: &t.user, role: t.role };
             who.lists(&t.tenant) && may(who, Action::See, &object).is_ok()
@@ -266,7 +266,7 @@ impl Controller {
     /// Forbidden, not found; invalid for more than its user may.
     pub fn token_create(&self, who: &Principal, new: NewApiToken) -> Result<ApiToken, Fault> {
         // The user who asks may itself be here by a token for less, and act in another tenant.
-        let myself = self.registry.user_of(&who.id);
+        let myself = self.registry.people().user_of(&who.id);
         let (of, me) = myself.ok_or_else(|| unseen("user", who.user.as_str()))?;
         let (id, tenant, user, of_user) = match new.user {
             Some(name) if (&who.tenant, &name) != (&of, &me) => {
@@ -296,7 +296,7 @@ impl Controller {
         let made_by = (id != who.id).then(|| who.user.clone());
         let Drawn { record, text } = Drawn::new(id, role, expires);
         let record = TokenRecord { made_by, ..record };
-        self.registry.token_add(who, &record).map_err(registry_fault)?;
+        self.registry.people().token_add(who, &record).map_err(registry_fault)?;
         let (created, made_by) = (record.created, record.made_by);
         let info = TokenInfo { id: record.id, tenant, user, role, created, expires, made_by };
         Ok(ApiToken { info, token: text })
@@ -307,9 +307,9 @@ impl Controller {
     /// # Errors
     /// Forbidden, not found.
     pub fn token_delete(&self, who: &Principal, id: &str) -> Result<(), Fault> {
-        let t = self.registry.token(id).map_err(|_| unseen("token", id))?;
+        let t = self.registry.people().token(id).map_err(|_| unseen("token", id))?;
         let object = Object::Token { tenant: &t.tenant, user: &t.user, role: t.role };
         allow(who, Action::Change, &object, ("token", id))?;
-        self.registry.token_remove(who, &t.id).map_err(registry_fault)
+        self.registry.people().token_remove(who, &t.id).map_err(registry_fault)
     }
 }

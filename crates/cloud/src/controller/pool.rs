@@ -19,7 +19,7 @@ impl Controller {
     /// # Errors
     /// Unavailable when it is not attached.
     pub fn center(&self) -> Result<Name, Fault> {
-        let sites = self.registry.sites().map_err(registry_fault)?;
+        let sites = self.registry.sites().all().map_err(registry_fault)?;
         sites
             .into_iter()
             .find(|s| s.kind == SiteKind::Center)

@@ -130,7 +130,11 @@ impl Controller {
         let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
         let new = SubstrateId::new();
         let kind = OpKind::SubstrateRebuild { vm: vm.id, name: old.name.clone(), old: old.id, new };
-        let owner = self.registry.user(&old.tenant, &old.owner).map_or(old.owner.clone(), |u| u.id);
+        let owner = self
+            .registry
+            .people()
+            .user(&old.tenant, &old.owner)
+            .map_or(old.owner.clone(), |u| u.id);
         let (me, record) = (self.clone(), vm.clone());
         let one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
         self.once(who, Some(&old))?;

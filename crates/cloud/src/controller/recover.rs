@@ -238,13 +238,17 @@ impl Controller {
         told_at: u64,
     ) -> Result<(), Fault> {
         if told.is_some_and(|told| self.is_settled(host.name(), told)) {
-            return self.registry.site_has_no_deleted(host.name(), told_at).map_err(registry_fault);
+            return self
+                .registry
+                .sites()
+                .has_no_deleted(host.name(), told_at)
+                .map_err(registry_fault);
         }
         let asked_at = self.registry.revision();
         let machines = host.machines().await?;
         let mut settled = godwit_site::digest(&machines);
         if !self.end_deleted(host, &machines, asked_at).await? {
-            self.registry.site_has_no_deleted(host.name(), asked_at).map_err(registry_fault)?;
+            self.registry.sites().has_no_deleted(host.name(), asked_at).map_err(registry_fault)?;
         }
         let machines: HashMap<_, _> = machines.iter().map(|m| (m.vm, m)).collect();
         // What has changed meanwhile may be newer than the answer.

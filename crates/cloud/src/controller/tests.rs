@@ -544,7 +544,7 @@ async fn a_journal_of_a_later_release_is_refused_in_words_and_nothing_is_undone(
     let mut op = crate::registry::OpRecord::begun(&me(), kind);
     let step = serde_json::json!({ "name": "warm", "state": "begun", "data": { "pages": 7 } });
     op.journal.push(serde_json::from_value(step).expect("a step"));
-    w.c.registry().op_put(&op).expect("written");
+    w.c.registry().ops().put(&op).expect("written");
     let second = Controller::new(w.c.registry().clone(), w.authority.clone());
     assert_eq!(second.recover().expect("recovers"), 1);
     let end = second.ops().wait(op.id).await.expect("ends");

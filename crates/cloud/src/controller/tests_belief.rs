@@ -82,7 +82,7 @@ async fn a_site_that_lies_about_what_a_substrate_is_holds_none() {
         let s = w.c.registry().substrate(true_one.name.as_str()).expect("there");
         assert_eq!(s.holders, [name("center")].into(), "it is believed");
         assert_eq!(s.content, Some(true_one.content));
-        let there = w.c.registry().site(&name("cafe")).expect("there").report.substrates;
+        let there = w.c.registry().sites().get(&name("cafe")).expect("there").report.substrates;
         assert!(there.is_empty(), "{there:?}");
     }
     // One that tells the truth is a holder.
@@ -194,6 +194,6 @@ async fn two_substrates_of_one_name_cost_no_site_its_report() {
     assert_eq!(named(first.id), first.name);
     let other = named(second.id);
     assert!(other.as_str().starts_with(&format!("{}-", first.name)), "{other}");
-    let site = w.c.registry().site(&name("center")).expect("there");
+    let site = w.c.registry().sites().get(&name("center")).expect("there");
     assert_eq!(site.report.substrates, [first.id, second.id].into());
 }

@@ -16,10 +16,10 @@ use crate::registry::{OpRecord, Quota, SubstrateRecord, TenantRecord};
 /// A user of a tenant, which is made if need be.
 fn user(w: &World, tenant: &str, n: &str, role: Role) -> Principal {
     let (reg, tenant) = (w.c.registry(), name(tenant));
-    if reg.tenant(&tenant).is_err() {
-        reg.tenant_add(&me(), &TenantRecord::new(tenant.clone())).expect("tenant");
+    if reg.people().tenant(&tenant).is_err() {
+        reg.people().tenant_add(&me(), &TenantRecord::new(tenant.clone())).expect("tenant");
     }
-    Principal::of(&reg.user_add(&me(), &tenant, &name(n), role).expect("user"))
+    Principal::of(&reg.people().user_add(&me(), &tenant, &name(n), role).expect("user"))
 }
 
 /// A machine of `who` that runs.
@@ -53,7 +53,7 @@ fn docking(w: &World, who: &Principal, vm: &VmRecord, called: &str, site: &str) 
         what: crate::registry::StepKind::Dock { site: name(site), substrate },
         state: crate::registry::StepState::Begun,
     });
-    w.c.registry().op_put(&op).expect("entered");
+    w.c.registry().ops().put(&op).expect("entered");
     substrate
 }
 
@@ -158,7 +158,7 @@ async fn a_rebuilt_substrate_stays_its_owners_and_for_whom_it_was() {
         old: old.id,
         new,
     };
-    w.c.registry().op_put(&OpRecord::begun(&admin, kind)).expect("entered");
+    w.c.registry().ops().put(&OpRecord::begun(&admin, kind)).expect("entered");
     let info = SubstrateInfo { id: new, kind: SubstrateKind::Public, ..docked(9) };
     let s = w.c.adopt_substrate(&name("center"), info).expect("listed");
     assert_eq!((s.owner.as_str(), s.kind), ("ann", SubstrateKind::Private));
@@ -215,11 +215,13 @@ async fn a_token_for_another_user_is_that_users_whatever_the_name() {
     let w = world(Send::Works).await;
     let reg = w.c.registry();
     user(&w, "acme", "ann", Role::Member);
-    let taken = reg.user_add(&me(), &name("acme"), &name("operator"), Role::Member);
+    let taken = reg.people().user_add(&me(), &name("acme"), &name("operator"), Role::Member);
     assert_eq!(taken.expect_err("reserved").code(), Code::Exists);
     // Acting in acme, the operator asks for a token of a user who is called as it is there.
     let ann = Principal::of(
-        &reg.user_add(&me(), &default_tenant(), &name("ann"), Role::Operator).expect("made"),
+        &reg.people()
+            .user_add(&me(), &default_tenant(), &name("ann"), Role::Operator)
+            .expect("made"),
     );
     let in_acme = ann.at(&name("acme"));
     let made = w
@@ -243,7 +245,7 @@ async fn what_comes_of_a_token_that_ends_lives_no_longer() {
     let first = NewApiToken { lifetime_s: Some(3600), ..NewApiToken::default() };
     let first = w.c.token_create(&ann, first).expect("made");
     let end = first.info.expires.expect("it ends");
-    let here = w.c.registry().principal(&first.token, UnixMs::now()).expect("good");
+    let here = w.c.registry().people().principal(&first.token, UnixMs::now()).expect("good");
     for (lifetime_s, want) in [(None, Some(end)), (Some(7200), Some(end))] {
         let child = NewApiToken { lifetime_s, ..NewApiToken::default() };
         assert_eq!(w.c.token_create(&here, child).expect("made").info.expires, want);
@@ -291,7 +293,7 @@ async fn what_comes_in_is_counted_while_it_comes() {
     let w = world(Send::Works).await;
     let ann = user(&w, "acme", "ann", Role::Member);
     let quota = Quota { pool_bytes: Some(1000), ..Quota::default() };
-    w.c.registry().tenant_quota(&me(), &ann.tenant, quota).expect("set");
+    w.c.registry().quotas().set(&me(), &ann.tenant, quota).expect("set");
     let e = w.c.begin_upload(&ann, &name("large"), Some(1001)).err().expect("too much");
     assert_eq!(e.code, Code::NoRoom);
     let a = w.c.begin_upload(&ann, &name("a"), Some(900)).expect("room");
@@ -314,12 +316,12 @@ async fn what_concerns_the_whole_cloud_is_not_there_for_users_of_the_default_ten
         OpKind::ImageBuild { site: name("center"), image: name("tiny") },
     ] {
         let op = OpRecord::begun(&me(), kind);
-        w.c.registry().op_put(&op).expect("entered");
+        w.c.registry().ops().put(&op).expect("entered");
         cloud.push(op.id);
     }
     let ours =
         OpRecord::begun(&dave, OpKind::VmStop { vm: godwit_types::VmId::new(), name: name("web") });
-    w.c.registry().op_put(&ours).expect("entered");
+    w.c.registry().ops().put(&ours).expect("entered");
     w.c.note_of_cloud(&me(), "site revoke", "cafe");
     use crate::access::Action::{Change, See};
     for id in cloud {
@@ -390,7 +392,7 @@ async fn what_is_private_is_docked_as_private_and_no_colleague_cancels_that() {
     w.center.hung.store(true, std::sync::atomic::Ordering::SeqCst);
     let how = DockVm { name: Some(name("kept")), kind: None };
     let op = w.c.dock(&ann, "diary", how, Mode::Act).expect("accepted").op.expect("op");
-    match w.c.registry().op(op).expect("there").kind {
+    match w.c.registry().ops().get(op).expect("there").kind {
         OpKind::VmDock { becomes, owner, .. } => {
             assert_eq!(becomes, Some(SubstrateKind::Private));
             assert_eq!(owner, Some(name("ann")));
@@ -418,7 +420,7 @@ async fn an_operator_in_another_tenant_makes_nothing_in_the_name_of_a_user_there
     let vm = machine(&w, &ann, "a");
     let accepted = w.c.dock(&bob, &format!("acme/{}", vm.name), dock_as("web"), Mode::Act);
     let op = accepted.expect("accepted").op.expect("op");
-    let kind = w.c.registry().op(op).expect("there").kind;
+    let kind = w.c.registry().ops().get(op).expect("there").kind;
     assert!(matches!(kind, OpKind::VmDock { owner: Some(o), .. } if o.as_str() == "operator"));
 }
 

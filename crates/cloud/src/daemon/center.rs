@@ -371,7 +371,7 @@ async fn keep_certificate(endpoint: Endpoint, authority: Arc<Authority>, dir: Pa
 /// A certificate that this authority does not know (it was restored from a copy) proves no such
 /// thing; that of a site in good standing is entered, so that a revocation finds it.
 fn readmit(controller: &Controller, authority: &Authority, peer: &Peer) {
-    let revoked = controller.registry().site(&peer.name).is_ok_and(|s| s.revoked);
+    let revoked = controller.registry().sites().get(&peer.name).is_ok_and(|s| s.revoked);
     if authority.trust().is_revoked(&peer.serial) {
         return;
     }
@@ -386,7 +386,7 @@ fn readmit(controller: &Controller, authority: &Authority, peer: &Peer) {
         return;
     }
     tracing::info!(site = %peer.name, "a revoked site has joined anew");
-    if let Err(error) = controller.registry().site_readmit(&peer.name) {
+    if let Err(error) = controller.registry().sites().readmit(&peer.name) {
         tracing::error!(site = %peer.name, %error, "a site that joined anew is not taken in");
     }
 }

@@ -129,7 +129,7 @@ mod tests {
         let served = tokio::spawn(serve(listener, w.c.clone()));
         let want = NewApiToken { role: Some(Role::Viewer), ..NewApiToken::default() };
         let made = local_token(&socket, &want).await.expect("made");
-        let who = w.c.registry().principal(&made.token, UnixMs::now()).expect("good");
+        let who = w.c.registry().people().principal(&made.token, UnixMs::now()).expect("good");
         assert_eq!((who.user.as_str(), who.role), ("operator", Role::Viewer));
         // What the kernel says of the other side decides, also where the file would let it in.
         let open = |path: &Path, mode| {

@@ -79,7 +79,7 @@ impl<'a> Tenants<'a> {
 
     fn tenants_named<'n>(&self, names: impl Iterator<Item = &'n Name>) -> Audience {
         let created = |name: &Name| {
-            let there = || self.tables.tenants.get(name).map(|t| t.created);
+            let there = || self.tables.people.tenants.get(name).map(|t| t.created);
             self.new.get(name).copied().or_else(there).map(|created| (name.clone(), created))
         };
         Audience::Tenants(names.filter_map(created).collect())

@@ -11,8 +11,9 @@ use godwit_types::{Hash, Name, OpState, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::file::File;
 use super::tables::{Change, Tables};
-use super::{OpRecord, Registry, Result};
+use super::{OpRecord, Result};
 use crate::access::Principal;
 
 /// Entries that are told at once.
@@ -144,12 +145,22 @@ impl Tables {
     }
 }
 
-impl Registry {
+/// The audit log of a registry.
+#[derive(Debug)]
+pub struct AuditLog {
+    file: Arc<File>,
+}
+
+impl AuditLog {
+    pub(super) const fn new(file: Arc<File>) -> Self {
+        Self { file }
+    }
+
     /// Writes an entry of what changes nothing in the registry.
     ///
     /// # Errors
     /// When the database fails.
-    pub(crate) fn audit(&self, note: Note<'_>) -> Result<()> {
+    pub(crate) fn note(&self, note: Note<'_>) -> Result<()> {
         self.file.write(|t, changes| {
             changes.push(t.audited(note));
             Ok(())
@@ -161,20 +172,20 @@ impl Registry {
     ///
     /// # Errors
     /// When the database fails.
-    pub fn audit_entries(
+    pub fn entries(
         &self,
         limit: usize,
         from: u64,
         wanted: impl Fn(&AuditEntry) -> bool,
     ) -> Result<Vec<AuditEntry>> {
-        self.audit_entries_before(limit, from, None, wanted)
+        self.entries_before(limit, from, None, wanted)
     }
 
-    /// As [`Registry::audit_entries`], of those before the entry number `before`.
+    /// As [`AuditLog::entries`], of those before the entry number `before`.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn audit_entries_before(
+    pub fn entries_before(
         &self,
         limit: usize,
         from: u64,
@@ -205,7 +216,7 @@ impl Registry {
     /// # Errors
     /// [`super::RegistryError::Damaged`] that names the first entry, from the end, that is not what
     /// the one after it says; when the database fails.
-    pub fn audit_verify(&self) -> Result<AuditEnd> {
+    pub fn verify(&self) -> Result<AuditEnd> {
         let mut end: Option<AuditEnd> = None;
         let mut after: Option<(u64, Hash)> = None;
         let mut broken = None;

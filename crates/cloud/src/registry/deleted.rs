@@ -11,7 +11,7 @@ use std::sync::Arc;
 use godwit_types::{Name, UnixMs, VmId};
 
 use super::tables::Change;
-use super::{DeletedVm, Registry, Result, VmRecord};
+use super::{DeletedVm, Registry, Result, Sites, VmRecord};
 
 /// Rows that wait for revoked sites only, which may never be seen again; the oldest go first.
 pub(super) const KEPT_DELETED: usize = 10_000;
@@ -55,15 +55,17 @@ impl Registry {
     pub fn deleted_count(&self) -> usize {
         self.file.read(|t| t.deleted.len())
     }
+}
 
+impl Sites {
     /// A site was asked what it runs when the registry was at `revision`, and has nothing that was
     /// deleted. Forgets the deleted machines that no site can have any more.
     ///
     /// # Errors
     /// When the database fails.
-    pub fn site_has_no_deleted(&self, site: &Name, revision: u64) -> Result<()> {
+    pub fn has_no_deleted(&self, site: &Name, revision: u64) -> Result<()> {
         self.live.seen_machines(site, revision);
-        if self.deleted_count() == 0 {
+        if self.file.read(|t| t.deleted.is_empty()) {
             return Ok(());
         }
         self.file.write(|t, changes| {

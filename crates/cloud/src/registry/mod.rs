@@ -24,10 +24,12 @@ mod feed;
 mod file;
 mod journal;
 mod live;
+mod operations;
 pub(crate) mod people;
 mod quota;
 mod records;
 mod saved;
+mod sites;
 mod tables;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -39,43 +41,42 @@ mod tests_tenants;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
-use godwit_site::SiteReport;
-use godwit_types::{Generation, Hash, Name, OpId, SubstrateId, UnixMs, VmId};
+use godwit_types::{Generation, Hash, Name, SubstrateId, SubstrateKind, VmId};
 
 use audit::Note;
 use file::File;
 use live::Live;
-use tables::{Change, SiteRow, Tables};
+use tables::Change;
 
 pub use audience::{Audience, Reader};
-pub use audit::{AuditEnd, AuditEntry, MAX_AUDIT, MAX_READ};
+pub use audit::{AuditEnd, AuditEntry, AuditLog, MAX_AUDIT, MAX_READ};
 pub use error::RegistryError;
 pub(crate) use error::registry_fault;
 pub use feed::{Event, EventId, EventKind, Forgotten, NoEventId, Object, Summary, Watcher, What};
 pub use journal::{MoveReached, Step, StepKind, StepName, StepState, all_known, move_reached};
-pub use people::{Drawn, MAX_TOKENS, TenantRecord, TokenInfo, TokenRecord, UserRecord};
-pub use quota::{Quota, TenantQuota, Usage};
+pub use operations::{KEPT_OPS, Operations};
+pub use people::{Drawn, MAX_TOKENS, People, TenantRecord, TokenInfo, TokenRecord, UserRecord};
+pub use quota::{Quota, Quotas, TenantQuota, Usage};
 pub use records::{Arriving, DeletedVm, OpRecord, SiteRecord, SubstrateRecord, VmRecord};
+pub use sites::Sites;
 
 use crate::access::{Principal, default_tenant};
 use crate::clock::Moment;
-
-/// Finished operations of each tenant that are kept; the oldest go first.
-pub const KEPT_OPS: usize = 1000;
 
 type Result<T> = std::result::Result<T, RegistryError>;
 
 /// The registry of one center.
 #[derive(Debug)]
 pub struct Registry {
-    file: File,
-    live: Live,
+    file: Arc<File>,
+    live: Arc<Live>,
+    sites: Sites,
+    ops: Operations,
+    people: People,
+    quotas: Quotas,
+    audit: AuditLog,
 }
-
-/// The oldest that a report may be when it arrives.
-const REPORT_AGE: Duration = Duration::from_secs(30);
 
 fn missing(what: &'static str, key: &impl ToString) -> RegistryError {
     RegistryError::NotFound { what, key: key.to_string() }
@@ -88,7 +89,46 @@ impl Registry {
     /// # Errors
     /// When the file is held by another daemon, damaged, or of another format.
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { file: File::open(path)?, live: Live::default() })
+        let (file, live) = (Arc::new(File::open(path)?), Arc::new(Live::default()));
+        Ok(Self {
+            sites: Sites::new(file.clone(), live.clone()),
+            ops: Operations::new(file.clone()),
+            people: People::new(file.clone()),
+            quotas: Quotas::new(file.clone()),
+            audit: AuditLog::new(file.clone()),
+            file,
+            live,
+        })
+    }
+
+    /// Its sites.
+    #[must_use]
+    pub const fn sites(&self) -> &Sites {
+        &self.sites
+    }
+
+    /// Its operations.
+    #[must_use]
+    pub const fn ops(&self) -> &Operations {
+        &self.ops
+    }
+
+    /// Its tenants, their users and the tokens of these.
+    #[must_use]
+    pub const fn people(&self) -> &People {
+        &self.people
+    }
+
+    /// How much each tenant may have.
+    #[must_use]
+    pub const fn quotas(&self) -> &Quotas {
+        &self.quotas
+    }
+
+    /// Who did what.
+    #[must_use]
+    pub const fn audit(&self) -> &AuditLog {
+        &self.audit
     }
 
     /// Write transactions that were made since it was opened: each costs an `fsync`.
@@ -120,196 +160,10 @@ impl Registry {
         self.file.feed().watch_now()
     }
 
-    /// Tells those who follow of an operation that is asked to stop, which is not written down.
-    pub(crate) fn op_cancelling(&self, op: &OpRecord) {
-        let audience = self.file.read(|t| audience::Tenants::of(t).op(op));
-        self.file.feed().op_cancelling(op, audience);
-    }
-
     /// Keys of entries that do not parse and were left out.
     #[must_use]
     pub fn damaged(&self) -> Vec<String> {
         self.file.read(|t| t.damaged.keys().cloned().collect())
-    }
-
-    fn missing_or_damaged(t: &Tables, what: &'static str, key: &str) -> RegistryError {
-        match t.damaged.get(key) {
-            Some(why) => {
-                RegistryError::Damaged { key: shown(key), source: serde::de::Error::custom(why) }
-            }
-            None => RegistryError::NotFound { what, key: shown(key) },
-        }
-    }
-
-    // ---- sites -------------------------------------------------------------------------
-
-    /// All sites.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub fn sites(&self) -> Result<Vec<SiteRecord>> {
-        let rows: Vec<_> = self.file.read(|t| t.sites.values().cloned().collect());
-        let now = Moment::now();
-        Ok(rows.iter().map(|r| self.live.record(r, now)).collect())
-    }
-
-    /// One site.
-    ///
-    /// # Errors
-    /// [`RegistryError::NotFound`], or when the database fails.
-    pub fn site(&self, name: &Name) -> Result<SiteRecord> {
-        self.site_at(name, Moment::now())
-    }
-
-    fn site_at(&self, name: &Name, now: Moment) -> Result<SiteRecord> {
-        let row = self.file.read(|t| {
-            t.sites
-                .get(name)
-                .cloned()
-                .ok_or_else(|| Self::missing_or_damaged(t, "site", name.as_str()))
-        })?;
-        Ok(self.live.record(&row, now))
-    }
-
-    /// Enters a site, or renews the entry of one that joins again. Its lease comes with its first
-    /// report.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub fn site_put(&self, site: &SiteRecord) -> Result<()> {
-        let row = SiteRow {
-            name: site.name.clone(),
-            kind: site.kind,
-            joined: site.joined,
-            revoked: site.revoked,
-            last_seen: site.last_seen,
-            lease_until: UnixMs::default(),
-        };
-        self.file.write(|t, changes| {
-            // When it was seen last is written when it goes away.
-            let same = t.sites.get(&row.name).is_some_and(|old| {
-                (old.kind, old.joined, old.revoked) == (row.kind, row.joined, row.revoked)
-            });
-            if !same {
-                changes.push(Change::Site(row.name.clone(), Some(Arc::new(row))));
-            }
-            Ok(())
-        })?;
-        self.live.put(site, Moment::now());
-        Ok(())
-    }
-
-    /// Takes a site's report and gives it a fresh lease of `ttl` from `now`. A report cannot
-    /// shorten a lease, and a revoked site gets none. Nothing is written unless the site holds
-    /// other substrates than before.
-    ///
-    /// # Errors
-    /// [`RegistryError::NotFound`]; [`RegistryError::Revoked`].
-    pub fn site_report(
-        &self,
-        name: &Name,
-        report: SiteReport,
-        now: Moment,
-        ttl: Duration,
-    ) -> Result<SiteRecord> {
-        // What a site holds is known from its own word; the substrate table follows it.
-        let row = self.file.write(|t, changes| {
-            let row = t.sites.get(name).cloned().ok_or_else(|| missing("site", name))?;
-            if row.revoked {
-                return Err(RegistryError::Revoked(name.clone()));
-            }
-            let mut hold = |id: &SubstrateId, holds| {
-                if let Some(s) = t.substrates.get(id) {
-                    let mut s = SubstrateRecord::clone(s);
-                    let changed = if holds {
-                        s.holders.insert(name.clone())
-                    } else {
-                        s.damaged.remove(name);
-                        s.holders.remove(name)
-                    };
-                    if changed {
-                        changes.push(Change::Substrate(*id, Some(Arc::new(s))));
-                    }
-                }
-            };
-            let known: BTreeSet<_> = t.held_at(name).collect();
-            for id in report.substrates.iter().filter(|id| !known.contains(id)) {
-                self.live.holds(*id, name, now);
-                hold(id, true);
-            }
-            for id in known.into_iter().filter(|id| !report.substrates.contains(id)) {
-                // The report may have been made before the substrate was, or came there.
-                if self.live.held_for(*id, name, now).is_none_or(|held| held >= REPORT_AGE) {
-                    hold(id, false);
-                }
-            }
-            Ok(row)
-        })?;
-        self.live.report(name, report, now, ttl, self.file.feed());
-        Ok(self.live.record(&row, now))
-    }
-
-    /// Whether a report names no substrate that the site is not known to hold, and nothing has
-    /// happened to those since its last report.
-    #[must_use]
-    pub fn knows_holdings(&self, site: &Name, report: &SiteReport) -> bool {
-        report.holdings.is_some()
-            && self.live.holdings(site) == report.holdings
-            && self.file.read(|t| {
-                let held = |id| t.substrates.get(id).is_some_and(|s| s.holders.contains(site));
-                report.substrates.iter().all(held)
-            })
-    }
-
-    /// Ends a site's lease, for it has not answered since `asked`; unless it has reported since.
-    /// Answers whether there was a lease to end.
-    pub fn site_silent(&self, name: &Name, asked: Moment) -> bool {
-        self.live.silent(name, asked.run, self.file.feed())
-    }
-
-    /// Ends a site's lease that has run out by itself, and tells of that.
-    pub fn site_lapsed(&self, name: &Name, now: Moment) {
-        self.live.lapsed(name, now.run, self.file.feed());
-    }
-
-    /// Ends a site's lease for it has gone away, and writes down when it was seen last.
-    ///
-    /// # Errors
-    /// [`RegistryError::NotFound`], or when the database fails.
-    pub fn site_away(&self, name: &Name) -> Result<()> {
-        self.live.silent(name, Duration::MAX, self.file.feed());
-        let seen = self.live.last_seen(name);
-        self.site_change(name, |row| {
-            row.last_seen = seen.unwrap_or(row.last_seen);
-        })
-    }
-
-    /// Marks a site as no longer trusted.
-    ///
-    /// # Errors
-    /// [`RegistryError::NotFound`], or when the database fails.
-    pub fn site_revoke(&self, name: &Name) -> Result<()> {
-        self.site_change(name, |row| row.revoked = true)
-    }
-
-    /// Marks a revoked site as trusted again: it has joined anew.
-    ///
-    /// # Errors
-    /// [`RegistryError::NotFound`], or when the database fails.
-    pub fn site_readmit(&self, name: &Name) -> Result<()> {
-        self.site_change(name, |row| row.revoked = false)
-    }
-
-    fn site_change(&self, name: &Name, change: impl FnOnce(&mut SiteRow)) -> Result<()> {
-        self.file.write(|t, changes| {
-            let old = t.sites.get(name).ok_or_else(|| missing("site", name))?;
-            let mut row = SiteRow::clone(old);
-            change(&mut row);
-            if row != **old {
-                changes.push(Change::Site(name.clone(), Some(Arc::new(row))));
-            }
-            Ok(())
-        })
     }
 
     // ---- substrates --------------------------------------------------------------------
@@ -341,7 +195,7 @@ impl Registry {
             let id = key.parse::<SubstrateId>().ok().or_else(named);
             id.and_then(|id| t.substrates.get(&id))
                 .map(|s| SubstrateRecord::clone(s))
-                .ok_or_else(|| Self::missing_or_damaged(t, "substrate", key))
+                .ok_or_else(|| t.missing_or_damaged("substrate", key))
         })
     }
 
@@ -402,7 +256,7 @@ impl Registry {
     ) -> Result<Option<SubstrateRecord>> {
         self.file.write(|t, changes| {
             let before = t.substrates.get(&old).ok_or_else(|| missing("substrate", &old))?;
-            let gone = Self::fence(t, vm.0, vm.1)?;
+            let gone = t.fence(vm.0, vm.1)?;
             changes.extend(deleted::changes(gone));
             let kept = if t.vms_of(old).any(|id| *id != vm.0) {
                 if t.substrate_named(&before.tenant, aside).is_some() {
@@ -523,6 +377,44 @@ impl Registry {
         })
     }
 
+    /// Lets another tenant use a restricted substrate, or no longer.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`]; [`RegistryError::Busy`] for one that is not restricted.
+    pub fn substrate_grant(
+        &self,
+        who: &Principal,
+        id: SubstrateId,
+        tenant: &Name,
+        may: bool,
+    ) -> Result<SubstrateRecord> {
+        self.file.write(|t, changes| {
+            let old = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
+            let mut s = SubstrateRecord::clone(old);
+            if may {
+                t.has_tenant(tenant)?;
+                if s.kind != SubstrateKind::Restricted {
+                    let words = format!(
+                        "substrate '{}' is {}: only restricted ones are granted",
+                        s.name, s.kind
+                    );
+                    return Err(RegistryError::Busy(words));
+                }
+                s.granted.insert(tenant.clone());
+            } else if !s.granted.remove(tenant) {
+                return Err(missing("grant to", tenant));
+            }
+            if s != **old {
+                let action = if may { "grant create" } else { "grant delete" };
+                let object = format!("{} to {tenant}", s.name);
+                let note = Note::of(who, action, &object);
+                changes.push(t.audited(Note { tenant: &s.tenant, ..note }));
+                changes.push(Change::Substrate(id, Some(Arc::new(s.clone()))));
+            }
+            Ok(s)
+        })
+    }
+
     /// Forgets a substrate. Whether an environment at rest still stands on it, its sites know.
     ///
     /// # Errors
@@ -576,7 +468,7 @@ impl Registry {
             let id = key.parse::<VmId>().ok().or_else(named);
             id.and_then(|id| t.vms.get(&id))
                 .map(|e| VmRecord::clone(&e.vm))
-                .ok_or_else(|| Self::missing_or_damaged(t, "machine", key))
+                .ok_or_else(|| t.missing_or_damaged("machine", key))
         })
     }
 
@@ -654,7 +546,7 @@ impl Registry {
         change: impl FnOnce(&mut VmRecord) -> Result<()>,
     ) -> Result<VmRecord> {
         self.file.write(|t, changes| {
-            let old = Self::fence(t, id, generation)?;
+            let old = t.fence(id, generation)?;
             let mut vm = VmRecord::clone(old);
             change(&mut vm)?;
             let same = (vm.id, &vm.name, &vm.tenant) == (id, &old.name, &old.tenant);
@@ -681,65 +573,7 @@ impl Registry {
     /// As [`Registry::vm_update`].
     pub fn vm_remove(&self, id: VmId, generation: Generation) -> Result<()> {
         self.file.write(|t, changes| {
-            changes.extend(deleted::changes(Self::fence(t, id, generation)?));
-            Ok(())
-        })
-    }
-
-    fn fence(t: &Tables, id: VmId, given: Generation) -> Result<&Arc<VmRecord>> {
-        let vm = t.vms.get(&id).map(|e| &e.vm).ok_or_else(|| missing("machine", &id))?;
-        if vm.generation == given {
-            Ok(vm)
-        } else {
-            let (name, current) = (vm.name.clone(), vm.generation);
-            Err(RegistryError::Fenced { name, current, given })
-        }
-    }
-
-    // ---- operations --------------------------------------------------------------------
-
-    /// All operations that are kept, oldest first.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub fn ops(&self) -> Result<Vec<OpRecord>> {
-        Ok(self.ops_shared().into_iter().map(Arc::unwrap_or_clone).collect())
-    }
-
-    /// As [`Registry::ops`], without a copy of each.
-    #[must_use]
-    pub fn ops_shared(&self) -> Vec<Arc<OpRecord>> {
-        self.file.read(|t| t.ops.values().cloned().collect())
-    }
-
-    /// One operation.
-    ///
-    /// # Errors
-    /// [`RegistryError::NotFound`], or when the database fails.
-    pub fn op(&self, id: OpId) -> Result<OpRecord> {
-        self.file.read(|t| {
-            t.ops
-                .get(&id)
-                .map(|o| OpRecord::clone(o))
-                .ok_or_else(|| Self::missing_or_damaged(t, "operation", &id.to_string()))
-        })
-    }
-
-    /// Writes an operation as it is now. When one ends, the oldest finished ones of its tenant
-    /// beyond [`KEPT_OPS`] are dropped in the same transaction.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub fn op_put(&self, op: &OpRecord) -> Result<()> {
-        self.file.write(|t, changes| {
-            changes.extend(t.audited_op(op));
-            changes.push(Change::Op(op.id, Some(Arc::new(op.clone()))));
-            if op.state.is_final() {
-                // With this one there is one more, unless it had ended before.
-                let before = t.ops.get(&op.id).is_some_and(|o| o.state.is_final());
-                let old = t.ended_beyond(&op.tenant, KEPT_OPS - usize::from(!before));
-                changes.extend(old.filter(|id| **id != op.id).map(|id| Change::Op(*id, None)));
-            }
+            changes.extend(deleted::changes(t.fence(id, generation)?));
             Ok(())
         })
     }

@@ -7,6 +7,7 @@
 //!
 //! The secret is drawn here and told once. 256 random bits need no slow hash.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use godwit_types::{Hash, Name, SubstrateKind, UnixMs};
@@ -14,9 +15,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::audit::Note;
+use super::file::File;
 use super::quota::Quota;
 use super::tables::{Change, Tables};
-use super::{Registry, RegistryError, Result, missing};
+use super::{RegistryError, Result, missing};
 use crate::access::{DEFAULT_TENANT, OPERATOR, Principal, Role, default_tenant, operator};
 
 /// What begins a token of a user.
@@ -143,7 +145,22 @@ fn busy(words: String) -> RegistryError {
     RegistryError::Busy(words)
 }
 
-impl Tables {
+/// Tenants, users and tokens, in memory.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct PeopleTables {
+    pub(super) tenants: BTreeMap<Name, Arc<TenantRecord>>,
+    /// By their ids.
+    pub(super) users: BTreeMap<Name, Arc<UserRecord>>,
+    /// Tokens for the API, by their ids.
+    pub(super) tokens: BTreeMap<String, Arc<TokenRecord>>,
+}
+
+impl PeopleTables {
+    /// A user by its tenant and name.
+    fn user_named(&self, tenant: &Name, name: &Name) -> Option<&Arc<UserRecord>> {
+        self.users.values().find(|u| u.tenant == *tenant && u.name == *name)
+    }
+
     /// Tenant and name of the user with this id.
     fn user_of(&self, id: &Name) -> Option<(Name, Name)> {
         if id.as_str() == OPERATOR {
@@ -152,6 +169,15 @@ impl Tables {
         self.users.get(id).map(|u| (u.tenant.clone(), u.name.clone()))
     }
 
+    fn token_info(&self, t: &TokenRecord) -> Option<TokenInfo> {
+        let (tenant, user) = self.user_of(&t.user)?;
+        let (id, role, created, expires) = (t.id.clone(), t.role, t.created, t.expires);
+        let made_by = t.made_by.clone();
+        Some(TokenInfo { id, tenant, user, role, created, expires, made_by })
+    }
+}
+
+impl Tables {
     /// What a user has that is nobody else's.
     fn private_of(&self, tenant: &Name, user: &Name) -> Option<String> {
         let private = |s: &&Arc<super::SubstrateRecord>| {
@@ -166,27 +192,30 @@ impl Tables {
             .or_else(|| machines().find(machine).map(|v| format!("machine '{}'", v.name)))
     }
 
-    fn token_info(&self, t: &TokenRecord) -> Option<TokenInfo> {
-        let (tenant, user) = self.user_of(&t.user)?;
-        let (id, role, created, expires) = (t.id.clone(), t.role, t.created, t.expires);
-        let made_by = t.made_by.clone();
-        Some(TokenInfo { id, tenant, user, role, created, expires, made_by })
-    }
-
     /// Refuses what would belong to a tenant that is not there.
     pub(super) fn has_tenant(&self, name: &Name) -> Result<()> {
-        match self.tenants.contains_key(name) {
+        match self.people.tenants.contains_key(name) {
             true => Ok(()),
             false => Err(missing("tenant", name)),
         }
     }
 }
 
-impl Registry {
+/// The people of a registry. What they have is asked and changed in the same transaction.
+#[derive(Debug)]
+pub struct People {
+    file: Arc<File>,
+}
+
+impl People {
+    pub(super) const fn new(file: Arc<File>) -> Self {
+        Self { file }
+    }
+
     /// All tenants.
     #[must_use]
     pub fn tenants(&self) -> Vec<TenantRecord> {
-        self.file.read(|t| t.tenants.values().map(|r| TenantRecord::clone(r)).collect())
+        self.file.read(|t| t.people.tenants.values().map(|r| TenantRecord::clone(r)).collect())
     }
 
     /// Whether there is such a tenant.
@@ -195,7 +224,8 @@ impl Registry {
     /// [`RegistryError::NotFound`].
     pub fn tenant(&self, name: &Name) -> Result<TenantRecord> {
         self.file.read(|t| {
-            t.tenants
+            t.people
+                .tenants
                 .get(name)
                 .map(|r| TenantRecord::clone(r))
                 .ok_or_else(|| missing("tenant", name))
@@ -209,7 +239,7 @@ impl Registry {
     pub fn tenant_add(&self, who: &Principal, tenant: &TenantRecord) -> Result<TenantRecord> {
         self.file.write(|t, changes| {
             let name = &tenant.name;
-            if t.tenants.contains_key(name) {
+            if t.people.tenants.contains_key(name) {
                 return Err(RegistryError::Exists { what: "tenant", key: name.to_string() });
             }
             let tenant = TenantRecord { audit_from: t.audit.entries + 1, ..tenant.clone() };
@@ -240,7 +270,7 @@ impl Registry {
             if let Some(s) = t.substrates.values().find(|s| s.tenant == *name) {
                 return has("substrate", &s.name);
             }
-            if let Some(u) = t.users.values().find(|u| u.tenant == *name) {
+            if let Some(u) = t.people.users.values().find(|u| u.tenant == *name) {
                 return has("user", &u.name);
             }
             let ops = || t.ops.values().filter(|o| o.tenant == *name);
@@ -261,65 +291,10 @@ impl Registry {
         })
     }
 
-    /// Sets how much a tenant may have. What it has already stays.
-    ///
-    /// # Errors
-    /// [`RegistryError::NotFound`].
-    pub fn tenant_quota(&self, who: &Principal, name: &Name, quota: Quota) -> Result<TenantRecord> {
-        self.file.write(|t, changes| {
-            let old = t.tenants.get(name).ok_or_else(|| missing("tenant", name))?;
-            let tenant = TenantRecord { quota, ..TenantRecord::clone(old) };
-            if tenant != **old {
-                let note = Note::of(who, "quota set", name.as_str());
-                changes.push(t.audited(Note { tenant: name, ..note }));
-                changes.push(Change::Tenant(name.clone(), Some(Arc::new(tenant.clone()))));
-            }
-            Ok(tenant)
-        })
-    }
-
-    /// Lets another tenant use a restricted substrate, or no longer.
-    ///
-    /// # Errors
-    /// [`RegistryError::NotFound`]; [`RegistryError::Busy`] for one that is not restricted.
-    pub fn substrate_grant(
-        &self,
-        who: &Principal,
-        id: godwit_types::SubstrateId,
-        tenant: &Name,
-        may: bool,
-    ) -> Result<super::SubstrateRecord> {
-        self.file.write(|t, changes| {
-            let old = t.substrates.get(&id).ok_or_else(|| missing("substrate", &id))?;
-            let mut s = super::SubstrateRecord::clone(old);
-            if may {
-                t.has_tenant(tenant)?;
-                if s.kind != godwit_types::SubstrateKind::Restricted {
-                    let words = format!(
-                        "substrate '{}' is {}: only restricted ones are granted",
-                        s.name, s.kind
-                    );
-                    return Err(busy(words));
-                }
-                s.granted.insert(tenant.clone());
-            } else if !s.granted.remove(tenant) {
-                return Err(missing("grant to", tenant));
-            }
-            if s != **old {
-                let action = if may { "grant create" } else { "grant delete" };
-                let object = format!("{} to {tenant}", s.name);
-                let note = Note::of(who, action, &object);
-                changes.push(t.audited(Note { tenant: &s.tenant, ..note }));
-                changes.push(Change::Substrate(id, Some(Arc::new(s.clone()))));
-            }
-            Ok(s)
-        })
-    }
-
     /// All users.
     #[must_use]
     pub fn users(&self) -> Vec<UserRecord> {
-        self.file.read(|t| t.users.values().map(|r| UserRecord::clone(r)).collect())
+        self.file.read(|t| t.people.users.values().map(|r| UserRecord::clone(r)).collect())
     }
 
     /// A user by its tenant and name.
@@ -328,7 +303,7 @@ impl Registry {
     /// [`RegistryError::NotFound`].
     pub fn user(&self, tenant: &Name, name: &Name) -> Result<UserRecord> {
         self.file.read(|t| {
-            let user = t.user_named(tenant, name).ok_or_else(|| missing("user", name))?;
+            let user = t.people.user_named(tenant, name).ok_or_else(|| missing("user", name))?;
             Ok(UserRecord::clone(user))
         })
     }
@@ -336,7 +311,7 @@ impl Registry {
     /// Tenant and name of the user with this id, as substrates at sites have it.
     #[must_use]
     pub fn user_of(&self, id: &Name) -> Option<(Name, Name)> {
-        self.file.read(|t| t.user_of(id))
+        self.file.read(|t| t.people.user_of(id))
     }
 
     /// Enters a user.
@@ -355,7 +330,9 @@ impl Registry {
         self.file.write(|t, changes| {
             t.has_tenant(&user.tenant)?;
             // Nobody of a tenant is taken for the operator.
-            if user.name.as_str() == OPERATOR || t.user_named(&user.tenant, &user.name).is_some() {
+            if user.name.as_str() == OPERATOR
+                || t.people.user_named(&user.tenant, &user.name).is_some()
+            {
                 return Err(RegistryError::Exists { what: "user", key: user.name.to_string() });
             }
             let object = format!("{} ({role})", user.name);
@@ -374,11 +351,11 @@ impl Registry {
     /// nobody else may use.
     pub fn user_remove(&self, who: &Principal, tenant: &Name, name: &Name) -> Result<()> {
         self.file.write(|t, changes| {
-            let user = t.user_named(tenant, name).ok_or_else(|| missing("user", name))?;
+            let user = t.people.user_named(tenant, name).ok_or_else(|| missing("user", name))?;
             if let Some(what) = t.private_of(tenant, name) {
                 return Err(busy(format!("user '{name}' still has the private {what}")));
             }
-            let tokens = t.tokens.values().filter(|k| k.user == user.id);
+            let tokens = t.people.tokens.values().filter(|k| k.user == user.id);
             changes.extend(tokens.map(|k| Change::Token(k.id.clone(), None)));
             let note = Note::of(who, "user delete", name.as_str());
             changes.push(t.audited(Note { tenant, ..note }));
@@ -390,7 +367,8 @@ impl Registry {
     /// All tokens of users that are there, without their secrets.
     #[must_use]
     pub fn tokens(&self) -> Vec<TokenInfo> {
-        self.file.read(|t| t.tokens.values().filter_map(|k| t.token_info(k)).collect())
+        self.file
+            .read(|t| t.people.tokens.values().filter_map(|k| t.people.token_info(k)).collect())
     }
 
     /// One of them.
@@ -399,7 +377,7 @@ impl Registry {
     /// [`RegistryError::NotFound`].
     pub fn token(&self, id: &str) -> Result<TokenInfo> {
         self.file.read(|t| {
-            let info = t.tokens.get(id).and_then(|k| t.token_info(k));
+            let info = t.people.tokens.get(id).and_then(|k| t.people.token_info(k));
             info.ok_or_else(|| RegistryError::NotFound { what: "token", key: super::shown(id) })
         })
     }
@@ -411,7 +389,7 @@ impl Registry {
     /// [`MAX_TOKENS`].
     pub fn token_add(&self, who: &Principal, token: &TokenRecord) -> Result<()> {
         self.file.write(|t, changes| {
-            let Some((tenant, user)) = t.user_of(&token.user) else {
+            let Some((tenant, user)) = t.people.user_of(&token.user) else {
                 return Err(missing("user", &token.user));
             };
             let stranger = token.user != who.id && !who.is_operator();
@@ -422,7 +400,7 @@ impl Registry {
             }
             let ended = |k: &TokenRecord| k.expires.is_some_and(|end| end <= token.created);
             let (ended, good): (Vec<_>, Vec<_>) =
-                t.tokens.values().filter(|k| k.user == token.user).partition(|k| ended(k));
+                t.people.tokens.values().filter(|k| k.user == token.user).partition(|k| ended(k));
             changes.extend(ended.iter().map(|k| Change::Token(k.id.clone(), None)));
             if good.len() >= MAX_TOKENS {
                 return Err(busy(format!(
@@ -444,11 +422,13 @@ impl Registry {
     pub fn token_remove(&self, who: &Principal, id: &str) -> Result<()> {
         self.file.write(|t, changes| {
             let token = t
+                .people
                 .tokens
                 .get(id)
                 .ok_or_else(|| RegistryError::NotFound { what: "token", key: super::shown(id) })?;
             let note = Note::of(who, "token delete", &token.id);
-            let tenant = t.user_of(&token.user).map_or_else(|| who.tenant.clone(), |(of, _)| of);
+            let tenant =
+                t.people.user_of(&token.user).map_or_else(|| who.tenant.clone(), |(of, _)| of);
             changes.push(t.audited(Note { tenant: &tenant, ..note }));
             changes.push(Change::Token(token.id.clone(), None));
             Ok(())
@@ -460,8 +440,8 @@ impl Registry {
     pub fn still_good(&self, who: &Principal, now: UnixMs) -> bool {
         let there = |id: &String| {
             self.file.read(|t| {
-                let token = t.tokens.get(id);
-                token.is_some_and(|k| k.user == who.id && t.user_of(&k.user).is_some())
+                let token = t.people.tokens.get(id);
+                token.is_some_and(|k| k.user == who.id && t.people.user_of(&k.user).is_some())
             })
         };
         who.until.is_none_or(|end| now < end) && who.token.as_ref().is_none_or(there)
@@ -472,13 +452,13 @@ impl Registry {
     pub fn principal(&self, text: &str, now: UnixMs) -> Option<Principal> {
         let id = text.strip_prefix(USER_TOKEN)?.split('-').next()?;
         self.file.read(|t| {
-            let token = t.tokens.get(id)?;
+            let token = t.people.tokens.get(id)?;
             // Of hashes, in constant time: how far a wrong one fits tells nothing anyway.
             let same = blake3::Hash::from_bytes(token.hash.0) == blake3::hash(text.as_bytes());
             if !same || token.expires.is_some_and(|end| end <= now) {
                 return None;
             }
-            let (user, role) = match t.users.get(&token.user) {
+            let (user, role) = match t.people.users.get(&token.user) {
                 Some(u) => (Principal::of(u), u.role),
                 None if token.user.as_str() == OPERATOR => (Principal::operator(), Role::Operator),
                 None => return None,

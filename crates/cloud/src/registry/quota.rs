@@ -4,12 +4,18 @@
 //! taken before it: two creations cannot both take the last place. A recovery, which writes down
 //! what is so, is never refused.
 
+use std::sync::Arc;
+
 use godwit_types::{Name, VmState};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::tables::Tables;
-use super::{Registry, RegistryError, Result, SubstrateRecord, VmRecord, missing};
+use super::audit::Note;
+use super::file::File;
+use super::people::TenantRecord;
+use super::tables::{Change, Tables};
+use super::{RegistryError, Result, SubstrateRecord, VmRecord, missing};
+use crate::access::Principal;
 
 /// The most that a tenant may have; what is left out has no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -108,7 +114,7 @@ impl Tables {
     /// room for.
     pub(super) fn has_room(&self, old: Option<&VmRecord>, new: &VmRecord) -> Result<()> {
         // That its tenant is there was asked when it was made: a damaged entry stops no recovery.
-        let Some(tenant) = self.tenants.get(&new.tenant) else { return Ok(()) };
+        let Some(tenant) = self.people.tenants.get(&new.tenant) else { return Ok(()) };
         let q = tenant.quota;
         let begins = |state| new.state == state && old.is_none_or(|o| o.state != state);
         let starts = begins(VmState::Starting) && old.is_none_or(|o| !is_on(o.state));
@@ -139,7 +145,8 @@ impl Tables {
 
     /// Refuses a substrate that comes in and that its tenant has no room for.
     pub(super) fn has_room_for(&self, s: &SubstrateRecord) -> Result<()> {
-        let tenant = self.tenants.get(&s.tenant).ok_or_else(|| missing("tenant", &s.tenant))?;
+        let tenant =
+            self.people.tenants.get(&s.tenant).ok_or_else(|| missing("tenant", &s.tenant))?;
         let used = self.usage(&s.tenant).pool_bytes;
         within(&s.tenant, &[("bytes in the pool", used, s.raw_bytes, tenant.quota.pool_bytes)])
     }
@@ -156,14 +163,41 @@ fn within(tenant: &Name, wanted: &[(&'static str, u64, u64, Option<u64>)]) -> Re
     Ok(())
 }
 
-impl Registry {
+/// The quotas of a registry's tenants.
+#[derive(Debug)]
+pub struct Quotas {
+    file: Arc<File>,
+}
+
+impl Quotas {
+    pub(super) const fn new(file: Arc<File>) -> Self {
+        Self { file }
+    }
+
+    /// Sets how much a tenant may have. What it has already stays.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`].
+    pub fn set(&self, who: &Principal, name: &Name, quota: Quota) -> Result<TenantRecord> {
+        self.file.write(|t, changes| {
+            let old = t.people.tenants.get(name).ok_or_else(|| missing("tenant", name))?;
+            let tenant = TenantRecord { quota, ..TenantRecord::clone(old) };
+            if tenant != **old {
+                let note = Note::of(who, "quota set", name.as_str());
+                changes.push(t.audited(Note { tenant: name, ..note }));
+                changes.push(Change::Tenant(name.clone(), Some(Arc::new(tenant.clone()))));
+            }
+            Ok(tenant)
+        })
+    }
+
     /// Refuses `bytes` that would come into the pool beyond what a tenant may have there.
     ///
     /// # Errors
     /// [`RegistryError::OverQuota`], [`RegistryError::NotFound`].
     pub fn pool_has_room(&self, tenant: &Name, bytes: u64) -> Result<()> {
         self.file.read(|t| {
-            let record = t.tenants.get(tenant).ok_or_else(|| missing("tenant", tenant))?;
+            let record = t.people.tenants.get(tenant).ok_or_else(|| missing("tenant", tenant))?;
             let Some(limit) = record.quota.pool_bytes else { return Ok(()) };
             let used = t.usage(tenant).pool_bytes;
             within(tenant, &[("bytes in the pool", used, bytes, Some(limit))])
@@ -174,9 +208,9 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::NotFound`].
-    pub fn quota(&self, tenant: &Name) -> Result<TenantQuota> {
+    pub fn of(&self, tenant: &Name) -> Result<TenantQuota> {
         self.file.read(|t| {
-            let record = t.tenants.get(tenant).ok_or_else(|| missing("tenant", tenant))?;
+            let record = t.people.tenants.get(tenant).ok_or_else(|| missing("tenant", tenant))?;
             let (tenant, quota) = (tenant.clone(), record.quota);
             Ok(TenantQuota { used: t.usage(&tenant), tenant, quota })
         })

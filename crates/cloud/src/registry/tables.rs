@@ -3,12 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use godwit_types::{Name, OpId, SiteKind, SubstrateId, UnixMs, VmId};
+use godwit_types::{Generation, Name, OpId, SiteKind, SubstrateId, UnixMs, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::audit::{AuditEnd, AuditEntry};
-use super::people::{TenantRecord, TokenRecord, UserRecord};
-use super::{DeletedVm, OpRecord, SubstrateRecord, VmRecord};
+use super::people::{PeopleTables, TenantRecord, TokenRecord, UserRecord};
+use super::{
+    DeletedVm, OpRecord, RegistryError, Result, SubstrateRecord, VmRecord, missing, shown,
+};
 use crate::ops::OpKind;
 
 /// What is durable of a site. The rest of a [`super::SiteRecord`] is what it last reported.
@@ -66,11 +68,7 @@ pub(super) struct Tables {
     pub(super) deleted: BTreeMap<VmId, DeletedEntry>,
     /// The same by the change that made them so.
     pub(super) deleted_by: BTreeSet<(u64, VmId)>,
-    pub(super) tenants: BTreeMap<Name, Arc<TenantRecord>>,
-    /// By their ids.
-    pub(super) users: BTreeMap<Name, Arc<UserRecord>>,
-    /// Tokens for the API, by their ids.
-    pub(super) tokens: BTreeMap<String, Arc<TokenRecord>>,
+    pub(super) people: PeopleTables,
     /// Where the audit log ends; its entries are read from the file.
     pub(super) audit: AuditEnd,
     /// Entries that do not parse, by key: what the parser said.
@@ -124,9 +122,9 @@ impl Tables {
             Change::Substrate(id, row) => self.substrate(*id, row.as_ref()),
             Change::Vm(id, row) => self.vm(*id, row.as_ref()),
             Change::Deleted(id, row) => self.deleted(*id, row.as_ref()),
-            Change::Tenant(name, row) => put(&mut self.tenants, name, row.as_ref()),
-            Change::User(id, row) => put(&mut self.users, id, row.as_ref()),
-            Change::Token(id, row) => put(&mut self.tokens, id, row.as_ref()),
+            Change::Tenant(name, row) => put(&mut self.people.tenants, name, row.as_ref()),
+            Change::User(id, row) => put(&mut self.people.users, id, row.as_ref()),
+            Change::Token(id, row) => put(&mut self.people.tokens, id, row.as_ref()),
             Change::Audit(e) => self.audit = AuditEnd { entries: e.number, last: e.hash() },
             Change::Op(id, row) => {
                 if let Some(old) = self.ops.get(id) {
@@ -211,9 +209,25 @@ impl Tables {
         self.vm_names.get(&(tenant.clone(), name.clone())).copied()
     }
 
-    /// A user by its tenant and name.
-    pub(super) fn user_named(&self, tenant: &Name, name: &Name) -> Option<&Arc<UserRecord>> {
-        self.users.values().find(|u| u.tenant == *tenant && u.name == *name)
+    /// That a row is not there, or is damaged.
+    pub(super) fn missing_or_damaged(&self, what: &'static str, key: &str) -> RegistryError {
+        match self.damaged.get(key) {
+            Some(why) => {
+                RegistryError::Damaged { key: shown(key), source: serde::de::Error::custom(why) }
+            }
+            None => RegistryError::NotFound { what, key: shown(key) },
+        }
+    }
+
+    /// A machine, to one who knows of its generation.
+    pub(super) fn fence(&self, id: VmId, given: Generation) -> Result<&Arc<VmRecord>> {
+        let vm = self.vms.get(&id).map(|e| &e.vm).ok_or_else(|| missing("machine", &id))?;
+        if vm.generation == given {
+            Ok(vm)
+        } else {
+            let (name, current) = (vm.name.clone(), vm.generation);
+            Err(RegistryError::Fenced { name, current, given })
+        }
     }
 
     /// The last change of a machine that is, or was, at a site.
@@ -289,9 +303,7 @@ impl Tables {
         self.sites == other.sites
             && self.substrates == other.substrates
             && self.ops == other.ops
-            && self.tenants == other.tenants
-            && self.users == other.users
-            && self.tokens == other.tokens
+            && self.people == other.people
             && self.audit == other.audit
             && self.vms.len() == other.vms.len()
             && self.vms.iter().all(|(id, e)| other.vms.get(id).is_some_and(|o| o.vm == e.vm))

@@ -1,9 +1,13 @@
 use std::collections::BTreeSet;
+use std::time::Duration;
 
+use godwit_site::SiteReport;
 use godwit_types::{
-    Arch, Code, CodedError, Mib, OpState, SiteKind, SiteState, SubstrateKind, VmState,
+    Arch, Code, CodedError, Mib, OpId, OpState, SiteKind, SiteState, UnixMs, VmState,
 };
 
+use super::sites::REPORT_AGE;
+use super::tables::Tables;
 use super::*;
 use crate::access::Principal;
 use crate::ops::OpKind;
@@ -149,29 +153,32 @@ fn a_machine_and_the_operation_that_makes_it_are_written_together() {
     reg.vm_add(&v, Some(&op)).expect("add");
     // One step of the registry: a kill finds both or neither.
     assert_eq!(reg.revision(), before + 1);
-    assert_eq!(reg.op(op.id).expect("written").kind, op.kind);
+    assert_eq!(reg.ops().get(op.id).expect("written").kind, op.kind);
     let other = vm("a");
     let op = begun(&other);
     assert_eq!(reg.vm_add(&other, Some(&op)).expect_err("taken").code(), Code::Exists);
-    assert!(reg.op(op.id).is_err(), "nobody's operation");
+    assert!(reg.ops().get(op.id).is_err(), "nobody's operation");
 }
 
 #[test]
 fn leases_run_out_and_a_report_renews_them() {
     let (_d, reg) = open();
-    reg.site_put(&site("cafe")).expect("put");
+    reg.sites().put(&site("cafe")).expect("put");
     let ttl = Duration::from_secs(10);
-    let s = reg.site_report(&name("cafe"), SiteReport::default(), at(1000), ttl).expect("ok");
+    let s = reg.sites().report(&name("cafe"), SiteReport::default(), at(1000), ttl).expect("ok");
     assert_eq!(s.state(UnixMs(11_000)), SiteState::Ready);
     assert_eq!(s.state(UnixMs(11_001)), SiteState::Unreachable);
     // A report that was on its way for long does not shorten it.
-    let s = reg.site_report(&name("cafe"), SiteReport::default(), at(500), ttl).expect("ok");
+    let s = reg.sites().report(&name("cafe"), SiteReport::default(), at(500), ttl).expect("ok");
     assert_eq!(s.lease_until, UnixMs(11_000));
-    reg.site_revoke(&name("cafe")).expect("revoke");
-    assert_eq!(reg.site(&name("cafe")).expect("there").state(UnixMs(0)), SiteState::Unreachable);
-    let e = reg.site_report(&name("cafe"), SiteReport::default(), at(1), ttl);
+    reg.sites().revoke(&name("cafe")).expect("revoke");
+    assert_eq!(
+        reg.sites().get(&name("cafe")).expect("there").state(UnixMs(0)),
+        SiteState::Unreachable
+    );
+    let e = reg.sites().report(&name("cafe"), SiteReport::default(), at(1), ttl);
     assert_eq!(e.expect_err("revoked").code(), Code::Unauthenticated);
-    let e = reg.site_report(&name("nowhere"), SiteReport::default(), at(1), ttl);
+    let e = reg.sites().report(&name("nowhere"), SiteReport::default(), at(1), ttl);
     assert_eq!(e.expect_err("unknown").code(), Code::NotFound);
 }
 
@@ -180,13 +187,14 @@ fn holders_follow_the_reports_and_a_used_substrate_stays() {
     let (_d, reg) = open();
     let s = substrate("abiword");
     reg.substrate_add(&s).expect("add");
-    reg.site_put(&site("cafe")).expect("put");
+    reg.sites().put(&site("cafe")).expect("put");
     let report = SiteReport { substrates: [s.id].into(), ..SiteReport::default() };
-    reg.site_report(&name("cafe"), report, at(1), Duration::ZERO).expect("report");
+    reg.sites().report(&name("cafe"), report, at(1), Duration::ZERO).expect("report");
     assert!(reg.substrate("abiword").expect("there").holders.contains(&name("cafe")));
     // A report without it may be older than the substrate, until that is impossible.
     let without = |ms| {
-        reg.site_report(&name("cafe"), SiteReport::default(), at(ms), Duration::ZERO)
+        reg.sites()
+            .report(&name("cafe"), SiteReport::default(), at(ms), Duration::ZERO)
             .expect("report");
         reg.substrate("abiword").expect("there").holders.len()
     };
@@ -220,7 +228,7 @@ fn old_finished_operations_make_room() {
         result: None,
     };
     let running = op(OpState::Running);
-    reg.op_put(&running).expect("put");
+    reg.ops().put(&running).expect("put");
     let first = op(OpState::Done);
     let fill = |_: &Tables, changes: &mut Vec<Change>| {
         changes.push(Change::Op(first.id, Some(Arc::new(first.clone()))));
@@ -231,11 +239,11 @@ fn old_finished_operations_make_room() {
         Ok(())
     };
     reg.file.write(fill).expect("fill");
-    reg.op_put(&op(OpState::Failed)).expect("put");
-    let all = reg.ops().expect("list");
+    reg.ops().put(&op(OpState::Failed)).expect("put");
+    let all = reg.ops().all().expect("list");
     assert_eq!(all.len(), KEPT_OPS + 1);
-    assert_eq!(reg.op(first.id).expect_err("dropped").code(), Code::NotFound);
-    assert!(reg.op(running.id).is_ok());
+    assert_eq!(reg.ops().get(first.id).expect_err("dropped").code(), Code::NotFound);
+    assert!(reg.ops().get(running.id).is_ok());
 }
 
 #[test]
@@ -290,7 +298,7 @@ fn a_file_of_the_first_format_opens_and_is_brought_to_this_one() {
         assert_eq!(reg.commits(), commits, "it is rewritten once");
         assert_eq!(reg.vm("report").expect("there"), v);
         assert_eq!(reg.substrate("abiword").expect("there"), s);
-        let cafe = reg.site(&name("cafe")).expect("there");
+        let cafe = reg.sites().get(&name("cafe")).expect("there");
         let seen = UnixMs(95_000 - crate::controller::LEASE.as_millis() as u64);
         assert_eq!((cafe.joined, cafe.revoked, cafe.last_seen), (UnixMs(5), true, seen));
         assert_eq!(cafe.state(UnixMs(0)), SiteState::Unreachable);
@@ -330,20 +338,20 @@ fn reports_that_tell_nothing_new_are_not_written() {
         |load| SiteReport { substrates: held.clone(), holdings, load, ..SiteReport::default() };
     let ttl = Duration::from_secs(15);
     for n in &sites {
-        reg.site_put(&site(n.as_str())).expect("put");
-        reg.site_report(n, report(0.0), at(1), ttl).expect("report");
+        reg.sites().put(&site(n.as_str())).expect("put");
+        reg.sites().report(n, report(0.0), at(1), ttl).expect("report");
     }
     let before = reg.commits();
     for i in 1..100 {
         for n in &sites {
             let now = at(i * 4000);
-            let s = reg.site_report(n, report(i as f64), now, ttl).expect("report");
+            let s = reg.sites().report(n, report(i as f64), now, ttl).expect("report");
             assert_eq!((s.report.load, s.last_seen), (i as f64, now.wall));
-            assert!(reg.knows_holdings(n, &report(0.0)));
+            assert!(reg.sites().knows_holdings(n, &report(0.0)));
             for s in &all {
                 reg.substrate_holder(s.id, n, true).expect("held already");
             }
-            reg.site_put(&s).expect("as it is");
+            reg.sites().put(&s).expect("as it is");
         }
     }
     assert_eq!(reg.commits(), before, "nothing durable has changed");
@@ -354,18 +362,21 @@ fn a_site_that_goes_away_loses_its_lease_and_is_remembered() {
     let dir = tempfile::tempdir().expect("dir");
     let path = dir.path().join("r.redb");
     let reg = Registry::open(&path).expect("open");
-    reg.site_put(&site("cafe")).expect("put");
+    reg.sites().put(&site("cafe")).expect("put");
     let ttl = Duration::from_secs(15);
-    reg.site_report(&name("cafe"), SiteReport::default(), at(7000), ttl).expect("report");
-    assert!(!reg.site_silent(&name("cafe"), at(6999)), "it has reported since");
-    assert!(reg.site_silent(&name("cafe"), at(7001)));
-    assert_eq!(reg.site(&name("cafe")).expect("there").state(UnixMs(7001)), SiteState::Unreachable);
-    let s = reg.site_report(&name("cafe"), SiteReport::default(), at(8000), ttl).expect("back");
+    reg.sites().report(&name("cafe"), SiteReport::default(), at(7000), ttl).expect("report");
+    assert!(!reg.sites().silent(&name("cafe"), at(6999)), "it has reported since");
+    assert!(reg.sites().silent(&name("cafe"), at(7001)));
+    assert_eq!(
+        reg.sites().get(&name("cafe")).expect("there").state(UnixMs(7001)),
+        SiteState::Unreachable
+    );
+    let s = reg.sites().report(&name("cafe"), SiteReport::default(), at(8000), ttl).expect("back");
     assert_eq!(s.state(UnixMs(8001)), SiteState::Ready);
-    reg.site_away(&name("cafe")).expect("written");
+    reg.sites().away(&name("cafe")).expect("written");
     drop(reg);
     let reg = Registry::open(&path).expect("open");
-    let s = reg.site(&name("cafe")).expect("there");
+    let s = reg.sites().get(&name("cafe")).expect("there");
     assert_eq!((s.last_seen, s.state(UnixMs(8001))), (UnixMs(8000), SiteState::Unreachable));
 }
 
@@ -571,7 +582,7 @@ fn a_full_disk_fails_a_change_whole_and_the_registry_goes_on() {
 fn a_deleted_machine_is_remembered_until_every_site_was_seen_without_it() {
     let (dir, reg) = open();
     for n in ["center", "cafe", "stolen"] {
-        reg.site_put(&site(n)).expect("joined");
+        reg.sites().put(&site(n)).expect("joined");
     }
     let gone: Vec<_> = (0..3).map(|i| vm(&format!("vm-{i}"))).collect();
     for vm in &gone {
@@ -580,7 +591,7 @@ fn a_deleted_machine_is_remembered_until_every_site_was_seen_without_it() {
     }
     let asked = reg.revision();
     for n in ["center", "cafe"] {
-        reg.site_has_no_deleted(&name(n), asked).expect("told");
+        reg.sites().has_no_deleted(&name(n), asked).expect("told");
     }
     assert_eq!(reg.deleted_count(), 3);
     // What it answered before is no word on what was deleted after.
@@ -589,47 +600,47 @@ fn a_deleted_machine_is_remembered_until_every_site_was_seen_without_it() {
     reg.vm_remove(late.id, late.generation).expect("removed");
     assert!(reg.vms_deleted([late.id], asked).is_empty());
     assert_eq!(reg.vms_deleted([late.id, VmId::new()], reg.revision()).len(), 1);
-    reg.site_has_no_deleted(&name("stolen"), asked).expect("told");
+    reg.sites().has_no_deleted(&name("stolen"), asked).expect("told");
     assert_eq!(reg.deleted_count(), 1, "all have told of the first three");
-    reg.site_revoke(&name("stolen")).expect("revoked");
+    reg.sites().revoke(&name("stolen")).expect("revoked");
     for n in ["center", "cafe"] {
-        reg.site_has_no_deleted(&name(n), reg.revision()).expect("told");
+        reg.sites().has_no_deleted(&name(n), reg.revision()).expect("told");
     }
     assert_eq!(reg.deleted_count(), 1, "one that joins anew may have it");
     drop(reg);
     let reg = Registry::open(&dir.path().join("r.redb")).expect("open");
     assert_eq!(reg.vms_deleted([late.id], reg.revision())[0].name, name("late"));
     for n in ["center", "cafe"] {
-        reg.site_has_no_deleted(&name(n), reg.revision()).expect("told");
+        reg.sites().has_no_deleted(&name(n), reg.revision()).expect("told");
     }
     assert_eq!(reg.deleted_count(), 1, "one has not told since the center came back");
-    reg.site_has_no_deleted(&name("stolen"), reg.revision()).expect("told");
+    reg.sites().has_no_deleted(&name("stolen"), reg.revision()).expect("told");
     assert_eq!(reg.deleted_count(), 0);
 }
 
 #[test]
 fn a_step_of_the_clock_neither_ends_nor_extends_a_lease() {
     let (_d, reg) = open();
-    reg.site_put(&site("cafe")).expect("put");
+    reg.sites().put(&site("cafe")).expect("put");
     let (cafe, ttl) = (name("cafe"), Duration::from_secs(15));
     let day = 86_400_000;
     let begun = Moment { wall: UnixMs(10 * day), run: Duration::from_secs(100) };
-    reg.site_report(&cafe, SiteReport::default(), begun, ttl).expect("report");
+    reg.sites().report(&cafe, SiteReport::default(), begun, ttl).expect("report");
     for wall in [UnixMs(day), UnixMs(10 * day), UnixMs(20 * day)] {
         let state = |after| {
             let run = begun.run + Duration::from_millis(after);
             let now = Moment { wall: wall.plus(Duration::from_millis(after)), run };
-            reg.site_at(&cafe, now).expect("there").state(now.wall)
+            reg.sites().at(&cafe, now).expect("there").state(now.wall)
         };
         assert_eq!(state(14_999), SiteState::Ready, "{wall:?}");
         assert_eq!(state(15_001), SiteState::Unreachable, "{wall:?}");
     }
     // Nor does it keep a report from counting, or a silent site from being taken for one.
     let back = Moment { wall: UnixMs(day), run: Duration::from_secs(110) };
-    let s = reg.site_report(&cafe, SiteReport::default(), back, ttl).expect("report");
+    let s = reg.sites().report(&cafe, SiteReport::default(), back, ttl).expect("report");
     assert_eq!((s.lease_until, s.last_seen), (back.wall.plus(ttl), back.wall));
     let asked = Moment { wall: UnixMs(2), run: Duration::from_secs(111) };
-    assert!(reg.site_silent(&cafe, asked));
+    assert!(reg.sites().silent(&cafe, asked));
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! The change feed.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use godwit_types::{OpState, SiteState, VmState};
+use godwit_site::SiteReport;
+use godwit_types::{OpState, SiteState, UnixMs, VmState};
 
 use super::tests::{at, name, site, substrate, vm};
 use super::*;
@@ -49,10 +51,10 @@ fn every_change_that_somebody_follows_is_one_event_in_its_order() {
         what: StepKind::VmStart { site: name("center"), generation: Generation(1) },
         state: StepState::Begun,
     });
-    reg.op_put(&op).expect("a step");
+    reg.ops().put(&op).expect("a step");
     run_on(&reg, &v, VmState::Running);
     op.state = OpState::Done;
-    reg.op_put(&op).expect("ended");
+    reg.ops().put(&op).expect("ended");
     let s = substrate("abiword");
     reg.substrate_add(&s).expect("add");
     reg.substrate_holder(s.id, &name("cafe"), true).expect("holds");
@@ -81,23 +83,24 @@ fn every_change_that_somebody_follows_is_one_event_in_its_order() {
 #[test]
 fn a_site_is_told_of_when_it_falls_silent_and_is_back_and_not_for_each_report() {
     let (_d, reg) = open();
-    reg.site_put(&site("cafe")).expect("put");
+    reg.sites().put(&site("cafe")).expect("put");
     let cafe = name("cafe");
     let ttl = Duration::from_secs(15);
-    let report = |ms| reg.site_report(&cafe, SiteReport::default(), at(ms), ttl).expect("report");
+    let report =
+        |ms| reg.sites().report(&cafe, SiteReport::default(), at(ms), ttl).expect("report");
     let mut w = reg.watch(None).expect("from now");
     let (before, commits) = (reg.now(), reg.commits());
     report(1_000);
     report(5_000);
-    assert!(reg.site_silent(&cafe, at(9_000)));
-    assert!(!reg.site_silent(&cafe, at(9_500)), "it is known");
+    assert!(reg.sites().silent(&cafe, at(9_000)));
+    assert!(!reg.sites().silent(&cafe, at(9_500)), "it is known");
     report(10_000);
-    reg.site_lapsed(&cafe, at(20_000));
-    reg.site_lapsed(&cafe, at(25_001));
+    reg.sites().lapsed(&cafe, at(20_000));
+    reg.sites().lapsed(&cafe, at(25_001));
     report(26_000);
     assert_eq!(reg.commits(), commits, "none of this is written");
-    reg.site_away(&cafe).expect("away");
-    reg.site_revoke(&cafe).expect("revoke");
+    reg.sites().away(&cafe).expect("away");
+    reg.sites().revoke(&cafe).expect("revoke");
     let events = all(&mut w);
     assert_eq!(
         summaries(&events),
@@ -224,7 +227,7 @@ fn who_lists_and_then_follows_misses_nothing_while_others_write() {
 fn a_registry_that_is_opened_again_goes_on_where_it_was() {
     let (dir, reg) = open();
     let path = dir.path().join("r.redb");
-    reg.site_put(&site("cafe")).expect("put");
+    reg.sites().put(&site("cafe")).expect("put");
     let (a, b) = (vm("a"), vm("b"));
     reg.vm_add(&a, None).expect("add");
     let read = reg.now();

@@ -1,9 +1,11 @@
 //! Tenants, users, tokens; and registries from before there were any.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use godwit_types::{Code, CodedError};
+use godwit_types::{Code, CodedError, UnixMs};
 
+use super::tables::Tables;
 use super::tests::{Tmpfs, name, open, put_raw, substrate, vm};
 use super::*;
 use crate::access::{Principal, Role, default_tenant};
@@ -61,7 +63,7 @@ fn is_brought_to_tenants(format: &str) {
         assert_eq!(reg.vm("report").expect("there"), v);
         assert_eq!(reg.vm_in(&default_tenant(), "report").expect("there"), v);
         assert_eq!(reg.substrate("default/abiword").expect("there"), s);
-        let names: Vec<_> = reg.tenants().into_iter().map(|t| t.name).collect();
+        let names: Vec<_> = reg.people().tenants().into_iter().map(|t| t.name).collect();
         assert_eq!(names, [default_tenant()]);
     }
     // A program from before knows formats 1 and 2, and refuses what it does not know.
@@ -140,7 +142,7 @@ fn names_are_unique_in_their_tenant_alone() {
     let of = |n: &str, tenant: &Name| VmRecord { tenant: tenant.clone(), ..vm(n) };
     let e = reg.vm_add(&of("web", &acme), None).expect_err("no such tenant");
     assert_eq!(e.to_string(), "no tenant 'acme'");
-    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
     let (ours, theirs) = (of("web", &default_tenant()), of("web", &acme));
     reg.vm_add(&ours, None).expect("added");
     reg.vm_add(&theirs, None).expect("added");
@@ -150,11 +152,11 @@ fn names_are_unique_in_their_tenant_alone() {
     assert_eq!(reg.vm("acme/web").expect("there").id, theirs.id);
     let e = reg.vm_in(&acme, "other/web\n").expect_err("none");
     assert_eq!(e.to_string(), "no machine 'other/web\\n'");
-    assert_eq!(reg.tenant_remove(&me(), &acme).expect_err("busy").code(), Code::Conflict);
+    assert_eq!(reg.people().tenant_remove(&me(), &acme).expect_err("busy").code(), Code::Conflict);
     reg.vm_remove(theirs.id, theirs.generation).expect("removed");
-    reg.tenant_remove(&me(), &acme).expect("removed");
+    reg.people().tenant_remove(&me(), &acme).expect("removed");
     assert_eq!(
-        reg.tenant_remove(&me(), &default_tenant()).expect_err("never").code(),
+        reg.people().tenant_remove(&me(), &default_tenant()).expect_err("never").code(),
         Code::Conflict
     );
 }
@@ -163,10 +165,10 @@ fn names_are_unique_in_their_tenant_alone() {
 fn fifty_creations_race_for_the_last_places_of_a_quota() {
     let (_d, reg) = open();
     let acme = name("acme");
-    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
     let of = |n: &str| VmRecord { tenant: acme.clone(), ..vm(n) };
     reg.vm_add(&of("first"), None).expect("no limit yet");
-    reg.tenant_quota(&me(), &acme, Quota { machines: Some(4), ..Quota::default() }).expect("set");
+    reg.quotas().set(&me(), &acme, Quota { machines: Some(4), ..Quota::default() }).expect("set");
     let taken = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|s| {
         for i in 0..50 {
@@ -183,7 +185,7 @@ fn fifty_creations_race_for_the_last_places_of_a_quota() {
         }
     });
     assert_eq!(taken.into_inner(), 3);
-    assert_eq!(reg.quota(&acme).expect("there").used.machines, 4);
+    assert_eq!(reg.quotas().of(&acme).expect("there").used.machines, 4);
     reg.vm_add(&vm("ours"), None).expect("another tenant has its own");
 }
 
@@ -191,12 +193,12 @@ fn fifty_creations_race_for_the_last_places_of_a_quota() {
 fn fifty_creations_race_for_the_last_gigabytes_of_disk() {
     let (_d, reg) = open();
     let acme = name("acme");
-    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
     let of = |n: &str| VmRecord { tenant: acme.clone(), disk_bytes: Some(4 << 30), ..vm(n) };
     let old = VmRecord { disk_bytes: None, ..of("old") };
     reg.vm_add(&old, None).expect("no limit yet");
     let quota = Quota { disk_bytes: Some(14 << 30), ..Quota::default() };
-    reg.tenant_quota(&me(), &acme, quota).expect("set");
+    reg.quotas().set(&me(), &acme, quota).expect("set");
     let taken = std::sync::Mutex::new(Vec::new());
     std::thread::scope(|s| {
         for i in 0..50 {
@@ -216,7 +218,7 @@ fn fifty_creations_race_for_the_last_gigabytes_of_disk() {
     });
     let taken = taken.into_inner().expect("lock");
     assert_eq!(taken.len(), 3);
-    assert_eq!(reg.quota(&acme).expect("there").used.disk_bytes, 12 << 30);
+    assert_eq!(reg.quotas().of(&acme).expect("there").used.disk_bytes, 12 << 30);
     // One that is off has its disk still; one that is gone has none.
     let off = |v: &mut VmRecord| Ok(v.become_state(godwit_types::VmState::Failed, UnixMs(1))?);
     reg.vm_update(taken[0].id, Generation::FIRST, off).expect("off");
@@ -229,7 +231,7 @@ fn fifty_creations_race_for_the_last_gigabytes_of_disk() {
 fn each_part_of_a_quota_is_counted_when_it_is_taken() {
     let (_d, reg) = open();
     let all = default_tenant();
-    let set = |quota| reg.tenant_quota(&me(), &all, quota).expect("set");
+    let set = |quota| reg.quotas().set(&me(), &all, quota).expect("set");
     let become_state = |id, states: &[VmState]| {
         let mut last = Ok(vm("none"));
         for state in states {
@@ -266,7 +268,7 @@ fn each_part_of_a_quota_is_counted_when_it_is_taken() {
     full(become_state(a.id, &[Docking]), "100 bytes in the pool");
     // What was docked is there, and is not refused.
     reg.substrate_add(&substrate("u")).expect("written down");
-    let used = reg.quota(&all).expect("there").used;
+    let used = reg.quotas().of(&all).expect("there").used;
     assert_eq!((used.machines, used.pool_bytes, used.moves), (2, 101, 0));
 }
 
@@ -274,46 +276,46 @@ fn each_part_of_a_quota_is_counted_when_it_is_taken() {
 fn a_token_is_good_for_its_user_and_role_until_its_end() {
     let (_d, reg) = open();
     let acme = name("acme");
-    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
-    let ann = reg.user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
+    reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    let ann = reg.people().user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
     assert_eq!(
-        reg.user_add(&me(), &acme, &name("ann"), Role::Viewer).expect_err("taken").code(),
+        reg.people().user_add(&me(), &acme, &name("ann"), Role::Viewer).expect_err("taken").code(),
         Code::Exists
     );
     let end = UnixMs(UnixMs::now().0 + 1_000_000);
     let drawn = Drawn::new(ann.id.clone(), Role::Member, Some(end));
-    reg.token_add(&me(), &drawn.record).expect("entered");
-    let who = reg.principal(&drawn.text, UnixMs(end.0 - 1)).expect("good");
+    reg.people().token_add(&me(), &drawn.record).expect("entered");
+    let who = reg.people().principal(&drawn.text, UnixMs(end.0 - 1)).expect("good");
     assert_eq!(
         who,
         Principal { token: Some(drawn.record.id.clone()), until: Some(end), ..Principal::of(&ann) }
     );
-    assert_eq!(reg.principal(&drawn.text, end), None, "its time is over");
+    assert_eq!(reg.people().principal(&drawn.text, end), None, "its time is over");
     // Every changed character, and every shorter text.
     for at in 0..drawn.text.len() {
         let mut other = drawn.text.clone().into_bytes();
         other[at] ^= 1;
         let other = String::from_utf8(other).expect("text");
-        assert_eq!(reg.principal(&other, UnixMs(1)), None, "{at}");
-        assert_eq!(reg.principal(&drawn.text[..at], UnixMs(1)), None, "{at}");
+        assert_eq!(reg.people().principal(&other, UnixMs(1)), None, "{at}");
+        assert_eq!(reg.people().principal(&drawn.text[..at], UnixMs(1)), None, "{at}");
     }
     // Nothing that is kept is the secret.
     let kept = serde_json::to_string(&drawn.record).expect("json");
     let secret = drawn.text.split('-').nth(2).expect("a secret");
-    assert!(!kept.contains(secret) && !format!("{:?}", reg.tokens()).contains(secret));
+    assert!(!kept.contains(secret) && !format!("{:?}", reg.people().tokens()).contains(secret));
     // One for more than its user may allows no more than that; for less, less.
     for (role, allows) in [(Role::Operator, Role::Member), (Role::Viewer, Role::Viewer)] {
         let drawn = Drawn::new(ann.id.clone(), role, None);
-        reg.token_add(&me(), &drawn.record).expect("entered");
-        assert_eq!(reg.principal(&drawn.text, UnixMs(1)).expect("good").role, allows);
+        reg.people().token_add(&me(), &drawn.record).expect("entered");
+        assert_eq!(reg.people().principal(&drawn.text, UnixMs(1)).expect("good").role, allows);
     }
     let first = drawn.record.id;
-    reg.token_remove(&me(), &first).expect("removed");
-    assert_eq!(reg.principal(&drawn.text, UnixMs(1)), None);
-    assert_eq!(reg.token_remove(&me(), &first).expect_err("gone").code(), Code::NotFound);
-    reg.user_remove(&me(), &acme, &name("ann")).expect("removed");
-    assert!(reg.tokens().is_empty(), "with its tokens");
-    let again = reg.user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
+    reg.people().token_remove(&me(), &first).expect("removed");
+    assert_eq!(reg.people().principal(&drawn.text, UnixMs(1)), None);
+    assert_eq!(reg.people().token_remove(&me(), &first).expect_err("gone").code(), Code::NotFound);
+    reg.people().user_remove(&me(), &acme, &name("ann")).expect("removed");
+    assert!(reg.people().tokens().is_empty(), "with its tokens");
+    let again = reg.people().user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
     assert_ne!(again.id, ann.id, "another user of that name is another");
 }
 
@@ -324,10 +326,10 @@ fn users_of_a_tenant_outlive_a_restart_and_keep_what_is_theirs_alone() {
     let acme = name("acme");
     let (text, id) = {
         let reg = Registry::open(&path).expect("open");
-        reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
-        let ann = reg.user_add(&me(), &acme, &name("ann"), Role::Admin).expect("made");
+        reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+        let ann = reg.people().user_add(&me(), &acme, &name("ann"), Role::Admin).expect("made");
         let drawn = Drawn::new(ann.id.clone(), Role::Admin, None);
-        reg.token_add(&me(), &drawn.record).expect("entered");
+        reg.people().token_add(&me(), &drawn.record).expect("entered");
         let kind = godwit_types::SubstrateKind::Private;
         let owner = name("ann");
         let s = SubstrateRecord { tenant: acme.clone(), owner, kind, ..substrate("mine") };
@@ -335,9 +337,9 @@ fn users_of_a_tenant_outlive_a_restart_and_keep_what_is_theirs_alone() {
         (drawn.text, ann.id)
     };
     let reg = Registry::open(&path).expect("open");
-    assert_eq!(reg.principal(&text, UnixMs(1)).expect("good").tenant, acme);
-    assert_eq!(reg.user_of(&id), Some((acme.clone(), name("ann"))));
-    let e = reg.user_remove(&me(), &acme, &name("ann")).expect_err("busy");
+    assert_eq!(reg.people().principal(&text, UnixMs(1)).expect("good").tenant, acme);
+    assert_eq!(reg.people().user_of(&id), Some((acme.clone(), name("ann"))));
+    let e = reg.people().user_remove(&me(), &acme, &name("ann")).expect_err("busy");
     assert_eq!(e.to_string(), "user 'ann' still has the private substrate 'mine'");
 }
 
@@ -347,13 +349,13 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
     let path = dir.path().join("r.redb");
     let acme = name("acme");
     let reg = Registry::open(&path).expect("open");
-    assert_eq!(reg.audit_verify().expect("whole"), AuditEnd::default());
-    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
-    let ann = reg.user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
+    assert_eq!(reg.audit().verify().expect("whole"), AuditEnd::default());
+    reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    let ann = reg.people().user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
     let drawn = Drawn::new(ann.id.clone(), Role::Member, None);
-    reg.token_add(&Principal::of(&ann), &drawn.record).expect("entered");
+    reg.people().token_add(&Principal::of(&ann), &drawn.record).expect("entered");
     // A refused change leaves no entry, an operation two.
-    assert!(reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).is_err());
+    assert!(reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).is_err());
     let v = VmRecord { tenant: acme.clone(), ..vm("web") };
     let kind = crate::ops::OpKind::VmCreate { vm: v.id, name: v.name.clone() };
     let mut op = OpRecord::begun(&Principal::of(&ann), kind);
@@ -362,9 +364,9 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
     assert_eq!(reg.commits(), before + 1, "in the transaction of the change");
     op.state = godwit_types::OpState::Failed;
     op.error = Some(godwit_types::Fault::internal("x\n".repeat(500)));
-    reg.op_put(&op).expect("ended");
-    reg.op_put(&op).expect("again");
-    let all = reg.audit_entries(100, 0, |_| true).expect("read");
+    reg.ops().put(&op).expect("ended");
+    reg.ops().put(&op).expect("again");
+    let all = reg.audit().entries(100, 0, |_| true).expect("read");
     let told: Vec<_> = all.iter().map(|e| (e.user.as_str(), e.action.as_str())).collect();
     let operator = "operator";
     assert_eq!(
@@ -379,18 +381,18 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
     );
     assert!(all.iter().all(|e| e.outcome.chars().count() <= 160), "{all:?}");
     assert!(!format!("{all:?}").contains(drawn.text.split('-').nth(2).expect("a secret")));
-    let end = reg.audit_verify().expect("whole");
+    let end = reg.audit().verify().expect("whole");
     assert_eq!((end.entries, end.last), (5, all[4].hash()));
-    let two = reg.audit_entries(2, 0, |e| e.tenant == acme).expect("read");
+    let two = reg.audit().entries(2, 0, |e| e.tenant == acme).expect("read");
     assert_eq!(two, all[3..]);
-    let older = reg.audit_entries_before(2, 0, Some(two[0].number), |_| true).expect("read");
+    let older = reg.audit().entries_before(2, 0, Some(two[0].number), |_| true).expect("read");
     assert_eq!(older, all[1..3]);
-    assert!(reg.audit_entries_before(2, 0, Some(1), |_| true).expect("read").is_empty());
+    assert!(reg.audit().entries_before(2, 0, Some(1), |_| true).expect("read").is_empty());
     drop(reg);
     // It goes on after a restart where it was.
     let reg = Registry::open(&path).expect("open");
-    reg.user_add(&me(), &acme, &name("bob"), Role::Viewer).expect("made");
-    assert_eq!(reg.audit_verify().expect("whole").entries, 6);
+    reg.people().user_add(&me(), &acme, &name("bob"), Role::Viewer).expect("made");
+    assert_eq!(reg.audit().verify().expect("whole").entries, 6);
     drop(reg);
     let key = |n: u64| format!("{n:020}");
     for spoilt in ["changed", "taken out", "first taken out"] {
@@ -411,7 +413,7 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
         }
         drop(db);
         let reg = Registry::open(&copy).expect("open");
-        let e = reg.audit_verify().expect_err(spoilt);
+        let e = reg.audit().verify().expect_err(spoilt);
         assert_eq!(e.code(), Code::Damaged, "{spoilt}: {e}");
     }
 }
@@ -419,20 +421,24 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
 #[test]
 fn tokens_that_have_ended_make_room_for_new_ones() {
     let (_d, reg) = open();
-    let ann = reg.user_add(&me(), &default_tenant(), &name("ann"), Role::Member).expect("made");
+    let ann =
+        reg.people().user_add(&me(), &default_tenant(), &name("ann"), Role::Member).expect("made");
     for _ in 0..MAX_TOKENS {
         let ended = Drawn::new(ann.id.clone(), Role::Member, Some(UnixMs(1)));
-        reg.token_add(&me(), &ended.record).expect("entered");
+        reg.people().token_add(&me(), &ended.record).expect("entered");
     }
-    assert!(reg.tokens().len() <= 2, "those that have ended are gone");
-    while reg.tokens().len() < MAX_TOKENS {
-        reg.token_add(&me(), &Drawn::new(ann.id.clone(), Role::Member, None).record).expect("room");
+    assert!(reg.people().tokens().len() <= 2, "those that have ended are gone");
+    while reg.people().tokens().len() < MAX_TOKENS {
+        reg.people()
+            .token_add(&me(), &Drawn::new(ann.id.clone(), Role::Member, None).record)
+            .expect("room");
     }
     // The one before the last may have ended.
-    let more = || reg.token_add(&me(), &Drawn::new(ann.id.clone(), Role::Member, None).record);
+    let more =
+        || reg.people().token_add(&me(), &Drawn::new(ann.id.clone(), Role::Member, None).record);
     let refused = more().and_then(|()| more()).expect_err("full");
     assert_eq!(refused.code(), Code::Conflict);
-    assert_eq!(reg.tokens().len(), MAX_TOKENS);
+    assert_eq!(reg.people().tokens().len(), MAX_TOKENS);
 }
 
 #[test]
@@ -440,7 +446,7 @@ fn a_docking_under_way_takes_room_in_the_pool() {
     let (_d, reg) = open();
     let all = default_tenant();
     let quota = Quota { pool_bytes: Some(100 << 20), ..Quota::default() };
-    reg.tenant_quota(&me(), &all, quota).expect("set");
+    reg.quotas().set(&me(), &all, quota).expect("set");
     let dock = |n: &str| {
         let v = vm(n);
         reg.vm_add(&v, None).expect("added");
@@ -459,20 +465,22 @@ fn a_docking_under_way_takes_room_in_the_pool() {
 fn a_tenant_that_is_made_anew_does_not_read_the_log_of_the_earlier_one() {
     let (_d, reg) = open();
     let acme = name("acme");
-    let first = reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    let first = reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
     assert_eq!(first.audit_from, 1, "its own making is the first");
-    reg.user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
-    reg.user_remove(&me(), &acme, &name("ann")).expect("removed");
-    reg.tenant_remove(&me(), &acme).expect("removed");
-    let again = reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    reg.people().user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
+    reg.people().user_remove(&me(), &acme, &name("ann")).expect("removed");
+    reg.people().tenant_remove(&me(), &acme).expect("removed");
+    let again = reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
     let own = |e: &AuditEntry| e.tenant == acme;
-    let seen = reg.audit_entries(100, again.audit_from, own).expect("read");
+    let seen = reg.audit().entries(100, again.audit_from, own).expect("read");
     let actions: Vec<_> = seen.iter().map(|e| e.action.as_str()).collect();
     assert_eq!(actions, ["tenant create"]);
-    assert_eq!(reg.audit_entries(100, 0, own).expect("read").len(), 5, "it is all of that name");
-    assert!(reg.audit_entries(0, 0, own).expect("read").is_empty());
+    assert_eq!(reg.audit().entries(100, 0, own).expect("read").len(), 5, "it is all of that name");
+    assert!(reg.audit().entries(0, 0, own).expect("read").is_empty());
     // That there is such a tenant is no business of others.
-    assert!(reg.audit_entries(100, 0, |e| e.tenant == default_tenant()).expect("read").is_empty());
+    assert!(
+        reg.audit().entries(100, 0, |e| e.tenant == default_tenant()).expect("read").is_empty()
+    );
 }
 
 #[test]
@@ -500,8 +508,8 @@ fn machines_of_private_substrates_become_their_owners_alone_in_a_registry_of_thi
     let path = dir.path().join("r.redb");
     let (acme, private) = (name("acme"), godwit_types::SubstrateKind::Private);
     let reg = Registry::open(&path).expect("open");
-    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
-    reg.user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
+    reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    reg.people().user_add(&me(), &acme, &name("ann"), Role::Member).expect("made");
     let s = SubstrateRecord {
         tenant: acme.clone(),
         owner: name("ann"),
@@ -533,7 +541,7 @@ fn machines_of_private_substrates_become_their_owners_alone_in_a_registry_of_thi
 fn a_tenant_pushes_no_operations_of_another_out() {
     let (_d, reg) = open();
     let acme = name("acme");
-    reg.tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
     let (docked, gone) = (vm("docked"), vm("gone"));
     reg.vm_add(&docked, None).expect("added");
     let dock = |who: &Principal, vm: &VmRecord| {
@@ -547,7 +555,7 @@ fn a_tenant_pushes_no_operations_of_another_out() {
     let in_acme = me().at(&acme);
     let (first, needed, theirs) = (dock(&me(), &gone), dock(&me(), &docked), dock(&in_acme, &gone));
     for op in [&first, &needed, &theirs] {
-        reg.op_put(op).expect("put");
+        reg.ops().put(op).expect("put");
     }
     let fill = |who: &Principal, n: usize| {
         let all: Vec<_> = (0..n).map(|_| dock(who, &gone)).collect();
@@ -556,14 +564,58 @@ fn a_tenant_pushes_no_operations_of_another_out() {
             Ok(())
         };
         reg.file.write(fill).expect("fill");
-        reg.op_put(&dock(who, &gone)).expect("put");
+        reg.ops().put(&dock(who, &gone)).expect("put");
     };
     fill(&in_acme, KEPT_OPS);
-    assert_eq!(reg.op(theirs.id).expect_err("dropped").code(), Code::NotFound);
-    reg.op(first.id).expect("another tenant's");
+    assert_eq!(reg.ops().get(theirs.id).expect_err("dropped").code(), Code::NotFound);
+    reg.ops().get(first.id).expect("another tenant's");
     fill(&me(), KEPT_OPS - 1);
-    assert_eq!(reg.op(first.id).expect_err("dropped").code(), Code::NotFound);
-    reg.op(needed.id).expect("its machine is there");
+    assert_eq!(reg.ops().get(first.id).expect_err("dropped").code(), Code::NotFound);
+    reg.ops().get(needed.id).expect("its machine is there");
     fill(&me(), 2 * KEPT_OPS);
-    assert_eq!(reg.op(needed.id).expect_err("dropped").code(), Code::NotFound, "there is an end");
+    assert_eq!(
+        reg.ops().get(needed.id).expect_err("dropped").code(),
+        Code::NotFound,
+        "there is an end"
+    );
+}
+
+#[test]
+fn a_change_and_its_entry_in_the_audit_log_are_one_transaction_whichever_part_makes_it() {
+    let (_dir, reg) = open();
+    let (acme, ann) = (name("acme"), name("ann"));
+    let s = SubstrateRecord { kind: SubstrateKind::Restricted, ..substrate("abiword") };
+    reg.substrate_add(&s).expect("added");
+    let once = |what: &str, change: &dyn Fn()| {
+        let count = || (reg.commits(), reg.audit().verify().expect("whole").entries);
+        let (commits, entries) = count();
+        change();
+        assert_eq!(count(), (commits + 1, entries + 1), "{what}");
+    };
+    once("a tenant", &|| {
+        reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).expect("made");
+    });
+    once("its quota", &|| {
+        let quota = Quota { machines: Some(1), ..Quota::default() };
+        reg.quotas().set(&me(), &acme, quota).expect("set");
+    });
+    once("a user", &|| {
+        reg.people().user_add(&me(), &acme, &ann, Role::Member).expect("made");
+    });
+    once("a token", &|| {
+        let ann = reg.people().user(&acme, &ann).expect("there");
+        let drawn = Drawn::new(ann.id, Role::Member, None);
+        reg.people().token_add(&me(), &drawn.record).expect("drawn");
+    });
+    once("a grant", &|| {
+        reg.substrate_grant(&me(), s.id, &acme, true).expect("granted");
+    });
+    once("a user and its tokens", &|| {
+        reg.people().user_remove(&me(), &acme, &ann).expect("gone");
+        assert_eq!(reg.people().tokens(), []);
+    });
+    once("a tenant and what was granted to it", &|| {
+        reg.people().tenant_remove(&me(), &acme).expect("gone");
+        assert!(reg.substrate(&s.id.to_string()).expect("there").granted.is_empty());
+    });
 }

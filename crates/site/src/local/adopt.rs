@@ -20,7 +20,7 @@ use godwit_qemu::{MacAddress, Machine, started_below};
 use godwit_types::{Arch, Fault, Hash, Mib, Name, VmId, chain};
 
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
-use super::{Entry, LocalSite, filling, ran};
+use super::{Entry, LocalSite};
 use crate::UNKNOWN_GENERATION;
 
 /// How long a machine in a move may take to be adopted before the site serves without it.
@@ -85,12 +85,7 @@ impl LocalSite {
         }
         if record.migration.is_none() {
             // Left of an arrival that had ended when the daemon did.
-            let dir = self.dirs.vm(vm);
-            for left in [filling::end(&dir), ran::forget(&dir)] {
-                if let Err(error) = left {
-                    tracing::warn!(vm = %record.name, %error, "a file of its arrival stays");
-                }
-            }
+            self.moves.arrivals.sweep(&record);
         }
         let run = self.dirs.vm_run(vm);
         let moves = record.migration.is_some() && Machine::recorded(&run).is_some();
@@ -122,7 +117,7 @@ impl LocalSite {
             if silent {
                 self.adopt_later(record);
             } else {
-                self.resume_after_restart(record, None).await;
+                self.moves.resume_after_restart(record, None).await;
             }
             return Ok(());
         };
@@ -130,7 +125,7 @@ impl LocalSite {
         if record.unfinished.is_some() {
             self.bring_back(vm, machine);
         } else if record.migration.is_some() {
-            self.resume_after_restart(record, Some(machine)).await;
+            self.moves.resume_after_restart(record, Some(machine)).await;
         }
         Ok(())
     }
@@ -155,9 +150,9 @@ impl LocalSite {
                     e.record.clone()
                 };
                 tracing::info!(vm = %record.name, "adopted late");
-                return me.resume_after_restart(now, Some(machine)).await;
+                return me.moves.resume_after_restart(now, Some(machine)).await;
             }
-            me.resume_after_restart(record, None).await;
+            me.moves.resume_after_restart(record, None).await;
         });
     }
 

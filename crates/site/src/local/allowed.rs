@@ -23,7 +23,8 @@
 use godwit_qemu::Life;
 use godwit_types::{Code, CodedError, Fault, Generation, MigrationId, Name, VmState};
 
-use super::record::{DesiredState, End, MachineRecord, Unfinished};
+use super::course::{Arrival, Course, Departure};
+use super::record::{DesiredState, MachineRecord, Unfinished};
 use crate::UNKNOWN_GENERATION;
 
 /// What a machine is in the midst of.
@@ -256,12 +257,14 @@ fn phase(record: &MachineRecord, starting: bool, stopping: bool) -> Phase {
         (Some(Unfinished::Docking { .. }), _) => Phase::Undocking,
         (_, Some(m)) => {
             let peer = m.peer.clone();
-            match m.end {
-                End::Source if m.ran_on => Phase::RanOn(peer),
-                End::Source => Phase::Leaving(peer),
-                End::Destination if m.given_up.is_some() => Phase::Stranded(peer),
-                End::Destination if m.runs => Phase::Arrived(peer),
-                End::Destination => Phase::Arriving(peer),
+            match &m.course {
+                Course::Departure { is: Departure::RanOn, .. } => Phase::RanOn(peer),
+                Course::Departure { is: Departure::Leaving | Departure::Away, .. } => {
+                    Phase::Leaving(peer)
+                }
+                Course::Arrival(Arrival::Abandoned { .. }) => Phase::Stranded(peer),
+                Course::Arrival(Arrival::Running) => Phase::Arrived(peer),
+                Course::Arrival(Arrival::Coming) => Phase::Arriving(peer),
             }
         }
         (Some(Unfinished::Activating) | None, None) if stopping => Phase::PoweringOff,

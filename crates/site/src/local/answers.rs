@@ -67,32 +67,37 @@ impl LocalSite {
             };
             VmExec { vm, program } => self.machines.exec(vm, program).await?;
             VmExecWait { vm, pid, within_ms } => self.machines.exec_wait(vm, pid, within_ms).await?;
-            MigrateManifest { vm, generation } => self.manifest(vm, generation).await?;
+            MigrateManifest { vm, generation } => self.moves.departures.manifest(vm, generation).await?;
             MigratePrepare { migration, machine, generation, warrant, from, manifest } => {
-                let me = self.whole()?;
-                me.prepare(migration, machine, generation, warrant, from, &manifest).await?
+                let arrivals = &self.moves.arrivals;
+                arrivals.prepare(migration, machine, generation, warrant, from, &manifest).await?
             };
             MigrateSend { vm, generation, next, to, scheme } => {
                 if scheme != godwit_migrate::hybrid::SCHEME {
                     return Err(Fault::invalid(format!("no scheme '{}'", scheme.escape_debug())));
                 }
-                self.whole()?.send(vm, (generation, next), to, call).await?
+                self.moves.departures.send(vm, (generation, next), to, call).await?
             };
             MigrateFollow { migration } => self.moves.follow(migration, &call).await?;
-            MigrateFate { migration, dead } => self.whole()?.deliver_fate(migration, dead).await?;
-            MigrateLost { migration, why } => self.moves.mark_lost(migration, why)?;
-            MigrateStatus { migration, vm } => self.move_status(migration, vm).await?;
+            MigrateFate { migration, dead } => {
+                self.moves.departures.deliver_fate(migration, dead).await?
+            };
+            MigrateLost { migration, why } => self.moves.departures.mark_lost(migration, why)?;
+            MigrateStatus { migration, vm } => self.moves.status(migration, vm).await?;
             MigrateResumeIn { migration, vm, memory } => {
-                self.whole()?.resume_in(migration, vm, memory).await?
+                self.moves.arrivals.resume(migration, vm, memory).await?
             };
             MigrateResumeOut { migration, vm, to, memory } => {
-                self.whole()?.resume_out(migration, vm, to, memory, &call).await?
+                self.moves.departures.resume(migration, vm, to, memory, &call).await?
             };
-            MigrateFinish { migration, vm } => self.finish_arrival(migration, vm).await?;
-            MigrateGiveUp { migration, vm, why } => self.abandon(migration, vm, why).await?;
+            MigrateFinish { migration, vm } => self.moves.arrivals.finish(migration, vm).await?;
+            MigrateGiveUp { migration, vm, why } => self.moves.arrivals.abandon(migration, vm, why).await?;
             MigrateReceived { migration } => self.moves.received(migration).await?;
-            MigrateRelease { vm, generation } => self.release(vm, generation).await?;
-            MigrateAbort { migration, vm } => self.abort(migration, vm).await?;
+            MigrateRelease { vm, generation } => {
+                self.moves.departures.release(vm, generation).await?;
+                self.remove(vm, generation).await?
+            };
+            MigrateAbort { migration, vm } => self.moves.abort(migration, vm).await?;
             Substrates {} => self.substrates.list()?;
             SubstrateUsers { id } => self.machines.substrate_users(id).await;
             SubstrateDelete { id } => self.substrates.delete(id).await?;
@@ -105,10 +110,13 @@ impl LocalSite {
                 let at = Offered { id, name, content, among, from, address };
                 self.fetch(at, call).await?
             };
-            MigrateListening { migration } => self.moves.listening(migration).await?;
-            MigrateDial { migration, vm, address } => self.moves.dial(migration, vm, address).await?;
+            MigrateListening { migration } => self.moves.departures.listening(migration).await?;
+            MigrateDial { migration, vm, address } => {
+                self.moves.arrivals.dial(migration, vm, address).await?
+            };
             MigrateHold { migration, substrate, content } => {
-                self.held.hold(&self.substrates, migration, (substrate, content)).await?
+                let held = &self.moves.arrivals.relays.held;
+                held.hold(migration, (substrate, content)).await?
             };
             Disk { of } => self.disk_of(of).await?;
         })

@@ -7,6 +7,9 @@
 //!    v
 //! left, when it does not run on yet: it is brought back in the background, or by the next daemon
 //! ```
+//!
+//! A docking that panics leaves its mark, too. Whoever awaits it then does what the next daemon
+//! would: finishes it when its substrate is in the pool, and lets the machine run on when not.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +29,9 @@ use crate::{Call, Progress, SubstrateInfo};
 
 /// The pause between two tries to let a machine run on.
 const RUN_ON_AGAIN: Duration = Duration::from_secs(1);
+
+/// The pause after one that ended by a panic, and most probably will again.
+const PANICKED_PAUSE: Duration = Duration::from_secs(60);
 
 /// A substrate to be docked.
 pub(super) struct Dock {
@@ -76,13 +82,14 @@ impl Marked {
     async fn settled(mut self, site: &LocalSite, generation: Generation) {
         let e = &mut *self.entry;
         let vm = e.record.vm;
-        e.machine = None;
         e.record.generation = generation;
         if let Err(error) = site.machines.bury(e).await {
             tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
             e.record.desired = DesiredState::Gone;
             site.machines.delist(vm).await;
         }
+        // Whoever finds the mark after a panic finds the machine with it.
+        e.machine = None;
         site.substrates.pool.forget_clone(vm);
     }
 }
@@ -95,7 +102,34 @@ impl LocalSite {
         call: Call,
     ) -> Result<SubstrateInfo, Fault> {
         // On a task of its own: it must come to its end when the caller goes away.
-        tokio::spawn(async move { self.dock_here(want, call).await }).await.map_err(join_error)?
+        let awaited = async move {
+            let (vm, substrate, me) = (want.vm, want.substrate, Arc::clone(&self));
+            let docking = tokio::spawn(async move { me.dock_here(want, call).await });
+            match docking.await {
+                Ok(done) => done,
+                Err(panic) => {
+                    let fault = join_error(panic);
+                    tracing::error!(%vm, error = %fault, "a docking broke off");
+                    self.after_panic(vm, substrate).await;
+                    Err(fault)
+                }
+            }
+        };
+        tokio::spawn(awaited).await.map_err(join_error)?
+    }
+
+    /// The docking of a machine panicked: if that was between its marks, it is finished or taken
+    /// back.
+    async fn after_panic(self: &Arc<Self>, vm: VmId, substrate: SubstrateId) {
+        let Some(entry) = self.machines.entry_if_here(vm).await else { return };
+        let e = entry.lock().await;
+        let marked = matches!(
+            &e.record.unfinished,
+            Some(Unfinished::Docking { substrate: of, .. }) if *of == substrate
+        );
+        if let Some(machine) = e.machine.clone().filter(|_| marked) {
+            self.bring_back(vm, machine);
+        }
     }
 
     async fn dock_here(self: &Arc<Self>, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
@@ -119,6 +153,7 @@ impl LocalSite {
         let stop = request.stop.clone();
         let (dir, nics) = (self.dirs.vm(want.vm), machine.launch().nics);
         let marked = Marked::new(entry, dir, want.substrate, nics)?;
+        godwit_hold::at("dock.marked").await;
         let docked = {
             let docking = dock_convert(&machine, &self.substrates.pool, request);
             tokio::pin!(docking);
@@ -133,6 +168,7 @@ impl LocalSite {
         };
         match docked {
             Ok((substrate, report)) => {
+                godwit_hold::at("dock.settling").await;
                 self.substrates.make_ready(substrate.id, image);
                 marked.settled(self, want.generation).await;
                 Ok(info(&substrate, Some(report)))
@@ -154,8 +190,21 @@ impl LocalSite {
     pub(super) fn bring_back(self: &Arc<Self>, vm: VmId, machine: Machine) {
         let me = Arc::clone(self);
         tokio::spawn(async move {
-            if let Err(error) = me.bring_back_now(vm, machine).await {
-                tracing::error!(%vm, %error, "a machine that was not docked");
+            loop {
+                let (site, machine) = (Arc::clone(&me), machine.clone());
+                let back = tokio::spawn(async move { site.bring_back_now(vm, machine).await });
+                match back.await {
+                    Ok(Ok(())) => return,
+                    Ok(Err(error)) => {
+                        tracing::error!(%vm, %error, "a machine that was not docked");
+                        return;
+                    }
+                    Err(panic) => {
+                        let error = join_error(panic);
+                        tracing::error!(%vm, %error, "a machine is not brought back yet");
+                        tokio::time::sleep(PANICKED_PAUSE).await;
+                    }
+                }
             }
         });
     }

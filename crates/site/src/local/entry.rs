@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::LocalSite;
 use super::allowed::{Action, First, Qemu, State};
 use super::record::MachineRecord;
+use super::table::Machines;
 
 /// One machine of this site. Its lock is held while something changes it, so that two requests
 /// for one machine take turns.
@@ -44,6 +45,35 @@ impl Entry {
 /// A machine that is locked for what was asked, and what has to end before that.
 pub(super) type Admitted = (OwnedMutexGuard<Entry>, First);
 
+impl Machines {
+    /// A machine locked for `action`, if its state allows that to one who knows of `generation`;
+    /// `None` when there is no such machine. What has to end first has not ended yet.
+    pub(super) async fn admit_if_here(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        action: Action,
+    ) -> Result<Option<Admitted>, Fault> {
+        let Some(entry) = self.entry_if_here(vm).await else { return Ok(None) };
+        let e = entry.lock_owned().await;
+        let state = e.state(&self.site);
+        state.fence(generation)?;
+        let first = state.allows(action)?;
+        Ok(Some((e, first)))
+    }
+
+    /// As [`Machines::admit_if_here`], where there has to be one.
+    pub(super) async fn admit(
+        &self,
+        vm: VmId,
+        generation: Generation,
+        action: Action,
+    ) -> Result<Admitted, Fault> {
+        let admitted = self.admit_if_here(vm, generation, action).await?;
+        admitted.ok_or_else(|| self.not_here(vm))
+    }
+}
+
 impl LocalSite {
     /// A machine locked for `action`, if its state allows that to one who knows of `generation`. A
     /// move that has to end first has ended.
@@ -65,17 +95,13 @@ impl LocalSite {
         action: Action,
     ) -> Result<Option<Admitted>, Fault> {
         loop {
-            let Some(entry) = self.machines.entry_if_here(vm).await else { return Ok(None) };
-            let e = entry.lock_owned().await;
-            let state = e.state(&self.name);
-            state.fence(generation)?;
-            match state.allows(action)? {
-                First::Move => {
+            match self.machines.admit_if_here(vm, generation, action).await? {
+                Some((e, First::Move)) => {
                     let (record, machine) = (e.record.clone(), e.machine.clone());
                     drop(e);
-                    self.quit_move(&record, machine).await?;
+                    self.moves.quit(record, machine).await?;
                 }
-                first => return Ok(Some((e, first))),
+                admitted => return Ok(admitted),
             }
         }
     }

@@ -9,9 +9,10 @@ use godwit_types::{Fault, Name, VmId, VmState};
 use tokio::sync::Mutex;
 
 use super::allowed::Action;
+use super::course::{End, Migration};
 use super::entry::Entry;
 use super::machines::{LOOK_EVERY, into_fault, remove_file};
-use super::record::{DesiredState, End, MachineRecord, Unfinished};
+use super::record::{DesiredState, MachineRecord, Unfinished};
 use super::room::Room;
 use super::table::Machines;
 use crate::MachineStatus;
@@ -127,7 +128,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 pub(super) async fn life_of(e: &Entry) -> Option<Life> {
     let m = e.machine.as_ref()?;
     // Nobody takes a source that stands still and is silent for one that runs.
-    let leaves = e.record.migration.as_ref().is_some_and(|m| m.end == End::Source);
+    let leaves = e.record.migration.as_ref().is_some_and(|m| m.end() == End::Source);
     let silent = if leaves { Life::Leaving } else { Life::Running };
     match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
         Ok(Ok(life)) => Some(life),
@@ -165,7 +166,7 @@ fn status_as(r: &MachineRecord, state: VmState) -> MachineStatus {
         vcpus: r.vcpus,
         reason: match (
             state,
-            r.migration.as_ref().and_then(|m| m.given_up.as_ref()).or(r.reason.as_ref()).cloned(),
+            r.migration.as_ref().and_then(Migration::abandoned).or(r.reason.as_ref()).cloned(),
         ) {
             (VmState::Failed, None) => Some("QEMU is gone".into()),
             (VmState::Failed, reason) => reason,

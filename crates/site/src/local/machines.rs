@@ -39,7 +39,7 @@ pub(super) fn join_error(e: tokio::task::JoinError) -> Fault {
 
 impl LocalSite {
     pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
-        self.warranted(new.vm, new.generation, &new.warrant)?;
+        self.warrants.check(new.vm, new.generation, &new.warrant)?;
         let image = match &new.origin {
             Origin::Image(image) => image,
             Origin::Substrate(id) => {
@@ -185,10 +185,10 @@ impl LocalSite {
         warrant: Warrant,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
-        self.warranted(vm, generation, &warrant)?;
+        self.warrants.check(vm, generation, &warrant)?;
         let (mut e, first) = self.admit(vm, generation, Action::Start).await?;
         if first == First::Arrival {
-            self.end_arrival(&mut e, true).await?;
+            self.moves.arrivals.end_arrival(&mut e, true).await?;
         }
         if let Some(m) = e.machine.clone() {
             let life = m.life().await.map_err(into_fault)?;

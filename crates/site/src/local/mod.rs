@@ -8,9 +8,13 @@ mod adopt;
 mod allowed;
 mod answers;
 mod apart;
+mod arrivals;
 mod carry;
+mod course;
+mod departures;
 mod dirs;
 mod dock;
+mod drive;
 mod entry;
 mod exec;
 mod filling;
@@ -26,7 +30,6 @@ mod moving;
 mod neighbours;
 mod pool;
 mod promise;
-mod quit;
 mod ran;
 mod record;
 mod relays;
@@ -41,6 +44,7 @@ mod stored;
 mod substrates;
 mod table;
 mod tombs;
+mod travellers;
 mod waiting;
 mod warrant;
 
@@ -127,19 +131,17 @@ impl SiteOptions {
 pub struct LocalSite {
     name: Name,
     dirs: SiteDirs,
-    images: images::Images,
-    launcher: launch::Launcher,
+    images: Arc<images::Images>,
+    launcher: Arc<launch::Launcher>,
     machines: Arc<table::Machines>,
     /// Activations that go on at once.
     turns: Arc<Semaphore>,
-    room: room::Room,
-    substrates: substrates::Substrates,
+    room: Arc<room::Room>,
+    substrates: Arc<substrates::Substrates>,
     moves: moving::Moves,
-    held: held::HeldMemories,
-    relays: Arc<relays::Relays>,
-    reach: meet::Reach,
     neighbours: neighbours::Neighbours,
     trust: Trust,
+    warrants: warrant::Warrants,
     options: SiteOptions,
     screens: screens::Screens,
     sched: std::sync::Mutex<Option<godwit_sched_host::service::Service>>,
@@ -174,7 +176,7 @@ impl LocalSite {
         let confine = apart::confine(options.uids, &dirs)?;
         let groups = apart::groups(&dirs);
         relays::publish_revoked(&dirs, &trust)?;
-        let images = images::Images::open(name.clone(), &dirs.images)?;
+        let images = Arc::new(images::Images::open(name.clone(), &dirs.images)?);
         let how = (&confine, &groups);
         let substrates = substrates::Substrates::open(name.clone(), &dirs, &options, how)?;
         let pool = &substrates.pool;
@@ -183,18 +185,39 @@ impl LocalSite {
         let promise = options.memory_promise_bytes;
         let machines =
             Arc::new(table::Machines::open(name.clone(), dirs.clone(), pool.clone(), promise)?);
-        let room = room::Room::new(name.clone(), dirs.clone(), pool.clone());
-        let relays = Arc::new(relays::Relays::new(&dirs, &trust, &options, (&confine, &groups)));
-        let moves = moving::Moves::new(
-            name.clone(),
-            dirs.clone(),
-            Arc::clone(&machines),
-            Arc::clone(&relays),
-        );
+        let room = Arc::new(room::Room::new(name.clone(), dirs.clone(), pool.clone()));
+        let held = held::HeldMemories::new(pool.clone());
+        let how = (&confine, &groups);
+        let relays = Arc::new(relays::Relays::new(&dirs, &trust, &options, how, held));
         let reach = meet::Reach::new(name.clone(), options.relay_address, options.behind_nat);
         let launcher =
             launch::Launcher::probe(name.clone(), dirs.clone(), pool.clone(), (confine, groups))
                 .await?;
+        let warrants = warrant::Warrants::new(name.clone(), trust.clone());
+        let parts = moving::Parts {
+            name,
+            dirs,
+            images,
+            launcher: Arc::new(launcher),
+            machines,
+            room,
+            substrates: Arc::new(substrates),
+            relays,
+            reach: Arc::new(reach),
+            warrants,
+        };
+        let moves = moving::Moves::new(&parts);
+        let moving::Parts {
+            name,
+            dirs,
+            images,
+            launcher,
+            machines,
+            room,
+            substrates,
+            warrants,
+            ..
+        } = parts;
         let site = Arc::new_cyclic(|me| Self {
             name,
             dirs,
@@ -205,11 +228,9 @@ impl LocalSite {
             room,
             substrates,
             moves,
-            held: held::HeldMemories::default(),
-            reach,
-            relays,
             neighbours: neighbours::Neighbours::default(),
             trust,
+            warrants,
             options,
             screens: screens::Screens::new(screens::SCREENS_AT_ONCE),
             sched,

@@ -29,21 +29,20 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::allowed::{Action, First, Refusal};
-use super::held::Held;
+use super::allowed::Action;
+use super::arrivals::Arrivals;
+use super::course::{End, Migration};
+use super::departures::{Departures, NotSent};
+use super::drive::{Drives, Leaving, forget_measured};
 use super::launch::Launcher;
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
-use super::moving::forget_measured;
-use super::moving::{Ended, Moves, Moving};
-use super::quit::NotSent;
-use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
+use super::moving::UNDO_WITHIN;
+use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::relays::{MovePaths, Part};
-use super::{LocalSite, filling, ran};
+use super::{filling, ran};
 use crate::Progress;
 use crate::{Call, Incoming, MachineStatus, News};
 
-/// How long an end may take to undo its part when it is told to.
-const UNDO_WITHIN: Duration = Duration::from_secs(40);
 /// How long QEMU may take to say how it is.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 /// How often progress is told.
@@ -73,14 +72,14 @@ pub(super) struct MoveManifest {
 
 const FORMAT: u32 = 1;
 
-impl LocalSite {
+impl Departures {
     /// The manifest of a machine that is to move.
     pub(super) async fn manifest(
         &self,
         vm: VmId,
         generation: Generation,
     ) -> Result<Vec<u8>, Fault> {
-        let (e, _) = self.admit(vm, generation, Action::Leave).await?;
+        let (e, _) = self.machines.admit(vm, generation, Action::Leave).await?;
         let machine = e.machine.as_ref().ok_or_else(|| self.machines.not_here(vm))?;
         let image = self.substrates.sound_disk(&self.images, &e.record).await?;
         let disk_bytes = match image.disk_path() {
@@ -99,7 +98,9 @@ impl LocalSite {
         };
         serde_json::to_vec(&manifest).map_err(|e| Fault::internal(e.to_string()))
     }
+}
 
+impl Arrivals {
     /// Makes ready for a machine: a relay that listens, a QEMU that waits.
     pub(super) async fn prepare(
         self: &Arc<Self>,
@@ -110,7 +111,7 @@ impl LocalSite {
         from: Name,
         manifest: &[u8],
     ) -> Result<Incoming, Fault> {
-        self.warranted(machine.vm, generation, &warrant)?;
+        self.warrants.check(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
         self.room.check_memory(machine.memory)?;
         self.room.check_disk(manifest.layer_bytes)?;
@@ -128,7 +129,7 @@ impl LocalSite {
             vcpus: machine.vcpus,
             mac: manifest.mac,
             disk_base: DiskBase::Image,
-            migration: Some(Migration::new(id, End::Destination, from)),
+            migration: Some(Migration::arrival(id, from)),
             reason: None,
             unfinished: None,
         };
@@ -148,7 +149,7 @@ impl LocalSite {
             }
             Err(f) => {
                 drop(e);
-                self.undo_arrival(&record).await;
+                self.undo(&record).await;
                 Err(f)
             }
         }
@@ -160,9 +161,12 @@ impl LocalSite {
         let Some(entry) = self.machines.entry_if_here(comes.vm).await else { return Ok(()) };
         let there = entry.lock().await.record.clone();
         match there.migration {
-            Some(m) if m.end == End::Destination && there.generation < comes.generation => {
+            Some(m) if m.end() == End::Destination && there.generation < comes.generation => {
                 info!(vm = %comes.name, generation = %there.generation, "an arrival that is over");
-                self.abort(m.id, comes.vm).await
+                match self.travellers.to_abort(m.id, comes.vm).await? {
+                    Some((found, migration)) => self.take_back(found, &migration).await,
+                    None => Ok(()),
+                }
             }
             _ => Ok(()),
         }
@@ -179,7 +183,7 @@ impl LocalSite {
         // Before the record: it is on disk with it, and says nothing of an earlier arrival.
         ran::make(&dir)?;
         record.save(&dir)?;
-        let paths = self.moves.paths(record)?;
+        let paths = MovePaths::of(&self.dirs.run, record.in_migration()?);
         let disk = match (image.disk_path(), manifest.disk_bytes) {
             (Some(base), Some(bytes)) => {
                 let top = dir.join(TOP);
@@ -194,8 +198,7 @@ impl LocalSite {
             _ => None,
         };
         let has_disk = disk.is_some();
-        let part = Part::Whole(self.held_of(record));
-        let relay = self.relays.start(record, self.reach.awaits(), disk, part).await?;
+        let relay = self.relays.start(record, self.reach.awaits(), disk, Part::Whole).await?;
         let address = self.reach.reported_address(&relay).await?;
         let mut launch = self.launcher.launch(record, image)?;
         launch.start = Start::Incoming;
@@ -228,10 +231,10 @@ impl LocalSite {
         resumed: bool,
     ) {
         let Some(migration) = record.migration.clone() else { return };
-        let moving = self.moves.register(migration.id, record.vm);
-        moving.shown.send_replace(Some(relay.watch()));
+        let coming = self.drives.register(migration.id, record.vm);
+        coming.shown.send_replace(Some(relay.watch()));
         let me = Arc::clone(self);
-        Moves::drive(&moving, async move {
+        Drives::drive(&coming, async move {
             let written = MovePaths::of(&me.dirs.run, &migration).written;
             let dir = me.dirs.vm(record.vm);
             let filled = filling::is_there(&dir).then(|| filling::place(&dir));
@@ -240,7 +243,7 @@ impl LocalSite {
                 let noted = async {
                     if relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
                         godwit_hold::at("move.ran").await;
-                        me.moves.mark_run(record.vm).await;
+                        me.mark_run(&record).await;
                     }
                 };
                 let (asked, about) = (Arc::clone(&me), record.clone());
@@ -260,17 +263,17 @@ impl LocalSite {
             let outcome = match outcome {
                 Ok(()) => {
                     let _ = relay.command(&RelayCommand::Finish).await;
-                    me.settle_arrival(&record).await.map(|()| Ended::Received(Box::new(received)))
+                    me.settle_arrival(&record).await.map(|()| received)
                 }
                 Err(e @ MoveError::Cancelled { .. }) => {
                     let fault = me.room.blame(Fault::of(&e));
-                    me.undo_arrival(&record).await;
+                    me.undo(&record).await;
                     Err(fault)
                 }
                 // The machine runs here and still needs its source.
                 Err(e) => {
-                    me.moves.mark_run(record.vm).await;
-                    me.moves.keep_received(record.vm, &received).await;
+                    me.mark_run(&record).await;
+                    me.keep_received(record.vm, &received).await;
                     Err(Fault::of(&e))
                 }
             };
@@ -314,7 +317,9 @@ impl LocalSite {
         info!(vm = %record.name, "has arrived");
         Ok(())
     }
+}
 
+impl Departures {
     /// Sends a machine. Returns when its destination needs nothing more of this site.
     pub(super) async fn send(
         self: &Arc<Self>,
@@ -330,25 +335,25 @@ impl LocalSite {
         }
         let meeting = self.reach.meets(&to)?;
         let (record, machine) = {
-            let (mut e, _) = self.admit(vm, generation, Action::Leave).await?;
+            let (mut e, _) = self.machines.admit(vm, generation, Action::Leave).await?;
             let machine = e.machine.clone().ok_or_else(|| self.machines.not_here(vm))?;
-            let leaves = Migration::new(to.migration, End::Source, to.peer.clone());
-            e.record.migration = Some(Migration { next: Some(next), ..leaves });
+            let leaves = Migration::departure(to.migration, to.peer.clone(), Some(next));
+            e.record.migration = Some(leaves);
             if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
                 e.record.migration = None;
                 return Err(f);
             }
             (e.record.clone(), machine)
         };
-        let moving = self.moves.register(to.migration, vm);
-        let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
+        let leaving = self.drives.register(to.migration, vm);
+        let (me, mine) = (Arc::clone(self), Arc::clone(&leaving));
         let id = to.migration;
-        Moves::drive(&moving, async move {
+        Drives::drive(&leaving, async move {
             let mut sent = Sent::default();
             let done = me.send_entered(&record, &machine, meeting, &mine, &mut sent).await;
             me.after_leaving(&record, &machine, done, sent).await
         });
-        self.moves.follow(id, &call).await
+        self.follow(id, &call).await
     }
 
     async fn send_entered(
@@ -356,23 +361,22 @@ impl LocalSite {
         record: &MachineRecord,
         machine: &Machine,
         meeting: Meeting,
-        moving: &Arc<Moving>,
+        leaving: &Arc<Leaving>,
         sent: &mut Sent,
     ) -> Result<(), NotSent> {
         let disk = self.source_disk(record, machine.launch().disk)?;
-        let part = Part::Whole(self.held_of(record));
-        let relay = self.relays.start(record, meeting, disk, part).await?;
-        let paths = self.moves.paths(record)?;
-        moving.shown.send_replace(Some(relay.watch()));
-        let asking = Arc::clone(moving);
+        let relay = self.relays.start(record, meeting, disk, Part::Whole).await?;
+        let paths = MovePaths::of(&self.dirs.run, record.in_migration()?);
+        leaving.shown.send_replace(Some(relay.watch()));
+        let asking = Arc::clone(leaving);
         let ask = move || -> Asking {
             let asking = Arc::clone(&asking);
             Box::pin(async move { asking.ask_fate().await })
         };
         {
-            let steering = moving.steering();
+            let steering = leaving.steering();
             let sending = hybrid::send(machine, &relay, &paths.qemu, sent, &steering, ask);
-            let noted = self.moves.note_run(record, &relay);
+            let noted = self.note_run(record, &relay);
             tokio::pin!(sending);
             tokio::select! {
                 done = &mut sending => done?,
@@ -381,11 +385,6 @@ impl LocalSite {
         }
         let _ = relay.command(&RelayCommand::Finish).await;
         Ok(())
-    }
-
-    /// The memory that is ready for the move that a machine is in.
-    fn held_of(&self, record: &MachineRecord) -> Option<Held> {
-        self.held.take(record.migration.as_ref()?.id)
     }
 
     /// The disk of a machine that leaves, as its relay reads it.
@@ -418,22 +417,15 @@ impl LocalSite {
         dead: bool,
     ) -> Result<(), Fault> {
         let fate = if dead { DestinationFate::Dead } else { DestinationFate::Runs };
-        let moving = self.moves.get(id);
-        if moving.as_ref().is_some_and(|m| m.answer(fate)) {
+        let leaving = self.drives.get(id);
+        if leaving.as_ref().is_some_and(|l| l.answer(fate)) {
             return Ok(());
         }
-        if let Some(m) = moving.filter(|m| dead && m.outcome.borrow().is_none()) {
+        if let Some(l) = leaving.filter(|l| dead && !l.has_ended()) {
             // Its driver lives and has not noticed yet. It brings the machine back, nobody else.
-            m.lost.send_replace(Some("its destination is gone".into()));
-            let (mut asking, mut ended) = (m.asking.subscribe(), m.outcome.subscribe());
-            let heard = async {
-                tokio::select! {
-                    _ = asking.wait_for(|asks| *asks) => {}
-                    _ = ended.wait_for(Option::is_some) => {}
-                }
-            };
-            let _ = tokio::time::timeout(UNDO_WITHIN, heard).await;
-            if m.answer(fate) || m.outcome.borrow().is_some() {
+            l.mark_lost("its destination is gone".into());
+            let _ = tokio::time::timeout(UNDO_WITHIN, l.asks_or_has_ended()).await;
+            if l.answer(fate) || l.has_ended() {
                 return Ok(());
             }
             return Err(Fault::unavailable(
@@ -445,62 +437,9 @@ impl LocalSite {
         }
         Err(Fault::conflict("the source of that move does not ask where the machine runs"))
     }
+}
 
-    /// Takes back what was done for a migration, as long as the machine does not run here because
-    /// of it. At the destination this also fences: a QEMU that never ran is gone for good.
-    pub(super) async fn abort(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
-        let Some(entry) = self.machines.entry_if_here(vm).await else { return Ok(()) };
-        let (record, machine, state) = {
-            let e = entry.lock().await;
-            let state = e.state(&self.name).in_move(&e.record, id);
-            (e.record.clone(), e.machine.clone(), state)
-        };
-        let mut first = state.allows(Action::Abort)?;
-        if !state.leaves() {
-            let life = runs(machine.as_ref()).await.then_some(Life::Running);
-            first = state.asked(life).allows(Action::Abort)?;
-        }
-        let (First::Move, Some(migration)) = (first, record.migration.clone()) else {
-            return Ok(());
-        };
-        match migration.end {
-            End::Destination => {
-                if self.has_run(&record, machine.as_ref()).await {
-                    return Err(self.runs_here(&record));
-                }
-                // Then no relay can say any more that it runs here.
-                self.relays.end(&migration).await;
-                if self.has_run(&record, machine.as_ref()).await {
-                    return Err(self.runs_here(&record));
-                }
-                if let Some(m) = &machine {
-                    m.kill().await;
-                }
-                if self.moves.get(id).is_some() {
-                    // The task that follows the arrival undoes it.
-                    let _ = tokio::time::timeout(UNDO_WITHIN, self.moves.ended(id)).await;
-                }
-                self.undo_arrival(&record).await;
-                Ok(())
-            }
-            End::Source => {
-                let Some(moving) = self.moves.get(id) else { return Ok(()) };
-                moving.cancel.cancel();
-                match tokio::time::timeout(UNDO_WITHIN, self.moves.ended(id)).await {
-                    Ok(_) => Ok(()),
-                    Err(_) => Err(Fault::conflict(format!(
-                        "machine '{}' is in the switch; it is held until it is known where it runs",
-                        record.name
-                    ))),
-                }
-            }
-        }
-    }
-
-    fn runs_here(&self, record: &MachineRecord) -> Fault {
-        Refusal::RunsHere { machine: record.name.clone(), site: self.name.clone() }.into()
-    }
-
+impl Arrivals {
     pub(super) fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {
         let image = self.images.of(record).ok()?;
         let base = image.disk_path()?;

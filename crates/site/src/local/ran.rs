@@ -10,12 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use godwit_migrate::relay::{NOT_COMMITTED, says_committed};
-use godwit_qemu::Machine;
 use godwit_types::Fault;
-
-use super::LocalSite;
-use super::moves::runs;
-use super::record::{End, MachineRecord};
 
 const FILE: &str = "ran";
 
@@ -64,39 +59,6 @@ pub(super) fn forget(dir: &Path) -> Result<(), Fault> {
     match std::fs::remove_file(&path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Fault::io("removing", &path, &e)),
         _ => Ok(()),
-    }
-}
-
-impl LocalSite {
-    /// Whether a machine has run here that comes. What is answered stays so: it is in the record
-    /// before it is said.
-    pub(super) async fn has_run(&self, record: &MachineRecord, machine: Option<&Machine>) -> bool {
-        let Some(m) = record.migration.as_ref().filter(|m| m.end == End::Destination) else {
-            return false;
-        };
-        if m.runs {
-            return true;
-        }
-        let refused = self.moves.get(m.id).is_some_and(|moving| {
-            moving.shown.borrow().as_ref().is_some_and(|s| s.borrow().refused.is_some())
-        });
-        let has = match says(&self.dirs.vm(record.vm)) {
-            Some(said) => said && !refused,
-            None => runs(machine).await,
-        };
-        if has {
-            self.moves.mark_run(record.vm).await;
-        }
-        has
-    }
-
-    /// As [`LocalSite::has_run`], where there is such a file, once the relay has ended: it writes
-    /// nothing any more.
-    pub(super) async fn has_committed(&self, record: &MachineRecord) -> bool {
-        if let Some(m) = &record.migration {
-            self.relays.end(m).await;
-        }
-        says(&self.dirs.vm(record.vm)) == Some(true)
     }
 }
 

@@ -6,8 +6,10 @@ use std::path::Path;
 
 use godwit_qemu::{MacAddress, Nic};
 use godwit_transfer::Warrant;
-use godwit_types::{Arch, Fault, Generation, Hash, Mib, MigrationId, Name, SubstrateId, VmId};
+use godwit_types::{Arch, Fault, Generation, Hash, Mib, Name, SubstrateId, VmId};
 use serde::{Deserialize, Serialize};
+
+use super::course::Migration;
 
 /// Name of the file in the machine's directory.
 const FILE: &str = "environment.json";
@@ -38,47 +40,6 @@ pub(crate) enum DiskBase {
     Substrate(SubstrateId),
     /// The layer that was post-copied when the machine came here, on the base image.
     Mid,
-}
-
-/// Which end of a migration a machine is at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum End {
-    /// It leaves, or has left.
-    Source,
-    /// It comes.
-    Destination,
-}
-
-/// The migration that a machine is in.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Migration {
-    pub(crate) id: MigrationId,
-    pub(crate) end: End,
-    /// The site at the other end.
-    pub(crate) peer: Name,
-    /// How many times new relays were started for it.
-    #[serde(default)]
-    pub(crate) attempt: u32,
-    /// Destination: the machine has run here, so it is nobody else's to run.
-    #[serde(default)]
-    pub(crate) runs: bool,
-    /// Destination: why what is missing is not waited for any more.
-    #[serde(default)]
-    pub(crate) given_up: Option<String>,
-    /// Source: the machine has run here after it had left, and may have written to its disk: what
-    /// is here is not what left.
-    #[serde(default)]
-    pub(crate) ran_on: bool,
-    /// Source: the machine's generation at its destination; one more than here when left out.
-    #[serde(default)]
-    pub(crate) next: Option<Generation>,
-}
-
-impl Migration {
-    pub(crate) fn new(id: MigrationId, end: End, peer: Name) -> Self {
-        Self { id, end, peer, attempt: 0, runs: false, given_up: None, ran_on: false, next: None }
-    }
 }
 
 /// What is being done to a machine and would leave it half done if the daemon died. Written before
@@ -149,6 +110,11 @@ fn opened(file: &[u8]) -> Result<&[u8], String> {
 }
 
 impl MachineRecord {
+    /// The migration that it is in, where it has to be in one.
+    pub(crate) fn in_migration(&self) -> Result<&Migration, Fault> {
+        self.migration.as_ref().ok_or_else(|| Fault::internal("a machine that is in no migration"))
+    }
+
     /// Writes it so that the next daemon on this boot of the host finds it; a crash of the host may
     /// lose it.
     pub(crate) fn save_quick(&self, dir: &Path) -> Result<(), Fault> {

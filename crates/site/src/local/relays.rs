@@ -24,9 +24,10 @@ use godwit_qemu::{Companion, Confine, MemoryGroups, NotStarted};
 use godwit_transfer::{Identity, Trust};
 use godwit_types::{Fault, Mib};
 
-use super::held::Held;
+use super::course::{End, Migration};
+use super::held::HeldMemories;
 use super::machines::into_fault;
-use super::record::{End, MachineRecord, Migration};
+use super::record::MachineRecord;
 use super::{SiteDirs, SiteOptions, filling, ran};
 
 /// How long a relay may take until it can be steered, and until it has ended when it is told to.
@@ -42,10 +43,10 @@ const REVOKED: &str = "revoked.json";
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// What a relay is to carry.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
-    /// A migration from its start, with memory that the other site holds as well.
-    Whole(Option<Held>),
+    /// A migration from its start.
+    Whole,
     /// What is missing after a break.
     Rest,
     /// What is missing of the disk after a break; memory is not carried.
@@ -62,6 +63,8 @@ pub(super) struct Relays {
     patience: Duration,
     confine: Option<Confine>,
     groups: Option<MemoryGroups>,
+    /// Memory that both sites of a move hold.
+    pub(super) held: HeldMemories,
 }
 
 impl Relays {
@@ -71,6 +74,7 @@ impl Relays {
         trust: &Trust,
         site: &SiteOptions,
         (confine, groups): (&Option<Confine>, &Option<MemoryGroups>),
+        held: HeldMemories,
     ) -> Self {
         Self {
             dirs: dirs.clone(),
@@ -79,6 +83,7 @@ impl Relays {
             patience: site.link_patience,
             confine: confine.clone(),
             groups: groups.clone(),
+            held,
         }
     }
 
@@ -95,9 +100,9 @@ impl Relays {
             .clone()
             .ok_or_else(|| Fault::internal("a relay for a machine that is in no migration"))?;
         let paths = MovePaths::of(&self.dirs.run, &migration);
-        let (role, generation) = match migration.end {
+        let (role, generation) = match migration.end() {
             End::Source => {
-                let next = migration.next.unwrap_or_else(|| record.generation.next());
+                let next = migration.next().unwrap_or_else(|| record.generation.next());
                 (RelayRole::Source, next)
             }
             End::Destination => (RelayRole::Destination, record.generation),
@@ -118,19 +123,19 @@ impl Relays {
             link_patience_ms: self.patience.as_millis() as u64,
             control: paths.control.clone(),
             qemu: paths.qemu.clone(),
-            resume: !matches!(part, Part::Whole(_)),
-            memory: !matches!(part, Part::Disk),
+            resume: part != Part::Whole,
+            memory: part != Part::Disk,
             disk,
             held: None,
             given: None,
         };
-        let commit = match (migration.end, &part) {
-            (End::Destination, Part::Whole(_)) => Some(ran::open(&self.dirs.vm(record.vm))?),
+        let commit = match (migration.end(), part) {
+            (End::Destination, Part::Whole) => Some(ran::open(&self.dirs.vm(record.vm))?),
             // It runs there already.
             (End::Destination, _) | (End::Source, _) => None,
         };
         let held = match part {
-            Part::Whole(held) => held,
+            Part::Whole => self.held.take(migration.id),
             Part::Rest | Part::Disk => None,
         };
         config.held = held.as_ref().map(|h| h.memory.clone());
@@ -462,7 +467,7 @@ mod tests {
             "a".repeat(godwit_types::Name::MAX_LEN).parse().expect("valid");
         let run = super::super::SiteDirs::usual(&name).run;
         let id = godwit_types::MigrationId::new();
-        let mut migration = Migration::new(id, End::Source, name);
+        let mut migration = Migration::departure(id, name, None);
         migration.attempt = 9_999;
         let paths = MovePaths::of(&run, &migration);
         assert!(paths.control.as_os_str().len() <= 107);

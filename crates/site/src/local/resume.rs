@@ -24,13 +24,18 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::allowed::{Action, First};
+use super::arrivals::Arrivals;
+use super::course::{
+    AfterRestart, End, Migration, Step, arrival_after_restart, departure_after_restart,
+};
+use super::departures::{Departures, NotSent};
+use super::drive::{Drives, RECEIVED, SENT, measured};
 use super::machines::into_fault;
 use super::moves::{MID, runs};
-use super::moving::{Ended, Moves, RECEIVED, RELEASE_WITHIN, SENT, measured};
-use super::quit::NotSent;
-use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
+use super::moving::{Moves, RELEASE_WITHIN, memory_status};
+use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::relays::{MovePaths, Part};
-use super::{Entry, LocalSite, filling, ran};
+use super::{Entry, filling, ran};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
 
 /// How long a QEMU that was told to switch may take to stop.
@@ -39,70 +44,85 @@ const STOP_WITHIN: Duration = Duration::from_secs(5);
 /// Why a source has nothing any more that its machine could go on with.
 const RAN_ON: &str = "it has run there after it had left";
 
-impl LocalSite {
+impl Moves {
     /// After the daemon's return: takes up a machine that is in a migration.
     pub(super) async fn resume_after_restart(
-        self: &Arc<Self>,
+        &self,
         record: MachineRecord,
         machine: Option<Machine>,
     ) {
         let Some(migration) = record.migration.clone() else { return };
+        match migration.end() {
+            End::Destination => {
+                self.arrivals.resume_after_restart(record, migration, machine).await;
+            }
+            End::Source => {
+                self.departures.resume_after_restart(record, migration, machine).await;
+            }
+        }
+    }
+}
+
+impl Arrivals {
+    async fn resume_after_restart(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        migration: Migration,
+        machine: Option<Machine>,
+    ) {
         let Some(machine) = machine else {
             self.relays.end(&migration).await;
-            if migration.end == End::Destination && !self.has_run(&record, None).await {
-                warn!(vm = %record.name, "its QEMU is gone before it ran here");
-                self.undo_arrival(&record).await;
+            if self.has_run(&record, None).await {
+                let at = (record.vm, &record.name);
+                self.drives.interrupted(migration.id, at, "its QEMU is gone");
             } else {
-                self.moves.interrupted(&record, &migration, "its QEMU is gone");
+                warn!(vm = %record.name, "its QEMU is gone before it ran here");
+                self.undo(&record).await;
             }
             return;
         };
         let paths = MovePaths::of(&self.dirs.run, &migration);
         let relay = RelayClient::attach(&paths.control).await;
-        match migration.end {
-            End::Destination => self.resume_arrival(record, migration, machine, relay).await,
-            End::Source => self.resume_departure(record, migration, machine, relay).await,
-        }
-    }
-
-    async fn resume_arrival(
-        self: &Arc<Self>,
-        record: MachineRecord,
-        migration: Migration,
-        machine: Machine,
-        relay: Result<RelayClient, godwit_migrate::RelayError>,
-    ) {
         if relay.is_err() {
             // One that does not answer could still write down that it runs.
             self.relays.end(&migration).await;
         }
         let has_run = self.has_run(&record, Some(&machine)).await;
-        match relay {
-            Ok(relay) if !has_run && relay.status().phase == RelayPhase::Joining => {
-                // Its source may never come: the answer that it waits here may be lost.
-                warn!(vm = %record.name, "nothing of it had come when the daemon ended");
-                self.undo_arrival(&record).await;
-            }
-            Ok(relay) => {
+        let phase = relay.as_ref().ok().map(|r| r.status().phase);
+        match (arrival_after_restart(has_run, phase), relay) {
+            (AfterRestart::Follow, Ok(relay)) => {
                 info!(vm = %record.name, "its arrival goes on");
                 let received = measured(&self.dirs.vm(record.vm), RECEIVED);
                 self.spawn_arrival(record, machine, relay, received, has_run);
             }
-            Err(e) if has_run => self.moves.interrupted(&record, &migration, &chain(&e)),
-            Err(e) => {
-                warn!(vm = %record.name, error = %chain(&e), "its relay is gone before it ran here");
-                self.undo_arrival(&record).await;
+            (AfterRestart::TakeBack, relay) => {
+                let error = relay.err().map(|e| chain(&e));
+                warn!(vm = %record.name, error, "it had not run here when the daemon ended");
+                self.undo(&record).await;
+            }
+            (AfterRestart::Interrupted | AfterRestart::Follow, relay) => {
+                let why = relay.err().map(|e| chain(&e)).unwrap_or_default();
+                self.drives.interrupted(migration.id, (record.vm, &record.name), &why);
             }
         }
     }
+}
 
-    async fn resume_departure(
+impl Departures {
+    async fn resume_after_restart(
         self: &Arc<Self>,
         record: MachineRecord,
         migration: Migration,
-        machine: Machine,
-        relay: Result<RelayClient, godwit_migrate::RelayError>,
+        machine: Option<Machine>,
     ) {
+        let at = (record.vm, &record.name);
+        let Some(machine) = machine else {
+            self.relays.end(&migration).await;
+            self.drives.interrupted(migration.id, at, "its QEMU is gone");
+            return;
+        };
+        let paths = MovePaths::of(&self.dirs.run, &migration);
+        let relay = RelayClient::attach(&paths.control).await;
         // QEMU switches as soon as the relay has been told to read on.
         let switching = relay.as_ref().is_ok_and(|r| r.status().phase >= RelayPhase::Switching);
         if switching {
@@ -113,23 +133,25 @@ impl LocalSite {
             })
             .await;
         }
-        if migration.runs {
-            self.moves.hold_still(&record, &machine).await;
+        if migration.has_run() {
+            self.hold_still(&record, &machine).await;
         }
-        let at_home = !migration.runs && runs(Some(&machine)).await;
-        match relay {
-            Ok(relay) if at_home && !relay.status().committed => {
-                // Nobody drives it any more, and nothing has left: it is given up.
-                let why = "the daemon at the source was restarted".to_owned();
-                let _ = relay.command(&RelayCommand::Abort { why }).await;
-                self.moves.stay(&record, &machine).await;
+        let at_home = !migration.has_run() && runs(Some(&machine)).await;
+        let committed = relay.as_ref().ok().map(|r| r.status().committed);
+        match (departure_after_restart(at_home, committed), relay) {
+            (AfterRestart::TakeBack, relay) => {
+                if let Ok(relay) = relay {
+                    let why = "the daemon at the source was restarted".to_owned();
+                    let _ = relay.command(&RelayCommand::Abort { why }).await;
+                }
+                self.stay(&record, &machine).await;
             }
-            Ok(relay) => {
+            (AfterRestart::Follow, Ok(relay)) => {
                 info!(vm = %record.name, "its departure goes on");
-                let moving = self.moves.register(migration.id, record.vm);
-                moving.shown.send_replace(Some(relay.watch()));
-                let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
-                Moves::drive(&moving, async move {
+                let leaving = self.drives.register(migration.id, record.vm);
+                leaving.shown.send_replace(Some(relay.watch()));
+                let (me, mine) = (Arc::clone(self), Arc::clone(&leaving));
+                Drives::drive(&leaving, async move {
                     let mut sent: Sent = measured(&me.dirs.vm(record.vm), SENT);
                     let paths = MovePaths::of(&me.dirs.run, &migration);
                     let steering = mine.steering();
@@ -147,16 +169,18 @@ impl LocalSite {
                     me.after_leaving(&record, &machine, done, sent).await
                 });
             }
-            Err(_) if at_home => self.moves.stay(&record, &machine).await,
-            Err(e) => self.moves.interrupted(&record, &migration, &chain(&e)),
+            (AfterRestart::Interrupted | AfterRestart::Follow, relay) => {
+                let why = relay.err().map(|e| chain(&e)).unwrap_or_default();
+                self.drives.interrupted(migration.id, at, &why);
+            }
         }
     }
 
     /// Brings a machine back to this site, its source, when its destination never ran it and no
     /// relay is left that could.
     pub(super) async fn reclaim(self: &Arc<Self>, id: MigrationId) -> Result<(), Fault> {
-        let (record, machine) = self.moves.traveller(id).await?;
-        let Some(migration) = record.migration.clone().filter(|m| m.end == End::Source) else {
+        let (record, machine) = self.travellers.find(id).await?;
+        let Some(migration) = record.migration.clone().filter(|m| m.end() == End::Source) else {
             return Err(Fault::conflict("this site is not the source of that migration"));
         };
         let Some(machine) = machine else {
@@ -167,10 +191,10 @@ impl LocalSite {
                     record.name
                 )));
             }
-            return Err(self.moves.ended_here(&record).await);
+            return Err(self.ended_here(&record).await);
         };
         if runs(Some(&machine)).await {
-            self.moves.unmark(record.vm).await;
+            self.travellers.unmark(record.vm).await;
             return Ok(());
         }
         self.relays.end(&migration).await;
@@ -181,19 +205,21 @@ impl LocalSite {
         if let Err(e) = reclaim(&machine, &paths.qemu).await {
             if matches!(e, MoveError::Stuck | MoveError::Ended { .. }) {
                 // Nothing is left to decide: it may be started from its disk, or removed.
-                self.moves.unmark(record.vm).await;
+                self.travellers.unmark(record.vm).await;
             }
             return Err(into_fault(e));
         }
         machine.run().await.map_err(into_fault)?;
         info!(vm = %record.name, "runs on at its source");
-        self.moves.unmark(record.vm).await;
+        self.travellers.unmark(record.vm).await;
         self.relays.clear(&migration);
         Ok(())
     }
+}
 
+impl Moves {
     /// How far a migration has come here.
-    pub(super) async fn move_status(&self, id: MigrationId, vm: VmId) -> Result<MoveStatus, Fault> {
+    pub(super) async fn status(&self, id: MigrationId, vm: VmId) -> Result<MoveStatus, Fault> {
         let entry = self.machines.entry(vm).await?;
         let (record, machine) = {
             let e = entry.lock().await;
@@ -214,7 +240,7 @@ impl LocalSite {
                 why: record.reason,
             });
         };
-        if migration.ran_on {
+        if migration.ran_on() {
             return Ok(MoveStatus {
                 memory: MemoryStatus::Gone,
                 missing_pages: 0,
@@ -230,19 +256,21 @@ impl LocalSite {
                 (MemoryStatus::Partial, None)
             }
             None => (MemoryStatus::Gone, record.reason.clone()),
-            Some(m) => Moves::memory_status(m, migration.end).await,
+            Some(m) => memory_status(m, migration.end()).await,
         };
-        let (missing_pages, missing_blocks) = match migration.end {
+        let (missing_pages, missing_blocks) = match migration.end() {
             End::Source => (0, Some(0)),
-            End::Destination => self.missing(&record, memory).await?,
+            End::Destination => self.arrivals.missing(&record, memory).await?,
         };
-        let runs = match migration.end {
-            End::Source => migration.runs,
-            End::Destination => self.has_run(&record, machine.as_ref()).await,
+        let runs = match migration.end() {
+            End::Source => migration.has_run(),
+            End::Destination => self.arrivals.has_run(&record, machine.as_ref()).await,
         };
         Ok(MoveStatus { memory, missing_pages, missing_blocks, runs, over: false, why })
     }
+}
 
+impl Arrivals {
     /// Pages and blocks that a destination lacks.
     async fn missing(
         &self,
@@ -265,7 +293,7 @@ impl LocalSite {
         let told = record
             .migration
             .as_ref()
-            .and_then(|m| self.moves.get(m.id))
+            .and_then(|m| self.drives.get(m.id))
             .and_then(|m| m.shown.borrow().as_ref().map(|s| s.borrow().counts));
         let mid = filling::layer(&self.dirs.vm(record.vm));
         let blocks = match MidLayer::missing(&mid) {
@@ -285,18 +313,18 @@ impl LocalSite {
 
     /// Starts a new relay for a machine that still needs its source: one that runs here, or one
     /// whose memory is lost and whose disk is brought.
-    pub(super) async fn resume_in(
+    pub(super) async fn resume(
         self: &Arc<Self>,
         id: MigrationId,
         vm: VmId,
         memory: bool,
     ) -> Result<Incoming, Fault> {
-        let (record, machine) = self.moves.at_end(id, vm, End::Destination).await?;
+        let (record, machine) = self.travellers.at_end(id, vm, End::Destination).await?;
         if memory && machine.is_none() {
             return Err(memory_is_gone(&record));
         }
-        let record = self.moves.next_attempt(&record).await?;
-        let paths = self.moves.paths(&record)?;
+        let record = self.next_attempt(&record).await?;
+        let paths = MovePaths::of(&self.dirs.run, record.in_migration()?);
         let image = self.images.of(&record)?;
         let disk = match image.disk_path() {
             Some(base) => {
@@ -320,9 +348,7 @@ impl LocalSite {
             if memory {
                 recover_incoming(&machine, &paths.qemu).await.map_err(into_fault)?;
                 whole = Some(machine);
-            } else if Moves::memory_status(&machine, End::Destination).await.0
-                == MemoryStatus::Whole
-            {
+            } else if memory_status(&machine, End::Destination).await.0 == MemoryStatus::Whole {
                 whole = Some(machine);
             }
         }
@@ -334,12 +360,12 @@ impl LocalSite {
     }
 
     /// Ends the arrival of a machine whose memory and disk are all here.
-    pub(super) async fn finish_arrival(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
-        let (record, machine) = self.moves.at_end(id, vm, End::Destination).await?;
+    pub(super) async fn finish(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
+        let (record, machine) = self.travellers.at_end(id, vm, End::Destination).await?;
         let machine = machine.ok_or_else(|| memory_is_gone(&record))?;
-        let record = self.moves.next_attempt(&record).await?;
+        let record = self.next_attempt(&record).await?;
         if let Some(layers) = self.pivot_of(&record) {
-            let paths = self.moves.paths(&record)?;
+            let paths = MovePaths::of(&self.dirs.run, record.in_migration()?);
             let dir = self.dirs.vm(vm);
             let mid = dir.join(MID);
             if filling::is_there(&dir) {
@@ -379,10 +405,10 @@ impl LocalSite {
         received: Received,
     ) {
         let Some(migration) = record.migration.clone() else { return };
-        let moving = self.moves.register(migration.id, record.vm);
-        moving.shown.send_replace(Some(relay.watch()));
+        let coming = self.drives.register(migration.id, record.vm);
+        coming.shown.send_replace(Some(relay.watch()));
         let vm = record.vm;
-        Moves::drive(&moving, async move {
+        Drives::drive(&coming, async move {
             let last = relay.wait(|s| s.phase >= RelayPhase::Done).await.map_err(into_fault)?;
             if last.phase < RelayPhase::Done {
                 let why = format!("{:?}", last.end);
@@ -390,12 +416,14 @@ impl LocalSite {
             }
             let _ = relay.command(&RelayCommand::Finish).await;
             info!(%vm, "its disk is whole");
-            Ok(Ended::Received(Box::new(received)))
+            Ok(received)
         });
     }
+}
 
+impl Departures {
     /// Starts a new relay at the source and drives the rest of the migration through it.
-    pub(super) async fn resume_out(
+    pub(super) async fn resume(
         self: &Arc<Self>,
         id: MigrationId,
         vm: VmId,
@@ -403,23 +431,23 @@ impl LocalSite {
         memory: bool,
         call: &Call,
     ) -> Result<Vec<u8>, Fault> {
-        let (record, machine) = self.moves.at_end(id, vm, End::Source).await?;
+        let (record, machine) = self.travellers.at_end(id, vm, End::Source).await?;
         let launch = machine.as_ref().map(Machine::launch);
         if memory && machine.is_none() {
             return Err(memory_is_gone(&record));
         }
-        let record = self.moves.next_attempt(&record).await?;
+        let record = self.next_attempt(&record).await?;
         let chain = match launch {
             Some(l) => l.disk,
             None => self.launcher.launch(&record, &self.images.of(&record)?)?.disk,
         };
         let disk = self.source_disk(&record, chain)?;
         let meeting = self.reach.meets(&to)?;
-        let moving = self.moves.register(id, vm);
-        let (me, mine) = (Arc::clone(self), Arc::clone(&moving));
-        Moves::drive(&moving, async move {
+        let leaving = self.drives.register(id, vm);
+        let (me, mine) = (Arc::clone(self), Arc::clone(&leaving));
+        Drives::drive(&leaving, async move {
             let mut sent: Sent = measured(&me.dirs.vm(vm), SENT);
-            let paths = me.moves.paths(&record)?;
+            let paths = MovePaths::of(&me.dirs.run, record.in_migration()?);
             let part = if memory { Part::Rest } else { Part::Disk };
             let relay = me.relays.start(&record, meeting, disk, part).await?;
             mine.shown.send_replace(Some(relay.watch()));
@@ -435,16 +463,18 @@ impl LocalSite {
                 let _ = relay.command(&RelayCommand::Finish).await;
             } else {
                 // Nothing but the destination's word ends what the source keeps now.
-                me.moves.keep_sent(vm, &sent).await;
+                me.keep_sent(vm, &sent).await;
                 if let Some(m) = &record.migration {
                     me.relays.end(m).await;
                 }
             }
-            done.map(|()| Ended::Sent(Box::new(sent)))
+            done.map(|()| sent)
         });
-        self.moves.follow(id, call).await
+        self.follow(id, call).await
     }
+}
 
+impl Arrivals {
     /// What the machine lacks here is not waited for any more. Its QEMU is left as it is.
     pub(super) async fn abandon(
         &self,
@@ -453,19 +483,14 @@ impl LocalSite {
         why: String,
     ) -> Result<(), Fault> {
         let why: String = why.chars().take(1000).collect();
-        let record = self
-            .moves
-            .change_migration(vm, |m| {
-                if m.id == id && m.end == End::Destination {
-                    m.given_up = Some(why);
-                }
-            })
-            .await?;
-        warn!(vm = %record.name, reason = ?record.migration.and_then(|m| m.given_up), "given up");
+        let record = self.travellers.note(id, vm, Step::Abandoned(why)).await?;
+        warn!(vm = %record.name, reason = ?record.migration.as_ref().and_then(Migration::abandoned), "given up");
         Ok(())
     }
+}
 
-    /// The source removes what it kept of a machine that runs elsewhere for good.
+impl Departures {
+    /// A machine runs elsewhere for good: what was kept of it here is needed no more.
     pub(super) async fn release(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
         let entry = self.machines.entry(vm).await?;
         let (first, migration) = {
@@ -476,21 +501,21 @@ impl LocalSite {
         };
         if let Some(m) = migration.filter(|_| first == First::Move) {
             // What the destination may still need stays until it needs it no more.
-            if self.moves.get(m.id).is_some() {
-                let _ = tokio::time::timeout(RELEASE_WITHIN, self.moves.ended(m.id)).await;
-            }
+            self.drives.ended_within(m.id, RELEASE_WITHIN).await;
             self.relays.end(&m).await;
             self.relays.clear(&m);
-            self.moves.unmark(vm).await;
+            self.travellers.unmark(vm).await;
         }
-        self.remove(vm, generation).await
+        Ok(())
     }
+}
 
+impl Arrivals {
     /// Before a machine that arrived in part is started from its disk, or removed: ends what is
     /// left of its migration. Only what was given up is taken away, or what is removed anyway.
     pub(super) async fn end_arrival(&self, e: &mut Entry, keep_disk: bool) -> Result<(), Fault> {
         let Some(m) = e.record.migration.clone() else { return Ok(()) };
-        let why = m.given_up.clone().unwrap_or_default();
+        let why = m.abandoned().cloned().unwrap_or_default();
         let dir = self.dirs.vm(e.record.vm);
         let mid = dir.join(MID);
         if keep_disk && self.images.of(&e.record)?.disk_path().is_some() {

@@ -6,8 +6,9 @@ use godwit_qemu::MacAddress;
 use godwit_transfer::Authority;
 use godwit_types::{Arch, Generation, Hash, Mib, MigrationId, VmId};
 
+use super::course::{Arrival, Course, End, Migration};
 use super::promise::share_mib;
-use super::record::{DesiredState, DiskBase, End, MachineRecord, Migration};
+use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::*;
 use crate::{Incoming, MemoryStatus};
 
@@ -56,7 +57,10 @@ fn on_its_way(memory: Mib, end: End) -> MachineRecord {
         vcpus: 1,
         mac: MacAddress([2, 0, 0, 0, 0, 1]),
         disk_base: DiskBase::Image,
-        migration: Some(Migration::new(MigrationId::new(), end, peer)),
+        migration: Some(match end {
+            End::Source => Migration::departure(MigrationId::new(), peer, None),
+            End::Destination => Migration::arrival(MigrationId::new(), peer),
+        }),
         reason: None,
         unfinished: None,
     }
@@ -115,12 +119,12 @@ async fn a_source_whose_machine_ran_on_gives_neither_memory_nor_disk() {
     let dir = me.dirs.vm(vm);
     std::fs::create_dir_all(&dir).expect("dir");
     record.save(&dir).expect("saved");
-    me.machines.register(record, None).await.map(drop).expect("here");
-    let before = me.move_status(id, vm).await.expect("in its move");
+    me.machines.register(record.clone(), None).await.map(drop).expect("here");
+    let before = me.moves.status(id, vm).await.expect("in its move");
     assert!(!before.over && before.missing_blocks == Some(0), "{before:?}");
 
-    me.moves.mark_ran_on(vm).await;
-    let status = me.move_status(id, vm).await.expect("in its move");
+    me.moves.departures.mark_ran_on(&record).await;
+    let status = me.moves.status(id, vm).await.expect("in its move");
     assert_eq!((status.memory, status.missing_blocks), (MemoryStatus::Gone, None));
     assert!(status.over && !status.runs, "{status:?}");
     for memory in [true, false] {
@@ -129,13 +133,18 @@ async fn a_source_whose_machine_ran_on_gives_neither_memory_nor_disk() {
             address: ([127, 0, 0, 1], 9).into(),
             peer: "center".parse().expect("name"),
         };
-        let f = me.resume_out(id, vm, to, memory, &Call::quiet()).await.expect_err("nothing");
+        let f = me
+            .moves
+            .departures
+            .resume(id, vm, to, memory, &Call::quiet())
+            .await
+            .expect_err("nothing");
         assert_eq!(f.code, Code::Damaged, "{f}");
         assert!(f.message.contains("it has run there after it had left"), "{f}");
     }
     // No relay was begun, and the next daemon knows it, too.
     let kept = MachineRecord::load(&dir).expect("read").expect("there").migration;
-    assert!(kept.is_some_and(|m| m.ran_on && m.attempt == 0));
+    assert!(kept.is_some_and(|m| m.ran_on() && m.attempt == 0));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -149,14 +158,14 @@ async fn a_later_move_of_a_machine_takes_back_an_arrival_that_is_over_and_never_
     there.save(&dir).expect("saved");
     me.machines.register(there.clone(), None).await.map(drop).expect("here");
     // The same move asks again: that one stays.
-    me.supersede(&there).await.expect("nothing to do");
+    me.moves.arrivals.supersede(&there).await.expect("nothing to do");
     assert!(me.machines.entry(vm).await.is_ok());
     let comes = MachineRecord { generation: there.generation.next(), ..there.clone() };
-    me.supersede(&comes).await.expect("taken back");
+    me.moves.arrivals.supersede(&comes).await.expect("taken back");
     assert!(me.machines.entry(vm).await.is_err() && !dir.exists());
 
     let other = one_that_runs(me, &there).await;
-    let f = me.supersede(&other).await.expect_err("it runs here");
+    let f = me.moves.arrivals.supersede(&other).await.expect_err("it runs here");
     assert_eq!(f.code, Code::Conflict, "{f}");
     assert!(me.machines.entry(other.vm).await.is_ok());
 }
@@ -165,7 +174,7 @@ async fn a_later_move_of_a_machine_takes_back_an_arrival_that_is_over_and_never_
 async fn one_that_runs(me: &LocalSite, like: &MachineRecord) -> MachineRecord {
     let mut record = MachineRecord { vm: VmId::new(), ..like.clone() };
     if let Some(m) = &mut record.migration {
-        m.runs = true;
+        m.course = Course::Arrival(Arrival::Running);
     }
     let dir = me.dirs.vm(record.vm);
     std::fs::create_dir_all(&dir).expect("dir");

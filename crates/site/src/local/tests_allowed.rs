@@ -1,7 +1,8 @@
 use godwit_qemu::MacAddress;
 use godwit_types::{Arch, Hash, Mib, SubstrateId, VmId};
 
-use super::super::record::{DiskBase, Migration};
+use super::super::course::{Migration, Step};
+use super::super::record::DiskBase;
 use super::*;
 
 const ACTIONS: [Action; 15] = [
@@ -59,9 +60,16 @@ fn record() -> MachineRecord {
     }
 }
 
-fn moving(end: End, change: impl FnOnce(&mut Migration)) -> MachineRecord {
-    let mut m = Migration::new(MigrationId::new(), end, name("cafe"));
-    change(&mut m);
+fn comes(steps: &[Step]) -> MachineRecord {
+    moving(Migration::arrival(MigrationId::new(), name("cafe")), steps)
+}
+
+fn leaves(steps: &[Step]) -> MachineRecord {
+    moving(Migration::departure(MigrationId::new(), name("cafe"), None), steps)
+}
+
+fn moving(begun: Migration, steps: &[Step]) -> MachineRecord {
+    let m = steps.iter().fold(begun, |m, step| m.after(step.clone()).expect("a step"));
     MachineRecord { migration: Some(m), ..record() }
 }
 
@@ -76,11 +84,11 @@ fn phases() -> Vec<(MachineRecord, bool, bool)> {
         (record(), false, false),
         (MachineRecord { desired: DesiredState::Stopped, ..record() }, false, true),
         (MachineRecord { unfinished: Some(docking), ..record() }, false, false),
-        (moving(End::Source, |_| {}), false, false),
-        (moving(End::Source, |m| m.ran_on = true), false, false),
-        (moving(End::Destination, |_| {}), false, false),
-        (moving(End::Destination, |m| m.runs = true), false, false),
-        (moving(End::Destination, |m| m.given_up = Some("lost".into())), false, false),
+        (leaves(&[]), false, false),
+        (leaves(&[Step::RanOn]), false, false),
+        (comes(&[]), false, false),
+        (comes(&[Step::Ran]), false, false),
+        (comes(&[Step::Abandoned("lost".into())]), false, false),
     ]
 }
 
@@ -249,7 +257,7 @@ fn every_refusal_names_the_machine_and_says_what_to_do() {
 
 #[test]
 fn a_migration_is_seen_by_its_own_id_only() {
-    let r = moving(End::Source, |_| {});
+    let r = leaves(&[]);
     let id = r.migration.as_ref().map(|m| m.id).expect("one");
     let state = || State::of(&r, &name("here"), (false, false), (Qemu::There, false));
     assert_eq!(state().in_move(&r, id).phase, Phase::Leaving(name("cafe")));

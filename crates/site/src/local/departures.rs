@@ -1,0 +1,325 @@
+//! The machines that leave a site. What belongs to a departure is here: the state in its record
+//! ([`Departure`](super::course::Departure)), the task that drives it and what that asks, and what
+//! it has measured.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_migrate::RelayClient;
+use godwit_migrate::hybrid::{Asked, DestinationFate, MoveError, Sent};
+use godwit_qemu::Machine;
+use godwit_types::{Code, Fault, MigrationId, Name, VmId, chain};
+use tracing::{info, warn};
+
+use super::SiteDirs;
+use super::arrivals::ended_by_force;
+use super::course::{Migration, Question, Step};
+use super::drive::{Drives, Leaving, SENT, keep_measured};
+use super::images::Images;
+use super::launch::Launcher;
+use super::meet::Reach;
+use super::moves::{report_progress, runs};
+use super::moving::{FORCED_WITHIN, Parts, RELEASE_WITHIN, UNDO_WITHIN};
+use super::record::MachineRecord;
+use super::relays::{MovePaths, Relays};
+use super::substrates::Substrates;
+use super::table::Machines;
+use super::travellers::{Found, Travellers};
+use crate::{Call, News, UNKNOWN_GENERATION};
+
+/// How often the center is asked what became of a lost destination.
+const ASK_EVERY: Duration = Duration::from_secs(2);
+/// How long a source's relay may take until it listens.
+const LISTEN_WITHIN: Duration = Duration::from_secs(20);
+
+/// Why a machine did not leave, and whether the source may still be needed.
+#[derive(Debug)]
+pub(super) struct NotSent {
+    fault: Fault,
+    keep: bool,
+    /// The machine runs at its destination.
+    beyond: bool,
+}
+
+impl From<Fault> for NotSent {
+    /// Before QEMU was asked for anything.
+    fn from(fault: Fault) -> Self {
+        Self { fault, keep: false, beyond: false }
+    }
+}
+
+impl From<MoveError> for NotSent {
+    fn from(e: MoveError) -> Self {
+        let beyond = matches!(e, MoveError::Interrupted { .. });
+        Self { keep: e.keeps_source(), fault: Fault::of(&e), beyond }
+    }
+}
+
+/// The departures of one site.
+pub(super) struct Departures {
+    pub(super) name: Name,
+    pub(super) dirs: SiteDirs,
+    pub(super) images: Arc<Images>,
+    pub(super) launcher: Arc<Launcher>,
+    pub(super) machines: Arc<Machines>,
+    pub(super) substrates: Arc<Substrates>,
+    pub(super) relays: Arc<Relays>,
+    pub(super) reach: Arc<Reach>,
+    pub(super) travellers: Arc<Travellers>,
+    pub(super) drives: Drives<Leaving>,
+}
+
+impl Departures {
+    /// None that this daemon drives yet.
+    pub(super) fn new(parts: &Parts, travellers: Arc<Travellers>) -> Self {
+        Self {
+            name: parts.name.clone(),
+            dirs: parts.dirs.clone(),
+            images: Arc::clone(&parts.images),
+            launcher: Arc::clone(&parts.launcher),
+            machines: Arc::clone(&parts.machines),
+            substrates: Arc::clone(&parts.substrates),
+            relays: Arc::clone(&parts.relays),
+            reach: Arc::clone(&parts.reach),
+            travellers,
+            drives: Drives::new(parts.name.clone()),
+        }
+    }
+
+    /// Tells the progress of a migration at its source, and ends as it ends. A caller that goes
+    /// away stops nothing; one that cancels does.
+    pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
+        let asking = Asked::arrives();
+        let leaving = self.drives.known(id)?;
+        let next = match self.machines.entry(leaving.vm()).await {
+            Ok(e) => e.lock().await.record.migration.as_ref().and_then(Migration::next),
+            Err(_) => None,
+        };
+        let switched = News::Switched { generation: next.unwrap_or(UNKNOWN_GENERATION) };
+        let show = async {
+            let mut shown = leaving.shown.subscribe();
+            let status = shown.wait_for(Option::is_some).await.ok().and_then(|s| s.clone());
+            if let Some(status) = status {
+                report_progress(status, call.clone(), switched.clone()).await;
+            }
+            std::future::pending::<()>().await;
+        };
+        let ask = async {
+            let mut question = leaving.question();
+            while question.wait_for(|q| *q == Question::Asked).await.is_ok() {
+                call.news(News::Uncertain);
+                // The question may be dropped on its way, and so may the answer.
+                let settled = question.wait_for(|q| *q != Question::Asked);
+                if let Ok(Err(_)) = tokio::time::timeout(ASK_EVERY, settled).await {
+                    break;
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        let cancel = async {
+            call.cancel.cancelled().await;
+            leaving.cancel();
+            std::future::pending::<()>().await;
+        };
+        let sent = tokio::select! {
+            ended = leaving.ended() => ended?,
+            () = show => return Err(Fault::internal("a progress that ends")),
+            () = ask => return Err(Fault::internal("a question that ends")),
+            () = cancel => return Err(Fault::internal("a cancel that ends")),
+        };
+        // Told once more: the end may have come before the progress.
+        call.news(switched.clone());
+        let sent = Sent { asking: asking.replies(), ..sent };
+        serde_json::to_vec(&sent).map_err(|e| Fault::internal(e.to_string()))
+    }
+
+    /// Where the relay of a machine that leaves listens; `None` once it has met the destination's.
+    pub(super) async fn listening(&self, id: MigrationId) -> Result<Option<SocketAddr>, Fault> {
+        let leaving = self.drives.known(id)?;
+        if leaving.has_ended() {
+            // That of the attempt before; the next is about to begin.
+            return Err(Fault::unavailable("the source's relay has ended"));
+        }
+        let found = async {
+            let mut shown = leaving.shown.subscribe();
+            let mut relay = shown.wait_for(Option::is_some).await.ok()?.clone()?;
+            let now = relay.wait_for(|s| s.listening.is_some() || s.met || s.end.is_some()).await;
+            Some(now.ok()?.clone())
+        };
+        match tokio::time::timeout(LISTEN_WITHIN, found).await {
+            Ok(Some(now)) if now.met => Ok(None),
+            Ok(Some(now)) if now.end.is_none() => Ok(now.listening),
+            _ => Err(Fault::unavailable("the source's relay does not listen")),
+        }
+    }
+
+    /// The destination of a migration is lost, as the center knows before the relay.
+    pub(super) fn mark_lost(&self, id: MigrationId, why: String) -> Result<(), Fault> {
+        self.drives.known(id)?.mark_lost(why);
+        Ok(())
+    }
+
+    /// Writes down that the machine has begun to run at its destination: from then on nobody else
+    /// may.
+    pub(super) async fn note_run(&self, record: &MachineRecord, relay: &RelayClient) {
+        if !relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
+            return;
+        }
+        let Some(m) = &record.migration else { return };
+        if let Err(f) = self.travellers.note(m.id, record.vm, Step::Ran).await {
+            warn!(error = %f, "it was not written down that a machine runs");
+        }
+    }
+
+    /// A machine that has left has run here: its disk here is not what it left with.
+    pub(super) async fn mark_ran_on(&self, record: &MachineRecord) {
+        let Some(m) = &record.migration else { return };
+        if let Err(f) = self.travellers.note(m.id, record.vm, Step::RanOn).await {
+            warn!(error = %f, "it was not written down that a machine has run on");
+        }
+    }
+
+    pub(super) async fn keep_sent(&self, vm: VmId, sent: &Sent) {
+        keep_measured(&self.dirs.vm(vm), SENT, sent);
+    }
+
+    /// Ends what is left of the last attempt, and begins a new one.
+    pub(super) async fn next_attempt(
+        &self,
+        record: &MachineRecord,
+    ) -> Result<MachineRecord, Fault> {
+        let migration = record.in_migration()?;
+        self.relays.end(migration).await;
+        self.drives.ended_within(migration.id, RELEASE_WITHIN).await;
+        self.travellers.note(migration.id, record.vm, Step::Resumed).await
+    }
+
+    /// A machine that runs at its destination must not run here, whatever its QEMU thinks.
+    pub(super) async fn hold_still(&self, record: &MachineRecord, machine: &Machine) {
+        if !runs(Some(machine)).await {
+            return;
+        }
+        warn!(vm = %record.name, "it runs at its destination; it is held here");
+        self.mark_ran_on(record).await;
+        if let Err(e) = machine.stop().await {
+            warn!(vm = %record.name, error = %chain(&e), "it is not held");
+        }
+    }
+
+    /// It stays: its move is over.
+    pub(super) async fn stay(&self, record: &MachineRecord, machine: &Machine) {
+        if let Err(e) = machine.migrate_cancel().await {
+            info!(vm = %record.name, error = %chain(&e), "no migration to cancel");
+        }
+        self.end_move(record).await;
+    }
+
+    async fn end_move(&self, record: &MachineRecord) {
+        self.travellers.unmark(record.vm).await;
+        if let Some(m) = &record.migration {
+            self.relays.end(m).await;
+            self.relays.clear(m);
+        }
+    }
+
+    /// What became of a source whose QEMU is gone, when the machine never ran elsewhere.
+    pub(super) async fn ended_here(&self, record: &MachineRecord) -> Fault {
+        self.end_move(record).await;
+        let why = record.reason.clone().unwrap_or_else(|| "its QEMU is gone".into());
+        Fault::new(
+            Code::Damaged,
+            format!(
+                "machine '{}' ended at '{}' before it had moved: {why}",
+                record.name, self.name
+            ),
+        )
+    }
+
+    /// What a source writes down when its part has ended, well or not.
+    pub(super) async fn after_leaving(
+        &self,
+        record: &MachineRecord,
+        machine: &Machine,
+        done: Result<(), NotSent>,
+        sent: Sent,
+    ) -> Result<Sent, Fault> {
+        // A machine that is still needed, or of which nobody knows where it runs, stays marked.
+        let keep = match &done {
+            Ok(()) => false,
+            Err(e) => {
+                warn!(vm = %record.name, error = %e.fault, "a machine did not leave whole");
+                if e.beyond {
+                    if sent.ran_on {
+                        self.mark_ran_on(record).await;
+                    }
+                    self.hold_still(record, machine).await;
+                }
+                e.keep && (e.beyond || !runs(Some(machine)).await)
+            }
+        };
+        if keep {
+            self.keep_sent(record.vm, &sent).await;
+        } else {
+            self.travellers.unmark(record.vm).await;
+        }
+        if let (Err(_), Some(m)) = (&done, &record.migration) {
+            self.relays.held.doubt(record);
+            self.relays.end(m).await;
+        }
+        if let (Some(m), false) = (&record.migration, keep) {
+            self.relays.clear(m);
+        }
+        done.map(|()| sent).map_err(|e| e.fault)
+    }
+
+    /// Takes a departure back, as long as its machine has not left.
+    pub(super) async fn take_back(
+        &self,
+        record: &MachineRecord,
+        id: MigrationId,
+    ) -> Result<(), Fault> {
+        let Some(leaving) = self.drives.get(id) else { return Ok(()) };
+        leaving.cancel();
+        match tokio::time::timeout(UNDO_WITHIN, leaving.ended()).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Fault::conflict(format!(
+                "machine '{}' is in the switch; it is held until it is known where it runs",
+                record.name
+            ))),
+        }
+    }
+
+    /// Ends a departure because a person wants its machine off, started anew or gone, whatever state
+    /// it is in. The QEMU is killed: the disk is whole.
+    pub(super) async fn quit(
+        &self,
+        (record, machine): Found,
+        migration: &Migration,
+    ) -> Result<(), Fault> {
+        info!(vm = %record.name, "its departure is ended by force");
+        let leaving = self.drives.get(migration.id);
+        if let Some(leaving) = &leaving {
+            leaving.cancel();
+        }
+        if let Some(m) = &machine {
+            m.kill().await;
+        }
+        super::relays::end_all_below(&MovePaths::of(&self.dirs.run, migration).dir).await;
+        if let Some(leaving) = &leaving {
+            leaving.answer(DestinationFate::Dead);
+            if tokio::time::timeout(FORCED_WITHIN, leaving.ended()).await.is_err() {
+                leaving.end(Err(ended_by_force(&record)));
+            }
+        }
+        self.relays.clear(migration);
+        if let Ok(entry) = self.machines.entry(record.vm).await {
+            let mut e = entry.lock().await;
+            if e.record.migration.as_ref().is_some_and(|m| m.id == migration.id) {
+                e.machine = None;
+                self.travellers.unmark_entry(&mut e);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,116 @@
+//! The machines of a site that are in a move, by what their records say.
+
+use std::sync::Arc;
+
+use godwit_qemu::{Life, Machine};
+use godwit_types::{Fault, MigrationId, Name, VmId};
+use tracing::warn;
+
+use super::SiteDirs;
+use super::allowed::{Action, First};
+use super::course::{End, Migration, Step};
+use super::drive::{forget_measured, no_such_move};
+use super::entry::Entry;
+use super::machines::into_fault;
+use super::moves::runs;
+use super::record::MachineRecord;
+use super::table::Machines;
+
+/// A machine as its move finds it: its record, and its QEMU if that lives.
+pub(super) type Found = (MachineRecord, Option<Machine>);
+
+/// The machines of one site that are in a move.
+pub(super) struct Travellers {
+    site: Name,
+    dirs: SiteDirs,
+    machines: Arc<Machines>,
+}
+
+impl Travellers {
+    /// Those among the site's machines.
+    pub(super) const fn new(site: Name, dirs: SiteDirs, machines: Arc<Machines>) -> Self {
+        Self { site, dirs, machines }
+    }
+
+    /// Takes a step of a machine's move, and writes it down.
+    pub(super) async fn note(
+        &self,
+        id: MigrationId,
+        vm: VmId,
+        step: Step,
+    ) -> Result<MachineRecord, Fault> {
+        let entry = self.machines.entry(vm).await?;
+        let mut e = entry.lock().await;
+        let Some(m) = e.record.migration.as_ref().filter(|m| m.id == id) else {
+            return Err(Fault::conflict(format!(
+                "machine '{}' is in no migration at '{}'",
+                e.record.name, self.site
+            )));
+        };
+        e.record.migration = Some(m.after(step).map_err(into_fault)?);
+        e.record.save(&self.dirs.vm(vm))?;
+        Ok(e.record.clone())
+    }
+
+    /// The machine of a migration at this end, with its QEMU if that lives.
+    pub(super) async fn at_end(&self, id: MigrationId, vm: VmId, end: End) -> Result<Found, Fault> {
+        let entry = self.machines.entry(vm).await?;
+        let e = entry.lock().await;
+        let action = match end {
+            End::Source => Action::ResumeDeparture,
+            End::Destination => Action::ResumeArrival,
+        };
+        let _ = e.state(&self.site).in_move(&e.record, id).allows(action)?;
+        Ok((e.record.clone(), e.machine.clone()))
+    }
+
+    /// The machine that is in that migration here.
+    pub(super) async fn find(&self, id: MigrationId) -> Result<Found, Fault> {
+        for (_, entry) in self.machines.now().await {
+            let e = entry.lock().await;
+            if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
+                return Ok((e.record.clone(), e.machine.clone()));
+            }
+        }
+        Err(no_such_move(&self.site, id))
+    }
+
+    /// A machine whose move is to be taken back; `None` where nothing is left to take back.
+    pub(super) async fn to_abort(
+        &self,
+        id: MigrationId,
+        vm: VmId,
+    ) -> Result<Option<(Found, Migration)>, Fault> {
+        let Some(entry) = self.machines.entry_if_here(vm).await else { return Ok(None) };
+        let (record, machine, state) = {
+            let e = entry.lock().await;
+            let state = e.state(&self.site).in_move(&e.record, id);
+            (e.record.clone(), e.machine.clone(), state)
+        };
+        let mut first = state.allows(Action::Abort)?;
+        if !state.leaves() {
+            let life = runs(machine.as_ref()).await.then_some(Life::Running);
+            first = state.asked(life).allows(Action::Abort)?;
+        }
+        Ok(match (first, record.migration.clone()) {
+            (First::Move, Some(migration)) => Some(((record, machine), migration)),
+            _ => None,
+        })
+    }
+
+    /// The machine is in no move any more.
+    pub(super) async fn unmark(&self, vm: VmId) {
+        let Ok(entry) = self.machines.entry(vm).await else { return };
+        self.unmark_entry(&mut *entry.lock().await);
+    }
+
+    /// As [`Travellers::unmark`], of one that is locked.
+    pub(super) fn unmark_entry(&self, e: &mut Entry) {
+        e.record.migration = None;
+        let dir = self.dirs.vm(e.record.vm);
+        if let Err(f) = e.record.save(&dir) {
+            warn!(error = %f, "a record was not written");
+        }
+        forget_measured(&dir);
+    }
+}
