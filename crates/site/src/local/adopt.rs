@@ -123,7 +123,7 @@ impl LocalSite {
         };
         tracing::info!(vm = %record.name, pid = machine.process().pid, "adopted");
         if record.unfinished.is_some() {
-            self.bring_back(vm, machine);
+            self.docks.bring_back(vm, machine);
         } else if record.migration.is_some() {
             self.moves.resume_after_restart(record, Some(machine)).await;
         }

@@ -49,7 +49,7 @@ impl LocalSite {
             VmDelete { vm, generation } => self.remove(vm, generation).await?;
             VmDock { vm, generation, substrate, name, kind, owner } => {
                 let want = Dock { vm, generation, substrate, name, kind, owner };
-                self.whole()?.dock(want, call).await?
+                self.docks.dock(want, call).await?
             };
             VmStatus { vm } => self.machines.status(&self.room, vm).await?;
             VmConsole { vm, max_bytes } => {

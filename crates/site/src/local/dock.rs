@@ -21,10 +21,13 @@ use godwit_types::{Fault, Generation, Name, SubstrateId, SubstrateKind, VmId, ch
 use tokio::sync::OwnedMutexGuard;
 
 use super::allowed::Action;
+use super::images::Images;
 use super::machines::{into_fault, join_error};
+use super::moving::Parts;
 use super::record::{DesiredState, Unfinished};
-use super::substrates::info;
-use super::{Entry, LocalSite};
+use super::substrates::{Substrates, info};
+use super::table::Machines;
+use super::{Entry, SiteDirs};
 use crate::{Call, Progress, SubstrateInfo};
 
 /// The pause between two tries to let a machine run on.
@@ -79,7 +82,7 @@ impl Marked {
     fn left(self) {}
 
     /// It has ended, and is its substrate now: what is left of it goes.
-    async fn settled(mut self, site: &LocalSite, generation: Generation) {
+    async fn settled(mut self, site: &Docks, generation: Generation) {
         let e = &mut *self.entry;
         let vm = e.record.vm;
         e.record.generation = generation;
@@ -94,23 +97,42 @@ impl Marked {
     }
 }
 
-impl LocalSite {
+/// The dockings of one site.
+pub(super) struct Docks {
+    dirs: SiteDirs,
+    images: Arc<Images>,
+    machines: Arc<Machines>,
+    substrates: Arc<Substrates>,
+}
+
+impl Docks {
+    /// None yet.
+    pub(super) fn new(parts: &Parts) -> Self {
+        Self {
+            dirs: parts.dirs.clone(),
+            images: Arc::clone(&parts.images),
+            machines: Arc::clone(&parts.machines),
+            substrates: Arc::clone(&parts.substrates),
+        }
+    }
+
     /// Turns a machine into a substrate. The machine runs on when that fails.
     pub(super) async fn dock(
-        self: Arc<Self>,
+        self: &Arc<Self>,
         want: Dock,
         call: Call,
     ) -> Result<SubstrateInfo, Fault> {
         // On a task of its own: it must come to its end when the caller goes away.
+        let site = Arc::clone(self);
         let awaited = async move {
-            let (vm, substrate, me) = (want.vm, want.substrate, Arc::clone(&self));
+            let (vm, substrate, me) = (want.vm, want.substrate, Arc::clone(&site));
             let docking = tokio::spawn(async move { me.dock_here(want, call).await });
             match docking.await {
                 Ok(done) => done,
                 Err(panic) => {
                     let fault = join_error(panic);
                     tracing::error!(%vm, error = %fault, "a docking broke off");
-                    self.after_panic(vm, substrate).await;
+                    site.after_panic(vm, substrate).await;
                     Err(fault)
                 }
             }
@@ -133,7 +155,7 @@ impl LocalSite {
     }
 
     async fn dock_here(self: &Arc<Self>, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
-        let (entry, _) = self.admit(want.vm, want.generation, Action::Dock).await?;
+        let (entry, _) = self.machines.admit(want.vm, want.generation, Action::Dock).await?;
         let machine = entry.machine.clone().ok_or_else(|| self.machines.not_here(want.vm))?;
         // What the guest has read from a damaged base or layer is in its memory, too.
         let image = self.substrates.sound_disk(&self.images, &entry.record).await?;

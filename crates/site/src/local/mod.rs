@@ -139,6 +139,7 @@ pub struct LocalSite {
     room: Arc<room::Room>,
     substrates: Arc<substrates::Substrates>,
     moves: moving::Moves,
+    docks: Arc<dock::Docks>,
     neighbours: neighbours::Neighbours,
     trust: Trust,
     warrants: warrant::Warrants,
@@ -207,6 +208,7 @@ impl LocalSite {
             warrants,
         };
         let moves = moving::Moves::new(&parts);
+        let docks = Arc::new(dock::Docks::new(&parts));
         let moving::Parts {
             name,
             dirs,
@@ -228,6 +230,7 @@ impl LocalSite {
             room,
             substrates,
             moves,
+            docks,
             neighbours: neighbours::Neighbours::default(),
             trust,
             warrants,
