@@ -135,7 +135,7 @@ fn name(text: &str) -> Name {
 }
 
 /// A center and a site of these versions, and their link: the site's end first.
-async fn linked(center: Versions, site: Versions) -> (Link, Link, [Endpoint; 2]) {
+pub(crate) async fn linked(center: Versions, site: Versions) -> (Link, Link, [Endpoint; 2]) {
     let dir = tempfile::tempdir().expect("dir");
     let authority = Authority::create(dir.path()).expect("authority");
     let bind = |who: &str, kind, versions| -> (Endpoint, SocketAddr) {
@@ -156,7 +156,7 @@ async fn linked(center: Versions, site: Versions) -> (Link, Link, [Endpoint; 2])
 }
 
 /// Sends one message as it is, in one piece.
-async fn send(lane: &mut Lane, message: &[u8]) {
+pub(crate) async fn send(lane: &mut Lane, message: &[u8]) {
     lane.send(&[b"\0", message].concat()).await.expect("sent");
 }
 

@@ -100,7 +100,7 @@ pub(super) async fn rebuild(
     Path(s): Path<String>,
     Params(dry): Params<super::DryRun>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.substrate_rebuild(&who, &s, dry.mode())?))
+    Ok(accepted(api.controller.substrate_rebuild(&who, &s, dry.mode()).await?))
 }
 
 /// To whom a substrate is granted.

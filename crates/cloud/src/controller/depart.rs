@@ -134,14 +134,7 @@ impl Controller {
             _ => now,
         };
         if let (Some(a), Wanted::Disk) = (&now.arriving, wanted) {
-            return Err(Fault::conflict(format!(
-                "machine '{}' runs at '{}', and part of its disk is still at '{}'",
-                now.name, now.site, a.from
-            ))
-            .hint(format!(
-                "bring the rest: godwit vm migrate {0}; or give it up: godwit vm delete {0}",
-                now.name
-            )));
+            return Err(half_here(&now, &a.from));
         }
         Ok(now)
     }
@@ -248,4 +241,19 @@ impl Controller {
             Ok(Err(_)) | Err(_) => Ok(false),
         }
     }
+}
+
+/// That a machine cannot be turned off: it is not whole where it is, and what it has written is
+/// nowhere else.
+pub(super) fn half_here(vm: &VmRecord, from: &Name) -> Fault {
+    let (name, site) = (&vm.name, &vm.site);
+    let words = match vm.state {
+        VmState::Running => {
+            format!("machine '{name}' runs at '{site}', and part of its disk is still at '{from}'")
+        }
+        state => format!("machine '{name}' is {state} at '{site}', and part of it is at '{from}'"),
+    };
+    Fault::conflict(words).hint(format!(
+        "bring the rest: godwit vm migrate {name}; or give it up: godwit vm delete {name}"
+    ))
 }

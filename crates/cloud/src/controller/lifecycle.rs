@@ -10,7 +10,7 @@ use godwit_types::{
 use serde_json::json;
 
 use super::authorize::{allow, name_at_sites};
-use super::depart::Wanted;
+use super::depart::{Wanted, half_here};
 use super::disks::DiskOf;
 use super::{Accepted, Controller, CreateVm, DockVm, Mode};
 use crate::access::{Action, Object, Principal, may};
@@ -365,10 +365,7 @@ impl Controller {
         if force && self.is_moving(&vm)? {
             return self.stop_moving(who, vm, mode);
         }
-        if vm.state != VmState::Running {
-            vm.state.to(VmState::Stopped).map_err(|e| state_fault(&vm, &e))?;
-            return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state)));
-        }
+        self.may_stop(&vm, force)?;
         let host = self.host(&vm.site)?;
         let plan = format!("stop '{}' at {}", vm.name, vm.site);
         if mode == Mode::DryRun {
@@ -380,6 +377,34 @@ impl Controller {
             host.ask(request, call_of(&op)).await?;
             Ok(json!({}))
         })
+    }
+
+    /// Refuses to turn off what is in the midst of something, and says what leads out of that.
+    fn may_stop(&self, vm: &VmRecord, force: bool) -> Result<(), Fault> {
+        let (name, state) = (&vm.name, vm.state);
+        if let Some(a) = vm.arriving.as_ref().filter(|_| state != VmState::Moving) {
+            return Err(half_here(vm, &a.from));
+        }
+        let hint = match state {
+            VmState::Running => return Ok(()),
+            // One that no operation works on was left behind: its site ends what there is of it.
+            VmState::Starting | VmState::Docking if force && !self.ops.works_on(vm.id) => {
+                return Ok(());
+            }
+            VmState::Starting | VmState::Docking => {
+                format!(
+                    "wait for it, or cancel it: godwit op list; or delete it: godwit vm delete {name}"
+                )
+            }
+            VmState::Moving => {
+                format!("wait for its move, or end that: godwit vm stop {name} --force")
+            }
+            VmState::Stopped | VmState::Failed => format!(
+                "boot it from its disk: godwit vm start {name}; or delete it: godwit vm delete \
+                 {name}"
+            ),
+        };
+        Err(Fault::conflict(format!("machine '{name}' is {state}")).hint(hint))
     }
 
     /// Ends an environment and removes all it has.

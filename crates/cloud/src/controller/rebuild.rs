@@ -50,7 +50,7 @@ impl Controller {
     ///
     /// # Errors
     /// What refuses it: a private substrate that runs, no room, a holder that is away.
-    pub fn substrate_rebuild(
+    pub async fn substrate_rebuild(
         self: &Arc<Self>,
         who: &Principal,
         key: &str,
@@ -104,6 +104,11 @@ impl Controller {
         }
         let host = self.host(&site)?;
         generalises(&*host, old.kind)?;
+        // What it counts against the quotas is asked of the site: a center that was started again
+        // remembers nothing of it.
+        let stored = Origin::StoredDisk(old.id);
+        let of = DiskOf::Substrate(old.id);
+        let disk_bytes = self.disk_bytes(of, &stored, Some(host.clone())).await;
         let now = UnixMs::now();
         let private_of = old.private_of().cloned();
         let vm = VmRecord {
@@ -118,7 +123,7 @@ impl Controller {
             arch: old.arch,
             memory: old.memory,
             vcpus: old.vcpus,
-            disk_bytes: self.disks.known(DiskOf::Substrate(old.id)),
+            disk_bytes,
             created: now,
             changed: now,
             moving_to: None,

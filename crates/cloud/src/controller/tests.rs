@@ -5,7 +5,7 @@ use bytes::Bytes;
 use godwit_migrate::hybrid::{Received, Sent};
 use godwit_site::verbs::{
     MigrateAbort, MigratePrepare, MigrateRelease, MigrateResumeIn, MigrateSend, VmDelete,
-    VmExecWait, VmNew, VmStatus, VmStop,
+    VmExecWait, VmNew, VmStatus, VmStop, VmType,
 };
 use godwit_site::{
     ByteStream, Call, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
@@ -44,6 +44,8 @@ pub(crate) struct Paper {
     listed: AtomicUsize,
     /// How often it was asked what it runs.
     pub(super) asked: AtomicUsize,
+    /// What was typed into its machines.
+    pub(crate) typed: Mutex<Vec<String>>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -86,6 +88,7 @@ impl Paper {
             hung: AtomicBool::new(false),
             listed: AtomicUsize::new(0),
             asked: AtomicUsize::new(0),
+            typed: Mutex::default(),
         })
     }
     pub(super) fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
@@ -154,6 +157,10 @@ impl SiteHost for Paper {
                 fault: None,
             }])),
             SiteRequest::Ping(_) => Ok(SiteReply::Done(())),
+            SiteRequest::VmType(VmType { text, .. }) => {
+                self.typed.lock().expect("lock").push(text);
+                Ok(SiteReply::Done(()))
+            }
             SiteRequest::Disk(_) => Ok(SiteReply::Bytes(4 << 30)),
             SiteRequest::Machines(_) => {
                 self.asked.fetch_add(1, SeqCst);

@@ -118,6 +118,12 @@ async fn a_source_that_stays_away_is_waited_for_and_may_be_asked_again() {
     assert!(why.contains("10 pages (40 KiB) of its memory and nothing of its disk"), "{why}");
     let e = w.c.migrate(&me(), "a", to("center"), Mode::Act).expect_err("not whole");
     assert!(e.message.contains("part of it is at 'center'"), "{e}");
+    for force in [false, true] {
+        let e = w.c.stop(&me(), "a", force, Mode::Act).expect_err("not whole");
+        assert!(e.message.contains("is failed at 'cafe', and part of it is at 'center'"), "{e}");
+        let out = "bring the rest: godwit vm migrate a; or give it up: godwit vm delete a";
+        assert_eq!(e.hint.as_deref(), Some(out));
+    }
 
     w.center.silent.store(false, SeqCst);
     w.c.attach(center, SiteKind::Center).await.expect("back");
@@ -127,4 +133,25 @@ async fn a_source_that_stays_away_is_waited_for_and_may_be_asked_again() {
     assert_eq!(end.state, OpState::Done, "{end:?}");
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!((vm.state, vm.arriving), (VmState::Running, None));
+}
+
+#[tokio::test]
+async fn a_stop_leads_out_of_what_was_left_behind_and_else_says_what_does() {
+    let w = world(Send::Works).await;
+    running(&w, "a").await;
+    let vm = w.c.registry().vm("a").expect("there");
+    let stop = |force| w.c.stop(&me(), "a", force, Mode::Act);
+    for state in [VmState::Failed, VmState::Starting] {
+        w.c.change_vm(&vm, vm.generation, |v| {
+            v.state = state;
+            Ok(())
+        })
+        .expect("changed");
+        let hint = stop(false).expect_err("it does not run").hint.expect("a hint");
+        assert!(hint.contains("godwit vm delete a"), "{state}: {hint}");
+    }
+    // No operation works on it: its site ends what there is of it.
+    let op = stop(true).expect("accepted").op.expect("op");
+    assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Done);
+    assert_eq!(w.c.registry().vm("a").expect("there").state, VmState::Stopped);
 }

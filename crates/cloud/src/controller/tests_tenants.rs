@@ -490,7 +490,7 @@ async fn a_site_that_takes_a_substrate_is_told_whose_pages_it_may_use() {
     assert_eq!(told(&clean).await, all(&[&public]));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_many_that_rebuild_one_substrate_at_once_one_does() {
     for kind in [SubstrateKind::Private, SubstrateKind::Restricted] {
         let w = world(Send::Works).await;
@@ -504,10 +504,7 @@ async fn of_many_that_rebuild_one_substrate_at_once_one_does() {
             let all: Vec<_> = (0..30)
                 .map(|_| {
                     let (c, ann, at) = (w.c.clone(), ann.clone(), at.clone());
-                    scope.spawn(move || {
-                        let _in = at.enter();
-                        c.substrate_rebuild(&ann, "mine", Mode::Act)
-                    })
+                    scope.spawn(move || at.block_on(c.substrate_rebuild(&ann, "mine", Mode::Act)))
                 })
                 .collect();
             all.into_iter().map(|t| t.join().expect("no panic")).collect()
@@ -518,6 +515,27 @@ async fn of_many_that_rebuild_one_substrate_at_once_one_does() {
         assert!(codes.iter().all(|c| matches!(c, Code::Exists | Code::Conflict)), "{codes:?}");
         assert_eq!(w.c.registry().vms().expect("list").len(), 1, "{kind}");
     }
+}
+
+#[tokio::test]
+async fn a_machine_of_a_rebuild_counts_its_disk_also_at_a_center_that_remembers_none() {
+    let w = world(Send::Works).await;
+    let ann = user(&w, "acme", "ann", Role::Member);
+    let (owner, kind) = (ann.id.clone(), SubstrateKind::Restricted);
+    let info = SubstrateInfo { name: name("mine"), kind, owner, ..docked(4) };
+    w.center.substrates.lock().expect("lock").push(info.clone());
+    w.c.adopt_substrate(&name("center"), info).expect("listed");
+    // The disk of the machine that it makes is 4 GiB, and the tenant may have less.
+    let quota = Quota { disk_bytes: Some(3 << 30), ..Quota::default() };
+    w.c.registry().tenant_quota(&me(), &name("acme"), quota).expect("set");
+    let f = w.c.substrate_rebuild(&ann, "mine", Mode::Act).await.expect_err("over its quota");
+    assert_eq!(f.code, Code::NoRoom, "{f}");
+    assert!(f.message.contains("bytes of machines' disks"), "{f}");
+    let quota = Quota { disk_bytes: Some(5 << 30), ..Quota::default() };
+    w.c.registry().tenant_quota(&me(), &name("acme"), quota).expect("set");
+    w.c.substrate_rebuild(&ann, "mine", Mode::Act).await.expect("begun");
+    let vm = w.c.registry().vms().expect("list").remove(0);
+    assert_eq!(vm.disk_bytes, Some(4 << 30));
 }
 
 #[tokio::test]

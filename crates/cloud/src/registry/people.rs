@@ -502,6 +502,7 @@ impl Principal {
             narrowed: false,
             token: None,
             until: None,
+            by: None,
         }
     }
 }
