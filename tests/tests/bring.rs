@@ -44,11 +44,11 @@ fn what_the_other_site_lacks_crosses_the_link_once() {
     // A clone of what is there: its own pages and 1 % of its size.
     let noise = 4;
     let sum = dock_with_noise(&cloud, "base", "little", noise);
-    let of = |name: &str| {
+    let of = |cloud: &Cloud, name: &str| {
         let s = cloud.ok(&["substrate", "get", name]);
         (s["raw_bytes"].as_u64().unwrap(), s["stored_bytes"].as_u64().unwrap())
     };
-    let (raw, stored) = of("sub-little");
+    let (raw, stored) = of(&cloud, "sub-little");
     let before = crossed(&cloud);
     let _ = cloud.ok(&["vm", "activate", "sub-little", "--name", "second", "--site", "cafe"]);
     let part = crossed(&cloud) - before;
@@ -65,7 +65,7 @@ fn what_the_other_site_lacks_crosses_the_link_once() {
 
     // The link breaks in the midst of it, for longer than the sites wait.
     let sum = dock_with_noise(&cloud, "base", "more", 16);
-    let (_, stored) = of("sub-more");
+    let (_, stored) = of(&cloud, "sub-more");
     for side in Side::BOTH {
         cloud.net().set(side, LaneSpec::new(SLOW, DELAY)).unwrap();
     }
@@ -100,7 +100,7 @@ fn what_the_other_site_lacks_crosses_the_link_once() {
 
     // The AP's daemon is killed in the midst, and what came before that is there for its next one.
     let sum = dock_with_noise(&cloud, "base", "again", 16);
-    let (_, stored) = of("sub-again");
+    let (_, stored) = of(&cloud, "sub-again");
     let before = crossed(&cloud);
     let args = ["vm", "activate", "sub-again", "--name", "sixth", "--site", "cafe", "--no-wait"];
     let op = cloud.ok(&args)["op"].as_str().unwrap().to_owned();
@@ -156,7 +156,7 @@ fn what_the_other_site_lacks_crosses_the_link_once() {
     for side in Side::BOTH {
         cloud.net().set(side, LaneSpec::new(RATE, DELAY)).unwrap();
     }
-    let (_, stored) = of("sub-never");
+    let (_, stored) = of(&cloud, "sub-never");
     let before = crossed(&cloud);
     let _ = cloud.ok(&["vm", "activate", "sub-never", "--name", "fifth", "--site", "cafe"]);
     let bytes = crossed(&cloud) - before;

@@ -61,7 +61,7 @@ fn a_revoked_site_is_cut_off_and_comes_back_only_with_a_new_token() {
     let made: Vec<_> = made.map(|e| (&e["user"], &e["by"])).collect();
     assert_eq!(made, [(&"operator".into(), &"cafe".into()); 2], "{log}");
     let unknown = cloud.file("unknown.token");
-    std::fs::write(&unknown, "nobody").unwrap();
+    std::fs::write(&unknown, "a-token-of-nobody-at-all").unwrap();
     std::fs::set_permissions(&unknown, std::fs::Permissions::from_mode(0o600)).unwrap();
     let by = ["--token-file", unknown.to_str().unwrap()];
     let line = [&["vm", "list"][..], &there, &by].concat();

@@ -42,6 +42,8 @@ mod tests_arrive;
 #[cfg(test)]
 mod tests_belief;
 #[cfg(test)]
+mod tests_older;
+#[cfg(test)]
 mod tests_tenants;
 mod warrants;
 

@@ -44,6 +44,8 @@ pub(crate) struct Paper {
     listed: AtomicUsize,
     /// How often it was asked what it runs.
     pub(super) asked: AtomicUsize,
+    /// The protocol that it speaks.
+    pub(super) speaks: std::sync::atomic::AtomicU16,
     /// What was typed into its machines.
     pub(crate) typed: Mutex<Vec<String>>,
 }
@@ -89,6 +91,7 @@ impl Paper {
             listed: AtomicUsize::new(0),
             asked: AtomicUsize::new(0),
             typed: Mutex::default(),
+            speaks: godwit_transfer::wire::Versions::OURS.max.into(),
         })
     }
     pub(super) fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
@@ -118,6 +121,9 @@ impl Paper {
 impl SiteHost for Paper {
     fn name(&self) -> &Name {
         &self.name
+    }
+    fn speaks(&self) -> u16 {
+        self.speaks.load(SeqCst)
     }
     async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
         let supplies = matches!(request, StreamRequest::SubstrateSupply { .. });

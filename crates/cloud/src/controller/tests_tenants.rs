@@ -490,7 +490,7 @@ async fn a_site_that_takes_a_substrate_is_told_whose_pages_it_may_use() {
     assert_eq!(told(&clean).await, all(&[&public]));
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn of_many_that_rebuild_one_substrate_at_once_one_does() {
     for kind in [SubstrateKind::Private, SubstrateKind::Restricted] {
         let w = world(Send::Works).await;
@@ -504,6 +504,7 @@ async fn of_many_that_rebuild_one_substrate_at_once_one_does() {
             let all: Vec<_> = (0..30)
                 .map(|_| {
                     let (c, ann, at) = (w.c.clone(), ann.clone(), at.clone());
+                    // What they begin waits until all have asked: this thread runs it.
                     scope.spawn(move || at.block_on(c.substrate_rebuild(&ann, "mine", Mode::Act)))
                 })
                 .collect();
