@@ -266,7 +266,7 @@ impl Following {
             None if what.kind == EventKind::Site => {
                 let (name, c) = (Name::new(&what.key).ok(), &self.api.controller);
                 let site = name.and_then(|n| c.registry().site(&n).ok());
-                site.and_then(|s| serde_json::to_value(c.site_for(&self.who, s)).ok())
+                site.and_then(|s| serde_json::to_value(c.finder.site_for(&self.who, s)).ok())
             }
             None => None,
         };

@@ -172,7 +172,7 @@ async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) 
                 request.extensions_mut().insert(who.clone());
                 let answer = next.run(request).await;
                 if answer.status() == StatusCode::FORBIDDEN {
-                    api.controller.note_refused(&who, &asked);
+                    api.controller.accounts.note_refused(&who, &asked);
                 }
                 answer
             }

@@ -16,7 +16,7 @@ use crate::registry::{SubstrateRecord, TenantRecord};
 fn held(w: &World) -> SubstrateRecord {
     let info = SubstrateInfo { kind: SubstrateKind::Restricted, ..docked(7) };
     w.center.substrates.lock().expect("lock").push(info.clone());
-    w.c.adopt_substrate(&name("center"), info).expect("listed")
+    w.c.exchange.adopt_substrate(&name("center"), info).expect("listed")
 }
 
 /// Brings it to `cafe`: what was opened there, and how it ended.
@@ -29,7 +29,7 @@ async fn brought(w: &World, s: &SubstrateRecord) -> (Vec<StreamRequest>, Option<
     };
     let (c, substrate) = (w.c.clone(), s.clone());
     let job = |op| async move {
-        c.carry(&op, &substrate, &name("center"), &name("cafe")).await?;
+        c.exchange.carry(&op, &substrate, &name("center"), &name("cafe")).await?;
         Ok(serde_json::Value::Null)
     };
     let op = w.c.ops().start(&me(), kind, job).expect("started");
