@@ -174,6 +174,7 @@ proptest::proptest! {
         for bytes in [bytes, noise] {
             let _ = postcard::from_bytes::<SiteRequest>(&bytes);
             let _ = postcard::from_bytes::<StreamRequest>(&bytes);
+            let _ = postcard::from_bytes::<crate::CenterRequest>(&bytes);
             if let Ok(SiteEvent::Done(outcome)) = postcard::from_bytes(&bytes) {
                 let _ = outcome.map_err(bounds::fault).and_then(bounds::checked);
             }

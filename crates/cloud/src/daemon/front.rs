@@ -61,9 +61,10 @@ async fn forward(
     request: Request,
 ) -> Response {
     let from = one_caller(from.ip());
+    let shown = request.headers().contains_key(header::AUTHORIZATION);
     match front.ask(from, request).await {
         Ok(answer) => {
-            if answer.status() == StatusCode::UNAUTHORIZED {
+            if shown && answer.status() == StatusCode::UNAUTHORIZED {
                 front.wrong.add(from, Instant::now());
             }
             answer
