@@ -34,7 +34,7 @@ fn dock_with_noise(cloud: &Cloud, parent: &str, name: &str, mib: u32) -> String 
 
 #[test]
 fn what_the_other_site_lacks_crosses_the_link_once() {
-    let cloud = Setup::new().over_link(RATE, DELAY).patience(PATIENCE).start();
+    let mut cloud = Setup::new().over_link(RATE, DELAY).patience(PATIENCE).start();
     cloud.bring_substrate();
     let before = crossed(&cloud);
     let _ = cloud.ok(&["vm", "activate", "base", "--name", "first", "--site", "cafe"]);
@@ -44,11 +44,11 @@ fn what_the_other_site_lacks_crosses_the_link_once() {
     // A clone of what is there: its own pages and 1 % of its size.
     let noise = 4;
     let sum = dock_with_noise(&cloud, "base", "little", noise);
-    let of = |name: &str| {
+    let of = |cloud: &Cloud, name: &str| {
         let s = cloud.ok(&["substrate", "get", name]);
         (s["raw_bytes"].as_u64().unwrap(), s["stored_bytes"].as_u64().unwrap())
     };
-    let (raw, stored) = of("sub-little");
+    let (raw, stored) = of(&cloud, "sub-little");
     let before = crossed(&cloud);
     let _ = cloud.ok(&["vm", "activate", "sub-little", "--name", "second", "--site", "cafe"]);
     let part = crossed(&cloud) - before;
@@ -65,7 +65,7 @@ fn what_the_other_site_lacks_crosses_the_link_once() {
 
     // The link breaks in the midst of it, for longer than the sites wait.
     let sum = dock_with_noise(&cloud, "base", "more", 16);
-    let (_, stored) = of("sub-more");
+    let (_, stored) = of(&cloud, "sub-more");
     for side in Side::BOTH {
         cloud.net().set(side, LaneSpec::new(SLOW, DELAY)).unwrap();
     }
@@ -98,6 +98,33 @@ fn what_the_other_site_lacks_crosses_the_link_once() {
     assert!(bytes < allowed, "{bytes} bytes crossed, {allowed} were allowed");
     assert_eq!(cloud.guest("third").sh("md5sum </data/more"), sum);
 
+    // The AP's daemon is killed in the midst, and what came before that is there for its next one.
+    let sum = dock_with_noise(&cloud, "base", "again", 16);
+    let (_, stored) = of(&cloud, "sub-again");
+    let before = crossed(&cloud);
+    let args = ["vm", "activate", "sub-again", "--name", "sixth", "--site", "cafe", "--no-wait"];
+    let op = cloud.ok(&args)["op"].as_str().unwrap().to_owned();
+    within(Duration::from_secs(60), "the half of it", || {
+        (crossed(&cloud) - before > 8 << 20).then_some(())
+    });
+    cloud.hold("take.part");
+    assert_eq!(cloud.held("take.part"), cloud.pid(Daemon::Ap));
+    cloud.kill(Daemon::Ap);
+    cloud.let_go("take.part");
+    cloud.restart(Daemon::Ap);
+    let end = within(Duration::from_secs(120), "the end of the activation", || {
+        let o = cloud.op(&op);
+        (o["state"] != "running").then_some(o)
+    });
+    assert_eq!(end["state"], "done", "{end}");
+    let bytes = crossed(&cloud) - before;
+    eprintln!("with a kill in the midst {bytes} bytes crossed, {stored} were new");
+    // Again come its map and at most what was under way when it was killed: what was committed does not.
+    let allowed = stored * 103 / 100 + (6 << 20);
+    assert!(bytes < allowed, "{bytes} bytes crossed, {allowed} were allowed");
+    assert_eq!(cloud.guest("sixth").sh("md5sum </data/again"), sum);
+    let _ = cloud.ok(&["vm", "delete", "sixth"]);
+
     // Cancelled in the midst: nothing of it is left at the AP, and the next try brings all.
     let _ = dock_with_noise(&cloud, "base", "never", 12);
     for side in Side::BOTH {
@@ -129,7 +156,7 @@ fn what_the_other_site_lacks_crosses_the_link_once() {
     for side in Side::BOTH {
         cloud.net().set(side, LaneSpec::new(RATE, DELAY)).unwrap();
     }
-    let (_, stored) = of("sub-never");
+    let (_, stored) = of(&cloud, "sub-never");
     let before = crossed(&cloud);
     let _ = cloud.ok(&["vm", "activate", "sub-never", "--name", "fifth", "--site", "cafe"]);
     let bytes = crossed(&cloud) - before;

@@ -251,6 +251,7 @@ fn a_guest_powers_itself_off_and_starts_again_with_its_disk() {
 
 #[test]
 fn a_desktop_is_seen_typed_into_and_viewed() {
+    const TYPED: &str = "hello7345";
     if !has_image("abiword") {
         // It is built by those who want a desktop; the other tests need `tiny` only.
         return;
@@ -267,9 +268,13 @@ fn a_desktop_is_seen_typed_into_and_viewed() {
     };
     let before = shot();
     let _ = cloud.refused(&["vm", "type", "desk", "\u{fc}"], 2);
-    let typed = cloud.run(&["vm", "type", "desk", "hello", "--enter"]);
+    let typed = cloud.run(&["vm", "type", "desk", TYPED, "--enter"]);
     assert_eq!((typed.exit, typed.stdout.as_str()), (0, ""), "{}", typed.stderr);
     within(Duration::from_secs(60), "a changed screen", || (shot() != before).then_some(()));
+    // It is in the guest, and neither in the audit log nor in what the daemon says.
+    let log = cloud.ok(&["audit", "list"]).to_string();
+    assert!(log.contains("vm type") && !log.contains(TYPED), "{log}");
+    assert!(!cloud.said(Daemon::Center).contains(TYPED));
 
     let _ = cloud.refused(&["vm", "view", "desk", "--listen", "0.0.0.0:0"], 2);
     let mut view = cloud.begin(&["vm", "view", "desk"]);

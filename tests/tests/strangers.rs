@@ -1,10 +1,11 @@
 //! Who may not, or not any more: strangers, revoked sites, old tokens, older generations.
 #![allow(clippy::unwrap_used)]
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use godwit_tests::{Cloud, Daemon, Setup, within};
+use godwit_tests::{Cloud, Daemon, Setup, free_port, within};
 use godwit_transfer::keys::PendingIdentity;
 use godwit_transfer::{Authority, Endpoint, EndpointOptions, Identity, Peer, Revocations, Trust};
 use godwit_types::{Name, SiteKind};
@@ -46,8 +47,26 @@ fn tokens(cloud: &Cloud) -> Vec<(String, String, String)> {
 
 #[test]
 fn a_revoked_site_is_cut_off_and_comes_back_only_with_a_new_token() {
-    let mut cloud = Cloud::start();
-    let _ = cloud.ok(&["vm", "create", "--image", "tiny", "--name", "far", "--site", "cafe"]);
+    let port = free_port();
+    let mut cloud = Setup::new().flag(Daemon::Ap, &format!("--api=127.0.0.1:{port}")).start();
+    // The AP serves the center's API: whoever has a token asks there as at the center.
+    let (url, ca) = (format!("https://127.0.0.1:{port}"), cloud.site_dir(Daemon::Ap));
+    let ca = ca.join("data/keys/api/api.pem").to_str().unwrap().to_owned();
+    let there = ["--api", url.as_str(), "--ca", ca.as_str()];
+    let ok = |cloud: &Cloud, args: &[&str]| cloud.ok(&[args, &there].concat());
+    let _ = ok(&cloud, &["vm", "create", "--image", "tiny", "--name", "far", "--site", "cafe"]);
+    assert_eq!(ok(&cloud, &["vm", "list"]), cloud.ok(&["vm", "list"]));
+    let log = cloud.ok(&["audit", "list"]);
+    let made = log.as_array().unwrap().iter().filter(|e| e["action"] == "vm create");
+    let made: Vec<_> = made.map(|e| (&e["user"], &e["by"])).collect();
+    assert_eq!(made, [(&"operator".into(), &"cafe".into()); 2], "{log}");
+    let unknown = cloud.file("unknown.token");
+    std::fs::write(&unknown, "a-token-of-nobody-at-all").unwrap();
+    std::fs::set_permissions(&unknown, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let by = ["--token-file", unknown.to_str().unwrap()];
+    let line = [&["vm", "list"][..], &there, &by].concat();
+    let answer = cloud.run(&line);
+    assert!(answer.exit != 0 && answer.stderr.contains("no operator token"), "{}", answer.stderr);
     let other = cloud.token("bar");
     let spare = cloud.token("cafe");
     let kept = tokens(&cloud);
@@ -65,6 +84,8 @@ fn a_revoked_site_is_cut_off_and_comes_back_only_with_a_new_token() {
     within(TOLD_WITHIN, "the AP to be told", || {
         cloud.said(Daemon::Ap).contains("certificate is revoked").then_some(())
     });
+    let words = cloud.refused(&[&["vm", "list"][..], &there].concat(), 1);
+    assert!(words.contains("site 'cafe' does not reach its center now"), "{words}");
     let cafe = site(&cloud, "cafe").unwrap();
     assert_eq!((&cafe["revoked"], &cafe["state"]), (&true.into(), &"unreachable".into()));
     let words = cloud.run(&["site", "list"]).stdout;

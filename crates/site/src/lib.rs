@@ -22,6 +22,7 @@
 //! that were activated last. Revocations go to every site and every relay that starts.
 
 pub mod bounds;
+mod center;
 pub mod exchange;
 pub mod frames;
 mod local;
@@ -40,6 +41,9 @@ use godwit_types::{Code, Fault, Name, VmId};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
+pub use center::{
+    API_AT_ONCE, ApiAnswer, ApiRequest, CenterHost, CenterRequest, Pieces, ask_center, serve_site,
+};
 pub use local::{
     LocalSite, MACHINE_OVERHEAD_MIB, SiteDirs, SiteOptions, Uids, image_info, images_of, in_use,
 };

@@ -34,7 +34,7 @@ use super::{ByteStream, Call, News, SiteEvent, SiteHost, SiteReply, SiteRequest,
 const MAX_MESSAGE: usize = 33 << 20;
 
 /// Bytes of a message in one frame.
-const PIECE: usize = 512 << 10;
+pub(super) const PIECE: usize = 512 << 10;
 
 /// Bytes of a stream in one frame.
 const STREAM_PIECE: usize = 64 << 10;
@@ -47,8 +47,8 @@ const AT_ONCE: usize = 64;
 const ARRIVAL: Duration = Duration::from_secs(30);
 
 const CANCEL: &[u8] = b"c";
-const MORE: u8 = 1;
-const LAST: u8 = 0;
+pub(super) const MORE: u8 = 1;
+pub(super) const LAST: u8 = 0;
 
 fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, Fault> {
     postcard::to_stdvec(value).map_err(|e| Fault::internal(format!("encoding a message: {e}")))
@@ -59,7 +59,10 @@ fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Fault> {
         .map_err(|e| Fault::new(Code::Damaged, format!("a message does not parse: {e}")))
 }
 
-async fn send_message<T: Serialize + Sync>(to: &mut LaneSender, value: &T) -> Result<(), Fault> {
+pub(super) async fn send_message<T: Serialize + Sync>(
+    to: &mut LaneSender,
+    value: &T,
+) -> Result<(), Fault> {
     let bytes = encode(value)?;
     if bytes.len() > MAX_MESSAGE {
         return Err(Fault::internal(format!("a message of {} bytes is too long", bytes.len())));
@@ -79,6 +82,14 @@ async fn send_message<T: Serialize + Sync>(to: &mut LaneSender, value: &T) -> Re
 }
 
 async fn recv_message<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T, Fault> {
+    recv_at_most(from, MAX_MESSAGE).await
+}
+
+/// The next message, of at most so many bytes.
+pub(super) async fn recv_at_most<T: DeserializeOwned>(
+    from: &mut LaneReceiver,
+    limit: usize,
+) -> Result<T, Fault> {
     let mut all = Vec::new();
     loop {
         let frame = from
@@ -89,8 +100,8 @@ async fn recv_message<T: DeserializeOwned>(from: &mut LaneReceiver) -> Result<T,
         let (mark, piece) = frame
             .split_first()
             .ok_or_else(|| Fault::new(Code::Damaged, "an empty frame in a message"))?;
-        if all.len() + piece.len() > MAX_MESSAGE {
-            return Err(Fault::new(Code::Damaged, "a message over 33 MiB"));
+        if all.len() + piece.len() > limit {
+            return Err(Fault::new(Code::Damaged, format!("a message over {limit} bytes")));
         }
         all.extend_from_slice(piece);
         match *mark {

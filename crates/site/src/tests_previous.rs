@@ -25,11 +25,22 @@ use super::{
 /// What the release before speaks.
 const BEFORE: Versions = Versions { min: 1, max: 1 };
 
-/// The messages of the release before, by their kinds.
+/// What is recorded of earlier releases: what each said that those before it did not, by the
+/// protocol that it speaks.
+const RECORDED: [(u16, &str); 3] = [
+    (1, include_str!("recorded/protocol-1.txt")),
+    (2, include_str!("recorded/protocol-2.txt")),
+    (3, include_str!("recorded/protocol-3.txt")),
+];
+
+/// The messages of the first release that is spoken with, by their kinds.
 fn recorded() -> BTreeMap<&'static str, Vec<Vec<u8>>> {
+    messages(RECORDED[0].1)
+}
+
+fn messages(text: &'static str) -> BTreeMap<&'static str, Vec<Vec<u8>>> {
     let mut all = BTreeMap::<_, Vec<_>>::new();
-    let lines = include_str!("recorded/protocol-1.txt").lines();
-    for line in lines.filter(|l| !l.starts_with('#')) {
+    for line in text.lines().filter(|l| !l.starts_with('#')) {
         let (kind, hex) = line.rsplit_once(' ').expect("a kind and its bytes");
         let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hex");
         all.entry(kind).or_default().push((0..hex.len()).step_by(2).map(byte).collect());
@@ -55,21 +66,28 @@ fn read_and_write<T: DeserializeOwned + Serialize>(kind: &str, bytes: &[u8]) -> 
 }
 
 #[test]
-fn every_message_of_the_release_before_is_read_and_written_as_it_was() {
+fn every_message_of_an_earlier_release_is_read_and_written_as_it_was() {
+    for (protocol, text) in RECORDED {
+        as_it_was(protocol, &messages(text));
+    }
+}
+
+/// Reads what is recorded of those that were the first to speak `protocol`.
+fn as_it_was(protocol: u16, all: &BTreeMap<&'static str, Vec<Vec<u8>>>) {
     let mut verbs = BTreeSet::new();
-    for (kind, messages) in &recorded() {
+    for (kind, messages) in all {
         for bytes in messages {
             match kind.split_once(' ') {
                 Some(("request", verb)) => {
                     let request: SiteRequest = read_and_write(kind, bytes);
                     assert!(format!("{request:?}").starts_with(&format!("{verb}(")), "{request:?}");
-                    assert_eq!(request.since(), 1, "{verb}");
+                    assert_eq!(request.since(), protocol, "{verb}");
                     verbs.insert(verb);
                 }
                 Some(("stream", what)) => {
                     let request: StreamRequest = read_and_write(kind, bytes);
                     assert!(format!("{request:?}").starts_with(what), "{request:?}");
-                    assert_eq!(request.since(), 1, "{what}");
+                    assert_eq!(request.since(), protocol, "{what}");
                 }
                 Some(("news", what)) => match read_and_write(kind, bytes) {
                     SiteEvent::News(news) => assert!(format!("{news:?}").starts_with(what)),
@@ -93,7 +111,7 @@ fn every_message_of_the_release_before_is_read_and_written_as_it_was() {
                 }
                 None if *kind == "hello" => {
                     let hello: godwit_transfer::wire::Hello = read_and_write(kind, bytes);
-                    assert_eq!(Versions::OURS.agree(hello.versions), Ok(1));
+                    assert_eq!(Versions::OURS.agree(hello.versions), Ok(protocol));
                 }
                 None if *kind == "greeting" => {
                     drop(read_and_write::<godwit_transfer::wire::Greeting>(kind, bytes));
@@ -102,8 +120,41 @@ fn every_message_of_the_release_before_is_read_and_written_as_it_was() {
             }
         }
     }
-    let had = VERBS.iter().filter(|(_, since)| *since == 1).map(|(verb, _)| *verb);
-    assert_eq!(verbs, had.collect(), "all that the release before had, and nothing else");
+    let had = VERBS.iter().filter(|(_, since)| *since == protocol).map(|(verb, _)| *verb);
+    assert_eq!(verbs, had.collect(), "all that was new in protocol {protocol}, and nothing else");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_site_is_asked_for_what_came_after_its_release() {
+    for (protocol, _) in RECORDED {
+        let old = Versions { min: 1, max: protocol };
+        let (near, far, _endpoints) = linked(Versions::OURS, old).await;
+        let remote = RemoteSite::new(far);
+        let mut refused = 0;
+        let later = RECORDED.iter().filter(|(other, _)| *other > protocol);
+        for (kind, message) in later.flat_map(|(_, text)| messages(text)) {
+            let fault = match kind.split_once(' ') {
+                Some(("request", _)) => {
+                    let request = read(kind, &message[0]);
+                    remote.answer(request, Call::quiet()).await.expect_err(kind)
+                }
+                Some(("stream", _)) => {
+                    let opened = remote.open(read(kind, &message[0])).await;
+                    opened.map(drop).expect_err(kind)
+                }
+                _ => continue,
+            };
+            assert_eq!(fault.code, Code::Conflict, "{kind}: {fault}");
+            let words = format!("site 'cafe' speaks protocol {protocol}, and '");
+            assert!(fault.message.starts_with(&words), "{kind}: {fault}");
+            assert_eq!(fault.hint.as_deref(), Some("update 'cafe'"));
+            refused += 1;
+        }
+        // New in 2 are a verb and a stream, in 3 five and one.
+        assert_eq!(refused, [8, 6, 0][usize::from(protocol) - 1]);
+        let asked = tokio::time::timeout(std::time::Duration::from_millis(50), near.accept_lane());
+        assert!(asked.await.is_err(), "a site of protocol {protocol} was asked all the same");
+    }
 }
 
 proptest::proptest! {
@@ -123,6 +174,7 @@ proptest::proptest! {
         for bytes in [bytes, noise] {
             let _ = postcard::from_bytes::<SiteRequest>(&bytes);
             let _ = postcard::from_bytes::<StreamRequest>(&bytes);
+            let _ = postcard::from_bytes::<crate::CenterRequest>(&bytes);
             if let Ok(SiteEvent::Done(outcome)) = postcard::from_bytes(&bytes) {
                 let _ = outcome.map_err(bounds::fault).and_then(bounds::checked);
             }
@@ -135,7 +187,7 @@ fn name(text: &str) -> Name {
 }
 
 /// A center and a site of these versions, and their link: the site's end first.
-async fn linked(center: Versions, site: Versions) -> (Link, Link, [Endpoint; 2]) {
+pub(crate) async fn linked(center: Versions, site: Versions) -> (Link, Link, [Endpoint; 2]) {
     let dir = tempfile::tempdir().expect("dir");
     let authority = Authority::create(dir.path()).expect("authority");
     let bind = |who: &str, kind, versions| -> (Endpoint, SocketAddr) {
@@ -156,7 +208,7 @@ async fn linked(center: Versions, site: Versions) -> (Link, Link, [Endpoint; 2])
 }
 
 /// Sends one message as it is, in one piece.
-async fn send(lane: &mut Lane, message: &[u8]) {
+pub(crate) async fn send(lane: &mut Lane, message: &[u8]) {
     lane.send(&[b"\0", message].concat()).await.expect("sent");
 }
 

@@ -15,6 +15,7 @@ use std::path::Path;
 use godwit_store::{Effort, Encoder, Encoding, PageMap, Store, UNIT, Writer, decode, zero_hash};
 use godwit_types::{Hash, Name, SubstrateId, SubstrateKind};
 
+use crate::coming::Coming;
 use crate::error::SubstrateError;
 use crate::manifest::{MAX_JSON, Part, Substrate, disk_map, memory_map};
 use crate::pool::{Parts, Pool};
@@ -62,9 +63,6 @@ pub struct Import {
     pool: Pool,
     substrate: Substrate,
     parts: Parts,
-    /// As it came, and what was wanted of it.
-    manifest: Vec<u8>,
-    becomes: Becomes,
     hashes: usize,
     lacking: HashSet<Hash>,
     /// What was lacking at first, as the substrate has it.
@@ -74,8 +72,9 @@ pub struct Import {
     stored_already: HashSet<Hash>,
     stored_already_bytes: u64,
     writer: Writer,
-    /// None while it is set aside.
-    turn: Option<Turn>,
+    /// What has come is kept there, if it is to be kept.
+    coming: Option<Coming>,
+    _turn: Turn,
 }
 
 impl Import {
@@ -85,12 +84,30 @@ impl Import {
     /// [`SubstrateError::Damaged`], [`SubstrateError::Pages`], [`SubstrateError::Exists`],
     /// [`SubstrateError::OtherContent`].
     pub fn begin(pool: &Pool, bundle: Bundle, becomes: Becomes) -> Result<Self, SubstrateError> {
+        Self::begin_as(pool, bundle, becomes, false)
+    }
+
+    /// As [`Import::begin`]; what comes is kept for another try, where this one breaks off.
+    pub(crate) fn begin_kept(
+        pool: &Pool,
+        bundle: Bundle,
+        becomes: Becomes,
+    ) -> Result<Self, SubstrateError> {
+        Self::begin_as(pool, bundle, becomes, true)
+    }
+
+    fn begin_as(
+        pool: &Pool,
+        bundle: Bundle,
+        becomes: Becomes,
+        kept: bool,
+    ) -> Result<Self, SubstrateError> {
         let mut substrate = Substrate::parse(&bundle.json, "the substrate's manifest")?;
-        let Bundle { state, pages, disk, json: manifest } = bundle;
+        let Bundle { state, pages, disk, .. } = &bundle;
         let same = |part: Part, content: &[u8]| Part::of(content) == part;
-        let whole = same(substrate.state, &state)
-            && same(substrate.pages, &pages)
-            && match (&substrate.disk, &disk) {
+        let whole = same(substrate.state, state)
+            && same(substrate.pages, pages)
+            && match (&substrate.disk, disk) {
                 (Some(part), Some(content)) => same(*part, content),
                 (None, None) => true,
                 _ => false,
@@ -106,7 +123,7 @@ impl Import {
             return Err(SubstrateError::OtherContent { name: substrate.name, wanted, found });
         }
         let (mut hashes, mut seen) = (Vec::new(), HashSet::from([zero_hash()]));
-        let memory = memory_map(&pages, substrate.shape.memory, "the memory")?;
+        let memory = memory_map(pages, substrate.shape.memory, "the memory")?;
         let blocks = disk.as_deref().map(|d| disk_map(d, "the disk")).transpose()?;
         for map in [Some(&memory), blocks.as_ref()].into_iter().flatten() {
             hashes.extend(map.entries().iter().map(|(_, h)| *h).filter(|h| seen.insert(*h)));
@@ -125,6 +142,10 @@ impl Import {
         }
         let turn = pool.turn(substrate.id);
         pool.is_free(substrate.id, &substrate.name)?;
+        let (coming, came) = match kept {
+            true => Coming::open(pool, substrate.id, &bundle).map(|(c, came)| (Some(c), came))?,
+            false => (None, HashSet::new()),
+        };
         let mut writer = pool
             .store()
             .writer(substrate.id.into(), Effort::Small)
@@ -132,7 +153,7 @@ impl Import {
         let mut order = writer.hold(&hashes).map_err(SubstrateError::store("looking for units"))?;
         let mut stored_already = HashSet::new();
         if let Some(among) = &becomes.among {
-            let mut known = HashSet::new();
+            let mut known = came;
             for id in among {
                 match pool.units(*id) {
                     Ok(units) => known.extend(units),
@@ -148,16 +169,15 @@ impl Import {
         Ok(Self {
             pool: pool.clone(),
             substrate,
-            parts: Parts { state, pages, disk },
-            manifest,
-            becomes,
+            parts: Parts { state: bundle.state, pages: bundle.pages, disk: bundle.disk },
             hashes: hashes.len(),
             lacking: order.iter().copied().collect(),
             order,
             stored_already,
             stored_already_bytes: 0,
             writer,
-            turn: Some(turn),
+            coming,
+            _turn: turn,
         })
     }
 
@@ -179,29 +199,6 @@ impl Import {
         self.hashes as u64
     }
 
-    /// Lets others import the same substrate, until [`Import::go_on`].
-    pub(crate) fn rest(&mut self) {
-        self.turn = None;
-    }
-
-    /// Goes on with what came so far, if it is of that `bundle` and is to become the same; a
-    /// failure when somebody else has taken the substrate in meanwhile.
-    pub(crate) fn go_on(
-        mut self,
-        bundle: &Bundle,
-        becomes: &Becomes,
-    ) -> Option<Result<Self, SubstrateError>> {
-        let Parts { state, pages, disk } = &self.parts;
-        let same = self.manifest == bundle.json
-            && (state, pages, disk) == (&bundle.state, &bundle.pages, &bundle.disk)
-            && self.becomes == *becomes;
-        same.then(|| {
-            self.turn = Some(self.pool.turn(self.substrate.id));
-            self.pool.is_free(self.substrate.id, &self.substrate.name)?;
-            Ok(self)
-        })
-    }
-
     /// Takes one unit in, after checking it. One that is not lacking is ignored.
     ///
     /// # Errors
@@ -219,22 +216,52 @@ impl Import {
         if raw_len != UNIT {
             return Err(SubstrateError::damaged(format!("unit {hash}"), "it is not a whole page"));
         }
-        self.pool.room_for(self.writer.stored().new_bytes + body.len() as u64)?;
-        self.writer
-            .put_encoded(hash, encoding, raw_len, body)
-            .map_err(SubstrateError::store("taking a unit in"))?;
-        if self.stored_already.remove(&hash) {
-            self.stored_already_bytes += godwit_store::UNIT_HEAD + body.len() as u64;
+        let had = self.stored_already.contains(&hash);
+        match &mut self.coming {
+            Some(coming) => {
+                self.pool.room_for(coming.uncommitted() + body.len() as u64)?;
+                coming.put((hash, encoding, raw_len), body, had)?;
+            }
+            None => {
+                self.pool.room_for(self.writer.stored().new_bytes + body.len() as u64)?;
+                self.writer
+                    .put_encoded(hash, encoding, raw_len, body)
+                    .map_err(SubstrateError::store("taking a unit in"))?;
+                if had {
+                    self.stored_already_bytes += godwit_store::UNIT_HEAD + body.len() as u64;
+                }
+            }
         }
+        self.stored_already.remove(&hash);
         self.lacking.remove(&hash);
         Ok(())
+    }
+
+    /// Keeps what has come for the next try.
+    pub(crate) fn keep(mut self) {
+        if let Some(coming) = &mut self.coming
+            && let Err(error) = coming.commit()
+        {
+            tracing::warn!(substrate = %self.substrate.name, %error, "what came last is not kept");
+        }
+    }
+
+    /// Keeps nothing of it.
+    pub(crate) fn give_up(mut self) {
+        let Some(coming) = self.coming.take() else { return };
+        coming.done();
+        let pool = self.pool.clone();
+        drop(self);
+        if let Err(error) = pool.store().gc() {
+            tracing::warn!(%error, "the space of what was given up is not given back yet");
+        }
     }
 
     /// Puts the substrate into the pool.
     ///
     /// # Errors
     /// [`SubstrateError::Damaged`] while units are lacking; as [`Import::put`].
-    pub fn finish(self) -> Result<Substrate, SubstrateError> {
+    pub fn finish(mut self) -> Result<Substrate, SubstrateError> {
         if let Some(hash) = self.lacking.iter().next() {
             return Err(SubstrateError::damaged(
                 format!("the bundle of {}", self.substrate.name),
@@ -242,8 +269,22 @@ impl Import {
             ));
         }
         let new = self.pool.import_dir(self.substrate.id);
-        let others = self.stored_already_bytes;
-        self.pool.publish_by(&new, self.substrate, &self.parts, self.writer, others)
+        let mut others = self.stored_already_bytes;
+        if let Some(coming) = &mut self.coming {
+            coming.commit()?;
+            others += coming.bytes();
+            // They are the substrate's from now on.
+            let held = self.writer.hold(&self.order);
+            if let Some(hash) = held.map_err(SubstrateError::store("looking for units"))?.first() {
+                let why = format!("unit {hash} came and is not in the store");
+                return Err(SubstrateError::damaged(self.substrate.name.to_string(), why));
+            }
+        }
+        let done = self.pool.publish_by(&new, self.substrate, &self.parts, self.writer, others);
+        if let Some(coming) = self.coming {
+            coming.done();
+        }
+        done
     }
 }
 

@@ -10,12 +10,12 @@
 //! ```
 //! The taker decides: it asks its own store which units it lacks. Units travel as they are stored.
 //! A supplier gives nothing that is not of the substrate, and nothing twice. When the stream breaks
-//! off, what has come is set aside for [`KEPT`]; the next try asks for the rest only.
+//! off, or the taker's daemon dies, what has come is kept for [`KEPT`] (`coming`); the next try asks
+//! for the rest only.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use godwit_store::{Effort, Encoder, UNIT};
 use godwit_types::{Hash, SubstrateId};
@@ -23,7 +23,7 @@ use godwit_types::{Hash, SubstrateId};
 use crate::archive::{Becomes, Import, UnitHead, read_head, take_unit, write_head, write_unit};
 use crate::error::SubstrateError;
 use crate::manifest::Substrate;
-use crate::pool::{Pool, lock};
+use crate::pool::Pool;
 
 /// The most units that one message asks for.
 pub const MAX_WANT: usize = 512;
@@ -33,9 +33,6 @@ const UNDER_WAY: usize = 4;
 
 /// How long what came before a break is kept for the next try.
 pub const KEPT: Duration = Duration::from_secs(600);
-
-/// Substrates that came in part and are kept, at most.
-const MOST_KEPT: usize = 4;
 
 /// What a taker tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,31 +137,6 @@ fn bad(why: &str) -> SubstrateError {
     SubstrateError::damaged("the exchange of a substrate", why)
 }
 
-/// What is kept of exchanges that broke off.
-#[derive(Debug, Default)]
-pub(crate) struct SetAside(Mutex<HashMap<SubstrateId, (Instant, Import)>>);
-
-impl SetAside {
-    fn put(&self, import: Import) {
-        let mut kept = lock(&self.0);
-        while kept.len() >= MOST_KEPT
-            && let Some(oldest) = kept.iter().min_by_key(|(_, (at, _))| *at).map(|(id, _)| *id)
-        {
-            kept.remove(&oldest);
-        }
-        kept.insert(import.substrate().id, (Instant::now(), import));
-    }
-
-    fn take(&self, id: SubstrateId) -> Option<Import> {
-        lock(&self.0).remove(&id).map(|(_, import)| import)
-    }
-
-    /// Gives up what is older than `age`.
-    pub(crate) fn forget(&self, age: Duration) {
-        lock(&self.0).retain(|_, (at, _)| at.elapsed() < age);
-    }
-}
-
 impl Pool {
     /// Gives substrate `id` to a taker: its small parts, then the units that `wants` asks for. Its
     /// verdict is not read here.
@@ -236,26 +208,18 @@ impl Pool {
         let bundle = read_head(&mut |out: &mut [u8]| {
             from.read_exact(out).map_err(SubstrateError::BrokeOff)
         })?;
-        let id = Substrate::parse(&bundle.json, "the substrate's manifest")?.id;
-        let kept = self.set_aside().take(id).and_then(|i| i.go_on(&bundle, &becomes));
-        let mut import = match kept {
-            Some(import) => import?,
-            None => Import::begin(self, bundle, becomes)?,
-        };
+        let mut import = Import::begin_kept(self, bundle, becomes)?;
         match take_units(&mut import, &mut from, &mut control) {
             Ok(()) => import.finish(),
             Err(SubstrateError::BrokeOff(e)) if e.kind() != ErrorKind::ConnectionAborted => {
-                import.rest();
-                self.set_aside().put(import);
+                import.keep();
                 Err(SubstrateError::BrokeOff(e))
             }
-            Err(e) => Err(e),
+            Err(e) => {
+                import.give_up();
+                Err(e)
+            }
         }
-    }
-
-    /// Gives up what has been kept of substrates that came in part for at least `age`.
-    pub fn forget_set_aside(&self, age: Duration) {
-        self.set_aside().forget(age);
     }
 }
 

@@ -53,6 +53,7 @@ mod activate;
 mod agent;
 mod archive;
 mod cache;
+mod coming;
 mod dock;
 mod error;
 mod exchange;

@@ -6,6 +6,7 @@
 //! substrates/<id>/ready/         layer.qcow2 top.qcow2   made again when missing or damaged
 //! substrates/.new-<id>/          one that is being docked; swept when the pool opens
 //! substrates/.new-<id>.<random>/ one that is being imported; likewise
+//! substrates/.coming-<id>        what has come of one from another site (`coming`)
 //! <memory>/<id>.mem              its sealed memory file, made again likewise
 //! ```
 //!
@@ -21,7 +22,6 @@ use godwit_types::{BLOCK_SIZE, Code, CodedError, Hash, Name, SubstrateId, VmId, 
 
 use crate::cache::MemoryCache;
 use crate::error::SubstrateError;
-use crate::exchange::SetAside;
 use crate::manifest::{DISK, Docked, JSON, PAGES, Part, STATE, Substrate};
 use crate::stamp::Verified;
 use crate::turns::{Turn, Turns};
@@ -53,7 +53,6 @@ pub(crate) struct Inner {
     pub(crate) cache: MemoryCache,
     damaged: Mutex<HashMap<SubstrateId, Finding>>,
     turns: Arc<Turns>,
-    set_aside: SetAside,
     publishing: Mutex<()>,
 }
 
@@ -121,6 +120,7 @@ impl Pool {
                 remove_tree(&dirs.substrates.join(&name))?;
             }
         }
+        crate::coming::sweep(&dirs.substrates, &store, crate::exchange::KEPT)?;
         for name in names(&dirs.memory)? {
             // Of a substrate that was deleted by a daemon that died before it removed this, too.
             let gone =
@@ -141,7 +141,6 @@ impl Pool {
                 cache: MemoryCache::default(),
                 damaged: Mutex::default(),
                 turns: Arc::default(),
-                set_aside: SetAside::default(),
                 publishing: Mutex::new(()),
             }),
         })
@@ -412,14 +411,14 @@ impl Pool {
         lock(&self.inner.damaged).get(&id).map(|d| d.why.clone())
     }
 
-    /// What came in part.
-    pub(crate) fn set_aside(&self) -> &SetAside {
-        &self.inner.set_aside
-    }
-
     /// Waits until nobody else imports the substrate `id`.
     pub(crate) fn turn(&self, id: SubstrateId) -> Turn {
         self.inner.turns.wait(id)
+    }
+
+    /// The same, if nobody does.
+    pub(crate) fn try_turn(&self, id: SubstrateId) -> Option<Turn> {
+        self.inner.turns.take(id)
     }
 
     /// Refuses when the store would hold more than the pool's limit with `more` bytes.
@@ -545,7 +544,7 @@ pub(crate) fn write_synced(path: &Path, content: &[u8]) -> Result<(), SubstrateE
     file.sync_all().map_err(SubstrateError::io("syncing", path))
 }
 
-fn sync_dir(dir: &Path) -> Result<(), SubstrateError> {
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), SubstrateError> {
     std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(SubstrateError::io("syncing", dir))
 }
 
@@ -558,7 +557,7 @@ pub(crate) fn remove_tree(dir: &Path) -> Result<(), SubstrateError> {
     }
 }
 
-fn names(dir: &Path) -> Result<Vec<String>, SubstrateError> {
+pub(crate) fn names(dir: &Path) -> Result<Vec<String>, SubstrateError> {
     let entries = std::fs::read_dir(dir).map_err(SubstrateError::io("listing", dir))?;
     Ok(entries.flatten().filter_map(|e| e.file_name().into_string().ok()).collect())
 }

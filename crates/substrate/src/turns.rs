@@ -22,6 +22,11 @@ pub(crate) struct Turn {
 }
 
 impl Turns {
+    /// The turn of `id`, if nobody has it.
+    pub(crate) fn take(self: &Arc<Self>, id: SubstrateId) -> Option<Turn> {
+        lock(&self.taken).insert(id).then(|| Turn { of: Arc::clone(self), id })
+    }
+
     /// Waits until nobody else imports `id`.
     pub(crate) fn wait(self: &Arc<Self>, id: SubstrateId) -> Turn {
         let taken = lock(&self.taken);

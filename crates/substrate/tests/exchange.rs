@@ -155,12 +155,19 @@ fn after_a_break_nothing_travels_twice() {
     let (taken, first) = bring(&here, &there, id, cut, ErrorKind::UnexpectedEof);
     let e = taken.expect_err("cut");
     assert_eq!(e.code(), Code::Unavailable, "{e}");
-    // In the midst of it nothing is in the pool.
+    // In the midst of it nothing is in the pool; and the daemon that took it in may end.
     assert!(there.get(id).is_err());
+    drop(there);
+    let there = open(&dir.path().join("there")).expect("pool");
     let (taken, second) = bring(&here, &there, id, usize::MAX, ErrorKind::UnexpectedEof);
     taken.expect("it goes on");
     // The small parts come again, and at most the unit that was cut.
     assert!(first + second < whole + head + UNIT, "{first} + {second} bytes of {whole}");
+    // What it is told to have stored does not depend on the break.
+    let empty = open(&dir.path().join("empty")).expect("pool");
+    let sizes = |pool: &Pool| pool.get(id).expect("there").sizes;
+    assert_eq!(sizes(&there), sizes(&empty));
+    assert_eq!(there.store().owners().expect("owners"), [id.into()], "and nobody else's");
     assert!(there.check().expect("check").is_clean());
 }
 
@@ -176,10 +183,21 @@ fn what_is_given_up_or_kept_too_long_is_gone() {
     taken.expect_err("given up");
     let (taken, _) = bring(&here, &there, id, cut, ErrorKind::UnexpectedEof);
     taken.expect_err("cut");
-    there.forget_set_aside(Duration::ZERO);
+    there.forget_parts(Duration::ZERO);
     let (taken, bytes) = bring(&here, &there, id, usize::MAX, ErrorKind::UnexpectedEof);
     taken.expect("brought");
     assert_eq!(bytes, whole, "all of it came again");
+    // So it is for what a daemon left that was away for too long.
+    let late = dir.path().join("late");
+    let third = open(&late).expect("pool");
+    bring(&here, &third, id, cut, ErrorKind::UnexpectedEof).0.expect_err("cut");
+    drop(third);
+    let mark = late.join("substrates").join(format!(".coming-{id}"));
+    let old = std::time::SystemTime::now() - 2 * godwit_substrate::KEPT;
+    let file = std::fs::File::options().write(true).open(&mark).expect("a mark");
+    file.set_modified(old).expect("its time");
+    let third = open(&late).expect("pool");
+    assert!(!mark.exists() && third.store().owners().expect("owners").is_empty());
     // What is set aside keeps nobody from importing the same.
     let third = open(&dir.path().join("fourth")).expect("pool");
     bring(&here, &third, id, cut, ErrorKind::UnexpectedEof).0.expect_err("cut");
@@ -209,7 +227,9 @@ fn a_forged_supplier_cannot_have_a_substrate_made_of_somebody_elses_pages() {
     let e = there.take(among(&[]), &hollow[..], Vec::new()).expect_err("not made");
     assert_eq!(e.code(), Code::Unavailable, "it waits for the pages: {e}");
     assert_eq!(there.list().expect("list").len(), 1, "nothing is there");
-    there.forget_set_aside(Duration::ZERO);
+    let e = there.take(among(&[]), &hollow[..], Vec::new()).expect_err("not made");
+    assert_eq!(e.code(), Code::Unavailable, "what was kept of it is nothing: {e}");
+    there.forget_parts(Duration::ZERO);
     // From an honest supplier all of them come, though they are here.
     let (taken, came) =
         bring_as(&here, &there, copied.id, usize::MAX, ErrorKind::UnexpectedEof, among(&[]));

@@ -196,7 +196,7 @@ impl Row for TokenInfo {
 
 impl Row for AuditEntry {
     const COLUMNS: &'static [&'static str] =
-        &["WHEN", "USER", "ACTION", "OBJECT", "OUTCOME", "TENANT", "NUMBER"];
+        &["WHEN", "USER", "ACTION", "OBJECT", "OUTCOME", "TENANT", "BY", "NUMBER"];
     const WIDE: usize = 5;
     fn cells(&self) -> Vec<String> {
         vec![
@@ -206,6 +206,7 @@ impl Row for AuditEntry {
             self.object.clone(),
             self.outcome.clone(),
             self.tenant.to_string(),
+            self.by.as_ref().map_or_else(|| "-".into(), ToString::to_string),
             self.number.to_string(),
         ]
     }

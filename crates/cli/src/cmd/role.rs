@@ -16,7 +16,7 @@ use std::time::Duration;
 use clap::Args;
 use godwit_cloud::api::{Api, Routes};
 use godwit_cloud::daemon::{
-    Agent, AgentConfig, Center, CenterConfig, ClientFiles, TlsFiles, join_site,
+    Agent, AgentConfig, Center, CenterConfig, ClientFiles, FrontConfig, TlsFiles, join_site,
 };
 use godwit_migrate::relay::{RelayConfig, run_relay};
 use godwit_site::{SiteDirs, Uids};
@@ -123,6 +123,20 @@ pub(crate) struct ApRole {
     /// Where it listens for other sites (UDP); port 0 picks one
     #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDR:PORT")]
     link: SocketAddr,
+    /// Where the center's API is served for people here, each with a token of its own; their
+    /// requests go over this site's link to its center [default: nowhere]
+    #[arg(long, value_name = "ADDR:PORT")]
+    api: Option<SocketAddr>,
+    /// The certificate of `--api`, with those that signed it (PEM); read again when it changes, or
+    /// at SIGHUP [default: one of its own making]
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "api"])]
+    tls_cert: Option<PathBuf>,
+    /// The key of `--tls-cert` (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Also write the certificate of `--api` here, for `godwit --ca`
+    #[arg(long, value_name = "FILE", requires = "api")]
+    ca_file: Option<PathBuf>,
     /// No other site can reach this one, as behind NAT: it dials, also where a machine comes here
     #[arg(long)]
     behind_nat: bool,
@@ -229,8 +243,12 @@ impl ApRole {
             };
             join_site(&token, &dirs).await?;
         }
+        let tls = self.tls_cert.zip(self.tls_key);
+        let tls = tls.map(|(certificate, key)| TlsFiles { certificate, key });
+        let ca_file = self.ca_file;
         let config = AgentConfig {
             dirs,
+            api: self.api.map(|listen| FrontConfig { listen, tls, ca_file }),
             link: self.link,
             pool_bytes: self.pool_limit,
             memory_cache_bytes: self.memory_cache,

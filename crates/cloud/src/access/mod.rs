@@ -115,6 +115,8 @@ pub struct Principal {
     pub token: Option<String>,
     /// When the token ends by which it is here, if it does.
     pub until: Option<UnixMs>,
+    /// The site that handed its request over; none where it asks the center itself.
+    pub by: Option<Name>,
 }
 
 impl Principal {
@@ -130,6 +132,7 @@ impl Principal {
             narrowed: false,
             token: None,
             until: None,
+            by: None,
         }
     }
 

@@ -14,6 +14,7 @@ fn who(role: Role) -> Principal {
         narrowed: false,
         token: None,
         until: None,
+        by: None,
     }
 }
 

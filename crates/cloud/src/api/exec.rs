@@ -118,7 +118,7 @@ fn limit(within_s: Option<u32>) -> Duration {
 
 /// A place for a request that is long, before anything of it is read: only for who may make it.
 fn place(api: &Api, who: &Who, vm: &str, request: &Request) -> Result<Option<Share>, Fault> {
-    let vm = api.controller.vm_for(who, Action::Use, vm)?;
+    let vm = api.controller.finder.vm_for(who, Action::Use, vm)?;
     if request.body().size_hint().upper().is_some_and(|n| n <= MAX_BODY as u64) {
         return Ok(None);
     }
@@ -162,13 +162,13 @@ pub(super) async fn start(
     }
     let within = limit(want.within_s);
     let program = GuestProgram { path: want.path, args: want.args, input: input.into() };
-    let process = api.controller.exec(&who, &vm, program, within).await?;
+    let process = api.controller.programs.exec(&who, &vm, program, within).await?;
     drop(place);
     if want.detach {
         let reply = ExecReply { pid: process.pid, ..ExecReply::default() };
         return Ok((StatusCode::ACCEPTED, Json(reply)));
     }
-    let output = api.controller.exec_wait(&process, within).await?;
+    let output = api.controller.programs.exec_wait(&process, within).await?;
     Ok((StatusCode::OK, Json(ExecReply::of(process.pid, &output, want.encoding))))
 }
 
@@ -183,7 +183,7 @@ pub(super) async fn wait(
     Path((vm, pid)): Path<(String, u64)>,
     Params(how): Params<Wait>,
 ) -> Answer<Json<ExecReply>> {
-    let process = api.controller.exec_at(&who, &vm, pid)?;
-    let output = api.controller.exec_wait(&process, limit(how.within_s)).await?;
+    let process = api.controller.programs.exec_at(&who, &vm, pid)?;
+    let output = api.controller.programs.exec_wait(&process, limit(how.within_s)).await?;
     Ok(Json(ExecReply::of(pid, &output, how.encoding)))
 }

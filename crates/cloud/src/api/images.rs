@@ -52,8 +52,8 @@ pub(super) async fn list(
 ) -> Answer<Json<ImageList>> {
     allow(&who, Action::See, &Object::Image, ("image", ""))?;
     let hosts = match &at.site {
-        Some(s) => vec![api.controller.host(s)?],
-        None => api.controller.hosts(),
+        Some(s) => vec![api.controller.sites.host(s)?],
+        None => api.controller.sites.hosts(),
     };
     let all = ask_all(hosts, async |host| host.images().await).await;
     let at = |(site, images): (Name, Vec<ImageInfo>)| {
@@ -72,7 +72,7 @@ pub(super) async fn one(
     Path(image): Path<String>,
 ) -> Answer<Json<ImageInfo>> {
     allow(&who, Action::See, &Object::Image, ("image", &image))?;
-    Ok(Json(api.controller.image(&name(&image)?).await?))
+    Ok(Json(api.controller.sites.image(&name(&image)?).await?))
 }
 
 /// Removes an image from a site, or from every site, with its older builds.
@@ -86,7 +86,7 @@ pub(super) async fn remove(
     Params(at): Params<At>,
 ) -> Answer<Response> {
     let mode = if at.dry_run { Mode::DryRun } else { Mode::Act };
-    Ok(accepted(api.controller.image_delete(&who, &name(&image)?, at.site, mode).await?))
+    Ok(accepted(api.controller.pool.image_delete(&who, &name(&image)?, at.site, mode).await?))
 }
 
 /// Builds an image from its recipe, at the center unless a site is named.
@@ -99,5 +99,5 @@ pub(super) async fn build(
     Params(at): Params<At>,
 ) -> Answer<Response> {
     let mode = if at.dry_run { Mode::DryRun } else { Mode::Act };
-    Ok(accepted(api.controller.image_build(&who, name(&image)?, at.site, mode)?))
+    Ok(accepted(api.controller.pool.image_build(&who, name(&image)?, at.site, mode)?))
 }

@@ -16,15 +16,16 @@ mod people;
 mod routes;
 mod shares;
 mod sites;
+pub(crate) mod strikes;
 mod substrates;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(test)]
 mod tests_access;
 mod vms;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, BodyDataStream, HttpBody as _};
 use axum::extract::{FromRequest, FromRequestParts, Request, State};
@@ -55,6 +56,9 @@ pub use vms::{TypeText, VmFilter};
 
 /// The header by which an operator names the tenant that it acts in.
 pub const TENANT_HEADER: &str = "godwit-tenant";
+
+/// Wrong tokens that are heard by one site in a minute.
+const WRONG_BY_SITE: u32 = 60;
 
 /// The longest body of a request, in bytes.
 pub const MAX_BODY: usize = 1 << 20;
@@ -113,7 +117,14 @@ pub struct Api {
     programs: shares::Shares,
     /// Screens and consoles that are open, by site and tenant.
     screens: shares::Shares,
+    /// Wrong tokens, by the site that handed them over.
+    wrong: Arc<strikes::Strikes<Name>>,
 }
+
+/// The site that handed a request over, as its certificate says: put there by whoever reads its
+/// link, and by nobody else. It has no rights of its own.
+#[derive(Debug, Clone)]
+pub(crate) struct By(pub(crate) Name);
 
 impl std::fmt::Debug for Api {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -129,7 +140,8 @@ impl Api {
         let (token, audit) =
             (blake3::hash(token.as_bytes()), Arc::new(tokio::sync::Semaphore::new(1)));
         let (programs, screens) = (shares::Shares::default(), shares::Shares::default());
-        Self { controller, gate, token, streams, stop, audit, programs, screens }
+        let wrong = Arc::new(strikes::Strikes::new(WRONG_BY_SITE));
+        Self { controller, gate, token, streams, stop, audit, programs, screens, wrong }
     }
 
     /// The same; its streams of events end with `stop`.
@@ -140,6 +152,13 @@ impl Api {
 }
 
 async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) -> Response {
+    let by = request.extensions().get::<By>().map(|By(site)| site.clone());
+    if let Some(site) = &by
+        && let Some(left) = api.wrong.shut(site, Instant::now())
+    {
+        let f = strikes::too_many(&format!("site '{site}'"), left);
+        return HttpFault(f).into_response();
+    }
     let given = request
         .headers()
         .get(AUTHORIZATION)
@@ -148,17 +167,23 @@ async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) 
     match given {
         Some(t) if let Some(who) = api.principal(t) => match api.acting(who, request.headers()) {
             Ok(who) => {
+                let who = Principal { by, ..who };
                 let asked = format!("{} {}", request.method(), request.uri().path());
                 request.extensions_mut().insert(who.clone());
                 let answer = next.run(request).await;
                 if answer.status() == StatusCode::FORBIDDEN {
-                    api.controller.note_refused(&who, &asked);
+                    api.controller.accounts.note_refused(&who, &asked);
                 }
                 answer
             }
             Err(f) => HttpFault(f).into_response(),
         },
-        given => HttpFault(
+        given => {
+            if let (Some(site), Some(_)) = (by, given) {
+                tracing::warn!(%site, "a wrong token came by this site");
+                api.wrong.add(site, Instant::now());
+            }
+            HttpFault(
             Fault::new(
                 Code::Unauthenticated,
                 if given.is_some() {
@@ -171,7 +196,8 @@ async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) 
                 "it is in ~/.config/godwit/token of whoever started the center; set GODWIT_TOKEN",
             ),
         )
-        .into_response(),
+        .into_response()
+        }
     }
 }
 

@@ -22,7 +22,7 @@ fn id(text: &str) -> Result<OpId, Fault> {
 /// All operations that are kept, oldest first.
 #[utoipa::path(get, path = "/v1/ops", responses((status = 200, body = Vec<OpRecord>)))]
 pub(super) async fn list(State(api): State<Api>, who: Who) -> Answer<Json<Vec<OpRecord>>> {
-    Ok(Json(api.controller.ops_for(&who)?))
+    Ok(Json(api.controller.finder.ops_for(&who)?))
 }
 
 /// One operation.
@@ -33,7 +33,7 @@ pub(super) async fn one(
     who: Who,
     Path(op): Path<String>,
 ) -> Answer<Json<OpRecord>> {
-    let rx = api.controller.op_for(&who, Action::See, id(&op)?)?;
+    let rx = api.controller.finder.op_for(&who, Action::See, id(&op)?)?;
     let now = rx.borrow().clone();
     Ok(Json(now))
 }
@@ -47,7 +47,7 @@ pub(super) async fn events(
     who: Who,
     Path(op): Path<String>,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
-    let rx = api.controller.op_for(&who, Action::See, id(&op)?)?;
+    let rx = api.controller.finder.op_for(&who, Action::See, id(&op)?)?;
     let stream = futures::stream::unfold(Some((rx, true)), |state| async move {
         let (mut rx, first) = state?;
         if !first {
@@ -71,6 +71,6 @@ pub(super) async fn cancel(
     who: Who,
     Path(op): Path<String>,
 ) -> Answer<StatusCode> {
-    api.controller.cancel(&who, id(&op)?)?;
+    api.controller.finder.cancel(&who, id(&op)?)?;
     Ok(StatusCode::ACCEPTED)
 }

@@ -16,7 +16,7 @@ use crate::registry::{
 /// All tenants for an operator, its own for a user.
 #[utoipa::path(get, path = "/v1/tenants", responses((status = 200, body = Vec<TenantRecord>)))]
 pub(super) async fn tenants(State(api): State<Api>, who: Who) -> Answer<Json<Vec<TenantRecord>>> {
-    Ok(Json(api.controller.tenants_for(&who)))
+    Ok(Json(api.controller.accounts.tenants_for(&who)))
 }
 
 /// Makes a tenant.
@@ -27,7 +27,7 @@ pub(super) async fn tenant_create(
     who: Who,
     Payload(new): Payload<NewTenant>,
 ) -> Answer<(StatusCode, Json<TenantRecord>)> {
-    Ok((StatusCode::CREATED, Json(api.controller.tenant_create(&who, new)?)))
+    Ok((StatusCode::CREATED, Json(api.controller.accounts.tenant_create(&who, new)?)))
 }
 
 /// Removes a tenant that has nothing and nobody any more.
@@ -39,7 +39,7 @@ pub(super) async fn tenant_delete(
     who: Who,
     Path(tenant): Path<String>,
 ) -> Answer<StatusCode> {
-    api.controller.tenant_delete(&who, &name(&tenant)?)?;
+    api.controller.accounts.tenant_delete(&who, &name(&tenant)?)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -51,7 +51,7 @@ pub(super) async fn quota(
     who: Who,
     Path(tenant): Path<String>,
 ) -> Answer<Json<TenantQuota>> {
-    Ok(Json(api.controller.quota(&who, &name(&tenant)?)?))
+    Ok(Json(api.controller.accounts.quota(&who, &name(&tenant)?)?))
 }
 
 /// Sets how much a tenant may have; what is left out has no limit.
@@ -64,13 +64,13 @@ pub(super) async fn quota_set(
     Path(tenant): Path<String>,
     Payload(quota): Payload<Quota>,
 ) -> Answer<Json<TenantQuota>> {
-    Ok(Json(api.controller.quota_set(&who, &name(&tenant)?, quota)?))
+    Ok(Json(api.controller.accounts.quota_set(&who, &name(&tenant)?, quota)?))
 }
 
 /// The users of the tenant; of all tenants for an operator who names none.
 #[utoipa::path(get, path = "/v1/users", responses((status = 200, body = Vec<UserRecord>)))]
 pub(super) async fn users(State(api): State<Api>, who: Who) -> Answer<Json<Vec<UserRecord>>> {
-    Ok(Json(api.controller.users_for(&who)))
+    Ok(Json(api.controller.accounts.users_for(&who)))
 }
 
 /// Makes a user.
@@ -81,7 +81,7 @@ pub(super) async fn user_create(
     who: Who,
     Payload(new): Payload<NewUser>,
 ) -> Answer<(StatusCode, Json<UserRecord>)> {
-    Ok((StatusCode::CREATED, Json(api.controller.user_create(&who, new)?)))
+    Ok((StatusCode::CREATED, Json(api.controller.accounts.user_create(&who, new)?)))
 }
 
 /// Removes a user and its tokens.
@@ -93,14 +93,14 @@ pub(super) async fn user_delete(
     who: Who,
     Path(user): Path<String>,
 ) -> Answer<StatusCode> {
-    api.controller.user_delete(&who, &user)?;
+    api.controller.accounts.user_delete(&who, &user)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// The tokens for this API, without their secrets. (Those by which sites join are `/v1/tokens`.)
 #[utoipa::path(get, path = "/v1/api-tokens", responses((status = 200, body = Vec<TokenInfo>)))]
 pub(super) async fn tokens(State(api): State<Api>, who: Who) -> Answer<Json<Vec<TokenInfo>>> {
-    Ok(Json(api.controller.tokens_for(&who)))
+    Ok(Json(api.controller.accounts.tokens_for(&who)))
 }
 
 /// Makes a token for this API; its text is told this once.
@@ -112,7 +112,7 @@ pub(super) async fn token_create(
     who: Who,
     Payload(new): Payload<NewApiToken>,
 ) -> Answer<(StatusCode, Json<ApiToken>)> {
-    Ok((StatusCode::CREATED, Json(api.controller.token_create(&who, new)?)))
+    Ok((StatusCode::CREATED, Json(api.controller.accounts.token_create(&who, new)?)))
 }
 
 /// Removes a token: it is good for nothing from now on.
@@ -123,7 +123,7 @@ pub(super) async fn token_delete(
     who: Who,
     Path(id): Path<String>,
 ) -> Answer<StatusCode> {
-    api.controller.token_delete(&who, &id)?;
+    api.controller.accounts.token_delete(&who, &id)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -162,12 +162,12 @@ pub(super) async fn audit(
     Params(newest): Params<Newest>,
 ) -> Answer<Json<Vec<AuditEntry>>> {
     let limit = usize::try_from(newest.limit.unwrap_or(100)).unwrap_or(MAX_AUDIT);
-    Ok(Json(read_audit(&api, move |c| c.audit_for(&who, limit, newest.before)).await?))
+    Ok(Json(read_audit(&api, move |c| c.accounts.audit_for(&who, limit, newest.before)).await?))
 }
 
 /// Reads the whole audit log: where it ends, if it is whole.
 #[utoipa::path(get, path = "/v1/audit/end",
     responses((status = 200, body = AuditEnd), (status = 403, body = Fault), (status = 422, body = Fault)))]
 pub(super) async fn audit_end(State(api): State<Api>, who: Who) -> Answer<Json<AuditEnd>> {
-    Ok(Json(read_audit(&api, move |c| c.audit_verify(&who)).await?))
+    Ok(Json(read_audit(&api, move |c| c.accounts.audit_verify(&who)).await?))
 }

@@ -102,8 +102,8 @@ pub(super) async fn one(
 /// A lease is worth something only while the site is connected: one from before the center was
 /// started again is not.
 fn as_it_is(api: &Api, who: &Principal, site: SiteRecord) -> SiteRecord {
-    let mut site = api.controller.site_for(who, site);
-    if api.controller.host(&site.name).is_err() {
+    let mut site = api.controller.finder.site_for(who, site);
+    if api.controller.sites.host(&site.name).is_err() {
         site.lease_until = site.lease_until.min(UnixMs(UnixMs::now().0.saturating_sub(1)));
     }
     site
@@ -125,12 +125,12 @@ pub(super) async fn revoke(
         return Err(Fault::invalid("the center cannot be revoked").into());
     }
     let revoked = api.gate.revoke(&site)?;
-    api.controller.registry().sites().revoke(&site)?;
-    if let Ok(host) = api.controller.host(&site) {
+    api.controller.registry().site_revoke(&site)?;
+    if let Ok(host) = api.controller.sites.host(&site) {
         api.controller.detach(&host);
     }
-    api.controller.note_of_cloud(&who, "site revoke", site.as_str());
-    api.controller.spread_revocations(&revoked).await;
+    api.controller.accounts.note_of_cloud(&who, "site revoke", site.as_str());
+    api.controller.sites.spread_revocations(&revoked).await;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -154,7 +154,7 @@ pub(super) async fn withdraw(
 ) -> Answer<StatusCode> {
     allow(&who, Action::Change, &Object::Cloud, ("site", ""))?;
     api.gate.withdraw(&id)?;
-    api.controller.note_of_cloud(&who, "join token withdraw", &id);
+    api.controller.accounts.note_of_cloud(&who, "join token withdraw", &id);
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -181,6 +181,6 @@ pub(super) async fn token(
         return Err(Fault::new(Code::Exists, words).hint("choose another name").into());
     }
     let token = api.gate.invite(&want.site, kind, lifetime)?;
-    api.controller.note_of_cloud(&who, "join token create", want.site.as_str());
+    api.controller.accounts.note_of_cloud(&who, "join token create", want.site.as_str());
     Ok((StatusCode::CREATED, Json(TokenText { site: want.site, token })))
 }

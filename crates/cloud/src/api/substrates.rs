@@ -23,7 +23,7 @@ use super::{
 };
 use crate::access::{Action, Object, Principal, default_tenant};
 use crate::controller::authorize::{allow, visible_part};
-use crate::controller::{Accepted, Controller, Mode, Unanswered, Uploading, ask_all};
+use crate::controller::{Accepted, Exchange, Mode, Unanswered, Uploading, ask_all};
 use crate::registry::SubstrateRecord;
 
 /// How long an import may stand still.
@@ -61,7 +61,7 @@ pub(super) struct PoolList {
 /// All substrates.
 #[utoipa::path(get, path = "/v1/substrates", responses((status = 200, body = Vec<SubstrateRecord>)))]
 pub(super) async fn list(State(api): State<Api>, who: Who) -> Answer<Json<Vec<SubstrateRecord>>> {
-    let mut all = api.controller.substrates_for(&who)?;
+    let mut all = api.controller.finder.substrates_for(&who)?;
     all.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(Json(all))
 }
@@ -74,7 +74,7 @@ pub(super) async fn one(
     who: Who,
     Path(s): Path<String>,
 ) -> Answer<Json<SubstrateRecord>> {
-    Ok(Json(visible_part(&who, api.controller.substrate_for(&who, Action::See, &s)?)))
+    Ok(Json(visible_part(&who, api.controller.finder.substrate_for(&who, Action::See, &s)?)))
 }
 
 /// Removes a substrate from every site that holds it.
@@ -86,7 +86,7 @@ pub(super) async fn remove(
     Path(s): Path<String>,
     Params(dry): Params<super::DryRun>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.substrate_delete(&who, &s, dry.mode()).await?))
+    Ok(accepted(api.controller.pool.substrate_delete(&who, &s, dry.mode()).await?))
 }
 
 /// Boots the disk that a substrate stores and docks the machine in its place: for one whose saved
@@ -100,7 +100,7 @@ pub(super) async fn rebuild(
     Path(s): Path<String>,
     Params(dry): Params<super::DryRun>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.substrate_rebuild(&who, &s, dry.mode())?))
+    Ok(accepted(api.controller.substrate_rebuild(&who, &s, dry.mode()).await?))
 }
 
 /// To whom a substrate is granted.
@@ -122,7 +122,7 @@ pub(super) async fn grant(
     Path(s): Path<String>,
     Payload(to): Payload<Grant>,
 ) -> Answer<Json<SubstrateRecord>> {
-    Ok(Json(api.controller.grant(&who, &s, &to.tenant, true)?))
+    Ok(Json(api.controller.accounts.grant(&who, &s, &to.tenant, true)?))
 }
 
 /// Another tenant may no longer use a substrate; machines that it has made of it stay.
@@ -134,7 +134,7 @@ pub(super) async fn revoke(
     who: Who,
     Path((s, tenant)): Path<(String, String)>,
 ) -> Answer<Json<SubstrateRecord>> {
-    Ok(Json(api.controller.grant(&who, &s, &name(&tenant)?, false)?))
+    Ok(Json(api.controller.accounts.grant(&who, &s, &name(&tenant)?, false)?))
 }
 
 /// A substrate as one file. Refused when something of it is damaged; a body that is cut off is not
@@ -147,14 +147,15 @@ pub(super) async fn export(
     who: Who,
     Path(s): Path<String>,
 ) -> Answer<Response> {
-    let s = api.controller.substrate_for(&who, Action::Use, &s)?;
+    let s = api.controller.finder.substrate_for(&who, Action::Use, &s)?;
     let mut holders: Vec<_> = s.holders.iter().collect();
     holders.sort_by_key(|n| s.damaged.contains_key(*n));
-    let host = holders.into_iter().find_map(|n| api.controller.host(n).ok()).ok_or_else(|| {
-        Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
-    })?;
+    let host =
+        holders.into_iter().find_map(|n| api.controller.sites.host(n).ok()).ok_or_else(|| {
+            Fault::unavailable(format!("no reachable site holds substrate '{}'", s.name))
+        })?;
     let stream = host.open(StreamRequest::SubstrateExport { id: s.id }).await?;
-    api.controller.note_substrate(&who, "substrate export", &s);
+    api.controller.accounts.note_substrate(&who, "substrate export", &s);
     let frames = FrameReader::new(stream, host.name().clone());
     // An error in the stream cuts the body off, so that no client takes it for whole.
     let body = futures::stream::try_unfold(frames, async |mut frames| match frames.next().await {
@@ -232,14 +233,14 @@ async fn begin_import(
     }
     let site = match to.site {
         Some(s) => s,
-        None => api.controller.center()?,
+        None => api.controller.pool.center()?,
     };
-    let host = api.controller.host(&site)?;
+    let host = api.controller.sites.host(&site)?;
     let label = to.name.clone().unwrap_or(site);
     // An operator brings back what was exported, as it was; whatever else comes is its bringer's.
     let upload = match (who.is_operator() && who.tenant == default_tenant(), &to.name) {
         (true, _) => None,
-        (false, Some(name)) => Some(api.controller.begin_upload(who, name, bytes)?),
+        (false, Some(name)) => Some(api.controller.exchange.begin_upload(who, name, bytes)?),
         (false, None) => {
             return Err(Fault::invalid("say what it is to be called").hint("add --name NAME"));
         }
@@ -299,18 +300,20 @@ impl Import {
         };
         let id = info.id;
         let wanted = match &upload {
-            Some(upload) => Controller::is_wanted(site, upload.want.id, &info),
+            Some(upload) => Exchange::is_wanted(site, upload.want.id, &info),
             None => Ok(()),
         };
         let adopted = match (wanted, sent) {
             (Err(f), _) | (_, Err(f)) => Err(f),
             (_, Ok(true)) => Err(less()),
-            (_, Ok(false)) if upload.is_some() => api.controller.adopt_substrate(site, info),
-            (_, Ok(false)) => api.controller.adopt_import(site, info),
+            (_, Ok(false)) if upload.is_some() => {
+                api.controller.exchange.adopt_substrate(site, info)
+            }
+            (_, Ok(false)) => api.controller.exchange.adopt_import(site, info),
         };
         match adopted {
             Ok(record) => {
-                api.controller.note(&who, "substrate import", record.name.as_str());
+                api.controller.accounts.note(&who, "substrate import", record.name.as_str());
                 Ok(record)
             }
             Err(f) => {
@@ -332,8 +335,9 @@ fn too_large() -> Fault {
 #[utoipa::path(get, path = "/v1/pool", responses((status = 200, body = PoolList)))]
 pub(super) async fn pool(State(api): State<Api>, who: Who) -> Answer<Json<PoolList>> {
     allow(&who, Action::See, &Object::Cloud, ("site", ""))?;
-    let all =
-        ask_all(api.controller.hosts(), async |host| host.ask(verbs::Pool {}, Call::quiet()).await);
+    let all = ask_all(api.controller.sites.hosts(), async |host| {
+        host.ask(verbs::Pool {}, Call::quiet()).await
+    });
     let all = all.await;
     let pools = all.answers.into_iter().map(|(site, pool)| SitePool { site, pool }).collect();
     Ok(Json(PoolList { pools, unanswered: all.unanswered }))
@@ -347,5 +351,5 @@ pub(super) async fn pool_check(
     who: Who,
     Path(site): Path<String>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.pool_check(&who, name(&site)?, Mode::Act)?))
+    Ok(accepted(api.controller.pool.pool_check(&who, name(&site)?, Mode::Act)?))
 }

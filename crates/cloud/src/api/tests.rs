@@ -8,7 +8,7 @@ use godwit_transfer::keys::TokenState;
 use super::*;
 use crate::registry::Registry;
 
-pub(super) struct NoGate;
+pub(crate) struct NoGate;
 impl Gatekeeper for NoGate {
     fn invite(&self, site: &Name, _: SiteKind, _: u64) -> Result<String, Fault> {
         Ok(format!("token-for-{site}"))
@@ -39,7 +39,7 @@ impl Gatekeeper for NoGate {
 }
 
 /// All that a center serves.
-pub(super) fn whole(api: &Api) -> Router {
+pub(crate) fn whole(api: &Api) -> Router {
     api.serve(api.v1().and(api.metrics()).and(api.health()))
 }
 
@@ -97,7 +97,7 @@ pub(super) async fn send_as(
     (status, String::from_utf8_lossy(&bytes).into_owned())
 }
 
-pub(super) fn fault(text: &str) -> Fault {
+pub(crate) fn fault(text: &str) -> Fault {
     serde_json::from_str(text).expect("a fault")
 }
 

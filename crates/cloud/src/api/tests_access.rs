@@ -528,35 +528,63 @@ async fn a_file_that_has_come_whole_is_listed_though_its_sender_has_hung_up() {
     }
 }
 
+/// What is logged, at every level.
+#[derive(Clone, Default)]
+struct Log(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("lock").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 #[tokio::test]
 async fn what_is_typed_is_written_down_nowhere() {
     const TYPED: &str = "my-passphrase-7345";
+    let log = Log::default();
+    let writer = log.clone();
+    let seen = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_writer(move || writer.clone())
+        .finish();
+    let _logged = tracing::subscriber::set_default(seen);
     let w = world(Send::Works).await;
     let r = router(&w);
     let has = furnish(&w, "acme", "our");
     let token = token_of(&w, Role::Member);
     let path = format!("/v1/vms/{}/type", has.vm.name);
     let body = serde_json::json!({ "text": TYPED }).to_string();
-    let (status, said) = send_as(&r, Method::POST, &path, &token, &body).await;
-    assert!(!status.is_success(), "a machine of paper has no keyboard");
-    // Bodies that are refused before anybody types.
+    // One that is done: it is typed at the site, and only there.
+    let (status, done) = send_as(&r, Method::POST, &path, &token, &body).await;
+    assert_eq!(status, StatusCode::NO_CONTENT, "{done}");
+    let typed = [&w.center, &w.cafe].map(|site| site.typed.lock().expect("lock").clone()).concat();
+    assert_eq!(typed, [TYPED]);
+    // Those that are refused before anybody types.
     let long = serde_json::json!({ "text": TYPED.repeat(1000) }).to_string();
     let odd = serde_json::json!({ "text": TYPED, "words": TYPED }).to_string();
     let (_, too_long) = send_as(&r, Method::POST, &path, &token, &long).await;
     let (_, not_known) = send_as(&r, Method::POST, &path, &token, &odd).await;
     let nowhere = path.replace("our-vm", "none");
     let (_, none) = send_as(&r, Method::POST, &nowhere, &token, &body).await;
-    let mut all = vec![said, too_long, not_known, none];
+    let mut all = vec![done, too_long, not_known, none];
     for read in ["/v1/audit", "/v1/ops", "/v1/vms", "/metrics"] {
         let (status, text) = send_as(&r, Method::GET, read, "secret", "").await;
         assert_eq!(status, StatusCode::OK, "{read}");
         all.push(text);
     }
     assert!(all[4].contains("vm type"), "that something was typed is: {}", all[4]);
+    let logged = String::from_utf8(log.0.lock().expect("lock").clone()).expect("text");
+    assert!(!logged.is_empty(), "nothing is seen of the log");
+    all.push(logged);
     for text in &all {
         assert!(!text.contains(TYPED), "{text}");
     }
-    // Nor does the registry's file have it.
+    // Nor does the registry's file have it, once what was typed is in its log for sure.
     let file = std::fs::read(w.registry_file()).expect("the registry");
-    assert!(!file.windows(TYPED.len()).any(|part| part == TYPED.as_bytes()));
+    let has = |words: &str| file.windows(words.len()).any(|part| part == words.as_bytes());
+    assert!(has("vm type") && !has(TYPED));
 }

@@ -70,7 +70,7 @@ pub(super) async fn list(
         // An empty list would say that the site has none.
         let _ = api.controller.registry().sites().get(site)?;
     }
-    let mut vms = api.controller.vms_for(&who)?;
+    let mut vms = api.controller.finder.vms_for(&who)?;
     vms.retain(|v| f.site.as_ref().is_none_or(|s| s == &v.site));
     vms.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(Json(vms))
@@ -96,7 +96,7 @@ pub(super) async fn one(
     who: Who,
     Path(vm): Path<String>,
 ) -> Answer<Json<VmRecord>> {
-    Ok(Json(api.controller.vm_for(&who, Action::See, &vm)?))
+    Ok(Json(api.controller.finder.vm_for(&who, Action::See, &vm)?))
 }
 
 /// Ends an environment and removes its disk.
@@ -161,7 +161,7 @@ pub(super) async fn migrate(
     Params(dry): Params<DryRun>,
     Payload(want): Payload<MigrateVm>,
 ) -> Answer<Response> {
-    Ok(accepted(api.controller.migrate(&who, &vm, want, dry.mode())?))
+    Ok(accepted(api.controller.moves.migrate(&who, &vm, want, dry.mode())?))
 }
 
 /// The end of the serial console's log.
@@ -173,9 +173,9 @@ pub(super) async fn console(
     Path(vm): Path<String>,
     Params(t): Params<Tail>,
 ) -> Answer<Json<ConsoleTail>> {
-    let vm = api.controller.vm_for(&who, Action::Look, &vm)?;
+    let vm = api.controller.finder.vm_for(&who, Action::Look, &vm)?;
     let max_bytes = t.max_bytes.unwrap_or(16 << 10).min(MAX_TAIL);
-    let host = api.controller.host(&vm.site)?;
+    let host = api.controller.sites.host(&vm.site)?;
     Ok(Json(host.ask(verbs::VmConsole { vm: vm.id, max_bytes }, Call::quiet()).await?))
 }
 
@@ -187,8 +187,8 @@ pub(super) async fn screenshot(
     who: Who,
     Path(vm): Path<String>,
 ) -> Answer<Response> {
-    let vm = api.controller.vm_for(&who, Action::Look, &vm)?;
-    let host = api.controller.host(&vm.site)?;
+    let vm = api.controller.finder.vm_for(&who, Action::Look, &vm)?;
+    let host = api.controller.sites.host(&vm.site)?;
     let png = host.ask(verbs::VmScreenshot { vm: vm.id }, Call::quiet()).await?;
     Ok(([(CONTENT_TYPE, "image/png")], png).into_response())
 }
@@ -205,9 +205,9 @@ pub(super) async fn type_text(
     if t.text.chars().count() > 4096 {
         return Err(Fault::invalid("at most 4096 characters are typed at once").into());
     }
-    let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
-    let host = api.controller.host(&vm.site)?;
-    api.controller.note_begun(&who.at(&vm.tenant), "vm type", vm.name.as_str());
+    let vm = api.controller.finder.vm_for(&who, Action::Use, &vm)?;
+    let host = api.controller.sites.host(&vm.site)?;
+    api.controller.accounts.note_begun(&who.at(&vm.tenant), "vm type", vm.name.as_str());
     host.ask(verbs::VmType { vm: vm.id, text: t.text }, Call::quiet()).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -221,9 +221,9 @@ pub(super) async fn view(
     Path(vm): Path<String>,
     request: Request,
 ) -> Answer<Response> {
-    let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
+    let vm = api.controller.finder.vm_for(&who, Action::Use, &vm)?;
     let shown = upgrade(&api, &vm, StreamRequest::Display { vm: vm.id }, "rfb", request).await?;
-    api.controller.note(&who.at(&vm.tenant), "vm view", vm.name.as_str());
+    api.controller.accounts.note(&who.at(&vm.tenant), "vm view", vm.name.as_str());
     Ok(shown)
 }
 
@@ -236,10 +236,10 @@ pub(super) async fn attach(
     Path(vm): Path<String>,
     request: Request,
 ) -> Answer<Response> {
-    let vm = api.controller.vm_for(&who, Action::Use, &vm)?;
+    let vm = api.controller.finder.vm_for(&who, Action::Use, &vm)?;
     let shown =
         upgrade(&api, &vm, StreamRequest::Console { vm: vm.id }, "console", request).await?;
-    api.controller.note(&who.at(&vm.tenant), "vm attach", vm.name.as_str());
+    api.controller.accounts.note(&who.at(&vm.tenant), "vm attach", vm.name.as_str());
     Ok(shown)
 }
 
@@ -253,7 +253,7 @@ async fn upgrade(
     if request.headers().get(UPGRADE).is_none_or(|v| v.as_bytes() != protocol.as_bytes()) {
         return Err(Fault::invalid(format!("send 'Upgrade: {protocol}' over HTTP/1.1")).into());
     }
-    let host = api.controller.host(&vm.site)?;
+    let host = api.controller.sites.host(&vm.site)?;
     let place = api.screens.place(
         format!("{}/{}", vm.site, vm.tenant),
         api.share(SCREENS),

@@ -28,7 +28,7 @@ use tokio::time::Instant;
 use super::lifecycle::dry;
 use super::meet::{can_be_dialled, may_dial};
 use super::moves::{Move, measured};
-use super::{Accepted, Controller, MigrateVm, Mode};
+use super::{Accepted, MigrateVm, Mode, Moves};
 use crate::access::Principal;
 use crate::ops::{OpHandle, OpKind};
 use crate::registry::{StepKind, VmRecord, registry_fault};
@@ -75,7 +75,7 @@ impl From<Fault> for Broken {
     }
 }
 
-impl Controller {
+impl Moves {
     /// Follows both ends of a migration to their end: what they measured, or the first failure that
     /// one of them tells. An end whose site is away is asked again when that is back.
     pub(super) async fn follow(
@@ -115,7 +115,7 @@ impl Controller {
                         let request =
                             verbs::MigrateLost { migration: m.id, why: f.message.clone() };
                         told = Some(f);
-                        let said = match self.host(&m.from) {
+                        let said = match self.sites.host(&m.from) {
                             Ok(src) => src.ask(request, Call::quiet()).await,
                             Err(f) => Err(f),
                         };
@@ -171,7 +171,7 @@ impl Controller {
     ) -> Result<Option<T>, Fault> {
         let answer = tokio::select! {
             answer = asked => answer,
-            () = self.gone(host) => return Ok(None),
+            () = self.sites.gone(host) => return Ok(None),
         };
         match answer {
             Ok(reply) => Ok(Some(reply)),
@@ -180,13 +180,13 @@ impl Controller {
                     alive = tokio::time::timeout(ALIVE_WITHIN, host.report()) => {
                         matches!(alive, Ok(Ok(_)))
                     }
-                    () = self.gone(host) => false,
+                    () = self.sites.gone(host) => false,
                 };
                 if alive {
                     return Err(f);
                 }
                 // Its link is down; it is taken away or replaced when that is noticed.
-                tokio::time::timeout(self.patience, self.gone(host)).await.map_err(|_| f)?;
+                tokio::time::timeout(self.patience, self.sites.gone(host)).await.map_err(|_| f)?;
                 Ok(None)
             }
         }
@@ -194,11 +194,11 @@ impl Controller {
 
     /// Waits until a site is attached, and says so.
     async fn await_site(&self, op: &OpHandle, name: &Name) -> Result<Arc<dyn SiteHost>, Fault> {
-        if let Ok(host) = self.host(name) {
+        if let Ok(host) = self.sites.host(name) {
             return Ok(host);
         }
         show(op, 0, format!("waiting for site '{name}' to come back"));
-        self.await_host(name, self.patience).await
+        self.sites.await_host(name, self.patience).await
     }
 
     fn call_of_move(self: &Arc<Self>, op: &OpHandle, m: &Move) -> Call {
@@ -374,7 +374,7 @@ impl Controller {
 
     /// What to say of a machine whose source cannot be had.
     async fn still_missing(&self, m: &Move, why: &Fault) -> Fault {
-        let status = match self.host(&m.to) {
+        let status = match self.sites.host(&m.to) {
             Ok(dst) => move_status(&dst, m).await.ok(),
             Err(_) => None,
         };
@@ -397,7 +397,7 @@ impl Controller {
     async fn abandon(&self, m: &Move, why: &Fault, for_good: bool) -> Result<(), Fault> {
         let request =
             verbs::MigrateGiveUp { migration: m.id, vm: m.vm.id, why: why.message.clone() };
-        let asked = match self.host(&m.to) {
+        let asked = match self.sites.host(&m.to) {
             Ok(dst) => dst.ask(request, Call::quiet()).await,
             Err(f) => Err(f),
         };
@@ -411,7 +411,7 @@ impl Controller {
             }
         };
         let now = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
-        let vm = self.change_vm(&now, now.generation, |v| {
+        let vm = self.warrants.change_vm(&now, now.generation, |v| {
             if v.state != VmState::Failed {
                 v.become_state(VmState::Failed, UnixMs::now())?;
             }
@@ -421,7 +421,7 @@ impl Controller {
             }
             Ok(())
         })?;
-        let whole_disk = match self.host(&m.to) {
+        let whole_disk = match self.sites.host(&m.to) {
             Ok(dst) => move_status(&dst, m).await.is_ok_and(|s| s.missing_blocks == Some(0)),
             Err(_) => false,
         };
@@ -436,7 +436,7 @@ impl Controller {
     /// Writes down what is known of a machine that runs and is not whole yet.
     pub(super) fn note_arrival(&self, m: &Move, note: Option<String>) -> Result<(), Fault> {
         let now = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
-        self.change_vm(&now, now.generation, |v| {
+        self.warrants.change_vm(&now, now.generation, |v| {
             if let Some(a) = &mut v.arriving {
                 a.note = note;
             }
@@ -450,14 +450,14 @@ impl Controller {
     pub(super) async fn release_source(&self, vm: &VmRecord) {
         let Some(a) = &vm.arriving else { return };
         let request = verbs::MigrateRelease { vm: vm.id, generation: vm.generation };
-        let told = match self.host(&a.from) {
+        let told = match self.sites.host(&a.from) {
             Ok(src) => src.ask(request, Call::quiet()).await,
             Err(f) => Err(f),
         };
         if let Err(f) = told {
             tracing::warn!(vm = %vm.name, site = %a.from, error = %f, "not released");
         }
-        let cleared = self.change_vm(vm, vm.generation, |v| {
+        let cleared = self.warrants.change_vm(vm, vm.generation, |v| {
             v.arriving = None;
             Ok(())
         });

@@ -10,7 +10,7 @@ use godwit_types::{Code, Fault, Name, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Controller;
+use super::{Controller, Sites};
 use crate::clock::Moment;
 use crate::placement::{Demand, Placement, PlacementRefusal, Unfit, place};
 use crate::registry::{SubstrateRecord, registry_fault};
@@ -74,12 +74,12 @@ pub(super) async fn within<T>(
     })
 }
 
-impl Controller {
+impl Sites {
     /// Finds an image at any attached site: as the first that has it tells.
     ///
     /// # Errors
     /// Not found; conflict when only its recipe is known.
-    pub async fn image(&self, name: &Name) -> Result<ImageInfo, Fault> {
+    pub(crate) async fn image(&self, name: &Name) -> Result<ImageInfo, Fault> {
         let mut asked: FuturesUnordered<_> =
             self.hosts()
                 .into_iter()
@@ -157,7 +157,9 @@ impl Controller {
             }
         })
     }
+}
 
+impl Controller {
     /// Looks whether a site answers at all, and takes it for unreachable when it does not, until
     /// its next report. A host that another one has replaced says nothing of the site.
     pub(super) async fn check_answers(&self, host: &Arc<dyn SiteHost>) {
@@ -165,8 +167,8 @@ impl Controller {
         let ping = host.ask(verbs::Ping {}, Call::quiet());
         // Whatever it answers, it answers.
         if tokio::time::timeout(ANSWER_WITHIN, ping).await.is_err()
-            && self.is_attached(host)
-            && self.registry.sites().silent(host.name(), asked)
+            && self.sites.is_attached(host)
+            && self.registry.site_silent(host.name(), asked)
         {
             tracing::warn!(site = %host.name(), "does not answer");
         }

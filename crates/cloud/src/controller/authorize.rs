@@ -6,11 +6,13 @@
 use godwit_types::{Code, Fault, Name, OpId, SubstrateId, SubstrateKind};
 use tokio::sync::watch;
 
-use super::Controller;
 use crate::access::{Action, Object, Principal, Refusal, default_tenant, forbidden, may};
+use crate::ops::Ops;
+use crate::registry::Registry;
 use crate::registry::{
     OpRecord, RegistryError, SiteRecord, SubstrateRecord, VmRecord, registry_fault,
 };
+use std::sync::Arc;
 
 /// Refuses what `who` may not do with an object that it was told of by `key`.
 pub(crate) fn allow(
@@ -39,12 +41,23 @@ fn looked(who: &Principal, what: &'static str, key: &str, e: RegistryError) -> F
     }
 }
 
-impl Controller {
+/// What is there for a principal.
+pub(crate) struct Finder {
+    pub(super) registry: Arc<Registry>,
+    pub(super) ops: Arc<Ops>,
+}
+
+impl Finder {
     /// The machine `key` (id, name in its tenant, `TENANT/NAME`), if `who` may do `action` with it.
     ///
     /// # Errors
     /// Not found, forbidden.
-    pub fn vm_for(&self, who: &Principal, action: Action, key: &str) -> Result<VmRecord, Fault> {
+    pub(crate) fn vm_for(
+        &self,
+        who: &Principal,
+        action: Action,
+        key: &str,
+    ) -> Result<VmRecord, Fault> {
         let found = self.registry.vm_in(&who.tenant, key);
         let vm = found.map_err(|e| looked(who, "machine", key, e))?;
         allow(who, action, &Object::machine(&vm), ("machine", key))?;
@@ -56,7 +69,7 @@ impl Controller {
     ///
     /// # Errors
     /// Not found, forbidden.
-    pub fn substrate_for(
+    pub(crate) fn substrate_for(
         &self,
         who: &Principal,
         action: Action,
@@ -80,7 +93,7 @@ impl Controller {
     ///
     /// # Errors
     /// Not found, forbidden.
-    pub fn op_for(
+    pub(crate) fn op_for(
         &self,
         who: &Principal,
         action: Action,
@@ -95,9 +108,9 @@ impl Controller {
     /// Asks an operation to stop.
     ///
     /// # Errors
-    /// As [`Controller::op_for`] and [`crate::ops::Ops::cancel`]; forbidden when its machine may
+    /// As [`Finder::op_for`] and [`crate::ops::Ops::cancel`]; forbidden when its machine may
     /// not be changed.
-    pub fn cancel(&self, who: &Principal, id: OpId) -> Result<(), Fault> {
+    pub(crate) fn cancel(&self, who: &Principal, id: OpId) -> Result<(), Fault> {
         let vm = self.op_for(who, Action::Change, id)?.borrow().kind.vm();
         if let Some(vm) = vm.and_then(|vm| self.registry.vm(&vm.to_string()).ok()) {
             let key = id.to_string();
@@ -110,7 +123,7 @@ impl Controller {
     ///
     /// # Errors
     /// When the registry fails.
-    pub fn vms_for(&self, who: &Principal) -> Result<Vec<VmRecord>, Fault> {
+    pub(crate) fn vms_for(&self, who: &Principal) -> Result<Vec<VmRecord>, Fault> {
         let mut all = self.registry.vms().map_err(registry_fault)?;
         all.retain(|vm| {
             who.lists(&vm.tenant) && may(who, Action::See, &Object::machine(vm)).is_ok()
@@ -122,7 +135,7 @@ impl Controller {
     ///
     /// # Errors
     /// When the registry fails.
-    pub fn substrates_for(&self, who: &Principal) -> Result<Vec<SubstrateRecord>, Fault> {
+    pub(crate) fn substrates_for(&self, who: &Principal) -> Result<Vec<SubstrateRecord>, Fault> {
         let mut all = self.registry.substrates().map_err(registry_fault)?;
         all.retain(|s| self.lists_substrate(who, s));
         Ok(all.into_iter().map(|s| visible_part(who, s)).collect())
@@ -137,7 +150,7 @@ impl Controller {
     ///
     /// # Errors
     /// When the registry fails.
-    pub fn ops_for(&self, who: &Principal) -> Result<Vec<OpRecord>, Fault> {
+    pub(crate) fn ops_for(&self, who: &Principal) -> Result<Vec<OpRecord>, Fault> {
         let mut all = self.ops.list().map_err(registry_fault)?;
         all.retain(|op| {
             who.lists(&op.tenant) && may(who, Action::See, &Object::operation(op)).is_ok()
@@ -147,7 +160,7 @@ impl Controller {
 
     /// A site as `who` may know it: of what it holds, only what is there for `who`.
     #[must_use]
-    pub fn site_for(&self, who: &Principal, mut site: SiteRecord) -> SiteRecord {
+    pub(crate) fn site_for(&self, who: &Principal, mut site: SiteRecord) -> SiteRecord {
         if who.is_operator() {
             return site;
         }

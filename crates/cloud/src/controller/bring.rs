@@ -8,16 +8,36 @@ use godwit_site::{SiteHost, SiteReport, SubstrateInfo};
 use godwit_types::{Code, Fault, Name, SiteKind, SubstrateId};
 use tokio::sync::Mutex;
 
-use super::Controller;
+use super::disks::Disks;
 use super::origin::Discovery;
+use super::origin::Uploads;
 use super::rebuild::{suffixed, tail};
+use super::{Finder, Sites};
 use crate::ops::OpHandle;
+use crate::ops::Ops;
+use crate::registry::Registry;
 use crate::registry::{RegistryError, StepKind, StepName, SubstrateRecord, registry_fault};
 
 /// The substrates that are on their way, by where they go.
 pub(super) type Bringing = std::sync::Mutex<HashMap<(SubstrateId, Name), Arc<Mutex<()>>>>;
 
-impl Controller {
+/// The substrates of all sites: which there are, what they become here, and how one comes to a site
+/// that lacks it.
+pub(crate) struct Exchange {
+    pub(super) registry: Arc<Registry>,
+    pub(super) ops: Arc<Ops>,
+    pub(super) sites: Arc<Sites>,
+    pub(super) finder: Arc<Finder>,
+    /// Those on their way.
+    pub(super) bringing: Bringing,
+    /// Those that users bring.
+    pub(super) uploads: Uploads,
+    /// How large the disks are that machines are made of.
+    pub(super) disks: Disks,
+    pub(super) entering: Arc<std::sync::Mutex<()>>,
+}
+
+impl Exchange {
     /// Brings a substrate to `to` from a site that holds it, and answers with that site, whose link
     /// may have become another one. Whoever wants the same meanwhile waits for the first, and finds
     /// it there.
@@ -42,7 +62,8 @@ impl Controller {
         if s.holders.contains(to.name()) {
             return Ok(Arc::clone(to));
         }
-        let mut sources: Vec<_> = s.holders.iter().filter_map(|n| self.host(n).ok()).collect();
+        let mut sources: Vec<_> =
+            s.holders.iter().filter_map(|n| self.sites.host(n).ok()).collect();
         // A holder that is known to be damaged is asked last, the center's own site first.
         sources.sort_by_cached_key(|host| {
             let own =
@@ -63,11 +84,11 @@ impl Controller {
                     Self::is_wanted(to.name(), id, &info)?;
                     self.adopt_substrate(to.name(), info)?;
                     op.done(StepName::Bring)?;
-                    return self.host(to.name());
+                    return self.sites.host(to.name());
                 }
                 // A bring that an earlier daemon of the center began has come to its end meanwhile.
                 Err(f) if f.code == Code::Exists => {
-                    let to = self.host(to.name())?;
+                    let to = self.sites.host(to.name())?;
                     let there = to.substrates().await?.into_iter().find(|i| i.id == id);
                     self.adopt_substrate(to.name(), there.ok_or(f)?)?;
                     op.done(StepName::Bring)?;
@@ -150,7 +171,7 @@ impl Controller {
         self.adopt(site, info, Discovery::Reported)
     }
 
-    /// As [`Controller::adopt_substrate`], of one that the operator has brought to `site`.
+    /// As [`Exchange::adopt_substrate`], of one that the operator has brought to `site`.
     pub(crate) fn adopt_import(
         &self,
         site: &Name,

@@ -10,7 +10,7 @@ use godwit_site::{ByteStream, Call, SiteHost, StreamRequest, SubstrateInfo, Take
 use godwit_types::{Fault, Name, SiteKind, SubstrateId};
 use tokio::time::Instant;
 
-use super::Controller;
+use super::Exchange;
 use super::ask::within;
 use super::lifecycle::call_of;
 use crate::ops::OpHandle;
@@ -25,7 +25,7 @@ const HEARD: Duration = Duration::from_secs(5);
 /// How long a site that was lost in the midst of a bring may stay away.
 const AWAY: Duration = Duration::from_secs(60);
 
-impl Controller {
+impl Exchange {
     /// Brings a substrate from one site to another, going on where it stopped when a link breaks
     /// and comes back.
     pub(super) async fn carry(
@@ -90,7 +90,10 @@ impl Controller {
         let own =
             |name: &Name| self.registry.sites().get(name).is_ok_and(|s| s.kind == SiteKind::Center);
         let able = |name: &Name| -> Option<Arc<dyn SiteHost>> {
-            self.host(name).ok().filter(|host| !own(name) && host.speaks() >= SubstrateFetch::SINCE)
+            self.sites
+                .host(name)
+                .ok()
+                .filter(|host| !own(name) && host.speaks() >= SubstrateFetch::SINCE)
         };
         let (src, dst) = (able(from)?, able(to)?);
         let offer = SubstrateOffer { id: s.id, to: to.clone() };
@@ -117,8 +120,8 @@ impl Controller {
         loop {
             let open = async {
                 let supply = StreamRequest::SubstrateSupply { id: s.id };
-                let out = self.host(from)?.open(supply).await?;
-                let taker = self.host(to)?;
+                let out = self.sites.host(from)?.open(supply).await?;
+                let taker = self.sites.host(to)?;
                 let take = self.take_of(&*taker, s, among)?;
                 Ok((out, taker.open(take).await?))
             };
@@ -135,7 +138,7 @@ impl Controller {
     }
 }
 
-impl Controller {
+impl Exchange {
     /// The substrates at a site whose contents whoever may use `s` may read in any case.
     fn readable_with(&self, s: &SubstrateRecord, at: &Name) -> Result<Vec<SubstrateId>, Fault> {
         let all = self.registry.substrates().map_err(registry_fault)?;

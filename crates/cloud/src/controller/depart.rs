@@ -16,7 +16,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::lifecycle::{call_of, dry};
-use super::{Accepted, Controller, Mode};
+use super::{Accepted, Mode, Moves};
 use crate::access::Principal;
 use crate::ops::{OpHandle, OpKind};
 use crate::registry::{MoveReached, StepKind, StepName, VmRecord, move_reached, registry_fault};
@@ -47,7 +47,7 @@ struct LastMove {
     migration: Option<MigrationId>,
 }
 
-impl Controller {
+impl Moves {
     /// Powers a machine off by force that is moving.
     pub(super) fn stop_moving(
         self: &Arc<Self>,
@@ -71,7 +71,7 @@ impl Controller {
                 op.begin(StepKind::VmStop { site: now.site.clone(), generation: now.generation })?;
                 let (vm, generation) = (now.id, now.generation);
                 let request = verbs::VmStop { vm, generation, force: true };
-                me.host(&now.site)?.ask(request, call_of(&op)).await?;
+                me.sites.host(&now.site)?.ask(request, call_of(&op)).await?;
                 me.become_stopped(&now)?;
                 op.done(StepName::VmStop)?;
                 Ok(json!({}))
@@ -81,7 +81,7 @@ impl Controller {
     }
 
     fn become_stopped(&self, vm: &VmRecord) -> Result<VmRecord, Fault> {
-        self.change_vm(vm, vm.generation, |v| {
+        self.warrants.change_vm(vm, vm.generation, |v| {
             if v.state != VmState::Stopped {
                 v.become_state(VmState::Stopped, UnixMs::now())?;
             }
@@ -134,14 +134,7 @@ impl Controller {
             _ => now,
         };
         if let (Some(a), Wanted::Disk) = (&now.arriving, wanted) {
-            return Err(Fault::conflict(format!(
-                "machine '{}' runs at '{}', and part of its disk is still at '{}'",
-                now.name, now.site, a.from
-            ))
-            .hint(format!(
-                "bring the rest: godwit vm migrate {0}; or give it up: godwit vm delete {0}",
-                now.name
-            )));
+            return Err(half_here(&now, &a.from));
         }
         Ok(now)
     }
@@ -193,7 +186,7 @@ impl Controller {
             (Some(to), Some(migration)) => self.fence_arrival(&vm, &to, migration).await?,
             (to, _) => to.is_none(),
         };
-        let src = self.host(&vm.site)?;
+        let src = self.sites.host(&vm.site)?;
         let stop = |generation| verbs::VmStop { vm: vm.id, generation, force: true };
         let told = src.ask(stop(vm.generation), Call::quiet());
         match tokio::time::timeout(FORCE_WITHIN, told).await {
@@ -219,7 +212,7 @@ impl Controller {
             return if now.state == VmState::Moving { self.become_stopped(&now) } else { Ok(now) };
         }
         let generation = now.next_generation().next();
-        let now = self.change_vm(&now, now.generation, |v| {
+        let now = self.warrants.change_vm(&now, now.generation, |v| {
             v.generation = generation;
             Ok(())
         })?;
@@ -240,7 +233,7 @@ impl Controller {
         to: &Name,
         migration: MigrationId,
     ) -> Result<bool, Fault> {
-        let Ok(dst) = self.host(to) else { return Ok(false) };
+        let Ok(dst) = self.sites.host(to) else { return Ok(false) };
         let abort = verbs::MigrateAbort { migration, vm: vm.id };
         match tokio::time::timeout(CANCEL_WITHIN, dst.ask(abort, Call::quiet())).await {
             Ok(Ok(())) => Ok(true),
@@ -248,4 +241,19 @@ impl Controller {
             Ok(Err(_)) | Err(_) => Ok(false),
         }
     }
+}
+
+/// That a machine cannot be turned off: it is not whole where it is, and what it has written is
+/// nowhere else.
+pub(super) fn half_here(vm: &VmRecord, from: &Name) -> Fault {
+    let (name, site) = (&vm.name, &vm.site);
+    let words = match vm.state {
+        VmState::Running => {
+            format!("machine '{name}' runs at '{site}', and part of its disk is still at '{from}'")
+        }
+        state => format!("machine '{name}' is {state} at '{site}', and part of it is at '{from}'"),
+    };
+    Fault::conflict(words).hint(format!(
+        "bring the rest: godwit vm migrate {name}; or give it up: godwit vm delete {name}"
+    ))
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use godwit_site::{Call, Origin, Request as _, SiteHost, verbs};
 use godwit_types::{Hash, SiteKind, SubstrateId};
 
-use super::Controller;
+use super::Exchange;
 
 /// What a disk is remembered by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -48,7 +48,7 @@ impl Disks {
     }
 }
 
-impl Controller {
+impl Exchange {
     /// How large the disk is of a machine that is made of `origin`; none where `host`, which has
     /// that, cannot say.
     pub(super) async fn disk_bytes(

@@ -17,9 +17,10 @@ use godwit_site::{Call, GuestExec, GuestOutput, GuestProgram, SiteHost, verbs};
 use godwit_types::{Code, Fault, Name, OpState, VmId, VmState};
 use tokio::time::Instant;
 
-use super::Controller;
+use super::{Accounts, Finder, Sites};
 use crate::access::{Action, Principal};
 use crate::ops::OpKind;
+use crate::registry::Registry;
 use crate::registry::{VmRecord, registry_fault};
 
 /// How often a guest that stands still is asked again, and a machine's place is looked at.
@@ -42,13 +43,26 @@ pub struct GuestProcess {
     pub pid: u64,
 }
 
-impl Controller {
+/// Programs in guests, wherever these go.
+pub(crate) struct Programs {
+    pub(super) registry: Arc<Registry>,
+    pub(super) sites: Arc<Sites>,
+    pub(super) finder: Arc<Finder>,
+    pub(super) accounts: Arc<Accounts>,
+}
+
+impl Programs {
     /// A program that runs in the guest of the machine `key`.
     ///
     /// # Errors
-    /// As [`Controller::vm_for`].
-    pub fn exec_at(&self, who: &Principal, key: &str, pid: u64) -> Result<GuestProcess, Fault> {
-        let vm = self.vm_for(who, Action::Use, key)?;
+    /// As [`Finder::vm_for`].
+    pub(crate) fn exec_at(
+        &self,
+        who: &Principal,
+        key: &str,
+        pid: u64,
+    ) -> Result<GuestProcess, Fault> {
+        let vm = self.finder.vm_for(who, Action::Use, key)?;
         Ok(GuestProcess { vm: vm.id, name: vm.name, pid })
     }
 
@@ -57,7 +71,7 @@ impl Controller {
     ///
     /// # Errors
     /// A machine that does not run, a program that the guest cannot start.
-    pub async fn exec(
+    pub(crate) async fn exec(
         &self,
         who: &Principal,
         key: &str,
@@ -65,8 +79,8 @@ impl Controller {
         within: Duration,
     ) -> Result<GuestProcess, Fault> {
         let until = Instant::now() + within;
-        let first = self.vm_for(who, Action::Use, key)?;
-        self.note_begun(&who.at(&first.tenant), "vm exec", first.name.as_str());
+        let first = self.finder.vm_for(who, Action::Use, key)?;
+        self.accounts.note_begun(&who.at(&first.tenant), "vm exec", first.name.as_str());
         loop {
             let vm = self.registry.vm(&first.id.to_string()).map_err(registry_fault)?;
             if vm.state == VmState::Docking {
@@ -88,13 +102,13 @@ impl Controller {
         }
     }
 
-    /// Waits until a program that [`Controller::exec`] started has ended, also when its machine
+    /// Waits until a program that [`Programs::exec`] started has ended, also when its machine
     /// moves meanwhile. The guest tells its result once.
     ///
     /// # Errors
     /// Timed out when it still runs after `within`; conflict when its machine was stopped or
     /// docked; not found when the guest does not know it, or has told its result before.
-    pub async fn exec_wait(
+    pub(crate) async fn exec_wait(
         &self,
         program: &GuestProcess,
         within: Duration,
@@ -152,7 +166,7 @@ impl Controller {
             VmState::Starting => {
                 Err(Fault::unavailable(format!("machine '{}' is still starting", vm.name)))
             }
-            VmState::Running | VmState::Moving | VmState::Docking => self.host(&vm.site),
+            VmState::Running | VmState::Moving | VmState::Docking => self.sites.host(&vm.site),
         }
     }
 

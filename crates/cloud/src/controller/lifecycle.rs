@@ -10,9 +10,9 @@ use godwit_types::{
 use serde_json::json;
 
 use super::authorize::{allow, name_at_sites};
-use super::depart::Wanted;
+use super::depart::{Wanted, half_here};
 use super::disks::DiskOf;
-use super::{Accepted, Controller, CreateVm, DockVm, Mode};
+use super::{Accepted, Controller, CreateVm, DockVm, Exchange, Mode};
 use crate::access::{Action, Object, Principal, may};
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
@@ -66,7 +66,7 @@ impl Controller {
         match (&want.image, &want.substrate) {
             (Some(image), None) => {
                 allow(who, Action::Use, &Object::Image, ("image", image.as_str()))?;
-                let i = self.image(image).await?;
+                let i = self.sites.image(image).await?;
                 Ok(Shape {
                     image: image.clone(),
                     arch: i.arch,
@@ -83,7 +83,7 @@ impl Controller {
                         "memory and vCPUs of an activated machine are those of its substrate",
                     ));
                 }
-                let s = self.substrate_for(who, Action::Use, key)?;
+                let s = self.finder.substrate_for(who, Action::Use, key)?;
                 Ok(Shape {
                     image: s.image.clone(),
                     arch: s.arch,
@@ -115,7 +115,7 @@ impl Controller {
         let Some(s) = substrate.filter(|s| s.kind == SubstrateKind::Private) else { return Ok(()) };
         let all = self.registry.vms().map_err(registry_fault)?;
         let Some(vm) = all.into_iter().find(|v| v.substrate == Some(s.id)) else { return Ok(()) };
-        let is = self.called_for(who, &vm);
+        let is = self.finder.called_for(who, &vm);
         let refusal = Fault::conflict(format!(
             "substrate '{}' is private and runs once at a time: it is {is} at '{}'",
             s.name, vm.site
@@ -167,7 +167,7 @@ impl Controller {
             not: None,
         };
         let now = UnixMs::now();
-        let placed = self.choose(&demand, shape.substrate.as_ref())?;
+        let placed = self.sites.choose(&demand, shape.substrate.as_ref())?;
         let plan = match &shape.substrate {
             Some(s) if placed.holds => {
                 format!("activate '{name}' from substrate '{}' at {}", s.name, placed.site)
@@ -182,17 +182,17 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
         }
-        let host = self.host(&placed.site)?;
+        let host = self.sites.host(&placed.site)?;
         let holder = match &shape.substrate {
-            Some(s) if !placed.holds => s.holders.iter().find_map(|n| self.host(n).ok()),
+            Some(s) if !placed.holds => s.holders.iter().find_map(|n| self.sites.host(n).ok()),
             _ => Some(host.clone()),
         };
-        let disk_bytes = self.disk_bytes(shape.disk, &shape.origin, holder).await;
+        let disk_bytes = self.exchange.disk_bytes(shape.disk, &shape.origin, holder).await;
         let private = shape.substrate.as_ref().and_then(|s| s.private_of().map(|of| (s, of)));
         let private_of = private.map(|(s, of)| match s.tenant == who.tenant {
             true => of.clone(),
             // A name says who that is in its tenant alone.
-            false => self.owner_for(who),
+            false => self.finder.owner_for(who),
         });
         let vm = VmRecord {
             id: VmId::new(),
@@ -215,7 +215,7 @@ impl Controller {
             arriving: None,
             voided: std::collections::BTreeMap::new(),
         };
-        let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
+        let warrant = self.warrants.warrant(&vm, vm.generation, &vm.site)?;
         let kind = match &shape.substrate {
             Some(s) => OpKind::VmActivate { vm: vm.id, name: name.clone(), substrate: s.id },
             None => OpKind::VmCreate { vm: vm.id, name: name.clone() },
@@ -251,7 +251,7 @@ impl Controller {
         bring: Option<SubstrateRecord>,
     ) -> Result<serde_json::Value, Fault> {
         if let Some(s) = bring {
-            host = self.bring_substrate(op, s.id, &host).await?;
+            host = self.exchange.bring_substrate(op, s.id, &host).await?;
         }
         if let Origin::Substrate(id) = new.origin {
             let record = self.registry.substrate(&id.to_string()).map_err(registry_fault)?;
@@ -276,7 +276,7 @@ impl Controller {
         };
         match outcome {
             Ok(v) => {
-                self.change_vm(vm, vm.generation, |v| {
+                self.warrants.change_vm(vm, vm.generation, |v| {
                     Ok(v.become_state(VmState::Running, UnixMs::now())?)
                 })?;
                 Ok(v)
@@ -291,7 +291,7 @@ impl Controller {
     /// Removes a machine that did not come to run; if the site cannot be asked, the record stays
     /// as failed.
     pub(super) async fn undo_create(&self, vm: &VmRecord, why: &Fault) -> Result<(), Fault> {
-        let removed = match self.host(&vm.site) {
+        let removed = match self.sites.host(&vm.site) {
             Ok(h) => {
                 let request = verbs::VmDelete { vm: vm.id, generation: vm.generation };
                 h.ask(request, Call::quiet()).await
@@ -304,6 +304,7 @@ impl Controller {
                 self.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)
             }
             Err(_) => self
+                .warrants
                 .change_vm(vm, vm.generation, |v| {
                     v.become_state(VmState::Failed, UnixMs::now())?;
                     v.reason = Some(why.message.clone());
@@ -323,17 +324,17 @@ impl Controller {
         key: &str,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
-        let vm = self.vm_for(who, Action::Use, key)?;
+        let vm = self.finder.vm_for(who, Action::Use, key)?;
         let who = &who.at(&vm.tenant);
         vm.state.to(VmState::Starting).map_err(|e| state_fault(&vm, &e))?;
-        let host = self.host(&vm.site)?;
+        let host = self.sites.host(&vm.site)?;
         let plan = format!("start '{}' at {}", vm.name, vm.site);
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
         let generation = vm.next_generation();
-        let warrant = self.warrant(&vm, generation, &vm.site)?;
-        let vm = self.change_vm(&vm, vm.generation, |v| {
+        let warrant = self.warrants.warrant(&vm, generation, &vm.site)?;
+        let vm = self.warrants.change_vm(&vm, vm.generation, |v| {
             v.become_state(VmState::Starting, UnixMs::now())?;
             v.reach(generation);
             Ok(())
@@ -344,7 +345,7 @@ impl Controller {
             let request = verbs::VmStart { vm: vm.id, generation: vm.generation, warrant };
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
-            me.release_source(&vm).await;
+            me.moves.release_source(&vm).await;
             Ok(json!({}))
         })
     }
@@ -360,16 +361,13 @@ impl Controller {
         force: bool,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
-        let vm = self.vm_for(who, Action::Use, key)?;
+        let vm = self.finder.vm_for(who, Action::Use, key)?;
         let who = &who.at(&vm.tenant);
-        if force && self.is_moving(&vm)? {
-            return self.stop_moving(who, vm, mode);
+        if force && self.moves.is_moving(&vm)? {
+            return self.moves.stop_moving(who, vm, mode);
         }
-        if vm.state != VmState::Running {
-            vm.state.to(VmState::Stopped).map_err(|e| state_fault(&vm, &e))?;
-            return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state)));
-        }
-        let host = self.host(&vm.site)?;
+        self.may_stop(&vm, force)?;
+        let host = self.sites.host(&vm.site)?;
         let plan = format!("stop '{}' at {}", vm.name, vm.site);
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
@@ -382,6 +380,34 @@ impl Controller {
         })
     }
 
+    /// Refuses to turn off what is in the midst of something, and says what leads out of that.
+    fn may_stop(&self, vm: &VmRecord, force: bool) -> Result<(), Fault> {
+        let (name, state) = (&vm.name, vm.state);
+        if let Some(a) = vm.arriving.as_ref().filter(|_| state != VmState::Moving) {
+            return Err(half_here(vm, &a.from));
+        }
+        let hint = match state {
+            VmState::Running => return Ok(()),
+            // One that no operation works on was left behind: its site ends what there is of it.
+            VmState::Starting | VmState::Docking if force && !self.ops.works_on(vm.id) => {
+                return Ok(());
+            }
+            VmState::Starting | VmState::Docking => {
+                format!(
+                    "wait for it, or cancel it: godwit op list; or delete it: godwit vm delete {name}"
+                )
+            }
+            VmState::Moving => {
+                format!("wait for its move, or end that: godwit vm stop {name} --force")
+            }
+            VmState::Stopped | VmState::Failed => format!(
+                "boot it from its disk: godwit vm start {name}; or delete it: godwit vm delete \
+                 {name}"
+            ),
+        };
+        Err(Fault::conflict(format!("machine '{name}' is {state}")).hint(hint))
+    }
+
     /// Ends an environment and removes all it has.
     ///
     /// # Errors
@@ -392,7 +418,7 @@ impl Controller {
         key: &str,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
-        let vm = self.vm_for(who, Action::Change, key)?;
+        let vm = self.finder.vm_for(who, Action::Change, key)?;
         let who = &who.at(&vm.tenant);
         // One that no operation works on was left behind: this is the way out.
         let changing = matches!(vm.state, VmState::Docking | VmState::Starting);
@@ -400,8 +426,8 @@ impl Controller {
             return Err(Fault::conflict(format!("machine '{}' is {}", vm.name, vm.state))
                 .hint("wait for it or cancel it: godwit op list"));
         }
-        let moving = self.is_moving(&vm)?;
-        let host = self.host(&vm.site)?;
+        let moving = self.moves.is_moving(&vm)?;
+        let host = self.sites.host(&vm.site)?;
         let plan = match moving {
             true => format!("end the move of '{}' and delete it with its disk", vm.name),
             false => format!("delete '{}' at {} with its disk", vm.name, vm.site),
@@ -415,8 +441,8 @@ impl Controller {
             .ops
             .start(who, kind, |op| async move {
                 let (vm, host) = if moving {
-                    let now = me.end_move(&op, &vm, Wanted::Nothing).await?;
-                    let host = me.host(&now.site)?;
+                    let now = me.moves.end_move(&op, &vm, Wanted::Nothing).await?;
+                    let host = me.sites.host(&now.site)?;
                     (now, host)
                 } else {
                     (vm, host)
@@ -427,7 +453,7 @@ impl Controller {
                     Err(f) if f.code != Code::NotFound => return Err(f),
                     _ => {}
                 }
-                me.release_source(&vm).await;
+                me.moves.release_source(&vm).await;
                 me.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
                 op.done(StepName::Delete)?;
                 Ok(json!({}))
@@ -447,7 +473,7 @@ impl Controller {
         how: DockVm,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
-        let vm = self.vm_for(who, Action::Use, key)?;
+        let vm = self.finder.vm_for(who, Action::Use, key)?;
         let who = &who.at(&vm.tenant);
         let substrate = SubstrateId::new();
         let kind = how.kind.unwrap_or(match vm.private_of {
@@ -456,7 +482,7 @@ impl Controller {
         });
         let owner = match (&vm.private_of, kind) {
             (Some(of), SubstrateKind::Private) => of.clone(),
-            _ => self.owner_for(who),
+            _ => self.finder.owner_for(who),
         };
         let (none, tenant) = (BTreeSet::new(), &vm.tenant);
         let made = Object::Substrate { tenant, owner: &owner, kind, granted: &none };
@@ -467,8 +493,8 @@ impl Controller {
         allow(who, action, &made, ("machine", key))?;
         vm.state.to(VmState::Docking).map_err(|e| state_fault(&vm, &e))?;
         let name = how.name.unwrap_or_else(|| vm.name.clone());
-        self.is_new_substrate(&vm.tenant, &name)?;
-        let host = self.host(&vm.site)?;
+        self.exchange.is_new_substrate(&vm.tenant, &name)?;
+        let host = self.sites.host(&vm.site)?;
         generalises(&*host, kind)?;
         let plan = format!("dock '{}' at {} as substrate '{name}'", vm.name, vm.site);
         if mode == Mode::DryRun {
@@ -477,8 +503,8 @@ impl Controller {
         let at_sites = name_at_sites(&vm.tenant, &name, substrate)?;
         // Until the operation is entered, so that no two get one name.
         let one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
-        self.is_new_substrate(&vm.tenant, &name)?;
-        let vm = self.change_vm(&vm, vm.generation, |v| {
+        self.exchange.is_new_substrate(&vm.tenant, &name)?;
+        let vm = self.warrants.change_vm(&vm, vm.generation, |v| {
             Ok(v.become_state(VmState::Docking, UnixMs::now())?)
         })?;
         let request = verbs::VmDock {
@@ -504,8 +530,8 @@ impl Controller {
             match outcome {
                 Ok(info) => {
                     let report = info.dock.clone();
-                    Self::is_wanted(&record.site, substrate, &info)?;
-                    me.adopt_substrate(&record.site, info)?;
+                    Exchange::is_wanted(&record.site, substrate, &info)?;
+                    me.exchange.adopt_substrate(&record.site, info)?;
                     me.registry.vm_remove(record.id, record.generation).map_err(registry_fault)?;
                     op.done(StepName::Dock)?;
                     Ok(json!({ "substrate": substrate, "dock": report }))
@@ -525,7 +551,7 @@ impl Controller {
         match started {
             Ok(op) => Ok(Accepted { op: Some(op), plan, target: Some(vm.name.to_string()) }),
             Err(e) => {
-                self.change_vm(&vm, vm.generation, |v| {
+                self.warrants.change_vm(&vm, vm.generation, |v| {
                     Ok(v.become_state(VmState::Running, UnixMs::now())?)
                 })?;
                 Err(registry_fault(e))
@@ -562,7 +588,7 @@ impl Controller {
                 })?;
                 match job(vm.clone(), op.clone()).await {
                     Ok(v) => {
-                        me.change_vm(&vm, vm.generation, |v| {
+                        me.warrants.change_vm(&vm, vm.generation, |v| {
                             if v.state != goal {
                                 v.become_state(goal, UnixMs::now())?;
                             }
@@ -572,7 +598,7 @@ impl Controller {
                         Ok(v)
                     }
                     Err(f) => {
-                        me.settle_vm(&vm, &f).await?;
+                        me.settler.settle_vm(&vm, &f).await?;
                         op.undone(step)?;
                         Err(f)
                     }

@@ -7,7 +7,7 @@ use godwit_site::verbs::{MigrateDial, Request};
 use godwit_site::{Asking, Call, Incoming, SiteHost, SiteRequest, verbs};
 use godwit_types::Fault;
 
-use super::Controller;
+use super::Moves;
 use super::moves::Move;
 
 /// How often the relays are brought together until they have met.
@@ -39,7 +39,7 @@ pub(super) fn may_dial(asking: &Asking<Vec<u8>>) -> bool {
     }
 }
 
-impl Controller {
+impl Moves {
     /// Has the destination's relay dial the source's whenever that waits for it. Ends at once for a
     /// destination that listens, else not before whoever follows the move.
     pub(super) async fn introduce(&self, m: &Move, dials: bool) {
@@ -48,7 +48,7 @@ impl Controller {
         }
         let mut pause = BEGIN_LOOK;
         loop {
-            if let (Ok(src), Ok(dst)) = (self.host(&m.from), self.host(&m.to)) {
+            if let (Ok(src), Ok(dst)) = (self.sites.host(&m.from), self.sites.host(&m.to)) {
                 if src.speaks().min(dst.speaks()) < MigrateDial::SINCE {
                     return;
                 }

@@ -16,6 +16,12 @@
 //!   v
 //! Running at B
 //! ```
+//!
+//! It is made of parts, each of which owns what it knows and is called by its field: `sites` (who is
+//! reachable), `warrants` (the records of machines and where each may run), `finder` (what is there
+//! for whom), `accounts` (people and the log), `programs` (in guests), `exchange` (substrates from
+//! site to site), `moves`, `settler` (what sites say of machines), `pool`. What needs several of them
+//! is here: to make, start, stop, dock and delete a machine, and to go on after a restart.
 
 mod arrive;
 mod ask;
@@ -35,6 +41,7 @@ mod rebuild;
 mod recover;
 mod refusals;
 mod settle;
+mod sites;
 #[cfg(test)]
 pub(crate) mod tests;
 #[cfg(test)]
@@ -42,26 +49,37 @@ mod tests_arrive;
 #[cfg(test)]
 mod tests_belief;
 #[cfg(test)]
+mod tests_older;
+#[cfg(test)]
 mod tests_tenants;
 mod warrants;
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use godwit_transfer::{Authority, Revocations};
-use godwit_types::{Fault, Generation, Mib, Name, OpId, SiteKind, SubstrateKind, UnixMs};
+use godwit_transfer::Authority;
+use godwit_types::{Fault, Mib, Name, OpId, SiteKind, SubstrateKind, UnixMs};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use utoipa::ToSchema;
+
+use authorize::Finder;
+pub(crate) use bring::Exchange;
+use exec::Programs;
+use moves::Moves;
+use people::Accounts;
+use pool::Pool;
+use recover::Settler;
+use sites::Sites;
+use warrants::Warrants;
 
 pub use exec::GuestProcess;
 pub use people::{ApiToken, NewApiToken, NewTenant, NewUser};
 
 use crate::clock::Moment;
 use crate::ops::Ops;
-use crate::registry::{Registry, SiteRecord, VmRecord, registry_fault};
-use godwit_site::{Call, SiteHost, SiteReport, verbs};
+use crate::registry::{Registry, SiteRecord, registry_fault};
+use godwit_site::{SiteHost, SiteReport};
 
 pub(crate) use ask::ask_all;
 pub use ask::{ANSWER_WITHIN, Unanswered};
@@ -133,27 +151,30 @@ pub enum Mode {
     DryRun,
 }
 
-/// The hosts that are attached, and a number that grows with each change of them.
-struct Sites {
-    hosts: RwLock<BTreeMap<Name, Arc<dyn SiteHost>>>,
-    changes: watch::Sender<u64>,
-}
-
-/// The controller of one center.
+/// The controller of one center: parts that own what they know, and what needs several of them.
 pub struct Controller {
     registry: Arc<Registry>,
     ops: Arc<Ops>,
-    authority: Arc<Authority>,
-    sites: Sites,
-    bringing: bring::Bringing,
-    uploads: origin::Uploads,
-    disks: disks::Disks,
-    refusals: refusals::Refusals,
-    settled: recover::Settled,
+    /// The sites that are reachable.
+    pub(crate) sites: Arc<Sites>,
+    /// The center's word on where machines may run.
+    pub(crate) warrants: Arc<Warrants>,
+    /// What is there for whom.
+    pub(crate) finder: Arc<Finder>,
+    /// Who there is, and what each has done.
+    pub(crate) accounts: Arc<Accounts>,
+    /// Programs in guests.
+    pub(crate) programs: Arc<Programs>,
+    /// Substrates, wherever they are.
+    pub(crate) exchange: Arc<Exchange>,
+    /// Machines on their way.
+    pub(crate) moves: Arc<Moves>,
+    /// What sites say of machines.
+    pub(crate) settler: Arc<Settler>,
+    /// Images and pools.
+    pub(crate) pool: Arc<Pool>,
     /// One machine at a time is entered: what may run once only is not entered twice.
-    entering: std::sync::Mutex<()>,
-    /// How long a machine is waited for that lacks something of a site that is away.
-    patience: Duration,
+    entering: Arc<std::sync::Mutex<()>>,
 }
 
 impl std::fmt::Debug for Controller {
@@ -177,18 +198,72 @@ impl Controller {
         authority: Arc<Authority>,
         patience: Duration,
     ) -> Arc<Self> {
-        Arc::new(Self {
-            patience,
-            authority,
-            ops: Ops::new(registry.clone()),
-            registry,
-            sites: Sites { hosts: RwLock::default(), changes: watch::Sender::new(0) },
+        let ops = Ops::new(registry.clone());
+        let entering = Arc::<std::sync::Mutex<()>>::default();
+        let sites = Arc::new(Sites {
+            registry: registry.clone(),
+            hosts: RwLock::default(),
+            changes: watch::Sender::new(0),
+        });
+        let warrants = Arc::new(Warrants { registry: registry.clone(), authority });
+        let finder = Arc::new(Finder { registry: registry.clone(), ops: ops.clone() });
+        let accounts = Arc::new(Accounts {
+            registry: registry.clone(),
+            finder: finder.clone(),
+            refusals: refusals::Refusals::default(),
+        });
+        let programs = Arc::new(Programs {
+            registry: registry.clone(),
+            sites: sites.clone(),
+            finder: finder.clone(),
+            accounts: accounts.clone(),
+        });
+        let exchange = Arc::new(Exchange {
+            registry: registry.clone(),
+            ops: ops.clone(),
+            sites: sites.clone(),
+            finder: finder.clone(),
             bringing: bring::Bringing::default(),
             uploads: origin::Uploads::default(),
             disks: disks::Disks::default(),
-            refusals: refusals::Refusals::default(),
+            entering: entering.clone(),
+        });
+        let settler = Arc::new(Settler {
+            registry: registry.clone(),
+            ops: ops.clone(),
+            sites: sites.clone(),
+            warrants: warrants.clone(),
             settled: recover::Settled::default(),
-            entering: std::sync::Mutex::default(),
+        });
+        let moves = Arc::new(Moves {
+            registry: registry.clone(),
+            ops: ops.clone(),
+            sites: sites.clone(),
+            warrants: warrants.clone(),
+            finder: finder.clone(),
+            settler: settler.clone(),
+            patience,
+        });
+        let pool = Arc::new(Pool {
+            registry: registry.clone(),
+            ops: ops.clone(),
+            sites: sites.clone(),
+            finder: finder.clone(),
+            accounts: accounts.clone(),
+        });
+        Arc::new(Self {
+            registry,
+            ops,
+            sites,
+            warrants,
+            finder,
+            accounts,
+            programs,
+            exchange,
+            moves,
+            settler,
+            pool,
+            entering,
         })
     }
 
@@ -232,7 +307,7 @@ impl Controller {
         };
         self.registry.sites().put(&record).map_err(registry_fault)?;
         // What it runs is asked for once, whatever it said when it was here before.
-        self.unsettle(&name);
+        self.settler.unsettle(&name);
         self.sites
             .hosts
             .write()
@@ -262,40 +337,6 @@ impl Controller {
         }
     }
 
-    /// Sends the list of revoked certificates to every site that is attached. One that cannot be
-    /// told now is told when it comes back.
-    pub async fn spread_revocations(&self, list: &Revocations) {
-        let hosts = self.hosts();
-        futures::future::join_all(hosts.iter().map(|h| self.tell_revocations(h, list))).await;
-    }
-
-    /// Sends the list of revoked certificates to one site.
-    pub async fn tell_revocations(&self, host: &Arc<dyn SiteHost>, list: &Revocations) {
-        let request = verbs::Revoke { list: list.clone() };
-        let told = tokio::time::timeout(ANSWER_WITHIN, host.ask(request, Call::quiet())).await;
-        let told = told.unwrap_or_else(|_| Err(Fault::unavailable("it did not answer")));
-        if let Err(error) = told {
-            tracing::warn!(site = %host.name(), %error, "not told of revoked certificates");
-        }
-    }
-
-    /// Whether `host` is the one by which its site is reached.
-    fn is_attached(&self, host: &Arc<dyn SiteHost>) -> bool {
-        let hosts = self.sites.hosts.read().unwrap_or_else(PoisonError::into_inner);
-        hosts.get(host.name()).is_some_and(|h| Arc::ptr_eq(h, host))
-    }
-
-    /// Waits until `host` is not the attached one any more: its link is gone, or replaced.
-    async fn gone(&self, host: &Arc<dyn SiteHost>) {
-        let mut changes = self.sites.changes.subscribe();
-        loop {
-            changes.borrow_and_update();
-            if !self.is_attached(host) || changes.changed().await.is_err() {
-                return;
-            }
-        }
-    }
-
     /// Takes a site's report and what it says of its machines and substrates.
     ///
     /// # Errors
@@ -315,13 +356,13 @@ impl Controller {
         report: &SiteReport,
         asked_at: u64,
     ) -> Result<(), Fault> {
-        let report = self.adopt_substrates(host, report.clone()).await?;
+        let report = self.exchange.adopt_substrates(host, report.clone()).await?;
         self.registry
             .sites()
             .report(host.name(), report.clone(), Moment::now(), LEASE)
             .map_err(registry_fault)?;
         self.registry.substrates_damaged(host.name(), &report.damaged).map_err(registry_fault)?;
-        self.settle_machines(host, report.machines, asked_at).await
+        self.settler.settle_machines(host, report.machines, asked_at).await
     }
 
     /// Keeps a site's lease fresh until it stops answering, when it is detached, or until another
@@ -332,7 +373,7 @@ impl Controller {
         let mut missed = 0;
         loop {
             tick.tick().await;
-            if !self.is_attached(&host) {
+            if !self.sites.is_attached(&host) {
                 return;
             }
             self.registry.sites().lapsed(host.name(), Moment::now());
@@ -357,67 +398,5 @@ impl Controller {
                 return;
             }
         }
-    }
-
-    /// The attached host of that name.
-    ///
-    /// # Errors
-    /// Not found for a site that never joined, unavailable for one that is away.
-    pub fn host(&self, name: &Name) -> Result<Arc<dyn SiteHost>, Fault> {
-        let hosts = self.sites.hosts.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(h) = hosts.get(name) {
-            return Ok(h.clone());
-        }
-        drop(hosts);
-        let site = self.registry.sites().get(name).map_err(registry_fault)?;
-        if site.revoked {
-            return Err(Fault::conflict(format!("site '{}' was revoked", site.name)).hint(format!(
-                "let it join anew: godwit site token {0}, then godwit site join --replace there",
-                site.name
-            )));
-        }
-        Err(Fault::unavailable(format!(
-            "site '{}' is not connected (last heard of {})",
-            site.name,
-            site.last_seen.rfc3339()
-        ))
-        .hint("its daemon reconnects by itself; see: godwit site list"))
-    }
-
-    /// All attached hosts, by name.
-    #[must_use]
-    pub fn hosts(&self) -> Vec<Arc<dyn SiteHost>> {
-        let hosts = self.sites.hosts.read().unwrap_or_else(PoisonError::into_inner);
-        hosts.values().cloned().collect()
-    }
-
-    /// Waits until a site is attached.
-    async fn await_host(&self, name: &Name, limit: Duration) -> Result<Arc<dyn SiteHost>, Fault> {
-        let mut changes = self.sites.changes.subscribe();
-        let wait = async {
-            loop {
-                changes.borrow_and_update();
-                if let Ok(h) = self.host(name) {
-                    return h;
-                }
-                if changes.changed().await.is_err() {
-                    std::future::pending::<()>().await;
-                }
-            }
-        };
-        match tokio::time::timeout(limit, wait).await {
-            Ok(h) => Ok(h),
-            Err(_) => self.host(name),
-        }
-    }
-
-    /// Changes a machine's record under its generation.
-    fn change_vm(
-        &self,
-        vm: &VmRecord,
-        generation: Generation,
-        change: impl FnOnce(&mut VmRecord) -> Result<(), crate::registry::RegistryError>,
-    ) -> Result<VmRecord, Fault> {
-        self.registry.vm_update(vm.id, generation, change).map_err(registry_fault)
     }
 }

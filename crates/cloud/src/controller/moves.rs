@@ -12,10 +12,12 @@ use serde_json::json;
 use super::authorize::allow;
 use super::lifecycle::{call_of, dry, state_fault};
 use super::meet::can_be_dialled;
-use super::{Accepted, Controller, MigrateVm, Mode};
+use super::{Accepted, Finder, MigrateVm, Mode, Settler, Sites, Warrants};
 use crate::access::{Action, Object, Principal};
+use crate::ops::Ops;
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
+use crate::registry::Registry;
 use crate::registry::{Arriving, StepKind, StepName, VmRecord, registry_fault};
 
 /// How long a destination that was lost during the switch is asked for.
@@ -77,12 +79,24 @@ impl Move {
     }
 }
 
-impl Controller {
+/// Machines on their way from one site to another.
+pub(crate) struct Moves {
+    pub(super) registry: Arc<Registry>,
+    pub(super) ops: Arc<Ops>,
+    pub(super) sites: Arc<Sites>,
+    pub(super) warrants: Arc<Warrants>,
+    pub(super) finder: Arc<Finder>,
+    pub(super) settler: Arc<Settler>,
+    /// How long a machine is waited for that lacks something of a site that is away.
+    pub(super) patience: Duration,
+}
+
+impl Moves {
     /// Moves a running environment to another site.
     ///
     /// # Errors
     /// What refuses it: its state, the sites, no room.
-    pub fn migrate(
+    pub(crate) fn migrate(
         self: &Arc<Self>,
         who: &Principal,
         key: &str,
@@ -90,7 +104,7 @@ impl Controller {
         mode: Mode,
     ) -> Result<Accepted, Fault> {
         let requested = Some(clock::now());
-        let vm = self.vm_for(who, Action::Use, key)?;
+        let vm = self.finder.vm_for(who, Action::Use, key)?;
         if let Some(site) = &want.to {
             allow(who, Action::Use, &Object::Site, ("site", site.as_str()))?;
         }
@@ -111,16 +125,16 @@ impl Controller {
             only: want.to,
             not: Some(vm.site.clone()),
         };
-        let to = self.choose(&demand, None)?.site;
+        let to = self.sites.choose(&demand, None)?.site;
         for site in [&vm.site, &to] {
-            let _ = self.host(site)?;
+            let _ = self.sites.host(site)?;
         }
         let plan = format!("move '{}' from {} to {to} by scheme {scheme}", vm.name, vm.site);
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
         // From here on a second migration is refused by the state.
-        let vm = self.change_vm(&vm, vm.generation, |v| {
+        let vm = self.warrants.change_vm(&vm, vm.generation, |v| {
             v.become_state(VmState::Moving, UnixMs::now())?;
             v.moving_to = Some(to.clone());
             Ok(())
@@ -143,7 +157,7 @@ impl Controller {
         match started {
             Ok(op) => Ok(Accepted { op: Some(op), plan, target: Some(name) }),
             Err(e) => {
-                self.change_vm(&back, back.generation, |v| {
+                self.warrants.change_vm(&back, back.generation, |v| {
                     Ok(v.become_state(VmState::Running, UnixMs::now())?)
                 })?;
                 Err(registry_fault(e))
@@ -160,15 +174,15 @@ impl Controller {
             Ok(request) => request,
             Err(f) => {
                 // Nothing was sent yet.
-                self.void_warrant(&m.vm, m.generation, &m.to);
+                self.warrants.void_warrant(&m.vm, m.generation, &m.to);
                 for site in [&m.to, &m.from] {
-                    let Ok(host) = self.host(site) else { continue };
+                    let Ok(host) = self.sites.host(site) else { continue };
                     let abort = verbs::MigrateAbort { migration: m.id, vm: m.vm.id };
                     if let Err(e) = host.ask(abort, Call::quiet()).await {
                         tracing::warn!(%site, error = %e, "abort of a migration");
                     }
                 }
-                self.settle_vm(&m.vm, &f).await?;
+                self.settler.settle_vm(&m.vm, &f).await?;
                 return Err(f);
             }
         };
@@ -179,7 +193,7 @@ impl Controller {
 
     /// The failure as the destination tells it, where that says more: it was full.
     async fn explained(&self, m: &Move, f: Fault) -> Fault {
-        let Ok(dst) = self.host(&m.to) else { return f };
+        let Ok(dst) = self.sites.host(&m.to) else { return f };
         let whole = verbs::MigrateReceived { migration: m.id };
         match tokio::time::timeout(EXPLAIN_WITHIN, dst.ask(whole, Call::quiet())).await {
             Ok(Err(there)) if there.code == Code::NoRoom => there,
@@ -188,7 +202,7 @@ impl Controller {
     }
 
     async fn prepare(self: &Arc<Self>, op: &OpHandle, m: &Move) -> Result<Asking<Vec<u8>>, Fault> {
-        let (src, dst) = (self.host(&m.from)?, self.host(&m.to)?);
+        let (src, dst) = (self.sites.host(&m.from)?, self.sites.host(&m.to)?);
         let (vm, generation) = (m.vm.id, m.vm.generation);
         let request = verbs::MigrateManifest { vm, generation };
         let (manifest, ()) =
@@ -196,7 +210,7 @@ impl Controller {
         let manifest = manifest?;
         op.check()?;
         op.begin(StepKind::Prepare { migration: m.id, at: m.to.clone() })?;
-        let warrant = self.warrant(&m.vm, m.generation, &m.to)?;
+        let warrant = self.warrants.warrant(&m.vm, m.generation, &m.to)?;
         let request = verbs::MigratePrepare {
             migration: m.id,
             machine: status_of(&m.vm),
@@ -252,9 +266,9 @@ impl Controller {
             Ok(report) => report,
             Err(f) => {
                 if !self.has_switched(m)? && !self.find_out(op, m, &f).await? {
-                    self.void_warrant(&m.vm, m.generation, &m.to);
+                    self.warrants.void_warrant(&m.vm, m.generation, &m.to);
                     let f = self.explained(m, f).await;
-                    self.settle_vm(&m.vm, &f).await?;
+                    self.settler.settle_vm(&m.vm, &f).await?;
                     op.undone(StepName::Send)?;
                     return Err(f);
                 }
@@ -286,7 +300,7 @@ impl Controller {
             let abort = verbs::MigrateAbort { migration: m.id, vm: m.vm.id };
             let home = self.state_at_source(m).await;
             let at_home = home.is_some();
-            let fenced = match self.host(&m.to) {
+            let fenced = match self.sites.host(&m.to) {
                 Ok(dst) => tokio::time::timeout(ABORT_WITHIN, dst.ask(abort, Call::quiet())).await,
                 Err(f) => Ok(Err(f)),
             };
@@ -294,7 +308,7 @@ impl Controller {
                 Ok(Ok(())) if home == Some(VmState::Running) => return Ok(false),
                 Ok(Ok(())) => {
                     // The source waits for this word, or has nobody left who could take it.
-                    if let Ok(src) = self.host(&m.from) {
+                    if let Ok(src) = self.sites.host(&m.from) {
                         let fate = verbs::MigrateFate { migration: m.id, dead: true };
                         match src.ask(fate, Call::quiet()).await {
                             // It has ended, and its site has cleared up after the move.
@@ -348,7 +362,7 @@ impl Controller {
 
     /// A machine that was lost in the switch itself, at its source.
     fn cut_off(&self, m: &Move, why: Fault) -> Result<Fault, Fault> {
-        self.change_vm(&m.vm, m.vm.generation, |v| {
+        self.warrants.change_vm(&m.vm, m.vm.generation, |v| {
             v.become_state(VmState::Failed, UnixMs::now())?;
             v.reason = Some(why.message.clone());
             Ok(())
@@ -358,7 +372,7 @@ impl Controller {
 
     /// What a machine is at its source, if it is there and settled.
     async fn state_at_source(&self, m: &Move) -> Option<VmState> {
-        let src = self.host(&m.from).ok()?;
+        let src = self.sites.host(&m.from).ok()?;
         let asked = tokio::time::timeout(ABORT_WITHIN, src.machine(m.vm.id)).await;
         let there = asked.ok()?.ok()??;
         let state = (there.generation == m.vm.generation).then_some(there.state)?;
@@ -371,7 +385,7 @@ impl Controller {
         let deadline = tokio::time::Instant::now() + FATE_LIMIT;
         let dead = loop {
             let abort = verbs::MigrateAbort { migration: m.id, vm: m.vm.id };
-            let said = match self.host(&m.to) {
+            let said = match self.sites.host(&m.to) {
                 Ok(dst) => dst.ask(abort, Call::quiet()).await,
                 Err(f) => Err(f),
             };
@@ -389,7 +403,7 @@ impl Controller {
             }
         };
         let fate = verbs::MigrateFate { migration: m.id, dead };
-        let told = match self.host(&m.from) {
+        let told = match self.sites.host(&m.from) {
             Ok(src) => src.ask(fate, Call::quiet()).await,
             Err(f) => Err(f),
         };
@@ -404,7 +418,7 @@ impl Controller {
         if now.generation > m.vm.generation {
             return Ok(());
         }
-        self.change_vm(&m.vm, m.vm.generation, |v| {
+        self.warrants.change_vm(&m.vm, m.vm.generation, |v| {
             v.become_state(VmState::Running, UnixMs::now())?;
             v.site = m.to.clone();
             v.reach(m.generation);
@@ -427,7 +441,7 @@ impl Controller {
         let mut vm = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
         if vm.state == VmState::Failed {
             // It had been given up.
-            vm = self.change_vm(&vm, vm.generation, |v| {
+            vm = self.warrants.change_vm(&vm, vm.generation, |v| {
                 Ok(v.become_state(VmState::Running, UnixMs::now())?)
             })?;
         }

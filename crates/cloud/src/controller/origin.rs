@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use godwit_site::{SubstrateInfo, Upload};
 use godwit_types::{Code, Fault, Name, SiteKind, SubstrateId, SubstrateKind};
 
-use super::Controller;
 use super::authorize::{allow, name_at_sites};
+use super::{Exchange, Finder};
 use crate::access::{Action, Object, Principal, default_tenant, may, operator};
 use crate::ops::OpKind;
 use crate::registry::{OpRecord, SubstrateRecord, registry_fault};
@@ -56,14 +56,14 @@ impl Uploads {
 
 /// A file that a user brings; dropped, it is forgotten.
 pub(crate) struct Uploading {
-    controller: Arc<Controller>,
+    exchange: Arc<Exchange>,
     /// What its site is told.
     pub(crate) want: Upload,
 }
 
 impl Drop for Uploading {
     fn drop(&mut self) {
-        self.controller.uploads.all().remove(&self.want.id);
+        self.exchange.uploads.all().remove(&self.want.id);
     }
 }
 
@@ -73,13 +73,13 @@ impl Uploading {
     /// # Errors
     /// No room, by the tenant's quota.
     pub(crate) fn count(&self, more: u64) -> Result<(), Fault> {
-        let mut all = self.controller.uploads.all();
+        let mut all = self.exchange.uploads.all();
         let Some(this) = all.get_mut(&self.want.id) else { return Ok(()) };
         this.bytes += more;
         let tenant = this.tenant.clone();
         let coming = all.values().filter(|u| u.tenant == tenant).map(|u| u.bytes).sum();
         drop(all);
-        self.controller.registry.quotas().pool_has_room(&tenant, coming).map_err(registry_fault)
+        self.exchange.registry.pool_has_room(&tenant, coming).map_err(registry_fault)
     }
 }
 
@@ -100,7 +100,7 @@ const fn not_public(kind: SubstrateKind) -> SubstrateKind {
     }
 }
 
-impl Controller {
+impl Finder {
     /// Whose it is what `who` makes in the tenant that it acts in: names are per tenant, so of an
     /// operator of another tenant it is the operator's.
     pub(super) fn owner_for(&self, who: &Principal) -> Name {
@@ -109,7 +109,9 @@ impl Controller {
             _ => operator(),
         }
     }
+}
 
+impl Exchange {
     /// Refuses a name that a substrate of the tenant has, or one that is being docked or brought
     /// will have.
     pub(super) fn is_new_substrate(&self, tenant: &Name, name: &Name) -> Result<(), Fault> {
@@ -142,7 +144,7 @@ impl Controller {
         name: &Name,
         bytes: Option<u64>,
     ) -> Result<Uploading, Fault> {
-        let user = self.owner_for(who);
+        let user = self.finder.owner_for(who);
         let made = Object::Substrate {
             tenant: &who.tenant,
             owner: &user,
@@ -165,8 +167,8 @@ impl Controller {
         let (tenant, name) = (who.tenant.clone(), name.clone());
         self.uploads.all().insert(id, FileUpload { tenant, user, name, bytes: 0 });
         drop(one);
-        let upload = Uploading { controller: self.clone(), want };
-        let room = self.registry.quotas().pool_has_room(&who.tenant, bytes.unwrap_or_default());
+        let upload = Uploading { exchange: self.clone(), want };
+        let room = self.registry.pool_has_room(&who.tenant, bytes.unwrap_or_default());
         room.map_err(registry_fault)?;
         Ok(upload)
     }
@@ -248,7 +250,7 @@ impl Controller {
 
     /// The substrates that the center has asked a site to dock: a site publishes nothing by itself.
     pub(super) fn asked_for(&self, site: &Name) -> Result<HashSet<SubstrateId>, Fault> {
-        let ops = self.ops().list().map_err(registry_fault)?;
+        let ops = self.ops.list().map_err(registry_fault)?;
         let here = |o: &OpRecord| o.journal.iter().any(|s| s.what.docks_at() == Some(site));
         Ok(ops
             .iter()

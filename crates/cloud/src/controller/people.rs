@@ -6,14 +6,17 @@ use godwit_types::{Code, Fault, Name, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Controller;
+use super::Finder;
 use super::authorize::{allow, unseen};
+use super::refusals::Refusals;
 use crate::access::{Action, Object, Principal, Role, may};
+use crate::registry::Registry;
 use crate::registry::audit::Note;
 use crate::registry::{
     AuditEnd, AuditEntry, Drawn, Quota, SubstrateRecord, TenantQuota, TenantRecord, TokenInfo,
     TokenRecord, UserRecord, registry_fault,
 };
+use std::sync::Arc;
 
 /// A tenant to be made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -64,11 +67,19 @@ impl std::fmt::Debug for ApiToken {
 /// The longest life of a token with an end, in seconds: ten years.
 const MAX_LIFETIME_S: u64 = 10 * 365 * 86_400;
 
-impl Controller {
+/// Tenants, users, tokens and quotas, and the log of what was done.
+pub(crate) struct Accounts {
+    pub(super) registry: Arc<Registry>,
+    pub(super) finder: Arc<Finder>,
+    /// Those of late.
+    pub(super) refusals: Refusals,
+}
+
+impl Accounts {
     /// The tenants that are there for `who`.
     #[must_use]
-    pub fn tenants_for(&self, who: &Principal) -> Vec<TenantRecord> {
-        let mut all = self.registry.people().tenants();
+    pub(crate) fn tenants_for(&self, who: &Principal) -> Vec<TenantRecord> {
+        let mut all = self.registry.tenants();
         all.retain(|t| may(who, Action::See, &Object::Tenant { name: &t.name }).is_ok());
         all
     }
@@ -77,7 +88,11 @@ impl Controller {
     ///
     /// # Errors
     /// Forbidden, exists.
-    pub fn tenant_create(&self, who: &Principal, new: NewTenant) -> Result<TenantRecord, Fault> {
+    pub(crate) fn tenant_create(
+        &self,
+        who: &Principal,
+        new: NewTenant,
+    ) -> Result<TenantRecord, Fault> {
         // Whether there is one is not told: only an operator may, or may not.
         allow(who, Action::Create, &Object::Tenant { name: &who.tenant }, ("tenant", ""))?;
         self.registry.people().tenant_add(who, &TenantRecord::new(new.name)).map_err(registry_fault)
@@ -87,7 +102,7 @@ impl Controller {
     ///
     /// # Errors
     /// Forbidden, not found; conflict that says what it still has.
-    pub fn tenant_delete(&self, who: &Principal, name: &Name) -> Result<(), Fault> {
+    pub(crate) fn tenant_delete(&self, who: &Principal, name: &Name) -> Result<(), Fault> {
         allow(who, Action::Change, &Object::Tenant { name }, ("tenant", name.as_str()))?;
         self.registry.people().tenant_remove(who, name).map_err(registry_fault)
     }
@@ -96,7 +111,7 @@ impl Controller {
     ///
     /// # Errors
     /// Not found.
-    pub fn quota(&self, who: &Principal, name: &Name) -> Result<TenantQuota, Fault> {
+    pub(crate) fn quota(&self, who: &Principal, name: &Name) -> Result<TenantQuota, Fault> {
         allow(who, Action::See, &Object::Tenant { name }, ("tenant", name.as_str()))?;
         self.registry.quotas().of(name).map_err(registry_fault)
     }
@@ -105,7 +120,7 @@ impl Controller {
     ///
     /// # Errors
     /// Forbidden, not found.
-    pub fn quota_set(
+    pub(crate) fn quota_set(
         &self,
         who: &Principal,
         name: &Name,
@@ -120,14 +135,14 @@ impl Controller {
     ///
     /// # Errors
     /// Forbidden, not found; conflict for a substrate that is not restricted.
-    pub fn grant(
+    pub(crate) fn grant(
         &self,
         who: &Principal,
         key: &str,
         tenant: &Name,
         may: bool,
     ) -> Result<SubstrateRecord, Fault> {
-        let s = self.substrate_for(who, Action::Change, key)?;
+        let s = self.finder.substrate_for(who, Action::Change, key)?;
         self.registry.substrate_grant(who, s.id, tenant, may).map_err(registry_fault)
     }
 
@@ -136,7 +151,7 @@ impl Controller {
     ///
     /// # Errors
     /// Forbidden; when the registry fails.
-    pub fn audit_for(
+    pub(crate) fn audit_for(
         &self,
         who: &Principal,
         limit: usize,
@@ -156,7 +171,7 @@ impl Controller {
     ///
     /// # Errors
     /// Forbidden; damaged, with the number of the entry.
-    pub fn audit_verify(&self, who: &Principal) -> Result<AuditEnd, Fault> {
+    pub(crate) fn audit_verify(&self, who: &Principal) -> Result<AuditEnd, Fault> {
         allow(who, Action::See, &Object::Cloud, ("site", ""))?;
         self.registry.audit().verify().map_err(registry_fault)
     }
@@ -167,17 +182,17 @@ impl Controller {
         self.enter(Note::of(who, action, object));
     }
 
-    /// As [`Controller::note`], of what is about to be done: whoever hangs up meanwhile is in the log.
+    /// As [`Accounts::note`], of what is about to be done: whoever hangs up meanwhile is in the log.
     pub(crate) fn note_begun(&self, who: &Principal, action: &str, object: &str) {
         self.enter(Note { outcome: "begun", ..Note::of(who, action, object) });
     }
 
-    /// As [`Controller::note`], of what concerns the cloud as a whole.
+    /// As [`Accounts::note`], of what concerns the cloud as a whole.
     pub(crate) fn note_of_cloud(&self, who: &Principal, action: &str, object: &str) {
         self.enter(Note::of_cloud(who, action, object));
     }
 
-    /// As [`Controller::note`], of a substrate that `who` uses: its tenant finds it in its log too.
+    /// As [`Accounts::note`], of a substrate that `who` uses: its tenant finds it in its log too.
     pub(crate) fn note_substrate(&self, who: &Principal, action: &str, s: &SubstrateRecord) {
         self.note(who, action, s.name.as_str());
         if s.tenant != who.tenant {
@@ -186,7 +201,7 @@ impl Controller {
         }
     }
 
-    /// As [`Controller::note`], of what was refused. Equal ones are entered once a minute.
+    /// As [`Accounts::note`], of what was refused. Equal ones are entered once a minute.
     pub(crate) fn note_refused(&self, who: &Principal, object: &str) {
         let Some(left_out) = self.refusals.admit(&who.id, object, Instant::now()) else { return };
         let outcome = match left_out {
@@ -206,8 +221,8 @@ impl Controller {
 
     /// The users that are there for `who`, by tenant and name.
     #[must_use]
-    pub fn users_for(&self, who: &Principal) -> Vec<UserRecord> {
-        let mut all = self.registry.people().users();
+    pub(crate) fn users_for(&self, who: &Principal) -> Vec<UserRecord> {
+        let mut all = self.registry.users();
         all.retain(|u| {
             let object = Object::User { tenant: &u.tenant, role: u.role };
             who.lists(&u.tenant) && may(who, Action::See, &object).is_ok()
@@ -220,7 +235,7 @@ impl Controller {
     ///
     /// # Errors
     /// Forbidden, exists.
-    pub fn user_create(&self, who: &Principal, new: NewUser) -> Result<UserRecord, Fault> {
+    pub(crate) fn user_create(&self, who: &Principal, new: NewUser) -> Result<UserRecord, Fault> {
         let (tenant, role) = (&who.tenant, new.role.unwrap_or(Role::Member));
         allow(who, Action::Create, &Object::User { tenant, role }, ("user", new.name.as_str()))?;
         if role == Role::Operator && *tenant != crate::access::default_tenant() {
@@ -243,15 +258,15 @@ impl Controller {
     ///
     /// # Errors
     /// Forbidden, not found; conflict while it has a private substrate.
-    pub fn user_delete(&self, who: &Principal, key: &str) -> Result<(), Fault> {
+    pub(crate) fn user_delete(&self, who: &Principal, key: &str) -> Result<(), Fault> {
         let user = self.user_for(who, Action::Change, key)?;
         self.registry.people().user_remove(who, &user.tenant, &user.name).map_err(registry_fault)
     }
 
     /// The tokens that are there for `who`, without their secrets.
     #[must_use]
-    pub fn tokens_for(&self, who: &Principal) -> Vec<TokenInfo> {
-        let mut all = self.registry.people().tokens();
+    pub(crate) fn tokens_for(&self, who: &Principal) -> Vec<TokenInfo> {
+        let mut all = self.registry.tokens();
         all.retain(|t| {
             let object = Object::Token { tenant: &t.tenant, user: &t.user, role: t.role };
             who.lists(&t.tenant) && may(who, Action::See, &object).is_ok()
@@ -264,7 +279,11 @@ impl Controller {
     ///
     /// # Errors
     /// Forbidden, not found; invalid for more than its user may.
-    pub fn token_create(&self, who: &Principal, new: NewApiToken) -> Result<ApiToken, Fault> {
+    pub(crate) fn token_create(
+        &self,
+        who: &Principal,
+        new: NewApiToken,
+    ) -> Result<ApiToken, Fault> {
         // The user who asks may itself be here by a token for less, and act in another tenant.
         let myself = self.registry.people().user_of(&who.id);
         let (of, me) = myself.ok_or_else(|| unseen("user", who.user.as_str()))?;
@@ -306,8 +325,8 @@ impl Controller {
     ///
     /// # Errors
     /// Forbidden, not found.
-    pub fn token_delete(&self, who: &Principal, id: &str) -> Result<(), Fault> {
-        let t = self.registry.people().token(id).map_err(|_| unseen("token", id))?;
+    pub(crate) fn token_delete(&self, who: &Principal, id: &str) -> Result<(), Fault> {
+        let t = self.registry.token(id).map_err(|_| unseen("token", id))?;
         let object = Object::Token { tenant: &t.tenant, user: &t.user, role: t.role };
         allow(who, Action::Change, &object, ("token", id))?;
         self.registry.people().token_remove(who, &t.id).map_err(registry_fault)

@@ -8,18 +8,29 @@ use serde_json::json;
 
 use super::authorize::allow;
 use super::lifecycle::call_of;
-use super::{Accepted, Controller, Mode};
+use super::{Accepted, Accounts, Finder, Mode, Sites};
 use crate::access::{Action, Object, Principal};
 use crate::ops::OpKind;
+use crate::ops::Ops;
+use crate::registry::Registry;
 use crate::registry::{VmRecord, registry_fault};
 
-impl Controller {
+/// The images and pools of sites.
+pub(crate) struct Pool {
+    pub(super) registry: Arc<Registry>,
+    pub(super) ops: Arc<Ops>,
+    pub(super) sites: Arc<Sites>,
+    pub(super) finder: Arc<Finder>,
+    pub(super) accounts: Arc<Accounts>,
+}
+
+impl Pool {
     /// The center's own site.
     ///
     /// # Errors
     /// Unavailable when it is not attached.
-    pub fn center(&self) -> Result<Name, Fault> {
-        let sites = self.registry.sites().all().map_err(registry_fault)?;
+    pub(crate) fn center(&self) -> Result<Name, Fault> {
+        let sites = self.registry.sites().map_err(registry_fault)?;
         sites
             .into_iter()
             .find(|s| s.kind == SiteKind::Center)
@@ -31,7 +42,7 @@ impl Controller {
     ///
     /// # Errors
     /// When the site is unknown or away.
-    pub fn image_build(
+    pub(crate) fn image_build(
         self: &Arc<Self>,
         who: &Principal,
         image: Name,
@@ -40,7 +51,7 @@ impl Controller {
     ) -> Result<Accepted, Fault> {
         allow(who, Action::Create, &Object::Image, ("image", image.as_str()))?;
         let site = site.map_or_else(|| self.center(), Ok)?;
-        let host = self.host(&site)?;
+        let host = self.sites.host(&site)?;
         let plan = format!("build image '{image}' at {site}");
         let target = Some(image.to_string());
         if mode == Mode::DryRun {
@@ -62,7 +73,7 @@ impl Controller {
     ///
     /// # Errors
     /// Conflict while it is used; not found when none of the sites has it.
-    pub async fn image_delete(
+    pub(crate) async fn image_delete(
         &self,
         who: &Principal,
         image: &Name,
@@ -71,8 +82,8 @@ impl Controller {
     ) -> Result<Accepted, Fault> {
         allow(who, Action::Change, &Object::Image, ("image", image.as_str()))?;
         let hosts = match &site {
-            Some(s) => vec![self.host(s)?],
-            None => self.hosts(),
+            Some(s) => vec![self.sites.host(s)?],
+            None => self.sites.hosts(),
         };
         let vms = self.registry.vms().map_err(registry_fault)?.into_iter();
         let substrates = self.registry.substrates().map_err(registry_fault)?.into_iter();
@@ -93,7 +104,7 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok(Accepted { op: None, plan, target });
         }
-        self.note_of_cloud(who, "image delete", image.as_str());
+        self.accounts.note_of_cloud(who, "image delete", image.as_str());
         let (mut removed, mut none) = (false, None);
         for host in hosts {
             let request = verbs::ImageDelete { name: image.clone() };
@@ -116,23 +127,24 @@ impl Controller {
     ///
     /// # Errors
     /// Conflict while an environment needs it; unavailable while a holder is away.
-    pub async fn substrate_delete(
+    pub(crate) async fn substrate_delete(
         self: &Arc<Self>,
         who: &Principal,
         key: &str,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
-        let s = self.substrate_for(who, Action::Change, key)?;
+        let s = self.finder.substrate_for(who, Action::Change, key)?;
         let in_use =
             |by: &str| Fault::conflict(format!("substrate '{}' is in use by {by}", s.name));
         let vms = self.registry.vms().map_err(registry_fault)?;
         if let Some(vm) = vms.iter().find(|v| v.substrate == Some(s.id) && v.is_on_its_way()) {
-            let by = self.called_for(who, vm);
+            let by = self.finder.called_for(who, vm);
             return Err(
                 in_use(&by).hint(format!("wait until {by} has come to rest: godwit op list"))
             );
         }
-        let hosts = s.holders.iter().map(|n| self.host(n)).collect::<Result<Vec<_>, Fault>>()?;
+        let hosts =
+            s.holders.iter().map(|n| self.sites.host(n)).collect::<Result<Vec<_>, Fault>>()?;
         for host in &hosts {
             let request = verbs::SubstrateUsers { id: s.id };
             if let Some(vm) = host.ask(request, Call::quiet()).await?.first() {
@@ -155,7 +167,7 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok(Accepted { op: None, plan, target });
         }
-        self.note_begun(&who.at(&s.tenant), "substrate delete", s.name.as_str());
+        self.accounts.note_begun(&who.at(&s.tenant), "substrate delete", s.name.as_str());
         let (me, who, id) = (self.clone(), who.clone(), s.id);
         // It comes to its end also when nobody waits for it any more.
         let deleted = tokio::spawn(async move { me.delete_at(&who, id, hosts).await });
@@ -186,14 +198,14 @@ impl Controller {
     ///
     /// # Errors
     /// When the site is unknown or away.
-    pub fn pool_check(
+    pub(crate) fn pool_check(
         self: &Arc<Self>,
         who: &Principal,
         site: Name,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
         allow(who, Action::Change, &Object::Cloud, ("site", site.as_str()))?;
-        let host = self.host(&site)?;
+        let host = self.sites.host(&site)?;
         let plan = format!("check the pool of {site}");
         let target = Some(site.to_string());
         if mode == Mode::DryRun {

@@ -16,7 +16,7 @@ use serde_json::json;
 
 use super::disks::DiskOf;
 use super::lifecycle::{call_of, generalises};
-use super::{Accepted, Controller, Mode};
+use super::{Accepted, Controller, Exchange, Mode};
 use crate::access::{Action, Principal};
 use crate::ops::{OpHandle, OpKind};
 use crate::placement::{Demand, Source};
@@ -50,13 +50,13 @@ impl Controller {
     ///
     /// # Errors
     /// What refuses it: a private substrate that runs, no room, a holder that is away.
-    pub fn substrate_rebuild(
+    pub async fn substrate_rebuild(
         self: &Arc<Self>,
         who: &Principal,
         key: &str,
         mode: Mode,
     ) -> Result<Accepted, Fault> {
-        let old = self.substrate_for(who, Action::Change, key)?;
+        let old = self.finder.substrate_for(who, Action::Change, key)?;
         let who = &who.at(&old.tenant);
         let name = suffixed(&old.name, "rebuild")?;
         if self.registry.vm_named(&old.tenant, &name) {
@@ -75,7 +75,7 @@ impl Controller {
         }
         // The old one is to be removed everywhere.
         for site in &old.holders {
-            self.host(site)?;
+            self.sites.host(site)?;
         }
         let placed = old.holders.iter().map(|site| {
             let demand = Demand {
@@ -85,7 +85,7 @@ impl Controller {
                 only: Some(site.clone()),
                 not: None,
             };
-            self.choose(&demand, Some(&old))
+            self.sites.choose(&demand, Some(&old))
         });
         let mut refusal = None;
         let placed = placed.filter_map(|p| p.map_err(|f| refusal = Some(f)).ok()).next();
@@ -102,8 +102,13 @@ impl Controller {
         if mode == Mode::DryRun {
             return Ok(Accepted { op: None, plan, target });
         }
-        let host = self.host(&site)?;
+        let host = self.sites.host(&site)?;
         generalises(&*host, old.kind)?;
+        // What it counts against the quotas is asked of the site: a center that was started again
+        // remembers nothing of it.
+        let stored = Origin::StoredDisk(old.id);
+        let of = DiskOf::Substrate(old.id);
+        let disk_bytes = self.exchange.disk_bytes(of, &stored, Some(host.clone())).await;
         let now = UnixMs::now();
         let private_of = old.private_of().cloned();
         let vm = VmRecord {
@@ -118,7 +123,7 @@ impl Controller {
             arch: old.arch,
             memory: old.memory,
             vcpus: old.vcpus,
-            disk_bytes: self.disks.known(DiskOf::Substrate(old.id)),
+            disk_bytes,
             created: now,
             changed: now,
             moving_to: None,
@@ -127,7 +132,7 @@ impl Controller {
             arriving: None,
             voided: std::collections::BTreeMap::new(),
         };
-        let warrant = self.warrant(&vm, vm.generation, &vm.site)?;
+        let warrant = self.warrants.warrant(&vm, vm.generation, &vm.site)?;
         let new = SubstrateId::new();
         let kind = OpKind::SubstrateRebuild { vm: vm.id, name: old.name.clone(), old: old.id, new };
         let owner = self
@@ -172,7 +177,7 @@ impl Controller {
         };
         host.ask(verbs::VmNew { machine }, call_of(op)).await?;
         for state in [VmState::Running, VmState::Docking] {
-            self.change_vm(&job.vm, job.vm.generation, |v| {
+            self.warrants.change_vm(&job.vm, job.vm.generation, |v| {
                 Ok(v.become_state(state, UnixMs::now())?)
             })?;
         }
@@ -187,7 +192,7 @@ impl Controller {
             owner: job.owner.clone(),
         };
         let info = host.ask(request, call_of(op)).await?;
-        Self::is_wanted(host.name(), job.new, &info)?;
+        Exchange::is_wanted(host.name(), job.new, &info)?;
         let report = info.dock.clone();
         self.replace(&job.old, info, &job.vm).await?;
         op.done(StepName::Rebuild)?;
@@ -201,7 +206,7 @@ impl Controller {
         info: SubstrateInfo,
         vm: &VmRecord,
     ) -> Result<(), Fault> {
-        let new = self.record_of(&vm.site, info, super::origin::Discovery::Reported);
+        let new = self.exchange.record_of(&vm.site, info, super::origin::Discovery::Reported);
         let aside = suffixed(&old.name, &format!("old-{}", tail(old.id)))?;
         let kept = self
             .registry
@@ -213,7 +218,7 @@ impl Controller {
         }
         let request = verbs::SubstrateDelete { id: old.id };
         for site in &old.holders {
-            let removed = match self.host(site) {
+            let removed = match self.sites.host(site) {
                 Ok(host) => host.ask(request.clone(), Call::quiet()).await,
                 Err(f) => Err(f),
             };
@@ -248,7 +253,7 @@ impl Controller {
                 Err(_) => Err(otherwise),
             };
         };
-        let host = self.await_host(&vm.site, super::recover::RETURN_LIMIT).await?;
+        let host = self.sites.await_host(&vm.site, super::recover::RETURN_LIMIT).await?;
         match host.substrates().await?.into_iter().find(|s| s.id == new) {
             Some(info) => {
                 self.replace(&old, info, &vm).await?;

@@ -11,9 +11,11 @@ use std::time::Duration;
 use godwit_site::{Call, MachineStatus, Request, SiteHost, UNKNOWN_GENERATION, verbs};
 use godwit_types::{Code, Fault, Hash, MigrationId, Name, UnixMs, VmState};
 
-use super::Controller;
 use super::moves::Move;
+use super::{Controller, Sites, Warrants};
+use crate::ops::Ops;
 use crate::ops::{OpHandle, OpKind};
+use crate::registry::Registry;
 use crate::registry::{MoveReached, OpRecord, VmRecord, all_known, move_reached, registry_fault};
 
 /// How long a restarted center waits for a site to come back before it decides without it.
@@ -67,7 +69,7 @@ impl Controller {
                 let done = self.settle_create(handle, &record, gone()).await?;
                 // Its site may have told of it already.
                 if self.registry.vm(&vm.to_string()).is_ok_and(|v| v.state != VmState::Running) {
-                    self.change_vm(&record, record.generation, |v| {
+                    self.warrants.change_vm(&record, record.generation, |v| {
                         Ok(v.become_state(VmState::Running, UnixMs::now())?)
                     })?;
                 }
@@ -79,7 +81,7 @@ impl Controller {
                 let Ok(record) = self.registry.vm(&vm.to_string()) else {
                     return Ok(serde_json::json!({}));
                 };
-                let host = self.await_host(&record.site, RETURN_LIMIT).await?;
+                let host = self.sites.await_host(&record.site, RETURN_LIMIT).await?;
                 let request = verbs::VmDelete { vm: record.id, generation: record.generation };
                 match host.ask(request, Call::quiet()).await {
                     Err(f) if f.code != Code::NotFound => return Err(f),
@@ -104,13 +106,13 @@ impl Controller {
                     MoveReached::Send(id) => id,
                     reached @ (MoveReached::Nothing | MoveReached::Prepare(_)) => {
                         for site in [from, to] {
-                            self.await_host(site, RETURN_LIMIT).await?;
+                            self.sites.await_host(site, RETURN_LIMIT).await?;
                         }
                         if let MoveReached::Prepare(migration) = reached {
                             self.undo_prepare(migration, to, &record).await;
                         }
-                        self.void_warrant(&record, *generation, to);
-                        self.settle_vm(&record, &again()).await?;
+                        self.warrants.void_warrant(&record, *generation, to);
+                        self.settler.settle_vm(&record, &again()).await?;
                         return Err(again().hint("the machine is where it was; ask again"));
                     }
                 };
@@ -120,15 +122,15 @@ impl Controller {
                     return Ok(serde_json::json!({ "site": record.site }));
                 }
                 let request = verbs::MigrateFollow { migration: id };
-                let first = self.follow(handle, &m, request.asking()).await;
-                self.conclude(handle, &m, first).await
+                let first = self.moves.follow(handle, &m, request.asking()).await;
+                self.moves.conclude(handle, &m, first).await
             }
         }
     }
 
     /// Takes back what a migration had prepared that never sent anything.
     async fn undo_prepare(&self, migration: MigrationId, to: &Name, vm: &VmRecord) {
-        let Ok(host) = self.host(to) else { return };
+        let Ok(host) = self.sites.host(to) else { return };
         let abort = verbs::MigrateAbort { migration, vm: vm.id };
         if let Err(e) = host.ask(abort, Call::quiet()).await {
             tracing::warn!(site = %to, error = %e, "abort of a migration");
@@ -142,13 +144,25 @@ impl Controller {
         otherwise: Fault,
     ) -> Result<serde_json::Value, Fault> {
         let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
-        self.await_host(&record.site, RETURN_LIMIT).await?;
-        match self.settle_vm(&record, &otherwise).await? {
+        self.sites.await_host(&record.site, RETURN_LIMIT).await?;
+        match self.settler.settle_vm(&record, &otherwise).await? {
             Some(v) if v.state == goal => Ok(serde_json::json!({})),
             _ => Err(otherwise),
         }
     }
+}
 
+/// Brings what the registry says of machines together with what sites say.
+pub(crate) struct Settler {
+    pub(super) registry: Arc<Registry>,
+    pub(super) ops: Arc<Ops>,
+    pub(super) sites: Arc<Sites>,
+    pub(super) warrants: Arc<Warrants>,
+    /// What each site said last, where nothing of it was left to do.
+    pub(super) settled: Settled,
+}
+
+impl Settler {
     /// Asks the sites that may have a machine what it does, and writes that down. While a site
     /// says that it is still moving, starting or docking, asks again. Answers with the record,
     /// or `None` when no site has it and it never ran.
@@ -173,34 +187,35 @@ impl Controller {
         };
         let best = seen
             .into_iter()
-            .filter(|(site, m)| self.believed(&record, site, m))
+            .filter(|(site, m)| self.warrants.believed(&record, site, m))
             .max_by_key(|(_, m)| (m.state == VmState::Running, m.generation));
         if best.is_none() && record.state == VmState::Starting && asked_all {
             return Ok(None);
         }
         let now = UnixMs::now();
-        self.change_vm(&record, record.generation, |v| {
-            match best {
-                Some((site, m)) => {
-                    if m.generation != UNKNOWN_GENERATION {
-                        v.reach(m.generation);
+        self.warrants
+            .change_vm(&record, record.generation, |v| {
+                match best {
+                    Some((site, m)) => {
+                        if m.generation != UNKNOWN_GENERATION {
+                            v.reach(m.generation);
+                        }
+                        v.site = site;
+                        if v.state != m.state {
+                            v.become_state(m.state, now)?;
+                            v.reason = m.reason;
+                        }
                     }
-                    v.site = site;
-                    if v.state != m.state {
-                        v.become_state(m.state, now)?;
-                        v.reason = m.reason;
+                    None if asked_all => {
+                        v.become_state(VmState::Failed, now)?;
+                        v.reason = Some(format!("no site has it any more: {}", why.message));
                     }
+                    // Left as it is: a site that may run it is away, and will tell when it is back.
+                    None => {}
                 }
-                None if asked_all => {
-                    v.become_state(VmState::Failed, now)?;
-                    v.reason = Some(format!("no site has it any more: {}", why.message));
-                }
-                // Left as it is: a site that may run it is away, and will tell when it is back.
-                None => {}
-            }
-            Ok(())
-        })
-        .map(Some)
+                Ok(())
+            })
+            .map(Some)
     }
 
     /// What the sites in `places` know of a machine, and whether all of them answered.
@@ -208,7 +223,7 @@ impl Controller {
         let mut seen = Vec::new();
         let mut all = true;
         for name in places {
-            let machines = match self.host(name) {
+            let machines = match self.sites.host(name) {
                 Ok(host) => host.machines().await,
                 Err(f) => Err(f),
             };
@@ -275,7 +290,7 @@ impl Controller {
                     host.ask(release, Call::quiet()).await?;
                 }
                 Verdict::Become(m) => {
-                    self.change_vm(&vm, vm.generation, |v| {
+                    self.warrants.change_vm(&vm, vm.generation, |v| {
                         if m.generation == UNKNOWN_GENERATION {
                             tracing::warn!(vm = %v.name, site = %host.name(), "its record there is damaged");
                             v.become_state(m.state, UnixMs::now())?;
@@ -301,7 +316,7 @@ impl Controller {
                     self.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
                 }
                 Verdict::Lost => {
-                    self.change_vm(&vm, vm.generation, |v| {
+                    self.warrants.change_vm(&vm, vm.generation, |v| {
                         v.become_state(VmState::Failed, UnixMs::now())?;
                         v.reason = Some(format!("site '{}' does not know it", host.name()));
                         Ok(())
@@ -366,7 +381,7 @@ impl Controller {
         let settled = |s| matches!(s, VmState::Running | VmState::Stopped | VmState::Failed);
         // Left behind by an operation whose end could not be written.
         let forsaken =
-            UnixMs::now().since(vm.changed) > FORSAKEN_AFTER && !self.ops().works_on(vm.id);
+            UnixMs::now().since(vm.changed) > FORSAKEN_AFTER && !self.ops.works_on(vm.id);
         let free = settled(vm.state) || forsaken;
         let may = |m: &MachineStatus| m.state == vm.state || vm.state.may_become(m.state);
         match here {
@@ -387,7 +402,7 @@ impl Controller {
             Some(_) if !free => Verdict::Fine,
             Some(m) if m.generation > vm.generation => {
                 let ran = matches!(m.state, VmState::Running | VmState::Stopped);
-                if ran && may(m) && self.believed(vm, site, m) {
+                if ran && may(m) && self.warrants.believed(vm, site, m) {
                     Verdict::Become(m)
                 } else {
                     Verdict::Fine

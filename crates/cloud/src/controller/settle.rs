@@ -16,7 +16,7 @@ use godwit_types::{Fault, Name, SubstrateId, VmId, VmState};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::Controller;
+use super::{Controller, Settler};
 use crate::ops::{OpHandle, OpKind};
 use crate::registry::{VmRecord, registry_fault};
 
@@ -41,7 +41,7 @@ impl Controller {
         substrate: SubstrateId,
         why: Fault,
     ) -> Result<Value, Fault> {
-        let Some(host) = self.await_settled(op, &vm.site, vm.id).await else {
+        let Some(host) = self.settler.await_settled(op, &vm.site, vm.id).await else {
             return Err(Fault {
                 message: format!("'{}' was being docked: {}", vm.name, why.message),
                 ..why
@@ -54,11 +54,11 @@ impl Controller {
         let there = host.substrates().await?.into_iter().find(|s| s.id == substrate);
         if let Some(info) = there {
             let dock = info.dock.clone();
-            self.adopt_substrate(&vm.site, info)?;
+            self.exchange.adopt_substrate(&vm.site, info)?;
             self.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
             return Ok(json!({ "substrate": substrate, "dock": dock }));
         }
-        let now = self.settle_vm(vm, &why).await?;
+        let now = self.settler.settle_vm(vm, &why).await?;
         Err(match now.map(|v| v.state) {
             Some(VmState::Running) => Fault {
                 message: format!("'{}' was not docked and runs on: {}", vm.name, why.message),
@@ -82,7 +82,7 @@ impl Controller {
         vm: &VmRecord,
         why: Fault,
     ) -> Result<Value, Fault> {
-        if let Some(host) = self.await_settled(op, &vm.site, vm.id).await {
+        if let Some(host) = self.settler.await_settled(op, &vm.site, vm.id).await {
             let here = host.machine(vm.id).await?;
             if here.is_some_and(|m| m.state == VmState::Running) {
                 return Ok(json!({ "site": vm.site }));
@@ -91,7 +91,9 @@ impl Controller {
         self.undo_create(vm, &why).await?;
         Err(why)
     }
+}
 
+impl Settler {
     /// The site, once it answers and the machine is in no change there; `None` when it does not
     /// come back in time, or the operation is asked to stop.
     async fn await_settled(
@@ -106,7 +108,7 @@ impl Controller {
             !matches!(m.state, VmState::Docking | VmState::Starting | VmState::Moving)
         };
         loop {
-            if let Ok(host) = self.host(site)
+            if let Ok(host) = self.sites.host(site)
                 && let Ok(machine) = host.machine(vm).await
             {
                 if machine.as_ref().is_none_or(settled) {
@@ -127,7 +129,7 @@ impl Controller {
 
     /// The substrate that a machine which its site does not know any more has become.
     pub(super) fn docked_as(&self, vm: VmId) -> Option<SubstrateId> {
-        let ops = self.ops().list().ok()?;
+        let ops = self.ops.list().ok()?;
         let docked = ops.iter().rev().find_map(|o| match &o.kind {
             OpKind::VmDock { vm: of, substrate, .. } if *of == vm => Some(*substrate),
             _ => None,

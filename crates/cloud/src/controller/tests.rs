@@ -5,7 +5,7 @@ use bytes::Bytes;
 use godwit_migrate::hybrid::{Received, Sent};
 use godwit_site::verbs::{
     MigrateAbort, MigratePrepare, MigrateRelease, MigrateResumeIn, MigrateSend, VmDelete,
-    VmExecWait, VmNew, VmStatus, VmStop,
+    VmExecWait, VmNew, VmStatus, VmStop, VmType,
 };
 use godwit_site::{
     ByteStream, Call, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming, MachineStatus,
@@ -17,6 +17,8 @@ use super::tests_belief::docked;
 use super::*;
 use crate::access::Principal;
 use crate::registry::StepName;
+use crate::registry::VmRecord;
+use godwit_types::Generation;
 
 /// A site that keeps machines in a list, for the order of steps and the registry's truth.
 pub(crate) struct Paper {
@@ -44,6 +46,10 @@ pub(crate) struct Paper {
     listed: AtomicUsize,
     /// How often it was asked what it runs.
     pub(super) asked: AtomicUsize,
+    /// The protocol that it speaks.
+    pub(super) speaks: std::sync::atomic::AtomicU16,
+    /// What was typed into its machines.
+    pub(crate) typed: Mutex<Vec<String>>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -86,6 +92,8 @@ impl Paper {
             hung: AtomicBool::new(false),
             listed: AtomicUsize::new(0),
             asked: AtomicUsize::new(0),
+            typed: Mutex::default(),
+            speaks: godwit_transfer::wire::Versions::OURS.max.into(),
         })
     }
     pub(super) fn status(&self, vm: VmId, n: &Name, generation: Generation) -> MachineStatus {
@@ -115,6 +123,9 @@ impl Paper {
 impl SiteHost for Paper {
     fn name(&self) -> &Name {
         &self.name
+    }
+    fn speaks(&self) -> u16 {
+        self.speaks.load(SeqCst)
     }
     async fn open(&self, request: StreamRequest) -> Result<ByteStream, Fault> {
         let supplies = matches!(request, StreamRequest::SubstrateSupply { .. });
@@ -154,6 +165,10 @@ impl SiteHost for Paper {
                 fault: None,
             }])),
             SiteRequest::Ping(_) => Ok(SiteReply::Done(())),
+            SiteRequest::VmType(VmType { text, .. }) => {
+                self.typed.lock().expect("lock").push(text);
+                Ok(SiteReply::Done(()))
+            }
             SiteRequest::Disk(_) => Ok(SiteReply::Bytes(4 << 30)),
             SiteRequest::Machines(_) => {
                 self.asked.fetch_add(1, SeqCst);
@@ -396,7 +411,7 @@ async fn a_machine_is_made_moved_stopped_and_deleted() {
     let w = world(Send::Works).await;
     let vm = running(&w, "report").await;
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "center"));
-    let a = w.c.migrate(&me(), "report", to("cafe"), Mode::Act).expect("accepted");
+    let a = w.c.moves.migrate(&me(), "report", to("cafe"), Mode::Act).expect("accepted");
     let end = w.c.ops().wait(a.op.expect("op")).await.expect("ends");
     assert_eq!(end.state, OpState::Done, "{end:?}");
     let steps: Vec<_> = end.journal.iter().filter_map(|s| s.what.name()).collect();
@@ -410,7 +425,7 @@ async fn a_machine_is_made_moved_stopped_and_deleted() {
 
     let a = w.c.stop(&me(), "report", false, Mode::Act).expect("accepted");
     w.c.ops().wait(a.op.expect("op")).await.expect("ends");
-    let e = w.c.migrate(&me(), "report", to("center"), Mode::Act).expect_err("stopped");
+    let e = w.c.moves.migrate(&me(), "report", to("center"), Mode::Act).expect_err("stopped");
     assert_eq!(
         (e.code, e.hint.as_deref()),
         (Code::Conflict, Some("start it first: godwit vm start report"))
@@ -427,30 +442,34 @@ async fn a_program_is_asked_for_where_its_machine_has_gone() {
     running(&w, "a").await;
     let program = GuestProgram { path: "/x".into(), args: vec![], input: Bytes::new() };
     let minute = Duration::from_secs(60);
-    let process = w.c.exec(&me(), "a", program.clone(), minute).await.expect("started");
-    let waits = w.c.exec_wait(&process, minute);
+    let process = w.c.programs.exec(&me(), "a", program.clone(), minute).await.expect("started");
+    let waits = w.c.programs.exec_wait(&process, minute);
     let moves = async {
-        let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+        let op =
+            w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
         w.c.ops().wait(op).await.expect("ends");
     };
     let (ended, ()) = tokio::join!(waits, moves);
     let ended = ended.expect("found");
     assert_eq!((ended.exit, &ended.stdout[..]), (Some(3), &b"moved"[..]));
     let unknown = GuestProcess { pid: 8, ..process.clone() };
-    assert_eq!(w.c.exec_wait(&unknown, minute).await.expect_err("unknown").code, Code::NotFound);
+    assert_eq!(
+        w.c.programs.exec_wait(&unknown, minute).await.expect_err("unknown").code,
+        Code::NotFound
+    );
 
     // One that is stopped is not waited for.
     let op = w.c.stop(&me(), "a", true, Mode::Act).expect("accepted").op.expect("op");
     w.c.ops().wait(op).await.expect("ends");
     for f in [
-        w.c.exec(&me(), "a", program, minute).await.expect_err("stopped"),
-        w.c.exec_wait(&process, minute).await.expect_err("stopped"),
+        w.c.programs.exec(&me(), "a", program, minute).await.expect_err("stopped"),
+        w.c.programs.exec_wait(&process, minute).await.expect_err("stopped"),
     ] {
         assert!(f.code == Code::Conflict && f.message.contains("is stopped"), "{f}");
     }
     let op = w.c.delete(&me(), "a", Mode::Act).expect("accepted").op.expect("op");
     w.c.ops().wait(op).await.expect("ends");
-    let f = w.c.exec_wait(&process, minute).await.expect_err("gone");
+    let f = w.c.programs.exec_wait(&process, minute).await.expect_err("gone");
     assert!(f.message.contains("was deleted while the program ran (pid 7)"), "{f}");
 }
 
@@ -468,8 +487,9 @@ pub(super) fn runs_on_at_its_source(w: &World) {
 async fn a_second_migration_is_refused_and_a_cancel_leaves_it_at_the_source() {
     let w = world(Send::WaitsForCancel).await;
     running(&w, "a").await;
-    let first = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
-    let e = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect_err("moving");
+    let first =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let e = w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect_err("moving");
     assert_eq!(e.code, Code::Conflict);
     assert!(e.message.contains("is moving"), "{e}");
     assert!(w.c.stop(&me(), "a", false, Mode::Act).is_err());
@@ -482,7 +502,8 @@ async fn a_second_migration_is_refused_and_a_cancel_leaves_it_at_the_source() {
 async fn a_failure_before_the_switch_leaves_the_machine_running_at_the_source() {
     let w = world(Send::FailsBefore).await;
     running(&w, "a").await;
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "center"));
@@ -493,7 +514,8 @@ async fn a_failure_before_the_switch_leaves_the_machine_running_at_the_source() 
 async fn a_switch_whose_news_was_lost_is_found_at_the_destination() {
     let w = world(Send::FailsAfter).await;
     running(&w, "a").await;
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     w.c.ops().wait(op).await.expect("ends");
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!(
@@ -501,7 +523,7 @@ async fn a_switch_whose_news_was_lost_is_found_at_the_destination() {
         (VmState::Running, "cafe", Generation(2))
     );
     // The older one at the source is ended with the next report.
-    let host = w.c.host(&name("center")).expect("host");
+    let host = w.c.sites.host(&name("center")).expect("host");
     w.c.refresh(&host).await.expect("report");
     assert!(w.center.all().is_empty());
 }
@@ -510,7 +532,8 @@ async fn a_switch_whose_news_was_lost_is_found_at_the_destination() {
 async fn a_center_that_was_killed_during_a_move_finds_the_machine() {
     let w = world(Send::WaitsForCancel).await;
     let vm = running(&w, "a").await;
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let mut seen = w.c.ops().watch(op).expect("watch");
     seen.wait_for(|o| o.journal.iter().any(|s| s.what.name() == Some(StepName::Send)))
         .await
@@ -579,16 +602,16 @@ async fn a_dry_run_tells_the_plan_and_changes_nothing() {
 #[tokio::test]
 async fn unknown_things_are_named_with_advice() {
     let w = world(Send::Works).await;
-    let e = w.c.migrate(&me(), "nobody", to("cafe"), Mode::Act).expect_err("unknown");
+    let e = w.c.moves.migrate(&me(), "nobody", to("cafe"), Mode::Act).expect_err("unknown");
     assert_eq!((e.code, e.message.as_str()), (Code::NotFound, "no machine 'nobody'"));
     running(&w, "a").await;
-    let e = w.c.migrate(&me(), "a", to("mars"), Mode::Act).expect_err("unknown");
+    let e = w.c.moves.migrate(&me(), "a", to("mars"), Mode::Act).expect_err("unknown");
     assert_eq!((e.code, e.message.as_str()), (Code::NotFound, "no site 'mars'"));
     let want = CreateVm { substrate: Some(SubstrateId::new().to_string()), ..CreateVm::default() };
     assert_eq!(w.c.create(&me(), want, Mode::Act).await.expect_err("unknown").code, Code::NotFound);
     let host: Arc<dyn SiteHost> = w.cafe.clone();
     w.c.detach(&host);
-    let e = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect_err("away");
+    let e = w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect_err("away");
     assert_eq!(e.code, Code::Unavailable);
     assert!(e.message.contains("site 'cafe' is not connected"), "{e}");
 }
@@ -646,7 +669,8 @@ async fn a_claim_without_the_centers_warrant_moves_nothing_and_ends_nothing() {
     }
     // And it can still be moved, to the very site.
     w.cafe.machines.lock().expect("lock").clear();
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Done);
 }
 
@@ -719,7 +743,7 @@ async fn a_site_that_does_not_answer_holds_up_nobody() {
     w.cafe.hung.store(true, SeqCst);
     let host: Arc<dyn SiteHost> = w.cafe.clone();
     let begun = tokio::time::Instant::now();
-    let all = ask_all(w.c.hosts(), async |host| host.images().await).await;
+    let all = ask_all(w.c.sites.hosts(), async |host| host.images().await).await;
     let answered: Vec<_> = all.answers.iter().map(|(site, _)| site.as_str()).collect();
     assert_eq!(answered, ["center"]);
     assert_eq!(all.unanswered[0].error.message, "site 'cafe' does not answer");
@@ -727,7 +751,7 @@ async fn a_site_that_does_not_answer_holds_up_nobody() {
     assert!(begun.elapsed() < ANSWER_WITHIN * 20, "{:?}", begun.elapsed());
     // Nobody waits for the second site when the first has the image.
     running(&w, "a").await;
-    let e = w.c.image(&name("other")).await.expect_err("not there");
+    let e = w.c.sites.image(&name("other")).await.expect_err("not there");
     assert_eq!(e.message, "no image 'other'; site 'cafe' does not answer");
 
     // It is placed at, too, until it is seen that it does not answer.
@@ -737,7 +761,7 @@ async fn a_site_that_does_not_answer_holds_up_nobody() {
     w.c.check_answers(&host).await;
     let (a, _) = w.c.create(&me(), want(), Mode::DryRun).await.expect("plan");
     assert!(a.plan.ends_with("at center"), "{}", a.plan);
-    let e = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect_err("silent");
+    let e = w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect_err("silent");
     assert_eq!(e.code, Code::Unavailable);
     assert_eq!(e.message, "no site fits: cafe does not answer");
     // Its next report makes it usable again.
@@ -759,7 +783,7 @@ async fn a_site_that_does_not_answer_holds_up_nobody() {
 async fn idle_sites_cost_the_registry_nothing() {
     let w = world(Send::Works).await;
     running(&w, "a").await;
-    let hosts = w.c.hosts();
+    let hosts = w.c.sites.hosts();
     let held: Vec<_> = (0..200).map(docked).collect();
     for at in [&w.center, &w.cafe] {
         *at.substrates.lock().expect("lock") = held.clone();

@@ -17,7 +17,8 @@ const fn status(memory: MemoryStatus, missing_blocks: Option<u64>, over: bool) -
 /// A move that breaks off beyond its switch and does not come to a good end: the class of the failure
 /// and what is said of the machine.
 async fn lost(w: &World) -> (Option<Code>, String) {
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let end = w.c.ops().wait(op).await.expect("ends");
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
@@ -69,7 +70,8 @@ async fn a_destination_that_knows_nothing_of_its_machine_costs_the_source_nothin
 async fn a_break_after_the_switch_is_taken_up_again() {
     let w = world(Send::BreaksAfter).await;
     running(&w, "a").await;
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let end = w.c.ops().wait(op).await.expect("ends");
     assert_eq!(end.state, OpState::Done, "{end:?}");
     assert!(end.progress.iter().any(|p| p.stage == "recovering"), "{end:?}");
@@ -86,7 +88,8 @@ async fn a_source_that_is_gone_is_told_with_what_it_had() {
     let w = world(Send::BreaksAfter).await;
     running(&w, "a").await;
     w.center.gone.store(true, SeqCst);
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let end = w.c.ops().wait(op).await.expect("ends");
     assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
     let vm = w.c.registry().vm("a").expect("there");
@@ -101,7 +104,8 @@ async fn a_source_that_stays_away_is_waited_for_and_may_be_asked_again() {
     let w = world_with(Send::BreaksAfter, Duration::from_millis(600)).await;
     running(&w, "a").await;
     w.center.silent.store(true, SeqCst);
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     let mut seen = w.c.ops().watch(op).expect("watch");
     let center: Arc<dyn SiteHost> = w.center.clone();
     seen.wait_for(|o| o.progress.iter().any(|p| p.stage == "recovering")).await.expect("broken");
@@ -116,15 +120,43 @@ async fn a_source_that_stays_away_is_waited_for_and_may_be_asked_again() {
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
     let why = vm.reason.expect("a reason");
     assert!(why.contains("10 pages (40 KiB) of its memory and nothing of its disk"), "{why}");
-    let e = w.c.migrate(&me(), "a", to("center"), Mode::Act).expect_err("not whole");
+    let e = w.c.moves.migrate(&me(), "a", to("center"), Mode::Act).expect_err("not whole");
     assert!(e.message.contains("part of it is at 'center'"), "{e}");
+    for force in [false, true] {
+        let e = w.c.stop(&me(), "a", force, Mode::Act).expect_err("not whole");
+        assert!(e.message.contains("is failed at 'cafe', and part of it is at 'center'"), "{e}");
+        let out = "bring the rest: godwit vm migrate a; or give it up: godwit vm delete a";
+        assert_eq!(e.hint.as_deref(), Some(out));
+    }
 
     w.center.silent.store(false, SeqCst);
     w.c.attach(center, SiteKind::Center).await.expect("back");
     let again = MigrateVm { to: None, scheme: None };
-    let op = w.c.migrate(&me(), "a", again, Mode::Act).expect("accepted").op.expect("op");
+    let op = w.c.moves.migrate(&me(), "a", again, Mode::Act).expect("accepted").op.expect("op");
     let end = w.c.ops().wait(op).await.expect("ends");
     assert_eq!(end.state, OpState::Done, "{end:?}");
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!((vm.state, vm.arriving), (VmState::Running, None));
+}
+
+#[tokio::test]
+async fn a_stop_leads_out_of_what_was_left_behind_and_else_says_what_does() {
+    let w = world(Send::Works).await;
+    running(&w, "a").await;
+    let vm = w.c.registry().vm("a").expect("there");
+    let stop = |force| w.c.stop(&me(), "a", force, Mode::Act);
+    for state in [VmState::Failed, VmState::Starting] {
+        w.c.warrants
+            .change_vm(&vm, vm.generation, |v| {
+                v.state = state;
+                Ok(())
+            })
+            .expect("changed");
+        let hint = stop(false).expect_err("it does not run").hint.expect("a hint");
+        assert!(hint.contains("godwit vm delete a"), "{state}: {hint}");
+    }
+    // No operation works on it: its site ends what there is of it.
+    let op = stop(true).expect("accepted").op.expect("op");
+    assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Done);
+    assert_eq!(w.c.registry().vm("a").expect("there").state, VmState::Stopped);
 }

@@ -9,6 +9,7 @@ use godwit_types::{
 
 use super::tests::*;
 use super::*;
+use crate::registry::VmRecord;
 
 /// A substrate that a site says to have.
 pub(super) fn docked(n: usize) -> SubstrateInfo {
@@ -97,7 +98,8 @@ async fn a_generation_whose_warrant_was_made_void_is_never_given_out_again() {
     let w = world(Send::FailsBefore).await;
     let vm = running(&w, "a").await;
     for generation in [2, 3] {
-        let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+        let op =
+            w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
         assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Failed);
         let now = w.c.registry().vm("a").expect("there");
         assert_eq!(now.generation, vm.generation);
@@ -156,7 +158,8 @@ async fn a_warrant_of_a_move_that_never_switched_is_void() {
     let w = world(Send::FailsBefore).await;
     let vm = running(&w, "a").await;
     let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
     // The site that was to have it has kept what it was given.
     w.cafe.machines.lock().expect("lock").push(warranted(&w, &vm, vm.generation.next()));
@@ -171,7 +174,8 @@ async fn a_warrant_of_a_move_that_never_switched_is_void() {
 async fn a_switch_to_another_generation_than_was_asked_for_is_not_believed() {
     let w = world(Send::TellsOfAnother).await;
     running(&w, "a").await;
-    let op = w.c.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").failure(), Some(Code::Unavailable));
     runs_on_at_its_source(&w);
 }

@@ -11,6 +11,7 @@ use super::tests_belief::docked;
 use super::*;
 use crate::access::{Principal, Role, default_tenant};
 use crate::ops::OpKind;
+use crate::registry::VmRecord;
 use crate::registry::{OpRecord, Quota, SubstrateRecord, TenantRecord};
 
 /// A user of a tenant, which is made if need be.
@@ -75,12 +76,12 @@ async fn a_name_that_is_being_docked_is_taken_in_its_tenant() {
         (Code::Exists, "substrate 'web' is being docked already")
     );
     assert_eq!(w.c.registry().vm(&b.id.to_string()).expect("there").state, VmState::Running);
-    let e = w.c.begin_upload(&ann, &name("web"), None).err().expect("taken");
+    let e = w.c.exchange.begin_upload(&ann, &name("web"), None).err().expect("taken");
     assert_eq!(e.code, Code::Exists);
     w.c.dock(&ann, "b", dock_as("other"), Mode::DryRun).expect("another name");
     w.c.dock(&bob, "b", dock_as("web"), Mode::DryRun).expect("another tenant");
     // The same of one that a user brings.
-    let upload = w.c.begin_upload(&ann, &name("file"), None).expect("begun");
+    let upload = w.c.exchange.begin_upload(&ann, &name("file"), None).expect("begun");
     let e = w.c.dock(&ann, "b", dock_as("file"), Mode::Act).expect_err("taken");
     assert_eq!(e.code, Code::Exists);
     drop(upload);
@@ -102,7 +103,7 @@ async fn a_site_says_neither_whose_a_substrate_is_nor_who_may_use_it() {
     };
     // What a user had docked there is what that user asked for.
     let id = docking(&w, &ann, &vm, "web", "cafe");
-    let s = w.c.adopt_substrate(&name("cafe"), lie(id, 1)).expect("listed");
+    let s = w.c.exchange.adopt_substrate(&name("cafe"), lie(id, 1)).expect("listed");
     assert_eq!((s.tenant.as_str(), s.owner.as_str(), s.name.as_str()), ("acme", "ann", "web"));
     assert_eq!(s.kind, SubstrateKind::Restricted, "public by the site's word");
     // What was asked of another site is not taken from this one.
@@ -114,19 +115,19 @@ async fn a_site_says_neither_whose_a_substrate_is_nor_who_may_use_it() {
     let id = docking(&w, &ann, &vm, "third", "center");
     for info in [lie(id, 3), SubstrateInfo { owner: ann.id.clone(), ..lie(SubstrateId::new(), 4) }]
     {
-        let s = w.c.adopt_import(&name("cafe"), info).expect("taken");
+        let s = w.c.exchange.adopt_import(&name("cafe"), info).expect("taken");
         assert_eq!((s.tenant, s.owner.as_str()), (default_tenant(), "operator"));
         assert_eq!(s.kind, SubstrateKind::Restricted);
     }
     // The center's own site is trusted with what a file says: an export is brought back as it was.
     let back = SubstrateInfo { name: name("back"), ..lie(SubstrateId::new(), 5) };
-    let s = w.c.adopt_import(&name("center"), back).expect("taken");
+    let s = w.c.exchange.adopt_import(&name("center"), back).expect("taken");
     assert_eq!((s.kind, s.owner.as_str()), (SubstrateKind::Public, "operator"));
     // A user's file comes as that user's, under the id that the center drew.
-    let upload = w.c.begin_upload(&ann, &name("file"), None).expect("begun");
-    let s = w.c.adopt_substrate(&name("cafe"), lie(upload.want.id, 6)).expect("taken");
+    let upload = w.c.exchange.begin_upload(&ann, &name("file"), None).expect("begun");
+    let s = w.c.exchange.adopt_substrate(&name("cafe"), lie(upload.want.id, 6)).expect("taken");
     assert_eq!((s.tenant.as_str(), s.kind), ("acme", SubstrateKind::Restricted));
-    let e = Controller::is_wanted(&name("cafe"), upload.want.id, &lie(id, 7)).expect_err("another");
+    let e = Exchange::is_wanted(&name("cafe"), upload.want.id, &lie(id, 7)).expect_err("another");
     assert_eq!(e.code, Code::Damaged);
 }
 
@@ -141,7 +142,9 @@ async fn what_has_an_owner_that_nobody_knows_is_the_operators_alone() {
     let s = w.c.registry().substrate(&found.id.to_string()).expect("listed");
     assert_eq!((s.kind, s.owner.as_str()), (SubstrateKind::Private, "operator"));
     let e =
-        w.c.substrate_for(&dave, crate::access::Action::Use, s.name.as_str()).expect_err("not his");
+        w.c.finder
+            .substrate_for(&dave, crate::access::Action::Use, s.name.as_str())
+            .expect_err("not his");
     assert_eq!(e.code, Code::Forbidden);
 }
 
@@ -160,7 +163,7 @@ async fn a_rebuilt_substrate_stays_its_owners_and_for_whom_it_was() {
     };
     w.c.registry().ops().put(&OpRecord::begun(&admin, kind)).expect("entered");
     let info = SubstrateInfo { id: new, kind: SubstrateKind::Public, ..docked(9) };
-    let s = w.c.adopt_substrate(&name("center"), info).expect("listed");
+    let s = w.c.exchange.adopt_substrate(&name("center"), info).expect("listed");
     assert_eq!((s.owner.as_str(), s.kind), ("ann", SubstrateKind::Private));
 }
 
@@ -173,7 +176,7 @@ fn private(w: &World, who: &Principal, n: &str) -> SubstrateRecord {
         ..docked(n.len())
     };
     w.center.substrates.lock().expect("lock").push(info.clone());
-    w.c.adopt_substrate(&name("center"), info).expect("listed")
+    w.c.exchange.adopt_substrate(&name("center"), info).expect("listed")
 }
 
 #[tokio::test]
@@ -183,9 +186,9 @@ async fn what_is_private_is_its_owners_alone_also_as_a_machine_and_by_no_other_t
         (user(&w, "acme", "ann", Role::Member), user(&w, "acme", "adm", Role::Admin));
     // Before there is anything private an admin makes the first token.
     let for_ann = || NewApiToken { user: Some(name("ann")), ..NewApiToken::default() };
-    let first = w.c.token_create(&admin, for_ann()).expect("made").info;
+    let first = w.c.accounts.token_create(&admin, for_ann()).expect("made").info;
     assert_eq!(first.made_by, Some(name("adm")), "she sees that another may have kept it");
-    assert_eq!(w.c.tokens_for(&ann), [first]);
+    assert_eq!(w.c.accounts.tokens_for(&ann), [first]);
     let s = private(&w, &ann, "mine");
     let want = CreateVm {
         name: Some(name("diary")),
@@ -197,16 +200,16 @@ async fn what_is_private_is_its_owners_alone_also_as_a_machine_and_by_no_other_t
     assert_eq!(vm.expect("made").private_of, Some(name("ann")));
     use crate::access::Action::{Change, Look, See, Use};
     for (action, allowed) in [(See, true), (Look, false), (Use, false), (Change, true)] {
-        let found = w.c.vm_for(&admin, action, "diary");
+        let found = w.c.finder.vm_for(&admin, action, "diary");
         assert_eq!(found.is_ok(), allowed, "{action:?}: {found:?}");
-        w.c.vm_for(&ann, action, "diary").expect("her own");
+        w.c.finder.vm_for(&ann, action, "diary").expect("her own");
     }
-    let e = w.c.token_create(&admin, for_ann()).expect_err("refused");
+    let e = w.c.accounts.token_create(&admin, for_ann()).expect_err("refused");
     assert_eq!(e.code, Code::Conflict, "{e}");
     assert!(e.message.contains("its tokens are made by itself"), "{e}");
-    let own = w.c.token_create(&ann, NewApiToken::default()).expect("her own");
+    let own = w.c.accounts.token_create(&ann, NewApiToken::default()).expect("her own");
     assert_eq!(own.info.made_by, None);
-    let e = w.c.user_delete(&admin, "ann").expect_err("busy");
+    let e = w.c.accounts.user_delete(&admin, "ann").expect_err("busy");
     assert_eq!(e.code, Code::Conflict);
 }
 
@@ -226,12 +229,13 @@ async fn a_token_for_another_user_is_that_users_whatever_the_name() {
     let in_acme = ann.at(&name("acme"));
     let made = w
         .c
+        .accounts
         .token_create(&in_acme, NewApiToken { user: Some(name("ann")), ..NewApiToken::default() });
     let made = made.expect("made").info;
     assert_eq!((made.tenant.as_str(), made.role), ("acme", Role::Member), "an operator's token");
-    let own = w.c.token_create(&in_acme, NewApiToken::default()).expect("made").info;
+    let own = w.c.accounts.token_create(&in_acme, NewApiToken::default()).expect("made").info;
     assert_eq!((own.tenant, own.role), (default_tenant(), Role::Operator));
-    let e = w.c.token_create(
+    let e = w.c.accounts.token_create(
         &me().at(&name("acme")),
         NewApiToken { user: Some(name("operator")), ..NewApiToken::default() },
     );
@@ -243,16 +247,19 @@ async fn what_comes_of_a_token_that_ends_lives_no_longer() {
     let w = world(Send::Works).await;
     let ann = user(&w, "acme", "ann", Role::Member);
     let first = NewApiToken { lifetime_s: Some(3600), ..NewApiToken::default() };
-    let first = w.c.token_create(&ann, first).expect("made");
+    let first = w.c.accounts.token_create(&ann, first).expect("made");
     let end = first.info.expires.expect("it ends");
     let here = w.c.registry().people().principal(&first.token, UnixMs::now()).expect("good");
     for (lifetime_s, want) in [(None, Some(end)), (Some(7200), Some(end))] {
         let child = NewApiToken { lifetime_s, ..NewApiToken::default() };
-        assert_eq!(w.c.token_create(&here, child).expect("made").info.expires, want);
+        assert_eq!(w.c.accounts.token_create(&here, child).expect("made").info.expires, want);
     }
     let short = NewApiToken { lifetime_s: Some(60), ..NewApiToken::default() };
-    assert!(w.c.token_create(&here, short).expect("made").info.expires < Some(end));
-    assert_eq!(w.c.token_create(&ann, NewApiToken::default()).expect("made").info.expires, None);
+    assert!(w.c.accounts.token_create(&here, short).expect("made").info.expires < Some(end));
+    assert_eq!(
+        w.c.accounts.token_create(&ann, NewApiToken::default()).expect("made").info.expires,
+        None
+    );
 }
 
 #[test]
@@ -279,9 +286,9 @@ async fn whoever_hangs_up_while_a_program_is_handed_over_is_in_the_log() {
         args: Vec::new(),
         input: Vec::new().into(),
     };
-    let asked = w.c.exec(&ann, "a", program, Duration::from_secs(60));
+    let asked = w.c.programs.exec(&ann, "a", program, Duration::from_secs(60));
     tokio::time::timeout(Duration::from_millis(50), asked).await.expect_err("it does not answer");
-    let last = w.c.audit_for(&me(), 1, None).expect("read").remove(0);
+    let last = w.c.accounts.audit_for(&me(), 1, None).expect("read").remove(0);
     assert_eq!(
         (last.tenant.as_str(), last.user.as_str(), last.action.as_str(), last.outcome.as_str()),
         ("acme", "ann", "vm exec", "begun")
@@ -293,11 +300,11 @@ async fn what_comes_in_is_counted_while_it_comes() {
     let w = world(Send::Works).await;
     let ann = user(&w, "acme", "ann", Role::Member);
     let quota = Quota { pool_bytes: Some(1000), ..Quota::default() };
-    w.c.registry().quotas().set(&me(), &ann.tenant, quota).expect("set");
-    let e = w.c.begin_upload(&ann, &name("large"), Some(1001)).err().expect("too much");
+    w.c.registry().tenant_quota(&me(), &ann.tenant, quota).expect("set");
+    let e = w.c.exchange.begin_upload(&ann, &name("large"), Some(1001)).err().expect("too much");
     assert_eq!(e.code, Code::NoRoom);
-    let a = w.c.begin_upload(&ann, &name("a"), Some(900)).expect("room");
-    let b = w.c.begin_upload(&ann, &name("b"), None).expect("its length is not known");
+    let a = w.c.exchange.begin_upload(&ann, &name("a"), Some(900)).expect("room");
+    let b = w.c.exchange.begin_upload(&ann, &name("b"), None).expect("its length is not known");
     a.count(900).expect("room");
     b.count(100).expect("room");
     assert_eq!(b.count(1).expect_err("together too much").code, Code::NoRoom);
@@ -321,21 +328,21 @@ async fn what_concerns_the_whole_cloud_is_not_there_for_users_of_the_default_ten
     }
     let ours =
         OpRecord::begun(&dave, OpKind::VmStop { vm: godwit_types::VmId::new(), name: name("web") });
-    w.c.registry().ops().put(&ours).expect("entered");
-    w.c.note_of_cloud(&me(), "site revoke", "cafe");
+    w.c.registry().op_put(&ours).expect("entered");
+    w.c.accounts.note_of_cloud(&me(), "site revoke", "cafe");
     use crate::access::Action::{Change, See};
     for id in cloud {
         for action in [See, Change] {
-            let e = w.c.op_for(&dave, action, id).expect_err("not there");
+            let e = w.c.finder.op_for(&dave, action, id).expect_err("not there");
             assert_eq!(e.code, Code::NotFound, "{e}");
         }
-        assert_eq!(w.c.cancel(&dave, id).expect_err("not there").code, Code::NotFound);
-        w.c.op_for(&me(), See, id).expect("the operator's");
+        assert_eq!(w.c.finder.cancel(&dave, id).expect_err("not there").code, Code::NotFound);
+        w.c.finder.op_for(&me(), See, id).expect("the operator's");
     }
-    let seen: Vec<_> = w.c.ops_for(&dave).expect("list").into_iter().map(|o| o.id).collect();
+    let seen: Vec<_> = w.c.finder.ops_for(&dave).expect("list").into_iter().map(|o| o.id).collect();
     assert_eq!(seen, [ours.id]);
     let actions = |who: &Principal| {
-        let log = w.c.audit_for(who, 100, None).expect("read");
+        let log = w.c.accounts.audit_for(who, 100, None).expect("read");
         log.into_iter().map(|e| format!("{} {}", e.action, e.object)).collect::<Vec<_>>()
     };
     let log = actions(&dave);
@@ -354,10 +361,10 @@ async fn the_owner_of_a_granted_substrate_finds_in_its_log_who_took_it_out() {
     let w = world(Send::Works).await;
     let (ann, bob) = (user(&w, "acme", "ann", Role::Admin), user(&w, "other", "bob", Role::Admin));
     let info = SubstrateInfo { owner: ann.id.clone(), name: name("lent"), ..docked(1) };
-    let s = w.c.adopt_substrate(&name("center"), info).expect("listed");
-    w.c.note_substrate(&bob, "substrate export", &s);
+    let s = w.c.exchange.adopt_substrate(&name("center"), info).expect("listed");
+    w.c.accounts.note_substrate(&bob, "substrate export", &s);
     for (who, object) in [(&ann, "lent by a user of tenant other"), (&bob, "lent")] {
-        let log = w.c.audit_for(who, 1, None).expect("read");
+        let log = w.c.accounts.audit_for(who, 1, None).expect("read");
         assert_eq!((log[0].action.as_str(), log[0].object.as_str()), ("substrate export", object));
     }
 }
@@ -367,11 +374,11 @@ async fn equal_refusals_are_one_entry_of_the_log() {
     let w = world(Send::Works).await;
     let ann = user(&w, "acme", "ann", Role::Admin);
     for _ in 0..100 {
-        w.c.note_refused(&ann, "GET /metrics");
+        w.c.accounts.note_refused(&ann, "GET /metrics");
     }
-    let log = w.c.audit_for(&ann, 100, None).expect("read");
+    let log = w.c.accounts.audit_for(&ann, 100, None).expect("read");
     assert_eq!(log.iter().filter(|e| e.action == "request").count(), 1, "{log:?}");
-    assert!(w.c.audit_for(&ann, 0, None).expect("read").is_empty());
+    assert!(w.c.accounts.audit_for(&ann, 0, None).expect("read").is_empty());
 }
 
 /// A machine of `who` that runs, made of the substrate `key`.
@@ -400,8 +407,8 @@ async fn what_is_private_is_docked_as_private_and_no_colleague_cancels_that() {
         other => panic!("{other:?}"),
     }
     assert_eq!(w.c.registry().vm(&vm.id.to_string()).expect("there").state, VmState::Docking);
-    assert_eq!(w.c.cancel(&bob, op).expect_err("not his").code, Code::Forbidden);
-    w.c.cancel(&ann, op).expect("her own");
+    assert_eq!(w.c.finder.cancel(&bob, op).expect_err("not his").code, Code::Forbidden);
+    w.c.finder.cancel(&ann, op).expect("her own");
 }
 
 #[tokio::test]
@@ -415,7 +422,8 @@ async fn an_operator_in_another_tenant_makes_nothing_in_the_name_of_a_user_there
     private(&w, &ann, "mine");
     let vm = activated(&w, &me(), "copy", "acme/mine").await;
     assert_eq!((vm.tenant.as_str(), vm.private_of), ("default", Some(name("operator"))));
-    let upload = w.c.begin_upload(&bob.at(&ann.tenant), &name("file"), None).expect("begun");
+    let upload =
+        w.c.exchange.begin_upload(&bob.at(&ann.tenant), &name("file"), None).expect("begun");
     assert_eq!(upload.want.owner.as_str(), "operator");
     let vm = machine(&w, &ann, "a");
     let accepted = w.c.dock(&bob, &format!("acme/{}", vm.name), dock_as("web"), Mode::Act);
@@ -470,7 +478,7 @@ async fn a_site_that_takes_a_substrate_is_told_whose_pages_it_may_use() {
         };
         let (c, substrate) = (w.c.clone(), s.clone());
         let job = |op| async move {
-            c.carry(&op, &substrate, &name("center"), &name("cafe")).await?;
+            c.exchange.carry(&op, &substrate, &name("center"), &name("cafe")).await?;
             Ok(serde_json::Value::Null)
         };
         let op = w.c.ops().start(&ann, kind, job).expect("started");
@@ -500,16 +508,14 @@ async fn of_many_that_rebuild_one_substrate_at_once_one_does() {
         let owner = ann.id.clone();
         let info = SubstrateInfo { name: name("mine"), kind, owner, ..docked(4) };
         w.center.substrates.lock().expect("lock").push(info.clone());
-        w.c.adopt_substrate(&name("center"), info).expect("listed");
+        w.c.exchange.adopt_substrate(&name("center"), info).expect("listed");
         let taken: Vec<_> = std::thread::scope(|scope| {
             let at = tokio::runtime::Handle::current();
             let all: Vec<_> = (0..30)
                 .map(|_| {
                     let (c, ann, at) = (w.c.clone(), ann.clone(), at.clone());
-                    scope.spawn(move || {
-                        let _in = at.enter();
-                        c.substrate_rebuild(&ann, "mine", Mode::Act)
-                    })
+                    // What they begin waits until all have asked: this thread runs it.
+                    scope.spawn(move || at.block_on(c.substrate_rebuild(&ann, "mine", Mode::Act)))
                 })
                 .collect();
             all.into_iter().map(|t| t.join().expect("no panic")).collect()
@@ -523,20 +529,44 @@ async fn of_many_that_rebuild_one_substrate_at_once_one_does() {
 }
 
 #[tokio::test]
+async fn a_machine_of_a_rebuild_counts_its_disk_also_at_a_center_that_remembers_none() {
+    let w = world(Send::Works).await;
+    let ann = user(&w, "acme", "ann", Role::Member);
+    let (owner, kind) = (ann.id.clone(), SubstrateKind::Restricted);
+    let info = SubstrateInfo { name: name("mine"), kind, owner, ..docked(4) };
+    w.center.substrates.lock().expect("lock").push(info.clone());
+    w.c.exchange.adopt_substrate(&name("center"), info).expect("listed");
+    // The disk of the machine that it makes is 4 GiB, and the tenant may have less.
+    let quota = Quota { disk_bytes: Some(3 << 30), ..Quota::default() };
+    w.c.registry().tenant_quota(&me(), &name("acme"), quota).expect("set");
+    let f = w.c.substrate_rebuild(&ann, "mine", Mode::Act).await.expect_err("over its quota");
+    assert_eq!(f.code, Code::NoRoom, "{f}");
+    assert!(f.message.contains("bytes of machines' disks"), "{f}");
+    let quota = Quota { disk_bytes: Some(5 << 30), ..Quota::default() };
+    w.c.registry().tenant_quota(&me(), &name("acme"), quota).expect("set");
+    w.c.substrate_rebuild(&ann, "mine", Mode::Act).await.expect("begun");
+    let vm = w.c.registry().vms().expect("list").remove(0);
+    assert_eq!(vm.disk_bytes, Some(4 << 30));
+}
+
+#[tokio::test]
 async fn who_deletes_a_substrate_is_in_the_log_of_its_tenant() {
     let w = world(Send::Works).await;
     let (ann, bob) = (user(&w, "acme", "ann", Role::Member), user(&w, "other", "bob", Role::Admin));
     let s = private(&w, &ann, "mine");
-    w.c.substrate_delete(&bob, &s.id.to_string(), Mode::Act).await.expect_err("not there for him");
-    w.c.substrate_delete(&ann, "mine", Mode::DryRun).await.expect("would");
+    w.c.pool
+        .substrate_delete(&bob, &s.id.to_string(), Mode::Act)
+        .await
+        .expect_err("not there for him");
+    w.c.pool.substrate_delete(&ann, "mine", Mode::DryRun).await.expect("would");
     let deletes = |who: &Principal| {
-        let log = w.c.audit_for(who, 100, None).expect("read");
+        let log = w.c.accounts.audit_for(who, 100, None).expect("read");
         let of = |e: &crate::registry::AuditEntry| e.action.starts_with("substrate delete");
         log.into_iter().filter(of).collect::<Vec<_>>()
     };
     let adm = user(&w, "acme", "adm", Role::Admin);
     assert!(deletes(&adm).is_empty(), "nothing was deleted yet");
-    w.c.substrate_delete(&me(), "acme/mine", Mode::Act).await.expect("deleted");
+    w.c.pool.substrate_delete(&me(), "acme/mine", Mode::Act).await.expect("deleted");
     let log = deletes(&adm);
     assert!(!log.is_empty(), "its tenant sees it");
     for e in &log {

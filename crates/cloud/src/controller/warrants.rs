@@ -12,10 +12,29 @@ use godwit_site::{MachineStatus, UNKNOWN_GENERATION};
 use godwit_transfer::Warrant;
 use godwit_types::{Fault, Generation, Name};
 
-use super::Controller;
+use crate::registry::Registry;
 use crate::registry::VmRecord;
+use crate::registry::registry_fault;
+use godwit_transfer::Authority;
+use std::sync::Arc;
 
-impl Controller {
+/// The records of machines, and the center's word on where each may run.
+pub(crate) struct Warrants {
+    pub(super) registry: Arc<Registry>,
+    pub(super) authority: Arc<Authority>,
+}
+
+impl Warrants {
+    /// Changes a machine's record under its generation.
+    pub(super) fn change_vm(
+        &self,
+        vm: &VmRecord,
+        generation: Generation,
+        change: impl FnOnce(&mut VmRecord) -> Result<(), crate::registry::RegistryError>,
+    ) -> Result<VmRecord, Fault> {
+        self.registry.vm_update(vm.id, generation, change).map_err(registry_fault)
+    }
+
     /// The center's word that `site` may run a machine under `generation`.
     pub(super) fn warrant(
         &self,

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum_server::Handle;
 use godwit_site::{LocalSite, SiteDirs, SiteOptions, Uids, serve};
 use godwit_transfer::{
     Endpoint, EndpointOptions, Expected, Identity, JoinToken, Link, PATIENCE, PendingIdentity,
@@ -23,6 +24,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::front::{self, FrontConfig};
+use super::https::{Served, Socket};
 use super::secrets::{make_dir, write_private};
 use super::{RENEW, Ready};
 
@@ -31,6 +34,9 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_
 
 /// Name of the file with the center's `host:port` and, in its second line, its name.
 const CENTER_FILE: &str = "center";
+
+/// How long open requests may take to end when the agent ends.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// How long the center may take to sign a certificate.
 const SIGNED_WITHIN: Duration = Duration::from_secs(30);
@@ -59,6 +65,8 @@ pub struct AgentConfig {
     pub co_schedule: bool,
     /// Whether each QEMU gets a uid of its own, and from where.
     pub uids: Uids,
+    /// Where it serves the center's API for people there; nowhere when left out.
+    pub api: Option<FrontConfig>,
 }
 
 /// Joins the center that made `token` and keeps the identity under `dirs`.
@@ -125,6 +133,7 @@ pub struct Agent {
     endpoint: Endpoint,
     site: Arc<LocalSite>,
     connected: watch::Receiver<bool>,
+    front: Option<Handle<SocketAddr>>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -163,6 +172,13 @@ impl Agent {
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let (now, linked) = watch::channel(None);
         let (told, connected) = watch::channel(false);
+        let served = match config.api {
+            Some(front) => {
+                let router = front::router(name.clone(), linked.clone());
+                Some(serve_front(front, router, address, &keys, &stop, &tasks).await?)
+            }
+            None => None,
+        };
         let work = stay_connected(endpoint.clone(), center, keys.clone(), site.clone(), now, told);
         tasks.spawn(stop.clone().run_until_cancelled_owned(work));
         let renewing = keep_certificate(endpoint.clone(), keys.join("identity"), linked);
@@ -170,8 +186,10 @@ impl Agent {
         let listens = SocketAddr::new(address, link.port());
         let meeting = site.clone().meet_neighbours(endpoint.clone(), listens);
         tasks.spawn(stop.clone().run_until_cancelled_owned(meeting));
-        let ready = Ready { site: name, api: None, link: Some(link) };
-        Ok(Self { ready, endpoint, site, connected, stop, tasks })
+        let api = served.as_ref().map(|s| s.address);
+        let ready = Ready { site: name, api, link: Some(link) };
+        let front = served.map(|s| s.handle);
+        Ok(Self { ready, endpoint, site, connected, front, stop, tasks })
     }
 
     /// Where it serves.
@@ -189,6 +207,9 @@ impl Agent {
 
     /// Ends the agent in good order; its machines run on.
     pub async fn stop(self) {
+        if let Some(front) = &self.front {
+            front.graceful_shutdown(Some(GRACE));
+        }
         self.stop.cancel();
         self.endpoint.close("the site is stopped").await;
         self.tasks.close();
@@ -201,6 +222,24 @@ fn load_identity(dir: &Path) -> Result<Identity, Fault> {
     Identity::load(dir).map_err(|e| {
         Fault::of(&e).hint("let the site join: godwit site token NAME at the center, then godwit site join TOKEN here")
     })
+}
+
+/// Serves the center's API here, and hands the certificate out.
+async fn serve_front(
+    front: FrontConfig,
+    router: axum::Router,
+    own: IpAddr,
+    keys: &Path,
+    stop: &CancellationToken,
+    tasks: &TaskTracker,
+) -> Result<Served, Fault> {
+    let socket = Socket { listen: front.listen, named: Some(own), tls: front.tls.as_ref(), keys };
+    let served = socket.serve(router, stop, tasks).await?;
+    if let Some(file) = &front.ca_file {
+        write_private(file, served.pem.as_bytes())?;
+    }
+    tracing::info!(api = %served.address, "the center's API is served here");
+    Ok(served)
 }
 
 /// The address under which other sites reach this one: the one it listens on or, when it listens

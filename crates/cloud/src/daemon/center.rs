@@ -1,12 +1,14 @@
 //! The center: registry, controller, API, its own site, and the door for other sites.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum_server::Handle;
-use godwit_site::{LocalSite, RemoteSite, SiteDirs, SiteHost, SiteOptions, Uids};
+use godwit_site::{
+    CenterHost, LocalSite, RemoteSite, SiteDirs, SiteHost, SiteOptions, Uids, serve_site,
+};
 use godwit_transfer::keys::TokenInfo;
 use godwit_transfer::{
     Authority, Endpoint, EndpointOptions, Fault as LinkFault, KeyError, PATIENCE, Peer, Renewal,
@@ -16,24 +18,15 @@ use godwit_types::{Code, Fault, Name, SiteKind};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::guard::{Guard, impatient};
-use super::tls::{self, TlsFiles};
-use super::{ClientFiles, RENEW, Ready, local_socket, secrets};
+use super::by_site::BySite;
+use super::https::{Served, Socket};
+use super::{ClientFiles, RENEW, Ready, TlsFiles, local_socket, secrets};
 use crate::api::{Api, Gatekeeper, Routes};
 use crate::controller::Controller;
 use crate::registry::{Registry, RegistryError};
 
 /// How long open requests may take to end when the daemon ends.
 const GRACE: Duration = Duration::from_secs(5);
-
-/// How long the head of a request may take to come.
-const HEAD_WITHIN: Duration = Duration::from_secs(30);
-
-/// Requests of one connection at once, by HTTP/2.
-const STREAMS: u32 = 64;
-
-/// The longest head of a request by HTTP/2, in bytes.
-const HEAD_BYTES: u32 = 64 << 10;
 
 /// What a center needs to know.
 #[derive(Debug, Clone)]
@@ -176,8 +169,6 @@ impl Center {
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let kept: Arc<dyn SiteHost> = own.clone();
         tasks.spawn(stop.clone().run_until_cancelled_owned(controller.clone().keep(kept)));
-        let work = welcome(endpoint.clone(), controller.clone(), authority.clone());
-        tasks.spawn(stop.clone().run_until_cancelled_owned(work));
         let work = keep_certificate(endpoint.clone(), authority.clone(), keys.join("identity"));
         tasks.spawn(stop.clone().run_until_cancelled_owned(work));
 
@@ -187,12 +178,18 @@ impl Center {
 
         let token = secrets::token_or_new(&keys.join("operator-token"))?;
         let door = Door {
-            authority,
+            authority: authority.clone(),
             center: config.advertise.clone().unwrap_or_else(|| link.to_string()),
         };
         let api = Api::new(controller.clone(), Arc::new(door), &token).until(stop.clone());
         let router = api.serve(serves(&api));
-        let (api, address) = serve_api(&config, router, &token, &keys, &stop, &tasks).await?;
+        let host: Arc<dyn CenterHost> = Arc::new(BySite { router: router.clone() });
+        let work = welcome(endpoint.clone(), controller.clone(), authority, host);
+        tasks.spawn(stop.clone().run_until_cancelled_owned(work));
+        let socket =
+            Socket { listen: config.api, named: None, tls: config.tls.as_ref(), keys: &keys };
+        let Served { handle: api, address, pem } = socket.serve(router, &stop, &tasks).await?;
+        config.client.write(&format!("https://{address}"), &pem, &token)?;
         tracing::info!(site = %config.site, api = %address, link = %link, "center ready");
         let ready = Ready { site: config.site, api: Some(address), link: Some(link) };
         Ok(Self { ready, controller, endpoint, own, api, stop, tasks })
@@ -223,62 +220,13 @@ impl Center {
     }
 }
 
-async fn serve_api(
-    config: &CenterConfig,
-    router: axum::Router,
-    token: &str,
-    keys: &Path,
-    stop: &CancellationToken,
-    tasks: &TaskTracker,
-) -> Result<(Handle<SocketAddr>, SocketAddr), Fault> {
-    let listener = std::net::TcpListener::bind(config.api).map_err(|e| {
-        Fault::unavailable(format!("listening on {}: {e}", config.api))
-            .hint("another center may be running; name another address with --api")
-    })?;
-    let failed = |e: std::io::Error| Fault::internal(format!("the API's socket: {e}"));
-    listener.set_nonblocking(true).map_err(failed)?;
-    let address = listener.local_addr().map_err(failed)?;
-    let (pem, tls) = match &config.tls {
-        Some(files) => files.server()?,
-        None => tls::server(&keys.join("api"), address)?,
-    };
-    if let Some(files) = config.tls.clone() {
-        tasks.spawn(stop.clone().run_until_cancelled_owned(files.keep(tls.clone())));
-    }
-    let router = router.layer(axum::middleware::map_request(impatient));
-    let handle = Handle::new();
-    let mut server = axum_server::from_tcp_rustls(listener, tls)
-        .map_err(failed)?
-        .map(|tls| tls.acceptor(Guard::new()))
-        .first_request_timeout(HEAD_WITHIN)
-        .handle(handle.clone());
-    // Whoever connects and says nothing is not waited for.
-    server
-        .http_builder()
-        .http1()
-        .timer(hyper_util::rt::TokioTimer::new())
-        .header_read_timeout(HEAD_WITHIN);
-    server
-        .http_builder()
-        .http2()
-        .timer(hyper_util::rt::TokioTimer::new())
-        .max_concurrent_streams(STREAMS)
-        .max_pending_accept_reset_streams(STREAMS as usize)
-        .max_header_list_size(HEAD_BYTES)
-        .keep_alive_interval(HEAD_WITHIN)
-        .keep_alive_timeout(HEAD_WITHIN);
-    tasks.spawn(async move {
-        if let Err(error) = server.serve(router.into_make_service()).await {
-            tracing::error!(%error, "the API ended");
-        }
-    });
-    handle.listening().await.ok_or_else(|| Fault::internal("the API did not come up"))?;
-    config.client.write(&format!("https://{address}"), &pem, token)?;
-    Ok((handle, address))
-}
-
 /// Takes in the sites that connect. Each is the site of its certificate, whatever it says.
-async fn welcome(endpoint: Endpoint, controller: Arc<Controller>, authority: Arc<Authority>) {
+async fn welcome(
+    endpoint: Endpoint,
+    controller: Arc<Controller>,
+    authority: Arc<Authority>,
+    host: Arc<dyn CenterHost>,
+) {
     while let Some(link) = endpoint.accept().await {
         let (controller, trust) = (controller.clone(), endpoint.trust().clone());
         let known = authority.clone();
@@ -289,7 +237,7 @@ async fn welcome(endpoint: Endpoint, controller: Arc<Controller>, authority: Arc
             link.close("there is one center");
             continue;
         }
-        let calls = Arc::new(calls(authority.clone()));
+        let (calls, host) = (Arc::new(calls(authority.clone())), host.clone());
         tokio::spawn(async move {
             let kind = link.peer().kind;
             let site: Arc<dyn SiteHost> = Arc::new(RemoteSite::new(link.clone()));
@@ -298,10 +246,11 @@ async fn welcome(endpoint: Endpoint, controller: Arc<Controller>, authority: Arc
                 Ok(()) => {
                     // Read after it is attached, so that no later list misses it.
                     let list = trust.revocations();
-                    controller.tell_revocations(&site, &list).await;
+                    controller.sites.tell_revocations(&site, &list).await;
                     tokio::select! {
                         () = controller.clone().keep(site.clone()) => {}
                         () = link.serve(calls) => controller.detach(&site),
+                        () = serve_site(link.clone(), host) => controller.detach(&site),
                         why = link.closed() => {
                             tracing::info!(site = %site.name(), %why, "link closed");
                             controller.detach(&site);

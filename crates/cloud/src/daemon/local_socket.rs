@@ -76,9 +76,9 @@ async fn answer(mut stream: UnixStream, controller: &Controller, may: bool) -> s
     let made: Result<ApiToken, Fault> = match serde_json::from_str::<NewApiToken>(&line) {
         _ if !may => Err(Fault::new(Code::Forbidden, "only root gets a token here")),
         Err(e) => Err(Fault::invalid(format!("the request: {e}"))),
-        Ok(want) => {
-            controller.token_create(&Principal::operator(), NewApiToken { user: None, ..want })
-        }
+        Ok(want) => controller
+            .accounts
+            .token_create(&Principal::operator(), NewApiToken { user: None, ..want }),
     };
     write.write_all(&serde_json::to_vec(&made)?).await?;
     write.shutdown().await

@@ -4,8 +4,11 @@
 //! daemon ends no machine: the next one adopts them.
 
 mod agent;
+mod by_site;
 mod center;
+mod front;
 mod guard;
+mod https;
 mod local_socket;
 mod secrets;
 mod tls;
@@ -16,6 +19,7 @@ use godwit_types::Name;
 
 pub use agent::{Agent, AgentConfig, join_site};
 pub use center::{Center, CenterConfig};
+pub use front::FrontConfig;
 pub use local_socket::{local_socket, local_token};
 pub(crate) use secrets::checked;
 pub use secrets::{ClientFiles, read_token};

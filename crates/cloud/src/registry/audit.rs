@@ -45,6 +45,9 @@ pub struct AuditEntry {
     /// It is about the cloud as a whole: for operators alone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub cloud: bool,
+    /// The site that handed the request over; none where the center was asked itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<Name>,
     /// Hash of the entry before; of nothing for the first.
     pub before: Hash,
 }
@@ -82,13 +85,15 @@ pub(crate) struct Note<'a> {
     pub(crate) outcome: &'a str,
     /// About the cloud as a whole.
     pub(crate) cloud: bool,
+    /// The site that handed the request over.
+    pub(crate) by: Option<&'a Name>,
 }
 
 impl<'a> Note<'a> {
     /// That `who` did `action` with `object`.
     pub(crate) const fn of(who: &'a Principal, action: &'a str, object: &'a str) -> Self {
-        let (tenant, user) = (&who.tenant, &who.user);
-        Self { tenant, user, action, object, outcome: "done", cloud: false }
+        let (tenant, user, by) = (&who.tenant, &who.user, who.by.as_ref());
+        Self { tenant, user, action, object, outcome: "done", cloud: false, by }
     }
 
     /// The same, of the cloud as a whole.
@@ -113,6 +118,7 @@ impl Tables {
             object: bounded(note.object),
             outcome: bounded(note.outcome),
             cloud: note.cloud,
+            by: note.by.cloned(),
             before: self.audit.last,
         }))
     }
@@ -141,6 +147,7 @@ impl Tables {
             object: &object,
             outcome: &outcome,
             cloud: op.kind.is_of_cloud(),
+            by: op.by.as_ref(),
         }))
     }
 }

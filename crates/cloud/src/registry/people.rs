@@ -482,6 +482,7 @@ impl Principal {
             narrowed: false,
             token: None,
             until: None,
+            by: None,
         }
     }
 }

@@ -238,6 +238,9 @@ pub struct OpRecord {
     /// The user who asked for it.
     #[serde(default = "operator")]
     pub user: Name,
+    /// The site that handed the request over; none where the center was asked itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<Name>,
     /// What it does, with its parameters.
     pub kind: OpKind,
     /// Where it is.
@@ -265,6 +268,7 @@ impl OpRecord {
             id: OpId::new(),
             tenant: who.tenant.clone(),
             user: who.user.clone(),
+            by: who.by.clone(),
             kind,
             state: OpState::Running,
             started: UnixMs::now(),

@@ -218,6 +218,7 @@ fn old_finished_operations_make_room() {
         id: OpId::new(),
         tenant: default_tenant(),
         user: crate::access::operator(),
+        by: None,
         kind: OpKind::PoolCheck { site: name("center") },
         state,
         started: UnixMs(1),

@@ -196,9 +196,11 @@ impl Refusal {
             Self::Undocking(machine) => {
                 format!("wait for it, or cut its power: godwit vm stop {machine} --force")
             }
-            Self::Leaving { .. } | Self::Arriving { .. } => {
-                "wait for the move to end: godwit op list".into()
-            }
+            Self::Leaving { .. } => "wait for the move to end: godwit op list".into(),
+            Self::Arriving { machine, .. } => format!(
+                "wait for the move to end: godwit op list; or give up what has come: godwit vm \
+                 delete {machine}"
+            ),
             Self::Stranded { machine, .. } => format!(
                 "boot it from its disk: godwit vm start {machine}; or delete it: godwit vm delete \
                  {machine}"

@@ -21,7 +21,7 @@ impl LocalSite {
             self.images.list().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
         let machines = self.machines.list(&self.room).await;
         let vms = machines.iter().filter(|m| m.state == godwit_types::VmState::Running).count();
-        self.substrates.pool.forget_set_aside(godwit_substrate::KEPT);
+        self.substrates.pool.forget_parts(godwit_substrate::KEPT);
         let me = self.whole()?;
         let held = tokio::task::spawn_blocking(move || me.substrates.list())
             .await
