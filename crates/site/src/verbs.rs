@@ -501,6 +501,11 @@ verbs! {
         /// Where the source's relay listens.
         address: SocketAddr,
     }
+    /// How large the disk is that a machine has, in bytes: what its guest sees.
+    Disk "disk" since 3 => Bytes {
+        /// What the machine is made from.
+        of: Origin,
+    }
     /// Both sites of a migration hold a substrate that its machine comes from: its memory is made ready
     /// for their relays. A site that cannot refuses; the machine moves without it then.
     MigrateHold "migrate hold" since 4 => Done {
@@ -510,10 +515,5 @@ verbs! {
         substrate: SubstrateId,
         /// Its content.
         content: Hash,
-    }
-    /// How large the disk is that a machine has, in bytes: what its guest sees.
-    Disk "disk" since 3 => Bytes {
-        /// What the machine is made from.
-        of: Origin,
     }
 }

@@ -265,7 +265,7 @@ impl Following {
             Some(object) => serde_json::to_value(object).ok(),
             None if what.kind == EventKind::Site => {
                 let (name, c) = (Name::new(&what.key).ok(), &self.api.controller);
-                let site = name.and_then(|n| c.registry().site(&n).ok());
+                let site = name.and_then(|n| c.registry().sites().get(&n).ok());
                 site.and_then(|s| serde_json::to_value(c.finder.site_for(&self.who, s)).ok())
             }
             None => None,

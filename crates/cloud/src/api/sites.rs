@@ -125,7 +125,7 @@ pub(super) async fn revoke(
         return Err(Fault::invalid("the center cannot be revoked").into());
     }
     let revoked = api.gate.revoke(&site)?;
-    api.controller.registry().site_revoke(&site)?;
+    api.controller.registry().sites().revoke(&site)?;
     if let Ok(host) = api.controller.sites.host(&site) {
         api.controller.detach(&host);
     }

@@ -168,7 +168,7 @@ impl Controller {
         // Whatever it answers, it answers.
         if tokio::time::timeout(ANSWER_WITHIN, ping).await.is_err()
             && self.sites.is_attached(host)
-            && self.registry.site_silent(host.name(), asked)
+            && self.registry.sites().silent(host.name(), asked)
         {
             tracing::warn!(site = %host.name(), "does not answer");
         }

@@ -79,7 +79,7 @@ impl Uploading {
         let tenant = this.tenant.clone();
         let coming = all.values().filter(|u| u.tenant == tenant).map(|u| u.bytes).sum();
         drop(all);
-        self.exchange.registry.pool_has_room(&tenant, coming).map_err(registry_fault)
+        self.exchange.registry.quotas().pool_has_room(&tenant, coming).map_err(registry_fault)
     }
 }
 
@@ -168,7 +168,7 @@ impl Exchange {
         self.uploads.all().insert(id, FileUpload { tenant, user, name, bytes: 0 });
         drop(one);
         let upload = Uploading { exchange: self.clone(), want };
-        let room = self.registry.pool_has_room(&who.tenant, bytes.unwrap_or_default());
+        let room = self.registry.quotas().pool_has_room(&who.tenant, bytes.unwrap_or_default());
         room.map_err(registry_fault)?;
         Ok(upload)
     }

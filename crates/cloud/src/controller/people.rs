@@ -79,7 +79,7 @@ impl Accounts {
     /// The tenants that are there for `who`.
     #[must_use]
     pub(crate) fn tenants_for(&self, who: &Principal) -> Vec<TenantRecord> {
-        let mut all = self.registry.tenants();
+        let mut all = self.registry.people().tenants();
         all.retain(|t| may(who, Action::See, &Object::Tenant { name: &t.name }).is_ok());
         all
     }
@@ -222,7 +222,7 @@ impl Accounts {
     /// The users that are there for `who`, by tenant and name.
     #[must_use]
     pub(crate) fn users_for(&self, who: &Principal) -> Vec<UserRecord> {
-        let mut all = self.registry.users();
+        let mut all = self.registry.people().users();
         all.retain(|u| {
             let object = Object::User { tenant: &u.tenant, role: u.role };
             who.lists(&u.tenant) && may(who, Action::See, &object).is_ok()
@@ -266,7 +266,7 @@ impl Accounts {
     /// The tokens that are there for `who`, without their secrets.
     #[must_use]
     pub(crate) fn tokens_for(&self, who: &Principal) -> Vec<TokenInfo> {
-        let mut all = self.registry.tokens();
+        let mut all = self.registry.people().tokens();
         all.retain(|t| {
             let object = Object::Token { tenant: &t.tenant, user: &t.user, role: t.role };
             who.lists(&t.tenant) && may(who, Action::See, &object).is_ok()
@@ -326,7 +326,7 @@ impl Accounts {
     /// # Errors
     /// Forbidden, not found.
     pub(crate) fn token_delete(&self, who: &Principal, id: &str) -> Result<(), Fault> {
-        let t = self.registry.token(id).map_err(|_| unseen("token", id))?;
+        let t = self.registry.people().token(id).map_err(|_| unseen("token", id))?;
         let object = Object::Token { tenant: &t.tenant, user: &t.user, role: t.role };
         allow(who, Action::Change, &object, ("token", id))?;
         self.registry.people().token_remove(who, &t.id).map_err(registry_fault)

@@ -30,7 +30,7 @@ impl Pool {
     /// # Errors
     /// Unavailable when it is not attached.
     pub(crate) fn center(&self) -> Result<Name, Fault> {
-        let sites = self.registry.sites().map_err(registry_fault)?;
+        let sites = self.registry.sites().all().map_err(registry_fault)?;
         sites
             .into_iter()
             .find(|s| s.kind == SiteKind::Center)

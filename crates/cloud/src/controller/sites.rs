@@ -65,7 +65,7 @@ impl Sites {
             return Ok(h.clone());
         }
         drop(hosts);
-        let site = self.registry.site(name).map_err(registry_fault)?;
+        let site = self.registry.sites().get(name).map_err(registry_fault)?;
         if site.revoked {
             return Err(Fault::conflict(format!("site '{}' was revoked", site.name)).hint(format!(
                 "let it join anew: godwit site token {0}, then godwit site join --replace there",

@@ -47,7 +47,7 @@ async fn a_taker_below_protocol_3_takes_for_one_tenant_and_is_refused_with_two()
         let (opened, _) = brought(&w, &s).await;
         assert_eq!(opened, [StreamRequest::SubstrateTake { content: s.content }], "{protocol}");
     }
-    w.c.registry().tenant_add(&me(), &TenantRecord::new(name("acme"))).expect("tenant");
+    w.c.registry().people().tenant_add(&me(), &TenantRecord::new(name("acme"))).expect("tenant");
     for protocol in [1, 2] {
         w.cafe.speaks.store(protocol, SeqCst);
         let (opened, fault) = brought(&w, &s).await;

@@ -300,7 +300,7 @@ async fn what_comes_in_is_counted_while_it_comes() {
     let w = world(Send::Works).await;
     let ann = user(&w, "acme", "ann", Role::Member);
     let quota = Quota { pool_bytes: Some(1000), ..Quota::default() };
-    w.c.registry().tenant_quota(&me(), &ann.tenant, quota).expect("set");
+    w.c.registry().quotas().set(&me(), &ann.tenant, quota).expect("set");
     let e = w.c.exchange.begin_upload(&ann, &name("large"), Some(1001)).err().expect("too much");
     assert_eq!(e.code, Code::NoRoom);
     let a = w.c.exchange.begin_upload(&ann, &name("a"), Some(900)).expect("room");
@@ -328,7 +328,7 @@ async fn what_concerns_the_whole_cloud_is_not_there_for_users_of_the_default_ten
     }
     let ours =
         OpRecord::begun(&dave, OpKind::VmStop { vm: godwit_types::VmId::new(), name: name("web") });
-    w.c.registry().op_put(&ours).expect("entered");
+    w.c.registry().ops().put(&ours).expect("entered");
     w.c.accounts.note_of_cloud(&me(), "site revoke", "cafe");
     use crate::access::Action::{Change, See};
     for id in cloud {
@@ -538,12 +538,12 @@ async fn a_machine_of_a_rebuild_counts_its_disk_also_at_a_center_that_remembers_
     w.c.exchange.adopt_substrate(&name("center"), info).expect("listed");
     // The disk of the machine that it makes is 4 GiB, and the tenant may have less.
     let quota = Quota { disk_bytes: Some(3 << 30), ..Quota::default() };
-    w.c.registry().tenant_quota(&me(), &name("acme"), quota).expect("set");
+    w.c.registry().quotas().set(&me(), &name("acme"), quota).expect("set");
     let f = w.c.substrate_rebuild(&ann, "mine", Mode::Act).await.expect_err("over its quota");
     assert_eq!(f.code, Code::NoRoom, "{f}");
     assert!(f.message.contains("bytes of machines' disks"), "{f}");
     let quota = Quota { disk_bytes: Some(5 << 30), ..Quota::default() };
-    w.c.registry().tenant_quota(&me(), &name("acme"), quota).expect("set");
+    w.c.registry().quotas().set(&me(), &name("acme"), quota).expect("set");
     w.c.substrate_rebuild(&ann, "mine", Mode::Act).await.expect("begun");
     let vm = w.c.registry().vms().expect("list").remove(0);
     assert_eq!(vm.disk_bytes, Some(4 << 30));

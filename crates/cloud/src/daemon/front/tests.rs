@@ -79,12 +79,15 @@ impl Place {
     /// A token of a new user.
     fn user(&self, tenant: &str, n: &str, role: Role) -> String {
         let (me, tenant) = (Principal::operator(), name(tenant));
-        if self.registry.tenant(&tenant).is_err() {
-            self.registry.tenant_add(&me, &TenantRecord::new(tenant.clone())).expect("tenant");
+        if self.registry.people().tenant(&tenant).is_err() {
+            self.registry
+                .people()
+                .tenant_add(&me, &TenantRecord::new(tenant.clone()))
+                .expect("tenant");
         }
-        let user = self.registry.user_add(&me, &tenant, &name(n), role).expect("user");
+        let user = self.registry.people().user_add(&me, &tenant, &name(n), role).expect("user");
         let drawn = Drawn::new(user.id, role, None);
-        self.registry.token_add(&me, &drawn.record).expect("token");
+        self.registry.people().token_add(&me, &drawn.record).expect("token");
         format!("Bearer {}", drawn.text)
     }
 }
@@ -131,7 +134,7 @@ async fn people_at_a_site_ask_the_center_as_themselves_and_the_site_as_nobody() 
         .body(Body::from(r#"{"name":"other"}"#))
         .expect("request");
     assert!(p.center.clone().oneshot(direct).await.expect("answer").status().is_success());
-    let log = p.registry.audit_entries(100, 0, |_| true).expect("log");
+    let log = p.registry.audit().entries(100, 0, |_| true).expect("log");
     let by = |action: &str| {
         let entry = log.iter().rfind(|e| e.action == action).unwrap_or_else(|| panic!("{action}"));
         (entry.user.as_str(), entry.by.as_ref().map(Name::as_str))
@@ -139,7 +142,7 @@ async fn people_at_a_site_ask_the_center_as_themselves_and_the_site_as_nobody() 
     assert_eq!(by("user create"), ("adm", Some("cafe")));
     assert_eq!(by("request"), ("vic", Some("cafe")), "what was refused");
     assert_eq!(by("tenant create"), ("operator", None));
-    p.registry.audit_verify().expect("whole");
+    p.registry.audit().verify().expect("whole");
 
     // A body over the center's bound is refused by the center.
     let big = "x".repeat(crate::api::MAX_BODY + 1);
