@@ -73,7 +73,7 @@ impl LocalSite {
         self.room.check_memory(record.memory)?;
         let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
         match self.boot_new(&entry, &record, &image, &call, &wanted).await {
-            Ok(()) => self.started(&entry).await,
+            Ok(()) => self.started(&entry, &wanted).await,
             Err(f) => {
                 self.machines.withdraw(&entry, record.vm).await;
                 Err(f)
@@ -82,9 +82,13 @@ impl LocalSite {
     }
 
     /// A machine that was being started runs.
-    pub(super) async fn started(&self, entry: &Mutex<Entry>) -> Result<MachineStatus, Fault> {
+    pub(super) async fn started(
+        &self,
+        entry: &Mutex<Entry>,
+        wanted: &CancellationToken,
+    ) -> Result<MachineStatus, Fault> {
         let mut e = entry.lock().await;
-        if e.starting.take().is_none_or(|wanted| wanted.is_cancelled()) {
+        if !e.doing.end_start(wanted) {
             return Err(Fault::cancelled());
         }
         let life = life_of(&e).await;
@@ -215,18 +219,16 @@ impl LocalSite {
         let image = self.images.sound(&e.record).await?;
         // One that did not answer when this daemon came.
         self.end_strays(vm).await;
-        let wanted = CancellationToken::new();
-        e.starting = Some(wanted.clone());
+        let wanted = e.doing.start();
         let record = e.record.clone();
         // Not held while the guest boots: whoever looks at it need not wait.
         let entry = Arc::clone(OwnedMutexGuard::mutex(&e));
         drop(e);
         match self.boot(&entry, &record, &image, &call, &wanted).await {
-            Ok(()) => self.started(&entry).await,
+            Ok(()) => self.started(&entry, &wanted).await,
             Err(f) => {
                 let mut e = entry.lock().await;
-                if !wanted.is_cancelled() {
-                    e.starting = None;
+                if e.doing.end_start(&wanted) {
                     e.record.reason = Some(f.message.clone());
                     e.record.save(&self.dirs.vm(vm))?;
                 }
@@ -243,10 +245,8 @@ impl LocalSite {
         if e.record.desired == DesiredState::Gone {
             return self.machines.remove_again(vm, generation);
         }
-        if first == First::Start
-            && let Some(wanted) = e.starting.take()
-        {
-            wanted.cancel();
+        if first == First::Start {
+            e.doing.cancel_start();
         }
         if let Some(m) = e.machine.take() {
             m.kill().await;

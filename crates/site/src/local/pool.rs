@@ -94,7 +94,7 @@ impl LocalSite {
         match made.await {
             Ok((report, accel)) => {
                 self.substrates.keep_waiting(id, image, accel);
-                let mut status = self.started(&entry).await?;
+                let mut status = self.started(&entry, &wanted).await?;
                 status.activate = Some(report);
                 Ok(status)
             }

@@ -59,7 +59,7 @@ impl LocalSite {
         let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
         self.substrates.pool.note_clone(id, record.vm);
         match self.boot_new(&entry, &record, &image, &call, &wanted).await {
-            Ok(()) => self.started(&entry).await,
+            Ok(()) => self.started(&entry, &wanted).await,
             Err(f) => {
                 self.substrates.pool.forget_clone(record.vm);
                 self.machines.withdraw(&entry, record.vm).await;
