@@ -54,6 +54,17 @@ pub(super) enum Phase {
     Stranded(Name),
 }
 
+/// What this daemon does to a machine while others may look at it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Activity {
+    /// Nothing.
+    Nothing,
+    /// It starts it.
+    Starting,
+    /// It waits for its guest to power itself off.
+    PoweringOff,
+}
+
 /// Its QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Qemu {
@@ -245,9 +256,8 @@ impl From<Refusal> for Fault {
     }
 }
 
-/// What a machine is in the midst of, by its record, by whether it is being started, and by whether
-/// its guest is waited for to power itself off.
-fn phase(record: &MachineRecord, starting: bool, stopping: bool) -> Phase {
+/// What a machine is in the midst of, by its record and by what is done to it.
+fn phase(record: &MachineRecord, doing: Activity) -> Phase {
     if record.desired == DesiredState::Gone {
         return Phase::Gone;
     }
@@ -255,7 +265,7 @@ fn phase(record: &MachineRecord, starting: bool, stopping: bool) -> Phase {
         return Phase::Damaged(record.reason.clone().unwrap_or_default());
     }
     match (&record.unfinished, &record.migration) {
-        _ if starting => Phase::Starting,
+        _ if doing == Activity::Starting => Phase::Starting,
         (Some(Unfinished::Docking { .. }), _) => Phase::Undocking,
         (_, Some(m)) => {
             let peer = m.peer.clone();
@@ -269,8 +279,10 @@ fn phase(record: &MachineRecord, starting: bool, stopping: bool) -> Phase {
                 Course::Arrival(Arrival::Coming) => Phase::Arriving(peer),
             }
         }
-        (Some(Unfinished::Activating) | None, None) if stopping => Phase::PoweringOff,
-        (Some(Unfinished::Activating) | None, None) => Phase::Settled,
+        (Some(Unfinished::Activating) | None, None) => match doing {
+            Activity::PoweringOff => Phase::PoweringOff,
+            Activity::Nothing | Activity::Starting => Phase::Settled,
+        },
     }
 }
 
@@ -279,7 +291,7 @@ impl State {
     pub(super) fn of(
         record: &MachineRecord,
         site: &Name,
-        (starting, stopping): (bool, bool),
+        doing: Activity,
         (qemu, display): (Qemu, bool),
     ) -> Self {
         Self {
@@ -287,7 +299,7 @@ impl State {
             site: site.clone(),
             generation: record.generation,
             desired: record.desired,
-            phase: phase(record, starting, stopping),
+            phase: phase(record, doing),
             qemu,
             display,
         }
@@ -302,7 +314,8 @@ impl State {
     /// The same as one migration sees it: a machine that is in another is in none.
     pub(super) fn in_move(mut self, record: &MachineRecord, id: MigrationId) -> Self {
         if record.migration.as_ref().is_some_and(|m| m.id != id) {
-            self.phase = phase(&MachineRecord { migration: None, ..record.clone() }, false, false);
+            self.phase =
+                phase(&MachineRecord { migration: None, ..record.clone() }, Activity::Nothing);
         }
         self
     }

@@ -41,7 +41,7 @@ impl LocalSite {
                 self.images.remove(name, &users).await?
             };
             Machines {} => self.machines.list(&self.room).await;
-            VmNew { machine } => self.create(machine, call).await?;
+            VmNew { machine } => self.starts.create(machine, call).await?;
             VmStart { vm, generation, warrant } => {
                 self.restart(vm, generation, warrant, call).await?
             };

@@ -1,6 +1,6 @@
 //! One machine of a site as its daemon has it, and the one way to come to change it.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use godwit_qemu::Machine;
 use godwit_types::{Fault, Generation, Name, VmId};
@@ -8,7 +8,7 @@ use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
 use super::LocalSite;
-use super::allowed::{Action, First, Qemu, State};
+use super::allowed::{Action, Activity, First, Qemu, State};
 use super::record::MachineRecord;
 use super::table::Machines;
 
@@ -17,28 +17,81 @@ use super::table::Machines;
 pub(super) struct Entry {
     pub(super) record: MachineRecord,
     pub(super) machine: Option<Machine>,
-    /// It is being started, without the lock; cancelled when it is not wanted any more.
-    pub(super) starting: Option<CancellationToken>,
-    /// Somebody waits, without the lock, for its guest to power itself off.
-    pub(super) stopping: Weak<()>,
+    pub(super) doing: Doing,
+}
+
+/// What somebody does to a machine without its lock.
+#[derive(Debug, Default)]
+pub(super) enum Doing {
+    #[default]
+    Nothing,
+    /// Starts it; cancelled when it is not wanted any more.
+    Starting(CancellationToken),
+    /// Waits for its guest to power itself off, for as long as there is whoever waits.
+    PoweringOff(Weak<()>),
+}
+
+impl Doing {
+    /// A start begins, whatever was waited for before; what is returned is cancelled once it is not
+    /// wanted any more.
+    pub(super) fn start(&mut self) -> CancellationToken {
+        self.cancel_start();
+        let wanted = CancellationToken::new();
+        *self = Self::Starting(wanted.clone());
+        wanted
+    }
+
+    /// The start that was given `wanted` has come to its end; whether it was wanted until then. If
+    /// not, what is done now is somebody else's.
+    pub(super) fn end_start(&mut self, wanted: &CancellationToken) -> bool {
+        let mine = !wanted.is_cancelled();
+        if mine {
+            *self = Self::Nothing;
+        }
+        mine
+    }
+
+    /// A start is not wanted any more.
+    pub(super) fn cancel_start(&mut self) {
+        if let Self::Starting(wanted) = self {
+            wanted.cancel();
+            *self = Self::Nothing;
+        }
+    }
+
+    /// Somebody begins to wait for the guest to power itself off, until what is returned is dropped.
+    pub(super) fn power_off(&mut self) -> Arc<()> {
+        let waits = Arc::new(());
+        *self = Self::PoweringOff(Arc::downgrade(&waits));
+        waits
+    }
+
+    /// What is done now.
+    pub(super) fn now(&self) -> Activity {
+        match self {
+            Self::Starting(_) => Activity::Starting,
+            Self::PoweringOff(waits) if waits.strong_count() > 0 => Activity::PoweringOff,
+            Self::PoweringOff(_) | Self::Nothing => Activity::Nothing,
+        }
+    }
 }
 
 impl Entry {
     pub(super) fn new(record: MachineRecord, machine: Option<Machine>) -> Self {
-        Self { record, machine, starting: None, stopping: Weak::new() }
+        Self { record, machine, doing: Doing::Nothing }
     }
 
     /// Its state at `site`, whose QEMU was not asked.
     pub(super) fn state(&self, site: &Name) -> State {
         let display = self.machine.as_ref().is_some_and(|m| m.launch().spec.display);
         let qemu = if self.machine.is_some() { Qemu::There } else { Qemu::Gone };
-        let changes = (self.starting.is_some(), self.stopping.strong_count() > 0);
-        State::of(&self.record, site, changes, (qemu, display))
+        State::of(&self.record, site, self.doing.now(), (qemu, display))
     }
 
     /// Whether it has a QEMU, or is about to.
     pub(super) fn takes_memory(&self) -> bool {
-        self.machine.is_some() || self.starting.is_some() || self.record.migration.is_some()
+        let starts = self.doing.now() == Activity::Starting;
+        self.machine.is_some() || starts || self.record.migration.is_some()
     }
 }
 
@@ -104,5 +157,40 @@ impl LocalSite {
                 admitted => return Ok(admitted),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_start_that_was_cancelled_does_not_end_the_next_one() {
+        let mut doing = Doing::default();
+        let first = doing.start();
+        doing.cancel_start();
+        assert!(first.is_cancelled());
+        let second = doing.start();
+        assert!(!doing.end_start(&first), "it is told that it was cancelled");
+        assert_eq!(doing.now(), Activity::Starting);
+        assert!(!second.is_cancelled() && doing.end_start(&second));
+        assert_eq!(doing.now(), Activity::Nothing);
+    }
+
+    #[test]
+    fn nobody_powers_off_once_whoever_waited_is_gone_or_it_was_started() {
+        let mut doing = Doing::default();
+        let waits = doing.power_off();
+        assert_eq!(doing.now(), Activity::PoweringOff);
+        let again = doing.power_off();
+        drop(waits);
+        assert_eq!(doing.now(), Activity::PoweringOff, "its power is cut meanwhile");
+        drop(again);
+        assert_eq!(doing.now(), Activity::Nothing);
+        let waits = doing.power_off();
+        let wanted = doing.start();
+        assert!(doing.end_start(&wanted));
+        assert_eq!(doing.now(), Activity::Nothing, "who waited for the run before has no say");
+        drop(waits);
     }
 }

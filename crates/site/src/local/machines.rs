@@ -1,27 +1,18 @@
-//! The machines of this host: made, started, stopped, removed.
+//! The machines of this host: started again, removed.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_disk::image::{Backing, check_base, create_overlay};
-use godwit_image::Image;
-use godwit_qemu::{Layer, MacAddress, Machine};
+use godwit_qemu::{Layer, Machine};
 use godwit_transfer::Warrant;
-use godwit_types::{Code, Fault, Generation, VmId};
-use tokio::sync::{Mutex, OwnedMutexGuard};
-use tokio_util::sync::CancellationToken;
+use godwit_types::{Fault, Generation, VmId};
+use tokio::sync::OwnedMutexGuard;
 
+use super::LocalSite;
 use super::allowed::{Action, First};
-use super::look::{life_of, status_of};
-use super::pool::mac_seed;
-use super::record::{DesiredState, DiskBase, MachineRecord};
-use super::{Entry, LocalSite};
-use crate::Progress;
-use crate::{Call, MachineStatus, NewMachine, Origin};
-
-/// How long a guest may take to its agent's first answer.
-const BOOT_WITHIN: Duration = Duration::from_secs(300);
+use super::record::DesiredState;
+use crate::{Call, MachineStatus};
 
 /// How often a boot is looked at.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -38,146 +29,7 @@ pub(super) fn join_error(e: tokio::task::JoinError) -> Fault {
 }
 
 impl LocalSite {
-    pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
-        self.warrants.check(new.vm, new.generation, &new.warrant)?;
-        let image = match &new.origin {
-            Origin::Image(image) => image,
-            Origin::Substrate(id) => {
-                let id = *id;
-                return self.activate(new, id, call).await;
-            }
-            Origin::StoredDisk(id) => {
-                let id = *id;
-                return self.boot_stored(new, id, call).await;
-            }
-        };
-        let image = self.images.newest(image).await?;
-        let record = MachineRecord {
-            vm: new.vm,
-            name: new.name,
-            generation: new.generation,
-            warrant: Some(new.warrant),
-            desired: DesiredState::Running,
-            image: image.name.clone(),
-            image_hash: image.hash,
-            substrate: None,
-            arch: image.arch,
-            memory: new.memory.unwrap_or(image.memory),
-            vcpus: new.vcpus.unwrap_or(image.vcpus),
-            mac: MacAddress::from_seed(mac_seed(new.vm)),
-            disk_base: DiskBase::Image,
-            migration: None,
-            reason: None,
-            unfinished: None,
-        };
-        self.room.check_memory(record.memory)?;
-        let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
-        match self.boot_new(&entry, &record, &image, &call, &wanted).await {
-            Ok(()) => self.started(&entry).await,
-            Err(f) => {
-                self.machines.withdraw(&entry, record.vm).await;
-                Err(f)
-            }
-        }
-    }
-
-    /// A machine that was being started runs.
-    pub(super) async fn started(&self, entry: &Mutex<Entry>) -> Result<MachineStatus, Fault> {
-        let mut e = entry.lock().await;
-        if e.starting.take().is_none_or(|wanted| wanted.is_cancelled()) {
-            return Err(Fault::cancelled());
-        }
-        let life = life_of(&e).await;
-        Ok(status_of(&self.name, &mut e, life).await)
-    }
-
-    /// Writes a machine's record and an empty top layer, and boots it.
-    pub(super) async fn boot_new(
-        &self,
-        entry: &Mutex<Entry>,
-        record: &MachineRecord,
-        image: &Image,
-        call: &Call,
-        wanted: &CancellationToken,
-    ) -> Result<(), Fault> {
-        let dir = self.dirs.vm(record.vm);
-        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
-        record.save(&dir)?;
-        if let Some(base) = image.disk_path() {
-            let top = dir.join(TOP);
-            tokio::task::spawn_blocking(move || {
-                let bytes = check_base(&base)?;
-                create_overlay(&top, Backing::None, bytes)
-            })
-            .await
-            .map_err(join_error)?
-            .map_err(into_fault)?;
-        }
-        self.boot(entry, record, image, call, wanted).await
-    }
-
-    /// Starts QEMU and waits for the guest's first answer; its screen and its console can be looked
-    /// at meanwhile. On failure, or once it is not wanted any more, no QEMU is left.
-    pub(super) async fn boot(
-        &self,
-        entry: &Mutex<Entry>,
-        record: &MachineRecord,
-        image: &Image,
-        call: &Call,
-        wanted: &CancellationToken,
-    ) -> Result<(), Fault> {
-        // Memory of an earlier run is of no use to a boot.
-        remove_file(&self.dirs.vm_memory(record.vm))?;
-        let machine = self.launcher.launch(record, image)?.spawn().await.map_err(into_fault)?;
-        {
-            let mut e = entry.lock().await;
-            if wanted.is_cancelled() {
-                drop(e);
-                machine.kill().await;
-                return Err(Fault::cancelled());
-            }
-            e.machine = Some(machine.clone());
-        }
-        let began = std::time::Instant::now();
-        if !image.agent {
-            return Ok(());
-        }
-        let outcome = loop {
-            call.progress(Progress {
-                stage: "boot".into(),
-                done: began.elapsed().as_secs(),
-                total: 0,
-                unit: "seconds".into(),
-                note: "waiting for the guest's first answer".into(),
-            });
-            tokio::select! {
-                () = call.cancel.cancelled() => break Err(Fault::cancelled()),
-                () = wanted.cancelled() => break Err(Fault::cancelled()),
-                exit = machine.exited() => {
-                    break Err(Fault::internal(format!("QEMU ended during the boot: {}", exit.log)));
-                }
-                answer = machine.agent().ping(LOOK_EVERY * 8) => match answer {
-                    Ok(()) => break Ok(()),
-                    Err(_) if began.elapsed() < BOOT_WITHIN => {
-                        tokio::time::sleep(LOOK_EVERY).await;
-                    }
-                    Err(e) => break Err(Fault::new(
-                        Code::TimedOut,
-                        format!("the guest did not answer within {} s: {e}", BOOT_WITHIN.as_secs()),
-                    )),
-                },
-            }
-        };
-        if outcome.is_err() {
-            machine.kill().await;
-            let mut e = entry.lock().await;
-            if !wanted.is_cancelled() {
-                e.machine = None;
-            }
-        }
-        outcome
-    }
-
+    /// Boots a machine that is off from its disk.
     pub(super) async fn restart(
         &self,
         vm: VmId,
@@ -215,18 +67,16 @@ impl LocalSite {
         let image = self.images.sound(&e.record).await?;
         // One that did not answer when this daemon came.
         self.end_strays(vm).await;
-        let wanted = CancellationToken::new();
-        e.starting = Some(wanted.clone());
+        let wanted = e.doing.start();
         let record = e.record.clone();
         // Not held while the guest boots: whoever looks at it need not wait.
         let entry = Arc::clone(OwnedMutexGuard::mutex(&e));
         drop(e);
-        match self.boot(&entry, &record, &image, &call, &wanted).await {
-            Ok(()) => self.started(&entry).await,
+        match self.starts.boot(&entry, &record, &image, &call, &wanted).await {
+            Ok(()) => self.starts.started(&entry, &wanted).await,
             Err(f) => {
                 let mut e = entry.lock().await;
-                if !wanted.is_cancelled() {
-                    e.starting = None;
+                if e.doing.end_start(&wanted) {
                     e.record.reason = Some(f.message.clone());
                     e.record.save(&self.dirs.vm(vm))?;
                 }
@@ -243,10 +93,8 @@ impl LocalSite {
         if e.record.desired == DesiredState::Gone {
             return self.machines.remove_again(vm, generation);
         }
-        if first == First::Start
-            && let Some(wanted) = e.starting.take()
-        {
-            wanted.cancel();
+        if first == First::Start {
+            e.doing.cancel_start();
         }
         if let Some(m) = e.machine.take() {
             m.kill().await;

@@ -39,6 +39,7 @@ mod room;
 mod sched;
 mod screens;
 mod scrub;
+mod starts;
 mod stop;
 mod stored;
 mod substrates;
@@ -58,7 +59,6 @@ use async_trait::async_trait;
 use godwit_transfer::{Revocations, Trust};
 use godwit_types::{Code, Fault, Name};
 use tokio::net::UnixStream;
-use tokio::sync::Semaphore;
 
 use super::{ByteStream, Call, SiteHost, SiteReply, SiteRequest, StreamRequest};
 
@@ -134,12 +134,11 @@ pub struct LocalSite {
     images: Arc<images::Images>,
     launcher: Arc<launch::Launcher>,
     machines: Arc<table::Machines>,
-    /// Activations that go on at once.
-    turns: Arc<Semaphore>,
     room: Arc<room::Room>,
     substrates: Arc<substrates::Substrates>,
     moves: moving::Moves,
     docks: Arc<dock::Docks>,
+    starts: starts::Starts,
     neighbours: neighbours::Neighbours,
     trust: Trust,
     warrants: warrant::Warrants,
@@ -153,11 +152,6 @@ impl std::fmt::Debug for LocalSite {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("LocalSite").field("name", &self.name).finish_non_exhaustive()
     }
-}
-
-/// How many activations go on at once: each waits for its guest half of the time.
-fn at_once() -> usize {
-    2 * std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 impl LocalSite {
@@ -209,6 +203,7 @@ impl LocalSite {
         };
         let moves = moving::Moves::new(&parts);
         let docks = Arc::new(dock::Docks::new(&parts));
+        let starts = starts::Starts::new(&parts);
         let moving::Parts {
             name,
             dirs,
@@ -226,11 +221,11 @@ impl LocalSite {
             images,
             launcher,
             machines,
-            turns: Arc::new(Semaphore::new(at_once())),
             room,
             substrates,
             moves,
             docks,
+            starts,
             neighbours: neighbours::Neighbours::default(),
             trust,
             warrants,

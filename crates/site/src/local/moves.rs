@@ -34,6 +34,7 @@ use super::arrivals::Arrivals;
 use super::course::{End, Migration};
 use super::departures::{Departures, NotSent};
 use super::drive::{Drives, Leaving, forget_measured};
+use super::entry::Doing;
 use super::launch::Launcher;
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::moving::UNDO_WITHIN;
@@ -137,7 +138,7 @@ impl Arrivals {
         let image = self.images.sound(&record).await?;
         let here = Manifest::of(&Launcher::spec_of(&record, &image), &self.launcher.qemu);
         manifest.machine.check(&here).map_err(into_fault)?;
-        let entry = self.machines.register(record.clone(), None).await?;
+        let entry = self.machines.register(record.clone(), Doing::Nothing).await?;
         let mut e = entry.lock().await;
         match self.prepare_entered(&record, &image, &manifest).await {
             Ok((qemu, relay, address)) => {

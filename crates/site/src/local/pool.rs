@@ -10,13 +10,14 @@ use tokio_util::sync::CancellationToken;
 use super::LocalSite;
 use super::machines::into_fault;
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
+use super::starts::Starts;
 use crate::Progress;
 use crate::{Call, MachineStatus, NewMachine};
 
 /// How long an activation keeps others waiting at most.
 const TURN: Duration = Duration::from_secs(3);
 
-impl LocalSite {
+impl Starts {
     /// Makes a machine from a substrate.
     pub(super) async fn activate(
         &self,
@@ -94,7 +95,7 @@ impl LocalSite {
         match made.await {
             Ok((report, accel)) => {
                 self.substrates.keep_waiting(id, image, accel);
-                let mut status = self.started(&entry).await?;
+                let mut status = self.started(&entry, &wanted).await?;
                 status.activate = Some(report);
                 Ok(status)
             }
@@ -167,7 +168,9 @@ impl LocalSite {
         godwit_hold::at("activate.plugged").await;
         Ok(activated)
     }
+}
 
+impl LocalSite {
     /// Who needs an image here, in words.
     pub(super) async fn image_users(&self, name: &Name) -> Result<Vec<String>, Fault> {
         let substrates = self.substrates.list()?.into_iter().filter(|s| s.image == *name);

@@ -9,7 +9,7 @@ use godwit_types::{Fault, Generation, VmId};
 use tokio::sync::OwnedMutexGuard;
 
 use super::LocalSite;
-use super::allowed::{Action, First};
+use super::allowed::{Action, Activity, First};
 use super::machines::{into_fault, remove_file};
 use super::record::DesiredState;
 use crate::Call;
@@ -33,21 +33,19 @@ impl LocalSite {
         call: Call,
     ) -> Result<(), Fault> {
         let action = if force { Action::ForceStop } else { Action::Stop };
-        let stopping = Arc::new(());
-        let (entry, machine) = {
+        // For as long as it is waited here.
+        let (entry, machine, _waits) = {
             let (mut e, first) = self.admit(vm, generation, action).await?;
-            if first == First::Start
-                && let Some(wanted) = e.starting.take()
-            {
-                wanted.cancel();
+            if first == First::Start {
+                e.doing.cancel_start();
             }
             e.record.generation = generation;
             e.record.desired = DesiredState::Stopped;
             e.record.unfinished = None;
             e.record.save(&self.dirs.vm(vm))?;
-            e.stopping = Arc::downgrade(&stopping);
+            let waits = e.doing.power_off();
             let machine = e.machine.clone();
-            (Arc::clone(OwnedMutexGuard::mutex(&e)), machine)
+            (Arc::clone(OwnedMutexGuard::mutex(&e)), machine, waits)
         };
         if let Some(machine) = machine.as_ref().filter(|_| !force) {
             ask_guest(machine, &call).await;
@@ -55,7 +53,8 @@ impl LocalSite {
         let mut e = entry.lock().await;
         let process = |m: &Option<Machine>| m.as_ref().map(|m| m.process().clone());
         let same = e.machine.is_none() || process(&e.machine) == process(&machine);
-        if !same || e.record.desired != DesiredState::Stopped || e.starting.is_some() {
+        let starts = e.doing.now() == Activity::Starting;
+        if !same || e.record.desired != DesiredState::Stopped || starts {
             // Whoever cut its power meanwhile may have started or removed it since.
             return Ok(());
         }

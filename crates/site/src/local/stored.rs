@@ -9,6 +9,7 @@ use super::LocalSite;
 use super::machines::{into_fault, join_error};
 use super::pool::mac_seed;
 use super::record::{DesiredState, DiskBase, MachineRecord};
+use super::starts::Starts;
 use crate::{Call, MachineStatus, NewMachine, Origin};
 
 impl LocalSite {
@@ -26,7 +27,9 @@ impl LocalSite {
         let image = image.await.map_err(join_error)??;
         Ok(image.disk.map_or(0, |disk| disk.bytes))
     }
+}
 
+impl Starts {
     /// Makes a machine of a substrate's stored disk and boots it; the saved memory is not used.
     pub(super) async fn boot_stored(
         &self,
@@ -59,7 +62,7 @@ impl LocalSite {
         let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
         self.substrates.pool.note_clone(id, record.vm);
         match self.boot_new(&entry, &record, &image, &call, &wanted).await {
-            Ok(()) => self.started(&entry).await,
+            Ok(()) => self.started(&entry, &wanted).await,
             Err(f) => {
                 self.substrates.pool.forget_clone(record.vm);
                 self.machines.withdraw(&entry, record.vm).await;

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::SiteDirs;
 use super::allowed::{Action, Refusal};
-use super::entry::Entry;
+use super::entry::{Doing, Entry};
 use super::machines::remove_file;
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::tombs::Tombs;
@@ -116,9 +116,9 @@ impl Machines {
     pub(super) async fn register(
         &self,
         record: MachineRecord,
-        starting: Option<CancellationToken>,
+        doing: Doing,
     ) -> Result<Arc<Mutex<Entry>>, Fault> {
-        let entry = Arc::new(Mutex::new(Entry { starting, ..Entry::new(record.clone(), None) }));
+        let entry = Arc::new(Mutex::new(Entry { doing, ..Entry::new(record.clone(), None) }));
         let there = {
             let _one = self.promise(record.vm, record.memory).await?;
             let mut all = self.all.write().await;
@@ -152,8 +152,9 @@ impl Machines {
         &self,
         record: MachineRecord,
     ) -> Result<(Arc<Mutex<Entry>>, CancellationToken), Fault> {
-        let wanted = CancellationToken::new();
-        let entry = self.register(record, Some(wanted.clone())).await?;
+        let mut doing = Doing::Nothing;
+        let wanted = doing.start();
+        let entry = self.register(record, doing).await?;
         Ok((entry, wanted))
     }
 
@@ -168,7 +169,7 @@ impl Machines {
         let mut e = entry.lock().await;
         if e.record.desired != DesiredState::Gone {
             e.record.desired = DesiredState::Gone;
-            e.starting = None;
+            e.doing = Doing::Nothing;
             self.unregister(vm).await;
         }
     }

@@ -7,6 +7,7 @@ use godwit_transfer::Authority;
 use godwit_types::{Arch, Generation, Hash, Mib, MigrationId, VmId};
 
 use super::course::{Arrival, Course, End, Migration};
+use super::entry::Doing;
 use super::promise::share_mib;
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::*;
@@ -73,7 +74,7 @@ async fn two_arrivals_at_once_are_not_promised_the_same_memory() {
     let share = share_mib(memory);
     let place = site(Mib(u32::try_from(3 * share - 1).expect("small"))).await;
     let me = &place.site;
-    let arrive = || me.machines.register(on_its_way(memory, End::Destination), None);
+    let arrive = || me.machines.register(on_its_way(memory, End::Destination), Doing::Nothing);
 
     // As an arrival does: its machine is locked until all is ready, and its record comes late.
     let first = arrive().await.expect("the first");
@@ -119,7 +120,7 @@ async fn a_source_whose_machine_ran_on_gives_neither_memory_nor_disk() {
     let dir = me.dirs.vm(vm);
     std::fs::create_dir_all(&dir).expect("dir");
     record.save(&dir).expect("saved");
-    me.machines.register(record.clone(), None).await.map(drop).expect("here");
+    me.machines.register(record.clone(), Doing::Nothing).await.map(drop).expect("here");
     let before = me.moves.status(id, vm).await.expect("in its move");
     assert!(!before.over && before.missing_blocks == Some(0), "{before:?}");
 
@@ -156,7 +157,7 @@ async fn a_later_move_of_a_machine_takes_back_an_arrival_that_is_over_and_never_
     let dir = me.dirs.vm(vm);
     std::fs::create_dir_all(&dir).expect("dir");
     there.save(&dir).expect("saved");
-    me.machines.register(there.clone(), None).await.map(drop).expect("here");
+    me.machines.register(there.clone(), Doing::Nothing).await.map(drop).expect("here");
     // The same move asks again: that one stays.
     me.moves.arrivals.supersede(&there).await.expect("nothing to do");
     assert!(me.machines.entry(vm).await.is_ok());
@@ -179,6 +180,6 @@ async fn one_that_runs(me: &LocalSite, like: &MachineRecord) -> MachineRecord {
     let dir = me.dirs.vm(record.vm);
     std::fs::create_dir_all(&dir).expect("dir");
     record.save(&dir).expect("saved");
-    me.machines.register(record.clone(), None).await.map(drop).expect("here");
+    me.machines.register(record.clone(), Doing::Nothing).await.map(drop).expect("here");
     MachineRecord { generation: record.generation.next(), ..record }
 }

@@ -73,22 +73,26 @@ fn moving(begun: Migration, steps: &[Step]) -> MachineRecord {
     MachineRecord { migration: Some(m), ..record() }
 }
 
-/// A record of each phase, and whether the machine is being started and stopped.
-fn phases() -> Vec<(MachineRecord, bool, bool)> {
+/// A record of each phase, and what is done to its machine.
+fn phases() -> Vec<(MachineRecord, Activity)> {
+    let at_rest = |record| (record, Activity::Nothing);
     let docking = Unfinished::Docking { substrate: SubstrateId::new(), nics: Vec::new() };
     let reason = Some("its record is damaged: byte 3".to_owned());
     vec![
-        (MachineRecord { desired: DesiredState::Gone, ..record() }, false, false),
-        (MachineRecord { generation: UNKNOWN_GENERATION, reason, ..record() }, false, false),
-        (MachineRecord { unfinished: Some(Unfinished::Activating), ..record() }, true, false),
-        (record(), false, false),
-        (MachineRecord { desired: DesiredState::Stopped, ..record() }, false, true),
-        (MachineRecord { unfinished: Some(docking), ..record() }, false, false),
-        (leaves(&[]), false, false),
-        (leaves(&[Step::RanOn]), false, false),
-        (comes(&[]), false, false),
-        (comes(&[Step::Ran]), false, false),
-        (comes(&[Step::Abandoned("lost".into())]), false, false),
+        at_rest(MachineRecord { desired: DesiredState::Gone, ..record() }),
+        at_rest(MachineRecord { generation: UNKNOWN_GENERATION, reason, ..record() }),
+        (
+            MachineRecord { unfinished: Some(Unfinished::Activating), ..record() },
+            Activity::Starting,
+        ),
+        at_rest(record()),
+        (MachineRecord { desired: DesiredState::Stopped, ..record() }, Activity::PoweringOff),
+        at_rest(MachineRecord { unfinished: Some(docking), ..record() }),
+        at_rest(leaves(&[])),
+        at_rest(leaves(&[Step::RanOn])),
+        at_rest(comes(&[])),
+        at_rest(comes(&[Step::Ran])),
+        at_rest(comes(&[Step::Abandoned("lost".into())])),
     ]
 }
 
@@ -96,8 +100,8 @@ fn every_state() -> Vec<State> {
     let qemus = [Qemu::Gone, Qemu::There].into_iter().chain(LIVES.map(Qemu::Is));
     let mut all = Vec::new();
     for (qemu, display) in qemus.flat_map(|q| [(q, false), (q, true)]) {
-        for (r, starting, stopping) in phases() {
-            all.push(State::of(&r, &name("here"), (starting, stopping), (qemu, display)));
+        for (r, doing) in phases() {
+            all.push(State::of(&r, &name("here"), doing, (qemu, display)));
         }
     }
     all
@@ -114,9 +118,8 @@ fn outcome_text(outcome: &Result<First, Refusal>) -> String {
 
 /// One line for each phase, `QEMU` being as given.
 fn table(qemu: Qemu, actions: &[Action]) -> String {
-    let states = phases().into_iter().map(|(r, starting, stopping)| {
-        State::of(&r, &name("here"), (starting, stopping), (qemu, true))
-    });
+    let states =
+        phases().into_iter().map(|(r, doing)| State::of(&r, &name("here"), doing, (qemu, true)));
     let lines = states.map(|s| {
         let phase = format!("{:?}", s.phase);
         let phase = phase.split('(').next().unwrap_or_default().to_owned();
@@ -259,7 +262,7 @@ fn every_refusal_names_the_machine_and_says_what_to_do() {
 fn a_migration_is_seen_by_its_own_id_only() {
     let r = leaves(&[]);
     let id = r.migration.as_ref().map(|m| m.id).expect("one");
-    let state = || State::of(&r, &name("here"), (false, false), (Qemu::There, false));
+    let state = || State::of(&r, &name("here"), Activity::Nothing, (Qemu::There, false));
     assert_eq!(state().in_move(&r, id).phase, Phase::Leaving(name("cafe")));
     let other = state().in_move(&r, MigrationId::new());
     assert_eq!(other.phase, Phase::Settled);
@@ -269,8 +272,8 @@ fn a_migration_is_seen_by_its_own_id_only() {
 #[test]
 fn what_is_told_to_the_center() {
     let told = |phase: usize, life| {
-        let (r, starting, stopping) = phases().swap_remove(phase);
-        let state = State::of(&r, &name("here"), (starting, stopping), (Qemu::Gone, false));
+        let (r, doing) = phases().swap_remove(phase);
+        let state = State::of(&r, &name("here"), doing, (Qemu::Gone, false));
         state.asked(life).vm_state()
     };
     assert_eq!(told(1, Some(Life::Running)), VmState::Failed, "damaged");
