@@ -142,18 +142,29 @@ pub struct GodwitRound {
     pub dock: DockReport,
     /// `vm activate`.
     pub activate: ActivateReport,
-    /// Center to AP, then back.
-    pub moves: [MoveReport; 2],
-    /// What somebody outside saw of the guest during the move to the AP.
+    /// Center to AP, and what was seen of it.
+    pub there: SeenMove,
+    /// The way back.
+    pub back: MoveReport,
+    /// Center to AP again, once the AP holds the machine's substrate.
+    pub held: SeenMove,
+}
+
+/// A move, and what somebody outside saw of it.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct SeenMove {
+    /// What Godwit says.
+    pub report: MoveReport,
+    /// The guest's signs of life.
     pub signs: Signs,
-    /// Bytes that both ends put on the link during that move, headers and what was lost included.
+    /// Bytes that both ends put on the link, headers and what was lost included.
     pub link_bytes: u64,
     /// What of the memory that moved is the witness's own noise, at most, before packing.
     pub witness_bytes: u64,
 }
 
-/// One round: boots `image` cold at the center, docks it, activates it, and moves it to the site
-/// `ap` and back to `center`. Names carry `round`, so that rounds do not meet; the environment is
+/// One round: boots `image` cold at the center, docks it, activates it, moves it to the site `ap` and
+/// back to `center`, and there again once `ap` holds the substrate, too. Names carry `round`, so that rounds do not meet; the environment is
 /// deleted at the end, the substrate stays.
 ///
 /// # Errors
@@ -180,26 +191,42 @@ pub async fn round(
     let dock = cli.dock(&first, &substrate, within).await?;
     let activate = ["vm", "activate", &substrate, "--name", &moved, "--site", center];
     let activate: ActivateReport = cli.ask(&activate, within).await?;
-    let reset = ["vm", "exec", &moved, "--", WITNESS, "status", "--reset"];
+    let there = seen_move(sites, link, &moved, within).await?;
+    let back = cli.migrate(&moved, center, within).await?;
+    // To activate one there brings the substrate.
+    let other = format!("other-{round}");
+    let bring = ["vm", "activate", &substrate, "--name", &other, "--site", ap];
+    cli.ask::<ActivateReport>(&bring, within).await.context("bring the substrate to the AP")?;
+    cli.delete(&other, within).await?;
+    let held = seen_move(sites, link, &moved, within).await?;
+    cli.delete(&moved, within).await?;
+    Ok(GodwitRound { cold_boot_ms, dock, activate, there, back, held })
+}
+
+/// Moves `vm` to the AP, watched from outside.
+async fn seen_move(
+    super::Sites { cli, ap, runs, .. }: &super::Sites,
+    link: &LinkHandle,
+    vm: &str,
+    within: Duration,
+) -> anyhow::Result<SeenMove> {
+    let reset = ["vm", "exec", vm, "--", WITNESS, "status", "--reset"];
     cli.run(&reset, within).await.context("ask the witness before the move")?;
     let watched = Instant::now();
-    let logs = consoles(cli, runs, &moved).await?;
+    let logs = consoles(cli, runs, vm).await?;
     let logs: Vec<&Path> = logs.iter().map(PathBuf::as_path).collect();
     let prober = Prober::start(&logs).await?;
     let before = link.counters().offered_bytes();
-    let there = cli.migrate(&moved, ap, within).await?;
+    let report = cli.migrate(vm, ap, within).await?;
     let link_bytes = link.counters().offered_bytes() - before;
     let signs = prober.stop().await?;
     let watched = watched.elapsed();
-    let status = cli.run(&["vm", "exec", &moved, "--", WITNESS, "status"], within).await?;
+    let status = cli.run(&["vm", "exec", vm, "--", WITNESS, "status"], within).await?;
     let status: Witness = serde_json::from_slice(&status)
         .with_context(|| format!("read the witness's {:?}", String::from_utf8_lossy(&status)))?;
     ensure!(status.memory_ok, "the guest's memory is damaged by its move");
-    let witness_bytes = status.share(watched, there.until_stop(), PASSES);
-    let back = cli.migrate(&moved, center, within).await?;
-    cli.delete(&moved, within).await?;
-    let moves = [there, back];
-    Ok(GodwitRound { cold_boot_ms, dock, activate, moves, signs, link_bytes, witness_bytes })
+    let witness_bytes = status.share(watched, report.until_stop(), PASSES);
+    Ok(SeenMove { report, signs, link_bytes, witness_bytes })
 }
 
 #[cfg(test)]

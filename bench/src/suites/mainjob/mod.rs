@@ -16,7 +16,7 @@ use crate::demo::world::{AP, Between, CENTER, World};
 use crate::harness::{Better, Experiment, LinkInfo, Results};
 use crate::link::{Link, LinkHandle, LinkSpec, Side};
 use crate::prober::{Prober, Signs};
-use godwit::{GodwitCli, GodwitRound};
+use godwit::{GodwitCli, GodwitRound, SeenMove};
 use stock::StockReport;
 
 /// Longest time for one move or one boot.
@@ -296,11 +296,15 @@ impl Sheet {
             self.first_answer.push("cold boot", r.cold_boot_ms);
         }
         // The move from A to B is the one that stock makes too; the way back is in the reports.
-        let there = &r.moves[0];
-        self.switch.push(subject, there.switch_ms);
-        self.downtime.push(subject, there.downtime_ms);
-        self.total.push(subject, there.total_ms);
-        self.seen(subject, &r.signs, r.link_bytes, r.witness_bytes);
+        self.moved(subject, &r.there);
+        self.moved(&format!("{subject}, substrate at both"), &r.held);
+    }
+
+    fn moved(&mut self, subject: &str, m: &SeenMove) {
+        self.switch.push(subject, m.report.switch_ms);
+        self.downtime.push(subject, m.report.downtime_ms);
+        self.total.push(subject, m.report.total_ms);
+        self.seen(subject, &m.signs, m.link_bytes, m.witness_bytes);
     }
 
     fn stock(&mut self, subject: &str, r: &StockRound) {

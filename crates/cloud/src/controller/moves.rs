@@ -232,7 +232,7 @@ impl Moves {
     async fn hold_memory(&self, m: &Move, sites: [&Arc<dyn SiteHost>; 2]) {
         let from = m.vm.substrate.and_then(|id| self.registry.substrate(&id.to_string()).ok());
         let Some((id, content)) = from.and_then(|s| {
-            let both = sites.iter().all(|site| s.holders.contains(&site.name()));
+            let both = sites.iter().all(|site| s.holders.contains(site.name()));
             s.content.filter(|_| both).map(|content| (s.id, content))
         }) else {
             return;

@@ -52,6 +52,11 @@ use tokio_util::sync::CancellationToken;
 
 use commit::CommitFile;
 
+mod throughput;
+
+#[doc(hidden)]
+pub use throughput::Throughput;
+
 /// How long a relay that has ended waits for its daemon to read the final status.
 const LINGER: Duration = Duration::from_secs(600);
 /// How often the list of revoked certificates is read again.
