@@ -177,7 +177,7 @@ pub async fn round(
     round: usize,
     within: Duration,
 ) -> anyhow::Result<GodwitRound> {
-    let super::Sites { cli, center, ap, runs } = sites;
+    let super::Sites { cli, center, ap, .. } = sites;
     let (first, substrate, moved) =
         (format!("cold-{round}"), format!("bench-{round}"), format!("moved-{round}"));
     let asked = std::time::Instant::now();
