@@ -29,7 +29,8 @@ const MOST: usize = 16 << 20;
 /// The blocks of a base image by their content.
 #[derive(Debug)]
 pub struct BlockIndex {
-    entries: Vec<[u8; ENTRY]>,
+    /// The entries, one behind the other.
+    bytes: Vec<u8>,
 }
 
 fn key(block: &[u8]) -> u64 {
@@ -68,7 +69,7 @@ impl BlockIndex {
         }
         entries.sort_unstable();
         entries.dedup_by_key(|entry| key_of(entry));
-        Ok(Self { entries })
+        Ok(Self { bytes: entries.into_flattened() })
     }
 
     /// Writes the index to `path`, where it appears whole or not at all.
@@ -80,10 +81,9 @@ impl BlockIndex {
         temp.push(format!(".new-{}", std::process::id()));
         let write = || {
             let mut file = File::create(&temp)?;
-            let bytes = self.entries.as_flattened();
             file.write_all(MAGIC)?;
-            file.write_all(blake3::hash(bytes).as_bytes())?;
-            file.write_all(bytes)?;
+            file.write_all(blake3::hash(&self.bytes).as_bytes())?;
+            file.write_all(&self.bytes)?;
             std::fs::rename(&temp, path)
         };
         write().inspect_err(|_| {
@@ -102,37 +102,43 @@ impl BlockIndex {
         if len > most {
             return Err(bad("an index of blocks that is too large"));
         }
-        let mut bytes = Vec::with_capacity(len as usize);
-        file.take(most).read_to_end(&mut bytes)?;
-        let (head, body) = bytes
-            .split_at_checked(MAGIC.len() + HASH)
-            .filter(|(head, _)| head.starts_with(MAGIC))
-            .ok_or_else(|| bad("no index of blocks"))?;
-        let (entries, rest) = body.as_chunks::<ENTRY>();
-        if !rest.is_empty() || blake3::hash(body).as_bytes()[..] != head[MAGIC.len()..] {
+        let mut from = file;
+        let mut head = [0; MAGIC.len() + HASH];
+        from.read_exact(&mut head)?;
+        if !head.starts_with(MAGIC) {
+            return Err(bad("no index of blocks"));
+        }
+        let mut bytes = Vec::with_capacity(len as usize - head.len().min(len as usize));
+        from.take(most).read_to_end(&mut bytes)?;
+        let whole = bytes.len() % ENTRY == 0;
+        if !whole || blake3::hash(&bytes).as_bytes()[..] != head[MAGIC.len()..] {
             return Err(bad("a damaged index of blocks"));
         }
-        Ok(Self { entries: entries.to_vec() })
+        Ok(Self { bytes })
     }
 
     /// A block that may have the content `bytes`, to be compared.
     #[must_use]
     pub fn find(&self, bytes: &[u8]) -> Option<u32> {
         let wanted = key(bytes);
-        let at = self.entries.binary_search_by_key(&wanted, key_of).ok()?;
-        self.entries[at].last_chunk().map(|number| u32::from_be_bytes(*number))
+        let at = self.entries().binary_search_by_key(&wanted, key_of).ok()?;
+        self.entries()[at].last_chunk().map(|number| u32::from_be_bytes(*number))
+    }
+
+    fn entries(&self) -> &[[u8; ENTRY]] {
+        self.bytes.as_chunks().0
     }
 
     /// How many blocks are in it.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.entries().len()
     }
 
     /// Whether the image has no content.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.bytes.is_empty()
     }
 }
 
@@ -141,12 +147,13 @@ fn next_data(image: &File, at: u64, len: u64) -> io::Result<Option<(u64, u64)>> 
     if at >= len {
         return Ok(None);
     }
-    let from = match rustix::fs::seek(image.as_fd(), SeekFrom::Data(at)) {
-        Ok(n) => (n / BLOCK * BLOCK).max(at),
+    let data = match rustix::fs::seek(image.as_fd(), SeekFrom::Data(at)) {
+        Ok(n) => n,
         Err(rustix::io::Errno::NXIO) => return Ok(None),
         Err(e) => return Err(e.into()),
     };
-    let to = rustix::fs::seek(image.as_fd(), SeekFrom::Hole(from))?;
+    let to = rustix::fs::seek(image.as_fd(), SeekFrom::Hole(data))?;
+    let from = (data / BLOCK * BLOCK).max(at);
     let to = to.next_multiple_of(BLOCK).min(len);
     Ok((from < to).then_some((from, to)))
 }

@@ -7,8 +7,8 @@ use std::io::Write as _;
 use std::path::Path;
 
 use bytes::Bytes;
-use criterion::{BatchSize, Criterion, Throughput as Per, criterion_group, criterion_main};
-use godwit_migrate::relay::Throughput;
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use godwit_migrate::relay::BothRelays;
 use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{Content, MemSize, Page, RamBlock, Record};
 
@@ -55,9 +55,9 @@ fn stream(content: impl Fn(u64) -> Content) -> Vec<u8> {
     out
 }
 
-fn pair(held: &Path, refers: bool) -> Throughput {
+fn pair(held: &Path, refers: bool) -> BothRelays {
     let open = || File::open(held).expect("held memory");
-    Throughput::new(refers.then(|| (open(), open()))).expect("relays")
+    BothRelays::new(refers.then(|| (open(), open()))).expect("relays")
 }
 
 fn relay(c: &mut Criterion) {
@@ -70,10 +70,10 @@ fn relay(c: &mut Criterion) {
         ("zero", stream(|_| Content::Fill(0)), true),
     ];
     let mut group = c.benchmark_group("relay");
-    group.sample_size(20).throughput(Per::Bytes(PAGES * 4096));
+    group.sample_size(20).throughput(Throughput::Bytes(PAGES * 4096));
     for (name, stream, refers) in &cases {
         let pair = || pair(held.path(), *refers);
-        let send = |mut both: Throughput| {
+        let send = |mut both: BothRelays| {
             let pieces = stream.chunks(READ).map(|piece| both.send(piece).expect("a stream"));
             let frames: Vec<Bytes> = pieces.flatten().collect();
             (both, frames)
@@ -83,7 +83,7 @@ fn relay(c: &mut Criterion) {
         });
         group.bench_function(format!("destination/{name}"), |b| {
             let sent = || send(pair());
-            let receive = |(mut both, frames): (Throughput, Vec<Bytes>)| {
+            let receive = |(mut both, frames): (BothRelays, Vec<Bytes>)| {
                 let written = frames.iter().map(|f| both.receive(f).expect("a frame").len());
                 black_box(written.sum::<usize>())
             };

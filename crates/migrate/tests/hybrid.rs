@@ -2,13 +2,16 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
 
 use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 
 use godwit_migrate::RelayConfig;
 use godwit_migrate::hybrid::{
     Asking, Committed, DestinationFate, MoveError, Received, Sent, Steering, prepare_incoming,
     receive, report, send,
 };
-use godwit_migrate::relay::{HeldMemory, NOT_COMMITTED, RelayPhase, says_committed};
+use godwit_migrate::relay::{HeldMemory, NOT_COMMITTED, RelayDisk, RelayPhase, says_committed};
 use godwit_qemu::{Life, MemorySource};
 use godwit_testkit::{LONG, Relay, Sites, give, sh, start, up};
 use tokio_util::sync::CancellationToken;
@@ -31,6 +34,28 @@ async fn witness(machine: &godwit_qemu::Machine) {
         "until /usr/lib/godwit/godwit-witness status | grep -q memory_ok; do sleep 0.2; done",
     )
     .await;
+}
+
+/// Where the base image has content, and how much, in MiB.
+const AT_MIB: usize = 48;
+const MIB: usize = 4;
+
+/// Gives both sites a base image with content that a guest can read, and indexes it.
+fn image_with_content(place: &mut Sites) -> PathBuf {
+    let (base, index) = (place.path("base.raw"), place.path("blocks"));
+    let copied = std::process::Command::new("cp")
+        .arg("--sparse=always")
+        .args([&place.guest.base, &base])
+        .status();
+    assert!(copied.unwrap().success());
+    let image = File::options().read(true).write(true).open(&base).unwrap();
+    assert!(image.metadata().unwrap().len() > ((AT_MIB + MIB) << 20) as u64);
+    let mut noise = vec![0; MIB << 20];
+    File::open("/dev/urandom").unwrap().read_exact(&mut noise).unwrap();
+    image.write_all_at(&noise, (AT_MIB << 20) as u64).unwrap();
+    godwit_disk::BlockIndex::build(&image).unwrap().save(&index).unwrap();
+    place.guest.base = base;
+    index
 }
 
 /// A copy of the machine's memory as it is now, which both sites hold.
@@ -95,11 +120,13 @@ async fn is_taken_back_from_a_full_disk(place: &Sites, source: &godwit_qemu::Mac
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_machine_moves_with_memory_and_disk_while_it_works() {
-    let place = Sites::new();
+    let mut place = Sites::new();
+    let index = image_with_content(&mut place);
     let source = start(place.source()).await;
     up(&source).await;
     let held = held_memory(&place, &source).await;
     witness(&source).await;
+    sh(&source, &format!("dd if=/dev/vda of=/dev/shm/read bs=1M skip={AT_MIB} count={MIB}")).await;
     let sum = sh(&source, "md5sum < /data/ballast").await;
     is_taken_back_from_a_full_disk(&place, &source).await;
 
@@ -113,7 +140,11 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     let target = start(place.target()).await;
     prepare_incoming(&target, &place.destination_config(false).qemu).await.unwrap();
     let here_config = place.source_config(address, false);
-    let here_config = RelayConfig { held: Some(held), ..here_config };
+    let mut here_config = RelayConfig { held: Some(held), ..here_config };
+    let Some(RelayDisk::Source { index: at, .. }) = &mut here_config.disk else {
+        panic!("no disk")
+    };
+    *at = Some(index);
     let here = Relay::start(here_config.clone()).await;
 
     let (_never, lost) = tokio::sync::watch::channel(None);
@@ -149,10 +180,14 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     let pages = &report.pages;
     assert!(pages.known > pages.data / 4 && pages.known < pages.data, "{pages:?}");
     assert!(pages.changed > 0, "{pages:?}");
+    assert!(pages.base >= MIB as u64 * 256, "{pages:?}");
     // Whether any page had to be asked for is up to the guest.
     assert!(report.pages.data > 0, "{:?}", report.pages);
     assert!(report.pages.waited_ms >= report.pages.longest_wait_ms, "{:?}", report.pages);
 
+    let read = sh(&target, "md5sum < /dev/shm/read").await;
+    let again = format!("dd if=/dev/vda bs=1M skip={AT_MIB} count={MIB} 2>/dev/null | md5sum");
+    assert_eq!(read, sh(&target, &again).await);
     assert_eq!(sh(&target, "echo 3 > /proc/sys/vm/drop_caches; md5sum < /data/ballast").await, sum);
     let status = sh(&target, "/usr/lib/godwit/godwit-witness status").await;
     eprintln!("{status}");

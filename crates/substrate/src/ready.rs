@@ -135,12 +135,12 @@ impl Pool {
         done
     }
 
-    /// Opens the sealed memory of a substrate of this `content`, made first where it is missing or
-    /// damaged and the budget has room for it. It stays while it is open.
+    /// Opens the sealed memory of a substrate of this `content` where it is laid out already; what
+    /// is damaged of it is made again. It is in use as long as it is open.
     ///
     /// # Errors
-    /// As [`Pool::prepare`]; [`SubstrateError::NoRoom`] beyond the budget; one of another content
-    /// is [`SubstrateError::NotFound`].
+    /// As [`Pool::prepare`]; what is not laid out, or has another content, is
+    /// [`SubstrateError::NotFound`].
     pub fn open_memory(
         &self,
         id: SubstrateId,
@@ -154,13 +154,9 @@ impl Pool {
         let one = Arc::clone(lock(&self.inner.making).entry(id).or_default());
         let _one = lock(&one);
         let in_use = self.inner.cache.used(id);
-        if !self.memory_fits(id) {
-            let budget_bytes = self.memory_budget();
-            return Err(SubstrateError::NoRoom {
-                place: format!("for the memory of substrate {name} beside what is in use"),
-                needed_bytes: docked.substrate.shape.memory.bytes(),
-                free_bytes: budget_bytes.saturating_sub(self.sealed_bytes().0),
-            });
+        let path = self.memory_path(id);
+        if SealedMemory::find(&path, docked.substrate.shape.memory.bytes()).is_none() {
+            return Err(SubstrateError::NotFound(format!("the memory of {name}, laid out")));
         }
         let opened = self.ready_memory(&docked).and_then(|memory| {
             let file =

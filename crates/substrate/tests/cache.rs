@@ -4,7 +4,7 @@ mod common;
 
 use common::{bundle, feed, image, name, open, pages};
 use godwit_substrate::{Becomes, Import, Pool};
-use godwit_types::{Hash, PAGE_SIZE, SubstrateId, VmId};
+use godwit_types::{Code, CodedError, Hash, PAGE_SIZE, SubstrateId, VmId};
 
 /// A pool with `n` substrates, its sealed memory on tmpfs.
 fn pool(n: usize) -> (Pool, Vec<SubstrateId>, godwit_image::Image, tempfile::TempDir) {
@@ -70,6 +70,41 @@ fn what_is_in_use_stays_and_the_least_recently_used_goes() {
     assert!(there(4));
     assert_eq!(pool.reclaim(u64::MAX), one);
     assert!(there(4));
+}
+
+#[test]
+fn memory_is_opened_where_it_is_laid_out_and_stays_while_it_is_open() {
+    let (pool, ids, image, _dir) = pool(2);
+    let content = pool.get(ids[0]).expect("there").content();
+    let missing = pool.open_memory(ids[0], content).expect_err("not laid out");
+    assert_eq!(missing.code(), Code::NotFound);
+    assert!(!memory_of(&pool, ids[0]).exists(), "nothing is laid out for it");
+    drop(pool.prepare(ids[0], &image).expect("ready"));
+    let other = pool.open_memory(ids[0], Hash::of(b"other")).expect_err("another content");
+    assert_eq!(other.code(), Code::NotFound);
+
+    let open = pool.open_memory(ids[0], content).expect("laid out");
+    let read = |open: &godwit_substrate::OpenMemory| {
+        let mut bytes = Vec::new();
+        let mut file = open.file();
+        std::io::Seek::rewind(&mut file).expect("rewound");
+        std::io::Read::read_to_end(&mut file, &mut bytes).expect("read");
+        Hash::of(&bytes)
+    };
+    let sound = read(&open);
+    pool.prepare(ids[1], &image).expect("ready");
+    assert!(pool.reclaim(u64::MAX) > 0, "the other one is idle");
+    assert!(memory_of(&pool, ids[0]).exists() && !memory_of(&pool, ids[1]).exists());
+    drop(open);
+    assert!(pool.reclaim(u64::MAX) > 0);
+    assert!(!memory_of(&pool, ids[0]).exists());
+
+    // One that was touched is made again before it is given out; so is one that is doubted.
+    drop(pool.prepare(ids[0], &image).expect("ready"));
+    godwit_testkit::flip(&memory_of(&pool, ids[0]), 5);
+    assert_eq!(read(&pool.open_memory(ids[0], content).expect("made again")), sound);
+    pool.doubt_memory(ids[0]);
+    assert_eq!(read(&pool.open_memory(ids[0], content).expect("read again")), sound);
 }
 
 fn memory_of(pool: &Pool, id: SubstrateId) -> std::path::PathBuf {

@@ -175,9 +175,9 @@ pub struct PagesMoved {
     pub repeated: u64,
     /// Of the pages with content, those that were only named, since both sites held them.
     pub known: u64,
-    /// Of them those of which only what differs from what both sites held was sent.
+    /// Of the pages with content, those of which only what differs from what both sites held was sent.
     pub changed: u64,
-    /// Of them those that were named as blocks of the base image.
+    /// Of the pages with content, those that were named as blocks of the base image.
     pub base: u64,
     /// Of both, those sent because the machine, or the relay for it, asked for them.
     pub demanded: u64,

@@ -23,8 +23,8 @@ use crate::registry::{Arriving, StepKind, StepName, VmRecord, registry_fault};
 /// How long a destination that was lost during the switch is asked for.
 const FATE_LIMIT: Duration = Duration::from_secs(600);
 
-/// How long sites may take to make memory ready that only saves time.
-const HOLD_WITHIN: Duration = Duration::from_secs(10);
+/// How long sites may take to open memory that only saves time.
+const HOLD_WITHIN: Duration = Duration::from_secs(2);
 
 /// How long a site may take to take its part back.
 const ABORT_WITHIN: Duration = Duration::from_secs(60);
@@ -206,7 +206,7 @@ impl Moves {
         let (vm, generation) = (m.vm.id, m.vm.generation);
         let request = verbs::MigrateManifest { vm, generation };
         let (manifest, ()) =
-            tokio::join!(src.ask(request, Call::quiet()), self.hold_memory(m, [&src, &dst]),);
+            tokio::join!(src.ask(request, Call::quiet()), self.hold_memory(op, m, [&src, &dst]));
         let manifest = manifest?;
         op.check()?;
         op.begin(StepKind::Prepare { migration: m.id, at: m.to.clone() })?;
@@ -227,9 +227,9 @@ impl Moves {
         Ok(verbs::MigrateSend { vm, generation, next, to, scheme }.asking())
     }
 
-    /// Has both sites of a move make the memory ready that they hold of the substrate which the
-    /// machine comes from, by this registry's word. What comes of it only saves time and bytes.
-    async fn hold_memory(&self, m: &Move, sites: [&Arc<dyn SiteHost>; 2]) {
+    /// Has both sites of a move open the memory that they hold of the substrate which the machine comes
+    /// from, by this registry's word. What comes of it only saves time and bytes.
+    async fn hold_memory(&self, op: &OpHandle, m: &Move, sites: [&Arc<dyn SiteHost>; 2]) {
         let from = m.vm.substrate.and_then(|id| self.registry.substrate(&id.to_string()).ok());
         let Some((id, content)) = from.and_then(|s| {
             let both = sites.iter().all(|site| s.holders.contains(site.name()));
@@ -245,7 +245,11 @@ impl Moves {
             site.ask(hold, Call::quiet())
         });
         let asked = futures::future::join_all(asked);
-        match tokio::time::timeout(HOLD_WITHIN, asked).await {
+        let told = tokio::select! {
+            told = tokio::time::timeout(HOLD_WITHIN, asked) => told,
+            () = op.cancel().cancelled() => return,
+        };
+        match told {
             Ok(told) => {
                 for refused in told.into_iter().filter_map(Result::err) {
                     tracing::info!(vm = %m.vm.name, error = %refused, "moves without held memory");

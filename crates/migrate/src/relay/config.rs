@@ -90,7 +90,8 @@ pub struct RelayConfig {
 pub struct HeldMemory {
     /// What is in it: the content of its substrate.
     pub content: Hash,
-    /// The file, with page `n` of the machine's memory at `n` times 4096.
+    /// The file, with page `n` of the machine's memory at `n` times 4096; only for messages where it
+    /// is given open.
     pub path: PathBuf,
 }
 

@@ -49,6 +49,8 @@ pub(crate) struct Outgoing {
     pub(crate) channel: Channel,
     pub(crate) kind: Kind,
     pub(crate) raw: Bytes,
+    /// Bytes of QEMU's stream that it stands for; more than `raw` where pages are named.
+    pub(crate) meant: u64,
 }
 
 #[derive(Debug)]
@@ -129,6 +131,12 @@ impl SourceCore {
     /// From now on pages are looked for in the base image.
     pub(crate) fn refer_to_blocks(&mut self, blocks: KnownBlocks) {
         self.batch.refer_to_blocks(blocks);
+    }
+
+    /// Whether a page was sent as one that the destination holds.
+    pub(crate) fn has_referred(&self) -> bool {
+        let c = &self.counts;
+        c.known_pages + c.changed_pages + c.base_pages > 0
     }
 
     /// From now on the destination holds `known`, too.
@@ -316,7 +324,8 @@ impl SourceCore {
         let mut size = if first == 0 { MAX_RAW } else { first };
         while !raw.is_empty() {
             let piece = raw.split_to(size.min(raw.len()));
-            self.out.push_back(Outgoing { channel: Channel::Main, kind: Kind::Device, raw: piece });
+            let (channel, kind, meant) = (Channel::Main, Kind::Device, piece.len() as u64);
+            self.out.push_back(Outgoing { channel, kind, raw: piece, meant });
             size = MAX_RAW;
         }
     }
@@ -332,6 +341,7 @@ impl SourceCore {
             channel: Channel::Preempt,
             kind: Kind::Open,
             raw: Bytes::new(),
+            meant: 0,
         });
     }
 
@@ -358,10 +368,12 @@ impl SourceCore {
     }
 
     fn demand(&mut self, raw: Vec<u8>) {
+        let meant = raw.len() as u64;
         self.out.push_back(Outgoing {
             channel: Channel::Preempt,
             kind: Kind::Memory,
             raw: raw.into(),
+            meant,
         });
     }
 
@@ -376,14 +388,15 @@ impl SourceCore {
         if self.batch.is_empty() {
             return;
         }
-        let (collected, raw) = self.batch.take();
+        let (collected, raw, meant) = self.batch.take();
         // One that refers to pages is not parted: it has one hash.
         let whole = collected == Kind::Referring;
         let (kind, most) = if whole { (collected, usize::MAX) } else { (kind, MAX_RAW) };
         let mut raw = Bytes::from(raw);
         while !raw.is_empty() {
             let piece = raw.split_to(raw.len().min(most));
-            self.out.push_back(Outgoing { channel: Channel::Main, kind, raw: piece });
+            let meant = if whole { meant } else { piece.len() as u64 };
+            self.out.push_back(Outgoing { channel: Channel::Main, kind, raw: piece, meant });
         }
     }
 
@@ -394,11 +407,11 @@ impl SourceCore {
     }
 
     /// A frame was handed to the link as `wire` bytes.
-    pub(crate) fn on_sent(&mut self, channel: Channel, kind: Kind, wire: u64, now: Instant) {
-        if channel == Channel::Main {
-            self.pacer.on_sent(wire, now);
+    pub(crate) fn on_sent(&mut self, out: &Outgoing, wire: u64, now: Instant) {
+        if out.channel == Channel::Main {
+            self.pacer.on_sent(wire, out.meant, now);
         }
-        match kind {
+        match out.kind {
             Kind::Device => self.counts.bytes.device_state += wire,
             Kind::Memory | Kind::Open | Kind::Referring => self.counts.bytes.memory += wire,
         }
@@ -432,6 +445,7 @@ impl SourceCore {
         if held {
             self.first = first;
             ReturnMessage::SwitchoverAck.encode(&mut self.asked);
+            self.batch.leave_blocks();
             self.advance(RelayPhase::Switching);
         }
         held

@@ -155,13 +155,12 @@ async fn work(
     });
     let Lanes { link, version, steering, bulk, demand, disk } = lanes;
     let mut here = HeldHere::default();
-    if let Some(RelayDisk::Destination { base, .. }) = &config.disk {
+    let refers = *version >= REFERS && !config.resume;
+    if let Some(RelayDisk::Destination { base, .. }) = config.disk.as_ref().filter(|_| refers) {
         let open = std::fs::File::open(base);
         here.base = Some(open.map_err(|source| RelayError::Held { path: base.clone(), source })?);
     }
-    if let Some((content, memory)) = held
-        && *version >= REFERS
-    {
+    if let Some((content, memory)) = held.filter(|_| refers) {
         send_note(&mut steering.0, Note::Holds(content)).await?;
         here.memory = Some(memory);
     }
@@ -383,7 +382,19 @@ async fn bulk_channel(
         let (kind, raw) = open(&frame)?;
         account(status, kind, frame.len());
         let raw = match kind {
-            Kind::Referring => expand(&raw, &mut here)?,
+            Kind::Referring => {
+                // Blocks come from a disk, which may take its time; demanded pages do not wait for it.
+                let mut held = std::mem::take(&mut here);
+                let expanded = tokio::task::spawn_blocking(move || {
+                    let expanded = expand(&raw, &mut held);
+                    (expanded, held)
+                });
+                let (expanded, held) = expanded.await.map_err(|_| {
+                    RelayError::Protocol("what pages it names could not be found out")
+                })?;
+                here = held;
+                expanded?
+            }
             Kind::Memory | Kind::Device | Kind::Open => raw,
         };
         write.write_all(&raw).await.map_err(|source| RelayError::Qemu {

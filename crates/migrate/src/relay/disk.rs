@@ -158,7 +158,7 @@ pub(super) async fn source(
             pacer.room().await;
             let message = serving.next_push().await.map_err(disk("reading blocks"))?;
             let wire = send(&mut bulk, &message, &status).await?;
-            pacer.with(|p| p.on_sent(wire, Instant::now()));
+            pacer.with(|p| p.on_sent(wire, wire, Instant::now()));
             status.send_modify(|s| s.counts.disk_left = serving.left());
         }
     };

@@ -38,6 +38,8 @@ const MAX_CHANGE: usize = 1024;
 const WORD: usize = 8;
 const WORDS: usize = PAGE_SIZE / WORD;
 const HASH: usize = blake3::OUT_LEN;
+/// Bytes of pages that are hashed in one go.
+const HASHED_AT_ONCE: usize = 64 << 10;
 
 const STEP_BYTES: u8 = 0;
 const STEP_SAME: u8 = 1;
@@ -63,8 +65,15 @@ pub enum ReferError {
         source: std::io::Error,
     },
     /// What the pages hash to is not what the source says.
-    #[error("what both sites hold is not the same: pages that were referred to are others here")]
-    Differs,
+    #[error(
+        "what both sites hold is not the same: of pages {first} to {last} at least one is another here"
+    )]
+    Differs {
+        /// The first page of the machine that was referred to.
+        first: u64,
+        /// The last.
+        last: u64,
+    },
 }
 
 /// A memory file, read a few pages at a time.
@@ -157,6 +166,31 @@ struct Run {
     pages: u32,
 }
 
+/// The hash of pages one behind the other. Many at once are hashed in a third of the time.
+#[derive(Debug, Default)]
+struct PagesHash {
+    hasher: blake3::Hasher,
+    pending: Vec<u8>,
+}
+
+impl PagesHash {
+    fn page(&mut self, page: &[u8]) {
+        self.pending.extend_from_slice(page);
+        if self.pending.len() >= HASHED_AT_ONCE {
+            self.hasher.update(&self.pending);
+            self.pending.clear();
+        }
+    }
+
+    /// Of all pages since the last time.
+    fn finish(&mut self) -> [u8; HASH] {
+        let hash = *self.hasher.update(&self.pending).finalize().as_bytes();
+        self.pending.clear();
+        self.hasher.reset();
+        hash
+    }
+}
+
 /// Collects records of QEMU's stream for one frame.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
@@ -167,7 +201,7 @@ pub(crate) struct Batch {
     run: Option<Run>,
     /// Bytes of the stream behind them.
     bytes: Vec<u8>,
-    hasher: blake3::Hasher,
+    hash: PagesHash,
     /// Pages that are referred to.
     pages: u32,
 }
@@ -216,13 +250,13 @@ impl Batch {
         };
         match there {
             Some((data, there)) if data[..] == *there => {
-                self.hasher.update(data);
+                self.hash.page(data);
                 self.same(page.named, number);
                 Put::Same
             }
             Some((data, there)) => match change(there, data) {
                 Some(change) => {
-                    self.hasher.update(data);
+                    self.hash.page(data);
                     self.changed(page.named, number, &change);
                     Put::Changed
                 }
@@ -240,7 +274,7 @@ impl Batch {
             _ => None,
         };
         let Some((data, block)) = found else { return self.whole(page) };
-        self.hasher.update(data);
+        self.hash.page(data);
         self.close_run();
         self.close_bytes();
         self.pages += 1;
@@ -297,19 +331,26 @@ impl Batch {
         }
     }
 
-    /// What was collected, and whether it refers to pages.
-    pub(crate) fn take(&mut self) -> (Kind, Vec<u8>) {
+    /// No page is looked for in the base image any more: to read that may take time.
+    pub(crate) fn leave_blocks(&mut self) {
+        self.blocks = None;
+    }
+
+    /// What was collected, whether it refers to pages, and how many bytes of QEMU's stream it means.
+    pub(crate) fn take(&mut self) -> (Kind, Vec<u8>, u64) {
         self.close_run();
         if self.pages == 0 {
-            return (Kind::Memory, std::mem::take(&mut self.bytes));
+            let bytes = std::mem::take(&mut self.bytes);
+            let meant = bytes.len() as u64;
+            return (Kind::Memory, bytes, meant);
         }
         self.close_bytes();
         let mut raw = Vec::with_capacity(HASH + self.steps.len());
-        raw.extend_from_slice(self.hasher.finalize().as_bytes());
+        raw.extend_from_slice(&self.hash.finish());
         raw.append(&mut self.steps);
-        self.hasher.reset();
+        let meant = raw.len() as u64 + u64::from(self.pages) * PAGE_SIZE as u64;
         self.pages = 0;
-        (Kind::Referring, raw)
+        (Kind::Referring, raw, meant)
     }
 }
 
@@ -365,22 +406,32 @@ pub(crate) fn expand(raw: &Bytes, held: &mut HeldHere) -> Result<Bytes, ReferErr
         return Err(ReferError::Malformed("it has no hash"));
     }
     let wanted = raw.split_to(HASH);
-    let mut out = Expanded { stream: Vec::new(), hasher: blake3::Hasher::new(), pages: 0 };
+    let mut out = Expanded {
+        stream: Vec::new(),
+        hash: PagesHash::default(),
+        pages: 0,
+        first: u64::MAX,
+        last: 0,
+    };
     while raw.has_remaining() {
         out.step(&mut raw, held)?;
     }
-    if out.hasher.finalize().as_bytes()[..] == wanted[..] {
+    if out.hash.finish()[..] == wanted[..] {
         Ok(out.stream.into())
     } else {
-        Err(ReferError::Differs)
+        let (first, last) = (out.first, out.last);
+        Err(ReferError::Differs { first, last })
     }
 }
 
 /// What has been made of a frame so far.
 struct Expanded {
     stream: Vec<u8>,
-    hasher: blake3::Hasher,
+    hash: PagesHash,
     pages: u32,
+    /// The lowest and the highest page that was referred to.
+    first: u64,
+    last: u64,
 }
 
 impl Expanded {
@@ -430,7 +481,8 @@ impl Expanded {
             return Err(ReferError::Malformed("it refers to too many pages"));
         }
         let offset = number.checked_mul(PAGE_SIZE as u64).ok_or(BEYOND)?;
-        self.hasher.update(page);
+        (self.first, self.last) = (self.first.min(number), self.last.max(number));
+        self.hash.page(page);
         let block = Bytes::from_static(RAM_BLOCK.as_bytes());
         let content = Content::Data(Bytes::copy_from_slice(page));
         Page { block, named, offset, content }.encode(&mut self.stream);
@@ -507,7 +559,7 @@ mod tests {
         }
         batch.record(&Record::Eos);
         Record::Eos.encode(&mut plain);
-        let (kind, raw) = batch.take();
+        let (kind, raw, _) = batch.take();
         assert!(batch.is_empty());
         (plain, put, kind, raw.into())
     }
@@ -547,7 +599,7 @@ mod tests {
         let mut other = memory();
         other[6 * PAGE_SIZE + 17] ^= 1;
         let found = expand(&raw, &mut here(&other)).expect_err("another page");
-        assert!(matches!(found, ReferError::Differs), "{found}");
+        assert!(matches!(found, ReferError::Differs { first: 5, last: 6 }), "{found}");
         other[6 * PAGE_SIZE + 17] ^= 1;
         other[8 * PAGE_SIZE] ^= 1;
         expand(&raw, &mut here(&other)).expect("that page was not named");
@@ -565,7 +617,7 @@ mod tests {
         let mut other = base();
         other[BLOCK_SIZE + 9] ^= 1;
         let found = expand(&raw, &mut with(&other)).expect_err("another block");
-        assert!(matches!(found, ReferError::Differs), "{found}");
+        assert!(matches!(found, ReferError::Differs { first: 30, last: 30 }), "{found}");
         let short = expand(&raw, &mut with(&other[..BLOCK_SIZE])).expect_err("cut off");
         assert!(matches!(short, ReferError::Read { page: 1, .. }), "{short}");
     }
@@ -576,7 +628,8 @@ mod tests {
         let (p, mut plain) = (page(5, true, vec![5; PAGE_SIZE]), Vec::new());
         assert_eq!(batch.page(&p), Put::Whole);
         p.encode(&mut plain);
-        assert_eq!(batch.take(), (Kind::Memory, plain));
+        let meant = plain.len() as u64;
+        assert_eq!(batch.take(), (Kind::Memory, plain, meant));
     }
 
     #[test]

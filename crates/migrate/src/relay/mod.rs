@@ -14,6 +14,7 @@
 //! for nothing.
 
 mod around;
+mod both;
 mod commit;
 mod config;
 mod control;
@@ -33,6 +34,8 @@ mod status;
 mod waits;
 mod wire;
 
+#[doc(hidden)]
+pub use both::BothRelays;
 pub use commit::{NOT_COMMITTED, says_committed};
 pub use config::{HeldMemory, Meeting, RelayConfig, RelayDisk, RelayRole};
 pub use control::{RelayClient, RelayCommand};
@@ -51,11 +54,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use commit::CommitFile;
-
-mod throughput;
-
-#[doc(hidden)]
-pub use throughput::Throughput;
+use known::ReferError;
 
 /// How long a relay that has ended waits for its daemon to read the final status.
 const LINGER: Duration = Duration::from_secs(600);
@@ -120,6 +119,9 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
             destination::run(&config, &endpoint, opened, &status_tx, &mut commands).await
         }
     };
+    if matches!(worked, Err(RelayError::Refer(ReferError::Differs { .. }))) {
+        status_tx.send_modify(|s| s.doubt = true);
+    }
     let end = match worked {
         Ok(Outcome::Moved) => RelayEnd::Done,
         Ok(Outcome::Reclaimed) => RelayEnd::Reclaimed,

@@ -14,6 +14,9 @@ const FIRST: u64 = 128 << 10;
 const LEAST: u64 = 128 << 10;
 /// Never more than this; less than what a QUIC lane buffers, so that sending never waits there.
 const MOST: u64 = 6 << 20;
+/// The most bytes of QEMU's stream that frames under way may stand for: where pages are only named
+/// this, and not the link, holds the source back to what the destination's QEMU takes.
+const MOST_MEANT: u64 = 64 << 20;
 /// How long a rate is remembered.
 const RATE_WINDOW: Duration = Duration::from_secs(2);
 /// How long a round trip is remembered.
@@ -22,6 +25,7 @@ const RTT_WINDOW: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 struct Sent {
     bytes: u64,
+    meant: u64,
     at: Instant,
     acked_then: u64,
 }
@@ -32,6 +36,8 @@ pub(crate) struct Pacer {
     under_way: VecDeque<Sent>,
     sent: u64,
     acked: u64,
+    /// Bytes of QEMU's stream that what is under way stands for.
+    meant: u64,
     rates: VecDeque<(Instant, f64)>,
     trips: VecDeque<(Instant, Duration)>,
     limit: u64,
@@ -43,6 +49,7 @@ impl Pacer {
             under_way: VecDeque::new(),
             sent: 0,
             acked: 0,
+            meant: 0,
             rates: VecDeque::new(),
             trips: VecDeque::new(),
             limit: FIRST,
@@ -56,13 +63,14 @@ impl Pacer {
 
     /// Whether more may be sent.
     pub(crate) fn has_room(&self) -> bool {
-        self.in_flight() < self.limit
+        self.in_flight() < self.limit && self.meant < MOST_MEANT
     }
 
-    /// A frame of `bytes` was sent.
-    pub(crate) fn on_sent(&mut self, bytes: u64, now: Instant) {
+    /// A frame of `bytes` was sent that stands for `meant` bytes of QEMU's stream.
+    pub(crate) fn on_sent(&mut self, bytes: u64, meant: u64, now: Instant) {
         self.sent += bytes;
-        self.under_way.push_back(Sent { bytes, at: now, acked_then: self.acked });
+        self.meant += meant;
+        self.under_way.push_back(Sent { bytes, meant, at: now, acked_then: self.acked });
     }
 
     /// The oldest `frames` frames under way have arrived. More than are under way is ignored.
@@ -70,6 +78,7 @@ impl Pacer {
         for _ in 0..frames {
             let Some(frame) = self.under_way.pop_front() else { return };
             self.acked += frame.bytes;
+            self.meant -= frame.meant;
             let trip = now.saturating_duration_since(frame.at).max(Duration::from_micros(50));
             let rate = (self.acked - frame.acked_then) as f64 / trip.as_secs_f64();
             while self.rates.back().is_some_and(|(_, r)| *r <= rate) {
@@ -119,7 +128,7 @@ mod tests {
         let frame = 40_000u64;
         while now < 6.0 {
             while pacer.has_room() {
-                pacer.on_sent(frame, at(now));
+                pacer.on_sent(frame, frame, at(now));
                 link_free = link_free.max(now) + frame as f64 / rate;
                 acks.push_back(link_free + trip);
             }

@@ -416,7 +416,11 @@ impl<'a> Source<'a> {
             }
             Event::Note(Some(Note::DiskAck(frames))) => self.disk_pacer.on_ack(frames.into()),
             Event::Note(Some(Note::Done)) => self.done = true,
-            Event::Note(Some(Note::Abort { why, .. })) => return Err(RelayError::PeerAborted(why)),
+            Event::Note(Some(Note::Abort { why, .. })) => {
+                let doubt = self.core.has_referred();
+                self.status.send_modify(|s| s.doubt |= doubt);
+                return Err(RelayError::PeerAborted(why));
+            }
             Event::Note(Some(Note::Ready | Note::Clock { .. } | Note::Holds(_))) => {}
             Event::Note(None) => return Err(RelayError::Protocol("it has left")),
         }
@@ -446,7 +450,7 @@ impl<'a> Source<'a> {
                 Lane::Preempt => &mut self.demand.0,
             };
             // Counted before: an acknowledgement cannot come earlier.
-            self.core.on_sent(out.channel, out.kind, wire, Instant::now());
+            self.core.on_sent(&out, wire, Instant::now());
             lane.send_bytes(frame)
                 .await
                 .map_err(|source| RelayError::Lane { what: "sending memory", source })?;

@@ -67,11 +67,11 @@ pub struct Counts {
     /// (source only).
     #[serde(default)]
     pub known_pages: u64,
-    /// Of them those of which only what differs from what the destination held was sent (source
+    /// Of the pages with content, those of which only what differs from what the destination held was sent (source
     /// only).
     #[serde(default)]
     pub changed_pages: u64,
-    /// Of them those that were named as blocks of the base image (source only).
+    /// Of the pages with content, those that were named as blocks of the base image (source only).
     #[serde(default)]
     pub base_pages: u64,
     /// Time during which the machine waited for a page that it had asked for, in microseconds
@@ -174,6 +174,10 @@ pub struct RelayStatus {
     /// not told that it does, and never will be: it must not.
     #[serde(default)]
     pub refused: Option<String>,
+    /// What both sites hold may not be the same: the destination has found that, or, at the source, has
+    /// given up after it was referred to.
+    #[serde(default)]
+    pub doubt: bool,
     /// The relay's process.
     #[serde(default)]
     pub pid: Option<i32>,
@@ -202,6 +206,7 @@ impl RelayStatus {
             clock: None,
             lost: None,
             refused: None,
+            doubt: false,
             pid: i32::try_from(std::process::id()).ok(),
             qemu_socket: None,
             ram: None,

@@ -155,7 +155,6 @@ impl Arrivals {
             self.relays.end(m).await;
             self.relays.clear(m);
         }
-        self.relays.held.doubt(record);
         // Unless another has taken it back meanwhile: what is there now is of a later move.
         let mut e = entry.lock().await;
         if e.record.desired != DesiredState::Gone {

@@ -264,7 +264,6 @@ impl Departures {
             self.travellers.unmark(record.vm).await;
         }
         if let (Err(_), Some(m)) = (&done, &record.migration) {
-            self.relays.held.doubt(record);
             self.relays.end(m).await;
         }
         if let (Some(m), false) = (&record.migration, keep) {

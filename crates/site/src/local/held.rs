@@ -2,17 +2,21 @@
 //! relays that refer to it (`migrate`'s relay, `known`).
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use godwit_migrate::relay::HeldMemory;
 use godwit_substrate::{OpenMemory, Pool};
 use godwit_types::{Fault, Hash, MigrationId, SubstrateId};
 
+use super::images::Images;
 use super::record::MachineRecord;
 use super::substrates::blocking;
 
 /// How many moves this is kept for at once; of more, the oldest goes without.
 const MOST: usize = 64;
+/// How long a move may take from here to the start of its relay.
+const KEPT_FOR: Duration = Duration::from_secs(60);
 
 /// The sealed memory of a substrate, open for the relay of one move.
 #[derive(Debug)]
@@ -25,17 +29,17 @@ pub(super) struct Held {
 /// What is ready for moves whose relay has not started yet.
 pub(super) struct HeldMemories {
     pool: Pool,
-    ready: Mutex<VecDeque<(MigrationId, Held)>>,
+    ready: Arc<Mutex<VecDeque<(MigrationId, Held)>>>,
 }
 
 impl HeldMemories {
     /// Of the substrates in `pool`; none is ready yet.
     pub(super) fn new(pool: Pool) -> Self {
-        Self { pool, ready: Mutex::default() }
+        Self { pool, ready: Arc::default() }
     }
 
-    /// Makes the sealed memory of substrate `id` ready for `migration`, if it is here with this
-    /// `content` and there is room for it.
+    /// Opens the sealed memory of substrate `id` for `migration`, if it is laid out here and has this
+    /// `content`.
     pub(super) async fn hold(
         &self,
         migration: MigrationId,
@@ -43,27 +47,36 @@ impl HeldMemories {
     ) -> Result<(), Fault> {
         let pool = self.pool.clone();
         let open = blocking(move || pool.open_memory(id, content)).await?;
-        let held = Held { memory: HeldMemory { content, path: open.path().to_owned() }, open };
-        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-        ready.retain(|(of, _)| *of != migration);
-        ready.push_back((migration, held));
-        if ready.len() > MOST {
-            ready.pop_front();
+        let memory = HeldMemory { content, path: open.path().to_owned() };
+        {
+            let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+            ready.retain(|(of, _)| *of != migration);
+            ready.push_back((migration, Held { memory, open }));
+            if ready.len() > MOST {
+                ready.pop_front();
+            }
         }
+        let ready = Arc::clone(&self.ready);
+        tokio::spawn(async move {
+            tokio::time::sleep(KEPT_FOR).await;
+            ready.lock().unwrap_or_else(PoisonError::into_inner).retain(|(of, _)| *of != migration);
+        });
         Ok(())
     }
 
-    /// What is ready for `migration`; once.
+    /// What is ready for `migration`; once. Dropped, its memory is idle again.
     pub(super) fn take(&self, migration: MigrationId) -> Option<Held> {
         let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
         let at = ready.iter().position(|(of, _)| *of == migration)?;
         ready.remove(at).map(|(_, held)| held)
     }
 
-    /// A move of a machine has failed, perhaps since what both sites hold differs.
-    pub(super) fn doubt(&self, record: &MachineRecord) {
+    /// What both sites hold of a machine was found to differ: what is here is read again before it is
+    /// used next.
+    pub(super) fn doubt(&self, record: &MachineRecord, images: &Images) {
         if let Some(id) = record.substrate {
             self.pool.doubt_memory(id);
         }
+        images.doubt(record);
     }
 }

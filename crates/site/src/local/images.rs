@@ -105,10 +105,25 @@ impl Images {
         });
     }
 
+    /// The image of a machine may be damaged although nothing touched its files: they are read again,
+    /// from the disk, in the background.
+    pub(super) fn doubt(&self, record: &MachineRecord) {
+        let (Ok(image), cache) = (self.of(record), self.cache.clone()) else { return };
+        tokio::task::spawn_blocking(move || {
+            if let Err(e) = cache.scrub(&image) {
+                tracing::error!(image = %image.name, error = %godwit_types::chain(&e), "damaged");
+            }
+        });
+    }
+
     /// Removes the indices of images that are gone.
     fn forget_indices(cache: &ImageCache) {
         let Ok(all) = std::fs::read_dir(cache.dir().join(INDEXED)) else { return };
         for entry in all.flatten() {
+            // One that is being written is another's.
+            if entry.file_name().to_string_lossy().contains(".new-") {
+                continue;
+            }
             if !cache.dir().join("by-hash").join(entry.file_name()).exists() {
                 // Only a derived file.
                 let _ = std::fs::remove_file(entry.path());

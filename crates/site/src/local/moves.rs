@@ -114,7 +114,11 @@ impl Arrivals {
     ) -> Result<Incoming, Fault> {
         self.warrants.check(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
-        self.room.check_memory(machine.memory)?;
+        if let Err(full) = self.room.check_memory(machine.memory) {
+            // What only saves time gives way to the machine itself.
+            drop(self.relays.held.take(id).ok_or(full)?);
+            self.room.check_memory(machine.memory)?;
+        }
         self.room.check_disk(manifest.layer_bytes)?;
         let record = MachineRecord {
             vm: machine.vm,
@@ -268,6 +272,9 @@ impl Arrivals {
                 }
                 Err(e @ MoveError::Cancelled { .. }) => {
                     let fault = me.room.blame(Fault::of(&e));
+                    if relay.status().doubt {
+                        me.relays.held.doubt(&record, &me.images);
+                    }
                     me.undo(&record).await;
                     Err(fault)
                 }
@@ -379,10 +386,14 @@ impl Departures {
             let sending = hybrid::send(machine, &relay, &paths.qemu, sent, &steering, ask);
             let noted = self.note_run(record, &relay);
             tokio::pin!(sending);
-            tokio::select! {
-                done = &mut sending => done?,
-                () = noted => sending.await?,
+            let moved = tokio::select! {
+                done = &mut sending => done,
+                () = noted => sending.await,
+            };
+            if moved.is_err() && relay.status().doubt {
+                self.relays.held.doubt(record, &self.images);
             }
+            moved?;
         }
         let _ = relay.command(&RelayCommand::Finish).await;
         Ok(())

@@ -90,6 +90,8 @@ impl Moves {
     /// Takes back what was done for a migration, as long as the machine does not run here because
     /// of it. At the destination this also fences: a QEMU that never ran is gone for good.
     pub(super) async fn abort(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
+        // Its relay may never have started.
+        drop(self.arrivals.relays.held.take(id));
         let Some((found, migration)) = self.travellers.to_abort(id, vm).await? else {
             return Ok(());
         };

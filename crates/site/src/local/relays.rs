@@ -139,9 +139,9 @@ impl Relays {
             Part::Rest | Part::Disk => None,
         };
         config.held = held.as_ref().map(|h| h.memory.clone());
-        let held = held.map(|h| h.open.file().try_clone()).transpose();
-        let held = held.map_err(|e| fail("handing on the memory that both sites hold", &e))?;
-        let open = give(&mut config, commit, held)?;
+        let file = held.as_ref().map(|h| h.open.file().try_clone()).transpose();
+        let file = file.map_err(|e| fail("handing on the memory that both sites hold", &e))?;
+        let open = give(&mut config, commit, file)?;
         let input = written(&config, &paths.config)
             .map_err(|e| fail("writing a relay's configuration", &e))?;
         let log = std::fs::OpenOptions::new()
@@ -210,6 +210,8 @@ impl Relays {
         // Reaped when it ends; it is not this task's to end.
         tokio::spawn(async move {
             let _ = child.wait().await;
+            // While it ran the memory was in use.
+            drop(held);
             if let Some(group) = group {
                 if group.was_outgrown() {
                     tracing::error!(limit = %group.limit, "a relay wanted more than its memory and was ended");

@@ -45,7 +45,7 @@ fn words(messages: &[ReturnMessage]) -> Vec<u8> {
 fn take(core: &mut SourceCore, main: &mut Vec<u8>, now: Instant) -> u64 {
     let mut frames = 0;
     while let Some(out) = core.next_frame() {
-        core.on_sent(out.channel, out.kind, out.raw.len() as u64, now);
+        core.on_sent(&out, out.raw.len() as u64, now);
         if out.channel == Channel::Main {
             main.extend_from_slice(&out.raw);
             frames += 1;

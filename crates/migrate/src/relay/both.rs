@@ -13,14 +13,14 @@ use super::waits::{Channel as Written, Waits};
 
 /// Both relays of a move, back to back.
 #[derive(Debug)]
-pub struct Throughput {
+pub struct BothRelays {
     source: SourceCore,
     packer: Packer,
     here: HeldHere,
     waits: Waits,
 }
 
-impl Throughput {
+impl BothRelays {
     /// With memory that both hold, at the source and at the destination.
     ///
     /// # Errors
