@@ -112,6 +112,47 @@ async fn two_arrivals_at_once_are_not_promised_the_same_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_that_failed_late_leaves_the_next_one_alone() {
+    let place = site(Mib(4096)).await;
+    let machines = &place.site.machines;
+    let register = async || {
+        let record = MachineRecord { migration: None, ..on_its_way(Mib(256), End::Source) };
+        let vm = record.vm;
+        let (entry, wanted) = machines.register_starting(record).await.expect("begun");
+        (vm, entry, wanted)
+    };
+    let here = async |vm| machines.entry_if_here(vm).await.is_some();
+
+    let (vm, entry, wanted) = register().await;
+    machines.withdraw(&entry, vm, &wanted).await;
+    assert!(!here(vm).await && wanted.is_cancelled());
+    machines.withdraw(&entry, vm, &wanted).await;
+
+    // It is stopped by force, and started again before the first start has come to its end.
+    let (vm, entry, first) = register().await;
+    let second = {
+        let mut e = entry.lock().await;
+        e.doing.cancel_start();
+        e.doing.start()
+    };
+    machines.withdraw(&entry, vm, &first).await;
+    assert!(here(vm).await && !second.is_cancelled());
+    assert!(entry.lock().await.doing.end_start(&second));
+    machines.withdraw(&entry, vm, &first).await;
+    assert!(here(vm).await, "it runs by the second");
+
+    // Stopped only: nothing of it stays.
+    let (vm, entry, wanted) = register().await;
+    {
+        let mut e = entry.lock().await;
+        e.doing.cancel_start();
+        e.record.desired = DesiredState::Stopped;
+    }
+    machines.withdraw(&entry, vm, &wanted).await;
+    assert!(!here(vm).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_source_whose_machine_ran_on_gives_neither_memory_nor_disk() {
     let place = site(Mib(4096)).await;
     let me = &place.site;
