@@ -6,7 +6,7 @@ use std::sync::Arc;
 use godwit_qemu::Machine;
 use godwit_substrate::Pool;
 use godwit_types::{Fault, Generation, Mib, Name, SubstrateId, VmId};
-use tokio::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use tokio::sync::{Mutex, MutexGuard, RwLock};
 use tokio_util::sync::CancellationToken;
 
 use super::SiteDirs;
@@ -53,11 +53,6 @@ impl Machines {
             sizes: std::sync::Mutex::default(),
             promise_bytes,
         })
-    }
-
-    /// All of them, while the list does not change.
-    pub(super) async fn read(&self) -> RwLockReadGuard<'_, All> {
-        self.all.read().await
     }
 
     /// All of them at this moment.
