@@ -400,7 +400,7 @@ impl Cloud {
         self.make_hold_dir();
         let request = self.hold_dir().join(step);
         // Whole when it is seen.
-        let part = request.with_extension("part");
+        let part = self.hold_dir().join(format!("{step}.new"));
         std::fs::write(&part, godwit_hold::PANIC).expect("a request to panic");
         std::fs::rename(part, request).expect("a request to panic");
     }

@@ -124,6 +124,7 @@ fn a_docking_cut_at_any_step_is_undone_or_done() {
     for step in ["dock.marked", "dock.stopped"] {
         let before = Before::of(&cloud, "w");
         cloud.panic_at(step);
+        cloud.panic_at("dock.bring-back");
         let op = begin(&cloud, &["vm", "dock", "w", "--name", "s"]);
         let end = ended(&cloud, &op);
         assert_eq!(end["state"], "failed", "{step}: {end}");
@@ -163,7 +164,9 @@ fn a_docking_cut_at_any_step_is_undone_or_done() {
         let qemu = cloud.qemu(&old, Daemon::Center).unwrap();
         let dock = ["vm", "dock", vm, "--name", substrate, "--kind", kind];
         let op = if step == "dock.settling" {
+            // So does whoever finishes it then, who tries again.
             cloud.panic_at(step);
+            cloud.panic_at("dock.finishing");
             begin(&cloud, &dock)
         } else {
             cloud.hold(step);
@@ -176,6 +179,8 @@ fn a_docking_cut_at_any_step_is_undone_or_done() {
         };
         let end = ended(&cloud, &op);
         assert_eq!(end["state"], "done", "{step}: {end}");
+        let finishing = cloud.file("hold").join("dock.finishing");
+        assert!(!finishing.exists(), "{step}: nobody came to finish it");
         let _ = cloud.refused(&["vm", "get", vm], 4);
         assert!(!exists(qemu), "{step}: its QEMU is left");
         assert!(!cloud.vm_memory(&old, Daemon::Center).exists(), "{step}: its memory is left");

@@ -207,13 +207,13 @@ impl LocalSite {
     /// Ends every QEMU of this site that no record names, and removes sockets and memory files of
     /// machines that are not here.
     pub(super) async fn sweep_strays(&self) {
-        let machines = self.machines.read().await;
         let mut known = Vec::new();
-        for (vm, entry) in machines.iter() {
+        // The list is not locked while a machine's lock is waited for: whoever has that may remove it.
+        for (vm, entry) in self.machines.now().await {
             let e = entry.lock().await;
             known.extend(e.machine.as_ref().map(|m| m.process().clone()));
             // One that did not answer may still come to.
-            known.extend(Machine::recorded(&self.dirs.vm_run(*vm)));
+            known.extend(Machine::recorded(&self.dirs.vm_run(vm)));
         }
         let strays = started_below(&[&self.dirs.run, &self.dirs.memory]);
         for p in strays.into_iter().filter(|p| !known.contains(p)) {
@@ -223,8 +223,8 @@ impl LocalSite {
         }
         for dir in [&self.dirs.run, &self.dirs.memory] {
             for item in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-                let vm = vm_of(&item.file_name());
-                if vm.is_some_and(|vm| !machines.contains_key(&vm)) {
+                let Some(vm) = vm_of(&item.file_name()) else { continue };
+                if self.machines.entry_if_here(vm).await.is_none() {
                     tracing::warn!(path = %item.path().display(), "left by no machine: removed");
                     remove(&item.path());
                 }

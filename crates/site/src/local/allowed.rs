@@ -154,6 +154,8 @@ pub(super) enum Refusal {
     Leaving { machine: Name, to: Name },
     #[error("machine '{machine}' is moving from '{from}'")]
     Arriving { machine: Name, from: Name },
+    #[error("machine '{machine}' is moving from '{from}', and runs here already")]
+    Arrived { machine: Name, from: Name },
     #[error("machine '{machine}' came from '{from}' in part; the rest is not waited for any more")]
     Stranded { machine: Name, from: Name },
     #[error(
@@ -209,8 +211,11 @@ impl Refusal {
             }
             Self::Leaving { .. } => "wait for the move to end: godwit op list".into(),
             Self::Arriving { machine, .. } => format!(
-                "wait for the move to end: godwit op list; or give up what has come: godwit vm \
-                 delete {machine}"
+                "wait for the move to end, or take it back: godwit op list, godwit op cancel; or \
+                 delete the machine and its disk: godwit vm delete {machine}"
+            ),
+            Self::Arrived { machine, from } => format!(
+                "wait until it needs '{from}' no more: godwit op list, godwit vm get {machine}"
             ),
             Self::Stranded { machine, .. } => format!(
                 "boot it from its disk: godwit vm start {machine}; or delete it: godwit vm delete \
@@ -241,6 +246,7 @@ impl CodedError for Refusal {
             | Self::Undocking(_)
             | Self::Leaving { .. }
             | Self::Arriving { .. }
+            | Self::Arrived { .. }
             | Self::Stranded { .. }
             | Self::NotRunning(_)
             | Self::Running(_)
@@ -493,7 +499,8 @@ impl State {
             Phase::PoweringOff => Refusal::PoweringOff(machine),
             Phase::Undocking => Refusal::Undocking(machine),
             Phase::Leaving(to) | Phase::RanOn(to) => Refusal::Leaving { machine, to },
-            Phase::Arriving(from) | Phase::Arrived(from) => Refusal::Arriving { machine, from },
+            Phase::Arriving(from) => Refusal::Arriving { machine, from },
+            Phase::Arrived(from) => Refusal::Arrived { machine, from },
             Phase::Stranded(from) => Refusal::Stranded { machine, from },
         }
     }

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 
 use super::allowed::Refusal;
 use super::course::{End, Migration, Step};
-use super::drive::{Coming, Drives, RECEIVED, keep_measured, no_such_move};
+use super::drive::{Coming, Drives, RECEIVED, no_such_move};
 use super::images::Images;
 use super::launch::Launcher;
 use super::machines::into_fault;
@@ -95,8 +95,9 @@ impl Arrivals {
         }
     }
 
+    /// Keeps what was measured of a machine's arrival, unless that is over by now.
     pub(super) async fn keep_received(&self, vm: VmId, received: &Received) {
-        keep_measured(&self.dirs.vm(vm), RECEIVED, received);
+        self.travellers.keep(vm, |m| m.end() == End::Destination, (RECEIVED, received)).await;
     }
 
     /// Ends what is left of the last attempt, and begins a new one.

@@ -73,9 +73,9 @@ pub(super) enum Step {
 
 /// A step that a move does not take.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("a move that is {state} here is not {step}")]
+#[error("the move of a machine that {state} is not {step}")]
 pub(super) struct NoStep {
-    state: String,
+    state: &'static str,
     step: &'static str,
 }
 
@@ -95,12 +95,21 @@ impl Step {
         }
     }
 
-    fn not_from(&self, state: &impl std::fmt::Debug) -> NoStep {
-        NoStep { state: format!("{state:?}"), step: self.name() }
+    const fn not_from(&self, state: &'static str) -> NoStep {
+        NoStep { state, step: self.name() }
     }
 }
 
 impl Arrival {
+    /// What the machine does, for people.
+    const fn name(&self) -> &'static str {
+        match self {
+            Self::Coming => "is coming here",
+            Self::Running => "came here and runs",
+            Self::Abandoned { .. } => "came here in part",
+        }
+    }
+
     /// Whether the machine has run here.
     pub(crate) const fn has_run(&self) -> bool {
         match self {
@@ -120,12 +129,21 @@ impl Arrival {
             (_, Step::Abandoned(why)) => Self::Abandoned { ran: self.has_run(), why },
             (_, Step::Resumed) if self.has_run() => Self::Running,
             (_, Step::Resumed) => Self::Coming,
-            (_, step @ Step::RanOn) => return Err(step.not_from(self)),
+            (_, step @ Step::RanOn) => return Err(step.not_from(self.name())),
         })
     }
 }
 
 impl Departure {
+    /// What the machine does, for people.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Leaving => "is leaving",
+            Self::Away => "has left",
+            Self::RanOn => "has run on here after it had left",
+        }
+    }
+
     /// What it is after a step.
     fn after(self, step: Step) -> Result<Self, NoStep> {
         Ok(match (self, step) {
@@ -133,7 +151,9 @@ impl Departure {
             // Whether it was noted before that it runs there, or not.
             (_, Step::RanOn) | (Self::RanOn, Step::Ran) => Self::RanOn,
             (Self::Leaving | Self::Away, Step::Resumed) => self,
-            (_, step @ (Step::Abandoned(_) | Step::Resumed)) => return Err(step.not_from(&self)),
+            (_, step @ (Step::Abandoned(_) | Step::Resumed)) => {
+                return Err(step.not_from(self.name()));
+            }
         })
     }
 }
@@ -411,7 +431,10 @@ mod tests {
              RanOn: RanOn, RanOn, -, -"
         );
         let e = Departure::RanOn.after(Step::Resumed).expect_err("what is here did not leave");
-        assert_eq!(e.to_string(), "a move that is RanOn here is not resumed");
+        assert_eq!(
+            e.to_string(),
+            "the move of a machine that has run on here after it had left is not resumed"
+        );
     }
 
     #[test]
@@ -462,6 +485,31 @@ mod tests {
         let old = kept("'end':'source','peer':'cafe'}");
         let read: Migration = serde_json::from_str(&old).expect("of the first release");
         assert_eq!(read.course, Course::Departure { is: Departure::Leaving, next: None });
+    }
+
+    #[test]
+    fn a_source_that_ran_on_before_it_was_noted_that_it_had_left_is_not_taken_back() {
+        // As earlier releases have written it: that it ran on came first, or came alone.
+        let kept = "{'id':'0190163d-8694-739b-aea5-966c26f8ad91','end':'source','peer':'cafe',\
+                    'attempt':0,'runs':false,'given_up':null,'ran_on':true,'next':8}";
+        let read: Migration = serde_json::from_str(&kept.replace('\'', "\"")).expect("read");
+        let next = Some(Generation(8));
+        assert_eq!(read.course, Course::Departure { is: Departure::RanOn, next });
+        assert!(read.has_run(), "a machine runs on only where its destination has it");
+        let written = serde_json::to_string(&read).expect("written");
+        assert!(
+            written.contains("\"runs\":true") && written.contains("\"ran_on\":true"),
+            "{written}"
+        );
+        // Its QEMU runs here and is held: it is not at home.
+        let at_home = !read.has_run();
+        for (committed, then) in [
+            (None, AfterRestart::Interrupted),
+            (Some(false), AfterRestart::Follow),
+            (Some(true), AfterRestart::Follow),
+        ] {
+            assert_eq!(departure_after_restart(at_home, committed), then);
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tracing::{info, warn};
 use super::SiteDirs;
 use super::arrivals::ended_by_force;
 use super::course::{Migration, Question, Step};
-use super::drive::{Drives, Leaving, SENT, keep_measured};
+use super::drive::{Drives, Leaving, SENT};
 use super::images::Images;
 use super::launch::Launcher;
 use super::meet::Reach;
@@ -180,8 +180,9 @@ impl Departures {
         }
     }
 
-    pub(super) async fn keep_sent(&self, vm: VmId, sent: &Sent) {
-        keep_measured(&self.dirs.vm(vm), SENT, sent);
+    /// Keeps what was measured of a machine's departure, unless it is in another move by now.
+    pub(super) async fn keep_sent(&self, id: MigrationId, vm: VmId, sent: &Sent) {
+        self.travellers.keep(vm, |m| m.id == id, (SENT, sent)).await;
     }
 
     /// Ends what is left of the last attempt, and begins a new one.
@@ -216,8 +217,8 @@ impl Departures {
     }
 
     async fn end_move(&self, record: &MachineRecord) {
-        self.travellers.unmark(record.vm).await;
         if let Some(m) = &record.migration {
+            self.travellers.unmark(m.id, record.vm).await;
             self.relays.end(m).await;
             self.relays.clear(m);
         }
@@ -258,10 +259,10 @@ impl Departures {
                 e.keep && (e.beyond || !runs(Some(machine)).await)
             }
         };
-        if keep {
-            self.keep_sent(record.vm, &sent).await;
-        } else {
-            self.travellers.unmark(record.vm).await;
+        match &record.migration {
+            Some(m) if keep => self.keep_sent(m.id, record.vm, &sent).await,
+            Some(m) => self.travellers.unmark(m.id, record.vm).await,
+            None => {}
         }
         if let (Err(_), Some(m)) = (&done, &record.migration) {
             self.relays.end(m).await;

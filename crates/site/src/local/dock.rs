@@ -33,8 +33,8 @@ use crate::{Call, Progress, SubstrateInfo};
 /// The pause between two tries to let a machine run on.
 const RUN_ON_AGAIN: Duration = Duration::from_secs(1);
 
-/// The pause after one that ended by a panic, and most probably will again.
-const PANICKED_PAUSE: Duration = Duration::from_secs(60);
+/// The pause after one that ended by a panic, and most probably will again. Tests make one panic.
+const PANICKED_PAUSE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 1 } else { 60 });
 
 /// A substrate to be docked.
 pub(super) struct Dock {
@@ -145,10 +145,7 @@ impl Docks {
     async fn after_panic(self: &Arc<Self>, vm: VmId, substrate: SubstrateId) {
         let Some(entry) = self.machines.entry_if_here(vm).await else { return };
         let e = entry.lock().await;
-        let marked = matches!(
-            &e.record.unfinished,
-            Some(Unfinished::Docking { substrate: of, .. }) if *of == substrate
-        );
+        let marked = is_docking(e.record.unfinished.as_ref(), substrate);
         if let Some(machine) = e.machine.clone().filter(|_| marked) {
             self.bring_back(vm, machine);
         }
@@ -240,12 +237,16 @@ impl Docks {
         };
         if self.substrates.has(substrate) {
             // Its docking ended behind the commit without a word.
-            let mut entry = entry.lock_owned().await;
-            if !take_docking(&mut entry.record.unfinished, substrate) {
+            let entry = entry.lock_owned().await;
+            // The mark stays until the machine is buried: after a panic this is tried again.
+            if entry.record.desired == DesiredState::Gone
+                || !is_docking(entry.record.unfinished.as_ref(), substrate)
+            {
                 return Ok(());
             }
             let generation = entry.record.generation;
             machine.kill().await;
+            godwit_hold::at("dock.finishing").await;
             Marked { entry, dir: self.dirs.vm(vm) }.settled(self, generation).await;
             return Ok(());
         }
@@ -283,9 +284,12 @@ impl Docks {
 /// Ends the mark of one docking. That of another, which began once this one was settled by whoever
 /// ended the machine, stays.
 fn take_docking(unfinished: &mut Option<Unfinished>, of: SubstrateId) -> bool {
-    let same =
-        matches!(unfinished, Some(Unfinished::Docking { substrate, .. }) if *substrate == of);
-    same && unfinished.take().is_some()
+    is_docking(unfinished.as_ref(), of) && unfinished.take().is_some()
+}
+
+/// Whether a mark is of the docking that makes that substrate.
+fn is_docking(unfinished: Option<&Unfinished>, of: SubstrateId) -> bool {
+    matches!(unfinished, Some(Unfinished::Docking { substrate, .. }) if *substrate == of)
 }
 
 #[cfg(test)]

@@ -127,6 +127,7 @@ impl Leaving {
     /// Asks the center, through whoever follows, what became of a lost destination. The machine is
     /// held until somebody knows; the question is put again and again until it is answered.
     pub(super) async fn ask_fate(&self) -> DestinationFate {
+        let asks = Asks(self);
         self.question.send_modify(Question::ask);
         let mut question = self.question.subscribe();
         let tired = async {
@@ -137,14 +138,12 @@ impl Leaving {
             _ = question.wait_for(|q| *q != Question::Asked) => {}
             () = tired => {}
         }
-        let mut fate = None;
-        self.question.send_modify(|q| fate = q.withdraw());
-        fate.unwrap_or(DestinationFate::Unknown)
+        asks.withdraw().unwrap_or(DestinationFate::Unknown)
     }
 
-    /// Answers that question; tells whether it was put.
+    /// Answers that question; tells whether it was put by somebody who still waits for it.
     pub(super) fn answer(&self, fate: DestinationFate) -> bool {
-        self.question.send_if_modified(|q| q.answer(fate))
+        !self.has_ended() && self.question.send_if_modified(|q| q.answer(fate))
     }
 
     /// The question as it is asked and answered.
@@ -159,6 +158,28 @@ impl Leaving {
             _ = question.wait_for(|q| *q == Question::Asked) => {}
             _ = outcome.wait_for(Option::is_some) => {}
         }
+    }
+}
+
+/// Whoever asks for the fate of a destination: with it goes its question, also when its task panics.
+struct Asks<'a>(&'a Leaving);
+
+impl Asks<'_> {
+    /// Asks no more; what was answered, if it was.
+    fn withdraw(&self) -> Option<DestinationFate> {
+        let mut fate = None;
+        self.0.question.send_if_modified(|q| {
+            let asked = *q != Question::Unasked;
+            fate = q.withdraw();
+            asked
+        });
+        fate
+    }
+}
+
+impl Drop for Asks<'_> {
+    fn drop(&mut self) {
+        let _ = self.withdraw();
     }
 }
 
@@ -235,11 +256,12 @@ impl<D: Driven> Drives<D> {
         self.get(id).ok_or_else(|| no_such_move(&self.site, id))
     }
 
-    /// Enters one that begins, or goes on.
+    /// Enters one that begins, or goes on in place of its attempt before. Those of the same machine
+    /// that have ended are forgotten.
     pub(super) fn register(&self, id: MigrationId, vm: VmId) -> Arc<D> {
         let begins = Arc::new(D::begins(vm));
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        // Ended ones are kept until their machine moves again, so that a late question is answered.
+        // Until then they are kept: who asks late how one has ended is told.
         all.retain(|_, d| d.drive().vm() != vm || !d.drive().has_ended());
         all.insert(id, Arc::clone(&begins));
         begins
@@ -324,6 +346,25 @@ mod tests {
         assert!(!leaving.answer(DestinationFate::Dead));
         assert_eq!(asking.await.expect("answered"), DestinationFate::Runs);
         assert_eq!(*leaving.question().borrow(), Question::Unasked);
+    }
+
+    #[tokio::test]
+    async fn nobody_is_answered_who_has_gone() {
+        let (_, _, leaving) = drives();
+        let asks = Arc::clone(&leaving);
+        let asking = tokio::spawn(async move { asks.ask_fate().await });
+        leaving.asks_or_has_ended().await;
+        asking.abort();
+        asking.await.expect_err("gone");
+        assert_eq!(*leaving.question().borrow(), Question::Unasked);
+        assert!(!leaving.answer(DestinationFate::Dead), "its task is gone");
+
+        let asks = Arc::clone(&leaving);
+        let asking = tokio::spawn(async move { asks.ask_fate().await });
+        leaving.asks_or_has_ended().await;
+        leaving.end(Err(Fault::internal("by force")));
+        assert!(!leaving.answer(DestinationFate::Dead), "its move has ended");
+        asking.abort();
     }
 
     #[tokio::test(start_paused = true)]

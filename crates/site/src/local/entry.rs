@@ -44,11 +44,17 @@ impl Doing {
     /// The start that was given `wanted` has come to its end; whether it was wanted until then. If
     /// not, what is done now is somebody else's.
     pub(super) fn end_start(&mut self, wanted: &CancellationToken) -> bool {
-        let mine = !wanted.is_cancelled();
+        let mine = matches!(self, Self::Starting(_)) && !wanted.is_cancelled();
         if mine {
             *self = Self::Nothing;
         }
         mine
+    }
+
+    /// Whether it is being started, and not by the start that was given `wanted`.
+    pub(super) fn is_start_but(&self, wanted: &CancellationToken) -> bool {
+        // A start that makes place for the next one is cancelled.
+        matches!(self, Self::Starting(_)) && wanted.is_cancelled()
     }
 
     /// A start is not wanted any more.
@@ -61,6 +67,7 @@ impl Doing {
 
     /// Somebody begins to wait for the guest to power itself off, until what is returned is dropped.
     pub(super) fn power_off(&mut self) -> Arc<()> {
+        self.cancel_start();
         let waits = Arc::new(());
         *self = Self::PoweringOff(Arc::downgrade(&waits));
         waits
@@ -170,11 +177,14 @@ mod tests {
         let first = doing.start();
         doing.cancel_start();
         assert!(first.is_cancelled());
+        assert!(!doing.is_start_but(&first) && !doing.end_start(&first));
         let second = doing.start();
+        assert!(doing.is_start_but(&first) && !doing.is_start_but(&second));
         assert!(!doing.end_start(&first), "it is told that it was cancelled");
         assert_eq!(doing.now(), Activity::Starting);
         assert!(!second.is_cancelled() && doing.end_start(&second));
         assert_eq!(doing.now(), Activity::Nothing);
+        assert!(!doing.end_start(&second), "it has ended");
     }
 
     #[test]

@@ -119,7 +119,8 @@ impl Moves {
     /// After a start: ends relays and removes files of moves that no machine here is in.
     pub(super) async fn sweep(&self) {
         let mut wanted = Vec::new();
-        for entry in self.machines.read().await.values() {
+        // The list is not locked while a machine's lock is waited for: whoever has that may remove it.
+        for (_, entry) in self.machines.now().await {
             if let Some(m) = &entry.lock().await.record.migration {
                 wanted.push(MovePaths::of(&self.dirs.run, m).dir);
             }

@@ -100,7 +100,7 @@ impl Starts {
                 Ok(status)
             }
             Err(f) => {
-                self.machines.withdraw(&entry, record.vm).await;
+                self.machines.withdraw(&entry, record.vm, &wanted).await;
                 Err(f)
             }
         }

@@ -194,7 +194,7 @@ impl Departures {
             return Err(self.ended_here(&record).await);
         };
         if runs(Some(&machine)).await {
-            self.travellers.unmark(record.vm).await;
+            self.travellers.unmark(id, record.vm).await;
             return Ok(());
         }
         self.relays.end(&migration).await;
@@ -205,13 +205,13 @@ impl Departures {
         if let Err(e) = reclaim(&machine, &paths.qemu).await {
             if matches!(e, MoveError::Stuck | MoveError::Ended { .. }) {
                 // Nothing is left to decide: it may be started from its disk, or removed.
-                self.travellers.unmark(record.vm).await;
+                self.travellers.unmark(id, record.vm).await;
             }
             return Err(into_fault(e));
         }
         machine.run().await.map_err(into_fault)?;
         info!(vm = %record.name, "runs on at its source");
-        self.travellers.unmark(record.vm).await;
+        self.travellers.unmark(id, record.vm).await;
         self.relays.clear(&migration);
         Ok(())
     }
@@ -463,7 +463,7 @@ impl Departures {
                 let _ = relay.command(&RelayCommand::Finish).await;
             } else {
                 // Nothing but the destination's word ends what the source keeps now.
-                me.keep_sent(vm, &sent).await;
+                me.keep_sent(id, vm, &sent).await;
                 if let Some(m) = &record.migration {
                     me.relays.end(m).await;
                 }
@@ -504,7 +504,7 @@ impl Departures {
             self.drives.ended_within(m.id, RELEASE_WITHIN).await;
             self.relays.end(&m).await;
             self.relays.clear(&m);
-            self.travellers.unmark(vm).await;
+            self.travellers.unmark(m.id, vm).await;
         }
         Ok(())
     }

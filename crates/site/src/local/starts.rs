@@ -101,7 +101,7 @@ impl Starts {
         match self.boot_new(&entry, &record, &image, &call, &wanted).await {
             Ok(()) => self.started(&entry, &wanted).await,
             Err(f) => {
-                self.machines.withdraw(&entry, record.vm).await;
+                self.machines.withdraw(&entry, record.vm, &wanted).await;
                 Err(f)
             }
         }

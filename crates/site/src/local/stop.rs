@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_qemu::{Life, Machine};
-use godwit_types::{Fault, Generation, VmId};
+use godwit_types::{Fault, Generation, SubstrateId, VmId};
 use tokio::sync::OwnedMutexGuard;
 
-use super::LocalSite;
 use super::allowed::{Action, Activity, First};
 use super::machines::{into_fault, remove_file};
-use super::record::DesiredState;
+use super::record::{DesiredState, Unfinished};
+use super::{Entry, LocalSite};
 use crate::Call;
 use crate::Progress;
 
@@ -40,6 +40,11 @@ impl LocalSite {
                 e.doing.cancel_start();
             }
             e.record.generation = generation;
+            if let Some(Unfinished::Docking { substrate, .. }) = e.record.unfinished
+                && self.substrates.has(substrate)
+            {
+                return Err(self.bury_docked(&mut e, substrate).await?);
+            }
             e.record.desired = DesiredState::Stopped;
             e.record.unfinished = None;
             e.record.save(&self.dirs.vm(vm))?;
@@ -70,6 +75,22 @@ impl LocalSite {
         // One that could not be adopted yet.
         self.end_strays(vm).await;
         remove_file(&self.dirs.vm_memory(vm))
+    }
+
+    /// A machine that is to be powered off has been docked already, and nobody has finished that:
+    /// nothing of it may boot beside its substrate. Gives why there is nothing to power off.
+    async fn bury_docked(&self, e: &mut Entry, substrate: SubstrateId) -> Result<Fault, Fault> {
+        if let Some(machine) = &e.machine {
+            machine.kill().await;
+        }
+        self.end_strays(e.record.vm).await;
+        self.machines.bury(e).await?;
+        e.machine = None;
+        let name = &e.record.name;
+        Ok(Fault::not_found(format!(
+            "machine '{name}' was docked: it is substrate {substrate} now"
+        ))
+        .hint(format!("make a machine of it: godwit vm activate {substrate}")))
     }
 }
 

@@ -65,7 +65,7 @@ impl Starts {
             Ok(()) => self.started(&entry, &wanted).await,
             Err(f) => {
                 self.substrates.pool.forget_clone(record.vm);
-                self.machines.withdraw(&entry, record.vm).await;
+                self.machines.withdraw(&entry, record.vm, &wanted).await;
                 Err(f)
             }
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use godwit_qemu::Machine;
 use godwit_substrate::Pool;
 use godwit_types::{Fault, Generation, Mib, Name, SubstrateId, VmId};
-use tokio::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use tokio::sync::{Mutex, MutexGuard, RwLock};
 use tokio_util::sync::CancellationToken;
 
 use super::SiteDirs;
@@ -53,11 +53,6 @@ impl Machines {
             sizes: std::sync::Mutex::default(),
             promise_bytes,
         })
-    }
-
-    /// All of them, while the list does not change.
-    pub(super) async fn read(&self) -> RwLockReadGuard<'_, All> {
-        self.all.read().await
     }
 
     /// All of them at this moment.
@@ -164,14 +159,23 @@ impl Machines {
         self.delist(vm).await;
     }
 
-    /// As [`Machines::unregister`], unless somebody has removed it already.
-    pub(super) async fn withdraw(&self, entry: &Mutex<Entry>, vm: VmId) {
+    /// The start that was given `wanted` did not come about: as [`Machines::unregister`], unless
+    /// somebody has removed the machine already, or has started it again since.
+    pub(super) async fn withdraw(
+        &self,
+        entry: &Mutex<Entry>,
+        vm: VmId,
+        wanted: &CancellationToken,
+    ) {
         let mut e = entry.lock().await;
-        if e.record.desired != DesiredState::Gone {
-            e.record.desired = DesiredState::Gone;
-            e.doing = Doing::Nothing;
-            self.unregister(vm).await;
+        // Whoever cancels a start wants the machine off or gone; the next start wants it to run.
+        let again = wanted.is_cancelled() && e.record.desired == DesiredState::Running;
+        if e.doing.is_start_but(wanted) || again || e.record.desired == DesiredState::Gone {
+            return;
         }
+        e.record.desired = DesiredState::Gone;
+        e.doing.cancel_start();
+        self.unregister(vm).await;
     }
 
     /// Takes a machine off the list of all.

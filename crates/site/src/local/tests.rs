@@ -2,14 +2,16 @@
 
 use std::time::Duration;
 
+use godwit_migrate::hybrid::{Received, Sent};
 use godwit_qemu::MacAddress;
 use godwit_transfer::Authority;
-use godwit_types::{Arch, Generation, Hash, Mib, MigrationId, VmId};
+use godwit_types::{Arch, Generation, Hash, Mib, MigrationId, SubstrateId, VmId};
 
 use super::course::{Arrival, Course, End, Migration};
+use super::drive::{RECEIVED, SENT};
 use super::entry::Doing;
 use super::promise::share_mib;
-use super::record::{DesiredState, DiskBase, MachineRecord};
+use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
 use super::*;
 use crate::{Incoming, MemoryStatus};
 
@@ -112,6 +114,47 @@ async fn two_arrivals_at_once_are_not_promised_the_same_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_that_failed_late_leaves_the_next_one_alone() {
+    let place = site(Mib(4096)).await;
+    let machines = &place.site.machines;
+    let register = async || {
+        let record = MachineRecord { migration: None, ..on_its_way(Mib(256), End::Source) };
+        let vm = record.vm;
+        let (entry, wanted) = machines.register_starting(record).await.expect("begun");
+        (vm, entry, wanted)
+    };
+    let here = async |vm| machines.entry_if_here(vm).await.is_some();
+
+    let (vm, entry, wanted) = register().await;
+    machines.withdraw(&entry, vm, &wanted).await;
+    assert!(!here(vm).await && wanted.is_cancelled());
+    machines.withdraw(&entry, vm, &wanted).await;
+
+    // It is stopped by force, and started again before the first start has come to its end.
+    let (vm, entry, first) = register().await;
+    let second = {
+        let mut e = entry.lock().await;
+        e.doing.cancel_start();
+        e.doing.start()
+    };
+    machines.withdraw(&entry, vm, &first).await;
+    assert!(here(vm).await && !second.is_cancelled());
+    assert!(entry.lock().await.doing.end_start(&second));
+    machines.withdraw(&entry, vm, &first).await;
+    assert!(here(vm).await, "it runs by the second");
+
+    // Stopped only: nothing of it stays.
+    let (vm, entry, wanted) = register().await;
+    {
+        let mut e = entry.lock().await;
+        e.doing.cancel_start();
+        e.record.desired = DesiredState::Stopped;
+    }
+    machines.withdraw(&entry, vm, &wanted).await;
+    assert!(!here(vm).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_source_whose_machine_ran_on_gives_neither_memory_nor_disk() {
     let place = site(Mib(4096)).await;
     let me = &place.site;
@@ -146,6 +189,92 @@ async fn a_source_whose_machine_ran_on_gives_neither_memory_nor_disk() {
     // No relay was begun, and the next daemon knows it, too.
     let kept = MachineRecord::load(&dir).expect("read").expect("there").migration;
     assert!(kept.is_some_and(|m| m.ran_on() && m.attempt == 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_a_move_ends_no_other() {
+    let place = site(Mib(4096)).await;
+    let me = &place.site;
+    let record = on_its_way(Mib(256), End::Source);
+    let (vm, id) = (record.vm, record.migration.as_ref().expect("its move").id);
+    let dir = me.dirs.vm(vm);
+    std::fs::create_dir_all(&dir).expect("dir");
+    let entry = me.machines.register(record, Doing::Nothing).await.expect("here");
+    let (departures, sent) = (&me.moves.departures, Sent::default());
+    departures.keep_sent(MigrationId::new(), vm, &sent).await;
+    me.moves.arrivals.keep_received(vm, &Received::default()).await;
+    assert!(!dir.join(SENT).exists() && !dir.join(RECEIVED).exists());
+    departures.keep_sent(id, vm, &sent).await;
+    assert!(dir.join(SENT).exists());
+
+    me.moves.travellers.unmark(MigrationId::new(), vm).await;
+    assert!(entry.lock().await.record.migration.is_some() && dir.join(SENT).exists());
+    me.moves.travellers.unmark(id, vm).await;
+    assert!(entry.lock().await.record.migration.is_none() && !dir.join(SENT).exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_is_removed_while_what_nobody_knows_is_looked_for() {
+    let place = site(Mib(4096)).await;
+    let me = &place.site;
+    for of_moves in [true, false] {
+        let record = on_its_way(Mib(256), End::Destination);
+        let vm = record.vm;
+        let entry = me.machines.register(record, Doing::Nothing).await.expect("here");
+        let locked = entry.lock().await;
+        let sweep = async {
+            if of_moves {
+                me.moves.sweep().await;
+            } else {
+                me.sweep_strays().await;
+            }
+        };
+        tokio::pin!(sweep);
+        tokio::select! {
+            biased;
+            () = &mut sweep => panic!("it waits for the machine's lock"),
+            () = std::future::ready(()) => {}
+        }
+        let unregister = me.machines.unregister(vm);
+        tokio::time::timeout(Duration::from_secs(10), unregister).await.expect("no wait");
+        drop(locked);
+        sweep.await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_was_docked_is_not_stopped_beside_its_substrate() {
+    let place = site(Mib(4096)).await;
+    let me = &place.site;
+    for docked in [false, true] {
+        let substrate = SubstrateId::new();
+        let record = MachineRecord {
+            migration: None,
+            unfinished: Some(Unfinished::Docking { substrate, nics: Vec::new() }),
+            ..on_its_way(Mib(256), End::Source)
+        };
+        let (vm, generation) = (record.vm, record.generation);
+        let dir = me.dirs.vm(vm);
+        std::fs::create_dir_all(&dir).expect("dir");
+        let entry = me.machines.register(record, Doing::Nothing).await.expect("here");
+        if docked {
+            let there = me.dirs.data.join("substrates").join(substrate.to_string());
+            std::fs::create_dir_all(there).expect("a substrate, if a damaged one");
+        }
+        let stopped = me.power_off(vm, generation, true, Call::quiet()).await;
+        let record = entry.lock().await.record.clone();
+        if docked {
+            let f = stopped.expect_err("it is its substrate");
+            assert_eq!(f.code, Code::NotFound);
+            assert!(f.message.contains(&substrate.to_string()), "{f}");
+            assert_eq!(record.desired, DesiredState::Gone);
+            assert_eq!(me.machines.left(vm), Some(generation));
+            assert!(me.machines.entry(vm).await.is_err() && !dir.exists());
+        } else {
+            stopped.expect("off");
+            assert_eq!((record.desired, record.unfinished), (DesiredState::Stopped, None));
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -143,7 +143,7 @@ Undocking   Undocking   Undocking   yes         yes         Undocking   Undockin
 Leaving     yes:Move    Leaving     yes:Move    yes:Move    Leaving     Leaving
 RanOn       yes:Move    Leaving     yes:Move    yes:Move    Leaving     Leaving
 Arriving    Arriving    Arriving    Arriving    yes:Move    Arriving    Arriving
-Arrived     Arriving    Arriving    Arriving    yes:Move    Arriving    Arriving
+Arrived     Arrived     Arrived     Arrived     yes:Move    Arrived     Arrived
 Stranded    yes:Arrival Stranded    Stranded    yes:Move    Stranded    Stranded";
     assert_eq!(found, expected, "\n{found}");
 }
@@ -162,7 +162,7 @@ Undocking   Undocking   Undocking   yes         yes         Undocking   Undockin
 Leaving     yes:Move    Leaving     yes:Move    yes:Move    Leaving     Leaving
 RanOn       yes:Move    Leaving     yes:Move    yes:Move    Leaving     Leaving
 Arriving    Arriving    Arriving    Arriving    yes:Move    Arriving    Arriving
-Arrived     Arriving    Arriving    Arriving    yes:Move    Arriving    Arriving
+Arrived     Arrived     Arrived     Arrived     yes:Move    Arrived     Arrived
 Stranded    yes:Arrival Stranded    Stranded    yes:Move    Stranded    Stranded";
     assert_eq!(found, expected, "\n{found}");
 }
@@ -247,7 +247,7 @@ fn every_refusal_names_the_machine_and_says_what_to_do() {
     all.push(Refusal::Left { machine, site: name("here"), seen, given });
     let variants: std::collections::BTreeSet<String> =
         all.iter().map(|r| outcome_text(&Err(r.clone()))).collect();
-    assert_eq!(variants.len(), 19, "each refusal is reached by some state: {variants:?}");
+    assert_eq!(variants.len(), 20, "each refusal is reached by some state: {variants:?}");
     for r in all {
         let words = r.to_string();
         let machine = matches!(r, Refusal::Damaged { .. } | Refusal::NoGeneration(_));
@@ -256,6 +256,21 @@ fn every_refusal_names_the_machine_and_says_what_to_do() {
         assert_eq!((fault.code, &fault.message), (r.code(), &words));
         assert!(fault.hint.expect("a hint").contains("godwit "), "{words}");
     }
+}
+
+#[test]
+fn nobody_is_told_to_delete_a_machine_that_runs_here_and_still_moves() {
+    let hint = |record: &MachineRecord| {
+        let state = State::of(record, &name("here"), Activity::Nothing, (Qemu::There, false));
+        state.allows(Action::ForceStop).expect_err("its memory is nowhere else").hint()
+    };
+    let arriving = hint(&comes(&[]));
+    assert!(
+        arriving.contains("godwit op cancel") && arriving.contains("and its disk"),
+        "{arriving}"
+    );
+    let arrived = hint(&comes(&[Step::Ran]));
+    assert!(!arrived.contains("delete") && !arrived.contains("cancel"), "{arrived}");
 }
 
 #[test]

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use godwit_qemu::{Life, Machine};
 use godwit_types::{Fault, MigrationId, Name, VmId};
+use serde::Serialize;
 use tracing::warn;
 
 use super::SiteDirs;
 use super::allowed::{Action, First};
 use super::course::{End, Migration, Step};
-use super::drive::{forget_measured, no_such_move};
+use super::drive::{forget_measured, keep_measured, no_such_move};
 use super::entry::Entry;
 use super::machines::into_fault;
 use super::moves::runs;
@@ -98,10 +99,27 @@ impl Travellers {
         })
     }
 
-    /// The machine is in no move any more.
-    pub(super) async fn unmark(&self, vm: VmId) {
+    /// The machine is in that move no more; one that is in another by now stays in it.
+    pub(super) async fn unmark(&self, id: MigrationId, vm: VmId) {
         let Ok(entry) = self.machines.entry(vm).await else { return };
-        self.unmark_entry(&mut *entry.lock().await);
+        let mut e = entry.lock().await;
+        if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
+            self.unmark_entry(&mut e);
+        }
+    }
+
+    /// Keeps what was measured of the move of a machine that is in one for which `is` holds.
+    pub(super) async fn keep<T: Serialize>(
+        &self,
+        vm: VmId,
+        is: impl FnOnce(&Migration) -> bool,
+        (file, value): (&str, &T),
+    ) {
+        let Ok(entry) = self.machines.entry(vm).await else { return };
+        let e = entry.lock().await;
+        if e.record.migration.as_ref().is_some_and(is) {
+            keep_measured(&self.dirs.vm(vm), file, value);
+        }
     }
 
     /// As [`Travellers::unmark`], of one that is locked.
