@@ -49,21 +49,33 @@ fn tokens(cloud: &Cloud) -> Vec<(String, String, String)> {
 fn a_revoked_site_is_cut_off_and_comes_back_only_with_a_new_token() {
     let port = free_port();
     let mut cloud = Setup::new().flag(Daemon::Ap, &format!("--api=127.0.0.1:{port}")).start();
-    // The AP serves the center's API: whoever has a token asks there as at the center.
+    // The AP serves the center's API: a user asks there as at the center.
+    let _ = cloud.ok(&["user", "create", "ann", "--role", "member"]);
+    let made = cloud.ok(&["token", "create", "--user", "ann"]);
+    let file = |name: &str, token: &str| {
+        let file = cloud.file(name);
+        std::fs::write(&file, token).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+        file.to_str().unwrap().to_owned()
+    };
+    let ann = file("ann.token", made["token"].as_str().unwrap());
+    let ann = ["--token-file", ann.as_str()];
     let (url, ca) = (format!("https://127.0.0.1:{port}"), cloud.site_dir(Daemon::Ap));
     let ca = ca.join("data/keys/api/api.pem").to_str().unwrap().to_owned();
     let there = ["--api", url.as_str(), "--ca", ca.as_str()];
-    let ok = |cloud: &Cloud, args: &[&str]| cloud.ok(&[args, &there].concat());
-    let _ = ok(&cloud, &["vm", "create", "--image", "tiny", "--name", "far", "--site", "cafe"]);
-    assert_eq!(ok(&cloud, &["vm", "list"]), cloud.ok(&["vm", "list"]));
+    let ok = |args: &[&str]| cloud.ok(&[args, &there, &ann].concat());
+    let _ = ok(&["vm", "create", "--image", "tiny", "--name", "far", "--site", "cafe"]);
+    assert_eq!(ok(&["vm", "list"]), cloud.ok(&[&["vm", "list"][..], &ann].concat()));
+    assert_eq!(ok(&["vm", "list"]).as_array().unwrap().len(), 1);
+    // Not the operator, whose token the AP would see.
+    let words = cloud.refused(&[&["vm", "list"][..], &there].concat(), 5);
+    assert!(words.contains("operators are not heard by way of site 'cafe'"), "{words}");
     let log = cloud.ok(&["audit", "list"]);
     let made = log.as_array().unwrap().iter().filter(|e| e["action"] == "vm create");
     let made: Vec<_> = made.map(|e| (&e["user"], &e["by"])).collect();
-    assert_eq!(made, [(&"operator".into(), &"cafe".into()); 2], "{log}");
-    let unknown = cloud.file("unknown.token");
-    std::fs::write(&unknown, "a-token-of-nobody-at-all").unwrap();
-    std::fs::set_permissions(&unknown, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let by = ["--token-file", unknown.to_str().unwrap()];
+    assert_eq!(made, [(&"ann".into(), &"cafe".into()); 2], "{log}");
+    let unknown = file("unknown.token", "a-token-of-nobody-at-all");
+    let by = ["--token-file", unknown.as_str()];
     let line = [&["vm", "list"][..], &there, &by].concat();
     let answer = cloud.run(&line);
     assert!(answer.exit != 0 && answer.stderr.contains("no operator token"), "{}", answer.stderr);

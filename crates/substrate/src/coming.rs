@@ -24,6 +24,9 @@ use crate::pool::{Pool, names, write_synced};
 /// What the name of each such file begins with.
 const PREFIX: &str = ".coming-";
 
+/// What the name of one that is being written begins with: until it has its own, it is none.
+const NEW_PREFIX: &str = ".mark-";
+
 /// How many bytes come between two commits: what a kill costs at most.
 const PART: u64 = 4 << 20;
 
@@ -87,6 +90,10 @@ fn remove(store: &Store, path: &Path) -> Result<(), SubstrateError> {
     if let Some(mark) = read(path) {
         store.release(mark.owner.into())?;
     }
+    unlink(path)
+}
+
+fn unlink(path: &Path) -> Result<(), SubstrateError> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             Err(SubstrateError::io("removing", path)(e))
@@ -95,10 +102,11 @@ fn remove(store: &Store, path: &Path) -> Result<(), SubstrateError> {
     }
 }
 
-/// The files of `dir`, oldest first.
-fn marks(dir: &Path) -> Result<Vec<(SystemTime, PathBuf, Option<SubstrateId>)>, SubstrateError> {
+/// The files of `dir`, oldest first. What else has a name like theirs is none: what it says of an
+/// owner may be what a good one says.
+fn marks(dir: &Path) -> Result<Vec<(SystemTime, PathBuf, SubstrateId)>, SubstrateError> {
     let all = names(dir)?.into_iter().filter_map(|name| {
-        let id = name.strip_prefix(PREFIX)?.parse().ok();
+        let id = name.strip_prefix(PREFIX)?.parse().ok()?;
         let path = dir.join(&name);
         let at = std::fs::metadata(&path).and_then(|m| m.modified()).ok()?;
         Some((at, path, id))
@@ -111,10 +119,17 @@ fn marks(dir: &Path) -> Result<Vec<(SystemTime, PathBuf, Option<SubstrateId>)>, 
 /// Removes, when a pool opens, what is of no use any more: it is too old, there is too much of it,
 /// or its substrate is there.
 pub(crate) fn sweep(dir: &Path, store: &Store, age: Duration) -> Result<(), SubstrateError> {
+    for name in names(dir)? {
+        let no_mark =
+            name.strip_prefix(PREFIX).is_some_and(|id| id.parse::<SubstrateId>().is_err());
+        if no_mark || name.starts_with(NEW_PREFIX) {
+            unlink(&dir.join(name))?;
+        }
+    }
     let all = marks(dir)?;
     let spare = all.len().saturating_sub(MOST_KEPT);
     for (n, (at, path, id)) in all.iter().enumerate() {
-        let there = id.is_none_or(|id| dir.join(id.to_string()).exists());
+        let there = dir.join(id.to_string()).exists();
         if n < spare || there || old(*at, age) {
             remove(store, path)?;
         } else {
@@ -216,12 +231,14 @@ impl Coming {
 }
 
 fn write(path: &Path, mark: &Mark) -> Result<(), SubstrateError> {
-    let temp = path.with_extension("tmp");
+    let Some((dir, id)) = path.parent().zip(path.file_name().and_then(|name| name.to_str())) else {
+        return Err(SubstrateError::damaged("a mark", "its file has no name".to_owned()));
+    };
+    let temp = dir.join(format!("{NEW_PREFIX}{}", id.trim_start_matches(PREFIX)));
     let text =
         serde_json::to_vec(mark).map_err(|e| SubstrateError::damaged("a mark", e.to_string()))?;
     write_synced(&temp, &text)?;
     std::fs::rename(&temp, path).map_err(SubstrateError::io("writing", path))?;
-    let Some(dir) = path.parent() else { return Ok(()) };
     crate::pool::sync_dir(dir)
 }
 
@@ -229,35 +246,78 @@ fn write(path: &Path, mark: &Mark) -> Result<(), SubstrateError> {
 fn make_room(pool: &Pool, most: usize) -> Result<(), SubstrateError> {
     let all = marks(&pool.inner.dirs.substrates)?;
     for (_, path, id) in all.iter().take(all.len().saturating_sub(most)) {
-        give_up(pool, path, *id)?;
+        let _ = give_up(pool, path, *id)?;
     }
     Ok(())
 }
 
-fn give_up(pool: &Pool, path: &Path, id: Option<SubstrateId>) -> Result<(), SubstrateError> {
-    let turn = id.map(|id| pool.try_turn(id));
-    // Somebody takes it in right now.
-    if matches!(turn, Some(None)) {
-        return Ok(());
-    }
-    remove(pool.store(), path)
+/// Whether it was given up; not while somebody takes it in.
+fn give_up(pool: &Pool, path: &Path, id: SubstrateId) -> Result<bool, SubstrateError> {
+    let Some(_turn) = pool.try_turn(id) else { return Ok(false) };
+    remove(pool.store(), path)?;
+    Ok(true)
 }
 
 impl Pool {
-    /// Gives up what has been kept of substrates that came in part for at least `age`.
+    /// Gives up what has been kept of substrates that came in part for at least `age`. It blocks.
     pub fn forget_parts(&self, age: Duration) {
-        let given_up = marks(&self.inner.dirs.substrates).and_then(|all| {
-            let over = all.iter().filter(|(at, _, _)| old(*at, age));
-            over.map(|(_, path, id)| give_up(self, path, *id)).collect::<Result<Vec<_>, _>>()
-        });
-        match given_up {
-            Ok(all) if all.is_empty() => {}
-            Ok(_) => {
-                if let Err(error) = self.store().gc() {
-                    tracing::warn!(%error, "the space of a part that was kept is not given back");
-                }
+        let mut given_up = false;
+        let done = marks(&self.inner.dirs.substrates).and_then(|all| {
+            for (_, path, id) in all.iter().filter(|(at, _, _)| old(*at, age)) {
+                given_up |= give_up(self, path, *id)?;
             }
-            Err(error) => tracing::warn!(%error, "what came in part is not given up"),
+            Ok(())
+        });
+        if let Err(error) = done {
+            tracing::warn!(%error, "what came in part is not given up");
         }
+        if given_up && let Err(error) = self.store().gc() {
+            tracing::warn!(%error, "the space of a part that was kept is not given back");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_store::StoreOptions;
+
+    use super::*;
+    use crate::pool::PoolDirs;
+
+    #[test]
+    fn what_is_being_written_is_no_mark_and_its_owner_keeps_what_came() {
+        let dir = tempfile::tempdir().expect("dir");
+        let dirs = PoolDirs {
+            substrates: dir.path().join("substrates"),
+            memory: dir.path().join("memory"),
+        };
+        let options = StoreOptions { reserve_bytes: 0, ..StoreOptions::default() };
+        let store = Store::open(&dir.path().join("store"), options).expect("store");
+        let pool = Pool::open(dirs, store, u64::MAX).expect("pool");
+        let store = pool.store().clone();
+        let (id, owner) = (SubstrateId::new(), SubstrateId::new());
+        let held = Owner::from(owner);
+        let raw = vec![7; 4096];
+        let mut writer = store.writer(held, Effort::Small).expect("writer");
+        let hash = writer.put(&raw).expect("put");
+        writer.commit().expect("committed");
+        let mark = Mark { of: Hash::of(b"parts"), owner, bytes: 4096 };
+        write(&path(&pool, id), &mark).expect("written");
+        let at = pool.inner.dirs.substrates.clone();
+        assert_eq!(names(&at).expect("names"), [format!("{PREFIX}{id}")]);
+        // A daemon that died while it wrote the next: under this name, and under that of before.
+        let text = serde_json::to_vec(&mark).expect("text");
+        let left = [format!("{NEW_PREFIX}{id}"), format!("{PREFIX}{id}.tmp")];
+        for name in &left {
+            std::fs::write(at.join(name), &text).expect("left");
+        }
+        assert_eq!(marks(&at).expect("marks").len(), 1);
+        sweep(&at, &store, crate::exchange::KEPT).expect("swept");
+        assert_eq!(names(&at).expect("names"), [format!("{PREFIX}{id}")]);
+        assert!(store.owned(held).expect("owned").contains(&hash));
+        // Its own mark gives it up.
+        pool.forget_parts(Duration::ZERO);
+        assert!(names(&at).expect("names").is_empty());
+        assert!(store.owned(held).expect("owned").is_empty());
     }
 }

@@ -31,7 +31,7 @@ use axum::body::{Body, BodyDataStream, HttpBody as _};
 use axum::extract::{FromRequest, FromRequestParts, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
@@ -153,52 +153,53 @@ impl Api {
 
 async fn authenticate(State(api): State<Api>, mut request: Request, next: Next) -> Response {
     let by = request.extensions().get::<By>().map(|By(site)| site.clone());
-    if let Some(site) = &by
-        && let Some(left) = api.wrong.shut(site, Instant::now())
-    {
-        let f = strikes::too_many(&format!("site '{site}'"), left);
-        return HttpFault(f).into_response();
-    }
     let given = request
         .headers()
         .get(AUTHORIZATION)
         .and_then(|v| v.to_str().ok())
         .and_then(|v| v.strip_prefix("Bearer "));
-    match given {
-        Some(t) if let Some(who) = api.principal(t) => match api.acting(who, request.headers()) {
-            Ok(who) => {
-                let who = Principal { by, ..who };
-                let asked = format!("{} {}", request.method(), request.uri().path());
-                request.extensions_mut().insert(who.clone());
-                let answer = next.run(request).await;
-                if answer.status() == StatusCode::FORBIDDEN {
-                    api.controller.accounts.note_refused(&who, &asked);
-                }
-                answer
-            }
-            Err(f) => HttpFault(f).into_response(),
-        },
-        given => {
-            if let (Some(site), Some(_)) = (by, given) {
-                tracing::warn!(%site, "a wrong token came by this site");
-                api.wrong.add(site, Instant::now());
-            }
-            HttpFault(
-            Fault::new(
-                Code::Unauthenticated,
-                if given.is_some() {
-                    "that is no operator token of this center, nor a user's that is good"
-                } else {
-                    "an operator token or a user's is needed"
-                },
-            )
-            .hint(
-                "it is in ~/.config/godwit/token of whoever started the center; set GODWIT_TOKEN",
-            ),
-        )
-        .into_response()
-        }
+    // A good token first: whoever has one is not locked out by others of the same site.
+    let Some(who) = given.and_then(|t| api.principal(t)) else {
+        let shown = given.is_some();
+        return HttpFault(api.nobody(by, shown, Instant::now())).into_response();
+    };
+    let asked = format!("{} {}", request.method(), request.uri().path());
+    let who = Principal { by, ..who };
+    if let Err(f) = not_by_a_site(&who, request.method(), request.uri().path()) {
+        api.controller.accounts.note_refused(&who, &asked);
+        return HttpFault(f).into_response();
     }
+    let who = match api.acting(who, request.headers()) {
+        Ok(who) => who,
+        Err(f) => return HttpFault(f).into_response(),
+    };
+    request.extensions_mut().insert(who.clone());
+    let answer = next.run(request).await;
+    if answer.status() == StatusCode::FORBIDDEN {
+        api.controller.accounts.note_refused(&who, &asked);
+    }
+    answer
+}
+
+/// Refuses what does not come by a site: a site sees the tokens that pass there, and one that was
+/// stolen must not come to rule the cloud by them, nor to have tokens of its own.
+fn not_by_a_site(who: &Principal, method: &Method, path: &str) -> Result<(), Fault> {
+    let Some(site) = &who.by else { return Ok(()) };
+    let refuse = |words: String| {
+        let hint = "ask the center itself: --api URL";
+        Err(Fault::new(Code::Forbidden, words).hint(hint))
+    };
+    if who.is_operator() {
+        return refuse(format!(
+            "operators are not heard by way of site '{site}', which sees the tokens that pass there"
+        ));
+    }
+    if method == Method::POST && matches!(path, "/v1/api-tokens" | "/v1/tokens") {
+        return refuse(format!(
+            "tokens are not made by way of site '{site}', which would see them"
+        ));
+    }
+    Ok(())
 }
 
 impl Api {
@@ -206,6 +207,23 @@ impl Api {
     fn share(&self, all: usize) -> usize {
         let others = self.controller.registry().people().tenants().len() > 1;
         if others { all / 4 } else { all }
+    }
+
+    /// What is said to a request of nobody; whether it showed a token, and by which site it came.
+    fn nobody(&self, by: Option<Name>, shown: bool, now: Instant) -> Fault {
+        if let (Some(site), true) = (by, shown) {
+            if let Err(left) = self.wrong.reserve(&site, now) {
+                return strikes::too_many(&format!("site '{site}'"), left);
+            }
+            tracing::warn!(%site, "a wrong token came by this site");
+        }
+        let words = if shown {
+            "that is no operator token of this center, nor a user's that is good"
+        } else {
+            "an operator token or a user's is needed"
+        };
+        Fault::new(Code::Unauthenticated, words)
+            .hint("it is in ~/.config/godwit/token of whoever started the center; set GODWIT_TOKEN")
     }
 
     /// Who shows that token.

@@ -1,5 +1,5 @@
 //! Wrong tokens, counted by where they come from (sans-IO: the time is passed in). Whoever has shown
-//! too many is not heard for the rest of a minute, whatever it shows.
+//! too many is not heard for the rest of a minute.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -27,29 +27,40 @@ impl<K: Hash + Eq> Strikes<K> {
         Self { limit, all: Mutex::default() }
     }
 
-    /// For how long `from` is not heard any more, if it is not.
-    pub(crate) fn shut(&self, from: &K, now: Instant) -> Option<Duration> {
-        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        let (count, began) = all.get(from)?;
-        let left = WINDOW.checked_sub(now.saturating_duration_since(*began))?;
-        (*count >= self.limit && !left.is_zero()).then_some(left)
-    }
-
-    /// One more came from there.
-    pub(crate) fn add(&self, from: K, now: Instant) {
+    /// Counts one that comes from there now; or says for how long nothing is heard from there.
+    /// Checked and counted in one: many at once do not pass the limit together. One that turns out
+    /// to be none is taken back with what this answers.
+    pub(crate) fn reserve(&self, from: &K, now: Instant) -> Result<Instant, Duration>
+    where
+        K: Clone,
+    {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         let over = |began: &Instant| now.saturating_duration_since(*began) >= WINDOW;
-        if all.len() >= PLACES && !all.contains_key(&from) {
+        if all.len() >= PLACES && !all.contains_key(from) {
             all.retain(|_, (_, began)| !over(began));
             if all.len() >= PLACES {
                 all.clear();
             }
         }
-        let (count, began) = all.entry(from).or_insert((0, now));
+        let (count, began) = all.entry(from.clone()).or_insert((0, now));
         if over(began) {
             (*count, *began) = (0, now);
         }
-        *count = count.saturating_add(1);
+        if *count >= self.limit {
+            return Err(WINDOW.saturating_sub(now.saturating_duration_since(*began)));
+        }
+        *count += 1;
+        Ok(*began)
+    }
+
+    /// Takes one back that was counted in the minute that began then.
+    pub(crate) fn take_back(&self, from: &K, counted: Instant) {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((count, began)) = all.get_mut(from)
+            && *began == counted
+        {
+            *count = count.saturating_sub(1);
+        }
     }
 }
 
@@ -68,16 +79,22 @@ mod tests {
         let strikes = Strikes::new(3);
         let now = Instant::now();
         for n in 0..3 {
-            assert_eq!(strikes.shut(&"cafe", now), None, "{n}");
-            strikes.add("cafe", now + Duration::from_secs(n));
+            assert_eq!(strikes.reserve(&"cafe", now + Duration::from_secs(n)), Ok(now), "{n}");
         }
-        let left = strikes.shut(&"cafe", now + Duration::from_secs(20));
-        assert_eq!(left, Some(Duration::from_secs(40)));
-        assert_eq!(strikes.shut(&"bar", now), None);
+        let left = strikes.reserve(&"cafe", now + Duration::from_secs(20));
+        assert_eq!(left, Err(Duration::from_secs(40)));
+        assert_eq!(strikes.reserve(&"bar", now), Ok(now));
+        // One that was none makes room for one more.
+        strikes.take_back(&"cafe", now);
+        assert_eq!(strikes.reserve(&"cafe", now), Ok(now));
+        assert!(strikes.reserve(&"cafe", now).is_err());
         let later = now + WINDOW;
-        assert_eq!(strikes.shut(&"cafe", later), None);
-        strikes.add("cafe", later);
-        assert_eq!(strikes.shut(&"cafe", later), None, "counted anew");
+        for n in 0..3 {
+            assert_eq!(strikes.reserve(&"cafe", later), Ok(later), "counted anew {n}");
+        }
+        // Those of the minute before are none of this one.
+        strikes.take_back(&"cafe", now);
+        assert!(strikes.reserve(&"cafe", later).is_err());
     }
 
     #[test]
@@ -85,7 +102,7 @@ mod tests {
         let strikes = Strikes::new(1);
         let now = Instant::now();
         for n in 0..3 * PLACES {
-            strikes.add(n, now);
+            assert!(strikes.reserve(&n, now).is_ok());
         }
         assert!(strikes.all.lock().expect("lock").len() <= PLACES);
     }

@@ -12,6 +12,7 @@ use serde_json::json;
 use super::authorize::{allow, name_at_sites};
 use super::depart::{Wanted, half_here};
 use super::disks::DiskOf;
+use super::recover::FORSAKEN_AFTER;
 use super::{Accepted, Controller, CreateVm, DockVm, Exchange, Mode};
 use crate::access::{Action, Object, Principal, may};
 use crate::ops::{OpHandle, OpKind};
@@ -386,10 +387,14 @@ impl Controller {
         if let Some(a) = vm.arriving.as_ref().filter(|_| state != VmState::Moving) {
             return Err(half_here(vm, &a.from));
         }
+        // Not at once: an operation that is about to begin is not there yet.
+        let forsaken = UnixMs::now().since(vm.changed) > FORSAKEN_AFTER;
         let hint = match state {
             VmState::Running => return Ok(()),
             // One that no operation works on was left behind: its site ends what there is of it.
-            VmState::Starting | VmState::Docking if force && !self.ops.works_on(vm.id) => {
+            VmState::Starting | VmState::Docking
+                if force && forsaken && !self.ops.works_on(vm.id) =>
+            {
                 return Ok(());
             }
             VmState::Starting | VmState::Docking => {

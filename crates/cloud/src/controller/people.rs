@@ -203,7 +203,8 @@ impl Accounts {
 
     /// As [`Accounts::note`], of what was refused. Equal ones are entered once a minute.
     pub(crate) fn note_refused(&self, who: &Principal, object: &str) {
-        let Some(left_out) = self.refusals.admit(&who.id, object, Instant::now()) else { return };
+        let admitted = self.refusals.admit(&who.id, who.by.as_ref(), object, Instant::now());
+        let Some(left_out) = admitted else { return };
         let outcome = match left_out {
             0 => "forbidden".to_owned(),
             n => format!("forbidden, as {n} requests before that are not listed"),

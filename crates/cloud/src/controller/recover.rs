@@ -26,7 +26,7 @@ const MOVE_LIMIT: Duration = Duration::from_secs(600);
 
 /// How long a machine may be between two states without an operation before its site's word on it
 /// is taken.
-const FORSAKEN_AFTER: Duration = Duration::from_secs(30);
+pub(super) const FORSAKEN_AFTER: Duration = Duration::from_secs(30);
 
 /// The lists of machines that were gone through and say what the registry has: by site, the hash of
 /// the list and the registry's revision before it was asked for.

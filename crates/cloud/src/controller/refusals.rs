@@ -24,19 +24,29 @@ struct Window {
     left_out: u64,
 }
 
-/// The refusals of late, by the user's id.
+/// The user's id, and the site that handed the request over.
+type From = (Name, Option<Name>);
+
+/// The refusals of late. What comes by a site takes no room in the log from what its user asks
+/// elsewhere.
 #[derive(Debug, Default)]
-pub(super) struct Refusals(Mutex<HashMap<Name, Window>>);
+pub(super) struct Refusals(Mutex<HashMap<From, Window>>);
 
 impl Refusals {
-    /// Whether to enter that `user` was refused `object`; if so, how many were left out before.
-    pub(super) fn admit(&self, user: &Name, object: &str, now: Instant) -> Option<u64> {
+    /// Whether to enter that `user`, by that site, was refused `object`; if so, how many were left out before.
+    pub(super) fn admit(
+        &self,
+        user: &Name,
+        by: Option<&Name>,
+        object: &str,
+        now: Instant,
+    ) -> Option<u64> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if all.len() >= MAX_USERS {
             all.clear();
         }
         let new = || Window { began: now, entered: BTreeSet::new(), left_out: 0 };
-        let w = all.entry(user.clone()).or_insert_with(new);
+        let w = all.entry((user.clone(), by.cloned())).or_insert_with(new);
         if now.saturating_duration_since(w.began) >= WINDOW {
             (w.began, w.entered) = (now, BTreeSet::new());
         }
@@ -58,17 +68,24 @@ mod tests {
         let refusals = Refusals::default();
         let name = |n: &str| Name::new(n).expect("name");
         let (eve, ann, now) = (name("u-eve"), name("u-ann"), Instant::now());
-        assert_eq!(refusals.admit(&eve, "GET /metrics", now), Some(0));
+        assert_eq!(refusals.admit(&eve, None, "GET /metrics", now), Some(0));
         for _ in 0..500 {
-            assert_eq!(refusals.admit(&eve, "GET /metrics", now), None);
+            assert_eq!(refusals.admit(&eve, None, "GET /metrics", now), None);
         }
-        assert_eq!(refusals.admit(&ann, "GET /metrics", now), Some(0), "another user has its own");
+        assert_eq!(
+            refusals.admit(&ann, None, "GET /metrics", now),
+            Some(0),
+            "another user has its own"
+        );
         let entered = (0..500)
-            .filter_map(|i| refusals.admit(&eve, &format!("GET /v1/images/{i}"), now))
+            .filter_map(|i| refusals.admit(&eve, None, &format!("GET /v1/images/{i}"), now))
             .collect::<Vec<_>>();
         assert_eq!((entered.len(), entered[0]), (MAX_IN_WINDOW - 1, 500));
+        let (first, cafe) =
+            (refusals.admit(&eve, Some(&name("cafe")), "GET /metrics", now), Some(0));
+        assert_eq!(first, cafe, "what came by a site is counted by itself");
         let later = now + WINDOW;
-        assert_eq!(refusals.admit(&eve, "GET /metrics", later), Some(500 - 31));
-        assert_eq!(refusals.admit(&eve, "GET /metrics", later), None);
+        assert_eq!(refusals.admit(&eve, None, "GET /metrics", later), Some(500 - 31));
+        assert_eq!(refusals.admit(&eve, None, "GET /metrics", later), None);
     }
 }

@@ -155,7 +155,15 @@ async fn a_stop_leads_out_of_what_was_left_behind_and_else_says_what_does() {
         let hint = stop(false).expect_err("it does not run").hint.expect("a hint");
         assert!(hint.contains("godwit vm delete a"), "{state}: {hint}");
     }
-    // No operation works on it: its site ends what there is of it.
+    // One that has just begun is not left behind yet.
+    assert_eq!(stop(true).expect_err("too early").code, Code::Conflict);
+    // No operation works on it, for longer than one takes to begin: its site ends what there is.
+    w.c.warrants
+        .change_vm(&w.c.registry().vm("a").expect("there"), vm.generation, |v| {
+            v.changed = UnixMs(v.changed.0 - 31_000);
+            Ok(())
+        })
+        .expect("changed");
     let op = stop(true).expect("accepted").op.expect("op");
     assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Done);
     assert_eq!(w.c.registry().vm("a").expect("there").state, VmState::Stopped);

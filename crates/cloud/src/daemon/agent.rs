@@ -26,7 +26,7 @@ use tokio_util::task::TaskTracker;
 
 use super::front::{self, FrontConfig};
 use super::https::{Served, Socket};
-use super::secrets::{make_dir, write_private};
+use super::secrets::{make_dir, write_private, write_public};
 use super::{RENEW, Ready};
 
 /// First and longest pause between two tries to reach the center.
@@ -236,7 +236,7 @@ async fn serve_front(
     let socket = Socket { listen: front.listen, named: Some(own), tls: front.tls.as_ref(), keys };
     let served = socket.serve(router, stop, tasks).await?;
     if let Some(file) = &front.ca_file {
-        write_private(file, served.pem.as_bytes())?;
+        write_public(file, served.pem.as_bytes())?;
     }
     tracing::info!(api = %served.address, "the center's API is served here");
     Ok(served)

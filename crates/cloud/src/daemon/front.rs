@@ -1,13 +1,17 @@
 //! The center's API, served at a site for the people there (`godwit ap --api`).
 //!
-//! Each request goes over the site's link to its center, with the caller's own token; the site
-//! reads neither and has no rights of its own. What it adds are limits: so many requests at once,
-//! and so many wrong tokens from one address. Streams of events and long answers come through
+//! Each request goes over the site's link to its center, with the caller's own token; the site has
+//! no rights of its own. TLS ends here, though: whoever has the site's host can read the tokens and
+//! what is asked by them. So the center hears no operator by way of a site, and makes no tokens
+//! there. What the site adds are limits: so many requests at once, of all and of one address, so
+//! many wrong tokens from one address, and so long for taking an answer's next piece. Streams of events and long answers come through
 //! piece by piece; screens and consoles, which need a connection to the center, do not.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use axum::body::Body;
@@ -28,6 +32,10 @@ use crate::api::strikes::{self, Strikes};
 /// Wrong tokens that are passed on from one address in a minute.
 const WRONG_TOKENS: u32 = 20;
 
+/// Requests of one address at once; fewer than wrong tokens, as each counts as one until the center
+/// has answered.
+const AT_ONCE_OF_ONE: usize = 16;
+
 /// How a site serves the center's API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FrontConfig {
@@ -45,14 +53,18 @@ struct Front {
     /// The link to the center, while there is one.
     center: watch::Receiver<Option<Link>>,
     room: Arc<Semaphore>,
+    /// Requests at once by the address they came from.
+    callers: Arc<Mutex<HashMap<IpAddr, usize>>>,
     wrong: Strikes<IpAddr>,
 }
 
 /// What the site serves.
 pub(super) fn router(site: Name, center: watch::Receiver<Option<Link>>) -> axum::Router {
-    let room = Arc::new(Semaphore::new(API_AT_ONCE));
-    let front = Front { site, center, room, wrong: Strikes::new(WRONG_TOKENS) };
-    axum::Router::new().fallback(forward).with_state(Arc::new(front))
+    routes(Arc::new(Front::new(site, center)))
+}
+
+fn routes(front: Arc<Front>) -> axum::Router {
+    axum::Router::new().fallback(forward).with_state(front)
 }
 
 async fn forward(
@@ -61,15 +73,51 @@ async fn forward(
     request: Request,
 ) -> Response {
     let from = one_caller(from.ip());
-    let shown = request.headers().contains_key(header::AUTHORIZATION);
-    match front.ask(from, request).await {
-        Ok(answer) => {
-            if shown && answer.status() == StatusCode::UNAUTHORIZED {
-                front.wrong.add(from, Instant::now());
-            }
-            answer
+    front.judge(from, request).await.unwrap_or_else(|f| HttpFault(f).into_response())
+}
+
+/// A token that is counted as a wrong one until the center has said what it is.
+struct Doubted<'a> {
+    wrong: &'a Strikes<IpAddr>,
+    from: IpAddr,
+    counted: Instant,
+}
+
+impl Drop for Doubted<'_> {
+    fn drop(&mut self) {
+        self.wrong.take_back(&self.from, self.counted);
+    }
+}
+
+/// A place among the requests of one address.
+struct CallersPlace {
+    callers: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    from: IpAddr,
+}
+
+impl CallersPlace {
+    /// None while that address has as many as it may have.
+    fn take(callers: &Arc<Mutex<HashMap<IpAddr, usize>>>, from: IpAddr) -> Option<Self> {
+        let mut all = callers.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = all.entry(from).or_insert(0);
+        if *count >= AT_ONCE_OF_ONE {
+            return None;
         }
-        Err(f) => HttpFault(f).into_response(),
+        *count += 1;
+        drop(all);
+        Some(Self { callers: callers.clone(), from })
+    }
+}
+
+impl Drop for CallersPlace {
+    fn drop(&mut self) {
+        let mut all = self.callers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Entry::Occupied(mut count) = all.entry(self.from) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
     }
 }
 
@@ -82,15 +130,35 @@ fn one_caller(ip: IpAddr) -> IpAddr {
 }
 
 impl Front {
+    fn new(site: Name, center: watch::Receiver<Option<Link>>) -> Self {
+        let room = Arc::new(Semaphore::new(API_AT_ONCE));
+        let (callers, wrong) = (Arc::default(), Strikes::new(WRONG_TOKENS));
+        Self { site, center, room, callers, wrong }
+    }
+
+    /// Asks the center, and counts the tokens that it does not know.
+    async fn judge(&self, from: IpAddr, request: Request) -> Result<Response, Fault> {
+        let shown = request.headers().contains_key(header::AUTHORIZATION);
+        let doubted = shown.then(|| self.wrong.reserve(&from, Instant::now())).transpose();
+        let doubted = doubted.map_err(|left| strikes::too_many("your address", left))?;
+        let doubted = doubted.map(|counted| Doubted { wrong: &self.wrong, from, counted });
+        let answer = self.ask(from, request).await?;
+        if answer.status() == StatusCode::UNAUTHORIZED {
+            std::mem::forget(doubted);
+        }
+        Ok(answer)
+    }
+
     async fn ask(&self, from: IpAddr, request: Request) -> Result<Response, Fault> {
         let site = &self.site;
         if request.headers().contains_key(header::UPGRADE) || request.method() == Method::CONNECT {
             let words = format!("screens and consoles do not come through site '{site}'");
             return Err(Fault::invalid(words).hint("ask the center itself for them: --api URL"));
         }
-        if let Some(left) = self.wrong.shut(&from, Instant::now()) {
-            return Err(strikes::too_many("your address", left));
-        }
+        let of_one = CallersPlace::take(&self.callers, from).ok_or_else(|| {
+            let words = format!("your address has {AT_ONCE_OF_ONE} requests at site '{site}'");
+            Fault::unavailable(words).hint("come back when one of them has ended")
+        })?;
         let place = self.room.clone().try_acquire_owned().map_err(|_| {
             Fault::unavailable(format!("site '{site}' has {API_AT_ONCE} requests at its center"))
                 .hint("come back later")
@@ -112,11 +180,8 @@ impl Front {
         };
         let cut = |e: axum::Error| Fault::invalid(godwit_types::chain(&e));
         let body = body.into_data_stream().map(move |piece| piece.map_err(cut));
-        let (answer, pieces) = ask_center(&link, asked, body).await?;
-        let pieces = pieces.map(move |piece| {
-            let _while_read = &place;
-            piece.map_err(|f| std::io::Error::other(f.message))
-        });
+        let (answer, pieces) = ask_center(&link, asked, body, (of_one, place)).await?;
+        let pieces = pieces.map(|piece| piece.map_err(|f| std::io::Error::other(f.message)));
         write(answer, Body::from_stream(pieces))
     }
 }

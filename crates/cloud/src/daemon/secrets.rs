@@ -73,14 +73,26 @@ pub(super) fn make_dir(dir: &Path) -> Result<(), Fault> {
 
 /// Writes a secret under mode 0600, whole or not at all.
 pub(super) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
+    write_as(path, bytes, 0o600)
+}
+
+/// Writes what everybody may read, such as a certificate, under mode 0644, whole or not at all.
+pub(super) fn write_public(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
+    write_as(path, bytes, 0o644)
+}
+
+fn write_as(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> {
     let temp = path.with_extension("new");
     // A leftover of a crash may have another mode.
     let _ = std::fs::remove_file(&temp);
     let mut file = std::fs::OpenOptions::new()
         .write(true)
         .create_new(true)
-        .mode(0o600)
+        .mode(mode)
         .open(&temp)
+        .map_err(|e| fail("making", &temp, &e))?;
+    // Whatever the daemon's own mask takes away.
+    file.set_permissions(std::fs::Permissions::from_mode(mode))
         .map_err(|e| fail("making", &temp, &e))?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| fail("writing", &temp, &e))?;
     std::fs::rename(&temp, path).map_err(|e| fail("making", path, &e))
@@ -180,6 +192,18 @@ pub(super) fn token_or_new(path: &Path) -> Result<String, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_everybody_may_read_is_written_so_and_a_secret_is_not() {
+        let dir = tempfile::tempdir().expect("dir");
+        let mode = |path: &Path| std::fs::metadata(path).expect("there").permissions().mode();
+        let path = dir.path().join("ca.pem");
+        write_private(&path, b"secret").expect("written");
+        assert_eq!(mode(&path) & 0o777, 0o600);
+        write_public(&path, b"certificate").expect("written");
+        assert_eq!(mode(&path) & 0o777, 0o644);
+        assert_eq!(std::fs::read(&path).expect("read"), b"certificate");
+    }
 
     #[test]
     fn a_token_is_drawn_once_kept_private_and_refused_when_it_is_not() {

@@ -24,6 +24,13 @@ impl Drop for Tells {
     }
 }
 
+struct Frees(Arc<Semaphore>);
+impl Drop for Frees {
+    fn drop(&mut self) {
+        self.0.add_permits(1);
+    }
+}
+
 #[async_trait]
 impl CenterHost for Echo {
     async fn api(
@@ -49,6 +56,11 @@ impl CenterHost for Echo {
                     piece
                 });
                 Ok((head(200), rest.boxed()))
+            }
+            "/flood" => {
+                let piece = Bytes::from(vec![7; 1 << 20]);
+                let pieces = futures::stream::repeat_with(move || Ok(piece.clone()));
+                Ok((head(200), pieces.boxed()))
             }
             "/broken" => {
                 let pieces = [Ok(Bytes::from_static(b"first")), Err(Fault::internal("broken"))];
@@ -95,21 +107,21 @@ async fn a_request_goes_to_the_center_and_back_in_pieces_and_ends_with_its_calle
     let long: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 9) as u8).collect();
     let parts: Vec<_> = long.chunks(700_001).map(|c| Ok(Bytes::copy_from_slice(c))).collect();
     let sent = futures::stream::iter(parts);
-    let (head, pieces) = ask_center(&near, get("/v1/x?y=z"), sent).await.expect("answered");
+    let (head, pieces) = ask_center(&near, get("/v1/x?y=z"), sent, ()).await.expect("answered");
     assert_eq!((head.status, head.headers[0].1.as_str()), (200, "cafe"), "as its certificate says");
     assert_eq!(all(pieces).await.expect("whole"), long);
 
     // One that is refused while its body still comes.
     let endless = futures::stream::repeat_with(|| Ok(Bytes::from_static(&[7; 4096])));
-    let (head, pieces) = ask_center(&near, get("/refused"), endless).await.expect("answered");
+    let (head, pieces) = ask_center(&near, get("/refused"), endless, ()).await.expect("answered");
     assert_eq!((head.status, all(pieces).await.expect("empty").len()), (413, 0));
 
     // A body that breaks off is no short body, either way.
     let cut =
         futures::stream::iter([Ok(Bytes::from_static(b"half")), Err(Fault::internal("gone"))]);
-    let f = ask_center(&near, get("/v1/x"), cut).await.map(drop).expect_err("cut");
+    let f = ask_center(&near, get("/v1/x"), cut, ()).await.map(drop).expect_err("cut");
     assert!(f.message.contains("the body broke off"), "{f}");
-    let (_, pieces) = ask_center(&near, get("/broken"), body(b"")).await.expect("answered");
+    let (_, pieces) = ask_center(&near, get("/broken"), body(b""), ()).await.expect("answered");
     let f = all(pieces).await.expect_err("cut");
     assert!(f.message.contains("the body broke off"), "{f}");
 
@@ -117,12 +129,13 @@ async fn a_request_goes_to_the_center_and_back_in_pieces_and_ends_with_its_calle
     while tokio::time::timeout(Duration::from_millis(50), echo.ended.notified()).await.is_ok() {}
     let asking = tokio::spawn({
         let near = near.clone();
-        async move { ask_center(&near, get("/wait"), body(b"x")).await.map(drop) }
+        async move { ask_center(&near, get("/wait"), body(b"x"), ()).await.map(drop) }
     });
     echo.begun.notified().await;
     asking.abort();
     echo.ended.notified().await;
-    let (_, mut pieces) = ask_center(&near, get("/endless"), body(b"")).await.expect("answered");
+    let (_, mut pieces) =
+        ask_center(&near, get("/endless"), body(b""), ()).await.expect("answered");
     assert_eq!(pieces.next().await.expect("a piece").expect("good"), "first");
     drop(pieces);
     echo.ended.notified().await;
@@ -130,7 +143,8 @@ async fn a_request_goes_to_the_center_and_back_in_pieces_and_ends_with_its_calle
     // What is out of bounds is not sent; what a site sends all the same is refused in words.
     let before = echo.asked.load(SeqCst);
     for target in ["v1".to_owned(), format!("/{}", "x".repeat(9000))] {
-        let f = ask_center(&near, get(&target), body(b"")).await.map(drop).expect_err("refused");
+        let f =
+            ask_center(&near, get(&target), body(b""), ()).await.map(drop).expect_err("refused");
         assert_eq!(f.code, Code::Invalid, "{f}");
     }
     let long = ApiRequest { method: "X".repeat(17), ..get("/v1") };
@@ -157,17 +171,18 @@ async fn one_site_has_so_many_requests_at_its_center_and_no_more() {
     tokio::spawn(serve_site(far, echo.clone()));
     let mut open = Vec::new();
     for _ in 0..API_AT_ONCE {
-        let (_, pieces) = ask_center(&near, get("/endless"), body(b"")).await.expect("answered");
+        let (_, pieces) =
+            ask_center(&near, get("/endless"), body(b""), ()).await.expect("answered");
         open.push(pieces);
     }
-    let f = ask_center(&near, get("/v1"), body(b"")).await.map(drop).expect_err("one too many");
+    let f = ask_center(&near, get("/v1"), body(b""), ()).await.map(drop).expect_err("one too many");
     assert_eq!(f.code, Code::Unavailable);
     assert!(f.message.contains("site 'cafe' has 128 requests"), "{f}");
     open.pop();
     echo.ended.notified().await;
     // The place is free a moment after the request has ended.
     let answered = async {
-        while ask_center(&near, get("/v1"), body(b"")).await.is_err() {
+        while ask_center(&near, get("/v1"), body(b""), ()).await.is_err() {
             tokio::task::yield_now().await;
         }
     };
@@ -175,11 +190,44 @@ async fn one_site_has_so_many_requests_at_its_center_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_does_not_read_is_not_in_the_way_of_others_and_is_left() {
+    let (near, far, _endpoints) = linked(Versions::OURS, Versions::OURS).await;
+    tokio::spawn(serve_site(far, Arc::new(Echo::default())));
+    let freed = Arc::new(Semaphore::new(0));
+    let mut floods = Vec::new();
+    let began = Instant::now();
+    for _ in 0..24 {
+        let place = Frees(freed.clone());
+        let flood = ask_center(&near, get("/flood"), body(b""), place).await.expect("answered");
+        floods.push(flood.1);
+    }
+    // Others are answered, however much waits unread.
+    let long = vec![3; 3 << 20];
+    let sent = futures::stream::iter([Ok(Bytes::from(long.clone()))]);
+    let (_, pieces) = ask_center(&near, get("/v1"), sent, ()).await.expect("answered");
+    assert_eq!(all(pieces).await.expect("whole"), long);
+    // Nor does one that reads wait for those that do not.
+    let mut read = floods.pop().expect("one");
+    for _ in 0..100 {
+        assert!(!read.next().await.expect("a piece").expect("good").is_empty());
+    }
+    assert!(began.elapsed() < READ_WITHIN, "it was not because they were given up");
+    drop(read);
+    let all_free = tokio::time::timeout(Duration::from_secs(60), freed.acquire_many(24)).await;
+    all_free.expect("they are given up").expect("open").forget();
+    // Each hears that it is no whole answer.
+    for flood in floods {
+        let f = all(flood).await.expect_err("cut");
+        assert!(f.message.contains("was not read in time"), "{f}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn peers_of_protocol_3_are_refused_in_words_and_not_asked() {
     let three = Versions { min: 1, max: 3 };
     // The center is the older one: it takes no lanes at all, and would never answer.
     let (near, _far, _endpoints) = linked(three, Versions::OURS).await;
-    let f = ask_center(&near, get("/v1"), body(b"")).await.map(drop).expect_err("too old");
+    let f = ask_center(&near, get("/v1"), body(b""), ()).await.map(drop).expect_err("too old");
     assert_eq!(f.code, Code::Conflict);
     assert!(f.message.contains("'center' speaks protocol 3, and 'api request' needs 4"), "{f}");
     assert_eq!(f.hint.as_deref(), Some("update 'center'"));

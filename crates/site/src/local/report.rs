@@ -21,11 +21,13 @@ impl LocalSite {
             self.images.list().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
         let machines = self.machines.list(&self.room).await;
         let vms = machines.iter().filter(|m| m.state == godwit_types::VmState::Running).count();
-        self.substrates.pool.forget_parts(godwit_substrate::KEPT);
         let me = self.whole()?;
-        let held = tokio::task::spawn_blocking(move || me.substrates.list())
-            .await
-            .map_err(|e| Fault::internal(e.to_string()))??;
+        let held = tokio::task::spawn_blocking(move || {
+            me.substrates.pool.forget_parts(godwit_substrate::KEPT);
+            me.substrates.list()
+        })
+        .await
+        .map_err(|e| Fault::internal(e.to_string()))??;
         let told = postcard::to_stdvec(&held)
             .map_err(|e| Fault::internal(format!("encoding the substrates: {e}")))?;
         let kvm = self.launcher.has_kvm();

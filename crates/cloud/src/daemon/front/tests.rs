@@ -1,5 +1,7 @@
 //! What a site serves, its link, and the center's own router behind it.
 
+use std::time::Duration;
+
 use axum::http::header::AUTHORIZATION;
 use futures::StreamExt;
 use godwit_site::serve_site;
@@ -20,6 +22,7 @@ struct Place {
     registry: Arc<Registry>,
     /// What the site serves.
     front: axum::Router,
+    front_of: Arc<Front>,
     /// What the center does.
     center: axum::Router,
     linked: watch::Sender<Option<Link>>,
@@ -49,8 +52,10 @@ async fn place() -> Place {
     let center = whole(&Api::new(controller, Arc::new(NoGate), "secret"));
     tokio::spawn(serve_site(far, Arc::new(BySite { router: center.clone() })));
     let (linked, center_link) = watch::channel(Some(near));
-    let front = router(name("cafe"), center_link);
-    Place { _dir: dir, registry, front, center, linked, _endpoints: [at_center, at_site] }
+    let front_of = Arc::new(Front::new(name("cafe"), center_link));
+    let front = routes(front_of.clone());
+    let _endpoints = [at_center, at_site];
+    Place { _dir: dir, registry, front, front_of, center, linked, _endpoints }
 }
 
 impl Place {
@@ -71,8 +76,8 @@ impl Place {
         self.front.clone().oneshot(r).await.expect("answer")
     }
 
-    async fn as_operator(&self, method: Method, path: &str, body: &str) -> Response {
-        let headers = [("authorization", "Bearer secret"), ("content-type", "application/json")];
+    async fn by(&self, token: &str, method: Method, path: &str, body: &str) -> Response {
+        let headers = [("authorization", token), ("content-type", "application/json")];
         self.ask(method, path, &headers, body).await
     }
 
@@ -146,23 +151,92 @@ async fn people_at_a_site_ask_the_center_as_themselves_and_the_site_as_nobody() 
 
     // A body over the center's bound is refused by the center.
     let big = "x".repeat(crate::api::MAX_BODY + 1);
-    let (status, words) = text(p.as_operator(Method::POST, "/v1/vms", &big).await).await;
+    let (status, words) = text(p.by(&admin, Method::POST, "/v1/vms", &big).await).await;
     assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE, "{words}");
     // What needs a connection of its own is refused in words.
-    let headers = [("authorization", "Bearer secret"), ("upgrade", "websocket")];
+    let headers = [("authorization", viewer.as_str()), ("upgrade", "websocket")];
     let (status, words) = text(p.ask(Method::GET, "/v1/vms/x/view", &headers, "").await).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     assert!(fault(&words).message.contains("do not come through site 'cafe'"), "{words}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_site_sees_the_tokens_that_pass_so_no_operator_is_heard_there_and_no_token_made() {
+    let p = place().await;
+    let root = p.user("default", "root", Role::Operator);
+    for token in ["Bearer secret", &root] {
+        for (method, path) in [(Method::GET, "/v1/vms"), (Method::POST, "/v1/tokens")] {
+            let (status, words) = text(p.by(token, method, path, "{}").await).await;
+            assert_eq!(status, StatusCode::FORBIDDEN, "{path}: {words}");
+            let f = fault(&words);
+            assert!(f.message.contains("not heard by way of site 'cafe'"), "{words}");
+            assert!(f.hint.is_some_and(|h| h.contains("ask the center itself")), "{words}");
+        }
+    }
+    let admin = p.user("acme", "adm", Role::Admin);
+    let new = r#"{"user":"adm"}"#;
+    for path in ["/v1/api-tokens", "/v1/tokens"] {
+        let (status, words) = text(p.by(&admin, Method::POST, path, new).await).await;
+        assert_eq!(status, StatusCode::FORBIDDEN, "{words}");
+        let words = fault(&words).message;
+        assert!(words.contains("not made by way of site 'cafe'"), "{words}");
+    }
+    let (status, words) = text(p.by(&admin, Method::GET, "/v1/api-tokens", "").await).await;
+    assert_eq!(status, StatusCode::OK, "they may be looked at: {words}");
+    let log = p.registry.audit().entries(100, 0, |_| true).expect("log");
+    let refused = log.iter().find(|e| e.user.as_str() == "operator" && e.action == "request");
+    let refused = refused.expect("an operator's token that a site showed is in the log");
+    assert_eq!(refused.by.as_ref().map(Name::as_str), Some("cafe"));
+    // At the center itself both are heard.
+    for token in ["Bearer secret", &root] {
+        let asked = axum::http::Request::get("/v1/vms").header(AUTHORIZATION, token);
+        let asked = asked.body(Body::empty()).expect("request");
+        let status = p.center.clone().oneshot(asked).await.expect("answer").status();
+        assert_eq!(status, StatusCode::OK);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_address_has_so_many_requests_at_once() {
+    let p = place().await;
+    let viewer = p.user("acme", "vic", Role::Viewer);
+    let front = p.front_of.clone();
+    let here = one_caller("192.0.2.7".parse().expect("address"));
+    let mut places = Vec::new();
+    for _ in 0..AT_ONCE_OF_ONE - 1 {
+        places.push(CallersPlace::take(&front.callers, here).expect("a place"));
+    }
+    let events = p.by(&viewer, Method::GET, "/v1/events", "").await;
+    assert_eq!(events.status(), StatusCode::OK);
+    let (status, words) = text(p.by(&viewer, Method::GET, "/v1/vms", "").await).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(fault(&words).message.contains("your address has 16 requests"), "{words}");
+    assert!(CallersPlace::take(&front.callers, "192.0.2.8".parse().expect("address")).is_some());
+    // Whoever lets go of its stream has its place back.
+    drop(events);
+    let answered = async {
+        while p.by(&viewer, Method::GET, "/v1/vms", "").await.status() != StatusCode::OK {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), answered).await.expect("there is room again");
+    drop(places);
+    let none = async {
+        while !front.callers.lock().expect("lock").is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), none).await.expect("nobody is kept in mind");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_of_events_comes_through_as_it_happens_and_ends_with_the_link() {
     let p = place().await;
-    let answer = p.as_operator(Method::GET, "/v1/events", "").await;
+    let ann = p.user("default", "ann", Role::Member);
+    let answer = p.by(&ann, Method::GET, "/v1/events", "").await;
     assert_eq!(answer.status(), StatusCode::OK);
     assert_eq!(answer.headers()["content-type"], "text/event-stream");
     let mut events = answer.into_body().into_data_stream();
-    let _ = p.user("acme", "ann", Role::Member);
     let vm = crate::registry::tests::vm("report");
     p.registry.vm_add(&vm, None).expect("added");
     let mut seen = String::new();
@@ -172,7 +246,7 @@ async fn a_stream_of_events_comes_through_as_it_happens_and_ends_with_the_link()
     }
     // Where the link is gone the stream breaks off, and who asks hears why.
     let link = p.linked.send_replace(None).expect("a link");
-    let (status, words) = text(p.as_operator(Method::GET, "/v1/vms", "").await).await;
+    let (status, words) = text(p.by(&ann, Method::GET, "/v1/vms", "").await).await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
     assert!(fault(&words).message.contains("site 'cafe' does not reach its center"), "{words}");
     link.close("a test");
@@ -186,34 +260,58 @@ async fn a_stream_of_events_comes_through_as_it_happens_and_ends_with_the_link()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_tokens_are_counted_by_address_and_by_site() {
-    let p = place().await;
-    let wrong = [("authorization", "Bearer gwt-wrong")];
-    for n in 0..WRONG_TOKENS {
-        let status = p.ask(Method::GET, "/v1/vms", &wrong, "").await.status();
-        assert_eq!(status, StatusCode::UNAUTHORIZED, "{n}");
+    let p = Arc::new(place().await);
+    let viewer = p.user("acme", "vic", Role::Viewer);
+    // A good one, and none, are not counted, nor is what could not be asked.
+    let link = p.linked.send_replace(None).expect("a link");
+    for _ in 0..WRONG_TOKENS {
+        let status = p.by("Bearer gwt-wrong", Method::GET, "/v1/vms", "").await.status();
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
     }
-    let (status, words) = text(p.as_operator(Method::GET, "/v1/vms", "").await).await;
+    p.linked.send_replace(Some(link.clone()));
+    for _ in 0..=WRONG_TOKENS {
+        let status = p.by(&viewer, Method::GET, "/v1/vms", "").await.status();
+        assert_eq!(status, StatusCode::OK);
+        let status = p.ask(Method::GET, "/v1/vms", &[], "").await.status();
+        assert_eq!(status, StatusCode::UNAUTHORIZED);
+    }
+    // Many at once do not pass together.
+    let mut heard = 0;
+    let mut at_once = tokio::task::JoinSet::new();
+    for _ in 0..4 * WRONG_TOKENS {
+        let p = p.clone();
+        at_once.spawn(async move {
+            p.by("Bearer gwt-wrong", Method::GET, "/v1/vms", "").await.status()
+        });
+    }
+    while let Some(status) = at_once.join_next().await {
+        heard += u32::from(status.expect("answered") == StatusCode::UNAUTHORIZED);
+    }
+    assert!(heard <= WRONG_TOKENS, "{heard}");
+    while p.by("Bearer gwt-wrong", Method::GET, "/v1/vms", "").await.status() == 401 {
+        heard += 1;
+    }
+    assert_eq!(heard, WRONG_TOKENS);
+    let (status, words) = text(p.by(&viewer, Method::GET, "/v1/vms", "").await).await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
     assert!(fault(&words).message.contains("too many wrong tokens came from your address"));
 
     // A site that does not count, as a stolen one would, is stopped by its center.
-    let link = p.linked.borrow().clone().expect("a link");
     let ask = async |token: &str| {
         let asked = ApiRequest {
             method: "GET".into(),
             target: "/v1/vms".into(),
-            headers: vec![("authorization".into(), format!("Bearer {token}"))],
+            headers: vec![("authorization".into(), token.to_owned())],
         };
-        let answer = ask_center(&link, asked, futures::stream::empty()).await.expect("answered");
-        answer.0.status
+        let answer = ask_center(&link, asked, futures::stream::empty(), ()).await;
+        answer.expect("answered").0.status
     };
-    let mut heard = 0;
-    while ask("gwt-wrong").await == 401 {
+    while ask("Bearer gwt-wrong").await == 401 {
         heard += 1;
         assert!(heard <= 60, "it is never stopped");
     }
-    assert_eq!(heard, 60 - WRONG_TOKENS);
-    assert_eq!(ask("secret").await, 503, "whatever it shows");
+    assert_eq!((heard, ask("Bearer gwt-wrong").await), (60, 503));
+    assert_eq!(ask(&viewer).await, 200, "others of the site do not lock a good token out");
     let direct = axum::http::Request::get("/v1/vms").header(AUTHORIZATION, "Bearer secret");
     let direct = direct.body(Body::empty()).expect("request");
     let status = p.center.clone().oneshot(direct).await.expect("answer").status();
