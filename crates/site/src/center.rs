@@ -110,6 +110,8 @@ pub struct ApiRequest {
     pub target: String,
     /// The headers that the center is to know, in lower case; a token among them.
     pub headers: Vec<(String, String)>,
+    /// The length of its body in bytes, where its sender has said it.
+    pub length: Option<u64>,
 }
 
 impl std::fmt::Debug for ApiRequest {

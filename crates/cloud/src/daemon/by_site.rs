@@ -1,14 +1,19 @@
 //! Requests to the center's API that sites hand over: answered by the very router that the center
 //! serves, so that what holds there holds here.
 
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
 use async_trait::async_trait;
-use axum::body::Body;
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
 use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
 use futures::StreamExt;
 use godwit_site::{ApiAnswer, ApiRequest, CenterHost, Pieces};
 use godwit_transfer::Peer;
 use godwit_types::{Code, Fault};
+use hyper::body::{Frame, SizeHint};
 use tower::ServiceExt as _;
 
 use crate::api::{By, TENANT_HEADER};
@@ -54,6 +59,52 @@ impl CenterHost for BySite {
     }
 }
 
+/// A body whose length was said before it comes: what is decided by that holds.
+struct Announced {
+    body: Body,
+    /// Bytes that have not come yet.
+    left: u64,
+}
+
+impl HttpBody for Announced {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        let me = &mut *self;
+        let Poll::Ready(piece) = Pin::new(&mut me.body).poll_frame(cx) else {
+            return Poll::Pending;
+        };
+        let piece = match piece {
+            Some(Ok(piece)) => {
+                let len = piece.data_ref().map_or(0, Bytes::len) as u64;
+                match me.left.checked_sub(len) {
+                    Some(left) => me.left = left,
+                    None => return Poll::Ready(Some(Err(other_length("longer")))),
+                }
+                Some(Ok(piece))
+            }
+            Some(Err(e)) => Some(Err(io::Error::other(e))),
+            // Once.
+            None if std::mem::take(&mut me.left) > 0 => Some(Err(other_length("shorter"))),
+            None => None,
+        };
+        Poll::Ready(piece)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.left)
+    }
+}
+
+fn other_length(how: &str) -> io::Error {
+    let words = format!("the body of the request is {how} than was said");
+    io::Error::new(io::ErrorKind::InvalidData, words)
+}
+
 /// The request as it is served.
 fn read(request: ApiRequest, by: &Peer, body: Pieces) -> Result<Request, Fault> {
     let bad = |what: &str| Fault::invalid(format!("a request with {what} that is none"));
@@ -63,7 +114,12 @@ fn read(request: ApiRequest, by: &Peer, body: Pieces) -> Result<Request, Fault> 
         return Err(Fault::invalid("a request for another server"));
     }
     let body = body.map(|piece| piece.map_err(|f| std::io::Error::other(f.message)));
-    let mut made = Request::new(Body::from_stream(body));
+    let body = Body::from_stream(body);
+    let body = match request.length {
+        Some(left) => Body::new(Announced { body, left }),
+        None => body,
+    };
+    let mut made = Request::new(body);
     (*made.uri_mut(), *made.method_mut()) = (uri, method);
     for (name, value) in request.headers {
         let name: HeaderName = name.parse().map_err(|_| bad("a header"))?;
@@ -88,4 +144,22 @@ pub(super) fn write(answer: ApiAnswer, body: Body) -> Result<axum::response::Res
         made.headers_mut().append(name, value);
     }
     Ok(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_body_has_the_length_that_was_said() {
+        for (said, comes, whole) in [(5, "12345", true), (4, "12345", false), (6, "12345", false)] {
+            let halves = [Ok::<_, io::Error>(&comes[..2]), Ok(&comes[2..])];
+            let halves = halves.map(|piece| piece.map(|text| Bytes::from(text.to_owned())));
+            let body = Body::from_stream(futures::stream::iter(halves));
+            let body = Body::new(Announced { body, left: said });
+            assert_eq!(body.size_hint().exact(), Some(said));
+            let all = axum::body::to_bytes(body, 100).await;
+            assert_eq!(all.is_ok(), whole, "{said}: {all:?}");
+        }
+    }
 }

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody as _};
 use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -177,6 +177,7 @@ impl Front {
             method: head.method.to_string(),
             target: head.uri.path_and_query().map_or("/", |t| t.as_str()).to_owned(),
             headers: readable.collect::<Result<_, _>>()?,
+            length: body.size_hint().exact(),
         };
         let cut = |e: axum::Error| Fault::invalid(godwit_types::chain(&e));
         let body = body.into_data_stream().map(move |piece| piece.map_err(cut));

@@ -83,7 +83,7 @@ impl CenterHost for Echo {
 
 fn get(target: &str) -> ApiRequest {
     let headers = vec![("authorization".into(), "Bearer very-secret".into())];
-    ApiRequest { method: "POST".into(), target: target.into(), headers }
+    ApiRequest { method: "POST".into(), target: target.into(), headers, length: None }
 }
 
 async fn all(mut pieces: Pieces) -> Result<Vec<u8>, Fault> {

@@ -302,6 +302,7 @@ async fn wrong_tokens_are_counted_by_address_and_by_site() {
             method: "GET".into(),
             target: "/v1/vms".into(),
             headers: vec![("authorization".into(), token.to_owned())],
+            length: None,
         };
         let answer = ask_center(&link, asked, futures::stream::empty(), ()).await;
         answer.expect("answered").0.status
