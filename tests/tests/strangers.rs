@@ -68,7 +68,7 @@ fn a_revoked_site_is_cut_off_and_comes_back_only_with_a_new_token() {
     assert_eq!(ok(&["vm", "list"]), cloud.ok(&[&["vm", "list"][..], &ann].concat()));
     assert_eq!(ok(&["vm", "list"]).as_array().unwrap().len(), 1);
     // Not the operator, whose token the AP would see.
-    let words = cloud.refused(&[&["vm", "list"][..], &there].concat(), 5);
+    let words = cloud.refused(&[&["vm", "list"][..], &there].concat(), 1);
     assert!(words.contains("operators are not heard by way of site 'cafe'"), "{words}");
     let log = cloud.ok(&["audit", "list"]);
     let made = log.as_array().unwrap().iter().filter(|e| e["action"] == "vm create");

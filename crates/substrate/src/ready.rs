@@ -135,11 +135,11 @@ impl Pool {
         done
     }
 
-    /// Opens the sealed memory of a substrate of this `content` where it is laid out already; what
-    /// is damaged of it is made again. It is in use as long as it is open.
+    /// Opens the sealed memory of a substrate of this `content`; what is missing or damaged of it is
+    /// made, as far as the budget has room. It is in use as long as it is open.
     ///
     /// # Errors
-    /// As [`Pool::prepare`]; what is not laid out, or has another content, is
+    /// As [`Pool::prepare`]; [`SubstrateError::NoRoom`] beyond the budget; another content is
     /// [`SubstrateError::NotFound`].
     pub fn open_memory(
         &self,
@@ -155,8 +155,13 @@ impl Pool {
         let _one = lock(&one);
         let in_use = self.inner.cache.used(id);
         let path = self.memory_path(id);
-        if SealedMemory::find(&path, docked.substrate.shape.memory.bytes()).is_none() {
-            return Err(SubstrateError::NotFound(format!("the memory of {name}, laid out")));
+        let bytes = docked.substrate.shape.memory.bytes();
+        if SealedMemory::find(&path, bytes).is_none() && !self.memory_fits(id) {
+            return Err(SubstrateError::NoRoom {
+                place: format!("for the memory of substrate {name} beside what is in use"),
+                needed_bytes: bytes,
+                free_bytes: self.memory_budget().saturating_sub(self.sealed_bytes().0),
+            });
         }
         let opened = self.ready_memory(&docked).and_then(|memory| {
             let file =

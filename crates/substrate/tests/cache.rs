@@ -73,17 +73,18 @@ fn what_is_in_use_stays_and_the_least_recently_used_goes() {
 }
 
 #[test]
-fn memory_is_opened_where_it_is_laid_out_and_stays_while_it_is_open() {
+fn memory_is_opened_within_the_budget_and_stays_while_it_is_open() {
     let (pool, ids, image, _dir) = pool(2);
     let content = pool.get(ids[0]).expect("there").content();
-    let missing = pool.open_memory(ids[0], content).expect_err("not laid out");
-    assert_eq!(missing.code(), Code::NotFound);
+    pool.set_memory_budget(PAGE_SIZE as u64);
+    let full = pool.open_memory(ids[0], content).expect_err("beyond the budget");
+    assert_eq!(full.code(), Code::NoRoom);
     assert!(!memory_of(&pool, ids[0]).exists(), "nothing is laid out for it");
-    drop(pool.prepare(ids[0], &image).expect("ready"));
+    pool.set_memory_budget(u64::MAX);
     let other = pool.open_memory(ids[0], Hash::of(b"other")).expect_err("another content");
     assert_eq!(other.code(), Code::NotFound);
 
-    let open = pool.open_memory(ids[0], content).expect("laid out");
+    let open = pool.open_memory(ids[0], content).expect("made and opened");
     let read = |open: &godwit_substrate::OpenMemory| {
         let mut bytes = Vec::new();
         let mut file = open.file();

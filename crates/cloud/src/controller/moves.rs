@@ -23,8 +23,8 @@ use crate::registry::{Arriving, StepKind, StepName, VmRecord, registry_fault};
 /// How long a destination that was lost during the switch is asked for.
 const FATE_LIMIT: Duration = Duration::from_secs(600);
 
-/// How long sites may take to open memory that only saves time.
-const HOLD_WITHIN: Duration = Duration::from_secs(2);
+/// How long sites may take to make memory ready that only saves time.
+const HOLD_WITHIN: Duration = Duration::from_secs(5);
 
 /// How long a site may take to take its part back.
 const ABORT_WITHIN: Duration = Duration::from_secs(60);
@@ -227,7 +227,7 @@ impl Moves {
         Ok(verbs::MigrateSend { vm, generation, next, to, scheme }.asking())
     }
 
-    /// Has both sites of a move open the memory that they hold of the substrate which the machine comes
+    /// Has both sites of a move make the memory ready that they hold of the substrate which the machine comes
     /// from, by this registry's word. What comes of it only saves time and bytes.
     async fn hold_memory(&self, op: &OpHandle, m: &Move, sites: [&Arc<dyn SiteHost>; 2]) {
         let from = m.vm.substrate.and_then(|id| self.registry.substrate(&id.to_string()).ok());

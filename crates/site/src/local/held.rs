@@ -38,8 +38,8 @@ impl HeldMemories {
         Self { pool, ready: Arc::default() }
     }
 
-    /// Opens the sealed memory of substrate `id` for `migration`, if it is laid out here and has this
-    /// `content`.
+    /// Makes the sealed memory of substrate `id` ready for `migration`, if it has this `content` and the
+    /// budget has room for it.
     pub(super) async fn hold(
         &self,
         migration: MigrationId,
