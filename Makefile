@@ -47,6 +47,7 @@ figures: build
 	target/release/godwit image build tiny --local
 	target/release/godwit-bench demo --guest $(GUEST) --out target/figures/demo $(DEMO_FLAGS)
 	target/release/godwit-bench mainjob --guest tiny --out target/figures/mainjob
+	target/release/godwit-bench mainjob --guest $(GUEST) --rounds 1 --stock-downtime-ms 2000 --out target/figures/desktop
 	target/release/godwit-bench burst --out target/figures/burst
 	target/release/godwit-bench spec docs/figures.json --take target/figures --out SPECIFICATION.md
 
