@@ -675,25 +675,6 @@ async fn a_claim_without_the_centers_warrant_moves_nothing_and_ends_nothing() {
 }
 
 #[tokio::test]
-async fn a_site_publishes_nothing_that_it_was_not_asked_to_hold() {
-    let w = world(Send::Works).await;
-    let own = |n: &str| SubstrateInfo {
-        name: name(n),
-        kind: SubstrateKind::Public,
-        ..super::tests_belief::docked(1)
-    };
-    let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
-    w.cafe.substrates.lock().expect("lock").push(own("abiword"));
-    w.c.refresh(&cafe).await.expect("report");
-    assert!(w.c.registry().substrates().expect("list").is_empty(), "taken for a user's own");
-    // What the center's own site holds is the center's own word.
-    w.center.substrates.lock().expect("lock").push(own("abiword"));
-    w.c.refresh(&center).await.expect("report");
-    let all = w.c.registry().substrates().expect("list");
-    assert_eq!((all.len(), all[0].holders.contains(&name("center"))), (1, true));
-}
-
-#[tokio::test]
 async fn generations_neither_wrap_nor_panic() {
     let w = world(Send::Works).await;
     let vm = running(&w, "a").await;

@@ -201,3 +201,18 @@ async fn two_substrates_of_one_name_cost_no_site_its_report() {
     let site = w.c.registry().sites().get(&name("center")).expect("there");
     assert_eq!(site.report.substrates, [first.id, second.id].into());
 }
+
+#[tokio::test]
+async fn a_site_publishes_nothing_that_it_was_not_asked_to_hold() {
+    let w = world(Send::Works).await;
+    let own = |n: &str| SubstrateInfo { name: name(n), kind: SubstrateKind::Public, ..docked(1) };
+    let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
+    w.cafe.substrates.lock().expect("lock").push(own("abiword"));
+    w.c.refresh(&cafe).await.expect("report");
+    assert!(w.c.registry().substrates().expect("list").is_empty(), "taken for a user's own");
+    // What the center's own site holds is the center's own word.
+    w.center.substrates.lock().expect("lock").push(own("abiword"));
+    w.c.refresh(&center).await.expect("report");
+    let all = w.c.registry().substrates().expect("list");
+    assert_eq!((all.len(), all[0].holders.contains(&name("center"))), (1, true));
+}

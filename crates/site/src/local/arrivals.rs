@@ -96,8 +96,9 @@ impl Arrivals {
     }
 
     /// Keeps what was measured of a machine's arrival, unless that is over by now.
-    pub(super) async fn keep_received(&self, vm: VmId, received: &Received) {
-        self.travellers.keep(vm, |m| m.end() == End::Destination, (RECEIVED, received)).await;
+    pub(super) async fn keep_received(&self, id: MigrationId, vm: VmId, received: &Received) {
+        let comes = |m: &Migration| m.id == id && m.end() == End::Destination;
+        self.travellers.keep(vm, comes, (RECEIVED, received)).await;
     }
 
     /// Ends what is left of the last attempt, and begins a new one.

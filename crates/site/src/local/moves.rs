@@ -281,7 +281,7 @@ impl Arrivals {
                 // The machine runs here and still needs its source.
                 Err(e) => {
                     me.mark_run(&record).await;
-                    me.keep_received(record.vm, &received).await;
+                    me.keep_received(migration.id, record.vm, &received).await;
                     Err(Fault::of(&e))
                 }
             };

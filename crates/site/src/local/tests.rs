@@ -202,7 +202,7 @@ async fn the_end_of_a_move_ends_no_other() {
     let entry = me.machines.register(record, Doing::Nothing).await.expect("here");
     let (departures, sent) = (&me.moves.departures, Sent::default());
     departures.keep_sent(MigrationId::new(), vm, &sent).await;
-    me.moves.arrivals.keep_received(vm, &Received::default()).await;
+    me.moves.arrivals.keep_received(id, vm, &Received::default()).await;
     assert!(!dir.join(SENT).exists() && !dir.join(RECEIVED).exists());
     departures.keep_sent(id, vm, &sent).await;
     assert!(dir.join(SENT).exists());
