@@ -31,7 +31,7 @@ const ADOPT_AGAIN: Duration = Duration::from_secs(2);
 impl LocalSite {
     /// Takes over the machines that an earlier daemon left.
     pub(super) async fn adopt_all(self: &Arc<Self>) -> Result<(), Fault> {
-        let dir = self.dirs.data.join("vms");
+        let dir = self.parts.dirs.data.join("vms");
         let list = std::fs::read_dir(&dir).map_err(|e| Fault::io("reading", &dir, &e))?;
         for item in list.flatten() {
             let path = item.path();
@@ -58,9 +58,9 @@ impl LocalSite {
         let vm = record.vm;
         if record.desired == DesiredState::Gone {
             // Tombstones were records once.
-            self.machines.leaves(vm, record.generation)?;
+            self.parts.machines.leaves(vm, record.generation)?;
         }
-        if let Some(seen) = self.machines.left(vm)
+        if let Some(seen) = self.parts.machines.left(vm)
             && record.generation <= seen
         {
             if record.desired != DesiredState::Gone {
@@ -75,9 +75,11 @@ impl LocalSite {
                 self.forget(vm).await;
                 return Ok(());
             }
-            Some(Unfinished::Docking { substrate, .. }) if self.substrates.has(*substrate) => {
+            Some(Unfinished::Docking { substrate, .. })
+                if self.parts.substrates.has(*substrate) =>
+            {
                 tracing::info!(vm = %record.name, %substrate, "it was docked: removed");
-                self.machines.leaves(vm, record.generation)?;
+                self.parts.machines.leaves(vm, record.generation)?;
                 self.forget(vm).await;
                 return Ok(());
             }
@@ -87,7 +89,7 @@ impl LocalSite {
             // Left of an arrival that had ended when the daemon did.
             self.moves.arrivals.sweep(&record);
         }
-        let run = self.dirs.vm_run(vm);
+        let run = self.parts.dirs.vm_run(vm);
         let moves = record.migration.is_some() && Machine::recorded(&run).is_some();
         let adopted = if moves {
             // One that waits for a page of its memory answers nobody until it has come.
@@ -105,14 +107,14 @@ impl LocalSite {
             None => None,
         };
         if let DiskBase::Substrate(id) = record.disk_base {
-            self.substrates.pool.note_clone(id, vm);
+            self.parts.substrates.pool.note_clone(id, vm);
         }
         if machine.is_none() && record.unfinished.take().is_some() {
             record.reason = Some("its QEMU ended while it was being docked".into());
-            record.save(&self.dirs.vm(vm))?;
+            record.save(&self.parts.dirs.vm(vm))?;
         }
         let entry = Entry::new(record.clone(), machine.clone());
-        self.machines.insert(vm, entry).await;
+        self.parts.machines.insert(vm, entry).await;
         let Some(machine) = machine else {
             if silent {
                 self.adopt_later(record);
@@ -134,13 +136,13 @@ impl LocalSite {
     fn adopt_later(self: &Arc<Self>, record: MachineRecord) {
         let me = Arc::clone(self);
         tokio::spawn(async move {
-            let run = me.dirs.vm_run(record.vm);
+            let run = me.parts.dirs.vm_run(record.vm);
             while Machine::recorded(&run).is_some() {
                 let Ok(machine) = Machine::adopt(&run).await else {
                     tokio::time::sleep(ADOPT_AGAIN).await;
                     continue;
                 };
-                let Ok(entry) = me.machines.entry(record.vm).await else { return };
+                let Ok(entry) = me.parts.machines.entry(record.vm).await else { return };
                 let now = {
                     let mut e = entry.lock().await;
                     if e.machine.is_some() || e.record.migration.is_none() {
@@ -160,7 +162,7 @@ impl LocalSite {
     /// looked at, and nothing but its deletion changes it.
     async fn adopt_damaged(&self, vm: VmId, why: &str) {
         tracing::error!(%vm, why, "the record of a machine is damaged");
-        let machine = Machine::adopt(&self.dirs.vm_run(vm)).await.ok();
+        let machine = Machine::adopt(&self.parts.dirs.vm_run(vm)).await.ok();
         let launch = machine.as_ref().map(Machine::launch);
         let unknown = || Name::new("unknown").unwrap_or_else(|_| unreachable!("letters"));
         let record = MachineRecord {
@@ -181,21 +183,21 @@ impl LocalSite {
             reason: Some(format!("its record is damaged: {why}")),
             unfinished: None,
         };
-        self.machines.insert(vm, Entry::new(record, machine)).await;
+        self.parts.machines.insert(vm, Entry::new(record, machine)).await;
     }
 
     /// Ends a machine that is in no list, and removes all that it has.
     async fn forget(&self, vm: VmId) {
-        if let Ok(m) = Machine::adopt(&self.dirs.vm_run(vm)).await {
+        if let Ok(m) = Machine::adopt(&self.parts.dirs.vm_run(vm)).await {
             m.kill().await;
         }
         self.end_strays(vm).await;
-        self.machines.clear(vm);
+        self.parts.machines.clear(vm);
     }
 
     /// Ends every QEMU of a machine, also one that does not answer.
     pub(super) async fn end_strays(&self, vm: VmId) {
-        let run = self.dirs.vm_run(vm);
+        let run = self.parts.dirs.vm_run(vm);
         let named = Machine::recorded(&run);
         for p in started_below(&[&run]).into_iter().chain(named) {
             tracing::warn!(%vm, pid = p.pid, "ending a QEMU that is in the way");
@@ -209,22 +211,22 @@ impl LocalSite {
     pub(super) async fn sweep_strays(&self) {
         let mut known = Vec::new();
         // The list is not locked while a machine's lock is waited for: whoever has that may remove it.
-        for (vm, entry) in self.machines.now().await {
+        for (vm, entry) in self.parts.machines.now().await {
             let e = entry.lock().await;
             known.extend(e.machine.as_ref().map(|m| m.process().clone()));
             // One that did not answer may still come to.
-            known.extend(Machine::recorded(&self.dirs.vm_run(vm)));
+            known.extend(Machine::recorded(&self.parts.dirs.vm_run(vm)));
         }
-        let strays = started_below(&[&self.dirs.run, &self.dirs.memory]);
+        let strays = started_below(&[&self.parts.dirs.run, &self.parts.dirs.memory]);
         for p in strays.into_iter().filter(|p| !known.contains(p)) {
             tracing::warn!(pid = p.pid, "ending a QEMU that no record names");
             p.kill();
             p.ended().await;
         }
-        for dir in [&self.dirs.run, &self.dirs.memory] {
+        for dir in [&self.parts.dirs.run, &self.parts.dirs.memory] {
             for item in std::fs::read_dir(dir).into_iter().flatten().flatten() {
                 let Some(vm) = vm_of(&item.file_name()) else { continue };
-                if self.machines.entry_if_here(vm).await.is_none() {
+                if self.parts.machines.entry_if_here(vm).await.is_none() {
                     tracing::warn!(path = %item.path().display(), "left by no machine: removed");
                     remove(&item.path());
                 }

@@ -34,13 +34,13 @@ impl LocalSite {
     ) -> Result<SiteReply, Fault> {
         Ok(handlers! { request;
             Report {} => self.report().await?;
-            Images {} => self.images.list().await?;
-            ImageBuild { name } => self.images.build(name, call).await?;
+            Images {} => self.parts.images.list().await?;
+            ImageBuild { name } => self.parts.images.build(name, call).await?;
             ImageDelete { name } => {
                 let users = self.image_users(&name).await?;
-                self.images.remove(name, &users).await?
+                self.parts.images.remove(name, &users).await?
             };
-            Machines {} => self.machines.list(&self.room).await;
+            Machines {} => self.parts.machines.list(&self.parts.room).await;
             VmNew { machine } => self.starts.create(machine, call).await?;
             VmStart { vm, generation, warrant } => {
                 self.restart(vm, generation, warrant, call).await?
@@ -51,22 +51,22 @@ impl LocalSite {
                 let want = Dock { vm, generation, substrate, name, kind, owner };
                 self.docks.dock(want, call).await?
             };
-            VmStatus { vm } => self.machines.status(&self.room, vm).await?;
+            VmStatus { vm } => self.parts.machines.status(&self.parts.room, vm).await?;
             VmConsole { vm, max_bytes } => {
-                let bytes = self.machines.console_log(vm, max_bytes as usize).await?;
+                let bytes = self.parts.machines.console_log(vm, max_bytes as usize).await?;
                 let text = String::from_utf8_lossy(&bytes).into_owned();
                 ConsoleTail { bytes: bytes.len() as u64, text }
             };
             VmScreenshot { vm } => {
-                let machine = self.machines.qemu_for(vm, Action::Screen).await?;
+                let machine = self.parts.machines.qemu_for(vm, Action::Screen).await?;
                 machine.screenshot().await.map_err(|e| Fault::of(&e))?.png
             };
             VmType { vm, text } => {
-                let machine = self.machines.qemu_for(vm, Action::Screen).await?;
+                let machine = self.parts.machines.qemu_for(vm, Action::Screen).await?;
                 machine.send_text(&text).await.map_err(|e| Fault::of(&e))?
             };
-            VmExec { vm, program } => self.machines.exec(vm, program).await?;
-            VmExecWait { vm, pid, within_ms } => self.machines.exec_wait(vm, pid, within_ms).await?;
+            VmExec { vm, program } => self.parts.machines.exec(vm, program).await?;
+            VmExecWait { vm, pid, within_ms } => self.parts.machines.exec_wait(vm, pid, within_ms).await?;
             MigrateManifest { vm, generation } => self.moves.departures.manifest(vm, generation).await?;
             MigratePrepare { migration, machine, generation, warrant, from, manifest } => {
                 let arrivals = &self.moves.arrivals;
@@ -98,11 +98,11 @@ impl LocalSite {
                 self.remove(vm, generation).await?
             };
             MigrateAbort { migration, vm } => self.moves.abort(migration, vm).await?;
-            Substrates {} => self.substrates.list()?;
-            SubstrateUsers { id } => self.machines.substrate_users(id).await;
-            SubstrateDelete { id } => self.substrates.delete(id).await?;
-            Pool {} => self.substrates.report().await?;
-            PoolCheck {} => self.substrates.check(&self.images).await?;
+            Substrates {} => self.parts.substrates.list()?;
+            SubstrateUsers { id } => self.parts.machines.substrate_users(id).await;
+            SubstrateDelete { id } => self.parts.substrates.delete(id).await?;
+            Pool {} => self.parts.substrates.report().await?;
+            PoolCheck {} => self.parts.substrates.check(&self.parts.images).await?;
             Revoke { list } => self.accept_revocations(list)?;
             Ping {} => ();
             SubstrateOffer { id, to } => self.neighbours.offer(id, to);
@@ -115,7 +115,7 @@ impl LocalSite {
                 self.moves.arrivals.dial(migration, vm, address).await?
             };
             MigrateHold { migration, substrate, content } => {
-                let held = &self.moves.arrivals.relays.held;
+                let held = &self.parts.relays.held;
                 held.hold(migration, (substrate, content)).await?
             };
             Disk { of } => self.disk_of(of).await?;

@@ -9,56 +9,32 @@ use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::Received;
 use godwit_migrate::relay::RelayCommand;
 use godwit_qemu::Machine;
-use godwit_types::{Fault, MigrationId, Name, VmId};
+use godwit_types::{Fault, MigrationId, VmId};
 use tracing::{info, warn};
 
 use super::allowed::Refusal;
 use super::course::{End, Migration, Step};
 use super::drive::{Coming, Drives, RECEIVED, no_such_move};
-use super::images::Images;
-use super::launch::Launcher;
 use super::machines::into_fault;
-use super::meet::Reach;
-use super::moving::{FORCED_WITHIN, Parts, RELEASE_WITHIN, UNDO_WITHIN};
+use super::moving::{FORCED_WITHIN, RELEASE_WITHIN, UNDO_WITHIN};
+use super::parts::Parts;
 use super::record::{DesiredState, MachineRecord};
-use super::relays::{MovePaths, Relays};
-use super::room::Room;
-use super::table::Machines;
+use super::relays::MovePaths;
 use super::travellers::{Found, Travellers};
-use super::warrant::Warrants;
-use super::{SiteDirs, filling, ran};
+use super::{filling, ran};
 
 /// The arrivals of one site.
 pub(super) struct Arrivals {
-    pub(super) name: Name,
-    pub(super) dirs: SiteDirs,
-    pub(super) images: Arc<Images>,
-    pub(super) launcher: Arc<Launcher>,
-    pub(super) machines: Arc<Machines>,
-    pub(super) room: Arc<Room>,
-    pub(super) warrants: Warrants,
-    pub(super) relays: Arc<Relays>,
-    pub(super) reach: Arc<Reach>,
+    pub(super) parts: Arc<Parts>,
     pub(super) travellers: Arc<Travellers>,
     pub(super) drives: Drives<Coming>,
 }
 
 impl Arrivals {
     /// None that this daemon drives yet.
-    pub(super) fn new(parts: &Parts, travellers: Arc<Travellers>) -> Self {
-        Self {
-            name: parts.name.clone(),
-            dirs: parts.dirs.clone(),
-            images: Arc::clone(&parts.images),
-            launcher: Arc::clone(&parts.launcher),
-            machines: Arc::clone(&parts.machines),
-            room: Arc::clone(&parts.room),
-            warrants: parts.warrants.clone(),
-            relays: Arc::clone(&parts.relays),
-            reach: Arc::clone(&parts.reach),
-            travellers,
-            drives: Drives::new(parts.name.clone()),
-        }
+    pub(super) fn new(parts: Arc<Parts>, travellers: Arc<Travellers>) -> Self {
+        let drives = Drives::new(parts.name.clone());
+        Self { parts, travellers, drives }
     }
 
     /// Waits until a machine that comes in is whole; what was measured.
@@ -74,12 +50,12 @@ impl Arrivals {
         vm: VmId,
         address: SocketAddr,
     ) -> Result<(), Fault> {
-        let record = self.machines.entry(vm).await?.lock().await.record.clone();
+        let record = self.parts.machines.entry(vm).await?.lock().await.record.clone();
         let migration = record.migration.as_ref();
         let migration = migration
             .filter(|m| m.id == id && m.end() == End::Destination)
-            .ok_or_else(|| no_such_move(&self.name, id))?;
-        let paths = MovePaths::of(&self.dirs.run, migration);
+            .ok_or_else(|| no_such_move(&self.parts.name, id))?;
+        let paths = MovePaths::of(&self.parts.dirs.run, migration);
         let relay = RelayClient::attach(&paths.control).await.map_err(into_fault)?;
         if relay.command(&RelayCommand::Dial { address }).await.map_err(into_fault)? {
             return Ok(());
@@ -107,7 +83,7 @@ impl Arrivals {
         record: &MachineRecord,
     ) -> Result<MachineRecord, Fault> {
         let migration = record.in_migration()?;
-        self.relays.end(migration).await;
+        self.parts.relays.end(migration).await;
         self.drives.ended_within(migration.id, RELEASE_WITHIN).await;
         self.travellers.note(migration.id, record.vm, Step::Resumed).await
     }
@@ -119,14 +95,14 @@ impl Arrivals {
         migration: &Migration,
     ) -> Result<(), Fault> {
         let runs_here = || {
-            let (machine, site) = (record.name.clone(), self.name.clone());
+            let (machine, site) = (record.name.clone(), self.parts.name.clone());
             Refusal::RunsHere { machine, site }
         };
         if self.has_run(&record, machine.as_ref()).await {
             return Err(runs_here().into());
         }
         // Then no relay can say any more that it runs here.
-        self.relays.end(migration).await;
+        self.parts.relays.end(migration).await;
         if self.has_run(&record, machine.as_ref()).await {
             return Err(runs_here().into());
         }
@@ -141,7 +117,7 @@ impl Arrivals {
 
     /// A machine never ran here: nothing of it stays.
     pub(super) async fn undo(&self, record: &MachineRecord) {
-        let Ok(entry) = self.machines.entry(record.vm).await else { return };
+        let Ok(entry) = self.parts.machines.entry(record.vm).await else { return };
         {
             let mut e = entry.lock().await;
             let id = |r: &MachineRecord| r.migration.as_ref().map(|m| m.id);
@@ -154,14 +130,14 @@ impl Arrivals {
             }
         }
         if let Some(m) = &record.migration {
-            self.relays.end(m).await;
-            self.relays.clear(m);
+            self.parts.relays.end(m).await;
+            self.parts.relays.clear(m);
         }
         // Unless another has taken it back meanwhile: what is there now is of a later move.
         let mut e = entry.lock().await;
         if e.record.desired != DesiredState::Gone {
             e.record.desired = DesiredState::Gone;
-            self.machines.unregister(record.vm).await;
+            self.parts.machines.unregister(record.vm).await;
         }
     }
 
@@ -176,15 +152,15 @@ impl Arrivals {
         if let Some(m) = &machine {
             m.kill().await;
         }
-        super::relays::end_all_below(&MovePaths::of(&self.dirs.run, migration).dir).await;
+        super::relays::end_all_below(&MovePaths::of(&self.parts.dirs.run, migration).dir).await;
         if let Some(coming) = self.drives.get(migration.id)
             && tokio::time::timeout(FORCED_WITHIN, coming.ended()).await.is_err()
         {
             coming.end(Err(ended_by_force(&record)));
         }
-        self.relays.clear(migration);
+        self.parts.relays.clear(migration);
         // One that never ran here is gone by now.
-        if let Ok(entry) = self.machines.entry(record.vm).await {
+        if let Ok(entry) = self.parts.machines.entry(record.vm).await {
             let mut e = entry.lock().await;
             if e.record.migration.as_ref().is_some_and(|m| m.id == migration.id) {
                 self.end_arrival(&mut e, false).await?;
@@ -195,7 +171,7 @@ impl Arrivals {
 
     /// Removes what an arrival that has ended when its daemon did has left.
     pub(super) fn sweep(&self, record: &MachineRecord) {
-        let dir = self.dirs.vm(record.vm);
+        let dir = self.parts.dirs.vm(record.vm);
         for left in [filling::end(&dir), ran::forget(&dir)] {
             if let Err(error) = left {
                 warn!(vm = %record.name, %error, "a file of its arrival stays");
@@ -215,7 +191,7 @@ impl Arrivals {
         let refused = self.drives.get(m.id).is_some_and(|coming| {
             coming.shown.borrow().as_ref().is_some_and(|s| s.borrow().refused.is_some())
         });
-        let has = match ran::says(&self.dirs.vm(record.vm)) {
+        let has = match ran::says(&self.parts.dirs.vm(record.vm)) {
             Some(said) => said && !refused,
             None => super::moves::runs(machine).await,
         };
@@ -229,9 +205,9 @@ impl Arrivals {
     /// nothing any more.
     pub(super) async fn has_committed(&self, record: &MachineRecord) -> bool {
         if let Some(m) = &record.migration {
-            self.relays.end(m).await;
+            self.parts.relays.end(m).await;
         }
-        ran::says(&self.dirs.vm(record.vm)) == Some(true)
+        ran::says(&self.parts.dirs.vm(record.vm)) == Some(true)
     }
 }
 

@@ -9,22 +9,17 @@ use std::time::Duration;
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{Asked, DestinationFate, MoveError, Sent};
 use godwit_qemu::Machine;
-use godwit_types::{Code, Fault, MigrationId, Name, VmId, chain};
+use godwit_types::{Code, Fault, MigrationId, VmId, chain};
 use tracing::{info, warn};
 
-use super::SiteDirs;
 use super::arrivals::ended_by_force;
 use super::course::{Migration, Question, Step};
 use super::drive::{Drives, Leaving, SENT};
-use super::images::Images;
-use super::launch::Launcher;
-use super::meet::Reach;
 use super::moves::{report_progress, runs};
-use super::moving::{FORCED_WITHIN, Parts, RELEASE_WITHIN, UNDO_WITHIN};
+use super::moving::{FORCED_WITHIN, RELEASE_WITHIN, UNDO_WITHIN};
+use super::parts::Parts;
 use super::record::MachineRecord;
-use super::relays::{MovePaths, Relays};
-use super::substrates::Substrates;
-use super::table::Machines;
+use super::relays::MovePaths;
 use super::travellers::{Found, Travellers};
 use crate::{Call, News, UNKNOWN_GENERATION};
 
@@ -58,33 +53,16 @@ impl From<MoveError> for NotSent {
 
 /// The departures of one site.
 pub(super) struct Departures {
-    pub(super) name: Name,
-    pub(super) dirs: SiteDirs,
-    pub(super) images: Arc<Images>,
-    pub(super) launcher: Arc<Launcher>,
-    pub(super) machines: Arc<Machines>,
-    pub(super) substrates: Arc<Substrates>,
-    pub(super) relays: Arc<Relays>,
-    pub(super) reach: Arc<Reach>,
+    pub(super) parts: Arc<Parts>,
     pub(super) travellers: Arc<Travellers>,
     pub(super) drives: Drives<Leaving>,
 }
 
 impl Departures {
     /// None that this daemon drives yet.
-    pub(super) fn new(parts: &Parts, travellers: Arc<Travellers>) -> Self {
-        Self {
-            name: parts.name.clone(),
-            dirs: parts.dirs.clone(),
-            images: Arc::clone(&parts.images),
-            launcher: Arc::clone(&parts.launcher),
-            machines: Arc::clone(&parts.machines),
-            substrates: Arc::clone(&parts.substrates),
-            relays: Arc::clone(&parts.relays),
-            reach: Arc::clone(&parts.reach),
-            travellers,
-            drives: Drives::new(parts.name.clone()),
-        }
+    pub(super) fn new(parts: Arc<Parts>, travellers: Arc<Travellers>) -> Self {
+        let drives = Drives::new(parts.name.clone());
+        Self { parts, travellers, drives }
     }
 
     /// Tells the progress of a migration at its source, and ends as it ends. A caller that goes
@@ -92,7 +70,7 @@ impl Departures {
     pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
         let asking = Asked::arrives();
         let leaving = self.drives.known(id)?;
-        let next = match self.machines.entry(leaving.vm()).await {
+        let next = match self.parts.machines.entry(leaving.vm()).await {
             Ok(e) => e.lock().await.record.migration.as_ref().and_then(Migration::next),
             Err(_) => None,
         };
@@ -191,7 +169,7 @@ impl Departures {
         record: &MachineRecord,
     ) -> Result<MachineRecord, Fault> {
         let migration = record.in_migration()?;
-        self.relays.end(migration).await;
+        self.parts.relays.end(migration).await;
         self.drives.ended_within(migration.id, RELEASE_WITHIN).await;
         self.travellers.note(migration.id, record.vm, Step::Resumed).await
     }
@@ -219,8 +197,8 @@ impl Departures {
     async fn end_move(&self, record: &MachineRecord) {
         if let Some(m) = &record.migration {
             self.travellers.unmark(m.id, record.vm).await;
-            self.relays.end(m).await;
-            self.relays.clear(m);
+            self.parts.relays.end(m).await;
+            self.parts.relays.clear(m);
         }
     }
 
@@ -232,7 +210,7 @@ impl Departures {
             Code::Damaged,
             format!(
                 "machine '{}' ended at '{}' before it had moved: {why}",
-                record.name, self.name
+                record.name, self.parts.name
             ),
         )
     }
@@ -265,10 +243,10 @@ impl Departures {
             None => {}
         }
         if let (Err(_), Some(m)) = (&done, &record.migration) {
-            self.relays.end(m).await;
+            self.parts.relays.end(m).await;
         }
         if let (Some(m), false) = (&record.migration, keep) {
-            self.relays.clear(m);
+            self.parts.relays.clear(m);
         }
         done.map(|()| sent).map_err(|e| e.fault)
     }
@@ -305,15 +283,15 @@ impl Departures {
         if let Some(m) = &machine {
             m.kill().await;
         }
-        super::relays::end_all_below(&MovePaths::of(&self.dirs.run, migration).dir).await;
+        super::relays::end_all_below(&MovePaths::of(&self.parts.dirs.run, migration).dir).await;
         if let Some(leaving) = &leaving {
             leaving.answer(DestinationFate::Dead);
             if tokio::time::timeout(FORCED_WITHIN, leaving.ended()).await.is_err() {
                 leaving.end(Err(ended_by_force(&record)));
             }
         }
-        self.relays.clear(migration);
-        if let Ok(entry) = self.machines.entry(record.vm).await {
+        self.parts.relays.clear(migration);
+        if let Ok(entry) = self.parts.machines.entry(record.vm).await {
             let mut e = entry.lock().await;
             if e.record.migration.as_ref().is_some_and(|m| m.id == migration.id) {
                 e.machine = None;

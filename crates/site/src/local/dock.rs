@@ -20,14 +20,12 @@ use godwit_substrate::{DockRequest, DockStop, SubstrateError, dock_convert, run_
 use godwit_types::{Fault, Generation, Name, SubstrateId, SubstrateKind, VmId, chain};
 use tokio::sync::OwnedMutexGuard;
 
+use super::Entry;
 use super::allowed::Action;
-use super::images::Images;
 use super::machines::{into_fault, join_error};
-use super::moving::Parts;
+use super::parts::Parts;
 use super::record::{DesiredState, Unfinished};
-use super::substrates::{Substrates, info};
-use super::table::Machines;
-use super::{Entry, SiteDirs};
+use super::substrates::info;
 use crate::{Call, Progress, SubstrateInfo};
 
 /// The pause between two tries to let a machine run on.
@@ -86,34 +84,26 @@ impl Marked {
         let e = &mut *self.entry;
         let vm = e.record.vm;
         e.record.generation = generation;
-        if let Err(error) = site.machines.bury(e).await {
+        if let Err(error) = site.parts.machines.bury(e).await {
             tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
             e.record.desired = DesiredState::Gone;
-            site.machines.delist(vm).await;
+            site.parts.machines.delist(vm).await;
         }
         // Whoever finds the mark after a panic finds the machine with it.
         e.machine = None;
-        site.substrates.pool.forget_clone(vm);
+        site.parts.substrates.pool.forget_clone(vm);
     }
 }
 
 /// The dockings of one site.
 pub(super) struct Docks {
-    dirs: SiteDirs,
-    images: Arc<Images>,
-    machines: Arc<Machines>,
-    substrates: Arc<Substrates>,
+    parts: Arc<Parts>,
 }
 
 impl Docks {
     /// None yet.
-    pub(super) fn new(parts: &Parts) -> Self {
-        Self {
-            dirs: parts.dirs.clone(),
-            images: Arc::clone(&parts.images),
-            machines: Arc::clone(&parts.machines),
-            substrates: Arc::clone(&parts.substrates),
-        }
+    pub(super) const fn new(parts: Arc<Parts>) -> Self {
+        Self { parts }
     }
 
     /// Turns a machine into a substrate. The machine runs on when that fails.
@@ -143,7 +133,7 @@ impl Docks {
     /// The docking of a machine panicked: if that was between its marks, it is finished or taken
     /// back.
     async fn after_panic(self: &Arc<Self>, vm: VmId, substrate: SubstrateId) {
-        let Some(entry) = self.machines.entry_if_here(vm).await else { return };
+        let Some(entry) = self.parts.machines.entry_if_here(vm).await else { return };
         let e = entry.lock().await;
         let marked = is_docking(e.record.unfinished.as_ref(), substrate);
         if let Some(machine) = e.machine.clone().filter(|_| marked) {
@@ -152,10 +142,10 @@ impl Docks {
     }
 
     async fn dock_here(self: &Arc<Self>, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
-        let (entry, _) = self.machines.admit(want.vm, want.generation, Action::Dock).await?;
-        let machine = entry.machine.clone().ok_or_else(|| self.machines.not_here(want.vm))?;
+        let (entry, _) = self.parts.machines.admit(want.vm, want.generation, Action::Dock).await?;
+        let machine = entry.machine.clone().ok_or_else(|| self.parts.machines.not_here(want.vm))?;
         // What the guest has read from a damaged base or layer is in its memory, too.
-        let image = self.substrates.sound_disk(&self.images, &entry.record).await?;
+        let image = self.parts.substrates.sound_disk(&self.parts.images, &entry.record).await?;
         call.progress(Progress {
             stage: "dock".into(),
             note: "the guest is being quiesced, then its memory is stored".into(),
@@ -170,11 +160,11 @@ impl Docks {
             stop: DockStop::default(),
         };
         let stop = request.stop.clone();
-        let (dir, nics) = (self.dirs.vm(want.vm), machine.launch().nics);
+        let (dir, nics) = (self.parts.dirs.vm(want.vm), machine.launch().nics);
         let marked = Marked::new(entry, dir, want.substrate, nics)?;
         godwit_hold::at("dock.marked").await;
         let docked = {
-            let docking = dock_convert(&machine, &self.substrates.pool, request);
+            let docking = dock_convert(&machine, &self.parts.substrates.pool, request);
             tokio::pin!(docking);
             tokio::select! {
                 docked = &mut docking => docked,
@@ -188,7 +178,7 @@ impl Docks {
         match docked {
             Ok((substrate, report)) => {
                 godwit_hold::at("dock.settling").await;
-                self.substrates.make_ready(substrate.id, image);
+                self.parts.substrates.make_ready(substrate.id, image);
                 marked.settled(self, want.generation).await;
                 Ok(info(&substrate, Some(report)))
             }
@@ -229,13 +219,13 @@ impl Docks {
     }
 
     async fn bring_back_now(&self, vm: VmId, machine: Machine) -> Result<(), Fault> {
-        let entry = self.machines.entry(vm).await?;
+        let entry = self.parts.machines.entry(vm).await?;
         let Some(Unfinished::Docking { nics, substrate }) =
             entry.lock().await.record.unfinished.clone()
         else {
             return Ok(());
         };
-        if self.substrates.has(substrate) {
+        if self.parts.substrates.has(substrate) {
             // Its docking ended behind the commit without a word.
             let entry = entry.lock_owned().await;
             // The mark stays until the machine is buried: after a panic this is tried again.
@@ -247,7 +237,7 @@ impl Docks {
             let generation = entry.record.generation;
             machine.kill().await;
             godwit_hold::at("dock.finishing").await;
-            Marked { entry, dir: self.dirs.vm(vm) }.settled(self, generation).await;
+            Marked { entry, dir: self.parts.dirs.vm(vm) }.settled(self, generation).await;
             return Ok(());
         }
         godwit_hold::at("dock.bring-back").await;
@@ -277,7 +267,7 @@ impl Docks {
                 e.record.reason = Some(words);
             }
         }
-        e.record.save(&self.dirs.vm(vm))
+        e.record.save(&self.parts.dirs.vm(vm))
     }
 }
 

@@ -144,7 +144,7 @@ impl LocalSite {
         action: Action,
     ) -> Result<Admitted, Fault> {
         let admitted = self.admit_if_here(vm, generation, action).await?;
-        admitted.ok_or_else(|| self.machines.not_here(vm))
+        admitted.ok_or_else(|| self.parts.machines.not_here(vm))
     }
 
     /// As [`LocalSite::admit`]; `None` when there is no such machine.
@@ -155,7 +155,7 @@ impl LocalSite {
         action: Action,
     ) -> Result<Option<Admitted>, Fault> {
         loop {
-            match self.machines.admit_if_here(vm, generation, action).await? {
+            match self.parts.machines.admit_if_here(vm, generation, action).await? {
                 Some((e, First::Move)) => {
                     let (record, machine) = (e.record.clone(), e.machine.clone());
                     drop(e);

@@ -21,7 +21,7 @@ pub(super) fn start(site: &Arc<LocalSite>) {
     tokio::spawn(async move {
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
-            let Some(run) = site.upgrade().map(|s| s.dirs.run.clone()) else { return };
+            let Some(run) = site.upgrade().map(|s| s.parts.dirs.run.clone()) else { return };
             if let Err(error) = tokio::task::spawn_blocking(move || bound_below(&run)).await {
                 tracing::error!(%error, "bounding logs");
             }

@@ -37,34 +37,34 @@ impl LocalSite {
         warrant: Warrant,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
-        self.warrants.check(vm, generation, &warrant)?;
+        self.parts.warrants.check(vm, generation, &warrant)?;
         let (mut e, first) = self.admit(vm, generation, Action::Start).await?;
         if first == First::Arrival {
             self.moves.arrivals.end_arrival(&mut e, true).await?;
         }
         if let Some(m) = e.machine.clone() {
             let life = m.life().await.map_err(into_fault)?;
-            let _ = e.state(&self.name).asked(Some(life)).allows(Action::Start)?;
+            let _ = e.state(&self.parts.name).asked(Some(life)).allows(Action::Start)?;
             m.quit().await.map_err(into_fault)?;
             e.machine = None;
         }
         e.record.generation = generation;
         e.record.warrant = Some(warrant);
         {
-            let _one = match self.machines.promise(vm, e.record.memory).await {
+            let _one = match self.parts.machines.promise(vm, e.record.memory).await {
                 Ok(one) => one,
                 Err(f) => {
                     // It stays stopped, at the generation at which it was asked.
-                    e.record.save(&self.dirs.vm(vm))?;
+                    e.record.save(&self.parts.dirs.vm(vm))?;
                     return Err(f);
                 }
             };
             e.record.desired = DesiredState::Running;
             e.record.reason = None;
             e.record.unfinished = None;
-            e.record.save(&self.dirs.vm(vm))?;
+            e.record.save(&self.parts.dirs.vm(vm))?;
         }
-        let image = self.images.sound(&e.record).await?;
+        let image = self.parts.images.sound(&e.record).await?;
         // One that did not answer when this daemon came.
         self.end_strays(vm).await;
         let wanted = e.doing.start();
@@ -78,7 +78,7 @@ impl LocalSite {
                 let mut e = entry.lock().await;
                 if e.doing.end_start(&wanted) {
                     e.record.reason = Some(f.message.clone());
-                    e.record.save(&self.dirs.vm(vm))?;
+                    e.record.save(&self.parts.dirs.vm(vm))?;
                 }
                 Err(f)
             }
@@ -88,10 +88,10 @@ impl LocalSite {
     /// Ends a machine and removes what it has; its generation is kept as a tombstone.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
         let Some((mut e, first)) = self.admit_if_here(vm, generation, Action::Delete).await? else {
-            return self.machines.remove_again(vm, generation);
+            return self.parts.machines.remove_again(vm, generation);
         };
         if e.record.desired == DesiredState::Gone {
-            return self.machines.remove_again(vm, generation);
+            return self.parts.machines.remove_again(vm, generation);
         }
         if first == First::Start {
             e.doing.cancel_start();
@@ -101,7 +101,7 @@ impl LocalSite {
         }
         self.end_strays(vm).await;
         e.record.generation = generation;
-        self.machines.bury(&mut e).await
+        self.parts.machines.bury(&mut e).await
     }
 }
 

@@ -28,6 +28,7 @@ mod meet;
 mod moves;
 mod moving;
 mod neighbours;
+mod parts;
 mod pool;
 mod promise;
 mod ran;
@@ -130,18 +131,12 @@ impl SiteOptions {
 /// This host.
 pub struct LocalSite {
     name: Name,
-    dirs: SiteDirs,
-    images: Arc<images::Images>,
-    launcher: Arc<launch::Launcher>,
-    machines: Arc<table::Machines>,
-    room: Arc<room::Room>,
-    substrates: Arc<substrates::Substrates>,
+    parts: Arc<parts::Parts>,
     moves: moving::Moves,
     docks: Arc<dock::Docks>,
     starts: starts::Starts,
     neighbours: neighbours::Neighbours,
     trust: Trust,
-    warrants: warrant::Warrants,
     options: SiteOptions,
     screens: screens::Screens,
     sched: std::sync::Mutex<Option<godwit_sched_host::service::Service>>,
@@ -178,57 +173,39 @@ impl LocalSite {
         let sched = std::sync::Mutex::new(options.co_schedule.then(sched::start).flatten());
         waiting::sweep(&dirs).await;
         let promise = options.memory_promise_bytes;
-        let machines =
-            Arc::new(table::Machines::open(name.clone(), dirs.clone(), pool.clone(), promise)?);
-        let room = Arc::new(room::Room::new(name.clone(), dirs.clone(), pool.clone()));
+        let machines = table::Machines::open(name.clone(), dirs.clone(), pool.clone(), promise)?;
+        let room = room::Room::new(name.clone(), dirs.clone(), pool.clone());
         let held = held::HeldMemories::new(pool.clone());
         let how = (&confine, &groups);
-        let relays = Arc::new(relays::Relays::new(&dirs, &trust, &options, how, held));
+        let relays = relays::Relays::new(&dirs, &trust, &options, how, held);
         let reach = meet::Reach::new(name.clone(), options.relay_address, options.behind_nat);
         let launcher =
             launch::Launcher::probe(name.clone(), dirs.clone(), pool.clone(), (confine, groups))
                 .await?;
         let warrants = warrant::Warrants::new(name.clone(), trust.clone());
-        let parts = moving::Parts {
-            name,
-            dirs,
-            images,
-            launcher: Arc::new(launcher),
-            machines,
-            room,
-            substrates: Arc::new(substrates),
-            relays,
-            reach: Arc::new(reach),
-            warrants,
-        };
-        let moves = moving::Moves::new(&parts);
-        let docks = Arc::new(dock::Docks::new(&parts));
-        let starts = starts::Starts::new(&parts);
-        let moving::Parts {
-            name,
+        let parts = Arc::new(parts::Parts {
+            name: name.clone(),
             dirs,
             images,
             launcher,
             machines,
             room,
             substrates,
+            relays,
+            reach,
             warrants,
-            ..
-        } = parts;
+        });
+        let moves = moving::Moves::new(&parts);
+        let docks = Arc::new(dock::Docks::new(Arc::clone(&parts)));
+        let starts = starts::Starts::new(Arc::clone(&parts));
         let site = Arc::new_cyclic(|me| Self {
             name,
-            dirs,
-            images,
-            launcher,
-            machines,
-            room,
-            substrates,
+            parts,
             moves,
             docks,
             starts,
             neighbours: neighbours::Neighbours::default(),
             trust,
-            warrants,
             options,
             screens: screens::Screens::new(screens::SCREENS_AT_ONCE),
             sched,
@@ -247,8 +224,8 @@ impl LocalSite {
 
     /// The directories.
     #[must_use]
-    pub const fn dirs(&self) -> &SiteDirs {
-        &self.dirs
+    pub fn dirs(&self) -> &SiteDirs {
+        &self.parts.dirs
     }
 
     /// Takes the center's list of revoked certificates. It counts at once, also when it cannot be
@@ -263,8 +240,8 @@ impl LocalSite {
         }
         // Relays of earlier versions read it there. The center's own site shares its list, and has it
         // without being told.
-        list.save(&self.dirs.revoked()).map_err(|e| Fault::of(&e))?;
-        relays::publish_revoked(&self.dirs, &self.trust)
+        list.save(&self.parts.dirs.revoked()).map_err(|e| Fault::of(&e))?;
+        relays::publish_revoked(&self.parts.dirs, &self.trust)
     }
 }
 
@@ -282,18 +259,18 @@ impl SiteHost for LocalSite {
         let (vm, display) = match request {
             StreamRequest::Console { vm } => (vm, false),
             StreamRequest::Display { vm } => (vm, true),
-            StreamRequest::SubstrateExport { id } => return self.substrates.export(id).await,
-            StreamRequest::SubstrateSupply { id } => return Ok(self.substrates.supply(id)),
+            StreamRequest::SubstrateExport { id } => return self.parts.substrates.export(id).await,
+            StreamRequest::SubstrateSupply { id } => return Ok(self.parts.substrates.supply(id)),
             StreamRequest::SubstrateTake { content } => {
-                return Ok(self.substrates.take(content, None));
+                return Ok(self.parts.substrates.take(content, None));
             }
             StreamRequest::SubstrateTakeAmong(t) => {
-                return Ok(self.substrates.take(t.content, Some(t.among)));
+                return Ok(self.parts.substrates.take(t.content, Some(t.among)));
             }
             StreamRequest::SubstrateImport { name, content } => {
                 // A file says of itself that it is public; the center's own copy is what it is.
                 let not_public_as_it_was = content.is_none();
-                return Ok(self.substrates.import(godwit_substrate::Becomes {
+                return Ok(self.parts.substrates.import(godwit_substrate::Becomes {
                     name,
                     content,
                     not_public_as_it_was,
@@ -301,7 +278,7 @@ impl SiteHost for LocalSite {
                 }));
             }
             StreamRequest::SubstrateUpload(t) => {
-                return Ok(self.substrates.import(godwit_substrate::Becomes {
+                return Ok(self.parts.substrates.import(godwit_substrate::Becomes {
                     name: Some(t.name),
                     id: Some(t.id),
                     owner: Some(t.owner),
@@ -314,7 +291,7 @@ impl SiteHost for LocalSite {
         };
         let place = self.screens.place(&self.name)?;
         let action = if display { Action::Screen } else { Action::Console };
-        let machine = self.machines.qemu_for(vm, action).await?;
+        let machine = self.parts.machines.qemu_for(vm, action).await?;
         let paths = machine.paths();
         let path = if display { &paths.vnc } else { &paths.console };
         let stream = UnixStream::connect(path).await.map_err(|e| {

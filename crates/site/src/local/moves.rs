@@ -80,9 +80,9 @@ impl Departures {
         vm: VmId,
         generation: Generation,
     ) -> Result<Vec<u8>, Fault> {
-        let (e, _) = self.machines.admit(vm, generation, Action::Leave).await?;
-        let machine = e.machine.as_ref().ok_or_else(|| self.machines.not_here(vm))?;
-        let image = self.substrates.sound_disk(&self.images, &e.record).await?;
+        let (e, _) = self.parts.machines.admit(vm, generation, Action::Leave).await?;
+        let machine = e.machine.as_ref().ok_or_else(|| self.parts.machines.not_here(vm))?;
+        let image = self.parts.substrates.sound_disk(&self.parts.images, &e.record).await?;
         let disk_bytes = match image.disk_path() {
             Some(base) => Some(check_base(&base).map_err(into_fault)?),
             None => None,
@@ -112,14 +112,14 @@ impl Arrivals {
         from: Name,
         manifest: &[u8],
     ) -> Result<Incoming, Fault> {
-        self.warrants.check(machine.vm, generation, &warrant)?;
+        self.parts.warrants.check(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
-        if let Err(full) = self.room.check_memory(machine.memory) {
+        if let Err(full) = self.parts.room.check_memory(machine.memory) {
             // What only saves time gives way to the machine itself.
-            drop(self.relays.held.take(id).ok_or(full)?);
-            self.room.check_memory(machine.memory)?;
+            drop(self.parts.relays.held.take(id).ok_or(full)?);
+            self.parts.room.check_memory(machine.memory)?;
         }
-        self.room.check_disk(manifest.layer_bytes)?;
+        self.parts.room.check_disk(manifest.layer_bytes)?;
         let record = MachineRecord {
             vm: machine.vm,
             name: machine.name,
@@ -139,10 +139,10 @@ impl Arrivals {
             unfinished: None,
         };
         self.supersede(&record).await?;
-        let image = self.images.sound(&record).await?;
-        let here = Manifest::of(&Launcher::spec_of(&record, &image), &self.launcher.qemu);
+        let image = self.parts.images.sound(&record).await?;
+        let here = Manifest::of(&Launcher::spec_of(&record, &image), &self.parts.launcher.qemu);
         manifest.machine.check(&here).map_err(into_fault)?;
-        let entry = self.machines.register(record.clone(), Doing::Nothing).await?;
+        let entry = self.parts.machines.register(record.clone(), Doing::Nothing).await?;
         let mut e = entry.lock().await;
         match self.prepare_entered(&record, &image, &manifest).await {
             Ok((qemu, relay, address)) => {
@@ -150,7 +150,7 @@ impl Arrivals {
                 drop(e);
                 godwit_hold::at("move.prepared").await;
                 self.spawn_arrival(record, qemu, relay, Received::default(), false);
-                Ok(Incoming { migration: id, address, peer: self.name.clone() })
+                Ok(Incoming { migration: id, address, peer: self.parts.name.clone() })
             }
             Err(f) => {
                 drop(e);
@@ -163,7 +163,7 @@ impl Arrivals {
     /// Takes back an earlier arrival of the same machine that never ran: its move is over, since the
     /// center gives each generation to one move only, and this site may have been away then.
     pub(super) async fn supersede(&self, comes: &MachineRecord) -> Result<(), Fault> {
-        let Some(entry) = self.machines.entry_if_here(comes.vm).await else { return Ok(()) };
+        let Some(entry) = self.parts.machines.entry_if_here(comes.vm).await else { return Ok(()) };
         let there = entry.lock().await.record.clone();
         match there.migration {
             Some(m) if m.end() == End::Destination && there.generation < comes.generation => {
@@ -183,12 +183,12 @@ impl Arrivals {
         image: &godwit_image::Image,
         manifest: &MoveManifest,
     ) -> Result<(Machine, RelayClient, std::net::SocketAddr), Fault> {
-        let dir = self.dirs.vm(record.vm);
+        let dir = self.parts.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         // Before the record: it is on disk with it, and says nothing of an earlier arrival.
         ran::make(&dir)?;
         record.save(&dir)?;
-        let paths = MovePaths::of(&self.dirs.run, record.in_migration()?);
+        let paths = MovePaths::of(&self.parts.dirs.run, record.in_migration()?);
         let disk = match (image.disk_path(), manifest.disk_bytes) {
             (Some(base), Some(bytes)) => {
                 let top = dir.join(TOP);
@@ -203,14 +203,15 @@ impl Arrivals {
             _ => None,
         };
         let has_disk = disk.is_some();
-        let relay = self.relays.start(record, self.reach.awaits(), disk, Part::Whole).await?;
-        let address = self.reach.reported_address(&relay).await?;
-        let mut launch = self.launcher.launch(record, image)?;
+        let relay =
+            self.parts.relays.start(record, self.parts.reach.awaits(), disk, Part::Whole).await?;
+        let address = self.parts.reach.reported_address(&relay).await?;
+        let mut launch = self.parts.launcher.launch(record, image)?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
             launch.vmgenid = VmGenId::Keep(id);
         }
-        launch.memory = MemorySource::Shared { path: self.dirs.vm_memory(record.vm) };
+        launch.memory = MemorySource::Shared { path: self.parts.dirs.vm_memory(record.vm) };
         if has_disk {
             let remote = Layer::Nbd { socket: paths.nbd.clone() };
             launch.disk = Some(DiskChain::over(vec![remote], dir.join(TOP)));
@@ -240,8 +241,8 @@ impl Arrivals {
         coming.shown.send_replace(Some(relay.watch()));
         let me = Arc::clone(self);
         Drives::drive(&coming, async move {
-            let written = MovePaths::of(&me.dirs.run, &migration).written;
-            let dir = me.dirs.vm(record.vm);
+            let written = MovePaths::of(&me.parts.dirs.run, &migration).written;
+            let dir = me.parts.dirs.vm(record.vm);
             let filled = filling::is_there(&dir).then(|| filling::place(&dir));
             let disk = me.pivot_of(&record).map(|layers| ArrivingDisk { layers, filled, written });
             let outcome = {
@@ -271,9 +272,9 @@ impl Arrivals {
                     me.settle_arrival(&record).await.map(|()| received)
                 }
                 Err(e @ MoveError::Cancelled { .. }) => {
-                    let fault = me.room.blame(Fault::of(&e));
+                    let fault = me.parts.room.blame(Fault::of(&e));
                     if relay.status().doubt {
-                        me.relays.held.doubt(&record, &me.images);
+                        me.parts.relays.held.doubt(&record, &me.parts.images);
                     }
                     me.undo(&record).await;
                     Err(fault)
@@ -294,9 +295,9 @@ impl Arrivals {
 
     /// A machine has arrived and no longer needs its source.
     pub(super) async fn settle_arrival(&self, record: &MachineRecord) -> Result<(), Fault> {
-        let entry = self.machines.entry(record.vm).await?;
+        let entry = self.parts.machines.entry(record.vm).await?;
         let mut e = entry.lock().await;
-        let dir = self.dirs.vm(record.vm);
+        let dir = self.parts.dirs.vm(record.vm);
         let mid = dir.join(MID);
         let before = e.record.clone();
         if mid.exists() {
@@ -320,7 +321,7 @@ impl Arrivals {
         }
         forget_measured(&dir);
         if let Some(m) = &record.migration {
-            self.relays.clear(m);
+            self.parts.relays.clear(m);
         }
         info!(vm = %record.name, "has arrived");
         Ok(())
@@ -341,13 +342,13 @@ impl Departures {
                 "a machine of generation {generation} does not leave as generation {next}"
             )));
         }
-        let meeting = self.reach.meets(&to)?;
+        let meeting = self.parts.reach.meets(&to)?;
         let (record, machine) = {
-            let (mut e, _) = self.machines.admit(vm, generation, Action::Leave).await?;
-            let machine = e.machine.clone().ok_or_else(|| self.machines.not_here(vm))?;
+            let (mut e, _) = self.parts.machines.admit(vm, generation, Action::Leave).await?;
+            let machine = e.machine.clone().ok_or_else(|| self.parts.machines.not_here(vm))?;
             let leaves = Migration::departure(to.migration, to.peer.clone(), Some(next));
             e.record.migration = Some(leaves);
-            if let Err(f) = e.record.save(&self.dirs.vm(vm)) {
+            if let Err(f) = e.record.save(&self.parts.dirs.vm(vm)) {
                 e.record.migration = None;
                 return Err(f);
             }
@@ -373,8 +374,8 @@ impl Departures {
         sent: &mut Sent,
     ) -> Result<(), NotSent> {
         let disk = self.source_disk(record, machine.launch().disk)?;
-        let relay = self.relays.start(record, meeting, disk, Part::Whole).await?;
-        let paths = MovePaths::of(&self.dirs.run, record.in_migration()?);
+        let relay = self.parts.relays.start(record, meeting, disk, Part::Whole).await?;
+        let paths = MovePaths::of(&self.parts.dirs.run, record.in_migration()?);
         leaving.shown.send_replace(Some(relay.watch()));
         let asking = Arc::clone(leaving);
         let ask = move || -> Asking {
@@ -391,7 +392,7 @@ impl Departures {
                 () = noted => sending.await,
             };
             if moved.is_err() && relay.status().doubt {
-                self.relays.held.doubt(record, &self.images);
+                self.parts.relays.held.doubt(record, &self.parts.images);
             }
             moved?;
         }
@@ -405,7 +406,7 @@ impl Departures {
         record: &MachineRecord,
         chain: Option<DiskChain>,
     ) -> Result<Option<RelayDisk>, Fault> {
-        let image = self.images.of(record)?;
+        let image = self.parts.images.of(record)?;
         let (Some(base), Some(chain)) = (image.disk_path(), chain) else {
             return Ok(None);
         };
@@ -418,7 +419,7 @@ impl Departures {
             })
             .collect();
         layers.push(chain.top);
-        let index = self.images.index_of(&image);
+        let index = self.parts.images.index_of(&image);
         Ok(Some(RelayDisk::Source { base, index, layers }))
     }
 
@@ -453,13 +454,13 @@ impl Departures {
 
 impl Arrivals {
     pub(super) fn pivot_of(&self, record: &MachineRecord) -> Option<Vec<DiskLayer>> {
-        let image = self.images.of(record).ok()?;
+        let image = self.parts.images.of(record).ok()?;
         let base = image.disk_path()?;
         Some(vec![
             DiskLayer { node: Node::Base, layer: Layer::Raw { path: base } },
             DiskLayer {
                 node: Node::Mid,
-                layer: Layer::Qcow2 { path: self.dirs.vm(record.vm).join(MID) },
+                layer: Layer::Qcow2 { path: self.parts.dirs.vm(record.vm).join(MID) },
             },
         ])
     }

@@ -5,23 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_qemu::{Life, Machine, MigrationStatus};
-use godwit_types::{Fault, MigrationId, Name, VmId};
+use godwit_types::{Fault, MigrationId, VmId};
 use tracing::info;
 
-use super::SiteDirs;
 use super::arrivals::Arrivals;
 use super::course::End;
 use super::departures::Departures;
-use super::images::Images;
-use super::launch::Launcher;
-use super::meet::Reach;
+use super::parts::Parts;
 use super::record::MachineRecord;
-use super::relays::{MovePaths, Relays};
-use super::room::Room;
-use super::substrates::Substrates;
-use super::table::Machines;
+use super::relays::MovePaths;
 use super::travellers::Travellers;
-use super::warrant::Warrants;
 use crate::{Call, MemoryStatus};
 
 /// How long QEMU may take to say how its migration stands.
@@ -33,41 +26,25 @@ pub(super) const UNDO_WITHIN: Duration = Duration::from_secs(40);
 /// How long the task of a move may take to end once its QEMU and its relay are gone.
 pub(super) const FORCED_WITHIN: Duration = Duration::from_secs(10);
 
-/// The parts of a site that the ends of its moves work with.
-pub(super) struct Parts {
-    pub(super) name: Name,
-    pub(super) dirs: SiteDirs,
-    pub(super) images: Arc<Images>,
-    pub(super) launcher: Arc<Launcher>,
-    pub(super) machines: Arc<Machines>,
-    pub(super) room: Arc<Room>,
-    pub(super) substrates: Arc<Substrates>,
-    pub(super) relays: Arc<Relays>,
-    pub(super) reach: Arc<Reach>,
-    pub(super) warrants: Warrants,
-}
-
 /// The moves of one site.
 pub(super) struct Moves {
     pub(super) arrivals: Arc<Arrivals>,
     pub(super) departures: Arc<Departures>,
     pub(super) travellers: Arc<Travellers>,
-    pub(super) dirs: SiteDirs,
-    pub(super) machines: Arc<Machines>,
+    pub(super) parts: Arc<Parts>,
 }
 
 impl Moves {
     /// None that this daemon drives yet.
-    pub(super) fn new(parts: &Parts) -> Self {
-        let (machines, dirs) = (Arc::clone(&parts.machines), parts.dirs.clone());
-        let marked = Travellers::new(parts.name.clone(), dirs.clone(), Arc::clone(&machines));
-        let travellers = Arc::new(marked);
+    pub(super) fn new(parts: &Arc<Parts>) -> Self {
+        let travellers = Arc::new(Travellers::new(Arc::clone(parts)));
+        let arrivals = Arrivals::new(Arc::clone(parts), Arc::clone(&travellers));
+        let departures = Departures::new(Arc::clone(parts), Arc::clone(&travellers));
         Self {
-            arrivals: Arc::new(Arrivals::new(parts, Arc::clone(&travellers))),
-            departures: Arc::new(Departures::new(parts, Arc::clone(&travellers))),
+            arrivals: Arc::new(arrivals),
+            departures: Arc::new(departures),
             travellers,
-            dirs,
-            machines,
+            parts: Arc::clone(parts),
         }
     }
 
@@ -91,7 +68,7 @@ impl Moves {
     /// of it. At the destination this also fences: a QEMU that never ran is gone for good.
     pub(super) async fn abort(&self, id: MigrationId, vm: VmId) -> Result<(), Fault> {
         // Its relay may never have started.
-        drop(self.arrivals.relays.held.take(id));
+        drop(self.parts.relays.held.take(id));
         let Some((found, migration)) = self.travellers.to_abort(id, vm).await? else {
             return Ok(());
         };
@@ -120,12 +97,12 @@ impl Moves {
     pub(super) async fn sweep(&self) {
         let mut wanted = Vec::new();
         // The list is not locked while a machine's lock is waited for: whoever has that may remove it.
-        for (_, entry) in self.machines.now().await {
+        for (_, entry) in self.parts.machines.now().await {
             if let Some(m) = &entry.lock().await.record.migration {
-                wanted.push(MovePaths::of(&self.dirs.run, m).dir);
+                wanted.push(MovePaths::of(&self.parts.dirs.run, m).dir);
             }
         }
-        let Ok(found) = std::fs::read_dir(&self.dirs.run) else { return };
+        let Ok(found) = std::fs::read_dir(&self.parts.dirs.run) else { return };
         for dir in found.flatten().map(|f| f.path()) {
             let move_of =
                 dir.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"mig-"));

@@ -81,7 +81,7 @@ impl LocalSite {
             let _ = self.neighbours.reachable.set(listens);
         }
         let (neighbours, name, pool) = (&self.neighbours, &self.name, Arc::clone(&self));
-        take_links(&endpoint, neighbours, name, move |id| pool.substrates.supply(id)).await;
+        take_links(&endpoint, neighbours, name, move |id| pool.parts.substrates.supply(id)).await;
     }
 
     /// Fetches a substrate from a site that offers it.
@@ -111,7 +111,7 @@ impl LocalSite {
                 _ => f,
             })?;
             let bring = Bring { name: &at.name, from: &at.from, to: &self.name, call: &call };
-            match bring.run((out, self.substrates.take(at.content, Some(at.among)))).await {
+            match bring.run((out, self.parts.substrates.take(at.content, Some(at.among)))).await {
                 Ok(info) => Ok(info),
                 Err(Failed::Broken(f) | Failed::For(f)) => Err(f),
             }

@@ -25,7 +25,7 @@ impl Starts {
         id: SubstrateId,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
-        let substrate = self.substrates.pool.get(id).map_err(into_fault)?;
+        let substrate = self.parts.substrates.pool.get(id).map_err(into_fault)?;
         if let Some(wanted) = new.content.filter(|wanted| *wanted != substrate.content()) {
             let found = substrate.content();
             return Err(into_fault(SubstrateError::OtherContent {
@@ -53,10 +53,10 @@ impl Starts {
             reason: None,
             unfinished: Some(Unfinished::Activating),
         };
-        self.substrates.give_way(&self.room, record.memory, id).await;
-        self.room.check_memory(record.memory)?;
-        let image = self.images.sound(&record).await?;
-        let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
+        self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
+        self.parts.room.check_memory(record.memory)?;
+        let image = self.parts.images.sound(&record).await?;
+        let (entry, wanted) = self.parts.machines.register_starting(record.clone()).await?;
         call.progress(Progress {
             stage: "activate".into(),
             note: format!("from substrate {}", substrate.name),
@@ -85,7 +85,7 @@ impl Starts {
             if let Some(identity) = &activated.identity {
                 e.record.mac = identity.mac;
             }
-            if let Err(f) = e.record.save(&self.dirs.vm(record.vm)) {
+            if let Err(f) = e.record.save(&self.parts.dirs.vm(record.vm)) {
                 activated.machine.kill().await;
                 return Err(f);
             }
@@ -94,13 +94,13 @@ impl Starts {
         };
         match made.await {
             Ok((report, accel)) => {
-                self.substrates.keep_waiting(id, image, accel);
+                self.parts.substrates.keep_waiting(id, image, accel);
                 let mut status = self.started(&entry, &wanted).await?;
                 status.activate = Some(report);
                 Ok(status)
             }
             Err(f) => {
-                self.machines.withdraw(&entry, record.vm, &wanted).await;
+                self.parts.machines.withdraw(&entry, record.vm, &wanted).await;
                 Err(f)
             }
         }
@@ -113,7 +113,7 @@ impl Starts {
         image: godwit_image::Image,
         cancel: CancellationToken,
     ) -> Result<godwit_substrate::Activated, Fault> {
-        let dir = self.dirs.vm(record.vm);
+        let dir = self.parts.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         // A crash of the host leaves no machine that it could tell of.
         record.save_quick(&dir)?;
@@ -129,16 +129,16 @@ impl Starts {
             substrate: substrate.id,
             image,
             place: Place {
-                confine: self.launcher.confine.clone(),
-                groups: self.launcher.groups.clone(),
+                confine: self.parts.launcher.confine.clone(),
+                groups: self.parts.launcher.groups.clone(),
                 vm: record.vm,
-                run_dir: self.dirs.vm_run(record.vm),
+                run_dir: self.parts.dirs.vm_run(record.vm),
                 top: dir.join(super::machines::TOP),
             },
             name: record.name.clone(),
             identity,
             nic: Some(NicBackend::Isolated),
-            accel: self.launcher.accel(record.arch)?,
+            accel: self.parts.launcher.accel(record.arch)?,
             cancel,
         };
         // More at once than the host has CPUs would make each of them slower, and ask the guests
@@ -151,7 +151,8 @@ impl Starts {
             drop(turn);
         });
         let activated =
-            activate(&self.substrates.pool, Some(&self.substrates.shells), request).await;
+            activate(&self.parts.substrates.pool, Some(&self.parts.substrates.shells), request)
+                .await;
         turn.abort();
         let mut activated = activated.map_err(|e| {
             let outdated = matches!(e, SubstrateError::Shape { .. });
@@ -173,8 +174,9 @@ impl Starts {
 impl LocalSite {
     /// Who needs an image here, in words.
     pub(super) async fn image_users(&self, name: &Name) -> Result<Vec<String>, Fault> {
-        let substrates = self.substrates.list()?.into_iter().filter(|s| s.image == *name);
-        let machines = self.machines.kept_records().await.into_iter().filter(|r| r.image == *name);
+        let substrates = self.parts.substrates.list()?.into_iter().filter(|s| s.image == *name);
+        let machines =
+            self.parts.machines.kept_records().await.into_iter().filter(|r| r.image == *name);
         Ok(substrates
             .map(|s| format!("substrate '{}'", s.name))
             .chain(machines.map(|r| format!("machine '{}'", r.name)))

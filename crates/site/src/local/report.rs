@@ -18,41 +18,41 @@ impl LocalSite {
         let (memory_mib, memory_free_mib) = memory()?;
         let images: BTreeSet<_> =
             // Damaged ones, too: asked for one, the site says what is wrong with it.
-            self.images.list().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
-        let machines = self.machines.list(&self.room).await;
+            self.parts.images.list().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
+        let machines = self.parts.machines.list(&self.parts.room).await;
         let vms = machines.iter().filter(|m| m.state == godwit_types::VmState::Running).count();
         let me = self.whole()?;
         let held = tokio::task::spawn_blocking(move || {
-            me.substrates.pool.forget_parts(godwit_substrate::KEPT);
-            me.substrates.list()
+            me.parts.substrates.pool.forget_parts(godwit_substrate::KEPT);
+            me.parts.substrates.list()
         })
         .await
         .map_err(|e| Fault::internal(e.to_string()))??;
         let told = postcard::to_stdvec(&held)
             .map_err(|e| Fault::internal(format!("encoding the substrates: {e}")))?;
-        let kvm = self.launcher.has_kvm();
+        let kvm = self.parts.launcher.has_kvm();
         Ok(SiteReport {
             version: env!("CARGO_PKG_VERSION").into(),
             accel: if kvm { "kvm" } else { "tcg" }.into(),
-            qemu: self.launcher.qemu.clone(),
+            qemu: self.parts.launcher.qemu.clone(),
             cpus: std::thread::available_parallelism()
                 .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
             memory_mib,
             memory_free_mib,
-            ram_files_free_mib: (free_mib(&self.dirs.memory)?
-                + (self.substrates.pool.sealed_bytes().1 >> 20))
-                .saturating_sub(promised_mib(&self.dirs.memory)?),
-            disk_free_mib: free_mib(&self.dirs.data)?,
+            ram_files_free_mib: (free_mib(&self.parts.dirs.memory)?
+                + (self.parts.substrates.pool.sealed_bytes().1 >> 20))
+                .saturating_sub(promised_mib(&self.parts.dirs.memory)?),
+            disk_free_mib: free_mib(&self.parts.dirs.data)?,
             load: load()?,
             vms: u32::try_from(vms).unwrap_or(u32::MAX),
             substrates: held.iter().map(|s| s.id).collect(),
             holdings: Some(Hash::of(&told)),
             machines: crate::digest(&machines),
-            damaged: self.substrates.pool.damaged(MOST_DAMAGED, DAMAGE_CHARS),
+            damaged: self.parts.substrates.pool.damaged(MOST_DAMAGED, DAMAGE_CHARS),
             images,
             rtt_ms: None,
-            memory_promised_mib: self.machines.promised_mib(None).await,
-            memory_promise_mib: self.machines.promise_limit_mib()?,
+            memory_promised_mib: self.parts.machines.promised_mib(None).await,
+            memory_promise_mib: self.parts.machines.promise_limit_mib()?,
         })
     }
 }

@@ -71,7 +71,7 @@ impl Arrivals {
         machine: Option<Machine>,
     ) {
         let Some(machine) = machine else {
-            self.relays.end(&migration).await;
+            self.parts.relays.end(&migration).await;
             if self.has_run(&record, None).await {
                 let at = (record.vm, &record.name);
                 self.drives.interrupted(migration.id, at, "its QEMU is gone");
@@ -81,18 +81,18 @@ impl Arrivals {
             }
             return;
         };
-        let paths = MovePaths::of(&self.dirs.run, &migration);
+        let paths = MovePaths::of(&self.parts.dirs.run, &migration);
         let relay = RelayClient::attach(&paths.control).await;
         if relay.is_err() {
             // One that does not answer could still write down that it runs.
-            self.relays.end(&migration).await;
+            self.parts.relays.end(&migration).await;
         }
         let has_run = self.has_run(&record, Some(&machine)).await;
         let phase = relay.as_ref().ok().map(|r| r.status().phase);
         match (arrival_after_restart(has_run, phase), relay) {
             (AfterRestart::Follow, Ok(relay)) => {
                 info!(vm = %record.name, "its arrival goes on");
-                let received = measured(&self.dirs.vm(record.vm), RECEIVED);
+                let received = measured(&self.parts.dirs.vm(record.vm), RECEIVED);
                 self.spawn_arrival(record, machine, relay, received, has_run);
             }
             (AfterRestart::TakeBack, relay) => {
@@ -117,11 +117,11 @@ impl Departures {
     ) {
         let at = (record.vm, &record.name);
         let Some(machine) = machine else {
-            self.relays.end(&migration).await;
+            self.parts.relays.end(&migration).await;
             self.drives.interrupted(migration.id, at, "its QEMU is gone");
             return;
         };
-        let paths = MovePaths::of(&self.dirs.run, &migration);
+        let paths = MovePaths::of(&self.parts.dirs.run, &migration);
         let relay = RelayClient::attach(&paths.control).await;
         // QEMU switches as soon as the relay has been told to read on.
         let switching = relay.as_ref().is_ok_and(|r| r.status().phase >= RelayPhase::Switching);
@@ -152,8 +152,8 @@ impl Departures {
                 leaving.shown.send_replace(Some(relay.watch()));
                 let (me, mine) = (Arc::clone(self), Arc::clone(&leaving));
                 Drives::drive(&leaving, async move {
-                    let mut sent: Sent = measured(&me.dirs.vm(record.vm), SENT);
-                    let paths = MovePaths::of(&me.dirs.run, &migration);
+                    let mut sent: Sent = measured(&me.parts.dirs.vm(record.vm), SENT);
+                    let paths = MovePaths::of(&me.parts.dirs.run, &migration);
                     let steering = mine.steering();
                     let ask = || -> Asking {
                         let asking = Arc::clone(&mine);
@@ -184,7 +184,7 @@ impl Departures {
             return Err(Fault::conflict("this site is not the source of that migration"));
         };
         let Some(machine) = machine else {
-            if Machine::recorded(&self.dirs.vm_run(record.vm)).is_some() {
+            if Machine::recorded(&self.parts.dirs.vm_run(record.vm)).is_some() {
                 // It lives, and answers nobody yet.
                 return Err(Fault::unavailable(format!(
                     "the QEMU of '{}' does not answer yet",
@@ -197,8 +197,8 @@ impl Departures {
             self.travellers.unmark(id, record.vm).await;
             return Ok(());
         }
-        self.relays.end(&migration).await;
-        let paths = MovePaths::of(&self.dirs.run, &migration);
+        self.parts.relays.end(&migration).await;
+        let paths = MovePaths::of(&self.parts.dirs.run, &migration);
         paths
             .make()
             .map_err(|e| Fault::internal(format!("making {}: {e}", paths.dir.display())))?;
@@ -212,7 +212,7 @@ impl Departures {
         machine.run().await.map_err(into_fault)?;
         info!(vm = %record.name, "runs on at its source");
         self.travellers.unmark(id, record.vm).await;
-        self.relays.clear(&migration);
+        self.parts.relays.clear(&migration);
         Ok(())
     }
 }
@@ -220,7 +220,7 @@ impl Departures {
 impl Moves {
     /// How far a migration has come here.
     pub(super) async fn status(&self, id: MigrationId, vm: VmId) -> Result<MoveStatus, Fault> {
-        let entry = self.machines.entry(vm).await?;
+        let entry = self.parts.machines.entry(vm).await?;
         let (record, machine) = {
             let e = entry.lock().await;
             (e.record.clone(), e.machine.clone())
@@ -252,7 +252,7 @@ impl Moves {
         }
         let (memory, why) = match &machine {
             // One that waits for a page answers nobody, and is there.
-            None if Machine::recorded(&self.dirs.vm_run(vm)).is_some() => {
+            None if Machine::recorded(&self.parts.dirs.vm_run(vm)).is_some() => {
                 (MemoryStatus::Partial, None)
             }
             None => (MemoryStatus::Gone, record.reason.clone()),
@@ -281,11 +281,11 @@ impl Arrivals {
             0
         } else {
             // A page that has not come is a hole in the file.
-            let there =
-                std::fs::metadata(self.dirs.vm_memory(record.vm)).map_or(0, |m| m.blocks() * 512);
+            let there = std::fs::metadata(self.parts.dirs.vm_memory(record.vm))
+                .map_or(0, |m| m.blocks() * 512);
             record.memory.bytes().saturating_sub(there).div_ceil(4096)
         };
-        let image = self.images.of(record)?;
+        let image = self.parts.images.of(record)?;
         if image.disk_path().is_none() || record.disk_base == DiskBase::Mid {
             return Ok((pages, Some(0)));
         }
@@ -295,7 +295,7 @@ impl Arrivals {
             .as_ref()
             .and_then(|m| self.drives.get(m.id))
             .and_then(|m| m.shown.borrow().as_ref().map(|s| s.borrow().counts));
-        let mid = filling::layer(&self.dirs.vm(record.vm));
+        let mid = filling::layer(&self.parts.dirs.vm(record.vm));
         let blocks = match MidLayer::missing(&mid) {
             Ok((_, true)) => Some(0),
             // Nobody starts from a layer that is not sealed, even if every block has come.
@@ -324,12 +324,12 @@ impl Arrivals {
             return Err(memory_is_gone(&record));
         }
         let record = self.next_attempt(&record).await?;
-        let paths = MovePaths::of(&self.dirs.run, record.in_migration()?);
-        let image = self.images.of(&record)?;
+        let paths = MovePaths::of(&self.parts.dirs.run, record.in_migration()?);
+        let image = self.parts.images.of(&record)?;
         let disk = match image.disk_path() {
             Some(base) => {
                 let bytes = godwit_disk::image::check_base(&base).map_err(into_fault)?;
-                let mid = filling::place(&self.dirs.vm(vm));
+                let mid = filling::place(&self.parts.dirs.vm(vm));
                 let (nbd, written) = (paths.nbd.clone(), paths.written.clone());
                 Some(RelayDisk::Destination { base, mid, bytes, nbd, written })
             }
@@ -337,9 +337,9 @@ impl Arrivals {
         };
         let has_disk = disk.is_some();
         let part = if memory { Part::Rest } else { Part::Disk };
-        let relay = self.relays.start(&record, self.reach.awaits(), disk, part).await?;
-        let address = self.reach.reported_address(&relay).await?;
-        let received: Received = measured(&self.dirs.vm(vm), RECEIVED);
+        let relay = self.parts.relays.start(&record, self.parts.reach.awaits(), disk, part).await?;
+        let address = self.parts.reach.reported_address(&relay).await?;
+        let received: Received = measured(&self.parts.dirs.vm(vm), RECEIVED);
         let mut whole = None;
         if let Some(machine) = machine {
             if has_disk {
@@ -356,7 +356,7 @@ impl Arrivals {
             Some(machine) => self.spawn_arrival(record, machine, relay, received, true),
             None => self.spawn_disk_arrival(record, relay, received),
         }
-        Ok(Incoming { migration: id, address, peer: self.name.clone() })
+        Ok(Incoming { migration: id, address, peer: self.parts.name.clone() })
     }
 
     /// Ends the arrival of a machine whose memory and disk are all here.
@@ -365,13 +365,13 @@ impl Arrivals {
         let machine = machine.ok_or_else(|| memory_is_gone(&record))?;
         let record = self.next_attempt(&record).await?;
         if let Some(layers) = self.pivot_of(&record) {
-            let paths = MovePaths::of(&self.dirs.run, record.in_migration()?);
-            let dir = self.dirs.vm(vm);
+            let paths = MovePaths::of(&self.parts.dirs.run, record.in_migration()?);
+            let dir = self.parts.dirs.vm(vm);
             let mid = dir.join(MID);
             if filling::is_there(&dir) {
                 MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
             }
-            let base = self.images.of(&record)?.disk_path();
+            let base = self.parts.images.of(&record)?.disk_path();
             let base = base.ok_or_else(|| Fault::internal("a disk without a base"))?;
             // What QEMU still reads through the link is answered from here until the pivot.
             let chain = FrozenChain::open(&base, &[mid]).map_err(into_fault)?;
@@ -439,17 +439,17 @@ impl Departures {
         let record = self.next_attempt(&record).await?;
         let chain = match launch {
             Some(l) => l.disk,
-            None => self.launcher.launch(&record, &self.images.of(&record)?)?.disk,
+            None => self.parts.launcher.launch(&record, &self.parts.images.of(&record)?)?.disk,
         };
         let disk = self.source_disk(&record, chain)?;
-        let meeting = self.reach.meets(&to)?;
+        let meeting = self.parts.reach.meets(&to)?;
         let leaving = self.drives.register(id, vm);
         let (me, mine) = (Arc::clone(self), Arc::clone(&leaving));
         Drives::drive(&leaving, async move {
-            let mut sent: Sent = measured(&me.dirs.vm(vm), SENT);
-            let paths = MovePaths::of(&me.dirs.run, record.in_migration()?);
+            let mut sent: Sent = measured(&me.parts.dirs.vm(vm), SENT);
+            let paths = MovePaths::of(&me.parts.dirs.run, record.in_migration()?);
             let part = if memory { Part::Rest } else { Part::Disk };
-            let relay = me.relays.start(&record, meeting, disk, part).await?;
+            let relay = me.parts.relays.start(&record, meeting, disk, part).await?;
             mine.shown.send_replace(Some(relay.watch()));
             let done = match machine.as_ref().filter(|_| memory) {
                 Some(machine) => {
@@ -465,7 +465,7 @@ impl Departures {
                 // Nothing but the destination's word ends what the source keeps now.
                 me.keep_sent(id, vm, &sent).await;
                 if let Some(m) = &record.migration {
-                    me.relays.end(m).await;
+                    me.parts.relays.end(m).await;
                 }
             }
             done.map(|()| sent)
@@ -492,18 +492,18 @@ impl Arrivals {
 impl Departures {
     /// A machine runs elsewhere for good: what was kept of it here is needed no more.
     pub(super) async fn release(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
-        let entry = self.machines.entry(vm).await?;
+        let entry = self.parts.machines.entry(vm).await?;
         let (first, migration) = {
             let e = entry.lock().await;
-            let state = e.state(&self.name);
+            let state = e.state(&self.parts.name);
             state.fence(generation)?;
             (state.allows(Action::Release)?, e.record.migration.clone())
         };
         if let Some(m) = migration.filter(|_| first == First::Move) {
             // What the destination may still need stays until it needs it no more.
             self.drives.ended_within(m.id, RELEASE_WITHIN).await;
-            self.relays.end(&m).await;
-            self.relays.clear(&m);
+            self.parts.relays.end(&m).await;
+            self.parts.relays.clear(&m);
             self.travellers.unmark(m.id, vm).await;
         }
         Ok(())
@@ -516,9 +516,9 @@ impl Arrivals {
     pub(super) async fn end_arrival(&self, e: &mut Entry, keep_disk: bool) -> Result<(), Fault> {
         let Some(m) = e.record.migration.clone() else { return Ok(()) };
         let why = m.abandoned().cloned().unwrap_or_default();
-        let dir = self.dirs.vm(e.record.vm);
+        let dir = self.parts.dirs.vm(e.record.vm);
         let mid = dir.join(MID);
-        if keep_disk && self.images.of(&e.record)?.disk_path().is_some() {
+        if keep_disk && self.parts.images.of(&e.record)?.disk_path().is_some() {
             match MidLayer::missing(&filling::layer(&dir)) {
                 Ok((_, true)) => {}
                 Ok((left, false)) => {
@@ -549,8 +549,8 @@ impl Arrivals {
         if let Some(m) = e.machine.take() {
             m.kill().await;
         }
-        self.relays.end(&m).await;
-        self.relays.clear(&m);
+        self.parts.relays.end(&m).await;
+        self.parts.relays.clear(&m);
         e.record.migration = None;
         if e.record.desired != DesiredState::Gone {
             e.record.save(&dir)?;

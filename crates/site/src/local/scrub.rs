@@ -24,7 +24,8 @@ pub(super) fn start(site: &Arc<LocalSite>, every: Option<Duration>) {
             tokio::time::sleep(pause).await;
             pause = every.unwrap_or(PAUSE);
             let Some(site) = site.upgrade() else { return };
-            let (pool, images) = (site.substrates.pool.clone(), site.images.cache().clone());
+            let (pool, images) =
+                (site.parts.substrates.pool.clone(), site.parts.images.cache().clone());
             drop(site);
             let work = move || {
                 let threads =

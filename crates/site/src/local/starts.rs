@@ -7,22 +7,16 @@ use std::time::Duration;
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_image::Image;
 use godwit_qemu::MacAddress;
-use godwit_types::{Code, Fault, Name};
+use godwit_types::{Code, Fault};
 use tokio::sync::{Mutex, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use super::images::Images;
-use super::launch::Launcher;
+use super::Entry;
 use super::look::{life_of, status_of};
 use super::machines::{LOOK_EVERY, TOP, into_fault, join_error, remove_file};
-use super::moving::Parts;
+use super::parts::Parts;
 use super::pool::mac_seed;
 use super::record::{DesiredState, DiskBase, MachineRecord};
-use super::room::Room;
-use super::substrates::Substrates;
-use super::table::Machines;
-use super::warrant::Warrants;
-use super::{Entry, SiteDirs};
 use crate::{Call, MachineStatus, NewMachine, Origin, Progress};
 
 /// How long a guest may take to its agent's first answer.
@@ -35,37 +29,20 @@ fn at_once() -> usize {
 
 /// The starts of one site.
 pub(super) struct Starts {
-    name: Name,
-    pub(super) dirs: SiteDirs,
-    pub(super) images: Arc<Images>,
-    pub(super) launcher: Arc<Launcher>,
-    pub(super) machines: Arc<Machines>,
-    pub(super) room: Arc<Room>,
-    pub(super) substrates: Arc<Substrates>,
-    warrants: Warrants,
+    pub(super) parts: Arc<Parts>,
     /// Activations that go on at once.
     pub(super) turns: Arc<Semaphore>,
 }
 
 impl Starts {
     /// None yet.
-    pub(super) fn new(parts: &Parts) -> Self {
-        Self {
-            name: parts.name.clone(),
-            dirs: parts.dirs.clone(),
-            images: Arc::clone(&parts.images),
-            launcher: Arc::clone(&parts.launcher),
-            machines: Arc::clone(&parts.machines),
-            room: Arc::clone(&parts.room),
-            substrates: Arc::clone(&parts.substrates),
-            warrants: parts.warrants.clone(),
-            turns: Arc::new(Semaphore::new(at_once())),
-        }
+    pub(super) fn new(parts: Arc<Parts>) -> Self {
+        Self { parts, turns: Arc::new(Semaphore::new(at_once())) }
     }
 
     /// Makes a machine of what it is to be made of, and starts it.
     pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
-        self.warrants.check(new.vm, new.generation, &new.warrant)?;
+        self.parts.warrants.check(new.vm, new.generation, &new.warrant)?;
         let image = match &new.origin {
             Origin::Image(image) => image,
             Origin::Substrate(id) => {
@@ -77,7 +54,7 @@ impl Starts {
                 return self.boot_stored(new, id, call).await;
             }
         };
-        let image = self.images.newest(image).await?;
+        let image = self.parts.images.newest(image).await?;
         let record = MachineRecord {
             vm: new.vm,
             name: new.name,
@@ -96,12 +73,12 @@ impl Starts {
             reason: None,
             unfinished: None,
         };
-        self.room.check_memory(record.memory)?;
-        let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
+        self.parts.room.check_memory(record.memory)?;
+        let (entry, wanted) = self.parts.machines.register_starting(record.clone()).await?;
         match self.boot_new(&entry, &record, &image, &call, &wanted).await {
             Ok(()) => self.started(&entry, &wanted).await,
             Err(f) => {
-                self.machines.withdraw(&entry, record.vm, &wanted).await;
+                self.parts.machines.withdraw(&entry, record.vm, &wanted).await;
                 Err(f)
             }
         }
@@ -118,7 +95,7 @@ impl Starts {
             return Err(Fault::cancelled());
         }
         let life = life_of(&e).await;
-        Ok(status_of(&self.name, &mut e, life).await)
+        Ok(status_of(&self.parts.name, &mut e, life).await)
     }
 
     /// Writes a machine's record and an empty top layer, and boots it.
@@ -130,7 +107,7 @@ impl Starts {
         call: &Call,
         wanted: &CancellationToken,
     ) -> Result<(), Fault> {
-        let dir = self.dirs.vm(record.vm);
+        let dir = self.parts.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         record.save(&dir)?;
         if let Some(base) = image.disk_path() {
@@ -157,8 +134,9 @@ impl Starts {
         wanted: &CancellationToken,
     ) -> Result<(), Fault> {
         // Memory of an earlier run is of no use to a boot.
-        remove_file(&self.dirs.vm_memory(record.vm))?;
-        let machine = self.launcher.launch(record, image)?.spawn().await.map_err(into_fault)?;
+        remove_file(&self.parts.dirs.vm_memory(record.vm))?;
+        let machine =
+            self.parts.launcher.launch(record, image)?.spawn().await.map_err(into_fault)?;
         {
             let mut e = entry.lock().await;
             if wanted.is_cancelled() {

@@ -41,13 +41,13 @@ impl LocalSite {
             }
             e.record.generation = generation;
             if let Some(Unfinished::Docking { substrate, .. }) = e.record.unfinished
-                && self.substrates.has(substrate)
+                && self.parts.substrates.has(substrate)
             {
                 return Err(self.bury_docked(&mut e, substrate).await?);
             }
             e.record.desired = DesiredState::Stopped;
             e.record.unfinished = None;
-            e.record.save(&self.dirs.vm(vm))?;
+            e.record.save(&self.parts.dirs.vm(vm))?;
             let waits = e.doing.power_off();
             let machine = e.machine.clone();
             (Arc::clone(OwnedMutexGuard::mutex(&e)), machine, waits)
@@ -74,7 +74,7 @@ impl LocalSite {
         }
         // One that could not be adopted yet.
         self.end_strays(vm).await;
-        remove_file(&self.dirs.vm_memory(vm))
+        remove_file(&self.parts.dirs.vm_memory(vm))
     }
 
     /// A machine that is to be powered off has been docked already, and nobody has finished that:
@@ -84,7 +84,7 @@ impl LocalSite {
             machine.kill().await;
         }
         self.end_strays(e.record.vm).await;
-        self.machines.bury(e).await?;
+        self.parts.machines.bury(e).await?;
         e.machine = None;
         let name = &e.record.name;
         Ok(Fault::not_found(format!(

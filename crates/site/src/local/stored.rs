@@ -15,7 +15,7 @@ use crate::{Call, MachineStatus, NewMachine, Origin};
 impl LocalSite {
     /// How large the disk of a machine is that is made of that.
     pub(super) async fn disk_of(&self, of: Origin) -> Result<u64, Fault> {
-        let (cache, pool) = (self.images.cache().clone(), self.substrates.pool.clone());
+        let (cache, pool) = (self.parts.images.cache().clone(), self.parts.substrates.pool.clone());
         let image = tokio::task::spawn_blocking(move || match of {
             Origin::Image(name) => cache.get(&name).map_err(|e| Fault::of(&e)),
             Origin::Substrate(id) | Origin::StoredDisk(id) => {
@@ -37,7 +37,7 @@ impl Starts {
         id: SubstrateId,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
-        let substrate = self.substrates.pool.get(id).map_err(into_fault)?;
+        let substrate = self.parts.substrates.pool.get(id).map_err(into_fault)?;
         let record = MachineRecord {
             vm: new.vm,
             name: new.name,
@@ -56,16 +56,16 @@ impl Starts {
             reason: None,
             unfinished: None,
         };
-        self.substrates.give_way(&self.room, record.memory, id).await;
-        self.room.check_memory(record.memory)?;
-        let image = self.substrates.sound_disk(&self.images, &record).await?;
-        let (entry, wanted) = self.machines.register_starting(record.clone()).await?;
-        self.substrates.pool.note_clone(id, record.vm);
+        self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
+        self.parts.room.check_memory(record.memory)?;
+        let image = self.parts.substrates.sound_disk(&self.parts.images, &record).await?;
+        let (entry, wanted) = self.parts.machines.register_starting(record.clone()).await?;
+        self.parts.substrates.pool.note_clone(id, record.vm);
         match self.boot_new(&entry, &record, &image, &call, &wanted).await {
             Ok(()) => self.started(&entry, &wanted).await,
             Err(f) => {
-                self.substrates.pool.forget_clone(record.vm);
-                self.machines.withdraw(&entry, record.vm, &wanted).await;
+                self.parts.substrates.pool.forget_clone(record.vm);
+                self.parts.machines.withdraw(&entry, record.vm, &wanted).await;
                 Err(f)
             }
         }

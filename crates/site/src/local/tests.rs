@@ -76,14 +76,15 @@ async fn two_arrivals_at_once_are_not_promised_the_same_memory() {
     let share = share_mib(memory);
     let place = site(Mib(u32::try_from(3 * share - 1).expect("small"))).await;
     let me = &place.site;
-    let arrive = || me.machines.register(on_its_way(memory, End::Destination), Doing::Nothing);
+    let arrive =
+        || me.parts.machines.register(on_its_way(memory, End::Destination), Doing::Nothing);
 
     // As an arrival does: its machine is locked until all is ready, and its record comes late.
     let first = arrive().await.expect("the first");
     let first = first.lock().await;
-    assert!(!me.dirs.vm(first.record.vm).exists());
-    assert_eq!(me.machines.promised_mib(None).await, share);
-    assert_eq!(me.machines.promised_mib(Some(first.record.vm)).await, 0);
+    assert!(!me.parts.dirs.vm(first.record.vm).exists());
+    assert_eq!(me.parts.machines.promised_mib(None).await, share);
+    assert_eq!(me.parts.machines.promised_mib(Some(first.record.vm)).await, 0);
     let (a, b) = tokio::join!(arrive(), arrive());
     let (second, f) = match (a, b) {
         (Ok(second), Err(f)) | (Err(f), Ok(second)) => (second, f),
@@ -96,27 +97,27 @@ async fn two_arrivals_at_once_are_not_promised_the_same_memory() {
     third.map(drop).expect_err("still no room");
 
     // Once it is written down its record counts, and only once.
-    let dir = me.dirs.vm(first.record.vm);
+    let dir = me.parts.dirs.vm(first.record.vm);
     std::fs::create_dir_all(&dir).expect("dir");
     first.record.save(&dir).expect("saved");
-    assert_eq!(me.machines.promised_mib(None).await, 2 * share);
+    assert_eq!(me.parts.machines.promised_mib(None).await, 2 * share);
     let vm = first.record.vm;
     drop(first);
-    assert_eq!(me.machines.promised_mib(None).await, 2 * share);
+    assert_eq!(me.parts.machines.promised_mib(None).await, 2 * share);
 
     // What is undone is free for the next.
-    me.machines.unregister(vm).await;
-    assert_eq!(me.machines.promised_mib(None).await, share);
+    me.parts.machines.unregister(vm).await;
+    assert_eq!(me.parts.machines.promised_mib(None).await, share);
     let third = arrive().await.expect("there is room");
     let (second, third) = (second.lock().await, third.lock().await);
-    assert_eq!(me.machines.promised_mib(None).await, 2 * share);
+    assert_eq!(me.parts.machines.promised_mib(None).await, 2 * share);
     assert_ne!(second.record.vm, third.record.vm);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_that_failed_late_leaves_the_next_one_alone() {
     let place = site(Mib(4096)).await;
-    let machines = &place.site.machines;
+    let machines = &place.site.parts.machines;
     let register = async || {
         let record = MachineRecord { migration: None, ..on_its_way(Mib(256), End::Source) };
         let vm = record.vm;
@@ -160,10 +161,10 @@ async fn a_source_whose_machine_ran_on_gives_neither_memory_nor_disk() {
     let me = &place.site;
     let record = on_its_way(Mib(256), End::Source);
     let (vm, id) = (record.vm, record.migration.as_ref().expect("its move").id);
-    let dir = me.dirs.vm(vm);
+    let dir = me.parts.dirs.vm(vm);
     std::fs::create_dir_all(&dir).expect("dir");
     record.save(&dir).expect("saved");
-    me.machines.register(record.clone(), Doing::Nothing).await.map(drop).expect("here");
+    me.parts.machines.register(record.clone(), Doing::Nothing).await.map(drop).expect("here");
     let before = me.moves.status(id, vm).await.expect("in its move");
     assert!(!before.over && before.missing_blocks == Some(0), "{before:?}");
 
@@ -197,9 +198,9 @@ async fn the_end_of_a_move_ends_no_other() {
     let me = &place.site;
     let record = on_its_way(Mib(256), End::Source);
     let (vm, id) = (record.vm, record.migration.as_ref().expect("its move").id);
-    let dir = me.dirs.vm(vm);
+    let dir = me.parts.dirs.vm(vm);
     std::fs::create_dir_all(&dir).expect("dir");
-    let entry = me.machines.register(record, Doing::Nothing).await.expect("here");
+    let entry = me.parts.machines.register(record, Doing::Nothing).await.expect("here");
     let (departures, sent) = (&me.moves.departures, Sent::default());
     departures.keep_sent(MigrationId::new(), vm, &sent).await;
     me.moves.arrivals.keep_received(id, vm, &Received::default()).await;
@@ -220,7 +221,7 @@ async fn a_machine_is_removed_while_what_nobody_knows_is_looked_for() {
     for of_moves in [true, false] {
         let record = on_its_way(Mib(256), End::Destination);
         let vm = record.vm;
-        let entry = me.machines.register(record, Doing::Nothing).await.expect("here");
+        let entry = me.parts.machines.register(record, Doing::Nothing).await.expect("here");
         let locked = entry.lock().await;
         let sweep = async {
             if of_moves {
@@ -235,7 +236,7 @@ async fn a_machine_is_removed_while_what_nobody_knows_is_looked_for() {
             () = &mut sweep => panic!("it waits for the machine's lock"),
             () = std::future::ready(()) => {}
         }
-        let unregister = me.machines.unregister(vm);
+        let unregister = me.parts.machines.unregister(vm);
         tokio::time::timeout(Duration::from_secs(10), unregister).await.expect("no wait");
         drop(locked);
         sweep.await;
@@ -254,11 +255,11 @@ async fn a_machine_that_was_docked_is_not_stopped_beside_its_substrate() {
             ..on_its_way(Mib(256), End::Source)
         };
         let (vm, generation) = (record.vm, record.generation);
-        let dir = me.dirs.vm(vm);
+        let dir = me.parts.dirs.vm(vm);
         std::fs::create_dir_all(&dir).expect("dir");
-        let entry = me.machines.register(record, Doing::Nothing).await.expect("here");
+        let entry = me.parts.machines.register(record, Doing::Nothing).await.expect("here");
         if docked {
-            let there = me.dirs.data.join("substrates").join(substrate.to_string());
+            let there = me.parts.dirs.data.join("substrates").join(substrate.to_string());
             std::fs::create_dir_all(there).expect("a substrate, if a damaged one");
         }
         let stopped = me.power_off(vm, generation, true, Call::quiet()).await;
@@ -268,8 +269,8 @@ async fn a_machine_that_was_docked_is_not_stopped_beside_its_substrate() {
             assert_eq!(f.code, Code::NotFound);
             assert!(f.message.contains(&substrate.to_string()), "{f}");
             assert_eq!(record.desired, DesiredState::Gone);
-            assert_eq!(me.machines.left(vm), Some(generation));
-            assert!(me.machines.entry(vm).await.is_err() && !dir.exists());
+            assert_eq!(me.parts.machines.left(vm), Some(generation));
+            assert!(me.parts.machines.entry(vm).await.is_err() && !dir.exists());
         } else {
             stopped.expect("off");
             assert_eq!((record.desired, record.unfinished), (DesiredState::Stopped, None));
@@ -283,21 +284,21 @@ async fn a_later_move_of_a_machine_takes_back_an_arrival_that_is_over_and_never_
     let me = &place.site;
     let there = on_its_way(Mib(256), End::Destination);
     let vm = there.vm;
-    let dir = me.dirs.vm(vm);
+    let dir = me.parts.dirs.vm(vm);
     std::fs::create_dir_all(&dir).expect("dir");
     there.save(&dir).expect("saved");
-    me.machines.register(there.clone(), Doing::Nothing).await.map(drop).expect("here");
+    me.parts.machines.register(there.clone(), Doing::Nothing).await.map(drop).expect("here");
     // The same move asks again: that one stays.
     me.moves.arrivals.supersede(&there).await.expect("nothing to do");
-    assert!(me.machines.entry(vm).await.is_ok());
+    assert!(me.parts.machines.entry(vm).await.is_ok());
     let comes = MachineRecord { generation: there.generation.next(), ..there.clone() };
     me.moves.arrivals.supersede(&comes).await.expect("taken back");
-    assert!(me.machines.entry(vm).await.is_err() && !dir.exists());
+    assert!(me.parts.machines.entry(vm).await.is_err() && !dir.exists());
 
     let other = one_that_runs(me, &there).await;
     let f = me.moves.arrivals.supersede(&other).await.expect_err("it runs here");
     assert_eq!(f.code, Code::Conflict, "{f}");
-    assert!(me.machines.entry(other.vm).await.is_ok());
+    assert!(me.parts.machines.entry(other.vm).await.is_ok());
 }
 
 /// Another machine, that came and runs here; gives what a later move of it would bring.
@@ -306,9 +307,9 @@ async fn one_that_runs(me: &LocalSite, like: &MachineRecord) -> MachineRecord {
     if let Some(m) = &mut record.migration {
         m.course = Course::Arrival(Arrival::Running);
     }
-    let dir = me.dirs.vm(record.vm);
+    let dir = me.parts.dirs.vm(record.vm);
     std::fs::create_dir_all(&dir).expect("dir");
     record.save(&dir).expect("saved");
-    me.machines.register(record.clone(), Doing::Nothing).await.map(drop).expect("here");
+    me.parts.machines.register(record.clone(), Doing::Nothing).await.map(drop).expect("here");
     MachineRecord { generation: record.generation.next(), ..record }
 }

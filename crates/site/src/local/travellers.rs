@@ -3,34 +3,31 @@
 use std::sync::Arc;
 
 use godwit_qemu::{Life, Machine};
-use godwit_types::{Fault, MigrationId, Name, VmId};
+use godwit_types::{Fault, MigrationId, VmId};
 use serde::Serialize;
 use tracing::warn;
 
-use super::SiteDirs;
 use super::allowed::{Action, First};
 use super::course::{End, Migration, Step};
 use super::drive::{forget_measured, keep_measured, no_such_move};
 use super::entry::Entry;
 use super::machines::into_fault;
 use super::moves::runs;
+use super::parts::Parts;
 use super::record::MachineRecord;
-use super::table::Machines;
 
 /// A machine as its move finds it: its record, and its QEMU if that lives.
 pub(super) type Found = (MachineRecord, Option<Machine>);
 
 /// The machines of one site that are in a move.
 pub(super) struct Travellers {
-    site: Name,
-    dirs: SiteDirs,
-    machines: Arc<Machines>,
+    parts: Arc<Parts>,
 }
 
 impl Travellers {
     /// Those among the site's machines.
-    pub(super) const fn new(site: Name, dirs: SiteDirs, machines: Arc<Machines>) -> Self {
-        Self { site, dirs, machines }
+    pub(super) const fn new(parts: Arc<Parts>) -> Self {
+        Self { parts }
     }
 
     /// Takes a step of a machine's move, and writes it down.
@@ -40,40 +37,40 @@ impl Travellers {
         vm: VmId,
         step: Step,
     ) -> Result<MachineRecord, Fault> {
-        let entry = self.machines.entry(vm).await?;
+        let entry = self.parts.machines.entry(vm).await?;
         let mut e = entry.lock().await;
         let Some(m) = e.record.migration.as_ref().filter(|m| m.id == id) else {
             return Err(Fault::conflict(format!(
                 "machine '{}' is in no migration at '{}'",
-                e.record.name, self.site
+                e.record.name, self.parts.name
             )));
         };
         e.record.migration = Some(m.after(step).map_err(into_fault)?);
-        e.record.save(&self.dirs.vm(vm))?;
+        e.record.save(&self.parts.dirs.vm(vm))?;
         Ok(e.record.clone())
     }
 
     /// The machine of a migration at this end, with its QEMU if that lives.
     pub(super) async fn at_end(&self, id: MigrationId, vm: VmId, end: End) -> Result<Found, Fault> {
-        let entry = self.machines.entry(vm).await?;
+        let entry = self.parts.machines.entry(vm).await?;
         let e = entry.lock().await;
         let action = match end {
             End::Source => Action::ResumeDeparture,
             End::Destination => Action::ResumeArrival,
         };
-        let _ = e.state(&self.site).in_move(&e.record, id).allows(action)?;
+        let _ = e.state(&self.parts.name).in_move(&e.record, id).allows(action)?;
         Ok((e.record.clone(), e.machine.clone()))
     }
 
     /// The machine that is in that migration here.
     pub(super) async fn find(&self, id: MigrationId) -> Result<Found, Fault> {
-        for (_, entry) in self.machines.now().await {
+        for (_, entry) in self.parts.machines.now().await {
             let e = entry.lock().await;
             if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
                 return Ok((e.record.clone(), e.machine.clone()));
             }
         }
-        Err(no_such_move(&self.site, id))
+        Err(no_such_move(&self.parts.name, id))
     }
 
     /// A machine whose move is to be taken back; `None` where nothing is left to take back.
@@ -82,10 +79,10 @@ impl Travellers {
         id: MigrationId,
         vm: VmId,
     ) -> Result<Option<(Found, Migration)>, Fault> {
-        let Some(entry) = self.machines.entry_if_here(vm).await else { return Ok(None) };
+        let Some(entry) = self.parts.machines.entry_if_here(vm).await else { return Ok(None) };
         let (record, machine, state) = {
             let e = entry.lock().await;
-            let state = e.state(&self.site).in_move(&e.record, id);
+            let state = e.state(&self.parts.name).in_move(&e.record, id);
             (e.record.clone(), e.machine.clone(), state)
         };
         let mut first = state.allows(Action::Abort)?;
@@ -101,7 +98,7 @@ impl Travellers {
 
     /// The machine is in that move no more; one that is in another by now stays in it.
     pub(super) async fn unmark(&self, id: MigrationId, vm: VmId) {
-        let Ok(entry) = self.machines.entry(vm).await else { return };
+        let Ok(entry) = self.parts.machines.entry(vm).await else { return };
         let mut e = entry.lock().await;
         if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
             self.unmark_entry(&mut e);
@@ -115,17 +112,17 @@ impl Travellers {
         is: impl FnOnce(&Migration) -> bool,
         (file, value): (&str, &T),
     ) {
-        let Ok(entry) = self.machines.entry(vm).await else { return };
+        let Ok(entry) = self.parts.machines.entry(vm).await else { return };
         let e = entry.lock().await;
         if e.record.migration.as_ref().is_some_and(is) {
-            keep_measured(&self.dirs.vm(vm), file, value);
+            keep_measured(&self.parts.dirs.vm(vm), file, value);
         }
     }
 
     /// As [`Travellers::unmark`], of one that is locked.
     pub(super) fn unmark_entry(&self, e: &mut Entry) {
         e.record.migration = None;
-        let dir = self.dirs.vm(e.record.vm);
+        let dir = self.parts.dirs.vm(e.record.vm);
         if let Err(f) = e.record.save(&dir) {
             warn!(error = %f, "a record was not written");
         }

@@ -90,8 +90,8 @@ impl Substrates {
 impl LocalSite {
     /// Ends what must not outlive the daemon: the QEMUs that wait. Machines run on.
     pub async fn close(&self) {
-        self.substrates.shells.close().await;
-        if let Some(groups) = &self.launcher.groups {
+        self.parts.substrates.shells.close().await;
+        if let Some(groups) = &self.parts.launcher.groups {
             groups.sweep();
         }
         let service = self.sched.lock().ok().and_then(|mut s| s.take());

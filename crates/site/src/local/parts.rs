@@ -1,0 +1,29 @@
+//! What the tasks of a site work with.
+
+use std::sync::Arc;
+
+use godwit_types::Name;
+
+use super::SiteDirs;
+use super::images::Images;
+use super::launch::Launcher;
+use super::meet::Reach;
+use super::relays::Relays;
+use super::room::Room;
+use super::substrates::Substrates;
+use super::table::Machines;
+use super::warrant::Warrants;
+
+/// The parts of one site, which all who do something there share.
+pub(super) struct Parts {
+    pub(super) name: Name,
+    pub(super) dirs: SiteDirs,
+    pub(super) images: Arc<Images>,
+    pub(super) launcher: Launcher,
+    pub(super) machines: Machines,
+    pub(super) room: Room,
+    pub(super) substrates: Substrates,
+    pub(super) relays: Relays,
+    pub(super) reach: Reach,
+    pub(super) warrants: Warrants,
+}
