@@ -19,8 +19,11 @@ use std::time::Duration;
 use godwit_qemu::{MacAddress, Machine, started_below};
 use godwit_types::{Arch, Fault, Hash, Mib, Name, VmId, chain};
 
+use super::allowed::First;
+use super::entry::Entry;
+use super::owner::{Ask, Owned, Owner};
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
-use super::{Entry, LocalSite};
+use super::{LocalSite, SiteDirs};
 use crate::UNKNOWN_GENERATION;
 
 /// How long a machine in a move may take to be adopted before the site serves without it.
@@ -124,8 +127,8 @@ impl LocalSite {
             return Ok(());
         };
         tracing::info!(vm = %record.name, pid = machine.process().pid, "adopted");
-        if record.unfinished.is_some() {
-            self.docks.bring_back(vm, machine);
+        if let Some(Unfinished::Docking { substrate, .. }) = record.unfinished {
+            self.docks.bring_back(vm, substrate);
         } else if record.migration.is_some() {
             self.moves.resume_after_restart(record, Some(machine)).await;
         }
@@ -142,14 +145,10 @@ impl LocalSite {
                     tokio::time::sleep(ADOPT_AGAIN).await;
                     continue;
                 };
-                let Ok(entry) = me.parts.machines.entry(record.vm).await else { return };
-                let now = {
-                    let mut e = entry.lock().await;
-                    if e.machine.is_some() || e.record.migration.is_none() {
-                        return;
-                    }
-                    e.machine = Some(machine.clone());
-                    e.record.clone()
+                let Ok(owner) = me.parts.machines.owner(record.vm).await else { return };
+                let Ok(Some(now)) = owner.ask(AdoptedLate { machine: machine.clone() }).await
+                else {
+                    return;
                 };
                 tracing::info!(vm = %record.name, "adopted late");
                 return me.moves.resume_after_restart(now, Some(machine)).await;
@@ -191,31 +190,18 @@ impl LocalSite {
         if let Ok(m) = Machine::adopt(&self.parts.dirs.vm_run(vm)).await {
             m.kill().await;
         }
-        self.end_strays(vm).await;
+        end_strays(&self.parts.dirs, vm).await;
         self.parts.machines.clear(vm);
-    }
-
-    /// Ends every QEMU of a machine, also one that does not answer.
-    pub(super) async fn end_strays(&self, vm: VmId) {
-        let run = self.parts.dirs.vm_run(vm);
-        let named = Machine::recorded(&run);
-        for p in started_below(&[&run]).into_iter().chain(named) {
-            tracing::warn!(%vm, pid = p.pid, "ending a QEMU that is in the way");
-            p.kill();
-            p.ended().await;
-        }
     }
 
     /// Ends every QEMU of this site that no record names, and removes sockets and memory files of
     /// machines that are not here.
     pub(super) async fn sweep_strays(&self) {
         let mut known = Vec::new();
-        // The list is not locked while a machine's lock is waited for: whoever has that may remove it.
-        for (vm, entry) in self.parts.machines.now().await {
-            let e = entry.lock().await;
+        for e in self.parts.machines.all().await.iter().map(Owner::now) {
             known.extend(e.machine.as_ref().map(|m| m.process().clone()));
             // One that did not answer may still come to.
-            known.extend(Machine::recorded(&self.parts.dirs.vm_run(vm)));
+            known.extend(Machine::recorded(&self.parts.dirs.vm_run(e.record.vm)));
         }
         let strays = started_below(&[&self.parts.dirs.run, &self.parts.dirs.memory]);
         for p in strays.into_iter().filter(|p| !known.contains(p)) {
@@ -226,12 +212,42 @@ impl LocalSite {
         for dir in [&self.parts.dirs.run, &self.parts.dirs.memory] {
             for item in std::fs::read_dir(dir).into_iter().flatten().flatten() {
                 let Some(vm) = vm_of(&item.file_name()) else { continue };
-                if self.parts.machines.entry_if_here(vm).await.is_none() {
+                if self.parts.machines.owner_if_here(vm).await.is_none() {
                     tracing::warn!(path = %item.path().display(), "left by no machine: removed");
                     remove(&item.path());
                 }
             }
         }
+    }
+}
+
+/// The QEMU of a machine in a move, which answered nobody at first, does. Gives its record, if it is
+/// still in its move.
+struct AdoptedLate {
+    machine: Machine,
+}
+
+impl Ask for AdoptedLate {
+    type Reply = Option<MachineRecord>;
+    const STEP: &'static str = "owner.adopted-late";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<Option<MachineRecord>, Fault> {
+        if e.machine.is_some() || e.record.migration.is_none() {
+            return Ok(None);
+        }
+        e.machine = Some(self.machine);
+        Ok(Some(e.record.clone()))
+    }
+}
+
+/// Ends every QEMU of a machine, also one that does not answer.
+pub(super) async fn end_strays(dirs: &SiteDirs, vm: VmId) {
+    let run = dirs.vm_run(vm);
+    let named = Machine::recorded(&run);
+    for p in started_below(&[&run]).into_iter().chain(named) {
+        tracing::warn!(%vm, pid = p.pid, "ending a QEMU that is in the way");
+        p.kill();
+        p.ended().await;
     }
 }
 

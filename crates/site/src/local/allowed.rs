@@ -6,6 +6,7 @@
 //! Starting    -            -        cancels it    .. it   -            -           (1)
 //! Settled     no QEMU (2)  yes      yes           yes     QEMU         -           (1)
 //! PoweringOff no QEMU (2)  -        yes           yes     -            -           (1)
+//! Docking     once it ended (all but what is shown; --force stops it first)   (1)
 //! Undocking   -            -        yes           yes     -            -           (1)
 //! Leaving     ends it      -        ends it       .. it   -            departure   ends it
 //! RanOn       ends it      -        ends it       .. it   -            -           ends it
@@ -40,6 +41,8 @@ pub(super) enum Phase {
     Settled,
     /// Its guest is waited for to power itself off.
     PoweringOff,
+    /// It is being made a substrate.
+    Docking,
     /// Its docking broke off, and it is being brought back to run on.
     Undocking,
     /// It moves to that site, or is kept until that needs nothing more of it.
@@ -61,6 +64,10 @@ pub(super) enum Activity {
     Nothing,
     /// It starts it.
     Starting,
+    /// It makes its arrival ready.
+    Preparing,
+    /// It makes it a substrate.
+    Docking,
     /// It waits for its guest to power itself off.
     PoweringOff,
 }
@@ -84,6 +91,7 @@ pub(super) struct State {
     generation: Generation,
     desired: DesiredState,
     pub(super) phase: Phase,
+    doing: Activity,
     qemu: Qemu,
     /// Whether it has a screen.
     display: bool,
@@ -124,6 +132,13 @@ pub(super) enum Action {
     Abort,
 }
 
+impl Action {
+    /// Whether a docking is stopped for it, where there is still time.
+    pub(super) const fn stops_docking(self) -> bool {
+        matches!(self, Self::ForceStop)
+    }
+}
+
 /// What has to end before what was asked is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum First {
@@ -131,6 +146,8 @@ pub(super) enum First {
     Nothing,
     /// Its start is cancelled.
     Start,
+    /// Its docking, which ends by itself: it is asked again then.
+    Docking,
     /// This site's part of its move.
     Move,
     /// What is left of its arrival, if its disk has come whole.
@@ -272,6 +289,7 @@ fn phase(record: &MachineRecord, doing: Activity) -> Phase {
     }
     match (&record.unfinished, &record.migration) {
         _ if doing == Activity::Starting => Phase::Starting,
+        _ if doing == Activity::Docking => Phase::Docking,
         (Some(Unfinished::Docking { .. }), _) => Phase::Undocking,
         (_, Some(m)) => {
             let peer = m.peer.clone();
@@ -287,7 +305,9 @@ fn phase(record: &MachineRecord, doing: Activity) -> Phase {
         }
         (Some(Unfinished::Activating) | None, None) => match doing {
             Activity::PoweringOff => Phase::PoweringOff,
-            Activity::Nothing | Activity::Starting => Phase::Settled,
+            Activity::Nothing | Activity::Starting | Activity::Preparing | Activity::Docking => {
+                Phase::Settled
+            }
         },
     }
 }
@@ -306,6 +326,7 @@ impl State {
             generation: record.generation,
             desired: record.desired,
             phase: phase(record, doing),
+            doing,
             qemu,
             display,
         }
@@ -349,6 +370,7 @@ impl State {
             Action::Start => match &self.phase {
                 Phase::Leaving(_) | Phase::RanOn(_) => Ok(First::Move),
                 Phase::Stranded(_) => Ok(First::Arrival),
+                Phase::Docking => Ok(First::Docking),
                 Phase::Settled | Phase::PoweringOff if self.qemu == Qemu::Is(Life::Running) => {
                     Err(Refusal::Running(self.machine.clone()))
                 }
@@ -362,6 +384,7 @@ impl State {
             },
             Action::Stop => match &self.phase {
                 Phase::Settled => Ok(First::Nothing),
+                Phase::Docking => Ok(First::Docking),
                 Phase::Gone
                 | Phase::Damaged(_)
                 | Phase::Starting
@@ -376,6 +399,7 @@ impl State {
             Action::ForceStop => match &self.phase {
                 Phase::Settled | Phase::PoweringOff | Phase::Undocking => Ok(First::Nothing),
                 Phase::Starting => Ok(First::Start),
+                Phase::Docking => Ok(First::Docking),
                 Phase::Leaving(_) | Phase::RanOn(_) => Ok(First::Move),
                 // Its memory, or its disk, is nowhere else: only its deletion gives that up.
                 Phase::Gone
@@ -391,6 +415,7 @@ impl State {
                 | Phase::PoweringOff
                 | Phase::Undocking => Ok(First::Nothing),
                 Phase::Starting => Ok(First::Start),
+                Phase::Docking => Ok(First::Docking),
                 Phase::Leaving(_)
                 | Phase::RanOn(_)
                 | Phase::Arriving(_)
@@ -399,6 +424,7 @@ impl State {
             },
             Action::Dock | Action::Leave => match &self.phase {
                 Phase::Settled => self.needs_qemu(),
+                Phase::Docking => Ok(First::Docking),
                 Phase::Gone
                 | Phase::Damaged(_)
                 | Phase::Starting
@@ -412,8 +438,11 @@ impl State {
             },
             Action::Exec | Action::Console | Action::Screen | Action::Log => match &self.phase {
                 Phase::Gone => Err(self.busy()),
+                // Its guest is about to stand still: what it is asked to do is asked once that is over.
+                Phase::Docking if action == Action::Exec => Ok(First::Docking),
                 // Whatever it is in the midst of, it may be looked at.
                 Phase::Damaged(_)
+                | Phase::Docking
                 | Phase::Starting
                 | Phase::Settled
                 | Phase::PoweringOff
@@ -432,6 +461,7 @@ impl State {
                 | Phase::Starting
                 | Phase::Settled
                 | Phase::PoweringOff
+                | Phase::Docking
                 | Phase::Undocking
                 | Phase::Leaving(_)
                 | Phase::RanOn(_) => Err(self.not_in_move()),
@@ -446,6 +476,7 @@ impl State {
                 | Phase::Starting
                 | Phase::Settled
                 | Phase::PoweringOff
+                | Phase::Docking
                 | Phase::Undocking
                 | Phase::Arriving(_)
                 | Phase::Arrived(_)
@@ -458,6 +489,7 @@ impl State {
                 | Phase::Starting
                 | Phase::Settled
                 | Phase::PoweringOff
+                | Phase::Docking
                 | Phase::Undocking
                 | Phase::Arriving(_)
                 | Phase::Arrived(_)
@@ -472,6 +504,7 @@ impl State {
                 | Phase::Starting
                 | Phase::Settled
                 | Phase::PoweringOff
+                | Phase::Docking
                 | Phase::Undocking
                     if self.qemu == Qemu::Is(Life::Running) =>
                 {
@@ -483,6 +516,7 @@ impl State {
                 | Phase::Starting
                 | Phase::Settled
                 | Phase::PoweringOff
+                | Phase::Docking
                 | Phase::Undocking => Ok(First::Nothing),
             },
         }
@@ -497,7 +531,7 @@ impl State {
             Phase::Starting => Refusal::Starting(machine),
             Phase::Settled => Refusal::Running(machine),
             Phase::PoweringOff => Refusal::PoweringOff(machine),
-            Phase::Undocking => Refusal::Undocking(machine),
+            Phase::Docking | Phase::Undocking => Refusal::Undocking(machine),
             Phase::Leaving(to) | Phase::RanOn(to) => Refusal::Leaving { machine, to },
             Phase::Arriving(from) => Refusal::Arriving { machine, from },
             Phase::Arrived(from) => Refusal::Arrived { machine, from },
@@ -542,7 +576,10 @@ impl State {
         match self.phase {
             Phase::Damaged(_) => Some(VmState::Failed),
             Phase::Starting => Some(VmState::Starting),
-            Phase::Undocking => Some(VmState::Docking),
+            Phase::Arriving(_) if matches!(self.doing, Activity::Preparing) => {
+                Some(VmState::Starting)
+            }
+            Phase::Docking | Phase::Undocking => Some(VmState::Docking),
             _ => None,
         }
     }

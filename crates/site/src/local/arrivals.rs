@@ -12,16 +12,19 @@ use godwit_qemu::Machine;
 use godwit_types::{Fault, MigrationId, VmId};
 use tracing::{info, warn};
 
-use super::allowed::Refusal;
+use super::adopt::end_strays;
+use super::allowed::{First, Refusal};
 use super::course::{End, Migration, Step};
 use super::drive::{Coming, Drives, RECEIVED, no_such_move};
 use super::machines::into_fault;
 use super::moving::{FORCED_WITHIN, RELEASE_WITHIN, UNDO_WITHIN};
+use super::owner::{Ask, Owned};
 use super::parts::Parts;
 use super::record::{DesiredState, MachineRecord};
 use super::relays::MovePaths;
+use super::resume::end_arrival;
 use super::travellers::{Found, Travellers};
-use super::{filling, ran};
+use super::{SiteDirs, filling, ran};
 
 /// The arrivals of one site.
 pub(super) struct Arrivals {
@@ -50,7 +53,7 @@ impl Arrivals {
         vm: VmId,
         address: SocketAddr,
     ) -> Result<(), Fault> {
-        let record = self.parts.machines.entry(vm).await?.lock().await.record.clone();
+        let record = self.parts.machines.owner(vm).await?.now().record;
         let migration = record.migration.as_ref();
         let migration = migration
             .filter(|m| m.id == id && m.end() == End::Destination)
@@ -73,7 +76,7 @@ impl Arrivals {
 
     /// Keeps what was measured of a machine's arrival, unless that is over by now.
     pub(super) async fn keep_received(&self, id: MigrationId, vm: VmId, received: &Received) {
-        let comes = |m: &Migration| m.id == id && m.end() == End::Destination;
+        let comes = move |m: &Migration| m.id == id && m.end() == End::Destination;
         self.travellers.keep(vm, comes, (RECEIVED, received)).await;
     }
 
@@ -117,27 +120,21 @@ impl Arrivals {
 
     /// A machine never ran here: nothing of it stays.
     pub(super) async fn undo(&self, record: &MachineRecord) {
-        let Ok(entry) = self.parts.machines.entry(record.vm).await else { return };
-        {
-            let mut e = entry.lock().await;
-            let id = |r: &MachineRecord| r.migration.as_ref().map(|m| m.id);
-            if id(&e.record) != id(record) {
-                // It has come back by another move since.
-                return;
-            }
-            if let Some(m) = e.machine.take() {
-                m.kill().await;
-            }
+        let Ok(owner) = self.parts.machines.owner(record.vm).await else { return };
+        let id = record.migration.as_ref().map(|m| m.id);
+        match owner.ask(TakeDown { dirs: self.parts.dirs.clone(), id }).await {
+            Ok(true) => {}
+            // It has come back by another move since.
+            Ok(false) => return,
+            Err(error) => return warn!(vm = %record.name, %error, "its arrival is not taken back"),
         }
         if let Some(m) = &record.migration {
             self.parts.relays.end(m).await;
             self.parts.relays.clear(m);
         }
         // Unless another has taken it back meanwhile: what is there now is of a later move.
-        let mut e = entry.lock().await;
-        if e.record.desired != DesiredState::Gone {
-            e.record.desired = DesiredState::Gone;
-            self.parts.machines.unregister(record.vm).await;
+        if let Err(error) = owner.ask(TakenBack { parts: Arc::clone(&self.parts) }).await {
+            warn!(vm = %record.name, %error, "something of its arrival stays");
         }
     }
 
@@ -160,13 +157,13 @@ impl Arrivals {
         }
         self.parts.relays.clear(migration);
         // One that never ran here is gone by now.
-        if let Ok(entry) = self.parts.machines.entry(record.vm).await {
-            let mut e = entry.lock().await;
-            if e.record.migration.as_ref().is_some_and(|m| m.id == migration.id) {
-                self.end_arrival(&mut e, false).await?;
+        match self.parts.machines.owner_if_here(record.vm).await {
+            Some(owner) => {
+                let parts = Arc::clone(&self.parts);
+                owner.ask(ArrivalEnded { parts, id: migration.id }).await
             }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Removes what an arrival that has ended when its daemon did has left.
@@ -216,4 +213,64 @@ pub(super) fn ended_by_force(record: &MachineRecord) -> Fault {
     // Nothing is left that the task could do; who follows it is told so.
     warn!(vm = %record.name, "the task of its move does not end");
     Fault::conflict(format!("the move of '{}' was ended by force", record.name))
+}
+
+/// An arrival is taken back: its QEMU ends. Tells whether the machine is in that move still.
+struct TakeDown {
+    dirs: SiteDirs,
+    id: Option<MigrationId>,
+}
+
+impl Ask for TakeDown {
+    type Reply = bool;
+    const STEP: &'static str = "owner.take-down";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<bool, Fault> {
+        if e.record.migration.as_ref().map(|m| m.id) != self.id {
+            return Ok(false);
+        }
+        if let Some(m) = e.machine.take() {
+            m.kill().await;
+        }
+        // One that was started when its arrival broke off.
+        end_strays(&self.dirs, e.record.vm).await;
+        Ok(true)
+    }
+}
+
+/// Nothing is left that belongs to an arrival which is taken back: its machine goes, too.
+struct TakenBack {
+    parts: Arc<Parts>,
+}
+
+impl Ask for TakenBack {
+    type Reply = ();
+    const STEP: &'static str = "owner.taken-back";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        if e.record.desired != DesiredState::Gone {
+            e.record.desired = DesiredState::Gone;
+            e.publish();
+            self.parts.machines.unregister(e.record.vm).await;
+        }
+        Ok(())
+    }
+}
+
+/// A machine's arrival was ended by force: nothing of that move is left with it.
+struct ArrivalEnded {
+    parts: Arc<Parts>,
+    id: MigrationId,
+}
+
+impl Ask for ArrivalEnded {
+    type Reply = ();
+    const STEP: &'static str = "owner.arrival-ended";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        match &e.record.migration {
+            Some(m) if m.id == self.id => end_arrival(&self.parts, e, false).await,
+            _ => Ok(()),
+        }
+    }
 }

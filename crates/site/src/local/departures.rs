@@ -20,7 +20,7 @@ use super::moving::{FORCED_WITHIN, RELEASE_WITHIN, UNDO_WITHIN};
 use super::parts::Parts;
 use super::record::MachineRecord;
 use super::relays::MovePaths;
-use super::travellers::{Found, Travellers};
+use super::travellers::{Found, MoveOver, Travellers};
 use crate::{Call, News, UNKNOWN_GENERATION};
 
 /// How often the center is asked what became of a lost destination.
@@ -70,10 +70,8 @@ impl Departures {
     pub(super) async fn follow(&self, id: MigrationId, call: &Call) -> Result<Vec<u8>, Fault> {
         let asking = Asked::arrives();
         let leaving = self.drives.known(id)?;
-        let next = match self.parts.machines.entry(leaving.vm()).await {
-            Ok(e) => e.lock().await.record.migration.as_ref().and_then(Migration::next),
-            Err(_) => None,
-        };
+        let owner = self.parts.machines.owner_if_here(leaving.vm()).await;
+        let next = owner.and_then(|o| o.now().record.migration.as_ref().and_then(Migration::next));
         let switched = News::Switched { generation: next.unwrap_or(UNKNOWN_GENERATION) };
         let show = async {
             let mut shown = leaving.shown.subscribe();
@@ -160,7 +158,7 @@ impl Departures {
 
     /// Keeps what was measured of a machine's departure, unless it is in another move by now.
     pub(super) async fn keep_sent(&self, id: MigrationId, vm: VmId, sent: &Sent) {
-        self.travellers.keep(vm, |m| m.id == id, (SENT, sent)).await;
+        self.travellers.keep(vm, move |m| m.id == id, (SENT, sent)).await;
     }
 
     /// Ends what is left of the last attempt, and begins a new one.
@@ -291,13 +289,9 @@ impl Departures {
             }
         }
         self.parts.relays.clear(migration);
-        if let Ok(entry) = self.parts.machines.entry(record.vm).await {
-            let mut e = entry.lock().await;
-            if e.record.migration.as_ref().is_some_and(|m| m.id == migration.id) {
-                e.machine = None;
-                self.travellers.unmark_entry(&mut e);
-            }
+        match self.parts.machines.owner_if_here(record.vm).await {
+            Some(owner) => owner.ask(MoveOver { id: migration.id, is_dead: true }).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 }

@@ -8,21 +8,20 @@
 //! left, when it does not run on yet: it is brought back in the background, or by the next daemon
 //! ```
 //!
-//! A docking that panics leaves its mark, too. Whoever awaits it then does what the next daemon
-//! would: finishes it when its substrate is in the pool, and lets the machine run on when not.
+//! Its owner answers others meanwhile; what would change the machine waits for the end. A docking that
+//! ends in another way, by a panic too, leaves its mark. What the next daemon would do is done then:
+//! it is finished when its substrate is in the pool, and the machine is let run on when not.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_qemu::{Life, Machine, Nic};
 use godwit_substrate::{DockRequest, DockStop, SubstrateError, dock_convert, run_on};
-use godwit_types::{Fault, Generation, Name, SubstrateId, SubstrateKind, VmId, chain};
-use tokio::sync::OwnedMutexGuard;
+use godwit_types::{Code, Fault, Generation, Name, SubstrateId, SubstrateKind, VmId, chain};
 
-use super::Entry;
-use super::allowed::Action;
+use super::allowed::{Action, First};
 use super::machines::{into_fault, join_error};
+use super::owner::{Ask, Look, Needs, Owned, Owner};
 use super::parts::Parts;
 use super::record::{DesiredState, Unfinished};
 use super::substrates::info;
@@ -44,54 +43,179 @@ pub(super) struct Dock {
     pub(super) owner: Name,
 }
 
-/// A machine whose record says that it is being docked.
+/// A machine whose record says that it is being docked. Dropped, it is brought back.
 #[must_use = "a machine that is marked as being docked is settled, undone or left to be brought back"]
 struct Marked {
-    entry: OwnedMutexGuard<Entry>,
-    dir: PathBuf,
+    docks: Arc<Docks>,
+    owner: Owner,
+    substrate: SubstrateId,
+    /// Whether the mark is gone.
+    over: bool,
 }
 
 impl Marked {
     /// Writes down that the machine is being docked, as what, and with which NICs.
-    fn new(
-        mut entry: OwnedMutexGuard<Entry>,
-        dir: PathBuf,
-        substrate: SubstrateId,
-        nics: Vec<Nic>,
-    ) -> Result<Self, Fault> {
-        entry.record.unfinished = Some(Unfinished::Docking { substrate, nics });
-        if let Err(f) = entry.record.save(&dir) {
-            entry.record.unfinished = None;
-            return Err(f);
+    async fn new(docks: Arc<Docks>, owner: &Owner, mark: Mark) -> Result<Self, Fault> {
+        let (owner, substrate) = (owner.clone(), mark.substrate);
+        let mut marked = Self { docks, owner, substrate, over: false };
+        match marked.owner.ask(mark).await {
+            Ok(()) => Ok(marked),
+            Err(f) => {
+                // One that broke off may have left its mark.
+                marked.over = f.code != Code::Internal;
+                Err(f)
+            }
         }
-        Ok(Self { entry, dir })
     }
 
     /// It was not docked and runs on.
-    fn undone(mut self) {
-        self.entry.record.unfinished = None;
-        if let Err(f) = self.entry.record.save(&self.dir) {
-            // The next daemon lets it run on once more, which changes nothing.
-            tracing::warn!(vm = %self.entry.record.name, error = %f, "not written that it runs on");
-        }
+    async fn undone(mut self) {
+        let undone = Undone { substrate: self.substrate, ended: None };
+        self.over = self.owner.ask(undone).await.is_ok();
     }
 
     /// It was not docked and does not run on yet: the mark stays until it does.
     fn left(self) {}
 
     /// It has ended, and is its substrate now: what is left of it goes.
-    async fn settled(mut self, site: &Docks, generation: Generation) {
-        let e = &mut *self.entry;
+    async fn settled(mut self, generation: Generation) {
+        let (parts, substrate) = (Arc::clone(&self.docks.parts), self.substrate);
+        self.over = self.owner.ask(Docked { parts, substrate, generation }).await.is_ok();
+    }
+}
+
+impl Drop for Marked {
+    fn drop(&mut self) {
+        if !self.over {
+            self.docks.bring_back(self.owner.vm(), self.substrate);
+        }
+    }
+}
+
+/// A machine is to be docked.
+struct Mark {
+    generation: Generation,
+    substrate: SubstrateId,
+    nics: Vec<Nic>,
+    stop: DockStop,
+}
+
+impl Ask for Mark {
+    type Reply = ();
+    const STEP: &'static str = "owner.dock";
+
+    fn needs(&self) -> Option<Needs> {
+        Some(Needs::known(Action::Dock, self.generation))
+    }
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        let Self { substrate, nics, stop, .. } = self;
+        e.record.unfinished = Some(Unfinished::Docking { substrate, nics });
+        if let Err(f) = e.save() {
+            e.record.unfinished = None;
+            return Err(f);
+        }
+        e.doing.dock(stop);
+        Ok(())
+    }
+}
+
+/// A machine was not docked: it runs on, or has ended.
+struct Undone {
+    substrate: SubstrateId,
+    /// Why it has ended.
+    ended: Option<String>,
+}
+
+impl Ask for Undone {
+    type Reply = ();
+    const STEP: &'static str = "owner.undone";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        // Whoever ended it meanwhile has settled what it is.
+        if e.record.desired == DesiredState::Gone
+            || !take_docking(&mut e.record.unfinished, self.substrate)
+        {
+            return Ok(());
+        }
+        e.doing.end();
+        if let Some(why) = self.ended {
+            tracing::error!(vm = %e.record.name, %why, "ended while it was brought back");
+            let words = format!("it ended while it was brought back from a docking: {why}");
+            e.record.reason = Some(words);
+        }
+        if let Err(f) = e.save() {
+            // The next daemon lets it run on once more, which changes nothing.
+            tracing::warn!(vm = %e.record.name, error = %f, "not written that it was not docked");
+        }
+        Ok(())
+    }
+}
+
+/// A docking has ended without having settled what its machine is: gives what is to be brought back.
+struct BrokeOff {
+    substrate: SubstrateId,
+}
+
+/// A machine whose docking broke off.
+struct BroughtBack {
+    machine: Machine,
+    /// The NICs that it had.
+    nics: Vec<Nic>,
+    generation: Generation,
+}
+
+impl Ask for BrokeOff {
+    type Reply = Option<BroughtBack>;
+    const STEP: &'static str = "owner.dock-broke-off";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<Option<BroughtBack>, Fault> {
+        let nics = match &e.record.unfinished {
+            Some(Unfinished::Docking { substrate, nics }) if *substrate == self.substrate => {
+                nics.clone()
+            }
+            _ => return Ok(None),
+        };
+        if e.record.desired == DesiredState::Gone {
+            return Ok(None);
+        }
+        e.doing.end();
+        let generation = e.record.generation;
+        Ok(e.machine.clone().map(|machine| BroughtBack { machine, nics, generation }))
+    }
+}
+
+/// A machine is its substrate now, and has ended.
+struct Docked {
+    parts: Arc<Parts>,
+    substrate: SubstrateId,
+    generation: Generation,
+}
+
+impl Ask for Docked {
+    type Reply = ();
+    const STEP: &'static str = "owner.docked";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        let Self { parts, substrate, generation } = self;
+        // The mark stays until the machine is buried: after a panic this is tried again.
+        if e.record.desired == DesiredState::Gone
+            || !is_docking(e.record.unfinished.as_ref(), substrate)
+        {
+            return Ok(());
+        }
         let vm = e.record.vm;
         e.record.generation = generation;
-        if let Err(error) = site.parts.machines.bury(e).await {
+        if let Err(error) = parts.machines.bury(e).await {
             tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
             e.record.desired = DesiredState::Gone;
-            site.parts.machines.delist(vm).await;
+            parts.machines.delist(vm).await;
         }
+        e.doing.end();
         // Whoever finds the mark after a panic finds the machine with it.
         e.machine = None;
-        site.parts.substrates.pool.forget_clone(vm);
+        parts.substrates.pool.forget_clone(vm);
+        Ok(())
     }
 }
 
@@ -113,39 +237,22 @@ impl Docks {
         call: Call,
     ) -> Result<SubstrateInfo, Fault> {
         // On a task of its own: it must come to its end when the caller goes away.
-        let site = Arc::clone(self);
-        let awaited = async move {
-            let (vm, substrate, me) = (want.vm, want.substrate, Arc::clone(&site));
-            let docking = tokio::spawn(async move { me.dock_here(want, call).await });
-            match docking.await {
-                Ok(done) => done,
-                Err(panic) => {
-                    let fault = join_error(panic);
-                    tracing::error!(%vm, error = %fault, "a docking broke off");
-                    site.after_panic(vm, substrate).await;
-                    Err(fault)
-                }
-            }
-        };
-        tokio::spawn(awaited).await.map_err(join_error)?
-    }
-
-    /// The docking of a machine panicked: if that was between its marks, it is finished or taken
-    /// back.
-    async fn after_panic(self: &Arc<Self>, vm: VmId, substrate: SubstrateId) {
-        let Some(entry) = self.parts.machines.entry_if_here(vm).await else { return };
-        let e = entry.lock().await;
-        let marked = is_docking(e.record.unfinished.as_ref(), substrate);
-        if let Some(machine) = e.machine.clone().filter(|_| marked) {
-            self.bring_back(vm, machine);
-        }
+        let (vm, me) = (want.vm, Arc::clone(self));
+        let docking = tokio::spawn(async move { me.dock_here(want, call).await });
+        docking.await.unwrap_or_else(|panic| {
+            let fault = join_error(panic);
+            tracing::error!(%vm, error = %fault, "a docking broke off");
+            Err(fault)
+        })
     }
 
     async fn dock_here(self: &Arc<Self>, want: Dock, call: Call) -> Result<SubstrateInfo, Fault> {
-        let (entry, _) = self.parts.machines.admit(want.vm, want.generation, Action::Dock).await?;
-        let machine = entry.machine.clone().ok_or_else(|| self.parts.machines.not_here(want.vm))?;
+        let owner = self.parts.machines.owner(want.vm).await?;
+        let needs = Some(Needs::known(Action::Dock, want.generation));
+        let e = owner.ask(Look { needs }).await?;
+        let machine = e.machine.ok_or_else(|| self.parts.machines.not_here(want.vm))?;
         // What the guest has read from a damaged base or layer is in its memory, too.
-        let image = self.parts.substrates.sound_disk(&self.parts.images, &entry.record).await?;
+        let image = self.parts.substrates.sound_disk(&self.parts.images, &e.record).await?;
         call.progress(Progress {
             stage: "dock".into(),
             note: "the guest is being quiesced, then its memory is stored".into(),
@@ -160,8 +267,9 @@ impl Docks {
             stop: DockStop::default(),
         };
         let stop = request.stop.clone();
-        let (dir, nics) = (self.parts.dirs.vm(want.vm), machine.launch().nics);
-        let marked = Marked::new(entry, dir, want.substrate, nics)?;
+        let (generation, substrate) = (want.generation, want.substrate);
+        let mark = Mark { generation, substrate, nics: machine.launch().nics, stop: stop.clone() };
+        let marked = Marked::new(Arc::clone(self), &owner, mark).await?;
         godwit_hold::at("dock.marked").await;
         let docked = {
             let docking = dock_convert(&machine, &self.parts.substrates.pool, request);
@@ -179,66 +287,56 @@ impl Docks {
             Ok((substrate, report)) => {
                 godwit_hold::at("dock.settling").await;
                 self.parts.substrates.make_ready(substrate.id, image);
-                marked.settled(self, want.generation).await;
+                marked.settled(generation).await;
                 Ok(info(&substrate, Some(report)))
             }
             Err(error @ SubstrateError::NotRunningOn { .. }) => {
+                // It is brought back.
                 marked.left();
-                self.bring_back(want.vm, machine);
                 Err(into_fault(error))
             }
             Err(error) => {
-                marked.undone();
+                marked.undone().await;
                 Err(into_fault(error))
             }
         }
     }
 
-    /// Lets a machine run on whose docking broke off, in the background; until it does, it is being
-    /// docked by its state.
-    pub(super) fn bring_back(self: &Arc<Self>, vm: VmId, machine: Machine) {
+    /// Lets a machine run on whose docking broke off, or finishes that, in the background; until it
+    /// does, it is being docked by its state.
+    pub(super) fn bring_back(self: &Arc<Self>, vm: VmId, substrate: SubstrateId) {
         let me = Arc::clone(self);
         tokio::spawn(async move {
             loop {
-                let (site, machine) = (Arc::clone(&me), machine.clone());
-                let back = tokio::spawn(async move { site.bring_back_now(vm, machine).await });
-                match back.await {
+                let site = Arc::clone(&me);
+                let back = tokio::spawn(async move { site.bring_back_now(vm, substrate).await });
+                let broke_off = match back.await {
                     Ok(Ok(())) => return,
-                    Ok(Err(error)) => {
-                        tracing::error!(%vm, %error, "a machine that was not docked");
-                        return;
-                    }
-                    Err(panic) => {
-                        let error = join_error(panic);
-                        tracing::error!(%vm, %error, "a machine is not brought back yet");
-                        tokio::time::sleep(PANICKED_PAUSE).await;
-                    }
+                    Ok(Err(error)) => error,
+                    Err(panic) => join_error(panic),
+                };
+                tracing::error!(%vm, error = %broke_off, "a machine is not brought back yet");
+                if broke_off.code != Code::Internal {
+                    return;
                 }
+                tokio::time::sleep(PANICKED_PAUSE).await;
             }
         });
     }
 
-    async fn bring_back_now(&self, vm: VmId, machine: Machine) -> Result<(), Fault> {
-        let entry = self.parts.machines.entry(vm).await?;
-        let Some(Unfinished::Docking { nics, substrate }) =
-            entry.lock().await.record.unfinished.clone()
+    async fn bring_back_now(&self, vm: VmId, substrate: SubstrateId) -> Result<(), Fault> {
+        let owner = self.parts.machines.owner(vm).await?;
+        let Some(BroughtBack { machine, nics, generation }) =
+            owner.ask(BrokeOff { substrate }).await?
         else {
             return Ok(());
         };
         if self.parts.substrates.has(substrate) {
             // Its docking ended behind the commit without a word.
-            let entry = entry.lock_owned().await;
-            // The mark stays until the machine is buried: after a panic this is tried again.
-            if entry.record.desired == DesiredState::Gone
-                || !is_docking(entry.record.unfinished.as_ref(), substrate)
-            {
-                return Ok(());
-            }
-            let generation = entry.record.generation;
             machine.kill().await;
             godwit_hold::at("dock.finishing").await;
-            Marked { entry, dir: self.parts.dirs.vm(vm) }.settled(self, generation).await;
-            return Ok(());
+            let parts = Arc::clone(&self.parts);
+            return owner.ask(Docked { parts, substrate, generation }).await;
         }
         godwit_hold::at("dock.bring-back").await;
         let mut ended = None;
@@ -252,22 +350,10 @@ impl Docks {
             }
             tokio::time::sleep(RUN_ON_AGAIN).await;
         }
-        let mut e = entry.lock().await;
-        // Whoever ended it meanwhile has settled what it is.
-        if e.record.desired == DesiredState::Gone
-            || !take_docking(&mut e.record.unfinished, substrate)
-        {
-            return Ok(());
+        if ended.is_none() {
+            tracing::info!(%vm, "runs on: it was not docked");
         }
-        match &ended {
-            None => tracing::info!(vm = %e.record.name, "runs on: it was not docked"),
-            Some(why) => {
-                tracing::error!(vm = %e.record.name, %why, "ended while it was brought back");
-                let words = format!("it ended while it was brought back from a docking: {why}");
-                e.record.reason = Some(words);
-            }
-        }
-        e.record.save(&self.parts.dirs.vm(vm))
+        owner.ask(Undone { substrate, ended }).await
     }
 }
 

@@ -1,33 +1,38 @@
-//! One machine of a site as its daemon has it, and the one way to come to change it.
+//! One machine of a site as its daemon has it.
 
 use std::sync::{Arc, Weak};
 
 use godwit_qemu::Machine;
-use godwit_types::{Fault, Generation, Name, VmId};
-use tokio::sync::OwnedMutexGuard;
+use godwit_substrate::DockStop;
+use godwit_types::Name;
 use tokio_util::sync::CancellationToken;
 
-use super::LocalSite;
-use super::allowed::{Action, Activity, First, Qemu, State};
+use super::allowed::{Activity, Qemu, State};
 use super::record::MachineRecord;
-use super::table::Machines;
 
-/// One machine of this site. Its lock is held while something changes it, so that two requests
-/// for one machine take turns.
+/// What is known of one machine of this site. Its owner has the one that counts; what others have is
+/// what it was at some moment.
+#[derive(Debug, Clone)]
 pub(super) struct Entry {
+    /// How many times it has changed since this daemon has it.
+    pub(super) revision: u64,
     pub(super) record: MachineRecord,
     pub(super) machine: Option<Machine>,
     pub(super) doing: Doing,
 }
 
-/// What somebody does to a machine without its lock.
-#[derive(Debug, Default)]
+/// What goes on with a machine while its owner answers other requests.
+#[derive(Debug, Clone, Default)]
 pub(super) enum Doing {
     #[default]
     Nothing,
-    /// Starts it; cancelled when it is not wanted any more.
+    /// It is started; cancelled when it is not wanted any more.
     Starting(CancellationToken),
-    /// Waits for its guest to power itself off, for as long as there is whoever waits.
+    /// Its arrival is made ready.
+    Preparing,
+    /// It is made a substrate; stopped when it is to end before its commit.
+    Docking(DockStop),
+    /// Its guest is waited for to power itself off, for as long as there is whoever waits.
     PoweringOff(Weak<()>),
 }
 
@@ -73,10 +78,25 @@ impl Doing {
         waits
     }
 
-    /// What is done now.
-    pub(super) fn now(&self) -> Activity {
+    /// A docking begins, which `stop` stops.
+    pub(super) fn dock(&mut self, stop: DockStop) {
+        self.cancel_start();
+        *self = Self::Docking(stop);
+    }
+
+    /// A docking has come to its end, or what was prepared is ready.
+    pub(super) fn end(&mut self) {
+        if let Self::Docking(_) | Self::Preparing = self {
+            *self = Self::Nothing;
+        }
+    }
+
+    /// What is done at this moment.
+    pub(super) fn activity(&self) -> Activity {
         match self {
             Self::Starting(_) => Activity::Starting,
+            Self::Preparing => Activity::Preparing,
+            Self::Docking(_) => Activity::Docking,
             Self::PoweringOff(waits) if waits.strong_count() > 0 => Activity::PoweringOff,
             Self::PoweringOff(_) | Self::Nothing => Activity::Nothing,
         }
@@ -84,86 +104,21 @@ impl Doing {
 }
 
 impl Entry {
-    pub(super) fn new(record: MachineRecord, machine: Option<Machine>) -> Self {
-        Self { record, machine, doing: Doing::Nothing }
+    pub(super) const fn new(record: MachineRecord, machine: Option<Machine>) -> Self {
+        Self { revision: 0, record, machine, doing: Doing::Nothing }
     }
 
     /// Its state at `site`, whose QEMU was not asked.
     pub(super) fn state(&self, site: &Name) -> State {
         let display = self.machine.as_ref().is_some_and(|m| m.launch().spec.display);
         let qemu = if self.machine.is_some() { Qemu::There } else { Qemu::Gone };
-        State::of(&self.record, site, self.doing.now(), (qemu, display))
+        State::of(&self.record, site, self.doing.activity(), (qemu, display))
     }
 
     /// Whether it has a QEMU, or is about to.
     pub(super) fn takes_memory(&self) -> bool {
-        let starts = self.doing.now() == Activity::Starting;
+        let starts = self.doing.activity() == Activity::Starting;
         self.machine.is_some() || starts || self.record.migration.is_some()
-    }
-}
-
-/// A machine that is locked for what was asked, and what has to end before that.
-pub(super) type Admitted = (OwnedMutexGuard<Entry>, First);
-
-impl Machines {
-    /// A machine locked for `action`, if its state allows that to one who knows of `generation`;
-    /// `None` when there is no such machine. What has to end first has not ended yet.
-    pub(super) async fn admit_if_here(
-        &self,
-        vm: VmId,
-        generation: Generation,
-        action: Action,
-    ) -> Result<Option<Admitted>, Fault> {
-        let Some(entry) = self.entry_if_here(vm).await else { return Ok(None) };
-        let e = entry.lock_owned().await;
-        let state = e.state(&self.site);
-        state.fence(generation)?;
-        let first = state.allows(action)?;
-        Ok(Some((e, first)))
-    }
-
-    /// As [`Machines::admit_if_here`], where there has to be one.
-    pub(super) async fn admit(
-        &self,
-        vm: VmId,
-        generation: Generation,
-        action: Action,
-    ) -> Result<Admitted, Fault> {
-        let admitted = self.admit_if_here(vm, generation, action).await?;
-        admitted.ok_or_else(|| self.not_here(vm))
-    }
-}
-
-impl LocalSite {
-    /// A machine locked for `action`, if its state allows that to one who knows of `generation`. A
-    /// move that has to end first has ended.
-    pub(super) async fn admit(
-        &self,
-        vm: VmId,
-        generation: Generation,
-        action: Action,
-    ) -> Result<Admitted, Fault> {
-        let admitted = self.admit_if_here(vm, generation, action).await?;
-        admitted.ok_or_else(|| self.parts.machines.not_here(vm))
-    }
-
-    /// As [`LocalSite::admit`]; `None` when there is no such machine.
-    pub(super) async fn admit_if_here(
-        &self,
-        vm: VmId,
-        generation: Generation,
-        action: Action,
-    ) -> Result<Option<Admitted>, Fault> {
-        loop {
-            match self.parts.machines.admit_if_here(vm, generation, action).await? {
-                Some((e, First::Move)) => {
-                    let (record, machine) = (e.record.clone(), e.machine.clone());
-                    drop(e);
-                    self.moves.quit(record, machine).await?;
-                }
-                admitted => return Ok(admitted),
-            }
-        }
     }
 }
 
@@ -181,9 +136,9 @@ mod tests {
         let second = doing.start();
         assert!(doing.is_start_but(&first) && !doing.is_start_but(&second));
         assert!(!doing.end_start(&first), "it is told that it was cancelled");
-        assert_eq!(doing.now(), Activity::Starting);
+        assert_eq!(doing.activity(), Activity::Starting);
         assert!(!second.is_cancelled() && doing.end_start(&second));
-        assert_eq!(doing.now(), Activity::Nothing);
+        assert_eq!(doing.activity(), Activity::Nothing);
         assert!(!doing.end_start(&second), "it has ended");
     }
 
@@ -191,16 +146,16 @@ mod tests {
     fn nobody_powers_off_once_whoever_waited_is_gone_or_it_was_started() {
         let mut doing = Doing::default();
         let waits = doing.power_off();
-        assert_eq!(doing.now(), Activity::PoweringOff);
+        assert_eq!(doing.activity(), Activity::PoweringOff);
         let again = doing.power_off();
         drop(waits);
-        assert_eq!(doing.now(), Activity::PoweringOff, "its power is cut meanwhile");
+        assert_eq!(doing.activity(), Activity::PoweringOff, "its power is cut meanwhile");
         drop(again);
-        assert_eq!(doing.now(), Activity::Nothing);
+        assert_eq!(doing.activity(), Activity::Nothing);
         let waits = doing.power_off();
         let wanted = doing.start();
         assert!(doing.end_start(&wanted));
-        assert_eq!(doing.now(), Activity::Nothing, "who waited for the run before has no say");
+        assert_eq!(doing.activity(), Activity::Nothing, "who waited for the run before has no say");
         drop(waits);
     }
 }

@@ -61,7 +61,7 @@ impl Machines {
         let life = machine.life().await.map_err(into_fault)?;
         // Of one that stands still the center may ask again: it goes on elsewhere, or will be known
         // to have ended.
-        let state = self.entry(vm).await?.lock().await.state(&self.site);
+        let state = self.owner(vm).await?.now().state(&self.site);
         let _ = state.asked(Some(life)).allows(Action::Exec)?;
         Ok(machine)
     }

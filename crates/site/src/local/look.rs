@@ -1,18 +1,17 @@
 //! What is seen of the machines of a site.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use godwit_qemu::Life;
-use godwit_types::{Fault, Name, VmId, VmState};
-use tokio::sync::Mutex;
+use godwit_qemu::{Life, Process};
+use godwit_types::{Fault, VmId, VmState};
 
-use super::allowed::Action;
+use super::allowed::{Action, First};
 use super::course::{End, Migration};
 use super::entry::Entry;
-use super::machines::{LOOK_EVERY, into_fault, remove_file};
-use super::record::{DesiredState, MachineRecord, Unfinished};
+use super::machines::{into_fault, remove_file};
+use super::owner::{Ask, Owned, Owner};
+use super::record::{DesiredState, MachineRecord};
 use super::room::Room;
 use super::table::Machines;
 use crate::MachineStatus;
@@ -20,29 +19,22 @@ use crate::MachineStatus;
 impl Machines {
     /// All of them. One that a full disk stopped runs on once there is room.
     pub(super) async fn list(&self, room: &Room) -> Vec<MachineStatus> {
-        let entries = self.now().await;
-        // Side by side: one that answers late keeps nobody waiting for the others.
-        let looks = entries.into_iter().map(|(vm, entry)| self.look_at(room, vm, entry));
+        let owners = self.all().await;
+        // Side by side: one whose QEMU answers late keeps nobody waiting for the others.
+        let looks = owners.iter().map(|owner| self.look_at(room, owner));
         futures::future::join_all(looks).await.into_iter().flatten().collect()
     }
 
     /// One of them.
     pub(super) async fn status(&self, room: &Room, vm: VmId) -> Result<MachineStatus, Fault> {
-        let entry = self.entry(vm).await?;
-        self.look_at(room, vm, entry).await.ok_or_else(|| self.not_here(vm))
+        let owner = self.owner(vm).await?;
+        self.look_at(room, &owner).await.ok_or_else(|| self.not_here(vm))
     }
 
-    /// What a machine is now; `None` for one that is gone.
-    async fn look_at(
-        &self,
-        room: &Room,
-        vm: VmId,
-        entry: Arc<Mutex<Entry>>,
-    ) -> Option<MachineStatus> {
-        // One that is being changed answers with what is known of it without waiting.
-        let Ok(mut e) = tokio::time::timeout(LOOK_EVERY, entry.lock()).await else {
-            return self.busy_status(vm);
-        };
+    /// What a machine is now, as it is published and by its QEMU's word; `None` for one that is
+    /// gone. Its owner is told what was found, and not waited for.
+    pub(super) async fn look_at(&self, room: &Room, owner: &Owner) -> Option<MachineStatus> {
+        let mut e = owner.now();
         if e.record.desired == DesiredState::Gone {
             return None;
         }
@@ -51,56 +43,25 @@ impl Machines {
         }
         let mut life = life_of(&e).await;
         if life == Some(Life::Stalled) {
-            self.wake_stalled(room, &mut e).await;
+            let full = room.check_disk(0).is_err().then(|| self.dirs.data.display().to_string());
+            let wake = owner.ask(Wake { full });
+            // One whose owner is busy is woken by whoever looks next.
+            let _ = tokio::time::timeout(WAKE_WITHIN, wake).await;
+            e = owner.now();
             life = life_of(&e).await;
         }
-        let meant = e.record.desired;
-        let status = status_of(&self.site, &mut e, life).await;
-        if e.record.desired != meant {
-            tracing::info!(vm = %e.record.name, "its guest powered itself off");
-            let kept = e.record.save(&self.dirs.vm(vm));
-            if let Err(f) = kept.and_then(|()| remove_file(&self.dirs.vm_memory(vm))) {
-                tracing::warn!(error = %f, "what it left behind");
-            }
+        if life == Some(Life::Exited)
+            && let Some(process) = found_exited(&mut e).await
+        {
+            owner.tell(Exited { process, memory: self.dirs.vm_memory(e.record.vm) });
         }
-        Some(status)
-    }
-
-    /// Lets a machine run on that a full disk stopped, once there is room again.
-    async fn wake_stalled(&self, room: &Room, e: &mut Entry) {
-        let Some(m) = &e.machine else { return };
-        if room.check_disk(0).is_err() {
-            let words = format!(
-                "its guest stands still: there is no room for its disk at {}",
-                self.dirs.data.display()
-            );
-            if e.record.reason.as_ref() != Some(&words) {
-                tracing::warn!(vm = %e.record.name, "{words}");
-                e.record.reason = Some(words);
-            }
-            return;
-        }
-        match m.run().await {
-            Ok(()) => {
-                tracing::info!(vm = %e.record.name, "there is room for its disk again: it runs on");
-                e.record.reason = None;
-            }
-            Err(error) => tracing::warn!(vm = %e.record.name, %error, "it does not run on"),
-        }
-    }
-
-    /// A machine that a job has at this moment, as its record has it: present, and not settled.
-    fn busy_status(&self, vm: VmId) -> Option<MachineStatus> {
-        let r = MachineRecord::load(&self.dirs.vm(vm)).ok().flatten()?;
-        let docking = matches!(r.unfinished, Some(Unfinished::Docking { .. }));
-        let state = if docking { VmState::Docking } else { VmState::Starting };
-        (r.desired != DesiredState::Gone).then(|| status_as(&r, state))
+        let state = e.state(&self.site).asked(life).vm_state();
+        Some(status_as(&e.record, state))
     }
 
     /// The end of a machine's console log, also of one that has ended.
     pub(super) async fn console_log(&self, vm: VmId, max: usize) -> Result<Vec<u8>, Fault> {
-        let entry = self.entry(vm).await?;
-        let e = entry.lock().await;
+        let e = self.owner(vm).await?.now();
         let _ = e.state(&self.site).allows(Action::Log)?;
         if let Some(m) = &e.machine {
             return m.console_tail(max).map_err(into_fault);
@@ -121,8 +82,87 @@ fn tail(path: &Path, max: usize) -> Result<Vec<u8>, Fault> {
     Ok(out)
 }
 
+/// A machine that a full disk stopped runs on, once there is room again.
+struct Wake {
+    /// Where there is no room yet.
+    full: Option<String>,
+}
+
+impl Ask for Wake {
+    type Reply = ();
+    const STEP: &'static str = "owner.wake";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        let Some(m) = e.machine.clone() else { return Ok(()) };
+        if let Some(at) = self.full {
+            let words = format!("its guest stands still: there is no room for its disk at {at}");
+            if e.record.reason.as_ref() != Some(&words) {
+                tracing::warn!(vm = %e.record.name, "{words}");
+                e.record.reason = Some(words);
+            }
+            return Ok(());
+        }
+        if life_of(e).await != Some(Life::Stalled) {
+            return Ok(());
+        }
+        match m.run().await {
+            Ok(()) => {
+                tracing::info!(vm = %e.record.name, "there is room for its disk again: it runs on");
+                e.record.reason = None;
+            }
+            Err(error) => tracing::warn!(vm = %e.record.name, %error, "it does not run on"),
+        }
+        Ok(())
+    }
+}
+
+/// Whoever looked at a machine found that its QEMU has ended.
+struct Exited {
+    process: Process,
+    /// The file that its memory is in.
+    memory: PathBuf,
+}
+
+impl Ask for Exited {
+    type Reply = ();
+    const STEP: &'static str = "owner.exited";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        // Another one may run by now.
+        if e.machine.as_ref().is_none_or(|m| *m.process() != self.process) {
+            return Ok(());
+        }
+        let desired = e.record.desired;
+        let _ = found_exited(e).await;
+        if e.record.desired != desired {
+            tracing::info!(vm = %e.record.name, "its guest powered itself off");
+            let kept = e.save();
+            if let Err(f) = kept.and_then(|()| remove_file(&self.memory)) {
+                tracing::warn!(error = %f, "what it left behind");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a machine is once its QEMU has ended; gives which one that was.
+async fn found_exited(e: &mut Entry) -> Option<Process> {
+    let m = e.machine.take()?;
+    if e.record.desired == DesiredState::Running {
+        if m.has_powered_off() {
+            e.record.desired = DesiredState::Stopped;
+            e.record.reason = None;
+        } else {
+            e.record.reason = Some(m.exited().await.brief());
+        }
+    }
+    Some(m.process().clone())
+}
+
 /// How long QEMU may take to say how it is. One whose main loop waits for a page says nothing.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// How long one that a full disk stopped is waited for to run on.
+const WAKE_WITHIN: Duration = Duration::from_secs(1);
 
 /// In which life a machine's QEMU is, if it has one.
 pub(super) async fn life_of(e: &Entry) -> Option<Life> {
@@ -134,23 +174,6 @@ pub(super) async fn life_of(e: &Entry) -> Option<Life> {
         Ok(Ok(life)) => Some(life),
         Ok(Err(_)) | Err(_) => Some(silent),
     }
-}
-
-/// What a machine is, by QEMU's word.
-pub(super) async fn status_of(site: &Name, e: &mut Entry, life: Option<Life>) -> MachineStatus {
-    if life == Some(Life::Exited)
-        && let Some(m) = e.machine.take()
-        && e.record.desired == DesiredState::Running
-    {
-        if m.has_powered_off() {
-            e.record.desired = DesiredState::Stopped;
-            e.record.reason = None;
-        } else {
-            e.record.reason = Some(m.exited().await.brief());
-        }
-    }
-    let state = e.state(site).asked(life).vm_state();
-    status_as(&e.record, state)
 }
 
 fn status_as(r: &MachineRecord, state: VmState) -> MachineStatus {

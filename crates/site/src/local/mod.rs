@@ -28,6 +28,7 @@ mod meet;
 mod moves;
 mod moving;
 mod neighbours;
+mod owner;
 mod parts;
 mod pool;
 mod promise;
@@ -66,7 +67,6 @@ use super::{ByteStream, Call, SiteHost, SiteReply, SiteRequest, StreamRequest};
 use allowed::Action;
 pub use apart::Uids;
 pub use dirs::SiteDirs;
-use entry::Entry;
 pub use images::{image_info, images_of, in_use};
 pub use promise::MACHINE_OVERHEAD_MIB;
 

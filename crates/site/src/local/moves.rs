@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::allowed::Action;
+use super::allowed::{Action, First, Refusal};
 use super::arrivals::Arrivals;
 use super::course::{End, Migration};
 use super::departures::{Departures, NotSent};
@@ -38,6 +38,7 @@ use super::entry::Doing;
 use super::launch::Launcher;
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::moving::UNDO_WITHIN;
+use super::owner::{Ask, Look, Needs, Owned};
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::relays::{MovePaths, Part};
 use super::{filling, ran};
@@ -80,7 +81,8 @@ impl Departures {
         vm: VmId,
         generation: Generation,
     ) -> Result<Vec<u8>, Fault> {
-        let (e, _) = self.parts.machines.admit(vm, generation, Action::Leave).await?;
+        let needs = Some(Needs::known(Action::Leave, generation));
+        let e = self.parts.machines.owner(vm).await?.ask(Look { needs }).await?;
         let machine = e.machine.as_ref().ok_or_else(|| self.parts.machines.not_here(vm))?;
         let image = self.parts.substrates.sound_disk(&self.parts.images, &e.record).await?;
         let disk_bytes = match image.disk_path() {
@@ -142,18 +144,15 @@ impl Arrivals {
         let image = self.parts.images.sound(&record).await?;
         let here = Manifest::of(&Launcher::spec_of(&record, &image), &self.parts.launcher.qemu);
         manifest.machine.check(&here).map_err(into_fault)?;
-        let entry = self.parts.machines.register(record.clone(), Doing::Nothing).await?;
-        let mut e = entry.lock().await;
-        match self.prepare_entered(&record, &image, &manifest).await {
+        let owner = self.parts.machines.register(record.clone(), Doing::Preparing).await?;
+        let arrivals = Arc::clone(self);
+        match owner.ask(Prepare { arrivals, record: record.clone(), image, manifest }).await {
             Ok((qemu, relay, address)) => {
-                e.machine = Some(qemu.clone());
-                drop(e);
                 godwit_hold::at("move.prepared").await;
                 self.spawn_arrival(record, qemu, relay, Received::default(), false);
                 Ok(Incoming { migration: id, address, peer: self.parts.name.clone() })
             }
             Err(f) => {
-                drop(e);
                 self.undo(&record).await;
                 Err(f)
             }
@@ -163,8 +162,8 @@ impl Arrivals {
     /// Takes back an earlier arrival of the same machine that never ran: its move is over, since the
     /// center gives each generation to one move only, and this site may have been away then.
     pub(super) async fn supersede(&self, comes: &MachineRecord) -> Result<(), Fault> {
-        let Some(entry) = self.parts.machines.entry_if_here(comes.vm).await else { return Ok(()) };
-        let there = entry.lock().await.record.clone();
+        let Some(owner) = self.parts.machines.owner_if_here(comes.vm).await else { return Ok(()) };
+        let there = owner.ask(Look { needs: None }).await?.record;
         match there.migration {
             Some(m) if m.end() == End::Destination && there.generation < comes.generation => {
                 info!(vm = %comes.name, generation = %there.generation, "an arrival that is over");
@@ -295,16 +294,56 @@ impl Arrivals {
 
     /// A machine has arrived and no longer needs its source.
     pub(super) async fn settle_arrival(&self, record: &MachineRecord) -> Result<(), Fault> {
-        let entry = self.parts.machines.entry(record.vm).await?;
-        let mut e = entry.lock().await;
-        let dir = self.parts.dirs.vm(record.vm);
+        let owner = self.parts.machines.owner(record.vm).await?;
+        owner.ask(Arrived).await?;
+        if let Some(m) = &record.migration {
+            self.parts.relays.clear(m);
+        }
+        info!(vm = %record.name, "has arrived");
+        Ok(())
+    }
+}
+
+/// A machine is to come: a relay that listens and a QEMU that waits are made for it.
+struct Prepare {
+    arrivals: Arc<Arrivals>,
+    record: MachineRecord,
+    image: godwit_image::Image,
+    manifest: MoveManifest,
+}
+
+impl Ask for Prepare {
+    type Reply = (Machine, RelayClient, std::net::SocketAddr);
+    const STEP: &'static str = "owner.prepare";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<Self::Reply, Fault> {
+        let Self { arrivals, record, image, manifest } = self;
+        if e.record.desired == DesiredState::Gone {
+            return Err(Fault::conflict(format!("the move of '{}' was taken back", record.name)));
+        }
+        let prepared = arrivals.prepare_entered(&record, &image, &manifest).await?;
+        e.machine = Some(prepared.0.clone());
+        e.doing.end();
+        Ok(prepared)
+    }
+}
+
+/// A machine has come whole.
+struct Arrived;
+
+impl Ask for Arrived {
+    type Reply = ();
+    const STEP: &'static str = "owner.arrived";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        let dir = e.dir.clone();
         let mid = dir.join(MID);
         let before = e.record.clone();
         if mid.exists() {
             e.record.disk_base = DiskBase::Mid;
         }
         e.record.migration = None;
-        if let Err(f) = e.record.save(&dir) {
+        if let Err(f) = e.save() {
             e.record = before;
             return Err(f);
         }
@@ -312,19 +351,41 @@ impl Arrivals {
         if mid.exists()
             && let Err(error) = godwit_disk::MidLayer::forget(&mid)
         {
-            warn!(vm = %record.name, %error, "the list of what came stays beside the layer");
+            warn!(vm = %e.record.name, %error, "the list of what came stays beside the layer");
         }
         for left in [filling::end(&dir), ran::forget(&dir)] {
             if let Err(error) = left {
-                warn!(vm = %record.name, %error, "a file of its arrival stays");
+                warn!(vm = %e.record.name, %error, "a file of its arrival stays");
             }
         }
         forget_measured(&dir);
-        if let Some(m) = &record.migration {
-            self.parts.relays.clear(m);
-        }
-        info!(vm = %record.name, "has arrived");
         Ok(())
+    }
+}
+
+/// A machine is to leave; gives its record and its QEMU.
+struct Leave {
+    generation: Generation,
+    departure: Migration,
+}
+
+impl Ask for Leave {
+    type Reply = (MachineRecord, Machine);
+    const STEP: &'static str = "owner.leave";
+
+    fn needs(&self) -> Option<Needs> {
+        Some(Needs::known(Action::Leave, self.generation))
+    }
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<Self::Reply, Fault> {
+        let machine = e.machine.clone();
+        let machine = machine.ok_or_else(|| Refusal::NotRunning(e.record.name.clone()))?;
+        e.record.migration = Some(self.departure);
+        if let Err(f) = e.save() {
+            e.record.migration = None;
+            return Err(f);
+        }
+        Ok((e.record.clone(), machine))
     }
 }
 
@@ -343,17 +404,9 @@ impl Departures {
             )));
         }
         let meeting = self.parts.reach.meets(&to)?;
-        let (record, machine) = {
-            let (mut e, _) = self.parts.machines.admit(vm, generation, Action::Leave).await?;
-            let machine = e.machine.clone().ok_or_else(|| self.parts.machines.not_here(vm))?;
-            let leaves = Migration::departure(to.migration, to.peer.clone(), Some(next));
-            e.record.migration = Some(leaves);
-            if let Err(f) = e.record.save(&self.parts.dirs.vm(vm)) {
-                e.record.migration = None;
-                return Err(f);
-            }
-            (e.record.clone(), machine)
-        };
+        let departure = Migration::departure(to.migration, to.peer.clone(), Some(next));
+        let owner = self.parts.machines.owner(vm).await?;
+        let (record, machine) = owner.ask(Leave { generation, departure }).await?;
         let leaving = self.drives.register(to.migration, vm);
         let (me, mine) = (Arc::clone(self), Arc::clone(&leaving));
         let id = to.migration;

@@ -96,9 +96,8 @@ impl Moves {
     /// After a start: ends relays and removes files of moves that no machine here is in.
     pub(super) async fn sweep(&self) {
         let mut wanted = Vec::new();
-        // The list is not locked while a machine's lock is waited for: whoever has that may remove it.
-        for (_, entry) in self.parts.machines.now().await {
-            if let Some(m) = &entry.lock().await.record.migration {
+        for owner in self.parts.machines.all().await {
+            if let Some(m) = &owner.now().record.migration {
                 wanted.push(MovePaths::of(&self.parts.dirs.run, m).dir);
             }
         }

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::LocalSite;
 use super::machines::into_fault;
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
-use super::starts::Starts;
+use super::starts::{Booting, Starts};
 use crate::Progress;
 use crate::{Call, MachineStatus, NewMachine};
 
@@ -56,7 +56,7 @@ impl Starts {
         self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
         self.parts.room.check_memory(record.memory)?;
         let image = self.parts.images.sound(&record).await?;
-        let (entry, wanted) = self.parts.machines.register_starting(record.clone()).await?;
+        let (owner, wanted) = self.parts.machines.register_starting(record.clone()).await?;
         call.progress(Progress {
             stage: "activate".into(),
             note: format!("from substrate {}", substrate.name),
@@ -74,33 +74,25 @@ impl Starts {
                     activating.await?
                 }
             };
-            let mut e = entry.lock().await;
-            if wanted.is_cancelled() {
-                activated.machine.kill().await;
-                return Err(Fault::cancelled());
-            }
-            let accel = activated.machine.launch().accel;
-            // Until this is written, a restart of the daemon takes the activation back.
-            e.record.unfinished = None;
-            if let Some(identity) = &activated.identity {
-                e.record.mac = identity.mac;
-            }
-            if let Err(f) = e.record.save(&self.parts.dirs.vm(record.vm)) {
-                activated.machine.kill().await;
+            let machine = activated.machine;
+            let accel = machine.launch().accel;
+            let mac = activated.identity.map_or(record.mac, |identity| identity.mac);
+            let there = Booting::activated(machine.clone(), &wanted, mac);
+            if let Err(f) = owner.ask(there).await {
+                machine.kill().await;
                 return Err(f);
             }
-            e.machine = Some(activated.machine);
             Ok((activated.report, accel))
         };
         match made.await {
             Ok((report, accel)) => {
                 self.parts.substrates.keep_waiting(id, image, accel);
-                let mut status = self.started(&entry, &wanted).await?;
+                let mut status = self.started(&owner, &wanted).await?;
                 status.activate = Some(report);
                 Ok(status)
             }
             Err(f) => {
-                self.parts.machines.withdraw(&entry, record.vm, &wanted).await;
+                self.withdraw(&owner, wanted).await;
                 Err(f)
             }
         }
@@ -175,8 +167,7 @@ impl LocalSite {
     /// Who needs an image here, in words.
     pub(super) async fn image_users(&self, name: &Name) -> Result<Vec<String>, Fault> {
         let substrates = self.parts.substrates.list()?.into_iter().filter(|s| s.image == *name);
-        let machines =
-            self.parts.machines.kept_records().await.into_iter().filter(|r| r.image == *name);
+        let machines = self.parts.machines.records().await.into_iter().filter(|r| r.image == *name);
         Ok(substrates
             .map(|s| format!("substrate '{}'", s.name))
             .chain(machines.map(|r| format!("machine '{}'", r.name)))

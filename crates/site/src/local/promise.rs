@@ -5,12 +5,8 @@
 //! A site promises no more than its host has, unless its operator says otherwise: then no machine is
 //! ever killed for another's sake. Who knows that clones stay small promises more.
 
-use std::collections::HashMap;
-use std::sync::{MutexGuard, PoisonError};
-
 use godwit_types::{Code, Fault, Mib, VmId};
 
-use super::record::{DesiredState, MachineRecord};
 use super::report;
 use super::table::Machines;
 
@@ -26,30 +22,12 @@ impl Machines {
     /// Memory that is promised to the machines of this site but for `not`, and that the sealed
     /// memory takes that they map, in MiB.
     pub(super) async fn promised_mib(&self, not: Option<VmId>) -> u64 {
-        let all = self.now().await;
-        let machines = all.into_iter().filter(|(vm, _)| Some(*vm) != not).map(|(vm, entry)| {
-            match entry.try_lock() {
-                Ok(e) => e.takes_memory().then_some(e.record.memory),
-                // It is being changed: as its record has it, for nobody is waited for.
-                Err(_) => match MachineRecord::load(&self.dirs.vm(vm)).ok().flatten() {
-                    Some(r) => (r.desired == DesiredState::Running).then_some(r.memory),
-                    // It is being made, and has none yet.
-                    None => self.sizes().get(&vm).copied(),
-                },
-            }
-        });
-        let machines: u64 = machines.flatten().map(share_mib).sum();
+        let all = self.all().await.into_iter().map(|owner| owner.now());
+        let machines = all.filter(|e| Some(e.record.vm) != not && e.takes_memory());
+        let machines = machines.map(|e| e.record.memory);
+        let machines: u64 = machines.map(share_mib).sum();
         let (sealed, idle) = self.pool.sealed_bytes();
         machines + (sealed.saturating_sub(idle) >> 20)
-    }
-
-    pub(super) fn sizes(&self) -> MutexGuard<'_, HashMap<VmId, Mib>> {
-        self.sizes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Remembers the memory of a machine that is being made.
-    pub(super) fn remember_size(&self, vm: VmId, memory: Mib) {
-        self.sizes().insert(vm, memory);
     }
 
     /// How much may be promised in all, in MiB.

@@ -33,9 +33,11 @@ use super::drive::{Drives, RECEIVED, SENT, measured};
 use super::machines::into_fault;
 use super::moves::{MID, runs};
 use super::moving::{Moves, RELEASE_WITHIN, memory_status};
+use super::owner::{Look, Needs, Owned};
+use super::parts::Parts;
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::relays::{MovePaths, Part};
-use super::{Entry, filling, ran};
+use super::{filling, ran};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
 
 /// How long a QEMU that was told to switch may take to stop.
@@ -220,11 +222,8 @@ impl Departures {
 impl Moves {
     /// How far a migration has come here.
     pub(super) async fn status(&self, id: MigrationId, vm: VmId) -> Result<MoveStatus, Fault> {
-        let entry = self.parts.machines.entry(vm).await?;
-        let (record, machine) = {
-            let e = entry.lock().await;
-            (e.record.clone(), e.machine.clone())
-        };
+        let now = self.parts.machines.owner(vm).await?.ask(Look { needs: None }).await?;
+        let (record, machine) = (now.record, now.machine);
         let Some(migration) = record.migration.clone().filter(|m| m.id == id) else {
             // What arrived or left whole is in no migration any more.
             let memory = match &machine {
@@ -492,13 +491,10 @@ impl Arrivals {
 impl Departures {
     /// A machine runs elsewhere for good: what was kept of it here is needed no more.
     pub(super) async fn release(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
-        let entry = self.parts.machines.entry(vm).await?;
-        let (first, migration) = {
-            let e = entry.lock().await;
-            let state = e.state(&self.parts.name);
-            state.fence(generation)?;
-            (state.allows(Action::Release)?, e.record.migration.clone())
-        };
+        let needs = Some(Needs::known(Action::Release, generation));
+        let e = self.parts.machines.owner(vm).await?.ask(Look { needs }).await?;
+        let first = e.state(&self.parts.name).allows(Action::Release)?;
+        let migration = e.record.migration;
         if let Some(m) = migration.filter(|_| first == First::Move) {
             // What the destination may still need stays until it needs it no more.
             self.drives.ended_within(m.id, RELEASE_WITHIN).await;
@@ -510,61 +506,59 @@ impl Departures {
     }
 }
 
-impl Arrivals {
-    /// Before a machine that arrived in part is started from its disk, or removed: ends what is
-    /// left of its migration. Only what was given up is taken away, or what is removed anyway.
-    pub(super) async fn end_arrival(&self, e: &mut Entry, keep_disk: bool) -> Result<(), Fault> {
-        let Some(m) = e.record.migration.clone() else { return Ok(()) };
-        let why = m.abandoned().cloned().unwrap_or_default();
-        let dir = self.parts.dirs.vm(e.record.vm);
-        let mid = dir.join(MID);
-        if keep_disk && self.parts.images.of(&e.record)?.disk_path().is_some() {
-            match MidLayer::missing(&filling::layer(&dir)) {
-                Ok((_, true)) => {}
-                Ok((left, false)) => {
-                    return Err(Fault::new(
-                        godwit_types::Code::Damaged,
-                        format!(
-                            "{left} blocks of the disk of '{}' are missing: {why}",
-                            e.record.name
-                        ),
-                    ));
-                }
-                Err(error) => {
-                    return Err(Fault::new(
-                        godwit_types::Code::Damaged,
-                        format!(
-                            "the disk of '{}' never came: {why} ({})",
-                            e.record.name,
-                            chain(&error)
-                        ),
-                    ));
-                }
+/// Before a machine that arrived in part is started from its disk, or removed: ends what is
+/// left of its migration. Only what was given up is taken away, or what is removed anyway.
+pub(super) async fn end_arrival(
+    parts: &Parts,
+    e: &mut Owned,
+    keep_disk: bool,
+) -> Result<(), Fault> {
+    let Some(m) = e.record.migration.clone() else { return Ok(()) };
+    let why = m.abandoned().cloned().unwrap_or_default();
+    let dir = e.dir.clone();
+    let mid = dir.join(MID);
+    if keep_disk && parts.images.of(&e.record)?.disk_path().is_some() {
+        match MidLayer::missing(&filling::layer(&dir)) {
+            Ok((_, true)) => {}
+            Ok((left, false)) => {
+                return Err(Fault::new(
+                    godwit_types::Code::Damaged,
+                    format!("{left} blocks of the disk of '{}' are missing: {why}", e.record.name),
+                ));
             }
-            if filling::is_there(&dir) {
-                MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
+            Err(error) => {
+                return Err(Fault::new(
+                    godwit_types::Code::Damaged,
+                    format!(
+                        "the disk of '{}' never came: {why} ({})",
+                        e.record.name,
+                        chain(&error)
+                    ),
+                ));
             }
-            e.record.disk_base = DiskBase::Mid;
         }
-        if let Some(m) = e.machine.take() {
-            m.kill().await;
+        if filling::is_there(&dir) {
+            MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
         }
-        self.parts.relays.end(&m).await;
-        self.parts.relays.clear(&m);
-        e.record.migration = None;
-        if e.record.desired != DesiredState::Gone {
-            e.record.save(&dir)?;
-        }
-        if keep_disk {
-            // Only then: without the record's word they tell of a layer that is still to be filled.
-            MidLayer::forget(&mid).map_err(into_fault)?;
-            filling::end(&dir)?;
-            ran::forget(&dir)?;
-        }
-        Ok(())
+        e.record.disk_base = DiskBase::Mid;
     }
+    if let Some(m) = e.machine.take() {
+        m.kill().await;
+    }
+    parts.relays.end(&m).await;
+    parts.relays.clear(&m);
+    e.record.migration = None;
+    if e.record.desired != DesiredState::Gone {
+        e.save()?;
+    }
+    if keep_disk {
+        // Only then: without the record's word they tell of a layer that is still to be filled.
+        MidLayer::forget(&mid).map_err(into_fault)?;
+        filling::end(&dir)?;
+        ran::forget(&dir)?;
+    }
+    Ok(())
 }
-
 fn memory_is_gone(record: &MachineRecord) -> Fault {
     Fault::new(
         godwit_types::Code::Damaged,

@@ -6,17 +6,18 @@ use std::time::Duration;
 
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_image::Image;
-use godwit_qemu::MacAddress;
+use godwit_qemu::{MacAddress, Machine};
 use godwit_types::{Code, Fault};
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use super::Entry;
-use super::look::{life_of, status_of};
+use super::allowed::First;
 use super::machines::{LOOK_EVERY, TOP, into_fault, join_error, remove_file};
+use super::owner::{Ask, Owned, Owner};
 use super::parts::Parts;
 use super::pool::mac_seed;
 use super::record::{DesiredState, DiskBase, MachineRecord};
+use super::table::Withdraw;
 use crate::{Call, MachineStatus, NewMachine, Origin, Progress};
 
 /// How long a guest may take to its agent's first answer.
@@ -74,11 +75,11 @@ impl Starts {
             unfinished: None,
         };
         self.parts.room.check_memory(record.memory)?;
-        let (entry, wanted) = self.parts.machines.register_starting(record.clone()).await?;
-        match self.boot_new(&entry, &record, &image, &call, &wanted).await {
-            Ok(()) => self.started(&entry, &wanted).await,
+        let (owner, wanted) = self.parts.machines.register_starting(record.clone()).await?;
+        match self.boot_new(&owner, &record, &image, &call, &wanted).await {
+            Ok(()) => self.started(&owner, &wanted).await,
             Err(f) => {
-                self.parts.machines.withdraw(&entry, record.vm, &wanted).await;
+                self.withdraw(&owner, wanted).await;
                 Err(f)
             }
         }
@@ -87,21 +88,38 @@ impl Starts {
     /// A machine that was being started runs.
     pub(super) async fn started(
         &self,
-        entry: &Mutex<Entry>,
+        owner: &Owner,
         wanted: &CancellationToken,
     ) -> Result<MachineStatus, Fault> {
-        let mut e = entry.lock().await;
-        if !e.doing.end_start(wanted) {
-            return Err(Fault::cancelled());
+        owner.ask(Started { wanted: wanted.clone() }).await?;
+        let Parts { machines, room, .. } = &*self.parts;
+        let status = machines.look_at(room, owner).await;
+        status.ok_or_else(|| machines.not_here(owner.vm()))
+    }
+
+    /// A start did not come about: nothing of its machine stays.
+    pub(super) async fn withdraw(&self, owner: &Owner, wanted: CancellationToken) {
+        if let Err(error) = owner.ask(Withdraw { parts: Arc::clone(&self.parts), wanted }).await {
+            tracing::error!(vm = %owner.vm(), %error, "what is left of a machine that did not start");
         }
-        let life = life_of(&e).await;
-        Ok(status_of(&self.parts.name, &mut e, life).await)
+    }
+
+    /// Boots a machine from the disk that it has.
+    pub(super) async fn boot_again(
+        &self,
+        owner: &Owner,
+        record: &MachineRecord,
+        call: &Call,
+        wanted: &CancellationToken,
+    ) -> Result<(), Fault> {
+        let image = self.parts.images.sound(record).await?;
+        self.boot(owner, record, &image, call, wanted).await
     }
 
     /// Writes a machine's record and an empty top layer, and boots it.
     pub(super) async fn boot_new(
         &self,
-        entry: &Mutex<Entry>,
+        owner: &Owner,
         record: &MachineRecord,
         image: &Image,
         call: &Call,
@@ -120,14 +138,14 @@ impl Starts {
             .map_err(join_error)?
             .map_err(into_fault)?;
         }
-        self.boot(entry, record, image, call, wanted).await
+        self.boot(owner, record, image, call, wanted).await
     }
 
     /// Starts QEMU and waits for the guest's first answer; its screen and its console can be looked
     /// at meanwhile. On failure, or once it is not wanted any more, no QEMU is left.
     pub(super) async fn boot(
         &self,
-        entry: &Mutex<Entry>,
+        owner: &Owner,
         record: &MachineRecord,
         image: &Image,
         call: &Call,
@@ -137,14 +155,9 @@ impl Starts {
         remove_file(&self.parts.dirs.vm_memory(record.vm))?;
         let machine =
             self.parts.launcher.launch(record, image)?.spawn().await.map_err(into_fault)?;
-        {
-            let mut e = entry.lock().await;
-            if wanted.is_cancelled() {
-                drop(e);
-                machine.kill().await;
-                return Err(Fault::cancelled());
-            }
-            e.machine = Some(machine.clone());
+        if let Err(f) = owner.ask(Booting::new(machine.clone(), wanted)).await {
+            machine.kill().await;
+            return Err(f);
         }
         let began = std::time::Instant::now();
         if !image.agent {
@@ -178,11 +191,77 @@ impl Starts {
         };
         if outcome.is_err() {
             machine.kill().await;
-            let mut e = entry.lock().await;
-            if !wanted.is_cancelled() {
-                e.machine = None;
-            }
+            owner.ask(NotBooted { wanted: wanted.clone() }).await?;
         }
         outcome
+    }
+}
+
+/// The QEMU of a machine that starts is there: its screen and its console can be looked at.
+pub(super) struct Booting {
+    machine: Machine,
+    wanted: CancellationToken,
+    /// What has been made of it by now; it is written down then that it is whole.
+    activated: Option<MacAddress>,
+}
+
+impl Booting {
+    fn new(machine: Machine, wanted: &CancellationToken) -> Self {
+        Self { machine, wanted: wanted.clone(), activated: None }
+    }
+
+    /// One that was activated, and has this address.
+    pub(super) fn activated(machine: Machine, wanted: &CancellationToken, mac: MacAddress) -> Self {
+        Self { activated: Some(mac), ..Self::new(machine, wanted) }
+    }
+}
+
+impl Ask for Booting {
+    type Reply = ();
+    const STEP: &'static str = "owner.booting";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        if self.wanted.is_cancelled() {
+            return Err(Fault::cancelled());
+        }
+        if let Some(mac) = self.activated {
+            // Until this is written, a restart of the daemon takes the activation back.
+            e.record.unfinished = None;
+            e.record.mac = mac;
+            e.save()?;
+        }
+        e.machine = Some(self.machine);
+        Ok(())
+    }
+}
+
+/// The QEMU of a start has ended before its guest answered.
+struct NotBooted {
+    wanted: CancellationToken,
+}
+
+impl Ask for NotBooted {
+    type Reply = ();
+    const STEP: &'static str = "owner.not-booted";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        if !self.wanted.is_cancelled() {
+            e.machine = None;
+        }
+        Ok(())
+    }
+}
+
+/// A machine that was being started runs.
+struct Started {
+    wanted: CancellationToken,
+}
+
+impl Ask for Started {
+    type Reply = ();
+    const STEP: &'static str = "owner.started";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        if e.doing.end_start(&self.wanted) { Ok(()) } else { Err(Fault::cancelled()) }
     }
 }

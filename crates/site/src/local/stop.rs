@@ -1,17 +1,19 @@
-//! A machine is powered off. While its guest is waited for the machine's lock is free: it can be
-//! looked at, and ended at once.
+//! A machine is powered off. While its guest is waited for, and its QEMU ends, its owner answers
+//! others: it can be looked at, and ended at once.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_qemu::{Life, Machine};
 use godwit_types::{Fault, Generation, SubstrateId, VmId};
-use tokio::sync::OwnedMutexGuard;
 
+use super::LocalSite;
+use super::adopt::end_strays;
 use super::allowed::{Action, Activity, First};
-use super::machines::{into_fault, remove_file};
+use super::machines::{OutOfMove, into_fault, remove_file};
+use super::owner::{Ask, Needs, Owned};
+use super::parts::Parts;
 use super::record::{DesiredState, Unfinished};
-use super::{Entry, LocalSite};
 use crate::Call;
 use crate::Progress;
 
@@ -32,66 +34,125 @@ impl LocalSite {
         force: bool,
         call: Call,
     ) -> Result<(), Fault> {
-        let action = if force { Action::ForceStop } else { Action::Stop };
+        let owner = self.parts.machines.owner(vm).await?;
+        let parts = Arc::clone(&self.parts);
+        let asked = PowerOff { parts: Arc::clone(&parts), generation, force };
         // For as long as it is waited here.
-        let (entry, machine, _waits) = {
-            let (mut e, first) = self.admit(vm, generation, action).await?;
-            if first == First::Start {
-                e.doing.cancel_start();
-            }
-            e.record.generation = generation;
-            if let Some(Unfinished::Docking { substrate, .. }) = e.record.unfinished
-                && self.parts.substrates.has(substrate)
-            {
-                return Err(self.bury_docked(&mut e, substrate).await?);
-            }
-            e.record.desired = DesiredState::Stopped;
-            e.record.unfinished = None;
-            e.record.save(&self.parts.dirs.vm(vm))?;
-            let waits = e.doing.power_off();
-            let machine = e.machine.clone();
-            (Arc::clone(OwnedMutexGuard::mutex(&e)), machine, waits)
-        };
-        if let Some(machine) = machine.as_ref().filter(|_| !force) {
-            ask_guest(machine, &call).await;
-        }
-        let mut e = entry.lock().await;
-        let process = |m: &Option<Machine>| m.as_ref().map(|m| m.process().clone());
-        let same = e.machine.is_none() || process(&e.machine) == process(&machine);
-        let starts = e.doing.now() == Activity::Starting;
-        if !same || e.record.desired != DesiredState::Stopped || starts {
-            // Whoever cut its power meanwhile may have started or removed it since.
-            return Ok(());
-        }
+        let (machine, _waits) = self.ask_out_of_move(&owner, asked).await?;
         if let Some(machine) = &machine {
+            if !force {
+                ask_guest(machine, &call).await;
+            }
+            if !owner.ask(StillOff { machine: Some(machine.clone()) }).await? {
+                return Ok(());
+            }
             let within = if force { FORCE_WITHIN } else { QUIT_WITHIN };
             // One whose main loop hangs answers nobody.
             match tokio::time::timeout(within, machine.quit()).await {
                 Ok(ended) => drop(ended.map_err(into_fault)?),
                 Err(_) => drop(machine.kill().await),
             }
-            e.machine = None;
         }
-        // One that could not be adopted yet.
-        self.end_strays(vm).await;
-        remove_file(&self.parts.dirs.vm_memory(vm))
+        owner.ask(PoweredOff { parts, machine }).await
+    }
+}
+
+/// A machine is to be off: gives its QEMU, and what is held by whoever waits until it is.
+#[derive(Clone)]
+struct PowerOff {
+    parts: Arc<Parts>,
+    generation: Generation,
+    force: bool,
+}
+
+impl Ask for PowerOff {
+    type Reply = OutOfMove<(Option<Machine>, Arc<()>)>;
+    const STEP: &'static str = "owner.power-off";
+
+    fn needs(&self) -> Option<Needs> {
+        let action = if self.force { Action::ForceStop } else { Action::Stop };
+        Some(Needs::known(action, self.generation))
     }
 
-    /// A machine that is to be powered off has been docked already, and nobody has finished that:
-    /// nothing of it may boot beside its substrate. Gives why there is nothing to power off.
-    async fn bury_docked(&self, e: &mut Entry, substrate: SubstrateId) -> Result<Fault, Fault> {
-        if let Some(machine) = &e.machine {
-            machine.kill().await;
+    async fn answer(self, e: &mut Owned, first: First) -> Result<Self::Reply, Fault> {
+        match first {
+            First::Move => return Ok(OutOfMove::move_first(e)),
+            First::Start => e.doing.cancel_start(),
+            First::Nothing | First::Arrival | First::Docking => {}
         }
-        self.end_strays(e.record.vm).await;
-        self.parts.machines.bury(e).await?;
-        e.machine = None;
-        let name = &e.record.name;
-        Ok(Fault::not_found(format!(
-            "machine '{name}' was docked: it is substrate {substrate} now"
-        ))
-        .hint(format!("make a machine of it: godwit vm activate {substrate}")))
+        e.record.generation = self.generation;
+        if let Some(Unfinished::Docking { substrate, .. }) = e.record.unfinished
+            && self.parts.substrates.has(substrate)
+        {
+            return Err(bury_docked(&self.parts, e, substrate).await?);
+        }
+        e.record.desired = DesiredState::Stopped;
+        e.record.unfinished = None;
+        e.save()?;
+        let waits = e.doing.power_off();
+        Ok(OutOfMove::Done((e.machine.clone(), waits)))
     }
+}
+
+/// Whether a machine that was to be off still is, and has no other QEMU than that by now.
+struct StillOff {
+    machine: Option<Machine>,
+}
+
+impl StillOff {
+    fn holds(&self, e: &Owned) -> bool {
+        let process = |m: &Option<Machine>| m.as_ref().map(|m| m.process().clone());
+        let same = e.machine.is_none() || process(&e.machine) == process(&self.machine);
+        let starts = e.doing.activity() == Activity::Starting;
+        // Whoever cut its power meanwhile may have started or removed it since.
+        same && e.record.desired == DesiredState::Stopped && !starts
+    }
+}
+
+impl Ask for StillOff {
+    type Reply = bool;
+    const STEP: &'static str = "owner.still-off";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<bool, Fault> {
+        Ok(self.holds(e))
+    }
+}
+
+/// The QEMU of a machine that was to be off has ended.
+struct PoweredOff {
+    parts: Arc<Parts>,
+    machine: Option<Machine>,
+}
+
+impl Ask for PoweredOff {
+    type Reply = ();
+    const STEP: &'static str = "owner.powered-off";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        let Self { parts, machine } = self;
+        if !(StillOff { machine }).holds(e) {
+            return Ok(());
+        }
+        e.machine = None;
+        let vm = e.record.vm;
+        // One that could not be adopted yet.
+        end_strays(&parts.dirs, vm).await;
+        remove_file(&parts.dirs.vm_memory(vm))
+    }
+}
+
+/// A machine that is to be powered off has been docked already, and nobody has finished that:
+/// nothing of it may boot beside its substrate. Gives why there is nothing to power off.
+async fn bury_docked(parts: &Parts, e: &mut Owned, substrate: SubstrateId) -> Result<Fault, Fault> {
+    if let Some(machine) = &e.machine {
+        machine.kill().await;
+    }
+    end_strays(&parts.dirs, e.record.vm).await;
+    parts.machines.bury(e).await?;
+    e.machine = None;
+    let name = &e.record.name;
+    Ok(Fault::not_found(format!("machine '{name}' was docked: it is substrate {substrate} now"))
+        .hint(format!("make a machine of it: godwit vm activate {substrate}")))
 }
 
 /// Asks a guest to power itself off and waits until it has, the time is over, or nobody wants to

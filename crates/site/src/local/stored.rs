@@ -59,13 +59,13 @@ impl Starts {
         self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
         self.parts.room.check_memory(record.memory)?;
         let image = self.parts.substrates.sound_disk(&self.parts.images, &record).await?;
-        let (entry, wanted) = self.parts.machines.register_starting(record.clone()).await?;
+        let (owner, wanted) = self.parts.machines.register_starting(record.clone()).await?;
         self.parts.substrates.pool.note_clone(id, record.vm);
-        match self.boot_new(&entry, &record, &image, &call, &wanted).await {
-            Ok(()) => self.started(&entry, &wanted).await,
+        match self.boot_new(&owner, &record, &image, &call, &wanted).await {
+            Ok(()) => self.started(&owner, &wanted).await,
             Err(f) => {
                 self.parts.substrates.pool.forget_clone(record.vm);
-                self.parts.machines.withdraw(&entry, record.vm, &wanted).await;
+                self.withdraw(&owner, wanted).await;
                 Err(f)
             }
         }

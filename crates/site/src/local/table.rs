@@ -1,6 +1,6 @@
 //! The machines that are at a site, and those that have left it for good.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use godwit_qemu::Machine;
@@ -10,16 +10,18 @@ use tokio::sync::{Mutex, MutexGuard, RwLock};
 use tokio_util::sync::CancellationToken;
 
 use super::SiteDirs;
-use super::allowed::{Action, Refusal};
+use super::allowed::{Action, Activity, First, Refusal};
 use super::entry::{Doing, Entry};
 use super::machines::remove_file;
+use super::owner::{Ask, Look, Needs, Owned, Owner};
+use super::parts::Parts;
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::tombs::Tombs;
 
 /// Every machine by its id.
-pub(super) type All = BTreeMap<VmId, Arc<Mutex<Entry>>>;
+type All = BTreeMap<VmId, Owner>;
 
-/// The machines of one site, each under a lock of its own, and what they are promised.
+/// The machines of one site, each with an owner of its own, and what they are promised.
 pub(super) struct Machines {
     pub(super) site: Name,
     pub(super) dirs: SiteDirs,
@@ -28,8 +30,6 @@ pub(super) struct Machines {
     tombs: Tombs,
     /// One promise of memory at a time, until its machine is entered.
     promising: Mutex<()>,
-    /// The memory of machines made by this daemon: their records may not be written yet.
-    pub(super) sizes: std::sync::Mutex<HashMap<VmId, Mib>>,
     /// Bytes of memory that may be promised; what the host has, less a reserve, when left out.
     pub(super) promise_bytes: Option<u64>,
 }
@@ -50,19 +50,23 @@ impl Machines {
             all: RwLock::default(),
             tombs,
             promising: Mutex::default(),
-            sizes: std::sync::Mutex::default(),
             promise_bytes,
         })
     }
 
     /// All of them at this moment.
-    pub(super) async fn now(&self) -> Vec<(VmId, Arc<Mutex<Entry>>)> {
-        self.all.read().await.iter().map(|(vm, e)| (*vm, Arc::clone(e))).collect()
+    pub(super) async fn all(&self) -> Vec<Owner> {
+        self.all.read().await.values().cloned().collect()
     }
 
     /// Adopts a machine that is here.
     pub(super) async fn insert(&self, vm: VmId, entry: Entry) {
-        self.all.write().await.insert(vm, Arc::new(Mutex::new(entry)));
+        let owner = self.begin(vm, entry);
+        self.all.write().await.insert(vm, owner);
+    }
+
+    fn begin(&self, vm: VmId, entry: Entry) -> Owner {
+        Owner::begin(self.site.clone(), self.dirs.vm(vm), entry)
     }
 
     /// At which generation a machine left for good, if it did.
@@ -76,18 +80,20 @@ impl Machines {
     }
 
     /// Promises a machine that is here its memory. What is returned is kept until its record says
-    /// so: nobody who makes a promise waits for a machine's lock.
+    /// so: nobody who makes a promise waits for a machine.
     pub(super) async fn promise(&self, vm: VmId, memory: Mib) -> Result<MutexGuard<'_, ()>, Fault> {
         let one = self.promising.lock().await;
         self.check_promise(vm, memory).await?;
         Ok(one)
     }
 
-    pub(super) async fn entry(&self, vm: VmId) -> Result<Arc<Mutex<Entry>>, Fault> {
-        self.entry_if_here(vm).await.ok_or_else(|| self.not_here(vm))
+    /// The owner of a machine that is here.
+    pub(super) async fn owner(&self, vm: VmId) -> Result<Owner, Fault> {
+        self.owner_if_here(vm).await.ok_or_else(|| self.not_here(vm))
     }
 
-    pub(super) async fn entry_if_here(&self, vm: VmId) -> Option<Arc<Mutex<Entry>>> {
+    /// As [`Machines::owner`]; `None` when there is no such machine.
+    pub(super) async fn owner_if_here(&self, vm: VmId) -> Option<Owner> {
         self.all.read().await.get(&vm).cloned()
     }
 
@@ -96,49 +102,48 @@ impl Machines {
             .hint("see where it runs: godwit vm list")
     }
 
-    /// A machine's QEMU, if its state allows `action`, which changes nothing of it.
+    /// A machine's QEMU, if its state allows `action`, which changes nothing of it. One that is being
+    /// docked is waited for where that matters.
     pub(super) async fn qemu_for(&self, vm: VmId, action: Action) -> Result<Machine, Fault> {
-        let entry = self.entry(vm).await?;
-        let e = entry.lock().await;
-        let _ = e.state(&self.site).allows(action)?;
-        let machine = e.machine.clone();
-        machine.ok_or_else(|| Refusal::NotRunning(e.record.name.clone()).into())
+        let owner = self.owner(vm).await?;
+        let mut e = owner.now();
+        if e.state(&self.site).allows(action)? == First::Docking {
+            e = owner.wait_for(|e| e.doing.activity() != Activity::Docking).await;
+            let _ = e.state(&self.site).allows(action)?;
+        }
+        e.machine.ok_or_else(|| Refusal::NotRunning(e.record.name).into())
     }
 
     /// Enters a machine that is being made, and promises it its memory; nobody else can make it
-    /// meanwhile. No machine's lock is waited for while the list of all is locked, or a promise is
-    /// being made.
+    /// meanwhile. No machine is waited for while the list of all is locked, or a promise is being
+    /// made.
     pub(super) async fn register(
         &self,
         record: MachineRecord,
         doing: Doing,
-    ) -> Result<Arc<Mutex<Entry>>, Fault> {
-        let entry = Arc::new(Mutex::new(Entry { doing, ..Entry::new(record.clone(), None) }));
+    ) -> Result<Owner, Fault> {
+        let (vm, generation) = (record.vm, record.generation);
         let there = {
-            let _one = self.promise(record.vm, record.memory).await?;
+            let _one = self.promise(vm, record.memory).await?;
             let mut all = self.all.write().await;
-            match all.get(&record.vm) {
-                Some(e) => Some(Arc::clone(e)),
+            match all.get(&vm) {
+                Some(there) => there.clone(),
                 None => {
                     // One that left at this generation or a later one does not come back by it.
-                    if let Some(seen) = self.tombs.get(record.vm)
-                        && record.generation <= seen
+                    if let Some(seen) = self.tombs.get(vm)
+                        && generation <= seen
                     {
                         let (machine, site) = (record.name.to_string(), self.site.clone());
-                        let given = record.generation;
-                        return Err(Refusal::Left { machine, site, seen, given }.into());
+                        return Err(Refusal::Left { machine, site, seen, given: generation }.into());
                     }
-                    all.insert(record.vm, Arc::clone(&entry));
-                    self.remember_size(record.vm, record.memory);
-                    None
+                    let owner = self.begin(vm, Entry { doing, ..Entry::new(record, None) });
+                    all.insert(vm, owner.clone());
+                    return Ok(owner);
                 }
             }
         };
-        let Some(there) = there else { return Ok(entry) };
-        let state = there.lock().await.state(&self.site);
-        state.fence(record.generation)?;
-        let _ = state.allows(Action::Arrive)?;
-        Ok(there)
+        let needs = Some(Needs::known(Action::Arrive, generation));
+        there.ask(Look { needs }).await.map(|_| there)
     }
 
     /// As [`Machines::register`], a machine that starts until it has started; what is also
@@ -146,11 +151,11 @@ impl Machines {
     pub(super) async fn register_starting(
         &self,
         record: MachineRecord,
-    ) -> Result<(Arc<Mutex<Entry>>, CancellationToken), Fault> {
+    ) -> Result<(Owner, CancellationToken), Fault> {
         let mut doing = Doing::Nothing;
         let wanted = doing.start();
-        let entry = self.register(record, doing).await?;
-        Ok((entry, wanted))
+        let owner = self.register(record, doing).await?;
+        Ok((owner, wanted))
     }
 
     /// Takes back [`Machines::register`] with all files; what is known of earlier generations stays.
@@ -159,29 +164,9 @@ impl Machines {
         self.delist(vm).await;
     }
 
-    /// The start that was given `wanted` did not come about: as [`Machines::unregister`], unless
-    /// somebody has removed the machine already, or has started it again since.
-    pub(super) async fn withdraw(
-        &self,
-        entry: &Mutex<Entry>,
-        vm: VmId,
-        wanted: &CancellationToken,
-    ) {
-        let mut e = entry.lock().await;
-        // Whoever cancels a start wants the machine off or gone; the next start wants it to run.
-        let again = wanted.is_cancelled() && e.record.desired == DesiredState::Running;
-        if e.doing.is_start_but(wanted) || again || e.record.desired == DesiredState::Gone {
-            return;
-        }
-        e.record.desired = DesiredState::Gone;
-        e.doing.cancel_start();
-        self.unregister(vm).await;
-    }
-
     /// Takes a machine off the list of all.
     pub(super) async fn delist(&self, vm: VmId) {
         self.all.write().await.remove(&vm);
-        self.sizes().remove(&vm);
     }
 
     /// Removes every file of a machine. What cannot be removed is told in the log: nothing else
@@ -223,20 +208,43 @@ impl Machines {
         }
     }
 
-    /// The records of the machines that are here, as they are kept: nobody is waited for.
-    pub(super) async fn kept_records(&self) -> Vec<MachineRecord> {
-        let ids: Vec<_> = self.all.read().await.keys().copied().collect();
-        let kept = ids.into_iter().filter_map(|vm| {
-            // One that is being made has no record yet; it is refused what it needs when that is gone.
-            MachineRecord::load(&self.dirs.vm(vm)).ok().flatten()
-        });
-        kept.filter(|r| r.desired != DesiredState::Gone).collect()
+    /// The records of the machines that are here.
+    pub(super) async fn records(&self) -> Vec<MachineRecord> {
+        let all = self.all().await.into_iter().map(|owner| owner.now().record);
+        all.filter(|r| r.desired != DesiredState::Gone).collect()
     }
 
     /// The machines whose disk stands on a substrate. One that came from it and has moved or was
     /// merged since is none of them.
     pub(super) async fn substrate_users(&self, id: SubstrateId) -> Vec<Name> {
-        let all = self.kept_records().await.into_iter();
+        let all = self.records().await.into_iter();
         all.filter(|r| r.disk_base == DiskBase::Substrate(id)).map(|r| r.name).collect()
+    }
+}
+
+/// A start did not come about: as [`Machines::unregister`], unless somebody has removed the machine
+/// already, or has started it again since.
+pub(super) struct Withdraw {
+    pub(super) parts: Arc<Parts>,
+    /// What the start was given.
+    pub(super) wanted: CancellationToken,
+}
+
+impl Ask for Withdraw {
+    type Reply = ();
+    const STEP: &'static str = "owner.withdraw";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        let Self { parts, wanted } = self;
+        // Whoever cancels a start wants the machine off or gone; the next start wants it to run.
+        let again = wanted.is_cancelled() && e.record.desired == DesiredState::Running;
+        if e.doing.is_start_but(&wanted) || again || e.record.desired == DesiredState::Gone {
+            return Ok(());
+        }
+        e.record.desired = DesiredState::Gone;
+        e.doing.cancel_start();
+        e.publish();
+        parts.machines.unregister(e.record.vm).await;
+        Ok(())
     }
 }

@@ -6,10 +6,14 @@ use godwit_migrate::hybrid::{Received, Sent};
 use godwit_qemu::MacAddress;
 use godwit_transfer::Authority;
 use godwit_types::{Arch, Generation, Hash, Mib, MigrationId, SubstrateId, VmId};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
+use super::allowed::First;
 use super::course::{Arrival, Course, End, Migration};
 use super::drive::{RECEIVED, SENT};
 use super::entry::Doing;
+use super::owner::{Ask, Owned, Owner};
 use super::promise::share_mib;
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
 use super::*;
@@ -41,6 +45,38 @@ async fn site(promise: Mib) -> Place {
     };
     let site = LocalSite::open(name, dirs, trust, options).await.expect("a site");
     Place { site, _dir: dir, _memory: memory }
+}
+
+/// Something that a test does as the owner of a machine.
+struct Do<F>(F);
+
+impl<T: Send + 'static, F: FnOnce(&mut Owned) -> T + Send + 'static> Ask for Do<F> {
+    type Reply = T;
+    const STEP: &'static str = "owner.test";
+
+    async fn answer(self, machine: &mut Owned, _: First) -> Result<T, Fault> {
+        Ok((self.0)(machine))
+    }
+}
+
+/// Keeps the owner of a machine busy until whoever has its other end says so.
+struct Busy(oneshot::Receiver<()>);
+
+impl Ask for Busy {
+    type Reply = ();
+    const STEP: &'static str = "owner.busy";
+
+    async fn answer(self, _: &mut Owned, _: First) -> Result<(), Fault> {
+        let _ = self.0.await;
+        Ok(())
+    }
+}
+
+/// Keeps it busy for as long as what is returned is there.
+fn keep_busy(owner: &Owner) -> oneshot::Sender<()> {
+    let (free, until) = oneshot::channel();
+    owner.tell(Busy(until));
+    free
 }
 
 fn on_its_way(memory: Mib, end: End) -> MachineRecord {
@@ -79,9 +115,10 @@ async fn two_arrivals_at_once_are_not_promised_the_same_memory() {
     let arrive =
         || me.parts.machines.register(on_its_way(memory, End::Destination), Doing::Nothing);
 
-    // As an arrival does: its machine is locked until all is ready, and its record comes late.
+    // As an arrival does: its owner is busy until all is ready, and its record comes late.
     let first = arrive().await.expect("the first");
-    let first = first.lock().await;
+    let busy = keep_busy(&first);
+    let first = first.now();
     assert!(!me.parts.dirs.vm(first.record.vm).exists());
     assert_eq!(me.parts.machines.promised_mib(None).await, share);
     assert_eq!(me.parts.machines.promised_mib(Some(first.record.vm)).await, 0);
@@ -92,26 +129,19 @@ async fn two_arrivals_at_once_are_not_promised_the_same_memory() {
     };
     assert_eq!(f.code, Code::NoRoom);
     assert!(f.message.contains(&format!("has promised {} MiB", 2 * share)), "{f}");
-    // Nobody waits for the lock of another's machine.
+    // Nobody waits for the owner of another machine.
     let third = tokio::time::timeout(Duration::from_secs(10), arrive()).await.expect("no wait");
     third.map(drop).expect_err("still no room");
 
-    // Once it is written down its record counts, and only once.
-    let dir = me.parts.dirs.vm(first.record.vm);
-    std::fs::create_dir_all(&dir).expect("dir");
-    first.record.save(&dir).expect("saved");
-    assert_eq!(me.parts.machines.promised_mib(None).await, 2 * share);
+    drop(busy);
     let vm = first.record.vm;
-    drop(first);
-    assert_eq!(me.parts.machines.promised_mib(None).await, 2 * share);
 
     // What is undone is free for the next.
     me.parts.machines.unregister(vm).await;
     assert_eq!(me.parts.machines.promised_mib(None).await, share);
     let third = arrive().await.expect("there is room");
-    let (second, third) = (second.lock().await, third.lock().await);
     assert_eq!(me.parts.machines.promised_mib(None).await, 2 * share);
-    assert_ne!(second.record.vm, third.record.vm);
+    assert_ne!(second.vm(), third.vm());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -121,37 +151,41 @@ async fn a_start_that_failed_late_leaves_the_next_one_alone() {
     let register = async || {
         let record = MachineRecord { migration: None, ..on_its_way(Mib(256), End::Source) };
         let vm = record.vm;
-        let (entry, wanted) = machines.register_starting(record).await.expect("begun");
-        (vm, entry, wanted)
+        let (owner, wanted) = machines.register_starting(record).await.expect("begun");
+        (vm, owner, wanted)
     };
-    let here = async |vm| machines.entry_if_here(vm).await.is_some();
+    let here = async |vm| machines.owner_if_here(vm).await.is_some();
+    let withdraw = async |owner: &Owner, wanted: &CancellationToken| {
+        place.site.starts.withdraw(owner, wanted.clone()).await;
+    };
 
-    let (vm, entry, wanted) = register().await;
-    machines.withdraw(&entry, vm, &wanted).await;
+    let (vm, owner, wanted) = register().await;
+    withdraw(&owner, &wanted).await;
     assert!(!here(vm).await && wanted.is_cancelled());
-    machines.withdraw(&entry, vm, &wanted).await;
+    withdraw(&owner, &wanted).await;
 
     // It is stopped by force, and started again before the first start has come to its end.
-    let (vm, entry, first) = register().await;
-    let second = {
-        let mut e = entry.lock().await;
+    let (vm, owner, first) = register().await;
+    let again = |e: &mut Owned| {
         e.doing.cancel_start();
         e.doing.start()
     };
-    machines.withdraw(&entry, vm, &first).await;
+    let second = owner.ask(Do(again)).await.expect("started again");
+    withdraw(&owner, &first).await;
     assert!(here(vm).await && !second.is_cancelled());
-    assert!(entry.lock().await.doing.end_start(&second));
-    machines.withdraw(&entry, vm, &first).await;
+    let ended = Do(move |e: &mut Owned| e.doing.end_start(&second));
+    assert!(owner.ask(ended).await.expect("asked"));
+    withdraw(&owner, &first).await;
     assert!(here(vm).await, "it runs by the second");
 
     // Stopped only: nothing of it stays.
-    let (vm, entry, wanted) = register().await;
-    {
-        let mut e = entry.lock().await;
+    let (vm, owner, wanted) = register().await;
+    let stop = |e: &mut Owned| {
         e.doing.cancel_start();
         e.record.desired = DesiredState::Stopped;
-    }
-    machines.withdraw(&entry, vm, &wanted).await;
+    };
+    owner.ask(Do(stop)).await.expect("stopped");
+    withdraw(&owner, &wanted).await;
     assert!(!here(vm).await);
 }
 
@@ -200,7 +234,7 @@ async fn the_end_of_a_move_ends_no_other() {
     let (vm, id) = (record.vm, record.migration.as_ref().expect("its move").id);
     let dir = me.parts.dirs.vm(vm);
     std::fs::create_dir_all(&dir).expect("dir");
-    let entry = me.parts.machines.register(record, Doing::Nothing).await.expect("here");
+    let owner = me.parts.machines.register(record, Doing::Nothing).await.expect("here");
     let (departures, sent) = (&me.moves.departures, Sent::default());
     departures.keep_sent(MigrationId::new(), vm, &sent).await;
     me.moves.arrivals.keep_received(id, vm, &Received::default()).await;
@@ -209,9 +243,9 @@ async fn the_end_of_a_move_ends_no_other() {
     assert!(dir.join(SENT).exists());
 
     me.moves.travellers.unmark(MigrationId::new(), vm).await;
-    assert!(entry.lock().await.record.migration.is_some() && dir.join(SENT).exists());
+    assert!(owner.now().record.migration.is_some() && dir.join(SENT).exists());
     me.moves.travellers.unmark(id, vm).await;
-    assert!(entry.lock().await.record.migration.is_none() && !dir.join(SENT).exists());
+    assert!(owner.now().record.migration.is_none() && !dir.join(SENT).exists());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -221,8 +255,8 @@ async fn a_machine_is_removed_while_what_nobody_knows_is_looked_for() {
     for of_moves in [true, false] {
         let record = on_its_way(Mib(256), End::Destination);
         let vm = record.vm;
-        let entry = me.parts.machines.register(record, Doing::Nothing).await.expect("here");
-        let locked = entry.lock().await;
+        let owner = me.parts.machines.register(record, Doing::Nothing).await.expect("here");
+        let busy = keep_busy(&owner);
         let sweep = async {
             if of_moves {
                 me.moves.sweep().await;
@@ -231,15 +265,10 @@ async fn a_machine_is_removed_while_what_nobody_knows_is_looked_for() {
             }
         };
         tokio::pin!(sweep);
-        tokio::select! {
-            biased;
-            () = &mut sweep => panic!("it waits for the machine's lock"),
-            () = std::future::ready(()) => {}
-        }
         let unregister = me.parts.machines.unregister(vm);
         tokio::time::timeout(Duration::from_secs(10), unregister).await.expect("no wait");
-        drop(locked);
-        sweep.await;
+        tokio::time::timeout(Duration::from_secs(10), sweep).await.expect("no wait");
+        drop(busy);
     }
 }
 
@@ -257,20 +286,20 @@ async fn a_machine_that_was_docked_is_not_stopped_beside_its_substrate() {
         let (vm, generation) = (record.vm, record.generation);
         let dir = me.parts.dirs.vm(vm);
         std::fs::create_dir_all(&dir).expect("dir");
-        let entry = me.parts.machines.register(record, Doing::Nothing).await.expect("here");
+        let owner = me.parts.machines.register(record, Doing::Nothing).await.expect("here");
         if docked {
             let there = me.parts.dirs.data.join("substrates").join(substrate.to_string());
             std::fs::create_dir_all(there).expect("a substrate, if a damaged one");
         }
         let stopped = me.power_off(vm, generation, true, Call::quiet()).await;
-        let record = entry.lock().await.record.clone();
+        let record = owner.now().record.clone();
         if docked {
             let f = stopped.expect_err("it is its substrate");
             assert_eq!(f.code, Code::NotFound);
             assert!(f.message.contains(&substrate.to_string()), "{f}");
             assert_eq!(record.desired, DesiredState::Gone);
             assert_eq!(me.parts.machines.left(vm), Some(generation));
-            assert!(me.parts.machines.entry(vm).await.is_err() && !dir.exists());
+            assert!(me.parts.machines.owner(vm).await.is_err() && !dir.exists());
         } else {
             stopped.expect("off");
             assert_eq!((record.desired, record.unfinished), (DesiredState::Stopped, None));
@@ -290,15 +319,15 @@ async fn a_later_move_of_a_machine_takes_back_an_arrival_that_is_over_and_never_
     me.parts.machines.register(there.clone(), Doing::Nothing).await.map(drop).expect("here");
     // The same move asks again: that one stays.
     me.moves.arrivals.supersede(&there).await.expect("nothing to do");
-    assert!(me.parts.machines.entry(vm).await.is_ok());
+    assert!(me.parts.machines.owner(vm).await.is_ok());
     let comes = MachineRecord { generation: there.generation.next(), ..there.clone() };
     me.moves.arrivals.supersede(&comes).await.expect("taken back");
-    assert!(me.parts.machines.entry(vm).await.is_err() && !dir.exists());
+    assert!(me.parts.machines.owner(vm).await.is_err() && !dir.exists());
 
     let other = one_that_runs(me, &there).await;
     let f = me.moves.arrivals.supersede(&other).await.expect_err("it runs here");
     assert_eq!(f.code, Code::Conflict, "{f}");
-    assert!(me.parts.machines.entry(other.vm).await.is_ok());
+    assert!(me.parts.machines.owner(other.vm).await.is_ok());
 }
 
 /// Another machine, that came and runs here; gives what a later move of it would bring.

@@ -3,16 +3,16 @@
 use std::sync::Arc;
 
 use godwit_qemu::{Life, Machine};
-use godwit_types::{Fault, MigrationId, VmId};
+use godwit_types::{Fault, MigrationId, Name, VmId};
 use serde::Serialize;
 use tracing::warn;
 
 use super::allowed::{Action, First};
 use super::course::{End, Migration, Step};
 use super::drive::{forget_measured, keep_measured, no_such_move};
-use super::entry::Entry;
 use super::machines::into_fault;
 use super::moves::runs;
+use super::owner::{Ask, Look, Needs, Owned, Owner};
 use super::parts::Parts;
 use super::record::MachineRecord;
 
@@ -37,40 +37,30 @@ impl Travellers {
         vm: VmId,
         step: Step,
     ) -> Result<MachineRecord, Fault> {
-        let entry = self.parts.machines.entry(vm).await?;
-        let mut e = entry.lock().await;
-        let Some(m) = e.record.migration.as_ref().filter(|m| m.id == id) else {
-            return Err(Fault::conflict(format!(
-                "machine '{}' is in no migration at '{}'",
-                e.record.name, self.parts.name
-            )));
-        };
-        e.record.migration = Some(m.after(step).map_err(into_fault)?);
-        e.record.save(&self.parts.dirs.vm(vm))?;
-        Ok(e.record.clone())
+        let site = self.parts.name.clone();
+        self.parts.machines.owner(vm).await?.ask(Note { site, id, step }).await
     }
 
     /// The machine of a migration at this end, with its QEMU if that lives.
     pub(super) async fn at_end(&self, id: MigrationId, vm: VmId, end: End) -> Result<Found, Fault> {
-        let entry = self.parts.machines.entry(vm).await?;
-        let e = entry.lock().await;
         let action = match end {
             End::Source => Action::ResumeDeparture,
             End::Destination => Action::ResumeArrival,
         };
-        let _ = e.state(&self.parts.name).in_move(&e.record, id).allows(action)?;
-        Ok((e.record.clone(), e.machine.clone()))
+        let needs = Some(Needs::in_move(action, id));
+        let e = self.parts.machines.owner(vm).await?.ask(Look { needs }).await?;
+        Ok((e.record, e.machine))
     }
 
     /// The machine that is in that migration here.
     pub(super) async fn find(&self, id: MigrationId) -> Result<Found, Fault> {
-        for (_, entry) in self.parts.machines.now().await {
-            let e = entry.lock().await;
-            if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
-                return Ok((e.record.clone(), e.machine.clone()));
-            }
-        }
-        Err(no_such_move(&self.parts.name, id))
+        let all = self.parts.machines.all().await;
+        let found = all
+            .iter()
+            .map(Owner::now)
+            .find(|e| e.record.migration.as_ref().is_some_and(|m| m.id == id));
+        let e = found.ok_or_else(|| no_such_move(&self.parts.name, id))?;
+        Ok((e.record, e.machine))
     }
 
     /// A machine whose move is to be taken back; `None` where nothing is left to take back.
@@ -79,53 +69,115 @@ impl Travellers {
         id: MigrationId,
         vm: VmId,
     ) -> Result<Option<(Found, Migration)>, Fault> {
-        let Some(entry) = self.parts.machines.entry_if_here(vm).await else { return Ok(None) };
-        let (record, machine, state) = {
-            let e = entry.lock().await;
-            let state = e.state(&self.parts.name).in_move(&e.record, id);
-            (e.record.clone(), e.machine.clone(), state)
-        };
+        let Some(owner) = self.parts.machines.owner_if_here(vm).await else { return Ok(None) };
+        let e = owner.ask(Look { needs: None }).await?;
+        let state = e.state(&self.parts.name).in_move(&e.record, id);
         let mut first = state.allows(Action::Abort)?;
         if !state.leaves() {
-            let life = runs(machine.as_ref()).await.then_some(Life::Running);
+            let life = runs(e.machine.as_ref()).await.then_some(Life::Running);
             first = state.asked(life).allows(Action::Abort)?;
         }
-        Ok(match (first, record.migration.clone()) {
-            (First::Move, Some(migration)) => Some(((record, machine), migration)),
+        Ok(match (first, e.record.migration.clone()) {
+            (First::Move, Some(migration)) => Some(((e.record, e.machine), migration)),
             _ => None,
         })
     }
 
     /// The machine is in that move no more; one that is in another by now stays in it.
     pub(super) async fn unmark(&self, id: MigrationId, vm: VmId) {
-        let Ok(entry) = self.parts.machines.entry(vm).await else { return };
-        let mut e = entry.lock().await;
-        if e.record.migration.as_ref().is_some_and(|m| m.id == id) {
-            self.unmark_entry(&mut e);
+        let Ok(owner) = self.parts.machines.owner(vm).await else { return };
+        if let Err(error) = owner.ask(MoveOver { id, is_dead: false }).await {
+            warn!(%vm, %error, "it is in its move still");
         }
     }
 
     /// Keeps what was measured of the move of a machine that is in one for which `is` holds.
-    pub(super) async fn keep<T: Serialize>(
+    pub(super) async fn keep<T: Serialize + Clone + Send + 'static>(
         &self,
         vm: VmId,
-        is: impl FnOnce(&Migration) -> bool,
-        (file, value): (&str, &T),
+        is: impl FnOnce(&Migration) -> bool + Send + 'static,
+        (file, value): (&'static str, &T),
     ) {
-        let Ok(entry) = self.parts.machines.entry(vm).await else { return };
-        let e = entry.lock().await;
-        if e.record.migration.as_ref().is_some_and(is) {
-            keep_measured(&self.parts.dirs.vm(vm), file, value);
+        let Ok(owner) = self.parts.machines.owner(vm).await else { return };
+        if let Err(error) = owner.ask(Measured { is, file, value: value.clone() }).await {
+            warn!(%vm, %error, "what was measured is not kept");
         }
     }
+}
 
-    /// As [`Travellers::unmark`], of one that is locked.
-    pub(super) fn unmark_entry(&self, e: &mut Entry) {
+/// A step of a machine's move was taken; gives its record.
+struct Note {
+    site: Name,
+    id: MigrationId,
+    step: Step,
+}
+
+impl Ask for Note {
+    type Reply = MachineRecord;
+    const STEP: &'static str = "owner.note";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<MachineRecord, Fault> {
+        let Self { site, id, step } = self;
+        let Some(m) = e.record.migration.as_ref().filter(|m| m.id == id) else {
+            return Err(Fault::conflict(format!(
+                "machine '{}' is in no migration at '{site}'",
+                e.record.name
+            )));
+        };
+        let next = m.after(step).map_err(into_fault)?;
+        e.record.migration = Some(next);
+        e.save()?;
+        Ok(e.record.clone())
+    }
+}
+
+/// A move is over here; a machine that is in another by now stays in it.
+pub(super) struct MoveOver {
+    pub(super) id: MigrationId,
+    /// Whether its QEMU was ended with it.
+    pub(super) is_dead: bool,
+}
+
+impl Ask for MoveOver {
+    type Reply = ();
+    const STEP: &'static str = "owner.move-over";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        if e.record.migration.as_ref().is_none_or(|m| m.id != self.id) {
+            return Ok(());
+        }
+        if self.is_dead {
+            e.machine = None;
+        }
         e.record.migration = None;
-        let dir = self.parts.dirs.vm(e.record.vm);
-        if let Err(f) = e.record.save(&dir) {
+        if let Err(f) = e.save() {
             warn!(error = %f, "a record was not written");
         }
-        forget_measured(&dir);
+        forget_measured(&e.dir);
+        Ok(())
+    }
+}
+
+/// Something was measured of a move: kept beside the record of a machine that is in one for which `is`
+/// holds.
+struct Measured<T, F> {
+    is: F,
+    file: &'static str,
+    value: T,
+}
+
+impl<T, F> Ask for Measured<T, F>
+where
+    T: Serialize + Send + 'static,
+    F: FnOnce(&Migration) -> bool + Send + 'static,
+{
+    type Reply = ();
+    const STEP: &'static str = "owner.measured";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        if e.record.migration.as_ref().is_some_and(self.is) {
+            keep_measured(&e.dir, self.file, &self.value);
+        }
+        Ok(())
     }
 }
