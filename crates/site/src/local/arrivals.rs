@@ -12,19 +12,17 @@ use godwit_qemu::Machine;
 use godwit_types::{Fault, MigrationId, VmId};
 use tracing::{info, warn};
 
-use super::adopt::end_strays;
-use super::allowed::{First, Refusal};
+use super::allowed::Refusal;
 use super::course::{End, Migration, Step};
 use super::drive::{Coming, Drives, RECEIVED, no_such_move};
 use super::machines::into_fault;
 use super::moving::{FORCED_WITHIN, RELEASE_WITHIN, UNDO_WITHIN};
-use super::owner::{Ask, Owned};
 use super::parts::Parts;
-use super::record::{DesiredState, MachineRecord};
+use super::record::MachineRecord;
 use super::relays::MovePaths;
-use super::resume::end_arrival;
+use super::steps::{ArrivalEnded, TakeDown, TakenBack};
 use super::travellers::{Found, Travellers};
-use super::{SiteDirs, filling, ran};
+use super::{filling, ran};
 
 /// The arrivals of one site.
 pub(super) struct Arrivals {
@@ -213,64 +211,4 @@ pub(super) fn ended_by_force(record: &MachineRecord) -> Fault {
     // Nothing is left that the task could do; who follows it is told so.
     warn!(vm = %record.name, "the task of its move does not end");
     Fault::conflict(format!("the move of '{}' was ended by force", record.name))
-}
-
-/// An arrival is taken back: its QEMU ends. Tells whether the machine is in that move still.
-struct TakeDown {
-    dirs: SiteDirs,
-    id: Option<MigrationId>,
-}
-
-impl Ask for TakeDown {
-    type Reply = bool;
-    const STEP: &'static str = "owner.take-down";
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<bool, Fault> {
-        if e.record.migration.as_ref().map(|m| m.id) != self.id {
-            return Ok(false);
-        }
-        if let Some(m) = e.machine.take() {
-            m.kill().await;
-        }
-        // One that was started when its arrival broke off.
-        end_strays(&self.dirs, e.record.vm).await;
-        Ok(true)
-    }
-}
-
-/// Nothing is left that belongs to an arrival which is taken back: its machine goes, too.
-struct TakenBack {
-    parts: Arc<Parts>,
-}
-
-impl Ask for TakenBack {
-    type Reply = ();
-    const STEP: &'static str = "owner.taken-back";
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
-        if e.record.desired != DesiredState::Gone {
-            e.record.desired = DesiredState::Gone;
-            e.publish();
-            self.parts.machines.unregister(e.record.vm).await;
-        }
-        Ok(())
-    }
-}
-
-/// A machine's arrival was ended by force: nothing of that move is left with it.
-struct ArrivalEnded {
-    parts: Arc<Parts>,
-    id: MigrationId,
-}
-
-impl Ask for ArrivalEnded {
-    type Reply = ();
-    const STEP: &'static str = "owner.arrival-ended";
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
-        match &e.record.migration {
-            Some(m) if m.id == self.id => end_arrival(&self.parts, e, false).await,
-            _ => Ok(()),
-        }
-    }
 }

@@ -20,7 +20,8 @@ use super::moving::{FORCED_WITHIN, RELEASE_WITHIN, UNDO_WITHIN};
 use super::parts::Parts;
 use super::record::MachineRecord;
 use super::relays::MovePaths;
-use super::travellers::{Found, MoveOver, Travellers};
+use super::steps::MoveOver;
+use super::travellers::{Found, Travellers};
 use crate::{Call, News, UNKNOWN_GENERATION};
 
 /// How often the center is asked what became of a lost destination.

@@ -19,7 +19,7 @@ use godwit_qemu::{Life, Machine, Nic};
 use godwit_substrate::{DockRequest, DockStop, SubstrateError, dock_convert, run_on};
 use godwit_types::{Code, Fault, Generation, Name, SubstrateId, SubstrateKind, VmId, chain};
 
-use super::allowed::{Action, First};
+use super::allowed::{Action, First, Refusal};
 use super::machines::{into_fault, join_error};
 use super::owner::{Ask, Look, Needs, Owned, Owner};
 use super::parts::Parts;
@@ -54,12 +54,12 @@ struct Marked {
 }
 
 impl Marked {
-    /// Writes down that the machine is being docked, as what, and with which NICs.
-    async fn new(docks: Arc<Docks>, owner: &Owner, mark: Mark) -> Result<Self, Fault> {
+    /// Writes down that the machine is being docked, and as what.
+    async fn new(docks: Arc<Docks>, owner: &Owner, mark: Mark) -> Result<(Self, Machine), Fault> {
         let (owner, substrate) = (owner.clone(), mark.substrate);
         let mut marked = Self { docks, owner, substrate, over: false };
         match marked.owner.ask(mark).await {
-            Ok(()) => Ok(marked),
+            Ok(machine) => Ok((marked, machine)),
             Err(f) => {
                 // One that broke off may have left its mark.
                 marked.over = f.code != Code::Internal;
@@ -92,31 +92,33 @@ impl Drop for Marked {
     }
 }
 
-/// A machine is to be docked.
+/// A machine is to be docked: it is marked, with the NICs that it has. Gives its QEMU.
 struct Mark {
     generation: Generation,
     substrate: SubstrateId,
-    nics: Vec<Nic>,
     stop: DockStop,
 }
 
 impl Ask for Mark {
-    type Reply = ();
+    type Reply = Machine;
     const STEP: &'static str = "owner.dock";
 
     fn needs(&self) -> Option<Needs> {
         Some(Needs::known(Action::Dock, self.generation))
     }
 
-    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
-        let Self { substrate, nics, stop, .. } = self;
+    async fn answer(self, e: &mut Owned, _: First) -> Result<Machine, Fault> {
+        let Self { substrate, stop, .. } = self;
+        let machine = e.machine.clone();
+        let machine = machine.ok_or_else(|| Refusal::NotRunning(e.record.name.clone()))?;
+        let nics = machine.launch().nics;
         e.record.unfinished = Some(Unfinished::Docking { substrate, nics });
         if let Err(f) = e.save() {
             e.record.unfinished = None;
             return Err(f);
         }
         e.doing.dock(stop);
-        Ok(())
+        Ok(machine)
     }
 }
 
@@ -250,7 +252,6 @@ impl Docks {
         let owner = self.parts.machines.owner(want.vm).await?;
         let needs = Some(Needs::known(Action::Dock, want.generation));
         let e = owner.ask(Look { needs }).await?;
-        let machine = e.machine.ok_or_else(|| self.parts.machines.not_here(want.vm))?;
         // What the guest has read from a damaged base or layer is in its memory, too.
         let image = self.parts.substrates.sound_disk(&self.parts.images, &e.record).await?;
         call.progress(Progress {
@@ -268,8 +269,8 @@ impl Docks {
         };
         let stop = request.stop.clone();
         let (generation, substrate) = (want.generation, want.substrate);
-        let mark = Mark { generation, substrate, nics: machine.launch().nics, stop: stop.clone() };
-        let marked = Marked::new(Arc::clone(self), &owner, mark).await?;
+        let mark = Mark { generation, substrate, stop: stop.clone() };
+        let (marked, machine) = Marked::new(Arc::clone(self), &owner, mark).await?;
         godwit_hold::at("dock.marked").await;
         let docked = {
             let docking = dock_convert(&machine, &self.parts.substrates.pool, request);

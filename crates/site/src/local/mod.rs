@@ -42,6 +42,7 @@ mod sched;
 mod screens;
 mod scrub;
 mod starts;
+mod steps;
 mod stop;
 mod stored;
 mod substrates;
@@ -53,6 +54,8 @@ mod warrant;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_owner;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -29,18 +29,19 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::allowed::{Action, First, Refusal};
+use super::allowed::Action;
 use super::arrivals::Arrivals;
 use super::course::{End, Migration};
 use super::departures::{Departures, NotSent};
-use super::drive::{Drives, Leaving, forget_measured};
+use super::drive::{Drives, Leaving};
 use super::entry::Doing;
 use super::launch::Launcher;
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::moving::UNDO_WITHIN;
-use super::owner::{Ask, Look, Needs, Owned};
+use super::owner::{Look, Needs};
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::relays::{MovePaths, Part};
+use super::steps::{Arrived, Leave, Prepare};
 use super::{filling, ran};
 use crate::Progress;
 use crate::{Call, Incoming, MachineStatus, News};
@@ -176,7 +177,7 @@ impl Arrivals {
         }
     }
 
-    async fn prepare_entered(
+    pub(super) async fn prepare_entered(
         &self,
         record: &MachineRecord,
         image: &godwit_image::Image,
@@ -301,91 +302,6 @@ impl Arrivals {
         }
         info!(vm = %record.name, "has arrived");
         Ok(())
-    }
-}
-
-/// A machine is to come: a relay that listens and a QEMU that waits are made for it.
-struct Prepare {
-    arrivals: Arc<Arrivals>,
-    record: MachineRecord,
-    image: godwit_image::Image,
-    manifest: MoveManifest,
-}
-
-impl Ask for Prepare {
-    type Reply = (Machine, RelayClient, std::net::SocketAddr);
-    const STEP: &'static str = "owner.prepare";
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<Self::Reply, Fault> {
-        let Self { arrivals, record, image, manifest } = self;
-        if e.record.desired == DesiredState::Gone {
-            return Err(Fault::conflict(format!("the move of '{}' was taken back", record.name)));
-        }
-        let prepared = arrivals.prepare_entered(&record, &image, &manifest).await?;
-        e.machine = Some(prepared.0.clone());
-        e.doing.end();
-        Ok(prepared)
-    }
-}
-
-/// A machine has come whole.
-struct Arrived;
-
-impl Ask for Arrived {
-    type Reply = ();
-    const STEP: &'static str = "owner.arrived";
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
-        let dir = e.dir.clone();
-        let mid = dir.join(MID);
-        let before = e.record.clone();
-        if mid.exists() {
-            e.record.disk_base = DiskBase::Mid;
-        }
-        e.record.migration = None;
-        if let Err(f) = e.save() {
-            e.record = before;
-            return Err(f);
-        }
-        // Only then: without the record's word a layer that has no list of what came looks empty.
-        if mid.exists()
-            && let Err(error) = godwit_disk::MidLayer::forget(&mid)
-        {
-            warn!(vm = %e.record.name, %error, "the list of what came stays beside the layer");
-        }
-        for left in [filling::end(&dir), ran::forget(&dir)] {
-            if let Err(error) = left {
-                warn!(vm = %e.record.name, %error, "a file of its arrival stays");
-            }
-        }
-        forget_measured(&dir);
-        Ok(())
-    }
-}
-
-/// A machine is to leave; gives its record and its QEMU.
-struct Leave {
-    generation: Generation,
-    departure: Migration,
-}
-
-impl Ask for Leave {
-    type Reply = (MachineRecord, Machine);
-    const STEP: &'static str = "owner.leave";
-
-    fn needs(&self) -> Option<Needs> {
-        Some(Needs::known(Action::Leave, self.generation))
-    }
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<Self::Reply, Fault> {
-        let machine = e.machine.clone();
-        let machine = machine.ok_or_else(|| Refusal::NotRunning(e.record.name.clone()))?;
-        e.record.migration = Some(self.departure);
-        if let Err(f) = e.save() {
-            e.record.migration = None;
-            return Err(f);
-        }
-        Ok((e.record.clone(), machine))
     }
 }
 

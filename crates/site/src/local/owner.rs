@@ -76,7 +76,6 @@ pub(super) trait Ask: Send + Sized + 'static {
 
 /// What somebody has asked, whatever it is.
 trait Asked: Send {
-    fn step(&self) -> &'static str;
     fn needs(&self) -> Option<Needs>;
     /// Whether nobody waits for the answer any more.
     fn is_dropped(&self) -> bool;
@@ -90,10 +89,6 @@ struct Pending<A: Ask> {
 }
 
 impl<A: Ask> Asked for Pending<A> {
-    fn step(&self) -> &'static str {
-        A::STEP
-    }
-
     fn needs(&self) -> Option<Needs> {
         self.ask.needs()
     }
@@ -109,8 +104,17 @@ impl<A: Ask> Asked for Pending<A> {
     fn answer(self: Box<Self>, machine: &mut Owned, first: First) -> BoxFuture<'_, ()> {
         let Self { ask, reply } = *self;
         async move {
-            godwit_hold::at(A::STEP).await;
-            let done = ask.answer(machine, first).await;
+            let work = async {
+                godwit_hold::at(A::STEP).await;
+                ask.answer(machine, first).await
+            };
+            let done = AssertUnwindSafe(work).catch_unwind().await;
+            let done = done.unwrap_or_else(|_| {
+                let name = machine.record.name.clone();
+                tracing::error!(vm = %name, step = A::STEP, "its owner panicked; it is adopted again");
+                machine.adopt_again();
+                Err(broke_off(&name, A::STEP))
+            });
             // Whoever has the answer sees what it has changed.
             machine.publish();
             let _ = reply.send(done);
@@ -189,7 +193,6 @@ impl Owned {
             self.machine = before.machine;
         }
         self.doing = before.doing;
-        self.publish();
     }
 }
 
@@ -233,13 +236,7 @@ impl Task {
                 Err(refusal) => return asked.refuse(refusal),
             }
         }
-        let step = asked.step();
-        let answered = AssertUnwindSafe(asked.answer(&mut self.machine, first));
-        if answered.catch_unwind().await.is_err() {
-            let name = self.machine.record.name.clone();
-            tracing::error!(vm = %name, step, "its owner panicked; the machine is adopted again");
-            self.machine.adopt_again();
-        }
+        asked.answer(&mut self.machine, first).await;
     }
 }
 
@@ -284,8 +281,9 @@ impl Owner {
     pub(super) async fn ask<A: Ask>(&self, ask: A) -> Result<A::Reply, Fault> {
         let (reply, answer) = oneshot::channel();
         let sent = self.queue.send(Box::new(Pending { ask, reply })).await;
-        sent.map_err(|_| self.broke_off(A::STEP))?;
-        answer.await.map_err(|_| self.broke_off(A::STEP))?
+        let gone = || broke_off(&self.published.borrow().record.name, A::STEP);
+        sent.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
     }
 
     /// Tells what has happened, and waits for nobody.
@@ -295,14 +293,14 @@ impl Owner {
             tracing::warn!(vm = %self.now().record.name, step = A::STEP, "too much is asked of it");
         }
     }
+}
 
-    fn broke_off(&self, step: &str) -> Fault {
-        let name = self.published.borrow().record.name.clone();
-        Fault::internal(format!(
-            "what was asked of machine '{name}' broke off ({step}); the machine is left as it was"
-        ))
-        .hint(format!("see how it is: godwit vm get {name}; why, says the log of its site"))
-    }
+/// Why something was not done to a machine whose owner panicked.
+fn broke_off(name: &Name, step: &str) -> Fault {
+    Fault::internal(format!(
+        "what was asked of machine '{name}' broke off ({step}); its site has adopted it again"
+    ))
+    .hint(format!("see how it is: godwit vm get {name}; the log of its site says why"))
 }
 
 /// What it is once all that was asked of it before is done, if its state allows what who asks is

@@ -20,14 +20,14 @@ use super::*;
 use crate::{Incoming, MemoryStatus};
 
 /// A site and where it is.
-struct Place {
-    site: Arc<LocalSite>,
+pub(super) struct Place {
+    pub(super) site: Arc<LocalSite>,
     _dir: tempfile::TempDir,
     _memory: tempfile::TempDir,
 }
 
 /// A site that promises so much memory to its machines.
-async fn site(promise: Mib) -> Place {
+pub(super) async fn site(promise: Mib) -> Place {
     let dir = tempfile::tempdir().expect("dir");
     let memory = tempfile::tempdir_in("/dev/shm").expect("a directory on tmpfs");
     let authority = Authority::create(&dir.path().join("ca")).expect("authority");
@@ -48,7 +48,7 @@ async fn site(promise: Mib) -> Place {
 }
 
 /// Something that a test does as the owner of a machine.
-struct Do<F>(F);
+pub(super) struct Do<F>(pub(super) F);
 
 impl<T: Send + 'static, F: FnOnce(&mut Owned) -> T + Send + 'static> Ask for Do<F> {
     type Reply = T;
@@ -73,13 +73,13 @@ impl Ask for Busy {
 }
 
 /// Keeps it busy for as long as what is returned is there.
-fn keep_busy(owner: &Owner) -> oneshot::Sender<()> {
+pub(super) fn keep_busy(owner: &Owner) -> oneshot::Sender<()> {
     let (free, until) = oneshot::channel();
     owner.tell(Busy(until));
     free
 }
 
-fn on_its_way(memory: Mib, end: End) -> MachineRecord {
+pub(super) fn on_its_way(memory: Mib, end: End) -> MachineRecord {
     let peer: Name = "center".parse().expect("name");
     let vm = VmId::new();
     MachineRecord {

@@ -87,6 +87,7 @@ fn phases() -> Vec<(MachineRecord, Activity)> {
         ),
         at_rest(record()),
         (MachineRecord { desired: DesiredState::Stopped, ..record() }, Activity::PoweringOff),
+        (MachineRecord { unfinished: Some(docking.clone()), ..record() }, Activity::Docking),
         at_rest(MachineRecord { unfinished: Some(docking), ..record() }),
         at_rest(leaves(&[])),
         at_rest(leaves(&[Step::RanOn])),
@@ -139,6 +140,7 @@ Damaged     Damaged     Damaged     Damaged     yes         Damaged     Damaged
 Starting    Starting    Starting    yes:Start   yes:Start   Starting    Starting
 Settled     Running     yes         yes         yes         yes         yes
 PoweringOff Running     PoweringOff yes         yes         PoweringOff PoweringOff
+Docking     yes:Docking yes:Docking yes:Docking yes:Docking yes:Docking yes:Docking
 Undocking   Undocking   Undocking   yes         yes         Undocking   Undocking
 Leaving     yes:Move    Leaving     yes:Move    yes:Move    Leaving     Leaving
 RanOn       yes:Move    Leaving     yes:Move    yes:Move    Leaving     Leaving
@@ -158,6 +160,7 @@ Damaged     Damaged     Damaged     Damaged     yes         Damaged     Damaged
 Starting    Starting    Starting    yes:Start   yes:Start   Starting    Starting
 Settled     yes         yes         yes         yes         NotRunning  NotRunning
 PoweringOff yes         PoweringOff yes         yes         PoweringOff PoweringOff
+Docking     yes:Docking yes:Docking yes:Docking yes:Docking yes:Docking yes:Docking
 Undocking   Undocking   Undocking   yes         yes         Undocking   Undocking
 Leaving     yes:Move    Leaving     yes:Move    yes:Move    Leaving     Leaving
 RanOn       yes:Move    Leaving     yes:Move    yes:Move    Leaving     Leaving
@@ -178,6 +181,7 @@ Damaged     Here        NotInMove   NotInMove   yes         RunsHere
 Starting    Here        NotInMove   NotInMove   yes         RunsHere
 Settled     Here        NotInMove   NotInMove   yes         RunsHere
 PoweringOff Here        NotInMove   NotInMove   yes         RunsHere
+Docking     Here        NotInMove   NotInMove   yes         RunsHere
 Undocking   Here        NotInMove   NotInMove   yes         RunsHere
 Leaving     Here        NotInMove   yes         yes:Move    yes:Move
 RanOn       Here        NotInMove   RanOn       yes:Move    yes:Move
@@ -207,6 +211,7 @@ fn what_is_shown_depends_on_qemu_alone() {
         };
         assert_eq!((&*shown(Action::Console), &*shown(Action::Screen)), (console, screen), "{s:?}");
         let exec = match s.qemu {
+            _ if s.phase == Phase::Docking => "yes:Docking",
             Qemu::Gone => "NotRunning",
             Qemu::There | Qemu::Is(Life::Running | Life::Paused) => "yes",
             Qemu::Is(_) => "Still",
@@ -224,6 +229,7 @@ fn a_delete_leads_out_of_every_state_and_a_stop_by_force_out_of_all_that_keep_th
             Phase::Starting
                 | Phase::Settled
                 | Phase::PoweringOff
+                | Phase::Docking
                 | Phase::Undocking
                 | Phase::Leaving(_)
                 | Phase::RanOn(_)
@@ -299,9 +305,13 @@ fn what_is_told_to_the_center() {
     assert_eq!(told(3, Some(Life::PostMigrate)), VmState::Stopped);
     assert_eq!(told(4, None), VmState::Stopped);
     assert_eq!(told(5, Some(Life::Running)), VmState::Docking);
-    assert_eq!(told(6, Some(Life::Running)), VmState::Running);
-    assert_eq!(told(6, Some(Life::PostMigrate)), VmState::Moving);
-    assert_eq!(told(8, Some(Life::Incoming)), VmState::Moving);
-    assert_eq!(told(9, Some(Life::Running)), VmState::Moving);
-    assert_eq!(told(10, Some(Life::Running)), VmState::Failed);
+    assert_eq!(told(6, Some(Life::Running)), VmState::Docking);
+    assert_eq!(told(7, Some(Life::Running)), VmState::Running);
+    assert_eq!(told(7, Some(Life::PostMigrate)), VmState::Moving);
+    assert_eq!(told(9, Some(Life::Incoming)), VmState::Moving);
+    assert_eq!(told(10, Some(Life::Running)), VmState::Moving);
+    assert_eq!(told(11, Some(Life::Running)), VmState::Failed);
+    let (r, _) = phases().swap_remove(9);
+    let preparing = State::of(&r, &name("here"), Activity::Preparing, (Qemu::Gone, false));
+    assert_eq!(preparing.vm_state(), VmState::Starting, "an arrival that is made ready");
 }

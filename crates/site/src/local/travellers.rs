@@ -3,18 +3,18 @@
 use std::sync::Arc;
 
 use godwit_qemu::{Life, Machine};
-use godwit_types::{Fault, MigrationId, Name, VmId};
+use godwit_types::{Fault, MigrationId, VmId};
 use serde::Serialize;
 use tracing::warn;
 
 use super::allowed::{Action, First};
 use super::course::{End, Migration, Step};
-use super::drive::{forget_measured, keep_measured, no_such_move};
-use super::machines::into_fault;
+use super::drive::no_such_move;
 use super::moves::runs;
-use super::owner::{Ask, Look, Needs, Owned, Owner};
+use super::owner::{Look, Needs, Owner};
 use super::parts::Parts;
 use super::record::MachineRecord;
+use super::steps::{Measured, MoveOver, Note};
 
 /// A machine as its move finds it: its record, and its QEMU if that lives.
 pub(super) type Found = (MachineRecord, Option<Machine>);
@@ -102,82 +102,5 @@ impl Travellers {
         if let Err(error) = owner.ask(Measured { is, file, value: value.clone() }).await {
             warn!(%vm, %error, "what was measured is not kept");
         }
-    }
-}
-
-/// A step of a machine's move was taken; gives its record.
-struct Note {
-    site: Name,
-    id: MigrationId,
-    step: Step,
-}
-
-impl Ask for Note {
-    type Reply = MachineRecord;
-    const STEP: &'static str = "owner.note";
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<MachineRecord, Fault> {
-        let Self { site, id, step } = self;
-        let Some(m) = e.record.migration.as_ref().filter(|m| m.id == id) else {
-            return Err(Fault::conflict(format!(
-                "machine '{}' is in no migration at '{site}'",
-                e.record.name
-            )));
-        };
-        let next = m.after(step).map_err(into_fault)?;
-        e.record.migration = Some(next);
-        e.save()?;
-        Ok(e.record.clone())
-    }
-}
-
-/// A move is over here; a machine that is in another by now stays in it.
-pub(super) struct MoveOver {
-    pub(super) id: MigrationId,
-    /// Whether its QEMU was ended with it.
-    pub(super) is_dead: bool,
-}
-
-impl Ask for MoveOver {
-    type Reply = ();
-    const STEP: &'static str = "owner.move-over";
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
-        if e.record.migration.as_ref().is_none_or(|m| m.id != self.id) {
-            return Ok(());
-        }
-        if self.is_dead {
-            e.machine = None;
-        }
-        e.record.migration = None;
-        if let Err(f) = e.save() {
-            warn!(error = %f, "a record was not written");
-        }
-        forget_measured(&e.dir);
-        Ok(())
-    }
-}
-
-/// Something was measured of a move: kept beside the record of a machine that is in one for which `is`
-/// holds.
-struct Measured<T, F> {
-    is: F,
-    file: &'static str,
-    value: T,
-}
-
-impl<T, F> Ask for Measured<T, F>
-where
-    T: Serialize + Send + 'static,
-    F: FnOnce(&Migration) -> bool + Send + 'static,
-{
-    type Reply = ();
-    const STEP: &'static str = "owner.measured";
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
-        if e.record.migration.as_ref().is_some_and(self.is) {
-            keep_measured(&e.dir, self.file, &self.value);
-        }
-        Ok(())
     }
 }

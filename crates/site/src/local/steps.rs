@@ -1,0 +1,246 @@
+//! What the ends of a move ask the owner of its machine, and tell it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use godwit_image::Image;
+use godwit_migrate::RelayClient;
+use godwit_qemu::Machine;
+use godwit_types::{Fault, Generation, MigrationId, Name};
+use serde::Serialize;
+use tracing::warn;
+
+use super::adopt::end_strays;
+use super::allowed::{Action, First, Refusal};
+use super::arrivals::Arrivals;
+use super::course::{Migration, Step};
+use super::drive::{forget_measured, keep_measured};
+use super::machines::into_fault;
+use super::moves::{MID, MoveManifest};
+use super::owner::{Ask, Needs, Owned};
+use super::parts::Parts;
+use super::record::{DesiredState, DiskBase, MachineRecord};
+use super::resume::end_arrival;
+use super::{SiteDirs, filling, ran};
+
+/// A machine is to leave; gives its record and its QEMU.
+pub(super) struct Leave {
+    pub(super) generation: Generation,
+    pub(super) departure: Migration,
+}
+
+impl Ask for Leave {
+    type Reply = (MachineRecord, Machine);
+    const STEP: &'static str = "owner.leave";
+
+    fn needs(&self) -> Option<Needs> {
+        Some(Needs::known(Action::Leave, self.generation))
+    }
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<Self::Reply, Fault> {
+        let machine = e.machine.clone();
+        let machine = machine.ok_or_else(|| Refusal::NotRunning(e.record.name.clone()))?;
+        e.record.migration = Some(self.departure);
+        if let Err(f) = e.save() {
+            e.record.migration = None;
+            return Err(f);
+        }
+        Ok((e.record.clone(), machine))
+    }
+}
+
+/// A step of a machine's move was taken; gives its record.
+pub(super) struct Note {
+    pub(super) site: Name,
+    pub(super) id: MigrationId,
+    pub(super) step: Step,
+}
+
+impl Ask for Note {
+    type Reply = MachineRecord;
+    const STEP: &'static str = "owner.note";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<MachineRecord, Fault> {
+        let Self { site, id, step } = self;
+        let Some(m) = e.record.migration.as_ref().filter(|m| m.id == id) else {
+            return Err(Fault::conflict(format!(
+                "machine '{}' is in no migration at '{site}'",
+                e.record.name
+            )));
+        };
+        let next = m.after(step).map_err(into_fault)?;
+        e.record.migration = Some(next);
+        e.save()?;
+        Ok(e.record.clone())
+    }
+}
+
+/// A move is over here; a machine that is in another by now stays in it.
+pub(super) struct MoveOver {
+    pub(super) id: MigrationId,
+    /// Whether its QEMU was ended with it.
+    pub(super) is_dead: bool,
+}
+
+impl Ask for MoveOver {
+    type Reply = ();
+    const STEP: &'static str = "owner.move-over";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        if e.record.migration.as_ref().is_none_or(|m| m.id != self.id) {
+            return Ok(());
+        }
+        if self.is_dead {
+            e.machine = None;
+        }
+        e.record.migration = None;
+        if let Err(f) = e.save() {
+            warn!(error = %f, "a record was not written");
+        }
+        forget_measured(&e.dir);
+        Ok(())
+    }
+}
+
+/// Something was measured of a move: kept beside the record of a machine that is in one for which `is`
+/// holds.
+pub(super) struct Measured<T, F> {
+    pub(super) is: F,
+    pub(super) file: &'static str,
+    pub(super) value: T,
+}
+
+impl<T, F> Ask for Measured<T, F>
+where
+    T: Serialize + Send + 'static,
+    F: FnOnce(&Migration) -> bool + Send + 'static,
+{
+    type Reply = ();
+    const STEP: &'static str = "owner.measured";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        if e.record.migration.as_ref().is_some_and(self.is) {
+            keep_measured(&e.dir, self.file, &self.value);
+        }
+        Ok(())
+    }
+}
+
+/// A machine is to come: a relay that listens and a QEMU that waits are made for it.
+pub(super) struct Prepare {
+    pub(super) arrivals: Arc<Arrivals>,
+    pub(super) record: MachineRecord,
+    pub(super) image: Image,
+    pub(super) manifest: MoveManifest,
+}
+
+impl Ask for Prepare {
+    type Reply = (Machine, RelayClient, SocketAddr);
+    const STEP: &'static str = "owner.prepare";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<Self::Reply, Fault> {
+        let Self { arrivals, record, image, manifest } = self;
+        if e.record.desired == DesiredState::Gone {
+            return Err(Fault::conflict(format!("the move of '{}' was taken back", record.name)));
+        }
+        let prepared = arrivals.prepare_entered(&record, &image, &manifest).await?;
+        e.machine = Some(prepared.0.clone());
+        e.doing.end();
+        Ok(prepared)
+    }
+}
+
+/// A machine has come whole.
+pub(super) struct Arrived;
+
+impl Ask for Arrived {
+    type Reply = ();
+    const STEP: &'static str = "owner.arrived";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        let dir = e.dir.clone();
+        let mid = dir.join(MID);
+        let before = e.record.clone();
+        if mid.exists() {
+            e.record.disk_base = DiskBase::Mid;
+        }
+        e.record.migration = None;
+        if let Err(f) = e.save() {
+            e.record = before;
+            return Err(f);
+        }
+        // Only then: without the record's word a layer that has no list of what came looks empty.
+        if mid.exists()
+            && let Err(error) = godwit_disk::MidLayer::forget(&mid)
+        {
+            warn!(vm = %e.record.name, %error, "the list of what came stays beside the layer");
+        }
+        for left in [filling::end(&dir), ran::forget(&dir)] {
+            if let Err(error) = left {
+                warn!(vm = %e.record.name, %error, "a file of its arrival stays");
+            }
+        }
+        forget_measured(&dir);
+        Ok(())
+    }
+}
+
+/// An arrival is taken back: its QEMU ends. Tells whether the machine is in that move still.
+pub(super) struct TakeDown {
+    pub(super) dirs: SiteDirs,
+    pub(super) id: Option<MigrationId>,
+}
+
+impl Ask for TakeDown {
+    type Reply = bool;
+    const STEP: &'static str = "owner.take-down";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<bool, Fault> {
+        if e.record.migration.as_ref().map(|m| m.id) != self.id {
+            return Ok(false);
+        }
+        if let Some(m) = e.machine.take() {
+            m.kill().await;
+        }
+        // One that was started when its arrival broke off.
+        end_strays(&self.dirs, e.record.vm).await;
+        Ok(true)
+    }
+}
+
+/// Nothing is left that belongs to an arrival which is taken back: its machine goes, too.
+pub(super) struct TakenBack {
+    pub(super) parts: Arc<Parts>,
+}
+
+impl Ask for TakenBack {
+    type Reply = ();
+    const STEP: &'static str = "owner.taken-back";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        if e.record.desired != DesiredState::Gone {
+            e.record.desired = DesiredState::Gone;
+            e.publish();
+            self.parts.machines.unregister(e.record.vm).await;
+        }
+        Ok(())
+    }
+}
+
+/// A machine's arrival was ended by force: nothing of that move is left with it.
+pub(super) struct ArrivalEnded {
+    pub(super) parts: Arc<Parts>,
+    pub(super) id: MigrationId,
+}
+
+impl Ask for ArrivalEnded {
+    type Reply = ();
+    const STEP: &'static str = "owner.arrival-ended";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        match &e.record.migration {
+            Some(m) if m.id == self.id => end_arrival(&self.parts, e, false).await,
+            _ => Ok(()),
+        }
+    }
+}
