@@ -261,6 +261,18 @@ fn a_killed_daemon_kills_no_machine() {
         cloud.qemu(&there, Daemon::Ap).expect("its QEMU"),
     );
 
+    // Nor does an owner that panics: who has asked is told so, and the next is answered.
+    for (name, at) in [("here", Daemon::Center), ("there", Daemon::Ap)] {
+        let (daemon, vm) = (cloud.pid(at), cloud.vm(name));
+        let qemu = cloud.qemu(&vm, at);
+        cloud.panic_at("owner.power-off");
+        let words = cloud.refused(&["vm", "stop", name], 1);
+        assert!(words.contains(&format!("machine '{name}' broke off")), "{words}");
+        cloud.runs_at(name, at.site());
+        assert_eq!((cloud.pid(at), cloud.qemu(&vm, at)), (daemon, qemu), "{name}");
+        let _ = cloud.guest(name).intact(0);
+    }
+
     cloud.kill(Daemon::Center);
     assert!(exists(qemu_here) && exists(qemu_there));
     cloud.restart(Daemon::Center);
