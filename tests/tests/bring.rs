@@ -14,9 +14,10 @@ const SLOW: f64 = 10.0;
 /// Seconds after which the sites take a silent link for lost.
 const PATIENCE: u64 = 8;
 
-/// Bytes that have crossed the link towards the AP.
+/// Bytes that have crossed the link towards the AP: what its full queue refused, or what was offered
+/// while it was cut, has not.
 fn crossed(cloud: &Cloud) -> u64 {
-    cloud.net().counters().a_to_b.offered_bytes
+    cloud.net().counters().a_to_b.delivered_bytes
 }
 
 /// Docks a clone of `parent` that has written `mib` MiB of noise to its disk.

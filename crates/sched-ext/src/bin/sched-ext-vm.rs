@@ -36,6 +36,10 @@ enum What {
         /// Threads are named as those of QEMU are
         #[arg(long)]
         named: bool,
+        /// Whole seconds since the system started: the threads work before, and the time and the CPU
+        /// time that are told count from then
+        #[arg(long)]
+        from: Option<u32>,
     },
     /// Machines that end as soon as they have begun, some at a time
     Flash {
@@ -66,15 +70,17 @@ enum Kind {
 
 fn main() -> Result<(), Failure> {
     match Args::parse().command {
-        What::Run { vms: 1, threads, seconds, kind, named } => {
-            machine(threads, Duration::from_secs_f64(seconds), kind, named)
+        What::Run { vms: 1, threads, seconds, kind, named, from } => {
+            machine(threads, (from, Duration::from_secs_f64(seconds)), kind, named)
         }
-        What::Run { vms, threads, seconds, kind, named } => {
+        What::Run { vms, threads, seconds, kind, named, from } => {
             let kind = kind.to_possible_value().ok_or("a kind")?.get_name().to_owned();
             let (threads, seconds) = (threads.to_string(), seconds.to_string());
             let mut args =
                 vec!["run", "--threads", &threads, "--seconds", &seconds, "--kind", &kind];
             args.extend(named.then_some("--named"));
+            let from = from.map(|from| from.to_string());
+            args.extend(from.iter().flat_map(|from| ["--from", from]));
             let machines: io::Result<Vec<Child>> = (0..vms).map(|_| start(&args)).collect();
             end(machines?)
         }
@@ -107,7 +113,7 @@ fn flash(count: u32) -> Result<(), Failure> {
             let pid = unsafe { libc::fork() };
             match pid {
                 0 => {
-                    let done = machine(2, Duration::from_millis(3), Kind::Lock, true);
+                    let done = machine(2, (None, Duration::from_millis(3)), Kind::Lock, true);
                     std::process::exit(done.is_err().into());
                 }
                 -1 => return Err(io::Error::last_os_error().into()),
@@ -183,15 +189,40 @@ fn spawn(
     thread::Builder::new().name(name).spawn(move || shared.work(n, kind, life))
 }
 
-fn machine(threads: u32, lasting: Duration, kind: Kind, named: bool) -> Result<(), Failure> {
+/// CPU time of this process in milliseconds.
+fn cpu_ms() -> f64 {
+    let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    cpu.tv_sec as f64 * 1e3 + cpu.tv_nsec as f64 / 1e6
+}
+
+/// Sleeps until the system has run for `from` seconds.
+fn await_uptime(from: u32) -> Result<(), Failure> {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let now = Duration::new(now.tv_sec.cast_unsigned(), u32::try_from(now.tv_nsec)?);
+    let ahead = Duration::from_secs(from.into()).checked_sub(now);
+    thread::sleep(ahead.ok_or("it started too late to count from then")?);
+    Ok(())
+}
+
+fn machine(
+    threads: u32,
+    (from, lasting): (Option<u32>, Duration),
+    kind: Kind,
+    named: bool,
+) -> Result<(), Failure> {
     let shared = Arc::new(Shared::default());
-    let begun = Instant::now();
+    let mut begun = Instant::now();
     let life =
         |n: u32| (kind == Kind::Churn).then(|| Duration::from_millis(5 + u64::from(n * 7 % 23)));
     let mut started = threads;
     let mut running = (0..threads)
         .map(|n| spawn(&shared, n, kind, named, life(n)))
         .collect::<io::Result<Vec<_>>>()?;
+    let mut before = 0.0;
+    if let Some(from) = from {
+        await_uptime(from)?;
+        (begun, before) = (Instant::now(), cpu_ms());
+    }
     while begun.elapsed() < lasting {
         thread::sleep(Duration::from_millis(5).min(lasting));
         for (n, thread) in running.iter_mut().enumerate() {
@@ -201,12 +232,11 @@ fn machine(threads: u32, lasting: Duration, kind: Kind, named: bool) -> Result<(
             }
         }
     }
+    let cpu_ms = cpu_ms() - before;
     shared.stop.store(true, Ordering::Relaxed);
     for thread in running {
         thread.join().map_err(|_| "a thread panicked")?;
     }
-    let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    let cpu_ms = cpu.tv_sec as f64 * 1e3 + cpu.tv_nsec as f64 / 1e6;
     let line = serde_json::json!({
         "operations": shared.operations.load(Ordering::Relaxed),
         "cpu_ms": cpu_ms,
