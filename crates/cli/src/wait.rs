@@ -38,8 +38,8 @@ pub(crate) enum Changed {
         /// The object it concerned.
         target: Option<String>,
     },
-    /// There is nothing more to say: a dry run or `--no-wait`, told already.
-    Told,
+    /// There is nothing more to say: a dry run or `--no-wait`, reported already.
+    Reported,
 }
 
 /// Asks for a change and waits for its end, as the flags say.
@@ -66,7 +66,7 @@ pub(crate) async fn change<B: Serialize + Sync>(
         let words = format!("would: {}", accepted.plan);
         let data = json!({ "dry_run": true, "plan": accepted.plan, "target": accepted.target });
         out::action(talk.output, &words, &accepted.target.unwrap_or_default(), &data)?;
-        return Ok(Changed::Told);
+        return Ok(Changed::Reported);
     }
     let Some(op) = accepted.op else {
         return Ok(Changed::Done { op: None, target: accepted.target });
@@ -75,14 +75,14 @@ pub(crate) async fn change<B: Serialize + Sync>(
         let words = format!("{op}   started: {}", accepted.plan);
         let data = json!({ "op": op, "plan": accepted.plan, "target": accepted.target });
         out::action(talk.output, &words, &op.to_string(), &data)?;
-        return Ok(Changed::Told);
+        return Ok(Changed::Reported);
     }
     let record = follow(client, op, deadline).await?;
     Ok(Changed::Done { op: Some(Box::new(record)), target: accepted.target })
 }
 
 /// As [`change`], with one line of words and the operation's result as data.
-pub(crate) async fn change_and_tell<B: Serialize + Sync>(
+pub(crate) async fn change_and_report<B: Serialize + Sync>(
     client: &Client,
     talk: &Talk,
     how: &Change,

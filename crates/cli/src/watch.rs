@@ -106,20 +106,20 @@ impl<T: Watch> View<'_, T> {
     async fn run(&mut self) -> Result<Outcome, End> {
         self.list().await?;
         let mut pause = AGAIN.0;
-        let mut said = false;
+        let mut reported = false;
         loop {
             let last = self.last.clone();
             match self.follow().await {
                 Ok(()) => {}
                 Err(End::Failed(f)) if f.away => {
-                    if !std::mem::replace(&mut said, true) {
+                    if !std::mem::replace(&mut reported, true) {
                         out::talk("the center does not answer; going on when it does");
                     }
                 }
                 Err(end) => return Err(end),
             }
             if self.last != last {
-                (pause, said) = (AGAIN.0, false);
+                (pause, reported) = (AGAIN.0, false);
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(AGAIN.1);

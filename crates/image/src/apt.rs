@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use tokio::process::Command;
 
 use crate::ImageError;
-use crate::progress::{Listener, Stage, tell};
+use crate::progress::{Listener, Stage, report};
 use crate::tool::{self, APT_GET};
 
 /// The Debian release that images are built from.
@@ -106,7 +106,7 @@ impl Apt {
         if fresh {
             return Ok(());
         }
-        tell(to, Stage::Resolving, None, "fetching package lists");
+        report(to, Stage::Resolving, None, "fetching package lists");
         let mut command = self.command();
         command.arg("update");
         tool::run(APT_GET, &mut command, "fetching package lists", |_| {}).await?;
@@ -170,7 +170,7 @@ impl Apt {
                     .iter()
                     .find(|l| l.file.split('_').next() == Some(package))
                     .map_or(0, |l| l.bytes);
-                tell(to, Stage::Downloading, Some(got as f32 / total.max(1) as f32), package);
+                report(to, Stage::Downloading, Some(got as f32 / total.max(1) as f32), package);
             }
         })
         .await?;
@@ -184,9 +184,9 @@ impl Apt {
                 .lines()
                 .filter_map(UriLine::parse)
                 .collect()),
-            Err(ImageError::ToolFailed { said, .. }) if missing_package(&said).is_some() => {
+            Err(ImageError::ToolFailed { stderr, .. }) if missing_package(&stderr).is_some() => {
                 Err(ImageError::PackageNotFound {
-                    package: missing_package(&said).unwrap_or_default(),
+                    package: missing_package(&stderr).unwrap_or_default(),
                     arch: self.arch.into(),
                     suite: suite.into(),
                 })
@@ -214,13 +214,13 @@ impl UriLine {
     }
 }
 
-fn missing_package(said: &str) -> Option<String> {
-    let rest = said
+fn missing_package(stderr: &str) -> Option<String> {
+    let rest = stderr
         .split_once("Unable to locate package ")
         .map(|(_, r)| r)
-        .or_else(|| said.split_once("Package '").map(|(_, r)| r))
+        .or_else(|| stderr.split_once("Package '").map(|(_, r)| r))
         .or_else(|| {
-            said.split_once("Can't select candidate version from package ").map(|(_, r)| r)
+            stderr.split_once("Can't select candidate version from package ").map(|(_, r)| r)
         })?;
     Some(rest.split([' ', '\'', '|']).next()?.to_owned())
 }

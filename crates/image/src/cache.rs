@@ -21,7 +21,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::apt::Apt;
 use crate::image::{Contents, FORMAT, hash_file};
-use crate::progress::{Listener, Progress, Stage, tell};
+use crate::progress::{Listener, Progress, Stage, report};
 use crate::recipe::{Kind, Recipe};
 use crate::{FileRef, Image, ImageError, disk, initramfs, rootfs};
 
@@ -301,14 +301,14 @@ impl ImageCache {
         let current =
             || self.get(name).ok().filter(|i| !again && i.recipe == recipe.hash() && sound(i));
         if let Some(image) = current() {
-            tell(to, Stage::Done, Some(1.0), "already built");
+            report(to, Stage::Done, Some(1.0), "already built");
             return Ok(image);
         }
         // One build at a time, and one that uses the downloads.
         let _building = lock(&self.dir.join("work/lock"), to).await?;
         let _fetching = lock(&self.downloads.join("downloads.lock"), to).await?;
         if let Some(image) = current() {
-            tell(to, Stage::Done, Some(1.0), "already built");
+            report(to, Stage::Done, Some(1.0), "already built");
             return Ok(image);
         }
         self.clear_left_overs()?;
@@ -317,7 +317,7 @@ impl ImageCache {
             .tempdir_in(self.dir.join("work"))
             .map_err(ImageError::io("creating a directory in", self.dir.join("work")))?;
         let image = self.fill(&recipe, work.path(), to).await?;
-        tell(to, Stage::Done, Some(1.0), image.hash.short());
+        report(to, Stage::Done, Some(1.0), image.hash.short());
         Ok(image)
     }
 
@@ -335,7 +335,7 @@ impl ImageCache {
         let boot = match recipe.kind {
             Kind::Initramfs => {
                 let boot = initramfs::build(recipe, &apt, work, to).await?;
-                tell(to, Stage::Writing, None, "disk");
+                report(to, Stage::Writing, None, "disk");
                 disk::write(&disk_path, recipe.disk, recipe.name.as_str(), recipe.hash(), None)
                     .await?;
                 boot
@@ -350,7 +350,7 @@ impl ImageCache {
         let text = boot.packages.join("\n") + "\n";
         std::fs::write(&packages, text).map_err(ImageError::io("writing", &packages))?;
 
-        tell(to, Stage::Publishing, None, "hashing");
+        report(to, Stage::Publishing, None, "hashing");
         let (recipe, cache) = (recipe.clone(), self.dir.clone());
         let published = tokio::task::spawn_blocking(move || publish(&recipe, &cache, &out));
         let image = published.await.map_err(|e| ImageError::Io {
@@ -379,12 +379,12 @@ impl ImageCache {
 /// Holds the lock file at `path` until the answer is dropped.
 async fn lock(path: &Path, to: Listener<'_>) -> Result<File, ImageError> {
     let file = File::create(path).map_err(ImageError::io("creating", path))?;
-    let mut told = false;
+    let mut reported = false;
     // flock has no waiting that could be given up, hence the short looks.
     while flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        if !told {
-            tell(to, Stage::Waiting, None, "another build is running");
-            told = true;
+        if !reported {
+            report(to, Stage::Waiting, None, "another build is running");
+            reported = true;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

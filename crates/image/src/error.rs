@@ -70,7 +70,7 @@ pub enum ImageError {
         package: &'static str,
     },
     /// A tool of the host failed.
-    #[error("{tool} failed while {doing} ({status}): {said}")]
+    #[error("{tool} failed while {doing} ({status}): {stderr}")]
     ToolFailed {
         /// The program.
         tool: String,
@@ -79,7 +79,7 @@ pub enum ImageError {
         /// Exit status or signal.
         status: String,
         /// The last lines that it printed.
-        said: String,
+        stderr: String,
     },
     /// A package that no configured mirror has.
     #[error("package {package} not found: no configured apt source has it for {arch} in {suite}")]

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use crate::apt::{Apt, RELEASE};
-use crate::progress::{Listener, Stage, tell};
+use crate::progress::{Listener, Stage, report};
 use crate::recipe::Recipe;
 use crate::tool::{self, DPKG_DEB, GCC, GCC_ARM64, Tool};
 use crate::{ImageError, cpio, elf, guests, kernel, module};
@@ -55,7 +55,7 @@ pub(crate) async fn build(
     packages
         .extend(debs.iter().filter_map(|d| Some(d.file_name()?.to_string_lossy().into_owned())));
 
-    tell(to, Stage::Writing, None, "initial RAM disk");
+    report(to, Stage::Writing, None, "initial RAM disk");
     let mut archive = skeleton();
     add_programs(recipe, &root, &mut archive)?;
     for (name, content) in
@@ -82,7 +82,7 @@ pub(crate) async fn unpack_kernel(
     root: &Path,
     to: Listener<'_>,
 ) -> Result<(Vec<u8>, String, Vec<String>), ImageError> {
-    tell(to, Stage::Resolving, None, recipe.kernel.as_str());
+    report(to, Stage::Resolving, None, recipe.kernel.as_str());
     let package = apt.kernel(&recipe.kernel_suite, &recipe.kernel).await?;
     let debs = apt.download(&recipe.kernel_suite, std::slice::from_ref(&package), to).await?;
     unpack(&debs, root, to).await?;
@@ -102,7 +102,7 @@ pub(crate) async fn unpack(
 ) -> Result<(), ImageError> {
     for (i, deb) in debs.iter().enumerate() {
         let name = deb.file_name().unwrap_or_default().to_string_lossy();
-        tell(to, Stage::Installing, Some(i as f32 / debs.len() as f32), name.as_ref());
+        report(to, Stage::Installing, Some(i as f32 / debs.len() as f32), name.as_ref());
         let mut command = DPKG_DEB.command();
         command.arg("-x").arg(deb).arg(root);
         tool::run(DPKG_DEB, &mut command, &format!("unpacking {name}"), |_| {}).await?;
@@ -134,7 +134,7 @@ pub(crate) async fn guest_programs(
     for (name, source) in
         [("godwit-witness", "witness/witness.c"), ("godwit-guest", "witness/guest.c")]
     {
-        tell(to, Stage::Compiling, None, name);
+        report(to, Stage::Compiling, None, name);
         let text = guests::file(source).ok_or_else(|| ImageError::Recipe {
             name: name.into(),
             why: format!("{source} is missing"),

@@ -55,6 +55,11 @@ pub struct Progress {
 /// Who is told.
 pub(crate) type Listener<'a> = &'a (dyn Fn(Progress) + Send + Sync);
 
-pub(crate) fn tell(to: Listener<'_>, stage: Stage, fraction: Option<f32>, note: impl Into<String>) {
+pub(crate) fn report(
+    to: Listener<'_>,
+    stage: Stage,
+    fraction: Option<f32>,
+    note: impl Into<String>,
+) {
     to(Progress { stage, fraction, note: note.into() });
 }

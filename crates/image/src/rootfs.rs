@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::apt::{Apt, RELEASE};
 use crate::initramfs::{Boot, GUEST_NAMES, guest_programs, overlay_files, skeleton, unpack_kernel};
-use crate::progress::{Listener, Stage, tell};
+use crate::progress::{Listener, Stage, report};
 use crate::recipe::Recipe;
 use crate::tool::{self, MMDEBSTRAP};
 use crate::{ImageError, disk, guests, module};
@@ -26,7 +26,7 @@ pub(crate) async fn build(
         return Err(ImageError::NeedsRoot { name: recipe.name.clone() });
     }
     let mut packages = recipe.all_packages();
-    tell(to, Stage::Resolving, None, format!("{} packages and what they need", packages.len()));
+    report(to, Stage::Resolving, None, format!("{} packages and what they need", packages.len()));
     let mut wanted = packages.clone();
     wanted.extend(["?essential".to_owned(), "apt".into()]);
     let names: Vec<String> = apt
@@ -57,10 +57,10 @@ pub(crate) async fn build(
     let root = work.join("root");
     packages.sort();
     install(recipe, apt, &packages, &debs, work, &overlay, &root, to).await?;
-    tell(to, Stage::Writing, None, "disk");
+    report(to, Stage::Writing, None, "disk");
     disk::write(disk_path, recipe.disk, recipe.name.as_str(), recipe.hash(), Some(&root)).await?;
 
-    tell(to, Stage::Writing, None, "initial RAM disk");
+    report(to, Stage::Writing, None, "initial RAM disk");
     let mut ramdisk = skeleton();
     let busybox = apt.download(RELEASE, &["busybox-static".to_owned()], to).await?;
     crate::initramfs::unpack(&busybox, &unpacked, to).await?;
@@ -142,7 +142,7 @@ async fn install(
         if let Some(rest) = at {
             done += 1;
             let package = rest.split([' ', ':']).next().unwrap_or_default();
-            tell(to, Stage::Installing, Some((done as f32 / steps).min(1.0)), package);
+            report(to, Stage::Installing, Some((done as f32 / steps).min(1.0)), package);
         }
         tracing::trace!(line, "mmdebstrap");
     })

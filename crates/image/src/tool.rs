@@ -113,7 +113,7 @@ pub(crate) async fn run(
         tool: tool.program.into(),
         doing: doing.into(),
         status: status.to_string(),
-        said: Vec::from(kept).join(" | "),
+        stderr: Vec::from(kept).join(" | "),
     })
 }
 
@@ -130,13 +130,13 @@ pub(crate) async fn output(
     if output.status.success() {
         return Ok(output);
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let lines: Vec<_> = said.lines().filter(|l| !l.trim().is_empty()).collect();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<_> = stderr.lines().filter(|l| !l.trim().is_empty()).collect();
     Err(ImageError::ToolFailed {
         tool: tool.program.into(),
         doing: doing.into(),
         status: output.status.to_string(),
-        said: lines[lines.len().saturating_sub(KEPT_LINES)..].join(" | "),
+        stderr: lines[lines.len().saturating_sub(KEPT_LINES)..].join(" | "),
     })
 }
 
@@ -166,7 +166,7 @@ mod tests {
     const NONE: Tool = tool("godwit-no-such-tool", "no-such-package");
 
     #[tokio::test]
-    async fn a_failure_carries_what_the_tool_said() {
+    async fn a_failure_carries_the_last_lines_of_its_tool() {
         let mut command = SH.command();
         command.args(["-c", "echo one; echo two >&2; exit 3"]);
         let mut seen = Vec::new();

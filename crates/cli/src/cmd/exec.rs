@@ -86,7 +86,7 @@ impl Exec {
         };
         let (stdout, stderr) = (decoded(&done.stdout)?, decoded(&done.stderr)?);
         if matches!(format, Format::Json | Format::Yaml) {
-            out::value(format, &told(&done, &stdout, &stderr))?;
+            out::value(format, &reply_data(&done, &stdout, &stderr))?;
         } else {
             out::bytes(&shown(&stdout, std::io::stdout().is_terminal()))?;
             out::talk_bytes(&shown(&stderr, std::io::stderr().is_terminal()));
@@ -151,7 +151,7 @@ fn decoded(text: &str) -> Result<Vec<u8>> {
 }
 
 /// As data: text, and the bytes in base64 where they are no text.
-fn told(done: &ExecReply, stdout: &[u8], stderr: &[u8]) -> serde_json::Value {
+fn reply_data(done: &ExecReply, stdout: &[u8], stderr: &[u8]) -> serde_json::Value {
     let mut all = json!({ "pid": done.pid, "exit": done.exit, "signal": done.signal,
         "truncated": done.truncated });
     for (key, bytes, base64) in [("stdout", stdout, &done.stdout), ("stderr", stderr, &done.stderr)]
@@ -198,7 +198,7 @@ mod tests {
     fn what_is_no_text_is_told_in_base64_too() {
         let reply =
             ExecReply { stdout: "/w==".into(), stderr: "YQ==".into(), ..ExecReply::default() };
-        let all = told(&reply, b"\xff", b"a");
+        let all = reply_data(&reply, b"\xff", b"a");
         assert_eq!((&all["stdout_base64"], &all["stderr"]), (&json!("/w=="), &json!("a")));
         assert!(all.get("stderr_base64").is_none());
     }

@@ -17,7 +17,7 @@ use crate::args::{Change, Talk, or_env};
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Format, Row, size};
-use crate::wait::{change_and_tell, style};
+use crate::wait::{change_and_report, style};
 
 #[derive(Debug, Args)]
 pub(crate) struct Noun {
@@ -146,8 +146,8 @@ impl Noun {
                     let path = format!("/v1/images/{name}/build{at}");
                     let words = format!("{name}   built");
                     let request = (Method::POST, path.as_str());
-                    let tell = (name.as_str(), words.as_str());
-                    change_and_tell(&client, &self.talk, &how, request, &json!({}), tell).await?;
+                    let line = (name.as_str(), words.as_str());
+                    change_and_report(&client, &self.talk, &how, request, &json!({}), line).await?;
                 }
                 Ok(Outcome::Done)
             }
@@ -176,8 +176,8 @@ impl Noun {
                 let path = format!("/v1/images/{name}{at}");
                 let words = format!("{name}   deleted");
                 let request = (Method::DELETE, path.as_str());
-                let tell = (name.as_str(), words.as_str());
-                change_and_tell(&client, &self.talk, &how, request, &json!({}), tell).await
+                let line = (name.as_str(), words.as_str());
+                change_and_report(&client, &self.talk, &how, request, &json!({}), line).await
             }
             (Verb::Delete { name, force, how, .. }, None) => {
                 delete_local(&open(self.images)?, &name, force, &how, format)

@@ -114,7 +114,7 @@ impl Noun {
                             let check = result.map(|r| r["check"].clone()).unwrap_or_default();
                             found.push(json!({ "op": op, "check": check, "site": site }));
                         }
-                        Ok(Changed::Told) => {}
+                        Ok(Changed::Reported) => {}
                         // The other sites are looked at all the same.
                         Err(e) => bad = bad.or(Some(e)),
                     }

@@ -504,12 +504,12 @@ mod tests {
         let mut gone = std::process::Command::new("true").spawn().expect("a process");
         gone.wait().expect("ended");
         std::fs::write(dirs.run.join(PID_FILE), gone.id().to_string()).expect("written");
-        let (tell, told) = std::sync::mpsc::channel();
+        let (begin, begun) = std::sync::mpsc::channel();
         let taker = std::thread::spawn(move || {
-            tell.send(()).expect("heard");
+            begin.send(()).expect("heard");
             Lock::take(&dirs, &cafe).map(drop)
         });
-        told.recv().expect("it has begun");
+        begun.recv().expect("it has begun");
         std::thread::sleep(3 * LOCK_PAUSE);
         assert!(!taker.is_finished(), "it waits");
         drop(lock);

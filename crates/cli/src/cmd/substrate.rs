@@ -18,7 +18,7 @@ use crate::args::{Change, Named, Talk};
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Row, size};
-use crate::wait::{change_and_tell, style};
+use crate::wait::{change_and_report, style};
 use crate::watch::{Watch, Watched, watch};
 
 #[derive(Debug, Args)]
@@ -146,15 +146,15 @@ impl Noun {
             Verb::Delete { substrate, how } => {
                 let path = format!("/v1/substrates/{substrate}", substrate = substrate.path());
                 let words = format!("{substrate}   deleted");
-                let tell = (substrate.as_str(), words.as_str());
+                let line = (substrate.as_str(), words.as_str());
                 let request = (Method::DELETE, path.as_str());
-                return change_and_tell(
+                return change_and_report(
                     &client,
                     &self.talk,
                     &how,
                     request,
                     &serde_json::json!({}),
-                    tell,
+                    line,
                 )
                 .await;
             }
@@ -162,10 +162,10 @@ impl Noun {
                 let path =
                     format!("/v1/substrates/{substrate}/rebuild", substrate = substrate.path());
                 let words = format!("{substrate}   rebuilt");
-                let tell = (substrate.as_str(), words.as_str());
+                let line = (substrate.as_str(), words.as_str());
                 let request = (Method::POST, path.as_str());
                 let body = serde_json::json!({});
-                return change_and_tell(&client, &self.talk, &how, request, &body, tell).await;
+                return change_and_report(&client, &self.talk, &how, request, &body, line).await;
             }
             Verb::Export { substrate, file } => export(&client, &substrate, &file).await?,
             Verb::Import { file, name, site } => {

@@ -132,7 +132,7 @@ impl Up {
             return Ok(Outcome::Done);
         }
         let files = client_files(self.scope.config.as_ref());
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         if center_runs && !self.stays(&center, &files).await? {
             center_runs = false;
         }
@@ -148,8 +148,8 @@ impl Up {
         until(self.timeout, "the center to answer", async || client.alive().await.then_some(()))
             .await?;
         let where_token = written(&files.dir).token();
-        self.tell(
-            &mut told,
+        self.report(
+            &mut reported,
             &format!(
                 "center  ready   {}   (operator token in {})",
                 client.base(),
@@ -199,10 +199,10 @@ impl Up {
                 rtt.map(|ms| format!("round trip {}", out::millis(ms))).unwrap_or_default()
             );
             let data = json!({ "site": self.ap, "state": "ready", "rtt_ms": rtt });
-            self.tell(&mut told, words.trim_end(), data)?;
+            self.report(&mut reported, words.trim_end(), data)?;
         }
         if matches!(self.scope.output, Format::Json | Format::Yaml) {
-            out::value(self.scope.output, &told)?;
+            out::value(self.scope.output, &reported)?;
         }
         Ok(if center_runs && ap_runs { Outcome::Unchanged } else { Outcome::Done })
     }
@@ -236,13 +236,13 @@ impl Up {
         )))
     }
 
-    fn tell(&self, told: &mut Vec<Value>, words: &str, data: Value) -> Result<()> {
+    fn report(&self, reported: &mut Vec<Value>, words: &str, data: Value) -> Result<()> {
         match self.scope.output {
             Format::Table | Format::Wide => out::line(words)?,
             Format::Name => out::line(data["site"].as_str().unwrap_or_default())?,
             Format::Json | Format::Yaml => {}
         }
-        told.push(data);
+        reported.push(data);
         Ok(())
     }
 
@@ -278,7 +278,7 @@ async fn start(mut command: Command, dirs: &SiteDirs, name: &str, within: Durati
     let socket = dirs.run.join("up.sock");
     // A leftover of an `up` that was killed.
     let _ = std::fs::remove_file(&socket);
-    let told = UnixDatagram::bind(&socket)
+    let notify = UnixDatagram::bind(&socket)
         .map_err(|e| Failure::internal(format!("listening on {}: {e}", socket.display())))?;
     let mut child = command
         .env("NOTIFY_SOCKET", &socket)
@@ -287,7 +287,7 @@ async fn start(mut command: Command, dirs: &SiteDirs, name: &str, within: Durati
         .stderr(log)
         .spawn()
         .map_err(|e| Failure::internal(format!("starting {name}: {e}")))?;
-    let outcome = tokio::time::timeout(within, ready(&mut child, &told)).await;
+    let outcome = tokio::time::timeout(within, ready(&mut child, &notify)).await;
     // It has served its purpose.
     let _ = std::fs::remove_file(&socket);
     match outcome {
@@ -310,11 +310,11 @@ async fn start(mut command: Command, dirs: &SiteDirs, name: &str, within: Durati
     }
 }
 
-async fn ready(child: &mut Child, told: &UnixDatagram) -> Result<(), String> {
+async fn ready(child: &mut Child, notify: &UnixDatagram) -> Result<(), String> {
     let mut message = [0u8; 256];
     loop {
         tokio::select! {
-            n = told.recv(&mut message) => {
+            n = notify.recv(&mut message) => {
                 let n = n.map_err(|e| format!("cannot be heard: {e}"))?;
                 if message[..n].split(|b| *b == b'\n').any(|l| l == b"READY=1") {
                     return Ok(());
@@ -369,7 +369,7 @@ impl Down {
             .into_iter()
             .filter_map(|(site, run)| daemon_of(&run).map(|pid| (site, run, pid)))
             .collect();
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         // The center last, so that the others can say goodbye.
         let (centers, others): (Vec<_>, Vec<_>) =
             living.into_iter().partition(|(s, ..)| s == "center");
@@ -384,14 +384,14 @@ impl Down {
                 Format::Name => out::line(&site)?,
                 Format::Json | Format::Yaml => {}
             }
-            told.push(json!({ "site": site, "state": "stopped" }));
+            reported.push(json!({ "site": site, "state": "stopped" }));
         }
         if matches!(self.scope.output, Format::Json | Format::Yaml) {
-            out::value(self.scope.output, &told)?;
-        } else if told.is_empty() && !self.dry_run {
+            out::value(self.scope.output, &reported)?;
+        } else if reported.is_empty() && !self.dry_run {
             out::talk("nothing is up there (started with --root? name it again)");
         }
-        Ok(if told.is_empty() && !self.dry_run { Outcome::Unchanged } else { Outcome::Done })
+        Ok(if reported.is_empty() && !self.dry_run { Outcome::Unchanged } else { Outcome::Done })
     }
 }
 

@@ -15,7 +15,7 @@ use crate::args::{Change, Named, Talk, memory};
 use crate::client::Client;
 use crate::failure::{Outcome, Result};
 use crate::out::{self, Row, millis, size};
-use crate::wait::{Changed, change, change_and_tell, parts};
+use crate::wait::{Changed, change, change_and_report, parts};
 use crate::watch::{Watch, Watched, watch};
 
 #[derive(Debug, Args)]
@@ -244,7 +244,7 @@ impl Noun {
             Verb::Delete { vm, how } => {
                 let path = format!("/v1/vms/{vm}", vm = vm.path());
                 let words = format!("{vm}   deleted");
-                at.tell(&how, Method::DELETE, &path, vm.as_str(), &words).await
+                at.report_change(&how, Method::DELETE, &path, vm.as_str(), &words).await
             }
             Verb::Dock(c) => at.dock(c).await,
             Verb::Migrate(c) => at.migrate(c).await,
@@ -267,7 +267,7 @@ impl Site {
         self.client.get(&format!("/v1/vms/{vm}", vm = vm.path())).await
     }
 
-    async fn tell(
+    async fn report_change(
         &self,
         how: &Change,
         method: Method,
@@ -276,7 +276,7 @@ impl Site {
         words: &str,
     ) -> Result {
         let (client, talk) = (&self.client, &self.talk);
-        change_and_tell(client, talk, how, (method, path), &json!({}), (name, words)).await
+        change_and_report(client, talk, how, (method, path), &json!({}), (name, words)).await
     }
 
     async fn create(&self, c: Create) -> Result {
@@ -332,7 +332,7 @@ impl Site {
             return self.unchanged(&vm, "is stopped already");
         }
         let path = format!("/v1/vms/{name}/stop?force={force}", name = name.path());
-        self.tell(how, Method::POST, &path, vm.name.as_str(), &words).await
+        self.report_change(how, Method::POST, &path, vm.name.as_str(), &words).await
     }
 
     async fn start(&self, name: &Named, how: &Change) -> Result {
@@ -342,7 +342,7 @@ impl Site {
             return self.unchanged(&vm, "runs already");
         }
         let path = format!("/v1/vms/{name}/start", name = name.path());
-        self.tell(how, Method::POST, &path, vm.name.as_str(), &words).await
+        self.report_change(how, Method::POST, &path, vm.name.as_str(), &words).await
     }
 
     fn unchanged(&self, vm: &VmRecord, why: &str) -> Result {

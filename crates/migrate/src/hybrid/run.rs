@@ -487,7 +487,7 @@ impl Source<'_> {
             }
             // It was never let switch, and nobody is left who would.
             Ok(Ok(info)) if is_before_switch(info.status) && self.relay_is_gone() => {
-                self.give_up().await?;
+                self.cancel_migration().await?;
                 Ok(SourceEvent::Undone)
             }
             // One that is silent writes with its main lock held, and is read on now.
@@ -512,11 +512,11 @@ impl Source<'_> {
     }
 
     /// Cancels a migration that nobody reads any more, and lets the machine run on here.
-    async fn give_up(&self) -> Result<(), MoveError> {
-        const DOING: &str = "giving up a migration whose relay is gone";
+    async fn cancel_migration(&self) -> Result<(), MoveError> {
+        const DOING: &str = "cancelling a migration whose relay is gone";
         let ended =
             [MigrationStatus::Cancelled, MigrationStatus::Failed, MigrationStatus::Completed];
-        let given_up = async {
+        let cancelled = async {
             self.machine.migrate_cancel().await?;
             self.machine.wait_migration(DOING, &ended, EVENT_WITHIN).await?;
             if self.machine.life().await? != Life::Running {
@@ -524,7 +524,7 @@ impl Source<'_> {
             }
             Ok(())
         };
-        let Err(e) = given_up.await else { return Ok(()) };
+        let Err(e) = cancelled.await else { return Ok(()) };
         match end_of(self.machine).await {
             Some(why) => Err(MoveError::Ended { why }),
             None => Err(qemu(DOING)(e)),

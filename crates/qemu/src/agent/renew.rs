@@ -30,12 +30,12 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// What an agent says that did not do it.
 #[derive(Deserialize)]
 struct Failure {
-    error: Said,
+    error: ErrorBody,
     id: Option<u64>,
 }
 
 #[derive(Deserialize)]
-struct Said {
+struct ErrorBody {
     #[serde(default)]
     class: String,
     #[serde(default)]
@@ -58,11 +58,11 @@ fn unique() -> u64 {
 
 fn heard(line: &[u8], id: u64) -> Heard {
     let mark = line.iter().rposition(|&b| b == MARK);
-    let said = serde_json::from_slice::<Failure>(&line[mark.map_or(0, |at| at + 1)..]);
-    match (mark, said) {
+    let failure = serde_json::from_slice::<Failure>(&line[mark.map_or(0, |at| at + 1)..]);
+    match (mark, failure) {
         (Some(_), _) if sync_answer(line) == Some(id) => Heard::Done,
-        (Some(_), Ok(said)) if said.id == Some(id) => Heard::Failed(said.error.desc),
-        (None, Ok(said)) if said.error.class == "CommandNotFound" => Heard::Unknown,
+        (Some(_), Ok(failure)) if failure.id == Some(id) => Heard::Failed(failure.error.desc),
+        (None, Ok(failure)) if failure.error.class == "CommandNotFound" => Heard::Unknown,
         _ => Heard::Nothing,
     }
 }
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_about_another_question_is_nothing() {
+    fn an_answer_to_another_question_is_nothing() {
         let marked = |text: &str| [&[MARK][..], text.as_bytes()].concat();
         let failed = "{\"error\":{\"desc\":\"no thaw\"},\"id\":7}";
         assert_eq!(heard(&marked(failed), 7), Heard::Failed("no thaw".into()));

@@ -12,8 +12,8 @@ use crate::error::QemuError;
 
 /// A place where QEMU makes something that belongs elsewhere.
 pub(super) struct Place {
-    /// What QEMU is told.
-    pub(super) told: PathBuf,
+    /// The path that QEMU is given.
+    pub(super) qemu_path: PathBuf,
     /// Where it belongs, when that is another path.
     belongs: Option<(PathBuf, u32)>,
 }
@@ -24,10 +24,10 @@ impl Place {
     pub(super) fn take_socket(&self) -> Result<(), QemuError> {
         match &self.belongs {
             Some((path, uid)) => {
-                confine::take_socket(&self.told, path, *uid)?;
+                confine::take_socket(&self.qemu_path, path, *uid)?;
                 confine::share_socket(path)
             }
-            None => confine::share_socket(&self.told),
+            None => confine::share_socket(&self.qemu_path),
         }
     }
 
@@ -35,15 +35,16 @@ impl Place {
     pub(super) fn take_file(&self) -> Result<(), QemuError> {
         let Some((path, _)) = &self.belongs else { return Ok(()) };
         let (me, group) = (rustix::process::geteuid(), rustix::process::getegid());
-        let moved = std::os::unix::fs::lchown(&self.told, Some(me.as_raw()), Some(group.as_raw()))
-            .and_then(|()| match std::fs::rename(&self.told, path) {
-                // Another file system: states are small there.
-                Err(e) if e.kind() == std::io::ErrorKind::CrossesDevices => {
-                    std::fs::copy(&self.told, path).map(drop)?;
-                    std::fs::remove_file(&self.told)
-                }
-                done => done,
-            });
+        let moved =
+            std::os::unix::fs::lchown(&self.qemu_path, Some(me.as_raw()), Some(group.as_raw()))
+                .and_then(|()| match std::fs::rename(&self.qemu_path, path) {
+                    // Another file system: states are small there.
+                    Err(e) if e.kind() == std::io::ErrorKind::CrossesDevices => {
+                        std::fs::copy(&self.qemu_path, path).map(drop)?;
+                        std::fs::remove_file(&self.qemu_path)
+                    }
+                    done => done,
+                });
         moved.map_err(QemuError::file("taking what QEMU wrote for", path))
     }
 
@@ -51,7 +52,7 @@ impl Place {
     pub(super) fn clear(&self) {
         if self.belongs.is_some() {
             // A scratch file that stays is removed at the next use of its name.
-            let _ = std::fs::remove_file(&self.told);
+            let _ = std::fs::remove_file(&self.qemu_path);
         }
     }
 }
@@ -78,7 +79,7 @@ impl Machine {
     /// Where QEMU is to listen so that it can be reached at `path`.
     pub(super) fn socket_place(&self, path: &Path) -> Result<Place, QemuError> {
         let Some(uid) = self.user() else {
-            return Ok(Place { told: path.to_owned(), belongs: None });
+            return Ok(Place { qemu_path: path.to_owned(), belongs: None });
         };
         if let Some(dir) = path.parent() {
             confine::open_dir(dir, uid)?;
@@ -86,20 +87,20 @@ impl Machine {
         // QEMU sees the directory under the name that it has now. The name of the socket is new: QEMU
         // removes it when it stops listening, and there may be another one by then.
         let name = uuid::Uuid::new_v4().simple().to_string();
-        let told = self.paths().made(&name[..8]);
-        Ok(Place { told, belongs: Some((path.to_owned(), uid)) })
+        let qemu_path = self.paths().made(&name[..8]);
+        Ok(Place { qemu_path, belongs: Some((path.to_owned(), uid)) })
     }
 
     /// A file in the scratch directory for something that is to be at `path`, QEMU's own and empty.
     pub(super) fn file_place(&self, path: &Path) -> Result<Place, QemuError> {
         let launch = self.launch();
         let (Some(confine), Some(uid)) = (&launch.confine, launch.user) else {
-            return Ok(Place { told: path.to_owned(), belongs: None });
+            return Ok(Place { qemu_path: path.to_owned(), belongs: None });
         };
-        let told = confine.scratch.join(uid.to_string());
-        let _ = std::fs::remove_file(&told);
-        confine::make_file(&told, uid)?;
-        Ok(Place { told, belongs: Some((path.to_owned(), uid)) })
+        let qemu_path = confine.scratch.join(uid.to_string());
+        let _ = std::fs::remove_file(&qemu_path);
+        confine::make_file(&qemu_path, uid)?;
+        Ok(Place { qemu_path, belongs: Some((path.to_owned(), uid)) })
     }
 
     /// A copy of the file at `path` where QEMU can read it.
@@ -107,7 +108,7 @@ impl Machine {
         let place = self.file_place(path)?;
         if place.belongs.is_some() {
             let copied = std::fs::File::open(path).and_then(|mut from| {
-                let mut to = std::fs::OpenOptions::new().write(true).open(&place.told)?;
+                let mut to = std::fs::OpenOptions::new().write(true).open(&place.qemu_path)?;
                 std::io::copy(&mut from, &mut to)
             });
             if let Err(e) = copied {

@@ -132,7 +132,7 @@ impl Machine {
         self.disk_chain()?;
         self.end_offer().await;
         let place = self.socket_place(path)?;
-        let address = json!({ "type": "unix", "data": { "path": place.told } });
+        let address = json!({ "type": "unix", "data": { "path": place.qemu_path } });
         let server = json!({ "addr": address, "max-connections": 2 });
         self.qmp("nbd-server-start", server).await?;
         if let Err(e) = place.take_socket() {

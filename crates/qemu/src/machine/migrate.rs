@@ -246,7 +246,7 @@ impl Machine {
         self.set_parameters(Parameters { max_bandwidth: Some(0), ..Parameters::default() }).await?;
         let place = self.file_place(path)?;
         let saved = async {
-            self.qmp("migrate", json!({ "channels": file_channel(&place.told) })).await?;
+            self.qmp("migrate", json!({ "channels": file_channel(&place.qemu_path) })).await?;
             self.wait_migration("saving the state", &[MigrationStatus::Completed], STATE_WITHIN)
                 .await?;
             place.take_file()
@@ -275,7 +275,7 @@ impl Machine {
         // Named for what it was made for; it is there in every build, and asks nothing of Xen. Not
         // `live` is what leaves the disks as they are.
         let place = self.file_place(path)?;
-        let arguments = json!({ "filename": place.told.to_string_lossy(), "live": false });
+        let arguments = json!({ "filename": place.qemu_path.to_string_lossy(), "live": false });
         let saved = match self.qmp("xen-save-devices-state", arguments).await {
             Ok(_) => place.take_file(),
             Err(e) => Err(e),
@@ -297,7 +297,7 @@ impl Machine {
         self.set_capabilities(&[Capability::IgnoreShared]).await?;
         let place = self.copy_place(path)?;
         let loaded = async {
-            self.begin_incoming(file_channel(&place.told)).await?;
+            self.begin_incoming(file_channel(&place.qemu_path)).await?;
             self.wait_migration(DOING, &[MigrationStatus::Completed], STATE_WITHIN).await?;
             self.wait_life(DOING, Life::Paused, STATE_WITHIN).await
         }
@@ -314,7 +314,7 @@ impl Machine {
     pub async fn migrate_incoming(&self, path: &Path) -> Result<(), QemuError> {
         self.allowed(Action::Load).await?;
         let place = self.socket_place(path)?;
-        self.begin_incoming(unix_channel(&place.told)).await?;
+        self.begin_incoming(unix_channel(&place.qemu_path)).await?;
         place.take_socket()
     }
 
@@ -377,7 +377,7 @@ impl Machine {
     pub async fn migrate_recover(&self, path: &Path) -> Result<(), QemuError> {
         // This command still takes a URI; a path cannot change its scheme.
         let place = self.socket_place(path)?;
-        let arguments = json!({ "uri": format!("unix:{}", place.told.to_string_lossy()) });
+        let arguments = json!({ "uri": format!("unix:{}", place.qemu_path.to_string_lossy()) });
         self.inner.qmp.execute_oob("migrate-recover", arguments).await?;
         place.take_socket()
     }
@@ -433,7 +433,7 @@ impl Machine {
         }
     }
 
-    /// Whether QEMU has told of an event of that name since it was connected to.
+    /// Whether QEMU has reported an event of that name since it was connected to.
     #[must_use]
     pub fn has_reported(&self, name: &str) -> bool {
         self.inner.qmp.newest_event(|e| (e.name == name).then_some(())).is_some()
@@ -450,7 +450,7 @@ impl Machine {
         newest == Some(true)
     }
 
-    /// Whether its guest has powered itself off, as QEMU has told since it was connected to.
+    /// Whether its guest has powered itself off, as QEMU has reported since it was connected to.
     #[must_use]
     pub fn has_powered_off(&self) -> bool {
         let by_guest = |e: &crate::qmp::Event| {

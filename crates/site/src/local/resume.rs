@@ -23,7 +23,7 @@ use godwit_types::{Fault, Generation, MigrationId, VmId, chain};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::allowed::{Action, First};
+use super::allowed::{Action, Activity, First};
 use super::arrivals::Arrivals;
 use super::course::{
     AfterRestart, End, Migration, Step, arrival_after_restart, departure_after_restart,
@@ -222,7 +222,9 @@ impl Departures {
 impl Moves {
     /// How far a migration has come here.
     pub(super) async fn status(&self, id: MigrationId, vm: VmId) -> Result<MoveStatus, Fault> {
-        let now = self.parts.machines.owner(vm).await?.ask(Look { needs: None }).await?;
+        let owner = self.parts.machines.owner(vm).await?;
+        // One whose arrival is made ready is no word of what will be here.
+        let now = owner.wait_for(|e| e.doing.activity() != Activity::Preparing).await;
         let (record, machine) = (now.record, now.machine);
         let Some(migration) = record.migration.clone().filter(|m| m.id == id) else {
             // What arrived or left whole is in no migration any more.

@@ -160,13 +160,13 @@ impl Step for Stored {}
 
 impl<M, S> Docking<M, S> {
     /// The same docking, and what its step had.
-    fn apart(self) -> (Docking<M, Still>, S) {
+    fn split_step(self) -> (Docking<M, Still>, S) {
         let Self { machine, pool, id, nics, stop, phases, step } = self;
         (Docking { machine, pool, id, nics, stop, phases, step: Still }, step)
     }
 
     /// The same docking at another step.
-    fn at<T>(self, step: T) -> Docking<M, T> {
+    fn with_step<T>(self, step: T) -> Docking<M, T> {
         let Self { machine, pool, id, nics, stop, phases, .. } = self;
         Docking { machine, pool, id, nics, stop, phases, step }
     }
@@ -232,8 +232,8 @@ impl<M: Subject> Docking<M, Planned> {
             let why = rested.err().unwrap_or(SubstrateError::Worker("quiescing"));
             return Err(self.undo(why).await);
         };
-        let (me, Planned { plan }) = self.apart();
-        let (mut me, inside) = me.at(Quiesced { plan, ahead }).or_undo(rested).await?;
+        let (me, Planned { plan }) = self.split_step();
+        let (mut me, inside) = me.with_step(Quiesced { plan, ahead }).or_undo(rested).await?;
         me.step.plan.nic_stays(inside);
         godwit_hold::at("dock.quiesced").await;
         let wanted = me.stop.check();
@@ -252,9 +252,9 @@ impl<M: Subject> Docking<M, Quiesced> {
         let (mut me, blocks) = self.or_undo(saved).await?;
         me.phases.end("device state");
         godwit_hold::at("dock.stopped").await;
-        let (me, Quiesced { plan, ahead }) = me.apart();
+        let (me, Quiesced { plan, ahead }) = me.split_step();
         let (me, writer) = me.or_undo(ahead.end().await).await?;
-        Ok(me.at(Stopped { plan, writer, blocks, pause }))
+        Ok(me.with_step(Stopped { plan, writer, blocks, pause }))
     }
 }
 
@@ -262,7 +262,7 @@ impl<M: Subject> Docking<M, Stopped> {
     /// Hashes everything, and stores what is not there yet.
     pub(super) async fn store(self) -> Result<Docking<M, Stored>, SubstrateError> {
         let stop = self.stop.clone();
-        let (me, Stopped { plan, mut writer, blocks, pause }) = self.apart();
+        let (me, Stopped { plan, mut writer, blocks, pause }) = self.split_step();
         let stored = by_worker(move || {
             let memory = plan.own_memory();
             let (parts, memory_at) = plan.store(&mut writer, &blocks, &stop)?;
@@ -272,7 +272,7 @@ impl<M: Subject> Docking<M, Stopped> {
         me.phases.end_at("memory", memory_at);
         me.phases.end("disk");
         godwit_hold::at("dock.saved").await;
-        Ok(me.at(step))
+        Ok(me.with_step(step))
     }
 }
 
@@ -280,7 +280,7 @@ impl<M: Subject> Docking<M, Stored> {
     /// Makes the substrate part of the pool: the commit.
     pub(super) async fn publish(self) -> Result<Docking<M, Published>, SubstrateError> {
         let (stop, pool) = (self.stop.clone(), self.pool.clone());
-        let (me, Stored { parts, writer, memory, pause }) = self.apart();
+        let (me, Stored { parts, writer, memory, pause }) = self.split_step();
         let published = by_worker(move || {
             stop.commit()?;
             let StoredParts { substrate, pages, parts } = parts;
@@ -290,7 +290,7 @@ impl<M: Subject> Docking<M, Stored> {
         let (mut me, step) = me.or_undo(published.await).await?;
         me.phases.end("commit");
         godwit_hold::at("dock.published").await;
-        Ok(me.at(step))
+        Ok(me.with_step(step))
     }
 }
 
