@@ -95,7 +95,7 @@ impl LocalSite {
             MigrateReceived { migration } => self.moves.received(migration).await?;
             MigrateRelease { vm, generation } => {
                 self.moves.departures.release(vm, generation).await?;
-                self.remove(vm, generation).await?
+                self.remove_left(vm, generation).await?
             };
             MigrateAbort { migration, vm } => self.moves.abort(migration, vm).await?;
             Substrates {} => self.substrates.list()?;
@@ -119,6 +119,7 @@ impl LocalSite {
                 held.hold(migration, (substrate, content)).await?
             };
             Disk { of } => self.disk_of(of).await?;
+            Visits {} => self.machines.visits.machines();
         })
     }
 }

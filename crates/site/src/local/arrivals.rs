@@ -161,6 +161,7 @@ impl Arrivals {
         let mut e = entry.lock().await;
         if e.record.desired != DesiredState::Gone {
             e.record.desired = DesiredState::Gone;
+            self.machines.visits.gone(record.vm);
             self.machines.unregister(record.vm).await;
         }
     }

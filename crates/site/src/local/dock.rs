@@ -86,6 +86,7 @@ impl Marked {
         let e = &mut *self.entry;
         let vm = e.record.vm;
         e.record.generation = generation;
+        site.machines.visits.forget(vm);
         if let Err(error) = site.machines.bury(e).await {
             tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
             e.record.desired = DesiredState::Gone;

@@ -87,6 +87,16 @@ impl LocalSite {
 
     /// Ends a machine and removes what it has; its generation is kept as a tombstone.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        self.machines.visits.forget(vm);
+        self.end_machine(vm, generation, false).await
+    }
+
+    /// As [`LocalSite::remove`], of one that has left: its memory may be kept.
+    pub(super) async fn remove_left(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        self.end_machine(vm, generation, true).await
+    }
+
+    async fn end_machine(&self, vm: VmId, generation: Generation, keep: bool) -> Result<(), Fault> {
         let Some((mut e, first)) = self.admit_if_here(vm, generation, Action::Delete).await? else {
             return self.machines.remove_again(vm, generation);
         };
@@ -101,6 +111,9 @@ impl LocalSite {
         }
         self.end_strays(vm).await;
         e.record.generation = generation;
+        if keep {
+            self.machines.keep_visit(vm, generation).await;
+        }
         self.machines.bury(&mut e).await
     }
 }

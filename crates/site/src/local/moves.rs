@@ -274,6 +274,7 @@ impl Arrivals {
                     let fault = me.room.blame(Fault::of(&e));
                     if relay.status().doubt {
                         me.relays.held.doubt(&record, &me.images);
+                        me.machines.visits.forget(record.vm);
                     }
                     me.undo(&record).await;
                     Err(fault)
@@ -319,6 +320,10 @@ impl Arrivals {
             }
         }
         forget_measured(&dir);
+        if let Some(m) = &before.migration {
+            let (whole, came) = (m.attempt == 0, (m.id, &m.peer));
+            self.machines.visits.arrived((record.vm, record.generation), came, whole);
+        }
         if let Some(m) = &record.migration {
             self.relays.clear(m);
         }
@@ -392,6 +397,7 @@ impl Departures {
             };
             if moved.is_err() && relay.status().doubt {
                 self.relays.held.doubt(record, &self.images);
+                self.machines.visits.forget(record.vm);
             }
             moved?;
         }

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::sync::{MutexGuard, PoisonError};
 
-use godwit_types::{Code, Fault, Mib, VmId};
+use godwit_types::{Code, Fault, Generation, Mib, VmId};
 
 use super::record::{DesiredState, MachineRecord};
 use super::report;
@@ -60,11 +60,23 @@ impl Machines {
         }
     }
 
+    /// Keeps the memory of a machine that has left and whose QEMU has ended, where no promise needs
+    /// the room.
+    pub(super) async fn keep_visit(&self, vm: VmId, generation: Generation) {
+        let room = match self.promise_limit_mib() {
+            Ok(limit) => limit.saturating_sub(self.promised_mib(Some(vm)).await) << 20,
+            Err(error) => return tracing::warn!(%vm, %error, "its memory is not kept"),
+        };
+        self.visits.keep((vm, generation), &self.dirs.vm_memory(vm), room);
+    }
+
     /// Refuses to promise a machine of `memory`, `vm`, what others are promised.
     pub(super) async fn check_promise(&self, vm: VmId, memory: Mib) -> Result<(), Fault> {
         let (promised, limit) = (self.promised_mib(Some(vm)).await, self.promise_limit_mib()?);
         let wanted = share_mib(memory);
         if promised + wanted <= limit {
+            // What is kept of machines that have left is not among that.
+            self.visits.fit((limit - promised - wanted) << 20);
             return Ok(());
         }
         Err(Fault::new(

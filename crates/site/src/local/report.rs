@@ -40,7 +40,7 @@ impl LocalSite {
             memory_mib,
             memory_free_mib,
             ram_files_free_mib: (free_mib(&self.dirs.memory)?
-                + (self.substrates.pool.sealed_bytes().1 >> 20))
+                + ((self.substrates.pool.sealed_bytes().1 + self.machines.visits.bytes()) >> 20))
                 .saturating_sub(promised_mib(&self.dirs.memory)?),
             disk_free_mib: free_mib(&self.dirs.data)?,
             load: load()?,

@@ -84,6 +84,7 @@ impl LocalSite {
             machine.kill().await;
         }
         self.end_strays(e.record.vm).await;
+        self.machines.visits.forget(e.record.vm);
         self.machines.bury(e).await?;
         e.machine = None;
         let name = &e.record.name;

@@ -15,6 +15,7 @@ use super::entry::{Doing, Entry};
 use super::machines::remove_file;
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::tombs::Tombs;
+use super::visits::Visits;
 
 /// Every machine by its id.
 pub(super) type All = BTreeMap<VmId, Arc<Mutex<Entry>>>;
@@ -32,6 +33,8 @@ pub(super) struct Machines {
     pub(super) sizes: std::sync::Mutex<HashMap<VmId, Mib>>,
     /// Bytes of memory that may be promised; what the host has, less a reserve, when left out.
     pub(super) promise_bytes: Option<u64>,
+    /// What is kept of those that have left.
+    pub(super) visits: Arc<Visits>,
 }
 
 impl Machines {
@@ -40,7 +43,7 @@ impl Machines {
         site: Name,
         dirs: SiteDirs,
         pool: Pool,
-        promise_bytes: Option<u64>,
+        (promise_bytes, visits): (Option<u64>, Arc<Visits>),
     ) -> Result<Self, Fault> {
         let tombs = Tombs::open(dirs.tombs())?;
         Ok(Self {
@@ -52,6 +55,7 @@ impl Machines {
             promising: Mutex::default(),
             sizes: std::sync::Mutex::default(),
             promise_bytes,
+            visits,
         })
     }
 
@@ -206,6 +210,7 @@ impl Machines {
         e.record.desired = DesiredState::Gone;
         e.record.migration = None;
         self.pool.forget_clone(e.record.vm);
+        self.visits.gone(e.record.vm);
         self.clear(e.record.vm);
         self.delist(e.record.vm).await;
         Ok(())
