@@ -210,7 +210,9 @@ async fn work(
     };
     let bulk = async {
         match main_write {
-            Some(write) => bulk_channel((bulk, here), write, ack_tx, (&waits, &arrived), status).await,
+            Some(write) => {
+                bulk_channel((bulk, here), write, ack_tx, (&waits, &arrived), status).await
+            }
             None => Ok(()),
         }
     };

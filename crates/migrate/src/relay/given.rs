@@ -70,8 +70,7 @@ impl Given {
     /// Whether the numbers can be those of descriptors that are this program's alone.
     fn check(&self) -> Result<(), RelayError> {
         let mut all: Vec<i32> = [self.control, self.identity].into();
-        let single =
-            [self.qemu, self.nbd, self.commit, self.held, self.visit, self.arrived];
+        let single = [self.qemu, self.nbd, self.commit, self.held, self.visit, self.arrived];
         all.extend(single.into_iter().flatten().chain(self.layers.iter().copied()));
         let n = all.len();
         all.sort_unstable();

@@ -445,7 +445,9 @@ impl<'a> Source<'a> {
                 self.status.send_modify(|s| s.doubt |= doubt);
                 return Err(RelayError::PeerAborted(why));
             }
-            Event::Note(Some(Note::Ready | Note::Clock { .. } | Note::Holds(_) | Note::Visited(_))) => {}
+            Event::Note(Some(
+                Note::Ready | Note::Clock { .. } | Note::Holds(_) | Note::Visited(_),
+            )) => {}
             Event::Note(None) => return Err(RelayError::Protocol("it has left")),
         }
         self.send_all().await?;

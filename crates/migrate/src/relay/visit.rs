@@ -247,7 +247,8 @@ mod tests {
         other.block = Bytes::from_static(b"rom");
         let mut follows = page(6, 6);
         follows.named = false;
-        let pages = [page(5, 5), follows, page(7, 9), page(8, 0), page(0, 3), other, page(PAGES, 1)];
+        let pages =
+            [page(5, 5), follows, page(7, 9), page(8, 0), page(0, 3), other, page(PAGES, 1)];
         let (raw, plain, put) = frame(&pages);
         use Put::{Visited, Whole};
         assert_eq!(put, [Visited, Visited, Whole, Whole, Whole, Whole, Whole]);

@@ -12,8 +12,8 @@ use crate::verbs::{
     MigrateManifest, MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn,
     MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool, PoolCheck, Report, Request, Revoke,
     SiteReply, SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer, SubstrateUsers,
-    Substrates, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot, VmStart,
-    VmStatus, VmStop, VmType,
+    Substrates, Visits, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot,
+    VmStart, VmStatus, VmStop, VmType,
 };
 use crate::{Call, ConsoleTail};
 

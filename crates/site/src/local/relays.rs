@@ -241,9 +241,8 @@ impl Relays {
             }
             End::Destination => {
                 let lent = self.visits.lend(record.vm);
-                let visit = lent
-                    .as_ref()
-                    .and_then(|l| Some((l.visit.clone(), l.file.try_clone().ok()?)));
+                let visit =
+                    lent.as_ref().and_then(|l| Some((l.visit.clone(), l.file.try_clone().ok()?)));
                 let arrived = self.visits.comes(record.vm, migration.id, record.memory);
                 (lent, Memory { visit, arrived, held: None })
             }
