@@ -46,7 +46,6 @@ pub struct Visit {
     pub generation: Generation,
     /// Where only the pages are kept that differed from a substrate's memory: what is in that. A page
     /// that is as it is there is not to be looked for in the visit.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub over: Option<Hash>,
 }
 

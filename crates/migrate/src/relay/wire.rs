@@ -209,6 +209,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_of_a_visit_is_understood() {
+        for over in [None, Some(Hash::of(b"substrate"))] {
+            let visit = Visit { vm: godwit_types::VmId::new(), generation: Generation(7), over };
+            let bytes = encode("note", &Note::Visited(visit.clone())).expect("bytes");
+            let note: Note = decode("note", &bytes).expect("understood");
+            assert_eq!(note, Note::Visited(visit));
+        }
+    }
+
+    #[test]
     fn to_a_relay_of_before_only_its_own_version_is_named() {
         assert_eq!(known_by_peer(1), 2);
         assert_eq!(known_by_peer(4), REFERS);

@@ -107,6 +107,9 @@ impl LocalSite {
             e.doing.cancel_start();
         }
         if let Some(m) = e.machine.take() {
+            if keep {
+                self.machines.keep_own_visit(&e.record, generation, &m).await;
+            }
             m.kill().await;
         }
         self.end_strays(vm).await;

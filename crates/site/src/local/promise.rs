@@ -6,8 +6,9 @@
 //! ever killed for another's sake. Who knows that clones stay small promises more.
 
 use std::collections::HashMap;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
+use godwit_qemu::{Machine, MemorySource};
 use godwit_types::{Code, Fault, Generation, Mib, VmId};
 
 use super::record::{DesiredState, MachineRecord};
@@ -60,14 +61,52 @@ impl Machines {
         }
     }
 
+    /// Bytes that may be kept of machines that have left, beside what all are promised but `vm`.
+    async fn room_for_visits(&self, vm: VmId) -> u64 {
+        match self.promise_limit_mib() {
+            Ok(limit) => limit.saturating_sub(self.promised_mib(Some(vm)).await) << 20,
+            Err(error) => {
+                tracing::warn!(%vm, %error, "its memory is not kept");
+                0
+            }
+        }
+    }
+
     /// Keeps the memory of a machine that has left and whose QEMU has ended, where no promise needs
     /// the room.
     pub(super) async fn keep_visit(&self, vm: VmId, generation: Generation) {
-        let room = match self.promise_limit_mib() {
-            Ok(limit) => limit.saturating_sub(self.promised_mib(Some(vm)).await) << 20,
-            Err(error) => return tracing::warn!(%vm, %error, "its memory is not kept"),
+        if self.visits.has_left(vm, generation) {
+            let room = self.room_for_visits(vm).await;
+            let (visits, ram) = (Arc::clone(&self.visits), self.dirs.vm_memory(vm));
+            let keep = move || visits.keep((vm, generation), &ram, room);
+            let _ = tokio::task::spawn_blocking(keep).await;
+        }
+    }
+
+    /// As [`Machines::keep_visit`], of a machine that shares a substrate's memory, whose QEMU is there
+    /// yet.
+    pub(super) async fn keep_own_visit(
+        &self,
+        record: &MachineRecord,
+        generation: Generation,
+        machine: &Machine,
+    ) {
+        let of = (record.vm, generation);
+        let shares = matches!(machine.launch().memory, MemorySource::PrivateOf { .. });
+        let Some(id) = record.substrate.filter(|_| shares && self.visits.has_left(of.0, of.1))
+        else {
+            return;
         };
-        self.visits.keep((vm, generation), &self.dirs.vm_memory(vm), room);
+        let room = self.room_for_visits(of.0).await;
+        match (self.pool.get(id), machine.memory()) {
+            (Ok(substrate), Ok(memory)) => {
+                let (visits, over) = (Arc::clone(&self.visits), substrate.content());
+                let keep = move || visits.keep_own(of, (&memory, over), room);
+                let _ = tokio::task::spawn_blocking(keep).await;
+            }
+            (Err(error), _) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
+            (_, Err(error)) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
+        }
     }
 
     /// Refuses to promise a machine of `memory`, `vm`, what others are promised.

@@ -7,22 +7,28 @@
 //! ```
 //!
 //! What is kept is the first to go when anything else needs memory. It is at most one visit of each
-//! machine, for a day, and nothing of it outlives the daemon.
+//! machine, for a day, and nothing of it outlives the daemon. Of a machine that shares a substrate's
+//! memory only its own pages are kept: the others are named as the substrate's.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{File, Permissions};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use godwit_migrate::relay::{Visit, marks_bytes};
-use godwit_types::{Fault, Generation, Mib, MigrationId, Name, VmId};
-use rustix::fs::{MemfdFlags, SealFlags};
+use godwit_qemu::MemoryReader;
+use godwit_store::is_zero;
+use godwit_types::{Fault, Generation, Hash, Mib, MigrationId, Name, PAGE_SIZE, VmId};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use tracing::{info, warn};
 
 /// How long the memory of a machine that does not come back is kept.
 const KEPT_FOR: Duration = Duration::from_secs(24 * 3600);
+
+/// Pages that are copied in one go.
+const COPIED_AT_ONCE: usize = 256;
 
 /// The visits to one site, and those from which machines came here.
 #[derive(Debug)]
@@ -105,6 +111,11 @@ impl Visits {
         }
     }
 
+    /// Whether a machine has left whole for that generation, so that its memory may be kept.
+    pub(super) fn has_left(&self, vm: VmId, generation: Generation) -> bool {
+        self.inner().left.get(&vm) == Some(&generation)
+    }
+
     /// Keeps the memory of a machine that has left and whose QEMU has ended, out of its file at `ram`,
     /// if it left whole for that generation. No more than `room` bytes are kept in all then.
     pub(super) fn keep(
@@ -113,14 +124,49 @@ impl Visits {
         ram: &Path,
         room: u64,
     ) {
-        if self.inner().left.remove(&vm) != Some(generation) {
+        if !self.has_left(vm, generation) || !ram.exists() {
             return;
         }
-        let Ok(meta) = std::fs::metadata(ram) else {
-            // It shared the memory of its substrate.
+        match free_zeros(ram) {
+            Ok(bytes) => {
+                let visit = Visit { vm, generation, over: None };
+                self.enter(visit, bytes, room, |path| take_over(ram, path));
+            }
+            Err(error) => warn!(%vm, %error, "its memory is not kept"),
+        }
+    }
+
+    /// As [`Visits::keep`], of a machine that shares the memory of a substrate with the content `over`
+    /// and whose QEMU stands still: the pages that are its own.
+    pub(super) fn keep_own(
+        self: &Arc<Self>,
+        (vm, generation): (VmId, Generation),
+        (memory, over): (&MemoryReader, Hash),
+        room: u64,
+    ) {
+        if !self.has_left(vm, generation) {
             return;
+        }
+        let own = match memory.written_pages() {
+            Ok(Some(own)) => own,
+            Ok(None) => return,
+            Err(error) => return warn!(%vm, %error, "its own pages are not kept"),
         };
-        let (bytes, most) = (meta.blocks() * 512, room.min(self.budget));
+        let visit = Visit { vm, generation, over: Some(over) };
+        let bytes = own.len() as u64 * PAGE_SIZE as u64;
+        self.enter(visit, bytes, room, |path| copy_pages(memory, &own, path));
+    }
+
+    /// Keeps a visit of `bytes`, which `make` puts at a path.
+    fn enter(
+        self: &Arc<Self>,
+        visit: Visit,
+        bytes: u64,
+        room: u64,
+        make: impl FnOnce(&Path) -> std::io::Result<()>,
+    ) {
+        let (vm, generation, most) = (visit.vm, visit.generation, room.min(self.budget));
+        self.inner().left.remove(&vm);
         if bytes > most {
             info!(%vm, bytes, most, "its memory is not kept");
             return;
@@ -128,12 +174,12 @@ impl Visits {
         self.forget_kept(vm);
         self.fit(most - bytes);
         let path = self.dir.join(format!("{}.mem", vm.0.simple()));
-        if let Err(error) = take_over(ram, &path) {
+        if let Err(error) = make(&path) {
             warn!(%vm, %error, "its memory is not kept");
+            let _ = std::fs::remove_file(&path);
             return;
         }
         info!(%vm, bytes, "its memory is kept until it comes back");
-        let visit = Visit { vm, generation, over: None };
         self.inner().kept.push_back(Kept { visit, path, bytes, users: Arc::default() });
         let me = Arc::downgrade(self);
         tokio::spawn(async move {
@@ -254,6 +300,31 @@ impl Visits {
     }
 }
 
+/// Makes holes of a memory file's zero pages, which QEMU has touched as it read them; the bytes that it
+/// takes then.
+fn free_zeros(ram: &Path) -> std::io::Result<u64> {
+    let file = File::options().read(true).write(true).open(ram)?;
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let (len, mut at) = (file.metadata()?.len(), 0);
+    let mut buffer = vec![0; COPIED_AT_ONCE * PAGE_SIZE];
+    while at < len {
+        let part = &mut buffer[..(len - at).min((COPIED_AT_ONCE * PAGE_SIZE) as u64) as usize];
+        file.read_exact_at(part, at)?;
+        let mut first = at;
+        let alike = |a: &&[u8], b: &&[u8]| is_zero(a) == is_zero(b);
+        let pages: Vec<&[u8]> = part.chunks(PAGE_SIZE).collect();
+        for run in pages.chunk_by(alike) {
+            let bytes = run.iter().map(|page| page.len() as u64).sum();
+            if is_zero(run[0]) {
+                rustix::fs::fallocate(&file, punch, first, bytes)?;
+            }
+            first += bytes;
+        }
+        at = first;
+    }
+    Ok(file.metadata()?.blocks() * 512)
+}
+
 /// Makes a machine's memory file at `ram` ours at `path`: the uid under which its QEMU ran will be
 /// another's.
 fn take_over(ram: &Path, path: &Path) -> std::io::Result<()> {
@@ -264,10 +335,22 @@ fn take_over(ram: &Path, path: &Path) -> std::io::Result<()> {
     std::fs::rename(ram, path)
 }
 
+/// Writes these pages of a machine's memory to a file at `path`, each at its place.
+fn copy_pages(memory: &MemoryReader, pages: &[u64], path: &Path) -> std::io::Result<()> {
+    let file = File::options().write(true).create_new(true).mode(0o400).open(path)?;
+    file.set_len(memory.len())?;
+    let mut buffer = vec![0; COPIED_AT_ONCE * PAGE_SIZE];
+    let follows = |a: &u64, b: &u64| a + 1 == *b;
+    for run in pages.chunk_by(follows).flat_map(|run| run.chunks(COPIED_AT_ONCE)) {
+        let (at, part) = (run[0] * PAGE_SIZE as u64, &mut buffer[..run.len() * PAGE_SIZE]);
+        memory.read_at(at, part)?;
+        file.write_all_at(part, at)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use super::*;
 
     const ONE: u64 = 1 << 20;
@@ -284,10 +367,11 @@ mod tests {
     }
 
     impl Place {
-        /// A machine of 1 MiB that has left for generation 7.
+        /// A machine with 1 MiB of content that has left for generation 7.
         fn leave(&self) -> VmId {
             let (vm, ram) = (VmId::new(), self.dir.path().join("ram"));
-            std::fs::write(&ram, vec![7; ONE as usize]).expect("written");
+            std::fs::write(&ram, [vec![7; ONE as usize], vec![0; ONE as usize]].concat())
+                .expect("written");
             self.visits.left(vm, Generation(7));
             self.visits.keep((vm, Generation(7)), &ram, u64::MAX);
             vm
@@ -304,6 +388,9 @@ mod tests {
         let (a, b) = (place.leave(), place.leave());
         assert_eq!((place.visits.machines(), place.files()), (vec![a, b], 2));
         let lent = place.visits.lend(a).expect("kept");
+        let mut zeros = vec![1; ONE as usize];
+        lent.file.read_exact_at(&mut zeros, ONE).expect("read");
+        assert_eq!(zeros, vec![0; ONE as usize]);
         assert_eq!(lent.visit, Visit { vm: a, generation: Generation(7), over: None });
         let c = place.leave();
         assert_eq!(place.visits.machines(), [a, c], "a is read");
