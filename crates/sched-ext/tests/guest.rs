@@ -317,7 +317,6 @@ fn self_named(guest: &mut Guest) {
         ));
         let got: Vec<f64> = machines(&work).iter().filter_map(|m| m["cpu_ms"].as_f64()).collect();
         let [plain, named] = got[..] else { panic!("{work}") };
-        eprintln!("{mode}: {named:.0} ms of threads that name themselves, {plain:.0} ms of others");
         assert!(named < plain * 1.15, "{mode}: {named} ms against {plain} ms");
         let end = guest.stop("TERM");
         assert_eq!(end.counters.get("vms_new"), 1, "{mode}");
