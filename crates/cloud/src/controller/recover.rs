@@ -378,7 +378,7 @@ impl Settler {
         }
         let asked_at = self.registry.revision();
         let kept = host.ask(verbs::Visits {}, Call::quiet()).await?;
-        for gone in self.registry.vms_deleted(kept.into_iter(), asked_at) {
+        for gone in self.registry.vms_deleted(kept, asked_at) {
             let request = verbs::VmDelete { vm: gone.vm, generation: gone.generation };
             if let Err(f) = host.ask(request, Call::quiet()).await {
                 tracing::warn!(vm = %gone.name, site = %host.name(), error = %f, "its memory may be kept");
