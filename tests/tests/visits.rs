@@ -10,7 +10,7 @@ use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 /// What the guest has in memory that it does not change, and what it writes between two moves.
-const KEPT_MIB: u32 = 40;
+const KEPT_MIB: u32 = 24;
 const NEW_MIB: u32 = 4;
 /// What a guest changes by itself while it is asked to work for a few seconds.
 const BESIDE_MIB: u64 = 8;
