@@ -37,6 +37,16 @@ fn what_both_sites_hold_is_not_sent_and_a_copy_that_differs_is_found() {
     assert!(sent < data * 4096 / 3, "{report}");
     let lines = cloud.guest("m").intact(lines);
 
+    // Back and there again: what it had changed of the substrate's pages, and has not changed since, is
+    // where it left it.
+    let mut lines = lines;
+    for to in [Daemon::Ap, Daemon::Center] {
+        let report = migrate(&cloud, to);
+        let visited = report["pages"]["visited"].as_u64().unwrap();
+        assert!(visited > 100, "{report}");
+        lines = cloud.guest("m").intact(lines);
+    }
+
     // The destination's copy goes bad after it was read and found good.
     let id = cloud.ok(&["substrate", "get", "base"])["id"].as_str().unwrap().to_owned();
     let copy = cloud.memory_dir(Daemon::Ap).join(format!("substrates/{id}.mem"));

@@ -112,6 +112,7 @@ pub(super) fn checked(mut reply: SiteReply) -> Result<SiteReply, Fault> {
             at_most("damaged units", c.damaged.len(), MAX_DAMAGED)?;
             c.damaged.iter_mut().for_each(|d| tidy(d, MAX_TEXT));
         }
+        SiteReply::Visits(all) => at_most("visits", all.len(), MAX_MACHINES)?,
         SiteReply::Bytes(n) => size("the size of a disk", *n, MAX_BYTES)?,
         // Bounded by the longest message, and not kept.
         _ => {}

@@ -217,6 +217,8 @@ verbs! {
         Address(Option<SocketAddr>),
         /// To `Disk`.
         Bytes(u64),
+        /// To `Visits`.
+        Visits(Vec<VmId>),
     }
 
     /// Resources and holdings.
@@ -516,4 +518,6 @@ verbs! {
         /// Its content.
         content: Hash,
     }
+    /// The machines that have left a site and of which it keeps memory.
+    Visits "visits" since 5 => Visits {}
 }

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, TryLockError};
 
 use godwit_types::{PAGE_SIZE, SubstrateId};
 
-use crate::pool::{Pool, lock};
+use crate::pool::{Pool, Spare, lock};
 
 /// Which sealed memory was used when, and what is in use now.
 #[derive(Debug)]
@@ -126,10 +126,21 @@ impl Pool {
         self.sealed_bytes().0.saturating_sub(self.memory_budget())
     }
 
-    /// Drops idle sealed memory, least recently used first, until `bytes` are free; how many came
-    /// free.
+    /// Has `spare` free what is worth less than idle sealed memory, whenever tmpfs lacks room; only the
+    /// first that is given counts.
+    pub fn gives_way_first(&self, spare: Spare) {
+        let _ = self.inner.spare.set(spare);
+    }
+
+    fn free_spare(&self, bytes: u64) -> u64 {
+        if bytes == 0 { 0 } else { self.inner.spare.get().map_or(0, |free| free(bytes)) }
+    }
+
+    /// Drops idle sealed memory, least recently used first and after what gives way first, until
+    /// `bytes` are free; how many came free.
     pub fn reclaim(&self, bytes: u64) -> u64 {
-        self.drop_idle(bytes, None)
+        let freed = self.free_spare(bytes);
+        freed + self.drop_idle(bytes.saturating_sub(freed), None)
     }
 
     fn sealed(&self) -> Vec<Sealed> {
@@ -169,6 +180,7 @@ impl Pool {
         let free = rustix::fs::statvfs(&self.inner.dirs.memory)
             .map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize));
         let lacking = more.saturating_sub(free);
+        let lacking = lacking.saturating_sub(self.free_spare(lacking));
         self.drop_idle(over.max(lacking), Some(id));
         Room { cache, id }
     }

@@ -75,6 +75,6 @@ pub use exchange::{KEPT, MAX_WANT, TakerMsg};
 pub use identity::Identity;
 pub use manifest::{Docked, Part, Shape, Sizes, Substrate};
 pub use memory::SealedMemory;
-pub use pool::{Pool, PoolCheck, PoolDirs};
+pub use pool::{Pool, PoolCheck, PoolDirs, Spare};
 pub use ready::{OpenMemory, Ready};
 pub use shells::{Places, Shells};

@@ -15,7 +15,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use godwit_store::{CheckReport, PageMap, Store, Writer, zero_hash};
 use godwit_types::{BLOCK_SIZE, Code, CodedError, Hash, Name, SubstrateId, VmId, seal};
@@ -42,6 +42,9 @@ pub struct Pool {
     pub(crate) inner: Arc<Inner>,
 }
 
+/// Frees so many bytes of tmpfs, if it can, and says how many.
+pub type Spare = Box<dyn Fn(u64) -> u64 + Send + Sync>;
+
 pub(crate) struct Inner {
     pub(crate) dirs: PoolDirs,
     pub(crate) store: Store,
@@ -51,6 +54,7 @@ pub(crate) struct Inner {
     pub(crate) making: Mutex<HashMap<SubstrateId, Arc<Mutex<()>>>>,
     pub(crate) verified: Verified,
     pub(crate) cache: MemoryCache,
+    pub(crate) spare: OnceLock<Spare>,
     damaged: Mutex<HashMap<SubstrateId, Finding>>,
     turns: Arc<Turns>,
     publishing: Mutex<()>,
@@ -139,6 +143,7 @@ impl Pool {
                 making: Mutex::default(),
                 verified: Verified::default(),
                 cache: MemoryCache::default(),
+                spare: OnceLock::new(),
                 damaged: Mutex::default(),
                 turns: Arc::default(),
                 publishing: Mutex::new(()),

@@ -129,6 +129,7 @@ impl Sites {
             memory: true,
             disk: Some(disk),
             held: None,
+            visit: None,
             given: None,
         }
     }

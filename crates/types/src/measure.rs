@@ -179,6 +179,9 @@ pub struct PagesMoved {
     pub changed: u64,
     /// Of the pages with content, those that were named as blocks of the base image.
     pub base: u64,
+    /// Of the pages with content, those that were only named, since the machine had left them at the
+    /// destination when it was there before.
+    pub visited: u64,
     /// Of both, those sent because the machine, or the relay for it, asked for them.
     pub demanded: u64,
     /// Bytes that the destination was told to forget at the switch, since they had changed.

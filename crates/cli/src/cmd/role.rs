@@ -101,6 +101,10 @@ pub(crate) struct CenterRole {
     /// when it is full [default: half of the tmpfs]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     memory_cache: Option<u64>,
+    /// Memory that may be kept of machines that have left, for when they come back, e.g. 1G; it makes
+    /// room for whatever needs some [default: a quarter of the above]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    memory_visits: Option<u64>,
     /// Memory that its machines may be promised, e.g. 48G; each is promised all of its own and what
     /// its QEMU takes, however little it has written to [default: what the host has]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
@@ -147,6 +151,10 @@ pub(crate) struct ApRole {
     /// when it is full [default: half of the tmpfs]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     memory_cache: Option<u64>,
+    /// Memory that may be kept of machines that have left, for when they come back, e.g. 1G; it makes
+    /// room for whatever needs some [default: a quarter of the above]
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    memory_visits: Option<u64>,
     /// Memory that its machines may be promised, e.g. 48G; each is promised all of its own and what
     /// its QEMU takes, however little it has written to [default: what the host has]
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
@@ -186,6 +194,7 @@ impl CenterRole {
             client: client.clone(),
             pool_bytes: self.pool_limit,
             memory_cache_bytes: self.memory_cache,
+            memory_visits_bytes: self.memory_visits,
             memory_promise_bytes: self.memory_promise,
             link_patience: self.living.link_patience.map(Duration::from_secs),
             scrub_every: self.living.scrub_every.map(Duration::from_secs),
@@ -252,6 +261,7 @@ impl ApRole {
             link: self.link,
             pool_bytes: self.pool_limit,
             memory_cache_bytes: self.memory_cache,
+            memory_visits_bytes: self.memory_visits,
             memory_promise_bytes: self.memory_promise,
             link_patience: self.living.link_patience.map(Duration::from_secs),
             behind_nat: self.behind_nat,

@@ -252,6 +252,7 @@ impl Settler {
         told: Option<Hash>,
         told_at: u64,
     ) -> Result<(), Fault> {
+        self.end_visits(host).await?;
         if told.is_some_and(|told| self.is_settled(host.name(), told)) {
             return self
                 .registry
@@ -368,6 +369,22 @@ impl Settler {
             }
         }
         Ok(!gone.is_empty())
+    }
+
+    /// Has a site drop what it keeps of machines that have left it and were deleted or docked since.
+    async fn end_visits(&self, host: &Arc<dyn SiteHost>) -> Result<(), Fault> {
+        if self.registry.deleted_count() == 0 || host.speaks() < verbs::Visits::SINCE {
+            return Ok(());
+        }
+        let asked_at = self.registry.revision();
+        let kept = host.ask(verbs::Visits {}, Call::quiet()).await?;
+        for gone in self.registry.vms_deleted(kept, asked_at) {
+            let request = verbs::VmDelete { vm: gone.vm, generation: gone.generation };
+            if let Err(f) = host.ask(request, Call::quiet()).await {
+                tracing::warn!(vm = %gone.name, site = %host.name(), error = %f, "its memory may be kept");
+            }
+        }
+        Ok(())
     }
 
     /// What a site's word on a machine means beside what the registry has of it. A machine that an

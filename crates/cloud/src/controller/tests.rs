@@ -50,6 +50,8 @@ pub(crate) struct Paper {
     pub(super) speaks: std::sync::atomic::AtomicU16,
     /// What was typed into its machines.
     pub(crate) typed: Mutex<Vec<String>>,
+    /// Machines that have left it and of which it keeps memory.
+    pub(crate) visits: Mutex<Vec<VmId>>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -93,6 +95,7 @@ impl Paper {
             listed: AtomicUsize::new(0),
             asked: AtomicUsize::new(0),
             typed: Mutex::default(),
+            visits: Mutex::default(),
             speaks: godwit_transfer::wire::Versions::OURS.max.into(),
         })
     }
@@ -116,6 +119,7 @@ impl Paper {
     }
     fn drop_vm(&self, vm: VmId) {
         self.machines.lock().expect("lock").retain(|m| m.vm != vm);
+        self.visits.lock().expect("lock").retain(|of| *of != vm);
     }
 }
 
@@ -168,6 +172,9 @@ impl SiteHost for Paper {
             SiteRequest::VmType(VmType { text, .. }) => {
                 self.typed.lock().expect("lock").push(text);
                 Ok(SiteReply::Done(()))
+            }
+            SiteRequest::Visits(_) => {
+                Ok(SiteReply::Visits(self.visits.lock().expect("lock").clone()))
             }
             SiteRequest::Disk(_) => Ok(SiteReply::Bytes(4 << 30)),
             SiteRequest::Machines(_) => {

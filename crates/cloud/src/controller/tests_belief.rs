@@ -67,6 +67,24 @@ async fn a_machine_that_was_deleted_ends_at_a_site_that_was_away() {
     assert_eq!(w.cafe.all().len(), 1);
 }
 
+#[tokio::test]
+async fn a_site_that_was_away_keeps_nothing_of_a_machine_that_was_deleted() {
+    let w = world(Send::Works).await;
+    let (gone, stays) = (running(&w, "a").await, running(&w, "b").await);
+    let (center, cafe): (Arc<dyn SiteHost>, Arc<dyn SiteHost>) = (w.center.clone(), w.cafe.clone());
+    w.c.refresh(&cafe).await.expect("report");
+    w.c.detach(&cafe);
+    w.cafe.visits.lock().expect("lock").extend([gone.id, stays.id]);
+    delete(&w, "a").await;
+    w.c.refresh(&center).await.expect("report");
+    // It has the machines that it had, and says nothing else of them.
+    w.c.attach(cafe.clone(), SiteKind::Ap).await.expect("back");
+    assert_eq!(*w.cafe.visits.lock().expect("lock"), [stays.id]);
+    w.c.refresh(&cafe).await.expect("report");
+    w.c.refresh(&center).await.expect("report");
+    assert_eq!(w.c.registry().deleted_count(), 0, "every site has been seen without it");
+}
+
 /// A site says that it holds a substrate, and what it holds is another: the center does not count it
 /// among the holders, neither by its report nor by its list, and nothing is brought from it.
 #[tokio::test]

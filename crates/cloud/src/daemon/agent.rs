@@ -52,6 +52,9 @@ pub struct AgentConfig {
     pub pool_bytes: Option<u64>,
     /// Bytes of tmpfs for sealed memory that no machine maps; half of it when left out.
     pub memory_cache_bytes: Option<u64>,
+    /// Bytes of memory that may be kept of machines that have left; a quarter of the above when left
+    /// out.
+    pub memory_visits_bytes: Option<u64>,
     /// Bytes of memory that machines may be promised; what the host has when left out.
     pub memory_promise_bytes: Option<u64>,
     /// How long a silent link to another site is kept; [`godwit_transfer::PATIENCE`] when left
@@ -166,6 +169,7 @@ impl Agent {
         options.uids = config.uids;
         options.pool_bytes = config.pool_bytes.unwrap_or(options.pool_bytes);
         options.memory_cache_bytes = config.memory_cache_bytes;
+        options.memory_visits_bytes = config.memory_visits_bytes;
         options.memory_promise_bytes = config.memory_promise_bytes;
         options.scrub_every = config.scrub_every;
         let site = LocalSite::open(name.clone(), config.dirs, trust, options).await?;

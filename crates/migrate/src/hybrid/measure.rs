@@ -200,6 +200,7 @@ pub fn report(
         known: sent.counts.known_pages,
         changed: sent.counts.changed_pages,
         base: sent.counts.base_pages,
+        visited: sent.counts.visited_pages,
         demanded: sent.counts.demanded_pages,
         discarded_bytes: sent.counts.discarded_bytes,
         requests: received.counts.requests,

@@ -9,7 +9,7 @@ use godwit_types::{Generation, Hash, MigrationId, Name};
 use serde::{Deserialize, Serialize};
 
 use super::known::KnownMemory;
-use super::{Given, RelayError};
+use super::{Given, RelayError, Visit};
 
 /// The largest configuration file in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -79,6 +79,10 @@ pub struct RelayConfig {
     /// migration that goes on after a break.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<HeldMemory>,
+    /// An earlier visit of the machine to the destination: its marks at the source, its memory at the
+    /// destination ([`Given::visit`]); as `held`, not after a break.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub visit: Option<Visit>,
     /// What the relay inherits open, in place of opening or making it.
     #[serde(default)]
     pub given: Option<Given>,
@@ -192,7 +196,7 @@ impl RelayConfig {
                 | (RelayRole::Source, Some(RelayDisk::Source { .. }))
                 | (RelayRole::Destination, Some(RelayDisk::Destination { .. }))
         );
-        if self.held.is_some() && self.resume {
+        if (self.held.is_some() || self.visit.is_some()) && self.resume {
             Err(RelayError::Contradiction("what goes on after a break refers to no held memory"))
         } else if !self.memory && !self.resume {
             Err(RelayError::Contradiction("memory is left out of a migration that just begins"))

@@ -30,6 +30,7 @@ use super::known::{Batch, KnownBlocks, KnownMemory, Put};
 use super::pacer::Pacer;
 use super::round::Round;
 use super::status::{Counts, RamSection, RelayPhase};
+use super::visit::Visited;
 
 /// Raw bytes collected into one bulk frame.
 const BATCH: usize = 64 << 10;
@@ -136,12 +137,17 @@ impl SourceCore {
     /// Whether a page was sent as one that the destination holds.
     pub(crate) fn has_referred(&self) -> bool {
         let c = &self.counts;
-        c.known_pages + c.changed_pages + c.base_pages > 0
+        c.known_pages + c.changed_pages + c.base_pages + c.visited_pages > 0
     }
 
     /// From now on the destination holds `known`, too.
     pub(crate) fn refer_to(&mut self, known: KnownMemory) {
         self.batch.refer_to(known);
+    }
+
+    /// From now on pages are named that the machine left at its destination and still has.
+    pub(crate) fn refer_to_visit(&mut self, visit: Visited) {
+        self.batch.refer_to_visit(visit);
     }
 
     /// What the stream says of the machine's memory, once it has.
@@ -278,6 +284,7 @@ impl SourceCore {
             Put::Same => self.counts.known_pages += 1,
             Put::Changed => self.counts.changed_pages += 1,
             Put::Block => self.counts.base_pages += 1,
+            Put::Visited => self.counts.visited_pages += 1,
         }
         self.flush_full();
     }
@@ -446,6 +453,7 @@ impl SourceCore {
             self.first = first;
             ReturnMessage::SwitchoverAck.encode(&mut self.asked);
             self.batch.leave_blocks();
+            self.batch.leave_visit();
             self.advance(RelayPhase::Switching);
         }
         held

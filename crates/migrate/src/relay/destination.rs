@@ -1,5 +1,6 @@
 //! The relay at the destination.
 
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -21,8 +22,9 @@ use super::disk::{self, Arrival};
 use super::frame::{Kind, open};
 use super::known::{HeldHere, KnownMemory, expand};
 use super::meet::meet;
+use super::visit::{Arrived, Visit};
 use super::waits::{Channel, Waits};
-use super::wire::{About, NEWEST, Note, REFERS, recv_note, send_note};
+use super::wire::{About, NEWEST, Note, REFERS, VISITS, recv_note, send_note};
 use super::{
     BlockDevice, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase,
     RelayStatus, unless_aborted,
@@ -35,9 +37,19 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// How long QEMU may take to say what its end is, once it has shut a channel.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
-/// What is open already: the disk, the word on the commit point, and the memory that the source may
-/// hold, too.
-type Opened<'a> = (Option<&'a BlockDevice>, &'a CommitFile, Option<(Hash, KnownMemory)>);
+/// What is open already: the disk, the word on the commit point, and what is known of memory.
+type Opened<'a> = (Option<&'a BlockDevice>, &'a CommitFile, Known);
+
+/// What is known of the machine's memory, and is to be known of it later.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// The memory of a substrate, which the source may hold, too.
+    pub(super) held: Option<(Hash, KnownMemory)>,
+    /// What the machine left here.
+    pub(super) visit: Option<(Visit, File)>,
+    /// Where marks of its pages are written.
+    pub(super) arrived: Option<File>,
+}
 
 /// The lanes of one migration, as the source opened them.
 struct Lanes {
@@ -53,13 +65,13 @@ struct Lanes {
 pub(super) async fn run(
     config: &RelayConfig,
     endpoint: &Endpoint,
-    (device, commit, held): Opened<'_>,
+    (device, commit, known): Opened<'_>,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<Outcome, RelayError> {
     let link = meet(config, endpoint, status, commands).await?;
     let mut lanes = unless_aborted(commands, accept_lanes(config, link)).await?;
-    let worked = work(config, &mut lanes, (device, commit, held), status, commands).await;
+    let worked = work(config, &mut lanes, (device, commit, known), status, commands).await;
     // Whoever reads the file once this relay says that it has ended reads its last word.
     commit.settle().await;
     let note = match &worked {
@@ -127,7 +139,7 @@ async fn accept_lanes(config: &RelayConfig, link: Link) -> Result<Lanes, RelayEr
 async fn work(
     config: &RelayConfig,
     lanes: &mut Lanes,
-    (device, commit, held): Opened<'_>,
+    (device, commit, known): Opened<'_>,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<(), RelayError> {
@@ -160,10 +172,25 @@ async fn work(
         let open = std::fs::File::open(base);
         here.base = Some(open.map_err(|source| RelayError::Held { path: base.clone(), source })?);
     }
-    if let Some((content, memory)) = held.filter(|_| refers) {
+    if let Some((content, memory)) = known.held.filter(|_| refers) {
         send_note(&mut steering.0, Note::Holds(content)).await?;
         here.memory = Some(memory);
     }
+    if let Some((visit, memory)) = known.visit.filter(|_| refers && *version >= VISITS) {
+        match KnownMemory::new(memory) {
+            Ok(memory) => {
+                send_note(&mut steering.0, Note::Visited(visit)).await?;
+                here.visit = Some(memory);
+            }
+            Err(error) => tracing::warn!(%error, "what the machine left here is of no use"),
+        }
+    }
+    let arrived = known.arrived.filter(|_| config.memory && !config.resume);
+    let arrived = arrived.and_then(|to| {
+        let failed = |error: &_| tracing::warn!(%error, "its pages are not marked");
+        Arrived::new(to).inspect_err(failed).ok()
+    });
+    let arrived = Mutex::new(arrived);
     send_note(&mut steering.0, Note::Ready).await?;
 
     let (ack_tx, mut acks) = mpsc::channel(1024);
@@ -179,11 +206,13 @@ async fn work(
         if !config.memory {
             return Ok(());
         }
-        demand_channel(demand_lane, &config.qemu, &waits, status).await
+        demand_channel(demand_lane, &config.qemu, (&waits, &arrived), status).await
     };
     let bulk = async {
         match main_write {
-            Some(write) => bulk_channel((bulk, here), write, ack_tx, &waits, status).await,
+            Some(write) => {
+                bulk_channel((bulk, here), write, ack_tx, (&waits, &arrived), status).await
+            }
             None => Ok(()),
         }
     };
@@ -256,6 +285,10 @@ async fn work(
             }
         }
         if memory_over && disk_over {
+            let arrived = arrived.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(Err(error)) = arrived.map(|arrived| arrived.write()) {
+                tracing::warn!(%error, "its pages are not marked");
+            }
             return Ok(());
         }
     }
@@ -368,12 +401,20 @@ fn note_written(
     }
 }
 
+/// Pages are about to be written to QEMU. Not afterwards: it may be the last that it needs, and say so
+/// before this goes on.
+fn mark(arrived: &Mutex<Option<Arrived>>, channel: Channel, raw: &[u8]) {
+    if let Some(arrived) = arrived.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        arrived.stream(channel, raw);
+    }
+}
+
 /// From the bulk lane to QEMU's main channel; each frame is acknowledged when QEMU has taken it.
 async fn bulk_channel(
     (lane, mut here): (&mut LaneReceiver, HeldHere),
     mut write: OwnedWriteHalf,
     acks: mpsc::Sender<u32>,
-    waits: &Mutex<Waits>,
+    (waits, arrived): (&Mutex<Waits>, &Mutex<Option<Arrived>>),
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     while let Some(frame) =
@@ -397,6 +438,7 @@ async fn bulk_channel(
             }
             Kind::Memory | Kind::Device | Kind::Open => raw,
         };
+        mark(arrived, Channel::Main, &raw);
         write.write_all(&raw).await.map_err(|source| RelayError::Qemu {
             what: "writing the destination QEMU's main channel",
             source,
@@ -424,7 +466,7 @@ async fn preempt_ended(source: std::io::Error) -> RelayError {
 async fn demand_channel(
     lane: &mut LaneReceiver,
     qemu: &Path,
-    waits: &Mutex<Waits>,
+    (waits, arrived): (&Mutex<Waits>, &Mutex<Option<Arrived>>),
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     let mut channel: Option<UnixStream> = None;
@@ -445,6 +487,7 @@ async fn demand_channel(
                 }
             })?),
         };
+        mark(arrived, Channel::Preempt, &raw);
         if let Err(error) = write.write_all(&raw).await {
             return Err(preempt_ended(error).await);
         }

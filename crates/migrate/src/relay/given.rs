@@ -39,6 +39,13 @@ pub struct Given {
     /// The memory that both sites hold, for reading ([`super::RelayConfig::held`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<i32>,
+    /// What belongs to an earlier visit ([`super::RelayConfig::visit`]), for reading.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub visit: Option<i32>,
+    /// Where the marks of the machine's pages are written as they come, of the length of the whole
+    /// list ([`super::marks_bytes`]); at the destination.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arrived: Option<i32>,
 }
 
 /// The same, taken.
@@ -51,6 +58,8 @@ pub(super) struct Taken {
     pub(super) layers: Vec<File>,
     pub(super) commit: Option<File>,
     pub(super) held: Option<File>,
+    pub(super) visit: Option<File>,
+    pub(super) arrived: Option<File>,
 }
 
 fn contradiction<E>(why: &'static str) -> impl Fn(E) -> RelayError {
@@ -61,7 +70,7 @@ impl Given {
     /// Whether the numbers can be those of descriptors that are this program's alone.
     fn check(&self) -> Result<(), RelayError> {
         let mut all: Vec<i32> = [self.control, self.identity].into();
-        let single = [self.qemu, self.nbd, self.commit, self.held];
+        let single = [self.qemu, self.nbd, self.commit, self.held, self.visit, self.arrived];
         all.extend(single.into_iter().flatten().chain(self.layers.iter().copied()));
         let n = all.len();
         all.sort_unstable();
@@ -110,6 +119,8 @@ impl Given {
                 .collect::<Result<_, _>>()?,
             commit: self.commit.map(|fd| take(fd).map(File::from)).transpose()?,
             held: self.held.map(|fd| take(fd).map(File::from)).transpose()?,
+            visit: self.visit.map(|fd| take(fd).map(File::from)).transpose()?,
+            arrived: self.arrived.map(|fd| take(fd).map(File::from)).transpose()?,
         })
     }
 

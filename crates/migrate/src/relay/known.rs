@@ -12,6 +12,7 @@
 //! step 1 same:     u8 named | u64 first page | u32 pages
 //! step 2 changed:  u8 named | u64 page | u16 length | { u16 words to skip | u16 words | words }
 //! step 3 block:    u8 named | u64 page | u32 block of the base image
+//! step 4 visited:  as 1, of the memory that the machine left there ([`super::visit`]); since version 4
 //! ```
 //!
 //! The destination makes QEMU's own page records of it. The hash is what finds a copy that is not
@@ -27,6 +28,7 @@ use godwit_qemu::stream::{Content, Page, Record};
 use godwit_types::{BLOCK_SIZE, PAGE_SIZE};
 
 use super::frame::Kind;
+use super::visit::Visited;
 
 /// Pages of a memory file that are read at once.
 const WINDOW: u64 = 16;
@@ -45,6 +47,7 @@ const STEP_BYTES: u8 = 0;
 const STEP_SAME: u8 = 1;
 const STEP_CHANGED: u8 = 2;
 const STEP_BLOCK: u8 = 3;
+pub(super) const STEP_VISITED: u8 = 4;
 
 /// Why a frame's references cannot be followed.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +146,8 @@ fn read_block(base: &File, number: u32, block: &mut [u8; BLOCK_SIZE]) -> std::io
 pub(crate) struct HeldHere {
     pub(crate) memory: Option<KnownMemory>,
     pub(crate) base: Option<File>,
+    /// The memory that the machine left here when it was here last.
+    pub(crate) visit: Option<KnownMemory>,
 }
 
 /// How a page was put into a [`Batch`].
@@ -156,11 +161,15 @@ pub(crate) enum Put {
     Changed,
     /// It is a block of the base image.
     Block,
+    /// The destination has it since the machine was there.
+    Visited,
 }
 
 /// Pages that follow each other and are the same at the destination.
 #[derive(Debug, Clone, Copy)]
 struct Run {
+    /// Where they are the same: one of the steps.
+    step: u8,
     named: bool,
     first: u64,
     pages: u32,
@@ -196,6 +205,7 @@ impl PagesHash {
 pub(crate) struct Batch {
     known: Option<KnownMemory>,
     blocks: Option<KnownBlocks>,
+    visit: Option<Visited>,
     /// Steps that are complete.
     steps: Vec<u8>,
     run: Option<Run>,
@@ -215,6 +225,11 @@ impl Batch {
     /// From now on pages are looked for in the base image, which the destination has, too.
     pub(crate) fn refer_to_blocks(&mut self, blocks: KnownBlocks) {
         self.blocks = Some(blocks);
+    }
+
+    /// From now on pages are compared with those that the machine left at its destination.
+    pub(crate) fn refer_to_visit(&mut self, visit: Visited) {
+        self.visit = Some(visit);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -241,27 +256,28 @@ impl Batch {
     /// Appends a page, by reference where that is possible.
     pub(crate) fn page(&mut self, page: &Page) -> Put {
         let number = page.offset / PAGE_SIZE as u64;
-        let there = match (&mut self.known, &page.content) {
-            (Some(known), Content::Data(data)) if page.block == RAM_BLOCK => {
-                // What cannot be read here is not referred to.
-                known.page(number).ok().flatten().map(|there| (data, there))
-            }
-            _ => None,
+        let data = match &page.content {
+            Content::Data(data) if page.block == RAM_BLOCK => data,
+            Content::Data(_) | Content::Fill(_) => return self.whole(page),
         };
-        match there {
-            Some((data, there)) if data[..] == *there => {
+        // What cannot be read here is not referred to.
+        let there = self.known.as_mut().and_then(|known| known.page(number).ok().flatten());
+        if there.is_some_and(|there| *there == data[..]) {
+            self.hash.page(data);
+            self.same(STEP_SAME, page.named, number);
+            return Put::Same;
+        }
+        if self.visit.as_ref().is_some_and(|visit| visit.has(number, data)) {
+            self.hash.page(data);
+            self.same(STEP_VISITED, page.named, number);
+            return Put::Visited;
+        }
+        match there.and_then(|there| change(there, data)) {
+            Some(change) => {
                 self.hash.page(data);
-                self.same(page.named, number);
-                Put::Same
+                self.changed(page.named, number, &change);
+                Put::Changed
             }
-            Some((data, there)) => match change(there, data) {
-                Some(change) => {
-                    self.hash.page(data);
-                    self.changed(page.named, number, &change);
-                    Put::Changed
-                }
-                None => self.block_or_whole(page),
-            },
             None => self.block_or_whole(page),
         }
     }
@@ -291,14 +307,18 @@ impl Batch {
         Put::Whole
     }
 
-    fn same(&mut self, named: bool, number: u64) {
+    fn same(&mut self, step: u8, named: bool, number: u64) {
         self.close_bytes();
         self.pages += 1;
         match &mut self.run {
-            Some(run) if !named && number == run.first + u64::from(run.pages) => run.pages += 1,
+            Some(run)
+                if !named && step == run.step && number == run.first + u64::from(run.pages) =>
+            {
+                run.pages += 1;
+            }
             _ => {
                 self.close_run();
-                self.run = Some(Run { named, first: number, pages: 1 });
+                self.run = Some(Run { step, named, first: number, pages: 1 });
             }
         }
     }
@@ -316,7 +336,7 @@ impl Batch {
 
     fn close_run(&mut self) {
         if let Some(run) = self.run.take() {
-            self.steps.put_u8(STEP_SAME);
+            self.steps.put_u8(run.step);
             self.steps.put_u8(u8::from(run.named));
             self.steps.put_u64(run.first);
             self.steps.put_u32(run.pages);
@@ -334,6 +354,12 @@ impl Batch {
     /// No page is looked for in the base image any more: to read that may take time.
     pub(crate) fn leave_blocks(&mut self) {
         self.blocks = None;
+    }
+
+    /// No page is named any more as one that the machine left: what was kept there may be damaged, and
+    /// from now on that would be found too late.
+    pub(crate) fn leave_visit(&mut self) {
+        self.visit = None;
     }
 
     /// What was collected, whether it refers to pages, and how many bytes of QEMU's stream it means.
@@ -445,11 +471,15 @@ impl Expanded {
         let named = raw.try_get_u8().map_err(|_| SHORT)? != 0;
         let first = raw.try_get_u64().map_err(|_| SHORT)?;
         match step {
-            STEP_SAME => {
+            STEP_SAME | STEP_VISITED => {
+                let memory = match step {
+                    STEP_SAME => &mut held.memory,
+                    _ => &mut held.visit,
+                };
                 let count = u64::from(raw.try_get_u32().map_err(|_| SHORT)?);
                 let end = first.checked_add(count).ok_or(BEYOND)?;
                 for number in first..end {
-                    let page = held_page(held, number)?;
+                    let page = held_page(memory, number)?;
                     // Only the first record may name the block.
                     self.page(named && number == first, number, &page)?;
                 }
@@ -458,7 +488,7 @@ impl Expanded {
             STEP_CHANGED => {
                 let len = usize::from(raw.try_get_u16().map_err(|_| SHORT)?);
                 let change = cut(raw, len)?;
-                let mut page = held_page(held, first)?;
+                let mut page = held_page(&mut held.memory, first)?;
                 apply(&change, &mut page)?;
                 self.page(named, first, &page)
             }
@@ -494,8 +524,8 @@ const SHORT: ReferError = ReferError::Malformed("it ends in the midst of a step"
 const BEYOND: ReferError = ReferError::Malformed("a page beyond the end of memory");
 
 /// Page `number` of the memory that is held here.
-fn held_page(held: &mut HeldHere, number: u64) -> Result<Vec<u8>, ReferError> {
-    let memory = held.memory.as_mut().ok_or(ReferError::Nothing)?;
+fn held_page(memory: &mut Option<KnownMemory>, number: u64) -> Result<Vec<u8>, ReferError> {
+    let memory = memory.as_mut().ok_or(ReferError::Nothing)?;
     let page = memory.page(number).map_err(|source| ReferError::Read { page: number, source })?;
     page.map(<[u8]>::to_vec).ok_or(BEYOND)
 }
@@ -532,7 +562,7 @@ mod tests {
 
     /// A destination that holds this memory, and the base image.
     fn here(bytes: &[u8]) -> HeldHere {
-        HeldHere { memory: Some(open(bytes)), base: Some(file(&base())) }
+        HeldHere { memory: Some(open(bytes)), base: Some(file(&base())), visit: None }
     }
 
     /// A base image of two blocks: 200 and 201.
@@ -612,7 +642,7 @@ mod tests {
     fn a_base_image_that_differs_in_a_block_that_was_named_is_found() {
         let (_, put, _, raw) = both(&[page(30, true, vec![201; PAGE_SIZE])]);
         assert_eq!(put, [Put::Block]);
-        let with = |bytes: &[u8]| HeldHere { memory: None, base: Some(file(bytes)) };
+        let with = |bytes: &[u8]| HeldHere { base: Some(file(bytes)), ..HeldHere::default() };
         expand(&raw, &mut with(&base())).expect("expands");
         let mut other = base();
         other[BLOCK_SIZE + 9] ^= 1;
@@ -664,7 +694,7 @@ mod tests {
         #[test]
         fn no_bytes_make_it_fail_otherwise_than_by_an_error(
             raw in prop::collection::vec(any::<u8>(), 0..200),
-            step in 0_u8..4,
+            step in 0_u8..5,
         ) {
             let mut known = here(&memory());
             let _ = expand(&raw.clone().into(), &mut known);

@@ -31,6 +31,7 @@ mod pacer;
 mod round;
 mod source;
 mod status;
+mod visit;
 mod waits;
 mod wire;
 
@@ -42,6 +43,7 @@ pub use control::{RelayClient, RelayCommand};
 pub use error::RelayError;
 pub use given::Given;
 pub use status::{Counts, RamSection, RelayEnd, RelayPhase, RelayStatus};
+pub use visit::{Visit, marks_bytes};
 
 use std::path::Path;
 use std::sync::Arc;
@@ -77,6 +79,8 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
                 layers: Some(taken.layers),
                 commit: CommitFile::new(taken.commit),
                 held: taken.held,
+                visit: taken.visit,
+                arrived: taken.arrived,
             };
             (taken.identity, Some(taken.control), inputs)
         }
@@ -111,11 +115,14 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     let served = BlockDevice::serve(&config, given.nbd, &status_tx)?;
     let worked = match config.role {
         RelayRole::Source => {
-            let opened = (given.qemu, given.layers, held);
+            let known = source::Known { held, visit: config.visit.clone().zip(given.visit) };
+            let opened = (given.qemu, given.layers, known);
             source::run(&config, opened, &endpoint, &status_tx, &mut commands).await
         }
         RelayRole::Destination => {
-            let opened = (served.as_ref(), &given.commit, held);
+            let visit = config.visit.clone().zip(given.visit);
+            let known = destination::Known { held, visit, arrived: given.arrived };
+            let opened = (served.as_ref(), &given.commit, known);
             destination::run(&config, &endpoint, opened, &status_tx, &mut commands).await
         }
     };
@@ -164,6 +171,8 @@ struct Inputs {
     layers: Option<Vec<std::fs::File>>,
     commit: CommitFile,
     held: Option<std::fs::File>,
+    visit: Option<std::fs::File>,
+    arrived: Option<std::fs::File>,
 }
 
 /// Takes newer lists of revoked certificates over while the relay works: the link to a peer that

@@ -20,7 +20,8 @@ use super::disk::{self, Frozen, SharedPacer};
 use super::frame::seal;
 use super::known::{KnownBlocks, KnownMemory};
 use super::meet::meet;
-use super::wire::{About, Note, REFERS, known_by_peer, recv_note, send_note};
+use super::visit::{Visit, Visited};
+use super::wire::{About, Note, REFERS, VISITS, known_by_peer, recv_note, send_note};
 use super::{
     Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayStatus,
     unless_aborted,
@@ -34,13 +35,21 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// How long the other relay may take to have heard that the migration has ended well.
 const LAST_WORD: Duration = Duration::from_secs(10);
 
-/// What is open already: where QEMU connects, the layers of the disk, and the memory that the
-/// destination may hold, too.
-type Opened = (Option<UnixListener>, Option<Vec<std::fs::File>>, Option<(Hash, KnownMemory)>);
+/// What is open already: where QEMU connects, the layers of the disk, and what is known of memory.
+type Opened = (Option<UnixListener>, Option<Vec<File>>, Known);
+
+/// What the destination may hold, too.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// The memory of a substrate.
+    pub(super) held: Option<(Hash, KnownMemory)>,
+    /// The marks of what the machine left there.
+    pub(super) visit: Option<(Visit, File)>,
+}
 
 pub(super) async fn run(
     config: &RelayConfig,
-    (listener, layers, held): Opened,
+    (listener, layers, known): Opened,
     endpoint: &Endpoint,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
@@ -50,7 +59,7 @@ pub(super) async fn run(
         None => super::listen(&config.qemu, "listening for QEMU on")?,
     };
     let link = meet(config, endpoint, status, commands).await?;
-    let joined = Source::join(config, (layers, held), link, status);
+    let joined = Source::join(config, (layers, known), link, status);
     let mut source = unless_aborted(commands, joined).await?;
     source.compare_clocks().await?;
     source.publish();
@@ -179,10 +188,17 @@ async fn known_blocks(config: &RelayConfig) -> Option<KnownBlocks> {
     }
 }
 
+/// The marks of an earlier visit, where they can be read.
+fn read_marks(from: &File) -> Option<Visited> {
+    Visited::read(from)
+        .inspect_err(|error| tracing::warn!(%error, "the machine's earlier visit is of no use"))
+        .ok()
+}
+
 impl<'a> Source<'a> {
     async fn join(
         config: &RelayConfig,
-        (opened, mut held): (Option<Vec<std::fs::File>>, Option<(Hash, KnownMemory)>),
+        (opened, mut known): (Option<Vec<File>>, Known),
         link: Link,
         status: &'a watch::Sender<RelayStatus>,
     ) -> Result<Self, RelayError> {
@@ -215,12 +231,20 @@ impl<'a> Source<'a> {
         {
             core.refer_to_blocks(blocks);
         }
+        let mut refers_to = None;
         loop {
             match recv_note(&mut steering.1).await? {
                 Some(Note::Ready) => break,
                 Some(Note::Holds(content)) if version >= REFERS => {
-                    if let Some((_, memory)) = held.take_if(|(ours, _)| *ours == content) {
+                    if let Some((_, memory)) = known.held.take_if(|(ours, _)| *ours == content) {
                         core.refer_to(memory);
+                        refers_to = Some(content);
+                    }
+                }
+                Some(Note::Visited(there)) if version >= VISITS => {
+                    let ours = known.visit.take_if(|(ours, _)| ours.is(&there, refers_to));
+                    if let Some(visited) = ours.and_then(|(_, marks)| read_marks(&marks)) {
+                        core.refer_to_visit(visited);
                     }
                 }
                 Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
@@ -421,7 +445,9 @@ impl<'a> Source<'a> {
                 self.status.send_modify(|s| s.doubt |= doubt);
                 return Err(RelayError::PeerAborted(why));
             }
-            Event::Note(Some(Note::Ready | Note::Clock { .. } | Note::Holds(_))) => {}
+            Event::Note(Some(
+                Note::Ready | Note::Clock { .. } | Note::Holds(_) | Note::Visited(_),
+            )) => {}
             Event::Note(None) => return Err(RelayError::Protocol("it has left")),
         }
         self.send_all().await?;

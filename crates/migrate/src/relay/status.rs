@@ -74,6 +74,10 @@ pub struct Counts {
     /// Of the pages with content, those that were named as blocks of the base image (source only).
     #[serde(default)]
     pub base_pages: u64,
+    /// Of the pages with content, those that were only named, since the machine had left them at the
+    /// destination when it was there (source only).
+    #[serde(default)]
+    pub visited_pages: u64,
     /// Time during which the machine waited for a page that it had asked for, in microseconds
     /// (destination only).
     #[serde(default)]
@@ -109,6 +113,7 @@ impl Counts {
             known_pages: self.known_pages + later.known_pages,
             changed_pages: self.changed_pages + later.changed_pages,
             base_pages: self.base_pages + later.base_pages,
+            visited_pages: self.visited_pages + later.visited_pages,
             waited_us: self.waited_us + later.waited_us,
             longest_wait_us: self.longest_wait_us.max(later.longest_wait_us),
         }

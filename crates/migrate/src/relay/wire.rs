@@ -9,15 +9,18 @@ use godwit_types::{Generation, Hash, MigrationId};
 use serde::{Deserialize, Serialize};
 
 use super::RelayError;
+use super::visit::Visit;
 use crate::clock::ClockId;
 
 /// The newest version of what relays say. 1: first. 2: the clocks of both hosts are compared. 3: frames
-/// refer to memory that both hold.
-pub(crate) const NEWEST: u16 = 3;
+/// refer to memory that both hold. 4: frames refer to what the machine left at its destination.
+pub(crate) const NEWEST: u16 = 4;
 /// The oldest that is still spoken.
 pub(crate) const OLDEST: u16 = 2;
 /// From this version on frames may refer to memory that both hold.
 pub(crate) const REFERS: u16 = 3;
+/// From this version on frames may refer to what the machine left when it was at its destination.
+pub(crate) const VISITS: u16 = 4;
 /// The longest reason that is passed on, in bytes.
 const MAX_WHY: usize = 1000;
 
@@ -27,6 +30,7 @@ const MAX_WHY: usize = 1000;
 pub(crate) const fn known_by_peer(link: u16) -> u16 {
     match link {
         0..=3 => 2,
+        4 => 3,
         _ => NEWEST,
     }
 }
@@ -97,6 +101,9 @@ pub(crate) enum Note {
     /// The destination has memory of this content open, to which frames may refer; before `Ready`, from
     /// version 3 on.
     Holds(Hash),
+    /// The destination has open what the machine left there, to which frames may refer; before `Ready`,
+    /// from version 4 on.
+    Visited(Visit),
 }
 
 pub(crate) async fn send_note(lane: &mut LaneSender, note: Note) -> Result<(), RelayError> {
@@ -202,8 +209,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_of_a_visit_is_understood() {
+        for over in [None, Some(Hash::of(b"substrate"))] {
+            let visit = Visit { vm: godwit_types::VmId::new(), generation: Generation(7), over };
+            let bytes = encode("note", &Note::Visited(visit.clone())).expect("bytes");
+            let note: Note = decode("note", &bytes).expect("understood");
+            assert_eq!(note, Note::Visited(visit));
+        }
+    }
+
+    #[test]
     fn to_a_relay_of_before_only_its_own_version_is_named() {
         assert_eq!(known_by_peer(1), 2);
+        assert_eq!(known_by_peer(4), REFERS);
         assert_eq!(known_by_peer(godwit_transfer::wire::Versions::OURS.max), NEWEST);
     }
 }

@@ -12,8 +12,8 @@ use crate::verbs::{
     MigrateManifest, MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn,
     MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool, PoolCheck, Report, Request, Revoke,
     SiteReply, SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer, SubstrateUsers,
-    Substrates, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot, VmStart,
-    VmStatus, VmStop, VmType,
+    Substrates, Visits, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot,
+    VmStart, VmStatus, VmStop, VmType,
 };
 use crate::{Call, ConsoleTail};
 
@@ -95,7 +95,7 @@ impl LocalSite {
             MigrateReceived { migration } => self.moves.received(migration).await?;
             MigrateRelease { vm, generation } => {
                 self.moves.departures.release(vm, generation).await?;
-                self.remove(vm, generation).await?
+                self.remove_left(vm, generation).await?
             };
             MigrateAbort { migration, vm } => self.moves.abort(migration, vm).await?;
             Substrates {} => self.parts.substrates.list()?;
@@ -119,6 +119,7 @@ impl LocalSite {
                 held.hold(migration, (substrate, content)).await?
             };
             Disk { of } => self.disk_of(of).await?;
+            Visits {} => self.machines.visits.machines();
         })
     }
 }

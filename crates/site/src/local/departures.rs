@@ -247,6 +247,11 @@ impl Departures {
         if let (Some(m), false) = (&record.migration, keep) {
             self.parts.relays.clear(m);
         }
+        if let (Ok(()), Some(m)) = (&done, &record.migration)
+            && let Some(next) = m.next().filter(|_| m.attempt == 0 && !sent.ran_on)
+        {
+            self.machines.visits.left(record.vm, next);
+        }
         done.map(|()| sent).map_err(|e| e.fault)
     }
 

@@ -180,6 +180,11 @@ impl SiteDirs {
         self.data.join("waiting")
     }
 
+    /// Memory of machines that have left.
+    pub(super) fn visits(&self) -> PathBuf {
+        self.memory.join("visits")
+    }
+
     /// RAM file of one machine.
     #[must_use]
     pub fn vm_memory(&self, vm: VmId) -> PathBuf {

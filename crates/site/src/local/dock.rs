@@ -208,6 +208,7 @@ impl Ask for Docked {
         }
         let vm = e.record.vm;
         e.record.generation = generation;
+        parts.machines.visits.forget(vm);
         if let Err(error) = parts.machines.bury(e).await {
             tracing::error!(%error, "what is left of a docked machine goes when this site starts next");
             e.record.desired = DesiredState::Gone;

@@ -59,12 +59,22 @@ impl LocalSite {
 
     /// Ends a machine and removes what it has; its generation is kept as a tombstone.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        self.parts.machines.visits.forget(vm);
+        self.end_machine(vm, generation, false).await
+    }
+
+    /// As [`LocalSite::remove`], of one that has left: its memory may be kept.
+    pub(super) async fn remove_left(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
+        self.end_machine(vm, generation, true).await
+    }
+
+    async fn end_machine(&self, vm: VmId, generation: Generation, keep: bool) -> Result<(), Fault> {
         let machines = &self.parts.machines;
         let Some(owner) = machines.owner_if_here(vm).await else {
             return machines.remove_again(vm, generation);
         };
         let parts = Arc::clone(&self.parts);
-        self.ask_out_of_move(&owner, Delete { parts, generation }).await
+        self.ask_out_of_move(&owner, Delete { parts, generation, keep }).await
     }
 
     /// Asks what may have to wait for the end of a move, and ends that then.
@@ -179,6 +189,8 @@ impl Ask for StartFailed {
 struct Delete {
     parts: Arc<Parts>,
     generation: Generation,
+    /// It has left: its memory may be kept.
+    keep: bool,
 }
 
 impl Ask for Delete {
@@ -190,7 +202,7 @@ impl Ask for Delete {
     }
 
     async fn answer(self, e: &mut Owned, first: First) -> Result<OutOfMove<()>, Fault> {
-        let Self { parts, generation } = self;
+        let Self { parts, generation, keep } = self;
         let (vm, desired) = (e.record.vm, e.record.desired);
         if desired == DesiredState::Gone {
             return parts.machines.remove_again(vm, generation).map(OutOfMove::Done);
@@ -204,10 +216,16 @@ impl Ask for Delete {
         e.record.desired = DesiredState::Gone;
         e.publish();
         if let Some(m) = e.machine.take() {
+            if keep {
+                parts.machines.keep_own_visit(&e.record, generation, &m).await;
+            }
             m.kill().await;
         }
         end_strays(&parts.dirs, vm).await;
         e.record.generation = generation;
+        if keep {
+            parts.machines.keep_visit(vm, generation).await;
+        }
         if let Err(f) = parts.machines.bury(e).await {
             e.record.desired = desired;
             return Err(f);

@@ -49,6 +49,7 @@ mod substrates;
 mod table;
 mod tombs;
 mod travellers;
+mod visits;
 mod waiting;
 mod warrant;
 
@@ -61,8 +62,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use godwit_transfer::{Revocations, Trust};
-use godwit_types::{Code, Fault, Name};
+use godwit_transfer::{Identity, Revocations, Trust};
+use godwit_types::{Code, Fault, Name, SiteKind};
 use tokio::net::UnixStream;
 
 use super::{ByteStream, Call, SiteHost, SiteReply, SiteRequest, StreamRequest};
@@ -90,6 +91,9 @@ pub struct SiteOptions {
     /// Bytes of tmpfs that sealed memory may take before what no machine maps is dropped; half of
     /// that tmpfs when left out.
     pub memory_cache_bytes: Option<u64>,
+    /// Bytes of memory that may be kept of machines that have left, for when they come back; a quarter
+    /// of what sealed memory may take when left out. None of it at a device.
+    pub memory_visits_bytes: Option<u64>,
     /// Bytes of memory that machines may be promised; what the host has, less a reserve, when left
     /// out.
     pub memory_promise_bytes: Option<u64>,
@@ -121,6 +125,7 @@ impl SiteOptions {
             pool_bytes: 64 << 30,
             store_memory_bytes: 256 << 20,
             memory_cache_bytes: None,
+            memory_visits_bytes: None,
             memory_promise_bytes: None,
             scrub_every: None,
             waiting: 1,
@@ -175,12 +180,19 @@ impl LocalSite {
         let pool = &substrates.pool;
         let sched = std::sync::Mutex::new(options.co_schedule.then(sched::start).flatten());
         waiting::sweep(&dirs).await;
+        let visits = Arc::new(visits::Visits::open(
+            dirs.visits(),
+            visits_budget(&dirs, pool.memory_budget(), options.memory_visits_bytes)?,
+        )?);
+        let spare = Arc::clone(&visits);
+        pool.gives_way_first(Box::new(move |bytes| spare.free(bytes)));
         let promise = options.memory_promise_bytes;
+        let promise = (promise, Arc::clone(&visits));
         let machines = table::Machines::open(name.clone(), dirs.clone(), pool.clone(), promise)?;
         let room = room::Room::new(name.clone(), dirs.clone(), pool.clone());
         let held = held::HeldMemories::new(pool.clone());
         let how = (&confine, &groups);
-        let relays = relays::Relays::new(&dirs, &trust, &options, how, held);
+        let relays = relays::Relays::new(&dirs, &trust, &options, how, (held, visits));
         let reach = meet::Reach::new(name.clone(), options.relay_address, options.behind_nat);
         let launcher =
             launch::Launcher::probe(name.clone(), dirs.clone(), pool.clone(), (confine, groups))
@@ -302,6 +314,16 @@ impl SiteHost for LocalSite {
         })?;
         Ok(Box::pin(screens::Shown::new(stream, place)))
     }
+}
+
+/// How many bytes may be kept of machines that have left.
+fn visits_budget(dirs: &SiteDirs, sealed: u64, wanted: Option<u64>) -> Result<u64, Fault> {
+    let me = Identity::load(&dirs.keys().join("identity")).map_err(|e| Fault::of(&e))?;
+    Ok(match me.me().kind {
+        // It is one person's, and does not know whose the machines are that come to it.
+        SiteKind::Device => 0,
+        SiteKind::Center | SiteKind::Ap => wanted.unwrap_or(sealed / 4),
+    })
 }
 
 /// Says what to do about a site that is full, where nothing better was said.

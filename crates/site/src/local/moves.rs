@@ -275,6 +275,7 @@ impl Arrivals {
                     let fault = me.parts.room.blame(Fault::of(&e));
                     if relay.status().doubt {
                         me.parts.relays.held.doubt(&record, &me.parts.images);
+                        me.parts.machines.visits.forget(record.vm);
                     }
                     me.undo(&record).await;
                     Err(fault)
@@ -296,7 +297,7 @@ impl Arrivals {
     /// A machine has arrived and no longer needs its source.
     pub(super) async fn settle_arrival(&self, record: &MachineRecord) -> Result<(), Fault> {
         let owner = self.parts.machines.owner(record.vm).await?;
-        owner.ask(Arrived).await?;
+        owner.ask(Arrived { parts: Arc::clone(&self.parts) }).await?;
         if let Some(m) = &record.migration {
             self.parts.relays.clear(m);
         }
@@ -362,6 +363,7 @@ impl Departures {
             };
             if moved.is_err() && relay.status().doubt {
                 self.parts.relays.held.doubt(record, &self.parts.images);
+                self.parts.machines.visits.forget(record.vm);
             }
             moved?;
         }

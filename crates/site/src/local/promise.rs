@@ -5,8 +5,12 @@
 //! A site promises no more than its host has, unless its operator says otherwise: then no machine is
 //! ever killed for another's sake. Who knows that clones stay small promises more.
 
-use godwit_types::{Code, Fault, Mib, VmId};
+use std::sync::Arc;
 
+use godwit_qemu::{Machine, MemorySource};
+use godwit_types::{Code, Fault, Generation, Mib, VmId};
+
+use super::record::MachineRecord;
 use super::report;
 use super::table::Machines;
 
@@ -38,11 +42,61 @@ impl Machines {
         }
     }
 
+    /// Bytes that may be kept of machines that have left, beside what all are promised but `vm`.
+    async fn room_for_visits(&self, vm: VmId) -> u64 {
+        match self.promise_limit_mib() {
+            Ok(limit) => limit.saturating_sub(self.promised_mib(Some(vm)).await) << 20,
+            Err(error) => {
+                tracing::warn!(%vm, %error, "its memory is not kept");
+                0
+            }
+        }
+    }
+
+    /// Keeps the memory of a machine that has left and whose QEMU has ended, where no promise needs
+    /// the room.
+    pub(super) async fn keep_visit(&self, vm: VmId, generation: Generation) {
+        if self.visits.has_left(vm, generation) {
+            let room = self.room_for_visits(vm).await;
+            let (visits, ram) = (Arc::clone(&self.visits), self.dirs.vm_memory(vm));
+            let keep = move || visits.keep((vm, generation), &ram, room);
+            let _ = tokio::task::spawn_blocking(keep).await;
+        }
+    }
+
+    /// As [`Machines::keep_visit`], of a machine that shares a substrate's memory, whose QEMU is there
+    /// yet.
+    pub(super) async fn keep_own_visit(
+        &self,
+        record: &MachineRecord,
+        generation: Generation,
+        machine: &Machine,
+    ) {
+        let of = (record.vm, generation);
+        let shares = matches!(machine.launch().memory, MemorySource::PrivateOf { .. });
+        let Some(id) = record.substrate.filter(|_| shares && self.visits.has_left(of.0, of.1))
+        else {
+            return;
+        };
+        let room = self.room_for_visits(of.0).await;
+        match (self.pool.get(id), machine.memory()) {
+            (Ok(substrate), Ok(memory)) => {
+                let (visits, over) = (Arc::clone(&self.visits), substrate.content());
+                let keep = move || visits.keep_own(of, (&memory, over), room);
+                let _ = tokio::task::spawn_blocking(keep).await;
+            }
+            (Err(error), _) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
+            (_, Err(error)) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
+        }
+    }
+
     /// Refuses to promise a machine of `memory`, `vm`, what others are promised.
     pub(super) async fn check_promise(&self, vm: VmId, memory: Mib) -> Result<(), Fault> {
         let (promised, limit) = (self.promised_mib(Some(vm)).await, self.promise_limit_mib()?);
         let wanted = share_mib(memory);
         if promised + wanted <= limit {
+            // What is kept of machines that have left is not among that.
+            self.visits.fit((limit - promised - wanted) << 20);
             return Ok(());
         }
         Err(Fault::new(

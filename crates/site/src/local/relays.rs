@@ -15,10 +15,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use godwit_migrate::relay::{Given, Meeting, RelayCommand, RelayDisk, RelayRole};
+use godwit_migrate::relay::{Given, Meeting, RelayCommand, RelayDisk, RelayRole, Visit};
 use godwit_migrate::{RelayClient, RelayConfig};
 use godwit_qemu::{Companion, Confine, MemoryGroups, NotStarted};
 use godwit_transfer::{Identity, Trust};
@@ -28,6 +28,7 @@ use super::course::{End, Migration};
 use super::held::HeldMemories;
 use super::machines::into_fault;
 use super::record::MachineRecord;
+use super::visits::{Lent, Visits};
 use super::{SiteDirs, SiteOptions, filling, ran};
 
 /// How long a relay may take until it can be steered, and until it has ended when it is told to.
@@ -65,6 +66,7 @@ pub(super) struct Relays {
     groups: Option<MemoryGroups>,
     /// Memory that both sites of a move hold.
     pub(super) held: HeldMemories,
+    visits: Arc<Visits>,
 }
 
 impl Relays {
@@ -74,7 +76,7 @@ impl Relays {
         trust: &Trust,
         site: &SiteOptions,
         (confine, groups): (&Option<Confine>, &Option<MemoryGroups>),
-        held: HeldMemories,
+        (held, visits): (HeldMemories, Arc<Visits>),
     ) -> Self {
         Self {
             dirs: dirs.clone(),
@@ -84,6 +86,7 @@ impl Relays {
             confine: confine.clone(),
             groups: groups.clone(),
             held,
+            visits,
         }
     }
 
@@ -127,6 +130,7 @@ impl Relays {
             memory: part != Part::Disk,
             disk,
             held: None,
+            visit: None,
             given: None,
         };
         let commit = match (migration.end(), part) {
@@ -141,7 +145,12 @@ impl Relays {
         config.held = held.as_ref().map(|h| h.memory.clone());
         let file = held.as_ref().map(|h| h.open.file().try_clone()).transpose();
         let file = file.map_err(|e| fail("handing on the memory that both sites hold", &e))?;
-        let open = give(&mut config, commit, file)?;
+        let (lent, memory) = match part {
+            Part::Whole => self.visit(record, &migration),
+            Part::Rest | Part::Disk => (None, Memory::default()),
+        };
+        config.visit = memory.visit.as_ref().map(|(visit, _)| visit.clone());
+        let open = give(&mut config, commit, Memory { held: file, ..memory })?;
         let input = written(&config, &paths.config)
             .map_err(|e| fail("writing a relay's configuration", &e))?;
         let log = std::fs::OpenOptions::new()
@@ -211,7 +220,7 @@ impl Relays {
         tokio::spawn(async move {
             let _ = child.wait().await;
             // While it ran the memory was in use.
-            drop(held);
+            drop((held, lent));
             if let Some(group) = group {
                 if group.was_outgrown() {
                     tracing::error!(limit = %group.limit, "a relay wanted more than its memory and was ended");
@@ -220,6 +229,24 @@ impl Relays {
             }
         });
         client
+    }
+
+    /// What is known of an earlier visit of a machine to where it goes, and where that of its pages is
+    /// written which serves its way back.
+    fn visit(&self, record: &MachineRecord, migration: &Migration) -> (Option<Lent>, Memory) {
+        match migration.end() {
+            End::Source => {
+                let visit = self.visits.marks(record.vm, &migration.peer);
+                (None, Memory { visit, ..Memory::default() })
+            }
+            End::Destination => {
+                let lent = self.visits.lend(record.vm);
+                let visit =
+                    lent.as_ref().and_then(|l| Some((l.visit.clone(), l.file.try_clone().ok()?)));
+                let arrived = self.visits.comes(record.vm, migration.id, record.memory);
+                (lent, Memory { visit, arrived, held: None })
+            }
+        }
     }
 
     /// Removes what a move that is over has left for its relay.
@@ -261,11 +288,19 @@ impl Relays {
     }
 }
 
+/// What a relay is given open of what is known of a machine's memory.
+#[derive(Debug, Default)]
+struct Memory {
+    held: Option<std::fs::File>,
+    visit: Option<(Visit, std::fs::File)>,
+    arrived: Option<std::fs::File>,
+}
+
 /// Opens what a relay is to have open, and says so in its configuration.
 fn give(
     config: &mut RelayConfig,
     commit: Option<std::fs::File>,
-    held: Option<std::fs::File>,
+    memory: Memory,
 ) -> Result<Vec<OwnedFd>, Fault> {
     let listen = |path: &Path| -> Result<OwnedFd, Fault> {
         listen(path).map(OwnedFd::from).map_err(|e| Fault::io("listening on", path, &e))
@@ -304,9 +339,14 @@ fn give(
         given.commit = Some(Given::number(&commit));
         open.push(commit.into());
     }
-    if let Some(held) = held {
-        given.held = Some(Given::number(&held));
-        open.push(held.into());
+    let visit = memory.visit.map(|(_, file)| file);
+    for (file, number) in [
+        (memory.held, &mut given.held),
+        (visit, &mut given.visit),
+        (memory.arrived, &mut given.arrived),
+    ] {
+        *number = file.as_ref().map(Given::number);
+        open.extend(file.map(OwnedFd::from));
     }
     config.given = Some(given);
     Ok(open)

@@ -40,7 +40,9 @@ impl LocalSite {
             memory_mib,
             memory_free_mib,
             ram_files_free_mib: (free_mib(&self.parts.dirs.memory)?
-                + (self.parts.substrates.pool.sealed_bytes().1 >> 20))
+                + ((self.parts.substrates.pool.sealed_bytes().1
+                    + self.parts.machines.visits.bytes())
+                    >> 20))
                 .saturating_sub(promised_mib(&self.parts.dirs.memory)?),
             disk_free_mib: free_mib(&self.parts.dirs.data)?,
             load: load()?,

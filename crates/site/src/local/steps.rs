@@ -151,7 +151,9 @@ impl Ask for Prepare {
 }
 
 /// A machine has come whole.
-pub(super) struct Arrived;
+pub(super) struct Arrived {
+    pub(super) parts: Arc<Parts>,
+}
 
 impl Ask for Arrived {
     type Reply = ();
@@ -181,6 +183,11 @@ impl Ask for Arrived {
             }
         }
         forget_measured(&dir);
+        if let Some(m) = &before.migration {
+            let (whole, came) = (m.attempt == 0, (m.id, &m.peer));
+            let of = (e.record.vm, e.record.generation);
+            self.parts.machines.visits.arrived(of, came, whole);
+        }
         Ok(())
     }
 }
@@ -221,6 +228,7 @@ impl Ask for TakenBack {
         if e.record.desired != DesiredState::Gone {
             e.record.desired = DesiredState::Gone;
             e.publish();
+            self.parts.machines.visits.gone(e.record.vm);
             self.parts.machines.unregister(e.record.vm).await;
         }
         Ok(())

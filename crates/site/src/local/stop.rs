@@ -148,6 +148,7 @@ async fn bury_docked(parts: &Parts, e: &mut Owned, substrate: SubstrateId) -> Re
         machine.kill().await;
     }
     end_strays(&parts.dirs, e.record.vm).await;
+    parts.machines.visits.forget(e.record.vm);
     parts.machines.bury(e).await?;
     e.machine = None;
     let name = &e.record.name;

@@ -17,6 +17,7 @@ use super::owner::{Ask, Look, Needs, Owned, Owner};
 use super::parts::Parts;
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::tombs::Tombs;
+use super::visits::Visits;
 
 /// Every machine by its id.
 type All = BTreeMap<VmId, Owner>;
@@ -32,6 +33,8 @@ pub(super) struct Machines {
     promising: Mutex<()>,
     /// Bytes of memory that may be promised; what the host has, less a reserve, when left out.
     pub(super) promise_bytes: Option<u64>,
+    /// What is kept of those that have left.
+    pub(super) visits: Arc<Visits>,
 }
 
 impl Machines {
@@ -40,7 +43,7 @@ impl Machines {
         site: Name,
         dirs: SiteDirs,
         pool: Pool,
-        promise_bytes: Option<u64>,
+        (promise_bytes, visits): (Option<u64>, Arc<Visits>),
     ) -> Result<Self, Fault> {
         let tombs = Tombs::open(dirs.tombs())?;
         Ok(Self {
@@ -51,6 +54,7 @@ impl Machines {
             tombs,
             promising: Mutex::default(),
             promise_bytes,
+            visits,
         })
     }
 
@@ -191,6 +195,7 @@ impl Machines {
         e.record.desired = DesiredState::Gone;
         e.record.migration = None;
         self.pool.forget_clone(e.record.vm);
+        self.visits.gone(e.record.vm);
         self.clear(e.record.vm);
         self.delist(e.record.vm).await;
         Ok(())

@@ -1,0 +1,349 @@
+//! Return trips: what a machine left where it was before, and how its pages are named there.
+//!
+//! ```text
+//! first move   source keeps the machine's memory as it was at STOP
+//!              destination marks each page that it hands to its QEMU ([`Arrived`])
+//! next, back   a page whose mark is the one of that visit is only named ([`Visited`]);
+//!              the far relay takes it from the memory that was kept
+//! ```
+//!
+//! A mark is the first half of a page's BLAKE3. Marks only choose what is named: that what is kept
+//! there is what was meant shows the hash of each frame ([`super::known`]).
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use godwit_qemu::RAM_BLOCK;
+use godwit_qemu::stream::{Content, Limits, Page, Record, StreamParser};
+use godwit_types::{Generation, Hash, PAGE_SIZE, VmId};
+use serde::{Deserialize, Serialize};
+
+use super::waits::Channel;
+
+/// Bytes of a mark.
+const MARK: usize = 16;
+type Mark = [u8; MARK];
+/// In place of the mark of a page that has no content, or never came.
+const NONE: Mark = [0; MARK];
+/// The largest machine of which pages are marked, in pages: 32 GiB, whose marks take 128 MiB.
+const MOST_PAGES: u64 = 8 << 20;
+
+/// Bytes of the list of marks of a machine with `memory` bytes; `None` when it is too large for one.
+#[must_use]
+pub fn marks_bytes(memory: u64) -> Option<u64> {
+    let pages = memory.div_ceil(PAGE_SIZE as u64);
+    (pages <= MOST_PAGES).then_some(pages * MARK as u64)
+}
+
+/// Which visit of a machine to a site: the move by which it left there. The source knows its pages by
+/// their marks, the destination has them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Visit {
+    /// The machine.
+    pub vm: VmId,
+    /// The generation with which it left.
+    pub generation: Generation,
+    /// Where only the pages are kept that differed from a substrate's memory: what is in that. A page
+    /// that is as it is there is not to be looked for in the visit.
+    pub over: Option<Hash>,
+}
+
+impl Visit {
+    /// Whether what the destination says it has is this visit, and of use to who refers to the memory
+    /// `refers_to`. What the destination has is only of the pages that it tells of.
+    pub(crate) fn is(&self, there: &Self, refers_to: Option<Hash>) -> bool {
+        let same = (self.vm, self.generation) == (there.vm, there.generation);
+        same && there.over.is_none_or(|over| refers_to == Some(over))
+    }
+}
+
+fn mark(page: &[u8]) -> Mark {
+    let mut mark = NONE;
+    mark.copy_from_slice(&blake3::hash(page).as_bytes()[..MARK]);
+    mark
+}
+
+/// Marks the pages of a machine that comes, as they are handed to its QEMU.
+#[derive(Debug)]
+pub(crate) struct Arrived {
+    marks: Vec<Mark>,
+    /// Pages that QEMU had asked for: those are as they were at STOP, whatever of before STOP still
+    /// comes on the main channel.
+    last: Vec<bool>,
+    main: StreamParser,
+    preempt: StreamParser,
+    /// Something came that could not be read: nothing is known of what was there.
+    lost: bool,
+    to: File,
+}
+
+impl Arrived {
+    /// None yet, of a machine whose list takes all of `to`.
+    pub(crate) fn new(to: File) -> std::io::Result<Self> {
+        let pages = (to.metadata()?.len() / MARK as u64).min(MOST_PAGES) as usize;
+        let limits = Limits::default();
+        Ok(Self {
+            marks: vec![NONE; pages],
+            last: vec![false; pages],
+            main: StreamParser::main(limits),
+            preempt: StreamParser::preempt(limits),
+            lost: false,
+            to,
+        })
+    }
+
+    /// Bytes of a channel are about to be written to QEMU.
+    pub(crate) fn stream(&mut self, channel: Channel, bytes: &[u8]) {
+        if self.lost {
+            return;
+        }
+        let parser = match channel {
+            Channel::Main => &mut self.main,
+            Channel::Preempt => &mut self.preempt,
+        };
+        parser.push(bytes);
+        let mut pages = Vec::new();
+        loop {
+            match parser.next() {
+                Ok(Some(Record::Page(page))) => pages.push(page),
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                // QEMU reads it as well, and says what is wrong.
+                Err(_) => {
+                    self.lost = true;
+                    break;
+                }
+            }
+        }
+        for page in pages {
+            self.page(channel, &page);
+        }
+    }
+
+    /// A page is about to be handed to QEMU.
+    pub(crate) fn page(&mut self, channel: Channel, page: &Page) {
+        let number = (page.offset / PAGE_SIZE as u64) as usize;
+        if page.block != RAM_BLOCK || number >= self.marks.len() {
+            return;
+        }
+        match channel {
+            Channel::Main if self.last[number] => return,
+            Channel::Main => {}
+            Channel::Preempt => self.last[number] = true,
+        }
+        self.marks[number] = match &page.content {
+            // Such a page is never named: it takes as few bytes as its name.
+            Content::Fill(_) => NONE,
+            Content::Data(data) => mark(data),
+        };
+    }
+
+    /// Writes the list; to be called once QEMU has all of memory.
+    pub(crate) fn write(&self) -> std::io::Result<()> {
+        if self.lost {
+            return Err(std::io::Error::other("what came could not be followed"));
+        }
+        self.to.write_all_at(self.marks.as_flattened(), 0)
+    }
+}
+
+/// The marks of a machine's pages as they were when it left the site to which it goes back.
+#[derive(Debug)]
+pub(crate) struct Visited {
+    marks: Vec<Mark>,
+}
+
+impl Visited {
+    /// Reads the list as [`Arrived::write`] has written it.
+    pub(crate) fn read(from: &File) -> std::io::Result<Self> {
+        let pages = from.metadata()?.len() / MARK as u64;
+        if pages > MOST_PAGES {
+            return Err(std::io::Error::other("a list of marks that is too long"));
+        }
+        let mut marks = vec![NONE; pages as usize];
+        from.read_exact_at(marks.as_flattened_mut(), 0)?;
+        Ok(Self { marks })
+    }
+
+    /// Whether page `number` was `page` then.
+    pub(crate) fn has(&self, number: u64, page: &[u8]) -> bool {
+        let then = usize::try_from(number).ok().and_then(|n| self.marks.get(n));
+        then.is_some_and(|then| *then != NONE && *then == mark(page))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    use super::super::frame::Kind;
+    use super::super::known::{Batch, HeldHere, KnownMemory, Put, ReferError, expand};
+    use super::*;
+
+    const PAGES: u64 = 40;
+
+    /// Memory whose page `n` is filled with `n`.
+    fn memory() -> Vec<u8> {
+        (0..PAGES).flat_map(|n| vec![n as u8; PAGE_SIZE]).collect()
+    }
+
+    fn file(bytes: &[u8]) -> File {
+        let file = tempfile::tempfile().expect("a file");
+        file.write_all_at(bytes, 0).expect("written");
+        file
+    }
+
+    fn page(number: u64, fill: u8) -> Page {
+        let content = match fill {
+            0 => Content::Fill(0),
+            fill => Content::Data(vec![fill; PAGE_SIZE].into()),
+        };
+        let block = Bytes::from_static(RAM_BLOCK.as_bytes());
+        Page { block, named: true, offset: number * PAGE_SIZE as u64, content }
+    }
+
+    fn arrived() -> Arrived {
+        let list = tempfile::tempfile().expect("a file");
+        list.set_len(marks_bytes(PAGES * PAGE_SIZE as u64).expect("small")).expect("sized");
+        Arrived::new(list).expect("begun")
+    }
+
+    /// The list of a machine whose memory came as [`memory`].
+    fn visited() -> Visited {
+        let mut arrived = arrived();
+        for n in 0..PAGES {
+            arrived.page(Channel::Main, &page(n, n as u8));
+        }
+        arrived.write().expect("written");
+        Visited::read(&arrived.to).expect("read")
+    }
+
+    fn kept(bytes: &[u8]) -> HeldHere {
+        let visit = KnownMemory::new(file(bytes)).expect("opened");
+        HeldHere { visit: Some(visit), ..HeldHere::default() }
+    }
+
+    /// What a source makes of pages, beside QEMU's own bytes.
+    fn frame(pages: &[Page]) -> (Bytes, Vec<u8>, Vec<Put>) {
+        let (mut batch, mut plain) = (Batch::default(), Vec::new());
+        batch.refer_to_visit(visited());
+        let put = pages
+            .iter()
+            .map(|p| {
+                p.encode(&mut plain);
+                batch.page(p)
+            })
+            .collect();
+        let (_, raw, _) = batch.take();
+        (raw.into(), plain, put)
+    }
+
+    #[test]
+    fn pages_that_are_as_they_were_when_it_left_are_named_and_come_out_as_qemu_sent_them() {
+        let mut other = page(20, 20);
+        other.block = Bytes::from_static(b"rom");
+        let mut follows = page(6, 6);
+        follows.named = false;
+        let pages =
+            [page(5, 5), follows, page(7, 9), page(8, 0), page(0, 3), other, page(PAGES, 1)];
+        let (raw, plain, put) = frame(&pages);
+        use Put::{Visited, Whole};
+        assert_eq!(put, [Visited, Visited, Whole, Whole, Whole, Whole, Whole]);
+        assert_eq!(expand(&raw, &mut kept(&memory())).expect("expands"), plain);
+        assert!(matches!(expand(&raw, &mut HeldHere::default()), Err(ReferError::Nothing)));
+    }
+
+    #[test]
+    fn runs_of_the_visit_and_of_the_substrate_are_told_apart() {
+        let mut batch = Batch::default();
+        batch.refer_to_visit(visited());
+        let mut substrate = memory();
+        substrate[6 * PAGE_SIZE..7 * PAGE_SIZE].fill(77);
+        batch.refer_to(KnownMemory::new(file(&substrate)).expect("opened"));
+        let mut plain = Vec::new();
+        let put: Vec<Put> = (5..9)
+            .map(|n| {
+                let p = page(n, n as u8);
+                p.encode(&mut plain);
+                batch.page(&p)
+            })
+            .collect();
+        assert_eq!(put, [Put::Same, Put::Visited, Put::Same, Put::Same]);
+        let (kind, raw, _) = batch.take();
+        assert_eq!(kind, Kind::Referring);
+        let mut here = kept(&memory());
+        here.memory = Some(KnownMemory::new(file(&substrate)).expect("opened"));
+        assert_eq!(expand(&raw.into(), &mut here).expect("expands"), plain);
+    }
+
+    #[test]
+    fn a_page_that_is_not_what_was_kept_is_found_before_qemu_has_it() {
+        let (raw, _, _) = frame(&[page(5, 5), page(6, 6)]);
+        let mut damaged = memory();
+        damaged[6 * PAGE_SIZE + 17] ^= 1;
+        let found = expand(&raw, &mut kept(&damaged)).expect_err("another page");
+        assert!(matches!(found, ReferError::Differs { first: 5, last: 6 }), "{found}");
+        let short = expand(&raw, &mut kept(&memory()[..6 * PAGE_SIZE])).expect_err("short");
+        assert!(matches!(short, ReferError::Malformed(_)), "{short}");
+    }
+
+    #[test]
+    fn what_was_asked_for_is_as_it_was_at_stop_and_what_comes_late_is_not() {
+        let mut arrived = arrived();
+        arrived.page(Channel::Main, &page(3, 1));
+        arrived.page(Channel::Main, &page(3, 2));
+        arrived.page(Channel::Preempt, &page(4, 8));
+        arrived.page(Channel::Main, &page(4, 7));
+        arrived.page(Channel::Main, &page(5, 5));
+        arrived.page(Channel::Main, &page(5, 0));
+        // Beyond its end, as a source may say.
+        arrived.page(Channel::Main, &page(1 << 40, 7));
+        arrived.write().expect("written");
+        let visited = Visited::read(&arrived.to).expect("read");
+        let is = |number, fill: u8| visited.has(number, &[fill; PAGE_SIZE]);
+        assert!(is(3, 2) && !is(3, 1), "the last one counts");
+        assert!(is(4, 8) && !is(4, 7), "it was asked for");
+        assert!(!is(5, 5) && !is(5, 0) && !is(6, 0) && !is(1 << 40, 7));
+    }
+
+    #[test]
+    fn the_stream_of_both_channels_is_followed_and_nothing_is_written_once_it_cannot_be() {
+        let mut preempt = Vec::new();
+        page(4, 9).encode(&mut preempt);
+        let mut arrived = arrived();
+        let (one, two) = preempt.split_at(1000);
+        arrived.stream(Channel::Preempt, one);
+        arrived.stream(Channel::Preempt, two);
+        arrived.write().expect("written");
+        assert!(Visited::read(&arrived.to).expect("read").has(4, &[9; PAGE_SIZE]));
+        arrived.stream(Channel::Main, &[0xff; 64]);
+        arrived.write().expect_err("something is not known");
+    }
+
+    #[test]
+    fn only_that_very_visit_is_referred_to_and_one_over_a_substrate_only_beside_that() {
+        let visit = Visit { vm: VmId::new(), generation: Generation(7), over: None };
+        assert!(visit.is(&visit, None));
+        assert!(!visit.is(&Visit { generation: Generation(6), ..visit.clone() }, None));
+        assert!(!visit.is(&Visit { vm: VmId::new(), ..visit.clone() }, None));
+        let (substrate, other) = (Hash::of(b"substrate"), Hash::of(b"other"));
+        let over = Visit { over: Some(substrate), ..visit.clone() };
+        assert!(visit.is(&over, Some(substrate)));
+        assert!(!visit.is(&over, None) && !visit.is(&over, Some(other)));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn no_bytes_that_name_a_visit_make_it_fail_otherwise_than_by_an_error(
+            raw in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let mut framed = vec![0; blake3::OUT_LEN];
+            framed.push(super::super::known::STEP_VISITED);
+            framed.extend(&raw);
+            let _ = expand(&framed.into(), &mut kept(&memory()));
+        }
+    }
+}
