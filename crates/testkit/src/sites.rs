@@ -129,6 +129,7 @@ impl Sites {
             memory: true,
             disk: Some(disk),
             held: None,
+            own: None,
             given: None,
         }
     }

@@ -1,11 +1,13 @@
 //! The relay at the destination.
 
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
+use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{PONG_COMMIT, ReturnMessage, ReturnPathParser};
 use godwit_transfer::{Endpoint, Lane, LaneKind, LaneReceiver, LaneSender, Link};
 use godwit_types::Hash;
@@ -18,8 +20,9 @@ use super::commit::CommitFile;
 use super::control::Asked;
 use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
+use super::fill::{Filler, PING_EMPTIED, Requests, Zeros, with_present};
 use super::frame::{Kind, open};
-use super::known::{HeldHere, KnownMemory, expand};
+use super::known::{HeldHere, KnownMemory, ReferError, expand};
 use super::meet::meet;
 use super::waits::{Channel, Waits};
 use super::wire::{About, NEWEST, Note, REFERS, recv_note, send_note};
@@ -30,14 +33,17 @@ use super::{
 use crate::clock::{self, ClockId};
 
 const READ: usize = 64 << 10;
+/// Frames that name pages to be filled in, and answers to QEMU, that wait at most.
+const FILLS_WAITING: usize = 1024;
 /// How long the other relay may take to hear that the migration ends.
 const GOODBYE: Duration = Duration::from_secs(2);
 /// How long QEMU may take to say what its end is, once it has shut a channel.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// What is open already: the disk, the word on the commit point, and the memory that the source may
-/// hold, too.
-type Opened<'a> = (Option<&'a BlockDevice>, &'a CommitFile, Option<(Hash, KnownMemory)>);
+/// hold, too, with the machine's own.
+type Opened<'a> = (Option<&'a BlockDevice>, &'a CommitFile, OpenMemory);
+type OpenMemory = (Option<(Hash, KnownMemory)>, Option<File>);
 
 /// The lanes of one migration, as the source opened them.
 struct Lanes {
@@ -53,13 +59,13 @@ struct Lanes {
 pub(super) async fn run(
     config: &RelayConfig,
     endpoint: &Endpoint,
-    (device, commit, held): Opened<'_>,
+    (device, commit, memory): Opened<'_>,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<Outcome, RelayError> {
     let link = meet(config, endpoint, status, commands).await?;
     let mut lanes = unless_aborted(commands, accept_lanes(config, link)).await?;
-    let worked = work(config, &mut lanes, (device, commit, held), status, commands).await;
+    let worked = work(config, &mut lanes, (device, commit, memory), status, commands).await;
     // Whoever reads the file once this relay says that it has ended reads its last word.
     commit.settle().await;
     let note = match &worked {
@@ -127,7 +133,7 @@ async fn accept_lanes(config: &RelayConfig, link: Link) -> Result<Lanes, RelayEr
 async fn work(
     config: &RelayConfig,
     lanes: &mut Lanes,
-    (device, commit, held): Opened<'_>,
+    (device, commit, (held, memory)): Opened<'_>,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<(), RelayError> {
@@ -160,18 +166,35 @@ async fn work(
         let open = std::fs::File::open(base);
         here.base = Some(open.map_err(|source| RelayError::Held { path: base.clone(), source })?);
     }
-    if let Some((content, memory)) = held.filter(|_| refers) {
+    let mut filler = None;
+    if let Some((content, known)) = held.filter(|_| refers) {
         send_note(&mut steering.0, Note::Holds(content)).await?;
-        here.memory = Some(memory);
+        filler = memory.as_ref().and_then(|memory| filler_of(memory, &known));
+        if filler.is_some() {
+            send_note(&mut steering.0, Note::Fills).await?;
+        }
+        here.memory = Some(known);
     }
     send_note(&mut steering.0, Note::Ready).await?;
 
     let (ack_tx, mut acks) = mpsc::channel(1024);
     let (back_lane, demand_lane) = (&mut demand.0, &mut demand.1);
     let waits = Mutex::new(Waits::new(config.resume));
+    let (frames_tx, frames) = mpsc::channel(FILLS_WAITING);
+    let (filled_tx, mut filled) = mpsc::channel(FILLS_WAITING);
+    let (emptied_tx, emptied) = watch::channel(false);
+    let (zeros_tx, mut zeros) = mpsc::channel(FILLS_WAITING);
+    let own = OwnHere {
+        zeros: Zeros::default(),
+        answers: zeros_tx,
+        emptied: emptied_tx,
+        fills: frames_tx,
+        memory,
+    };
+    let fill = fill_memory(filler, frames, emptied, filled_tx);
     let back = async {
         match main_read {
-            Some(read) => back_path(read, back_lane, &waits, commit, status).await,
+            Some(read) => back_path(read, back_lane, &waits, (commit, &own), status).await,
             None => Ok(()),
         }
     };
@@ -179,11 +202,11 @@ async fn work(
         if !config.memory {
             return Ok(());
         }
-        demand_channel(demand_lane, &config.qemu, &waits, status).await
+        demand_channel((demand_lane, &mut zeros), &config.qemu, &waits, status).await
     };
     let bulk = async {
         match main_write {
-            Some(write) => bulk_channel((bulk, here), write, ack_tx, &waits, status).await,
+            Some(write) => bulk_channel((bulk, here, &own), write, ack_tx, &waits, status).await,
             None => Ok(()),
         }
     };
@@ -201,7 +224,7 @@ async fn work(
         disk::destination(arrival, &device.there, &mut lanes.0, &mut lanes.1, disk_ack_tx, status)
             .await
     };
-    tokio::pin!(back, demanded, bulk, disk);
+    tokio::pin!(back, demanded, bulk, disk, fill);
     let (mut demand_over, mut bulk_over) = (false, false);
     let (mut memory_over, mut disk_over) = (false, false);
     loop {
@@ -237,6 +260,10 @@ async fn work(
             Some(frames) = disk_acks.recv() => {
                 send_note(&mut steering.0, Note::DiskAck(frames)).await?;
             }
+            Some(frames) = filled.recv() => {
+                send_note(&mut steering.0, Note::Filled(frames)).await?;
+            }
+            wrong = &mut fill => return Err(wrong),
             over = &mut back, if !memory_over => {
                 over?;
                 memory_over = true;
@@ -261,15 +288,61 @@ async fn work(
     }
 }
 
+/// What this relay does for its QEMU's memory by itself.
+struct OwnHere {
+    zeros: Zeros,
+    /// Pages that it answers for.
+    answers: mpsc::Sender<Vec<u8>>,
+    /// QEMU's memory is empty.
+    emptied: watch::Sender<bool>,
+    /// Frames that name pages to be filled in.
+    fills: mpsc::Sender<Bytes>,
+    /// The file that is the machine's memory.
+    memory: Option<File>,
+}
+
+/// What puts held pages into the machine's memory, if they fit.
+fn filler_of(memory: &File, known: &KnownMemory) -> Option<Filler> {
+    let open = memory.try_clone().and_then(|memory| Filler::new(memory, known.file()?));
+    open.inspect_err(|error| tracing::warn!(%error, "no page is filled in here")).ok()
+}
+
+/// Fills pages in once QEMU's memory is empty, until something is wrong.
+async fn fill_memory(
+    filler: Option<Filler>,
+    mut frames: mpsc::Receiver<Bytes>,
+    mut emptied: watch::Receiver<bool>,
+    filled: mpsc::Sender<u32>,
+) -> RelayError {
+    let filler = filler.map(std::sync::Arc::new);
+    // Without QEMU's return path there is nothing to be filled in, either.
+    if emptied.wait_for(|emptied| *emptied).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    while let Some(raw) = frames.recv().await {
+        let Some(filler) = filler.clone() else { return ReferError::Nothing.into() };
+        match tokio::task::spawn_blocking(move || filler.fill(&raw)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => return e.into(),
+            Err(_) => return RelayError::Protocol("pages that it names could not be filled in"),
+        }
+        if filled.send(1).await.is_err() {
+            break;
+        }
+    }
+    std::future::pending().await
+}
+
 /// From QEMU's return path to the source, until QEMU says that it has all of memory.
 async fn back_path(
     mut read: OwnedReadHalf,
     lane: &mut LaneSender,
     waits: &Mutex<Waits>,
-    commit: &CommitFile,
+    (commit, own): (&CommitFile, &OwnHere),
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     let mut parser = ReturnPathParser::new(MAX_BITMAP);
+    let mut requests = Requests::default();
     let mut buf = BytesMut::new();
     let mut shut = None;
     loop {
@@ -285,30 +358,49 @@ async fn back_path(
             };
         }
         parser.push(&buf);
-        while let Some(message) = parser.next()? {
-            match message {
+        buf.clear();
+        let mut on = Vec::new();
+        while let Some(mut message) = parser.next()? {
+            match &mut message {
+                ReturnMessage::Pong(PING_EMPTIED) => {
+                    own.emptied.send_replace(true);
+                    continue;
+                }
                 ReturnMessage::Pong(PONG_COMMIT) => {
                     committed(RelayPhase::Committed, commit, status).await?;
                     godwit_hold::at("relay.committed").await;
                 }
                 ReturnMessage::Shut(value) => {
-                    shut = Some(value);
-                    if value == 0 {
+                    shut = Some(*value);
+                    if *value == 0 {
                         committed(RelayPhase::MemoryDone, commit, status).await?;
                     }
                 }
                 ReturnMessage::ReqPages { block, start, .. } => {
                     waits.lock().unwrap_or_else(PoisonError::into_inner).asked(
                         block.as_ref(),
-                        start,
+                        *start,
                         Instant::now(),
                     );
                     status.send_modify(|s| s.counts.requests += 1);
                 }
+                ReturnMessage::RecvBitmap { block, bitmap } if block == RAM_BLOCK => {
+                    if let Some(memory) = &own.memory {
+                        let there = with_present(bitmap, memory);
+                        *bitmap = there.map_err(RelayError::GuestMemory)?;
+                    }
+                }
+                _ => {}
+            }
+            match requests.take(message, &own.zeros, &mut on) {
+                Some(page) if !page.is_empty() => {
+                    // Nobody takes them any more only when all of memory is there.
+                    let _ = own.answers.send(page).await;
+                }
                 _ => {}
             }
         }
-        lane.send_bytes(buf.split().freeze())
+        lane.send_bytes(on.into())
             .await
             .map_err(|source| RelayError::Lane { what: "sending the return path", source })?;
     }
@@ -343,7 +435,7 @@ fn account(status: &watch::Sender<RelayStatus>, kind: Kind, wire: usize) {
                 s.counts.bytes.device_state += wire as u64;
                 RelayPhase::Stopped
             }
-            Kind::Memory | Kind::Open | Kind::Referring => {
+            Kind::Memory | Kind::Open | Kind::Referring | Kind::Fill | Kind::Stale => {
                 s.counts.bytes.memory += wire as u64;
                 RelayPhase::PreCopy
             }
@@ -370,7 +462,7 @@ fn note_written(
 
 /// From the bulk lane to QEMU's main channel; each frame is acknowledged when QEMU has taken it.
 async fn bulk_channel(
-    (lane, mut here): (&mut LaneReceiver, HeldHere),
+    (lane, mut here, own): (&mut LaneReceiver, HeldHere, &OwnHere),
     mut write: OwnedWriteHalf,
     acks: mpsc::Sender<u32>,
     waits: &Mutex<Waits>,
@@ -396,6 +488,15 @@ async fn bulk_channel(
                 expanded?
             }
             Kind::Memory | Kind::Device | Kind::Open => raw,
+            Kind::Fill => {
+                // Whoever takes it says what is wrong with it.
+                let _ = own.fills.send(raw).await;
+                Bytes::new()
+            }
+            Kind::Stale => {
+                own.zeros.learn(&raw)?;
+                Bytes::new()
+            }
         };
         write.write_all(&raw).await.map_err(|source| RelayError::Qemu {
             what: "writing the destination QEMU's main channel",
@@ -422,19 +523,32 @@ async fn preempt_ended(source: std::io::Error) -> RelayError {
 /// From the demand lane to QEMU's preempt channel, which is opened when the source's is. QEMU
 /// tells its channels apart by order, and the main one is open by then.
 async fn demand_channel(
-    lane: &mut LaneReceiver,
+    (lane, zeros): (&mut LaneReceiver, &mut mpsc::Receiver<Vec<u8>>),
     qemu: &Path,
     waits: &Mutex<Waits>,
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     let mut channel: Option<UnixStream> = None;
-    while let Some(frame) = lane
-        .recv()
-        .await
-        .map_err(|source| RelayError::Lane { what: "receiving demanded memory", source })?
-    {
-        let (kind, raw) = open(&frame)?;
-        account(status, kind, frame.len());
+    let mut over = false;
+    loop {
+        let (opened, listens) = (channel.is_some(), !over);
+        let raw = tokio::select! {
+            frame = lane.recv(), if listens => {
+                let frame = frame.map_err(|source| {
+                    RelayError::Lane { what: "receiving demanded memory", source }
+                })?;
+                let Some(frame) = frame else {
+                    over = true;
+                    continue;
+                };
+                let (kind, raw) = open(&frame)?;
+                account(status, kind, frame.len());
+                raw
+            }
+            Some(page) = zeros.recv(), if opened => page.into(),
+            // The channel stays open until QEMU itself closes it at its end.
+            else => return Ok(()),
+        };
         let write = match &mut channel {
             Some(write) => write,
             None => channel.insert(UnixStream::connect(qemu).await.map_err(|source| {
@@ -450,11 +564,6 @@ async fn demand_channel(
         }
         note_written(waits, Channel::Preempt, &raw, status);
     }
-    // The channel stays open until QEMU itself closes it at its end.
-    if channel.is_some() {
-        std::future::pending::<()>().await;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

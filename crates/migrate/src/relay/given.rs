@@ -39,6 +39,13 @@ pub struct Given {
     /// The memory that both sites hold, for reading ([`super::RelayConfig::held`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<i32>,
+    /// At the destination the file that is the machine's memory, for writing; at the source the memory of
+    /// its QEMU's process ([`super::RelayConfig::own`]), for reading.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<i32>,
+    /// At the source, which pages that process has written to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pagemap: Option<i32>,
 }
 
 /// The same, taken.
@@ -51,6 +58,8 @@ pub(super) struct Taken {
     pub(super) layers: Vec<File>,
     pub(super) commit: Option<File>,
     pub(super) held: Option<File>,
+    pub(super) memory: Option<File>,
+    pub(super) pagemap: Option<File>,
 }
 
 fn contradiction<E>(why: &'static str) -> impl Fn(E) -> RelayError {
@@ -61,7 +70,7 @@ impl Given {
     /// Whether the numbers can be those of descriptors that are this program's alone.
     fn check(&self) -> Result<(), RelayError> {
         let mut all: Vec<i32> = [self.control, self.identity].into();
-        let single = [self.qemu, self.nbd, self.commit, self.held];
+        let single = [self.qemu, self.nbd, self.commit, self.held, self.memory, self.pagemap];
         all.extend(single.into_iter().flatten().chain(self.layers.iter().copied()));
         let n = all.len();
         all.sort_unstable();
@@ -110,6 +119,8 @@ impl Given {
                 .collect::<Result<_, _>>()?,
             commit: self.commit.map(|fd| take(fd).map(File::from)).transpose()?,
             held: self.held.map(|fd| take(fd).map(File::from)).transpose()?,
+            memory: self.memory.map(|fd| take(fd).map(File::from)).transpose()?,
+            pagemap: self.pagemap.map(|fd| take(fd).map(File::from)).transpose()?,
         })
     }
 

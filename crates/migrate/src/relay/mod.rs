@@ -22,12 +22,15 @@ mod core;
 mod destination;
 mod disk;
 mod error;
+mod fill;
 mod frame;
 mod given;
 mod handover;
 mod known;
 mod meet;
+mod own;
 mod pacer;
+mod pages;
 mod round;
 mod source;
 mod status;
@@ -37,7 +40,7 @@ mod wire;
 #[doc(hidden)]
 pub use both::BothRelays;
 pub use commit::{NOT_COMMITTED, says_committed};
-pub use config::{HeldMemory, Meeting, RelayConfig, RelayDisk, RelayRole};
+pub use config::{HeldMemory, Meeting, OwnMemory, RelayConfig, RelayDisk, RelayRole};
 pub use control::{RelayClient, RelayCommand};
 pub use error::RelayError;
 pub use given::Given;
@@ -77,6 +80,8 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
                 layers: Some(taken.layers),
                 commit: CommitFile::new(taken.commit),
                 held: taken.held,
+                memory: taken.memory,
+                pagemap: taken.pagemap,
             };
             (taken.identity, Some(taken.control), inputs)
         }
@@ -111,11 +116,12 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     let served = BlockDevice::serve(&config, given.nbd, &status_tx)?;
     let worked = match config.role {
         RelayRole::Source => {
-            let opened = (given.qemu, given.layers, held);
+            let guest = given.memory.zip(given.pagemap);
+            let opened = (given.qemu, given.layers, (held, guest));
             source::run(&config, opened, &endpoint, &status_tx, &mut commands).await
         }
         RelayRole::Destination => {
-            let opened = (served.as_ref(), &given.commit, held);
+            let opened = (served.as_ref(), &given.commit, (held, given.memory));
             destination::run(&config, &endpoint, opened, &status_tx, &mut commands).await
         }
     };
@@ -164,6 +170,8 @@ struct Inputs {
     layers: Option<Vec<std::fs::File>>,
     commit: CommitFile,
     held: Option<std::fs::File>,
+    memory: Option<std::fs::File>,
+    pagemap: Option<std::fs::File>,
 }
 
 /// Takes newer lists of revoked certificates over while the relay works: the link to a peer that

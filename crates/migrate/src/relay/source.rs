@@ -1,11 +1,13 @@
 //! The relay at the source.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use godwit_disk::BlockIndex;
 use godwit_qemu::stream::ReturnMessage;
+use godwit_qemu::{MemoryReader, RAM_BLOCK};
 use godwit_transfer::codec::Packer;
 use godwit_transfer::{Endpoint, LaneKind, LaneReceiver, LaneSender, Link};
 use godwit_types::{BytesMoved, Hash};
@@ -17,13 +19,16 @@ use tokio::task::JoinHandle;
 use super::control::Asked;
 use super::core::{Channel as Lane, SourceCore};
 use super::disk::{self, Frozen, SharedPacer};
+use super::fill;
 use super::frame::seal;
 use super::known::{KnownBlocks, KnownMemory};
 use super::meet::meet;
+use super::own::{GuestMemory, OwnPages};
+use super::pages::PageSet;
 use super::wire::{About, Note, REFERS, known_by_peer, recv_note, send_note};
 use super::{
-    Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayStatus,
-    unless_aborted,
+    Counts, Outcome, OwnMemory, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase,
+    RelayStatus, unless_aborted,
 };
 use crate::clock::{self, ClockId, Compare, Exchange};
 
@@ -35,12 +40,13 @@ const GOODBYE: Duration = Duration::from_secs(2);
 const LAST_WORD: Duration = Duration::from_secs(10);
 
 /// What is open already: where QEMU connects, the layers of the disk, and the memory that the
-/// destination may hold, too.
-type Opened = (Option<UnixListener>, Option<Vec<std::fs::File>>, Option<(Hash, KnownMemory)>);
+/// destination may hold, too, with what its QEMU's memory is read from.
+type Opened = (Option<UnixListener>, Option<Vec<File>>, OpenMemory);
+type OpenMemory = (Option<(Hash, KnownMemory)>, Option<(File, File)>);
 
 pub(super) async fn run(
     config: &RelayConfig,
-    (listener, layers, held): Opened,
+    (listener, layers, memory): Opened,
     endpoint: &Endpoint,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
@@ -50,7 +56,7 @@ pub(super) async fn run(
         None => super::listen(&config.qemu, "listening for QEMU on")?,
     };
     let link = meet(config, endpoint, status, commands).await?;
-    let joined = Source::join(config, (layers, held), link, status);
+    let joined = Source::join(config, (layers, memory), link, status);
     let mut source = unless_aborted(commands, joined).await?;
     source.compare_clocks().await?;
     source.publish();
@@ -96,6 +102,73 @@ struct Source<'a> {
     reclaim: bool,
     disk: Option<JoinHandle<Result<(), RelayError>>>,
     disk_pacer: SharedPacer,
+    /// What is named of the pages that the destination fills in.
+    fills: Option<mpsc::Receiver<std::io::Result<bytes::Bytes>>>,
+}
+
+/// The memory of a machine, read from the process of its QEMU.
+#[derive(Debug)]
+struct QemuMemory {
+    reader: MemoryReader,
+    sealed: File,
+    /// Address and bytes of the other blocks.
+    blocks: HashMap<bytes::Bytes, (u64, u64)>,
+}
+
+impl QemuMemory {
+    fn new(place: &OwnMemory, (memory, pagemap): (File, File), sealed: File) -> Self {
+        let reader = MemoryReader::of_files(memory, pagemap, place.address, place.bytes);
+        let block = |(name, at, bytes): &(String, u64, u64)| {
+            (bytes::Bytes::copy_from_slice(name.as_bytes()), (*at, *bytes))
+        };
+        Self { reader, sealed, blocks: place.blocks.iter().map(block).collect() }
+    }
+}
+
+impl GuestMemory for QemuMemory {
+    fn written(&self) -> std::io::Result<Vec<u64>> {
+        Ok(self.reader.written_pages()?.unwrap_or_default())
+    }
+
+    fn read(&self, block: &bytes::Bytes, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        match self.blocks.get(block) {
+            Some((address, _)) => self.reader.read_block_at(address + offset, buf),
+            None => self.reader.read_at(offset, buf),
+        }
+    }
+
+    fn has(&self, block: &bytes::Bytes, bytes: u64) -> bool {
+        match self.blocks.get(block) {
+            Some((_, there)) => bytes <= *there,
+            None => block == RAM_BLOCK && bytes == self.reader.len(),
+        }
+    }
+
+    fn sealed(&self) -> &File {
+        &self.sealed
+    }
+}
+
+/// Names the pages `which` of the sealed memory `file` on a thread of its own.
+fn name_fills(which: PageSet, file: File) -> mpsc::Receiver<std::io::Result<bytes::Bytes>> {
+    let (to, frames) = mpsc::channel(64);
+    tokio::task::spawn_blocking(move || {
+        for frame in fill::frames(&which, &file) {
+            if to.blocking_send(frame).is_err() {
+                return;
+            }
+        }
+    });
+    frames
+}
+
+async fn next_fill(
+    fills: &mut Option<mpsc::Receiver<std::io::Result<bytes::Bytes>>>,
+) -> Option<std::io::Result<bytes::Bytes>> {
+    match fills {
+        Some(frames) => frames.recv().await,
+        None => std::future::pending().await,
+    }
 }
 
 impl Drop for Source<'_> {
@@ -114,6 +187,8 @@ enum Event {
     Back(Option<bytes::Bytes>),
     Note(Option<Note>),
     Command(Asked),
+    Fill(Option<std::io::Result<bytes::Bytes>>),
+    PutOwn,
 }
 
 /// One of QEMU's connections, with what was read from it last. It is closed when it is dropped and
@@ -182,7 +257,7 @@ async fn known_blocks(config: &RelayConfig) -> Option<KnownBlocks> {
 impl<'a> Source<'a> {
     async fn join(
         config: &RelayConfig,
-        (opened, mut held): (Option<Vec<std::fs::File>>, Option<(Hash, KnownMemory)>),
+        (opened, (mut held, mut guest)): (Option<Vec<File>>, OpenMemory),
         link: Link,
         status: &'a watch::Sender<RelayStatus>,
     ) -> Result<Self, RelayError> {
@@ -215,12 +290,21 @@ impl<'a> Source<'a> {
         {
             core.refer_to_blocks(blocks);
         }
+        let mut sealed = None;
         loop {
             match recv_note(&mut steering.1).await? {
                 Some(Note::Ready) => break,
                 Some(Note::Holds(content)) if version >= REFERS => {
                     if let Some((_, memory)) = held.take_if(|(ours, _)| *ours == content) {
+                        sealed = memory.file().ok();
                         core.refer_to(memory);
+                    }
+                }
+                Some(Note::Fills) if version >= REFERS => {
+                    let own = config.own.as_ref().zip(guest.take()).zip(sealed.take());
+                    if let Some(((place, files), sealed)) = own {
+                        let memory = QemuMemory::new(place, files, sealed);
+                        core.send_own(OwnPages::new(Box::new(memory)));
                     }
                 }
                 Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
@@ -243,6 +327,7 @@ impl<'a> Source<'a> {
             reclaim: false,
             disk,
             disk_pacer,
+            fills: None,
         })
     }
 
@@ -310,7 +395,7 @@ impl<'a> Source<'a> {
         listener: &UnixListener,
         commands: &mut mpsc::Receiver<Asked>,
     ) -> Result<bool, RelayError> {
-        let may_read = self.core.may_read();
+        let (may_read, may_put) = (self.core.may_read(), self.core.may_put_own());
         let event = tokio::select! {
             biased;
             Some(asked) = commands.recv() => Event::Command(asked),
@@ -335,6 +420,8 @@ impl<'a> Source<'a> {
             bytes = read_some(&mut self.main, "reading QEMU's main channel"), if may_read => {
                 Event::Main(bytes?)
             }
+            frame = next_fill(&mut self.fills) => Event::Fill(frame),
+            () = std::future::ready(()), if may_put => Event::PutOwn,
         };
         match event {
             Event::Command((command, answer)) => {
@@ -386,9 +473,19 @@ impl<'a> Source<'a> {
                 self.main = None;
                 self.main_over = true;
             }
+            Event::Fill(frame) => {
+                if frame.is_none() {
+                    self.fills = None;
+                }
+                self.core.on_fill(frame.transpose().map_err(RelayError::GuestMemory)?);
+            }
+            Event::PutOwn => self.core.put_own()?,
             Event::Main(bytes) => {
                 let before = (self.core.phase(), self.core.has_device_state());
                 self.core.on_main(&bytes)?;
+                if let Some((which, file)) = self.core.take_fills() {
+                    self.fills = Some(name_fills(which, file));
+                }
                 self.tell_qemu().await?;
                 self.held_at(before).await;
             }
@@ -421,7 +518,8 @@ impl<'a> Source<'a> {
                 self.status.send_modify(|s| s.doubt |= doubt);
                 return Err(RelayError::PeerAborted(why));
             }
-            Event::Note(Some(Note::Ready | Note::Clock { .. } | Note::Holds(_))) => {}
+            Event::Note(Some(Note::Filled(frames))) => self.core.on_filled(frames),
+            Event::Note(Some(Note::Ready | Note::Clock { .. } | Note::Holds(_) | Note::Fills)) => {}
             Event::Note(None) => return Err(RelayError::Protocol("it has left")),
         }
         self.send_all().await?;

@@ -97,6 +97,11 @@ pub(crate) enum Note {
     /// The destination has memory of this content open, to which frames may refer; before `Ready`, from
     /// version 3 on.
     Holds(Hash),
+    /// The destination can put pages of that memory into its machine's by itself; before `Ready`, behind
+    /// `Holds`.
+    Fills,
+    /// That is done for this many more frames of kind Fill.
+    Filled(u32),
 }
 
 pub(crate) async fn send_note(lane: &mut LaneSender, note: Note) -> Result<(), RelayError> {

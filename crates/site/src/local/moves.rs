@@ -39,7 +39,7 @@ use super::launch::Launcher;
 use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::moving::UNDO_WITHIN;
 use super::record::{DesiredState, DiskBase, MachineRecord};
-use super::relays::{MovePaths, Part};
+use super::relays::{GuestMemory, MovePaths, Part};
 use super::{filling, ran};
 use crate::Progress;
 use crate::{Call, Incoming, MachineStatus, News};
@@ -203,7 +203,9 @@ impl Arrivals {
             _ => None,
         };
         let has_disk = disk.is_some();
-        let relay = self.relays.start(record, self.reach.awaits(), disk, Part::Whole).await?;
+        let memory = GuestMemory::of_arrival(&self.dirs.vm_memory(record.vm), record.memory)?;
+        let part = (Part::Whole, memory);
+        let relay = self.relays.start(record, self.reach.awaits(), disk, part).await?;
         let address = self.reach.reported_address(&relay).await?;
         let mut launch = self.launcher.launch(record, image)?;
         launch.start = Start::Incoming;
@@ -373,7 +375,8 @@ impl Departures {
         sent: &mut Sent,
     ) -> Result<(), NotSent> {
         let disk = self.source_disk(record, machine.launch().disk)?;
-        let relay = self.relays.start(record, meeting, disk, Part::Whole).await?;
+        let part = (Part::Whole, GuestMemory::of_departure(machine).await);
+        let relay = self.relays.start(record, meeting, disk, part).await?;
         let paths = MovePaths::of(&self.dirs.run, record.in_migration()?);
         leaving.shown.send_replace(Some(relay.watch()));
         let asking = Arc::clone(leaving);

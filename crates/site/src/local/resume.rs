@@ -34,7 +34,7 @@ use super::machines::into_fault;
 use super::moves::{MID, runs};
 use super::moving::{Moves, RELEASE_WITHIN, memory_status};
 use super::record::{DesiredState, DiskBase, MachineRecord};
-use super::relays::{MovePaths, Part};
+use super::relays::{GuestMemory, MovePaths, Part};
 use super::{Entry, filling, ran};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
 
@@ -336,7 +336,10 @@ impl Arrivals {
             None => None,
         };
         let has_disk = disk.is_some();
-        let part = if memory { Part::Rest } else { Part::Disk };
+        let part = match memory {
+            true => (Part::Rest, GuestMemory::of_file(&self.dirs.vm_memory(vm))?),
+            false => (Part::Disk, GuestMemory::Unseen),
+        };
         let relay = self.relays.start(&record, self.reach.awaits(), disk, part).await?;
         let address = self.reach.reported_address(&relay).await?;
         let received: Received = measured(&self.dirs.vm(vm), RECEIVED);
@@ -449,6 +452,7 @@ impl Departures {
             let mut sent: Sent = measured(&me.dirs.vm(vm), SENT);
             let paths = MovePaths::of(&me.dirs.run, record.in_migration()?);
             let part = if memory { Part::Rest } else { Part::Disk };
+            let part = (part, GuestMemory::Unseen);
             let relay = me.relays.start(&record, meeting, disk, part).await?;
             mine.shown.send_replace(Some(relay.watch()));
             let done = match machine.as_ref().filter(|_| memory) {
