@@ -69,7 +69,8 @@ pub(in crate::relay) fn list(extra: &[(&'static str, u64)]) -> MemSize {
         used: *used,
         address: None,
     });
-    MemSize { total: 0, blocks: blocks.collect() }
+    let blocks: Vec<RamBlock> = blocks.collect();
+    MemSize { total: blocks.iter().map(|b| b.used).sum(), blocks }
 }
 
 pub(in crate::relay) fn write(memory: &Memory, page: usize, fill: u8) {

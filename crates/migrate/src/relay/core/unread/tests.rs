@@ -190,7 +190,8 @@ fn own_pages_go_into_the_part_that_qemu_has_begun() {
     let records = until_round_over(&mut core, &mut main);
     let named = pages(&records);
     assert_eq!(named, [(M0, 0), (M0, 5), (M0, 250), (ROM, 0), (ROM, 1)]);
-    assert!(!records.contains(&Record::Footer { id: 2 }), "the part is still open");
+    let footers = records.iter().filter(|r| **r == Record::Footer { id: 2 }).count();
+    assert_eq!(footers, 1, "that of the list of blocks: the part is still open");
     assert!(core.proceed(Vec::new()));
     core.on_main(&rest).expect("valid");
     core.on_main(&encode(&[Record::Eos])).expect("valid");
