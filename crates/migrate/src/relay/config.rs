@@ -79,8 +79,8 @@ pub struct RelayConfig {
     /// migration that goes on after a break.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<HeldMemory>,
-    /// At the source, where its QEMU has the memory of a machine whose own pages can be told from those
-    /// of the held memory, of which it is a private copy.
+    /// At the source, where its QEMU has the memory of a machine that is a private copy of sealed memory:
+    /// its own pages can be told from the others. What is held is that sealed memory then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub own: Option<OwnMemory>,
     /// What the relay inherits open, in place of opening or making it.
@@ -89,7 +89,7 @@ pub struct RelayConfig {
 }
 
 /// Where a QEMU has the memory of a machine. What it is read from is given open
-/// ([`Given::memory`], [`Given::pagemap`]).
+/// ([`Given::memory`], [`Given::pagemap`], [`Given::sealed`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OwnMemory {

@@ -169,11 +169,11 @@ async fn work(
     let mut filler = None;
     if let Some((content, known)) = held.filter(|_| refers) {
         send_note(&mut steering.0, Note::Holds(content)).await?;
-        filler = memory.as_ref().and_then(|memory| filler_of(memory, &known));
-        if filler.is_some() {
-            send_note(&mut steering.0, Note::Fills).await?;
-        }
+        filler = memory.as_ref().map(|memory| filler_of(memory, &known)).transpose()?;
         here.memory = Some(known);
+    }
+    if refers && memory.is_some() {
+        send_note(&mut steering.0, Note::Fills).await?;
     }
     send_note(&mut steering.0, Note::Ready).await?;
 
@@ -301,10 +301,10 @@ struct OwnHere {
     memory: Option<File>,
 }
 
-/// What puts held pages into the machine's memory, if they fit.
-fn filler_of(memory: &File, known: &KnownMemory) -> Option<Filler> {
+/// What puts held pages into the machine's memory.
+fn filler_of(memory: &File, known: &KnownMemory) -> Result<Filler, RelayError> {
     let open = memory.try_clone().and_then(|memory| Filler::new(memory, known.file()?));
-    open.inspect_err(|error| tracing::warn!(%error, "no page is filled in here")).ok()
+    open.map_err(RelayError::GuestMemory)
 }
 
 /// Fills pages in once QEMU's memory is empty, until something is wrong.

@@ -46,6 +46,9 @@ pub struct Given {
     /// At the source, which pages that process has written to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pagemap: Option<i32>,
+    /// At the source, the sealed memory that its machine has a private copy of, for reading.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealed: Option<i32>,
 }
 
 /// The same, taken.
@@ -60,6 +63,7 @@ pub(super) struct Taken {
     pub(super) held: Option<File>,
     pub(super) memory: Option<File>,
     pub(super) pagemap: Option<File>,
+    pub(super) sealed: Option<File>,
 }
 
 fn contradiction<E>(why: &'static str) -> impl Fn(E) -> RelayError {
@@ -71,7 +75,7 @@ impl Given {
     fn check(&self) -> Result<(), RelayError> {
         let mut all: Vec<i32> = [self.control, self.identity].into();
         let single = [self.qemu, self.nbd, self.commit, self.held, self.memory, self.pagemap];
-        all.extend(single.into_iter().flatten().chain(self.layers.iter().copied()));
+        all.extend(single.iter().flatten().chain(&self.layers));
         let n = all.len();
         all.sort_unstable();
         all.dedup();
@@ -121,6 +125,7 @@ impl Given {
             held: self.held.map(|fd| take(fd).map(File::from)).transpose()?,
             memory: self.memory.map(|fd| take(fd).map(File::from)).transpose()?,
             pagemap: self.pagemap.map(|fd| take(fd).map(File::from)).transpose()?,
+            sealed: self.sealed.map(|fd| take(fd).map(File::from)).transpose()?,
         })
     }
 

@@ -82,6 +82,7 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
                 held: taken.held,
                 memory: taken.memory,
                 pagemap: taken.pagemap,
+                sealed: taken.sealed,
             };
             (taken.identity, Some(taken.control), inputs)
         }
@@ -116,7 +117,8 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     let served = BlockDevice::serve(&config, given.nbd, &status_tx)?;
     let worked = match config.role {
         RelayRole::Source => {
-            let guest = given.memory.zip(given.pagemap);
+            let guest = given.memory.zip(given.pagemap).zip(given.sealed);
+            let guest = guest.map(|((memory, pagemap), sealed)| (memory, pagemap, sealed));
             let opened = (given.qemu, given.layers, (held, guest));
             source::run(&config, opened, &endpoint, &status_tx, &mut commands).await
         }
@@ -172,6 +174,7 @@ struct Inputs {
     held: Option<std::fs::File>,
     memory: Option<std::fs::File>,
     pagemap: Option<std::fs::File>,
+    sealed: Option<std::fs::File>,
 }
 
 /// Takes newer lists of revoked certificates over while the relay works: the link to a peer that

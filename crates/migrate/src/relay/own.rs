@@ -1,14 +1,15 @@
-//! A machine's own pages: those that are not, or not any more, what both sites hold.
+//! A machine's own pages: those of a private copy that were written to.
 //!
 //! Of a machine that was activated from a substrate the kernel knows which pages of the sealed memory
-//! it has written to. Only they are read, from outside QEMU and while the machine runs; QEMU's pass
-//! over memory is begun and left unread. So there is no dirty log either: what became of a page since
-//! it was sent is found when the machine stands still, by reading its own pages once more.
+//! it has written to. They are read from outside QEMU while the machine runs, and the others, which do
+//! not change, from the sealed file, or not at all where the destination holds it; QEMU's pass over
+//! memory is begun and left unread. So there is no dirty log either: what became of a page since it was
+//! sent is found when the machine stands still, by reading its own pages once more.
 //!
 //! ```text
 //! Ahead -> Sending ............................... -> Over
-//!   |        |  own pages as they are now              |  machine stands still: own pages whose hash is
-//!   |        |  (the destination fills in the rest)    |  another now are stale, and nothing else is
+//!   |        |  sealed pages, unless the destination   |  machine stands still: own pages whose hash is
+//!   |        |  fills them in; own ones as they are    |  another now are stale, and nothing else is
 //!   |        +- QEMU waits for its stream to be read
 //!   +- MEM_SIZE, or a machine with too many of them: the usual pass
 //! ```
@@ -18,6 +19,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::unix::fs::FileExt;
 
 use bytes::Bytes;
 use godwit_qemu::RAM_BLOCK;
@@ -70,6 +72,17 @@ struct Block {
     sent: HashMap<u64, Digest>,
 }
 
+/// Pages that follow each other, to be sent.
+#[derive(Debug)]
+struct Run {
+    /// Number of the block.
+    block: usize,
+    from: u64,
+    to: u64,
+    /// They were not written to when this was found out.
+    sealed: bool,
+}
+
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -84,12 +97,15 @@ pub(crate) struct OwnPages {
     memory: Box<dyn GuestMemory>,
     stage: Stage,
     blocks: Vec<Block>,
-    /// Runs of pages to be sent, each of a block.
-    queue: std::collections::VecDeque<(usize, u64, u64)>,
+    queue: std::collections::VecDeque<Run>,
+    /// Whether the destination holds the sealed memory.
+    held: bool,
     total: u64,
     left: u64,
     /// Pages that the destination fills in.
     filled: PageSet,
+    /// Sealed pages that were to be sent and were not.
+    left_out: Vec<u64>,
     /// What is still to be sent when the machine has stopped, by block.
     stale: HashMap<Bytes, PageSet>,
     version: u8,
@@ -107,15 +123,18 @@ pub(crate) struct AtStop {
 }
 
 impl OwnPages {
-    pub(crate) fn new(memory: Box<dyn GuestMemory>) -> Self {
+    /// Of a machine with that memory; `held` tells whether the destination holds what it is a copy of.
+    pub(crate) fn new(memory: Box<dyn GuestMemory>, held: bool) -> Self {
         Self {
             memory,
+            held,
             stage: Stage::Ahead,
             blocks: Vec::new(),
             queue: std::collections::VecDeque::new(),
             total: 0,
             left: 0,
             filled: PageSet::default(),
+            left_out: Vec::new(),
             stale: HashMap::new(),
             version: 0,
         }
@@ -128,16 +147,17 @@ impl OwnPages {
             return Ok(false);
         }
         let written = self.memory.written()?;
+        let mut sealed = PageSet::default();
         let mut own = 0;
         for (n, block) in list.blocks.iter().enumerate() {
             let pages = block.used / PAGE;
             if block.used % PAGE != 0 || pages >= MOST_PAGES {
                 return Ok(false);
             }
-            let of_block: Vec<(u64, u64)> = if block.name == RAM_BLOCK {
-                self.filled = present(self.memory.sealed(), pages)?;
+            let of_block = if block.name == RAM_BLOCK {
+                sealed = present(self.memory.sealed(), pages)?;
                 for page in &written {
-                    self.filled.remove(*page);
+                    sealed.remove(*page);
                 }
                 runs(written.iter().copied(), AT_ONCE)
             } else {
@@ -147,12 +167,21 @@ impl OwnPages {
             if own > MOST_OWN as u64 {
                 return Ok(false);
             }
-            self.queue.extend(of_block.into_iter().map(|(from, to)| (n, from, to)));
+            let run = |(from, to)| Run { block: n, from, to, sealed: false };
+            self.queue.extend(of_block.into_iter().map(run));
+            if !self.held && block.name == RAM_BLOCK {
+                // Ahead of those that may change meanwhile.
+                for (from, to) in runs(sealed.iter(), AT_ONCE).into_iter().rev() {
+                    self.queue.push_front(Run { block: n, from, to, sealed: true });
+                }
+            }
             let dirty = PageSet::new(pages);
             let (name, sent) = (block.name.clone(), HashMap::new());
             self.blocks.push(Block { name, pages, dirty, sent });
         }
-        (self.total, self.left) = (own, own);
+        self.left = self.queue.iter().map(|r| r.to - r.from).sum();
+        self.filled = if self.held { sealed } else { PageSet::new(sealed.pages()) };
+        self.total = self.left + self.filled.len();
         self.stage = Stage::Sending;
         Ok(true)
     }
@@ -173,31 +202,46 @@ impl OwnPages {
     }
 
     /// Sends no more of them before the machine stops.
+    ///
+    /// Sealed pages that were not sent are stale then, like the others.
     pub(crate) fn cut_short(&mut self) {
-        self.queue.clear();
+        for run in self.queue.drain(..).filter(|r| r.sealed) {
+            self.left_out.extend(run.from..run.to);
+        }
     }
 
-    /// Own pages in all, and those not sent yet.
+    /// Pages in all, and those not sent yet.
     pub(crate) fn progress(&self) -> (u64, u64) {
-        (self.total + self.filled.len(), self.left)
+        (self.total, self.left)
     }
 
-    /// The next pages as they are now.
+    /// The next pages as they are now; sealed ones that are zero are left out.
     pub(crate) fn next(&mut self) -> io::Result<Vec<Page>> {
-        let Some((n, from, to)) = self.queue.pop_front() else { return Ok(Vec::new()) };
-        self.left -= (to - from).min(self.left);
-        let block = &mut self.blocks[n];
+        let Some(Run { block, from, to, sealed }) = self.queue.pop_front() else {
+            return Ok(Vec::new());
+        };
+        self.left -= to - from;
+        let block = &mut self.blocks[block];
         let mut bytes = vec![0; ((to - from) * PAGE) as usize];
-        self.memory.read(&block.name, from * PAGE, &mut bytes)?;
+        if sealed {
+            self.memory.sealed().read_exact_at(&mut bytes, from * PAGE)?;
+        } else {
+            self.memory.read(&block.name, from * PAGE, &mut bytes)?;
+        }
         let bytes = Bytes::from(bytes);
-        Ok((from..to)
-            .map(|page| {
-                let at = ((page - from) * PAGE) as usize;
-                let data = bytes.slice(at..at + PAGE_SIZE);
+        let mut out = Vec::with_capacity((to - from) as usize);
+        for page in from..to {
+            let at = ((page - from) * PAGE) as usize;
+            let data = bytes.slice(at..at + PAGE_SIZE);
+            if !sealed {
                 block.sent.insert(page, digest(&data));
-                page_of(&block.name, page, data)
-            })
-            .collect())
+            }
+            let page = page_of(&block.name, page, data);
+            if !sealed || page.content != Content::Fill(0) {
+                out.push(page);
+            }
+        }
+        Ok(out)
     }
 
     /// A page of QEMU's pass was sent, which it read at a time of its own.
@@ -226,7 +270,7 @@ impl OwnPages {
         for block in &mut self.blocks {
             let mut own = PageSet::new(block.pages);
             if block.name == RAM_BLOCK {
-                written.iter().chain(block.sent.keys()).for_each(|page| {
+                written.iter().chain(block.sent.keys()).chain(&self.left_out).for_each(|page| {
                     own.insert(*page);
                 });
             } else {

@@ -42,7 +42,10 @@ const LAST_WORD: Duration = Duration::from_secs(10);
 /// What is open already: where QEMU connects, the layers of the disk, and the memory that the
 /// destination may hold, too, with what its QEMU's memory is read from.
 type Opened = (Option<UnixListener>, Option<Vec<File>>, OpenMemory);
-type OpenMemory = (Option<(Hash, KnownMemory)>, Option<(File, File)>);
+type OpenMemory = (Option<(Hash, KnownMemory)>, Option<CopyFiles>);
+
+/// A process's memory, which of its pages it has written to, and the sealed memory.
+pub(super) type CopyFiles = (File, File, File);
 
 pub(super) async fn run(
     config: &RelayConfig,
@@ -116,7 +119,7 @@ struct QemuMemory {
 }
 
 impl QemuMemory {
-    fn new(place: &OwnMemory, (memory, pagemap): (File, File), sealed: File) -> Self {
+    fn new(place: &OwnMemory, (memory, pagemap, sealed): CopyFiles) -> Self {
         let reader = MemoryReader::of_files(memory, pagemap, place.address, place.bytes);
         let block = |(name, at, bytes): &(String, u64, u64)| {
             (bytes::Bytes::copy_from_slice(name.as_bytes()), (*at, *bytes))
@@ -290,21 +293,21 @@ impl<'a> Source<'a> {
         {
             core.refer_to_blocks(blocks);
         }
-        let mut sealed = None;
+        let mut holds = false;
         loop {
             match recv_note(&mut steering.1).await? {
                 Some(Note::Ready) => break,
                 Some(Note::Holds(content)) if version >= REFERS => {
                     if let Some((_, memory)) = held.take_if(|(ours, _)| *ours == content) {
-                        sealed = memory.file().ok();
                         core.refer_to(memory);
+                        holds = true;
                     }
                 }
                 Some(Note::Fills) if version >= REFERS => {
-                    let own = config.own.as_ref().zip(guest.take()).zip(sealed.take());
-                    if let Some(((place, files), sealed)) = own {
-                        let memory = QemuMemory::new(place, files, sealed);
-                        core.send_own(OwnPages::new(Box::new(memory)));
+                    if let Some((place, files)) = config.own.as_ref().zip(guest.take()) {
+                        let memory = QemuMemory::new(place, files);
+                        // Held is what it is a copy of, or nothing.
+                        core.send_own(OwnPages::new(Box::new(memory), holds));
                     }
                 }
                 Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),

@@ -97,10 +97,10 @@ pub(crate) enum Note {
     /// The destination has memory of this content open, to which frames may refer; before `Ready`, from
     /// version 3 on.
     Holds(Hash),
-    /// The destination can put pages of that memory into its machine's by itself; before `Ready`, behind
-    /// `Holds`.
+    /// The destination has its machine's memory at hand: it answers for zero pages, and puts pages of what
+    /// it holds there by itself; before `Ready`, behind `Holds`.
     Fills,
-    /// That is done for this many more frames of kind Fill.
+    /// The latter is done for this many more frames of kind Fill.
     Filled(u32),
 }
 

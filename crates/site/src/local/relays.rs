@@ -65,7 +65,7 @@ pub(super) enum GuestMemory {
     /// At the destination: the file that it is, for writing.
     File(File),
     /// At the source: the process whose private copy it is of the sealed memory at `of`, for reading.
-    Copy { of: PathBuf, place: OwnMemory, memory: File, pagemap: File },
+    Copy { of: PathBuf, place: OwnMemory, memory: File, pagemap: File, sealed: File },
 }
 
 impl GuestMemory {
@@ -86,18 +86,20 @@ impl GuestMemory {
     pub(super) async fn of_departure(machine: &Machine) -> Self {
         let MemorySource::PrivateOf { path } = machine.launch().memory else { return Self::Unseen };
         let open = async {
-            let files = machine.memory().map_err(into_fault)?.files();
-            let files = files.map_err(|e| Fault::io("opening the memory over", &path, &e))?;
+            let fail = |e| Fault::io("opening the memory over", &path, &e);
+            let sealed = File::open(&path).map_err(fail)?;
+            // QEMU maps the file that is at that path.
+            let files = machine.memory().map_err(into_fault)?.files().map_err(fail)?;
             let blocks = machine.ram_blocks().await.map_err(into_fault)?;
-            Ok::<_, Fault>(files.zip(Some(blocks)))
+            Ok::<_, Fault>(files.zip(Some((sealed, blocks))))
         };
         match open.await {
-            Ok(Some(((memory, pagemap, address), blocks))) => {
+            Ok(Some(((memory, pagemap, address), (sealed, blocks)))) => {
                 let bytes = machine.launch().spec.memory.bytes();
                 let others = blocks.into_iter().filter(|b| b.name != RAM_BLOCK);
                 let blocks = others.map(|b| (b.name, b.host_address, b.used_bytes)).collect();
                 let place = OwnMemory { address, bytes, blocks };
-                Self::Copy { of: path, place, memory, pagemap }
+                Self::Copy { of: path, place, memory, pagemap, sealed }
             }
             Ok(None) => Self::Unseen,
             Err(error) => {
@@ -197,17 +199,17 @@ impl Relays {
         config.held = held.as_ref().map(|h| h.memory.clone());
         let file = held.as_ref().map(|h| h.open.file().try_clone()).transpose();
         let file = file.map_err(|e| fail("handing on the memory that both sites hold", &e))?;
-        // Its own pages are told from those of the memory that it is a copy of, and of no other.
-        let same = |of: &Path| held.as_ref().is_some_and(|h| h.open.path() == of);
+        // What is held is what it is a copy of, or its own pages are not told from the others.
+        let other = |of: &Path| held.as_ref().is_some_and(|h| h.open.path() != of);
         let guest = match memory {
-            GuestMemory::Copy { of, place, memory, pagemap } if same(&of) => {
+            GuestMemory::Copy { of, place, memory, pagemap, sealed } if !other(&of) => {
                 config.own = Some(place);
-                (Some(memory), Some(pagemap))
+                [Some(memory), Some(pagemap), Some(sealed)]
             }
-            GuestMemory::File(file) => (Some(file), None),
-            GuestMemory::Copy { .. } | GuestMemory::Unseen => (None, None),
+            GuestMemory::File(file) => [Some(file), None, None],
+            GuestMemory::Copy { .. } | GuestMemory::Unseen => [None, None, None],
         };
-        let guest_file = guest.0.is_some() && role == RelayRole::Destination;
+        let guest_file = guest[0].is_some() && role == RelayRole::Destination;
         let open = give(&mut config, commit, (file, guest))?;
         let input = written(&config, &paths.config)
             .map_err(|e| fail("writing a relay's configuration", &e))?;
@@ -335,7 +337,7 @@ impl Relays {
 fn give(
     config: &mut RelayConfig,
     commit: Option<File>,
-    (held, (memory, pagemap)): (Option<File>, (Option<File>, Option<File>)),
+    (held, [memory, pagemap, sealed]): (Option<File>, [Option<File>; 3]),
 ) -> Result<Vec<OwnedFd>, Fault> {
     let listen = |path: &Path| -> Result<OwnedFd, Fault> {
         listen(path).map(OwnedFd::from).map_err(|e| Fault::io("listening on", path, &e))
@@ -380,6 +382,7 @@ fn give(
     given.held = hand(held);
     given.memory = hand(memory);
     given.pagemap = hand(pagemap);
+    given.sealed = hand(sealed);
     config.given = Some(given);
     Ok(open)
 }

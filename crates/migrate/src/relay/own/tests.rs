@@ -49,6 +49,11 @@ pub(in crate::relay) type Memory = Arc<Mutex<Vec<u8>>>;
 
 /// Sealed memory with data in its first 200 pages, and a machine that has it.
 pub(in crate::relay) fn guest() -> (OwnPages, Memory, Memory) {
+    guest_of(true)
+}
+
+/// The same; `held` tells whether the destination holds the sealed memory.
+fn guest_of(held: bool) -> (OwnPages, Memory, Memory) {
     let sealed = tempfile::tempfile_in("/dev/shm").expect("a file");
     sealed.set_len(PAGES * PAGE).expect("sized");
     let mut bytes = vec![0; (PAGES * PAGE) as usize];
@@ -59,7 +64,7 @@ pub(in crate::relay) fn guest() -> (OwnPages, Memory, Memory) {
     let now = Arc::new(Mutex::new(bytes));
     let rom = Arc::new(Mutex::new(vec![0xee; 2 * PAGE_SIZE]));
     let guest = Guest { sealed, now: Arc::clone(&now), rom: Arc::clone(&rom) };
-    (OwnPages::new(Box::new(guest)), now, rom)
+    (OwnPages::new(Box::new(guest), held), now, rom)
 }
 
 pub(in crate::relay) fn list(extra: &[(&'static str, u64)]) -> MemSize {
@@ -144,6 +149,33 @@ fn only_own_pages_are_sent_and_of_them_again_what_has_changed() {
     assert!(due(&mut own, "m0", 6) && !due(&mut own, "m0", 6));
     assert!(!due(&mut own, "m0", 5) && !due(&mut own, "m0", 0) && !due(&mut own, "m0", 299));
     assert!(due(&mut own, "rom", 1) && !due(&mut own, "rom", 0));
+}
+
+#[test]
+fn what_the_destination_does_not_hold_is_sent_ahead_of_own_pages() {
+    let (mut own, memory, _) = guest_of(false);
+    write(&memory, 5, 99);
+    let zero = vec![0; PAGE_SIZE];
+    own.memory.sealed().write_all_at(&zero, 198 * PAGE).expect("written");
+    write(&memory, 198, 0);
+    assert!(own.begin(&list(&[])).expect("read"));
+    assert!(own.to_fill().expect("a handle").0.is_empty());
+    let pages = sent(&mut own);
+    let sealed = (0..5).chain(6..198).chain([199]).map(|n| ("m0", n));
+    let wanted: Vec<_> = sealed.chain([("m0", 5), ("rom", 0), ("rom", 1)]).collect();
+    assert_eq!(numbers(&pages), wanted);
+    assert_eq!(own.progress(), (202, 0));
+    write(&memory, 8, 1);
+    all_dirty(&mut own);
+    assert_eq!(own.stop().expect("read").stale.runs(), [(8, 9)]);
+
+    // Cut short, the rest of it is still to come.
+    let (mut own, _, _) = guest_of(false);
+    assert!(own.begin(&list(&[])).expect("read"));
+    assert_eq!(own.next().expect("read").len(), 64);
+    own.cut_short();
+    all_dirty(&mut own);
+    assert_eq!(own.stop().expect("read").stale.runs(), [(64, 200)]);
 }
 
 #[test]

@@ -156,7 +156,8 @@ fn own_pages_go_ahead_and_of_qemus_stream_only_what_has_become_stale() {
     }
     core.on_preempt(&demanded).expect("valid");
     let all: Vec<Record> = (0..PAGES).map(|n| page(&M0, n, n == 0)).collect();
-    let part = [&[Record::SectionPart { id: 2 }][..], &all, &[page(&ROM, 0, true)], &close].concat();
+    let part =
+        [&[Record::SectionPart { id: 2 }][..], &all, &[page(&ROM, 0, true)], &close].concat();
     core.on_main(&encode(&part)).expect("valid");
     let mut preempt = StreamParser::preempt(Limits::default());
     let mut records = Vec::new();
