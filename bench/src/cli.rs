@@ -225,6 +225,9 @@ struct IdleMovesArgs {
     /// A move without an answer for this many seconds is a hang.
     #[arg(long, default_value_t = 120)]
     limit_s: u64,
+    /// The AP holds the substrate, too.
+    #[arg(long)]
+    held: bool,
     /// Directory for results.json and the report; made if need be.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -333,6 +336,7 @@ impl IdleMovesArgs {
             link: (!self.loopback).then_some((self.rate, self.delay)),
             idle: Duration::from_millis(self.idle_ms),
             limit: Duration::from_secs(self.limit_s),
+            held: self.held,
             program: program_or_beside(self.program)?,
         };
         let mut bad = 0;

@@ -124,6 +124,22 @@ impl MemoryReader {
         })
     }
 
+    /// Over what [`MemoryReader::files`] gave, in another process.
+    #[must_use]
+    pub const fn of_files(memory: File, pagemap: File, address: u64, len: u64) -> Self {
+        Self { file: memory, offset: address, len, pagemap: Some(pagemap) }
+    }
+
+    /// What a private copy is read from: the memory of QEMU's process and its page map, with the address
+    /// that it is at. `None` for a shared memory file.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn files(&self) -> std::io::Result<Option<(File, File, u64)>> {
+        let Some(pagemap) = &self.pagemap else { return Ok(None) };
+        Ok(Some((self.file.try_clone()?, pagemap.try_clone()?, self.offset)))
+    }
+
     /// Size of the memory in bytes.
     #[must_use]
     #[allow(clippy::len_without_is_empty, reason = "a machine always has memory")]

@@ -130,6 +130,7 @@ impl Sites {
             disk: Some(disk),
             held: None,
             visit: None,
+            own: None,
             given: None,
         }
     }

@@ -34,6 +34,8 @@ pub struct IdleMoves {
     pub idle: Duration,
     /// A move without an answer for so long is a hang.
     pub limit: Duration,
+    /// Whether the AP holds the substrate, too.
+    pub held: bool,
     /// The `godwit` program.
     pub program: PathBuf,
 }
@@ -70,6 +72,12 @@ pub async fn idle_moves(trial: &IdleMoves, results: &mut Results) -> anyhow::Res
         results.notes.push("Both sites on this host's loopback.".into());
     }
     substrate(&world, trial.guest.as_str(), SUBSTRATE).await?;
+    if trial.held {
+        let bring = ["vm", "activate", SUBSTRATE, "--name", "held", "--site", AP];
+        world.ask::<Value>(&bring, PATIENCE).await.context("bring the substrate to the AP")?;
+        world.ask::<Value>(&["vm", "delete", "held"], PATIENCE).await?;
+        results.notes.push("The AP holds the substrate, too.".into());
+    }
     let ms = |name, about| Experiment::new(name, about, "ms", Better::Lower);
     let mut sheet = [
         ms("switch", "From the request to RESUME at the destination."),

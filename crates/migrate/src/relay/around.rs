@@ -12,6 +12,8 @@ use bytes::Bytes;
 use godwit_qemu::stream::{Discard, MemSize, ReturnMessage};
 use godwit_types::PAGE_SIZE;
 
+use super::pages::PageSet;
+
 /// How far away a neighbour may be, in pages: within the same 2 MiB.
 const REGION: u64 = 512;
 /// How many missing pages behind the wanted one are asked for, and how many before it. Packed as
@@ -25,35 +27,10 @@ const MAX_PAGES: u64 = 1 << 28;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// The pages of one block that are still to come, a bit each.
-#[derive(Debug)]
-struct Missing {
-    pages: u64,
-    bits: Vec<u64>,
-}
-
-impl Missing {
-    fn contains(&self, page: u64) -> bool {
-        self.bits.get((page / 64) as usize).is_some_and(|w| w >> (page % 64) & 1 == 1)
-    }
-
-    fn clear(&mut self, page: u64) {
-        if let Some(w) = self.bits.get_mut((page / 64) as usize) {
-            *w &= !(1 << (page % 64));
-        }
-    }
-
-    fn set(&mut self, from: u64, to: u64) {
-        for page in from..to.min(self.pages) {
-            self.bits[(page / 64) as usize] |= 1 << (page % 64);
-        }
-    }
-}
-
 /// Knows which pages of the machine's memory are still to come.
 #[derive(Debug, Default)]
 pub(crate) struct Around {
-    blocks: HashMap<Bytes, Missing>,
+    blocks: HashMap<Bytes, PageSet>,
     last: Option<Bytes>,
 }
 
@@ -63,8 +40,7 @@ impl Around {
         for block in &list.blocks {
             let pages = block.used / PAGE;
             if pages <= MAX_PAGES {
-                let bits = vec![0; pages.div_ceil(64) as usize];
-                self.blocks.insert(block.name.clone(), Missing { pages, bits });
+                self.blocks.insert(block.name.clone(), PageSet::new(pages));
             }
         }
     }
@@ -74,7 +50,7 @@ impl Around {
         let Some(missing) = self.blocks.get_mut(block) else { return };
         for r in ranges {
             let from = r.start / PAGE;
-            missing.set(from, from.saturating_add(r.len / PAGE));
+            missing.insert_range(from, from.saturating_add(r.len / PAGE));
         }
     }
 
@@ -82,17 +58,15 @@ impl Around {
     /// little-endian words. For a block of a multiple of 64 pages, as the machine's memory is.
     pub(crate) fn received(&mut self, block: &Bytes, bitmap: &[u8]) {
         let (words, _) = bitmap.as_chunks::<8>();
-        let pages = words.len() as u64 * 64;
-        if pages <= MAX_PAGES {
-            let bits = words.iter().map(|w| !u64::from_le_bytes(*w)).collect();
-            self.blocks.insert(block.clone(), Missing { pages, bits });
+        if words.len() as u64 * 64 <= MAX_PAGES {
+            self.blocks.insert(block.clone(), PageSet::not_in(words));
         }
     }
 
     /// A page was sent.
     pub(crate) fn sent(&mut self, block: &Bytes, offset: u64) {
         if let Some(missing) = self.blocks.get_mut(block) {
-            missing.clear(offset / PAGE);
+            missing.remove(offset / PAGE);
         }
     }
 
@@ -102,8 +76,8 @@ impl Around {
         let Some(missing) = self.blocks.get_mut(block) else { return Vec::new() };
         let mut out = Vec::new();
         for page in pages {
-            if *page < missing.pages && missing.contains(*page) {
-                missing.clear(*page);
+            if *page < missing.pages() && missing.contains(*page) {
+                missing.remove(*page);
                 let name = out.is_empty().then(|| block.clone());
                 let len = PAGE as u32;
                 out.push(ReturnMessage::ReqPages { block: name, start: page * PAGE, len });
@@ -125,18 +99,18 @@ impl Around {
             return Vec::new();
         };
         let page = start / PAGE;
-        if page >= missing.pages {
+        if page >= missing.pages() {
             return Vec::new();
         }
-        missing.clear(page);
+        missing.remove(page);
         let region = page / REGION * REGION;
-        let end = (region + REGION).min(missing.pages);
+        let end = (region + REGION).min(missing.pages());
         let behind = (page + 1..end).filter(|p| missing.contains(*p)).take(BEHIND);
         let mut wanted: Vec<u64> = behind.collect();
         wanted.extend((region..page).rev().filter(|p| missing.contains(*p)).take(BEFORE));
         let mut ranges: Vec<(u64, u64)> = Vec::new();
         for p in wanted {
-            missing.clear(p);
+            missing.remove(p);
             match ranges.last_mut() {
                 Some((_, to)) if p >= *to && p - *to <= JOIN => *to = p + 1,
                 Some((from, _)) if p < *from && *from - p <= JOIN => *from = p,

@@ -54,6 +54,8 @@ impl BothRelays {
         let raw = match kind {
             Kind::Referring => expand(&raw, &mut self.here).ok()?,
             Kind::Memory | Kind::Device | Kind::Open => raw,
+            // Those are for machines whose own pages are known.
+            Kind::Fill | Kind::Stale => return None,
         };
         self.waits.written(Written::Main, &raw, Instant::now());
         Some(raw)

@@ -83,9 +83,26 @@ pub struct RelayConfig {
     /// destination ([`Given::visit`]); as `held`, not after a break.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub visit: Option<Visit>,
+    /// At the source, where its QEMU has the memory of a machine that is a private copy of sealed memory:
+    /// its own pages can be told from the others. What is held is that sealed memory then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own: Option<OwnMemory>,
     /// What the relay inherits open, in place of opening or making it.
     #[serde(default)]
     pub given: Option<Given>,
+}
+
+/// Where a QEMU has the memory of a machine. What it is read from is given open
+/// ([`Given::memory`], [`Given::pagemap`], [`Given::sealed`]).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwnMemory {
+    /// Address of the machine's memory in that process.
+    pub address: u64,
+    /// Bytes of it.
+    pub bytes: u64,
+    /// The other blocks, each with its address and its bytes.
+    pub blocks: Vec<(String, u64, u64)>,
 }
 
 /// A memory image that both sites hold. It is used where both name the same content.

@@ -23,14 +23,17 @@ use godwit_qemu::stream::{
     StreamError, StreamParser,
 };
 
+use super::RelayError;
 use super::around::Around;
 use super::frame::{Kind, MAX_RAW};
 use super::handover::OpenState;
 use super::known::{Batch, KnownBlocks, KnownMemory, Put};
+use super::own::OwnPages;
 use super::pacer::Pacer;
 use super::round::Round;
 use super::status::{Counts, RamSection, RelayPhase};
 use super::visit::Visited;
+use unread::{Fills, Place};
 
 /// Raw bytes collected into one bulk frame.
 const BATCH: usize = 64 << 10;
@@ -80,6 +83,12 @@ pub(crate) struct SourceCore {
     section: Option<u32>,
     /// That, with the names of its blocks.
     ram: Option<RamSection>,
+    /// Where in QEMU's stream it is.
+    place: Place,
+    /// The machine's own pages, where they alone are sent.
+    own: Option<OwnPages>,
+    /// The pages beside them.
+    fills: Fills,
 }
 
 /// How far the device state has come from QEMU.
@@ -126,6 +135,9 @@ impl SourceCore {
             asked: Vec::new(),
             section: None,
             ram: None,
+            place: Place::Top,
+            own: None,
+            fills: Fills::default(),
         }
     }
 
@@ -160,7 +172,8 @@ impl SourceCore {
     }
 
     pub(crate) fn counts(&self) -> Counts {
-        let (round_pages, round_left) = self.round.progress();
+        let (round_pages, round_left) =
+            self.own.as_ref().map_or_else(|| self.round.progress(), OwnPages::progress);
         let repeated_pages = self.round.repeated();
         Counts { round_pages, round_left, repeated_pages, ..self.counts }
     }
@@ -192,7 +205,7 @@ impl SourceCore {
             DeviceState::Under | DeviceState::Open(_) => true,
             _ => {
                 let held = matches!(self.phase, RelayPhase::RoundOver | RelayPhase::Drained);
-                !held && self.pacer.has_room()
+                !held && !self.leaves_unread() && self.pacer.has_room()
             }
         }
     }
@@ -210,7 +223,10 @@ impl SourceCore {
     }
 
     /// Bytes of the main channel.
-    pub(crate) fn on_main(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+    ///
+    /// # Errors
+    /// It is no such stream, or the memory that belongs to it cannot be read.
+    pub(crate) fn on_main(&mut self, bytes: &[u8]) -> Result<(), RelayError> {
         self.advance(RelayPhase::PreCopy);
         self.main.push(bytes);
         while let Some(record) = self.main.next()? {
@@ -224,25 +240,33 @@ impl SourceCore {
                     });
                     self.round.begin(list);
                     self.around.begin(list);
+                    self.begin_own(list);
                 }
                 Record::Page(page) => {
+                    if !self.is_due(page) {
+                        continue;
+                    }
                     self.count_page(&page.content);
                     self.around.sent(&page.block, page.offset);
                     self.last = Some(page.clone());
                     let over = self.round.sent(&page.block, page.offset);
-                    if self.phase == RelayPhase::PreCopy && over {
+                    if self.phase == RelayPhase::PreCopy && over && !self.sends_own() {
                         self.advance(RelayPhase::RoundOver);
                     }
                     self.put_page(page);
                     continue;
                 }
                 Record::Command(Command::SwitchoverStart) => self.stopped(),
-                Record::Command(Command::RamDiscard { block, ranges, .. }) => {
+                Record::Command(Command::RamDiscard { version, block, ranges }) => {
+                    if self.takes_for_unsent(*version, block, ranges) {
+                        continue;
+                    }
                     self.around.discarded(block, ranges);
                     self.counts.discarded_bytes += ranges.iter().map(|r| r.len).sum::<u64>();
                 }
                 Record::Command(Command::Packaged(_)) => {
                     self.stopped();
+                    self.stop_own()?;
                     self.state = DeviceState::Packaged;
                     self.flush(Kind::Memory);
                     self.batch.record(&record);
@@ -272,6 +296,7 @@ impl SourceCore {
                 _ => {}
             }
             self.batch.record(&record);
+            self.note_place(&record);
             self.flush_full();
         }
         self.flush(Kind::Memory);
@@ -279,7 +304,12 @@ impl SourceCore {
     }
 
     fn put_page(&mut self, page: &Page) {
-        match self.batch.page(page) {
+        let put = match self.own {
+            // Whatever was sent before it, perhaps of another block.
+            Some(_) => self.batch.page(&Page { named: true, ..page.clone() }),
+            None => self.batch.page(page),
+        };
+        match put {
             Put::Whole => {}
             Put::Same => self.counts.known_pages += 1,
             Put::Changed => self.counts.changed_pages += 1,
@@ -356,8 +386,12 @@ impl SourceCore {
     pub(crate) fn on_preempt(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
         self.preempt.push(bytes);
         let mut raw = Vec::new();
-        while let Some(record) = self.preempt.next()? {
-            if let Record::Page(page) = &record {
+        while let Some(mut record) = self.preempt.next()? {
+            if let Record::Page(page) = &mut record {
+                if !self.is_due(page) {
+                    continue;
+                }
+                page.named |= self.own.is_some();
                 self.count_page(&page.content);
                 self.counts.demanded_pages += 1;
                 self.round.sent(&page.block, page.offset);
@@ -420,7 +454,9 @@ impl SourceCore {
         }
         match out.kind {
             Kind::Device => self.counts.bytes.device_state += wire,
-            Kind::Memory | Kind::Open | Kind::Referring => self.counts.bytes.memory += wire,
+            Kind::Memory | Kind::Open | Kind::Referring | Kind::Fill | Kind::Stale => {
+                self.counts.bytes.memory += wire;
+            }
         }
     }
 
@@ -440,7 +476,9 @@ impl SourceCore {
 
     /// The driver wants to switch before the round is over, or at once.
     pub(crate) fn drain(&mut self) {
-        if matches!(self.phase, RelayPhase::Waiting | RelayPhase::PreCopy) {
+        if self.sends_own() {
+            self.cut_own_short();
+        } else if matches!(self.phase, RelayPhase::Waiting | RelayPhase::PreCopy) {
             self.advance(RelayPhase::RoundOver);
             self.look_drained();
         }
@@ -489,6 +527,8 @@ impl SourceCore {
         Ok(out)
     }
 }
+
+mod unread;
 
 #[cfg(test)]
 mod tests;

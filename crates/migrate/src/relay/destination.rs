@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
+use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{PONG_COMMIT, ReturnMessage, ReturnPathParser};
 use godwit_transfer::{Endpoint, Lane, LaneKind, LaneReceiver, LaneSender, Link};
 use godwit_types::Hash;
@@ -19,8 +20,9 @@ use super::commit::CommitFile;
 use super::control::Asked;
 use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
+use super::fill::{Filler, PING_EMPTIED, Requests, Zeros, with_present};
 use super::frame::{Kind, open};
-use super::known::{HeldHere, KnownMemory, expand};
+use super::known::{HeldHere, KnownMemory, ReferError, expand};
 use super::meet::meet;
 use super::visit::{Arrived, Visit};
 use super::waits::{Channel, Waits};
@@ -32,6 +34,8 @@ use super::{
 use crate::clock::{self, ClockId};
 
 const READ: usize = 64 << 10;
+/// Frames that name pages to be filled in, and answers to QEMU, that wait at most.
+const FILLS_WAITING: usize = 1024;
 /// How long the other relay may take to hear that the migration ends.
 const GOODBYE: Duration = Duration::from_secs(2);
 /// How long QEMU may take to say what its end is, once it has shut a channel.
@@ -49,6 +53,8 @@ pub(super) struct Known {
     pub(super) visit: Option<(Visit, File)>,
     /// Where marks of its pages are written.
     pub(super) arrived: Option<File>,
+    /// The machine's memory itself.
+    pub(super) memory: Option<File>,
 }
 
 /// The lanes of one migration, as the source opened them.
@@ -172,9 +178,15 @@ async fn work(
         let open = std::fs::File::open(base);
         here.base = Some(open.map_err(|source| RelayError::Held { path: base.clone(), source })?);
     }
-    if let Some((content, memory)) = known.held.filter(|_| refers) {
+    let memory = known.memory;
+    let mut filler = None;
+    if let Some((content, known)) = known.held.filter(|_| refers) {
         send_note(&mut steering.0, Note::Holds(content)).await?;
-        here.memory = Some(memory);
+        filler = memory.as_ref().map(|memory| filler_of(memory, &known)).transpose()?;
+        here.memory = Some(known);
+    }
+    if refers && *version >= VISITS && memory.is_some() {
+        send_note(&mut steering.0, Note::Fills).await?;
     }
     if let Some((visit, memory)) = known.visit.filter(|_| refers && *version >= VISITS) {
         match KnownMemory::new(memory) {
@@ -196,9 +208,21 @@ async fn work(
     let (ack_tx, mut acks) = mpsc::channel(1024);
     let (back_lane, demand_lane) = (&mut demand.0, &mut demand.1);
     let waits = Mutex::new(Waits::new(config.resume));
+    let (frames_tx, frames) = mpsc::channel(FILLS_WAITING);
+    let (filled_tx, mut filled) = mpsc::channel(FILLS_WAITING);
+    let (emptied_tx, emptied) = watch::channel(false);
+    let (zeros_tx, mut zeros) = mpsc::channel(FILLS_WAITING);
+    let own = OwnHere {
+        zeros: Zeros::default(),
+        answers: zeros_tx,
+        emptied: emptied_tx,
+        fills: frames_tx,
+        memory,
+    };
+    let fill = fill_memory(filler, frames, emptied, filled_tx);
     let back = async {
         match main_read {
-            Some(read) => back_path(read, back_lane, &waits, commit, status).await,
+            Some(read) => back_path(read, back_lane, &waits, (commit, &own), status).await,
             None => Ok(()),
         }
     };
@@ -206,12 +230,12 @@ async fn work(
         if !config.memory {
             return Ok(());
         }
-        demand_channel(demand_lane, &config.qemu, (&waits, &arrived), status).await
+        demand_channel((demand_lane, &mut zeros), &config.qemu, (&waits, &arrived), status).await
     };
     let bulk = async {
         match main_write {
             Some(write) => {
-                bulk_channel((bulk, here), write, ack_tx, (&waits, &arrived), status).await
+                bulk_channel((bulk, here, &own), write, ack_tx, (&waits, &arrived), status).await
             }
             None => Ok(()),
         }
@@ -230,7 +254,7 @@ async fn work(
         disk::destination(arrival, &device.there, &mut lanes.0, &mut lanes.1, disk_ack_tx, status)
             .await
     };
-    tokio::pin!(back, demanded, bulk, disk);
+    tokio::pin!(back, demanded, bulk, disk, fill);
     let (mut demand_over, mut bulk_over) = (false, false);
     let (mut memory_over, mut disk_over) = (false, false);
     loop {
@@ -266,6 +290,10 @@ async fn work(
             Some(frames) = disk_acks.recv() => {
                 send_note(&mut steering.0, Note::DiskAck(frames)).await?;
             }
+            Some(frames) = filled.recv() => {
+                send_note(&mut steering.0, Note::Filled(frames)).await?;
+            }
+            wrong = &mut fill => return Err(wrong),
             over = &mut back, if !memory_over => {
                 over?;
                 memory_over = true;
@@ -294,15 +322,61 @@ async fn work(
     }
 }
 
+/// What this relay does for its QEMU's memory by itself.
+struct OwnHere {
+    zeros: Zeros,
+    /// Pages that it answers for.
+    answers: mpsc::Sender<Vec<u8>>,
+    /// QEMU's memory is empty.
+    emptied: watch::Sender<bool>,
+    /// Frames that name pages to be filled in.
+    fills: mpsc::Sender<Bytes>,
+    /// The file that is the machine's memory.
+    memory: Option<File>,
+}
+
+/// What puts held pages into the machine's memory.
+fn filler_of(memory: &File, known: &KnownMemory) -> Result<Filler, RelayError> {
+    let open = memory.try_clone().and_then(|memory| Filler::new(memory, known.file()?));
+    open.map_err(RelayError::GuestMemory)
+}
+
+/// Fills pages in once QEMU's memory is empty, until something is wrong.
+async fn fill_memory(
+    filler: Option<Filler>,
+    mut frames: mpsc::Receiver<Bytes>,
+    mut emptied: watch::Receiver<bool>,
+    filled: mpsc::Sender<u32>,
+) -> RelayError {
+    let filler = filler.map(std::sync::Arc::new);
+    // Without QEMU's return path there is nothing to be filled in, either.
+    if emptied.wait_for(|emptied| *emptied).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    while let Some(raw) = frames.recv().await {
+        let Some(filler) = filler.clone() else { return ReferError::Nothing.into() };
+        match tokio::task::spawn_blocking(move || filler.fill(&raw)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => return e.into(),
+            Err(_) => return RelayError::Protocol("pages that it names could not be filled in"),
+        }
+        if filled.send(1).await.is_err() {
+            break;
+        }
+    }
+    std::future::pending().await
+}
+
 /// From QEMU's return path to the source, until QEMU says that it has all of memory.
 async fn back_path(
     mut read: OwnedReadHalf,
     lane: &mut LaneSender,
     waits: &Mutex<Waits>,
-    commit: &CommitFile,
+    (commit, own): (&CommitFile, &OwnHere),
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     let mut parser = ReturnPathParser::new(MAX_BITMAP);
+    let mut requests = Requests::default();
     let mut buf = BytesMut::new();
     let mut shut = None;
     loop {
@@ -318,30 +392,49 @@ async fn back_path(
             };
         }
         parser.push(&buf);
-        while let Some(message) = parser.next()? {
-            match message {
+        buf.clear();
+        let mut on = Vec::new();
+        while let Some(mut message) = parser.next()? {
+            match &mut message {
+                ReturnMessage::Pong(PING_EMPTIED) => {
+                    own.emptied.send_replace(true);
+                    continue;
+                }
                 ReturnMessage::Pong(PONG_COMMIT) => {
                     committed(RelayPhase::Committed, commit, status).await?;
                     godwit_hold::at("relay.committed").await;
                 }
                 ReturnMessage::Shut(value) => {
-                    shut = Some(value);
-                    if value == 0 {
+                    shut = Some(*value);
+                    if *value == 0 {
                         committed(RelayPhase::MemoryDone, commit, status).await?;
                     }
                 }
                 ReturnMessage::ReqPages { block, start, .. } => {
                     waits.lock().unwrap_or_else(PoisonError::into_inner).asked(
                         block.as_ref(),
-                        start,
+                        *start,
                         Instant::now(),
                     );
                     status.send_modify(|s| s.counts.requests += 1);
                 }
+                ReturnMessage::RecvBitmap { block, bitmap } if block == RAM_BLOCK => {
+                    if let Some(memory) = &own.memory {
+                        let there = with_present(bitmap, memory);
+                        *bitmap = there.map_err(RelayError::GuestMemory)?;
+                    }
+                }
+                _ => {}
+            }
+            match requests.take(message, &own.zeros, &mut on) {
+                Some(page) if !page.is_empty() => {
+                    // Nobody takes them any more only when all of memory is there.
+                    let _ = own.answers.send(page).await;
+                }
                 _ => {}
             }
         }
-        lane.send_bytes(buf.split().freeze())
+        lane.send_bytes(on.into())
             .await
             .map_err(|source| RelayError::Lane { what: "sending the return path", source })?;
     }
@@ -376,7 +469,7 @@ fn account(status: &watch::Sender<RelayStatus>, kind: Kind, wire: usize) {
                 s.counts.bytes.device_state += wire as u64;
                 RelayPhase::Stopped
             }
-            Kind::Memory | Kind::Open | Kind::Referring => {
+            Kind::Memory | Kind::Open | Kind::Referring | Kind::Fill | Kind::Stale => {
                 s.counts.bytes.memory += wire as u64;
                 RelayPhase::PreCopy
             }
@@ -411,7 +504,7 @@ fn mark(arrived: &Mutex<Option<Arrived>>, channel: Channel, raw: &[u8]) {
 
 /// From the bulk lane to QEMU's main channel; each frame is acknowledged when QEMU has taken it.
 async fn bulk_channel(
-    (lane, mut here): (&mut LaneReceiver, HeldHere),
+    (lane, mut here, own): (&mut LaneReceiver, HeldHere, &OwnHere),
     mut write: OwnedWriteHalf,
     acks: mpsc::Sender<u32>,
     (waits, arrived): (&Mutex<Waits>, &Mutex<Option<Arrived>>),
@@ -437,6 +530,15 @@ async fn bulk_channel(
                 expanded?
             }
             Kind::Memory | Kind::Device | Kind::Open => raw,
+            Kind::Fill => {
+                // Whoever takes it says what is wrong with it.
+                let _ = own.fills.send(raw).await;
+                Bytes::new()
+            }
+            Kind::Stale => {
+                own.zeros.learn(&raw)?;
+                Bytes::new()
+            }
         };
         mark(arrived, Channel::Main, &raw);
         write.write_all(&raw).await.map_err(|source| RelayError::Qemu {
@@ -464,19 +566,32 @@ async fn preempt_ended(source: std::io::Error) -> RelayError {
 /// From the demand lane to QEMU's preempt channel, which is opened when the source's is. QEMU
 /// tells its channels apart by order, and the main one is open by then.
 async fn demand_channel(
-    lane: &mut LaneReceiver,
+    (lane, zeros): (&mut LaneReceiver, &mut mpsc::Receiver<Vec<u8>>),
     qemu: &Path,
     (waits, arrived): (&Mutex<Waits>, &Mutex<Option<Arrived>>),
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     let mut channel: Option<UnixStream> = None;
-    while let Some(frame) = lane
-        .recv()
-        .await
-        .map_err(|source| RelayError::Lane { what: "receiving demanded memory", source })?
-    {
-        let (kind, raw) = open(&frame)?;
-        account(status, kind, frame.len());
+    let mut over = false;
+    loop {
+        let (opened, listens) = (channel.is_some(), !over);
+        let raw = tokio::select! {
+            frame = lane.recv(), if listens => {
+                let frame = frame.map_err(|source| {
+                    RelayError::Lane { what: "receiving demanded memory", source }
+                })?;
+                let Some(frame) = frame else {
+                    over = true;
+                    continue;
+                };
+                let (kind, raw) = open(&frame)?;
+                account(status, kind, frame.len());
+                raw
+            }
+            Some(page) = zeros.recv(), if opened => page.into(),
+            // The channel stays open until QEMU itself closes it at its end.
+            else => return Ok(()),
+        };
         let write = match &mut channel {
             Some(write) => write,
             None => channel.insert(UnixStream::connect(qemu).await.map_err(|source| {
@@ -493,11 +608,6 @@ async fn demand_channel(
         }
         note_written(waits, Channel::Preempt, &raw, status);
     }
-    // The channel stays open until QEMU itself closes it at its end.
-    if channel.is_some() {
-        std::future::pending::<()>().await;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

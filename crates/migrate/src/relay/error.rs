@@ -96,6 +96,9 @@ pub enum RelayError {
     /// The stream is none that can be relayed.
     #[error("relaying the migration stream")]
     Stream(#[source] StreamError),
+    /// The memory of the machine that moves cannot be read from outside its QEMU.
+    #[error("reading the memory of the machine that moves")]
+    GuestMemory(#[source] std::io::Error),
     /// A frame that does not unpack.
     #[error("reading a frame of the other relay: {0}")]
     Frame(String),
@@ -174,7 +177,7 @@ impl CodedError for RelayError {
             Self::TooOld { .. } => Code::Conflict,
             Self::NobodyCame { .. } => Code::Unavailable,
             Self::Stream(_) | Self::Frame(_) | Self::Protocol(_) | Self::Refer(_) => Code::Damaged,
-            Self::Held { .. } => Code::Internal,
+            Self::Held { .. } | Self::GuestMemory(_) => Code::Internal,
             Self::Aborted(_) => Code::Cancelled,
             Self::NotWritten(e) if e.kind() == std::io::ErrorKind::StorageFull => Code::NoRoom,
             Self::NotWritten(_) => Code::Internal,

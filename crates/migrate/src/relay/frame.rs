@@ -18,6 +18,10 @@ pub(crate) enum Kind {
     Open = 3,
     /// As `Memory`, with pages that the destination holds ([`super::known`]); since version 3.
     Referring = 4,
+    /// Pages that the destination puts into memory itself ([`super::fill`]).
+    Fill = 5,
+    /// Pages that are still to come ([`super::fill`]).
+    Stale = 6,
 }
 
 /// A frame that is none.
@@ -47,6 +51,8 @@ pub(crate) fn open(frame: &Bytes) -> Result<(Kind, Bytes), FrameError> {
         2 => Kind::Device,
         3 => Kind::Open,
         4 => Kind::Referring,
+        5 => Kind::Fill,
+        6 => Kind::Stale,
         other => return Err(FrameError::Kind(other)),
     };
     let len = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;

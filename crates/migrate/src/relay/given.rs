@@ -46,6 +46,16 @@ pub struct Given {
     /// list ([`super::marks_bytes`]); at the destination.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arrived: Option<i32>,
+    /// At the destination the file that is the machine's memory, for writing; at the source the memory of
+    /// its QEMU's process ([`super::RelayConfig::own`]), for reading.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<i32>,
+    /// At the source, which pages that process has written to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pagemap: Option<i32>,
+    /// At the source, the sealed memory that its machine has a private copy of, for reading.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealed: Option<i32>,
 }
 
 /// The same, taken.
@@ -60,6 +70,9 @@ pub(super) struct Taken {
     pub(super) held: Option<File>,
     pub(super) visit: Option<File>,
     pub(super) arrived: Option<File>,
+    pub(super) memory: Option<File>,
+    pub(super) pagemap: Option<File>,
+    pub(super) sealed: Option<File>,
 }
 
 fn contradiction<E>(why: &'static str) -> impl Fn(E) -> RelayError {
@@ -70,8 +83,11 @@ impl Given {
     /// Whether the numbers can be those of descriptors that are this program's alone.
     fn check(&self) -> Result<(), RelayError> {
         let mut all: Vec<i32> = [self.control, self.identity].into();
-        let single = [self.qemu, self.nbd, self.commit, self.held, self.visit, self.arrived];
-        all.extend(single.into_iter().flatten().chain(self.layers.iter().copied()));
+        let single = [
+            [self.qemu, self.nbd, self.commit, self.held, self.visit],
+            [self.arrived, self.memory, self.pagemap, self.sealed, None],
+        ];
+        all.extend(single.as_flattened().iter().flatten().chain(&self.layers));
         let n = all.len();
         all.sort_unstable();
         all.dedup();
@@ -121,6 +137,9 @@ impl Given {
             held: self.held.map(|fd| take(fd).map(File::from)).transpose()?,
             visit: self.visit.map(|fd| take(fd).map(File::from)).transpose()?,
             arrived: self.arrived.map(|fd| take(fd).map(File::from)).transpose()?,
+            memory: self.memory.map(|fd| take(fd).map(File::from)).transpose()?,
+            pagemap: self.pagemap.map(|fd| take(fd).map(File::from)).transpose()?,
+            sealed: self.sealed.map(|fd| take(fd).map(File::from)).transpose()?,
         })
     }
 

@@ -67,6 +67,15 @@ pub enum ReferError {
         #[source]
         source: std::io::Error,
     },
+    /// A page cannot be put into the machine's memory.
+    #[error("putting page {page} into the machine's memory")]
+    Fill {
+        /// Number of the page.
+        page: u64,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// What the pages hash to is not what the source says.
     #[error(
         "what both sites hold is not the same: of pages {first} to {last} at least one is another here"
@@ -93,6 +102,11 @@ impl KnownMemory {
     pub(crate) fn new(file: File) -> std::io::Result<Self> {
         let pages = file.metadata()?.len() / PAGE_SIZE as u64;
         Ok(Self { file, pages, window: Vec::new(), first: 0 })
+    }
+
+    /// The file itself.
+    pub(crate) fn file(&self) -> std::io::Result<File> {
+        self.file.try_clone()
     }
 
     /// Page `number`; `None` beyond the end.

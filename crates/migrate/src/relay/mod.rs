@@ -22,12 +22,15 @@ mod core;
 mod destination;
 mod disk;
 mod error;
+mod fill;
 mod frame;
 mod given;
 mod handover;
 mod known;
 mod meet;
+mod own;
 mod pacer;
+mod pages;
 mod round;
 mod source;
 mod status;
@@ -38,7 +41,7 @@ mod wire;
 #[doc(hidden)]
 pub use both::BothRelays;
 pub use commit::{NOT_COMMITTED, says_committed};
-pub use config::{HeldMemory, Meeting, RelayConfig, RelayDisk, RelayRole};
+pub use config::{HeldMemory, Meeting, OwnMemory, RelayConfig, RelayDisk, RelayRole};
 pub use control::{RelayClient, RelayCommand};
 pub use error::RelayError;
 pub use given::Given;
@@ -81,6 +84,9 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
                 held: taken.held,
                 visit: taken.visit,
                 arrived: taken.arrived,
+                memory: taken.memory,
+                pagemap: taken.pagemap,
+                sealed: taken.sealed,
             };
             (taken.identity, Some(taken.control), inputs)
         }
@@ -115,13 +121,17 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
     let served = BlockDevice::serve(&config, given.nbd, &status_tx)?;
     let worked = match config.role {
         RelayRole::Source => {
-            let known = source::Known { held, visit: config.visit.clone().zip(given.visit) };
+            let guest = given.memory.zip(given.pagemap).zip(given.sealed);
+            let guest = guest.map(|((memory, pagemap), sealed)| (memory, pagemap, sealed));
+            let visit = config.visit.clone().zip(given.visit);
+            let known = source::Known { held, visit, guest };
             let opened = (given.qemu, given.layers, known);
             source::run(&config, opened, &endpoint, &status_tx, &mut commands).await
         }
         RelayRole::Destination => {
             let visit = config.visit.clone().zip(given.visit);
-            let known = destination::Known { held, visit, arrived: given.arrived };
+            let (arrived, memory) = (given.arrived, given.memory);
+            let known = destination::Known { held, visit, arrived, memory };
             let opened = (served.as_ref(), &given.commit, known);
             destination::run(&config, &endpoint, opened, &status_tx, &mut commands).await
         }
@@ -173,6 +183,9 @@ struct Inputs {
     held: Option<std::fs::File>,
     visit: Option<std::fs::File>,
     arrived: Option<std::fs::File>,
+    memory: Option<std::fs::File>,
+    pagemap: Option<std::fs::File>,
+    sealed: Option<std::fs::File>,
 }
 
 /// Takes newer lists of revoked certificates over while the relay works: the link to a peer that

@@ -6,6 +6,8 @@ use bytes::Bytes;
 use godwit_qemu::stream::MemSize;
 use godwit_types::PAGE_SIZE;
 
+use super::pages::PageSet;
+
 /// The most memory that is followed, in bytes: 1 TiB.
 const MAX_TRACKED: u64 = 1 << 40;
 
@@ -13,7 +15,7 @@ const MAX_TRACKED: u64 = 1 << 40;
 /// comes for the second time.
 #[derive(Debug, Default)]
 pub(crate) struct Round {
-    blocks: HashMap<Bytes, Vec<u64>>,
+    blocks: HashMap<Bytes, PageSet>,
     left: u64,
     total: u64,
     over: bool,
@@ -31,7 +33,7 @@ impl Round {
         }
         for block in &list.blocks {
             let pages = block.used.div_ceil(PAGE_SIZE as u64);
-            self.blocks.insert(block.name.clone(), vec![0; pages.div_ceil(64) as usize]);
+            self.blocks.insert(block.name.clone(), PageSet::new(pages));
             self.total += pages;
         }
         self.left = self.total;
@@ -40,11 +42,8 @@ impl Round {
     /// A page was sent; tells whether the round is over.
     pub(crate) fn sent(&mut self, block: &Bytes, offset: u64) -> bool {
         let page = offset / PAGE_SIZE as u64;
-        let word = self.blocks.get_mut(block).and_then(|w| w.get_mut((page / 64) as usize));
-        if let Some(word) = word {
-            let bit = 1 << (page % 64);
-            if *word & bit == 0 {
-                *word |= bit;
+        if let Some(sent) = self.blocks.get_mut(block).filter(|s| page < s.pages()) {
+            if sent.insert(page) {
                 self.left = self.left.saturating_sub(1);
             } else {
                 self.repeated += 1;

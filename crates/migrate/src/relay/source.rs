@@ -1,11 +1,13 @@
 //! The relay at the source.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use godwit_disk::BlockIndex;
 use godwit_qemu::stream::ReturnMessage;
+use godwit_qemu::{MemoryReader, RAM_BLOCK};
 use godwit_transfer::codec::Packer;
 use godwit_transfer::{Endpoint, LaneKind, LaneReceiver, LaneSender, Link};
 use godwit_types::{BytesMoved, Hash};
@@ -17,14 +19,17 @@ use tokio::task::JoinHandle;
 use super::control::Asked;
 use super::core::{Channel as Lane, SourceCore};
 use super::disk::{self, Frozen, SharedPacer};
+use super::fill;
 use super::frame::seal;
 use super::known::{KnownBlocks, KnownMemory};
 use super::meet::meet;
+use super::own::{GuestMemory, OwnPages};
+use super::pages::PageSet;
 use super::visit::{Visit, Visited};
 use super::wire::{About, Note, REFERS, VISITS, known_by_peer, recv_note, send_note};
 use super::{
-    Counts, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase, RelayStatus,
-    unless_aborted,
+    Counts, Outcome, OwnMemory, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase,
+    RelayStatus, unless_aborted,
 };
 use crate::clock::{self, ClockId, Compare, Exchange};
 
@@ -45,7 +50,12 @@ pub(super) struct Known {
     pub(super) held: Option<(Hash, KnownMemory)>,
     /// The marks of what the machine left there.
     pub(super) visit: Option<(Visit, File)>,
+    /// What the memory of a machine that is a private copy is read from.
+    pub(super) guest: Option<CopyFiles>,
 }
+
+/// A process's memory, which of its pages it has written to, and the sealed memory.
+pub(super) type CopyFiles = (File, File, File);
 
 pub(super) async fn run(
     config: &RelayConfig,
@@ -105,6 +115,73 @@ struct Source<'a> {
     reclaim: bool,
     disk: Option<JoinHandle<Result<(), RelayError>>>,
     disk_pacer: SharedPacer,
+    /// What is named of the pages that the destination fills in.
+    fills: Option<mpsc::Receiver<std::io::Result<bytes::Bytes>>>,
+}
+
+/// The memory of a machine, read from the process of its QEMU.
+#[derive(Debug)]
+struct QemuMemory {
+    reader: MemoryReader,
+    sealed: File,
+    /// Address and bytes of the other blocks.
+    blocks: HashMap<bytes::Bytes, (u64, u64)>,
+}
+
+impl QemuMemory {
+    fn new(place: &OwnMemory, (memory, pagemap, sealed): CopyFiles) -> Self {
+        let reader = MemoryReader::of_files(memory, pagemap, place.address, place.bytes);
+        let block = |(name, at, bytes): &(String, u64, u64)| {
+            (bytes::Bytes::copy_from_slice(name.as_bytes()), (*at, *bytes))
+        };
+        Self { reader, sealed, blocks: place.blocks.iter().map(block).collect() }
+    }
+}
+
+impl GuestMemory for QemuMemory {
+    fn written(&self) -> std::io::Result<Vec<u64>> {
+        Ok(self.reader.written_pages()?.unwrap_or_default())
+    }
+
+    fn read(&self, block: &bytes::Bytes, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        match self.blocks.get(block) {
+            Some((address, _)) => self.reader.read_block_at(address + offset, buf),
+            None => self.reader.read_at(offset, buf),
+        }
+    }
+
+    fn has(&self, block: &bytes::Bytes, bytes: u64) -> bool {
+        match self.blocks.get(block) {
+            Some((_, there)) => bytes <= *there,
+            None => block == RAM_BLOCK && bytes == self.reader.len(),
+        }
+    }
+
+    fn sealed(&self) -> &File {
+        &self.sealed
+    }
+}
+
+/// Names the pages `which` of the sealed memory `file` on a thread of its own.
+fn name_fills(which: PageSet, file: File) -> mpsc::Receiver<std::io::Result<bytes::Bytes>> {
+    let (to, frames) = mpsc::channel(64);
+    tokio::task::spawn_blocking(move || {
+        for frame in fill::frames(&which, &file) {
+            if to.blocking_send(frame).is_err() {
+                return;
+            }
+        }
+    });
+    frames
+}
+
+async fn next_fill(
+    fills: &mut Option<mpsc::Receiver<std::io::Result<bytes::Bytes>>>,
+) -> Option<std::io::Result<bytes::Bytes>> {
+    match fills {
+        Some(frames) => frames.recv().await,
+        None => std::future::pending().await,
+    }
 }
 
 impl Drop for Source<'_> {
@@ -123,6 +200,8 @@ enum Event {
     Back(Option<bytes::Bytes>),
     Note(Option<Note>),
     Command(Asked),
+    Fill(Option<std::io::Result<bytes::Bytes>>),
+    PutOwn,
 }
 
 /// One of QEMU's connections, with what was read from it last. It is closed when it is dropped and
@@ -247,6 +326,13 @@ impl<'a> Source<'a> {
                         core.refer_to_visit(visited);
                     }
                 }
+                Some(Note::Fills) if version >= VISITS => {
+                    if let Some((place, files)) = config.own.as_ref().zip(known.guest.take()) {
+                        let memory = QemuMemory::new(place, files);
+                        // Held is what it is a copy of, or nothing.
+                        core.send_own(OwnPages::new(Box::new(memory), refers_to.is_some()));
+                    }
+                }
                 Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
                 _ => return Err(RelayError::Protocol("it is not ready")),
             }
@@ -267,6 +353,7 @@ impl<'a> Source<'a> {
             reclaim: false,
             disk,
             disk_pacer,
+            fills: None,
         })
     }
 
@@ -334,7 +421,7 @@ impl<'a> Source<'a> {
         listener: &UnixListener,
         commands: &mut mpsc::Receiver<Asked>,
     ) -> Result<bool, RelayError> {
-        let may_read = self.core.may_read();
+        let (may_read, may_put) = (self.core.may_read(), self.core.may_put_own());
         let event = tokio::select! {
             biased;
             Some(asked) = commands.recv() => Event::Command(asked),
@@ -359,6 +446,8 @@ impl<'a> Source<'a> {
             bytes = read_some(&mut self.main, "reading QEMU's main channel"), if may_read => {
                 Event::Main(bytes?)
             }
+            frame = next_fill(&mut self.fills) => Event::Fill(frame),
+            () = std::future::ready(()), if may_put => Event::PutOwn,
         };
         match event {
             Event::Command((command, answer)) => {
@@ -410,9 +499,19 @@ impl<'a> Source<'a> {
                 self.main = None;
                 self.main_over = true;
             }
+            Event::Fill(frame) => {
+                if frame.is_none() {
+                    self.fills = None;
+                }
+                self.core.on_fill(frame.transpose().map_err(RelayError::GuestMemory)?);
+            }
+            Event::PutOwn => self.core.put_own()?,
             Event::Main(bytes) => {
                 let before = (self.core.phase(), self.core.has_device_state());
                 self.core.on_main(&bytes)?;
+                if let Some((which, file)) = self.core.take_fills() {
+                    self.fills = Some(name_fills(which, file));
+                }
                 self.tell_qemu().await?;
                 self.held_at(before).await;
             }
@@ -445,8 +544,9 @@ impl<'a> Source<'a> {
                 self.status.send_modify(|s| s.doubt |= doubt);
                 return Err(RelayError::PeerAborted(why));
             }
+            Event::Note(Some(Note::Filled(frames))) => self.core.on_filled(frames),
             Event::Note(Some(
-                Note::Ready | Note::Clock { .. } | Note::Holds(_) | Note::Visited(_),
+                Note::Ready | Note::Clock { .. } | Note::Holds(_) | Note::Visited(_) | Note::Fills,
             )) => {}
             Event::Note(None) => return Err(RelayError::Protocol("it has left")),
         }

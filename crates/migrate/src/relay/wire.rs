@@ -104,6 +104,11 @@ pub(crate) enum Note {
     /// The destination has open what the machine left there, to which frames may refer; before `Ready`,
     /// from version 4 on.
     Visited(Visit),
+    /// The destination has its machine's memory at hand: it answers for zero pages, and puts pages of what
+    /// it holds there by itself; before `Ready`, behind `Holds`.
+    Fills,
+    /// The latter is done for this many more frames of kind Fill.
+    Filled(u32),
 }
 
 pub(crate) async fn send_note(lane: &mut LaneSender, note: Note) -> Result<(), RelayError> {

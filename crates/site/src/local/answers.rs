@@ -119,7 +119,7 @@ impl LocalSite {
                 held.hold(migration, (substrate, content)).await?
             };
             Disk { of } => self.disk_of(of).await?;
-            Visits {} => self.machines.visits.machines();
+            Visits {} => self.parts.machines.visits.machines();
         })
     }
 }

@@ -250,7 +250,7 @@ impl Departures {
         if let (Ok(()), Some(m)) = (&done, &record.migration)
             && let Some(next) = m.next().filter(|_| m.attempt == 0 && !sent.ran_on)
         {
-            self.machines.visits.left(record.vm, next);
+            self.parts.machines.visits.left(record.vm, next);
         }
         done.map(|()| sent).map_err(|e| e.fault)
     }

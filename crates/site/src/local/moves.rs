@@ -40,7 +40,7 @@ use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::moving::UNDO_WITHIN;
 use super::owner::{Look, Needs};
 use super::record::{DesiredState, DiskBase, MachineRecord};
-use super::relays::{MovePaths, Part};
+use super::relays::{GuestMemory, MovePaths, Part};
 use super::steps::{Arrived, Leave, Prepare};
 use super::{filling, ran};
 use crate::Progress;
@@ -203,8 +203,9 @@ impl Arrivals {
             _ => None,
         };
         let has_disk = disk.is_some();
-        let relay =
-            self.parts.relays.start(record, self.parts.reach.awaits(), disk, Part::Whole).await?;
+        let memory = self.parts.dirs.vm_memory(record.vm);
+        let part = (Part::Whole, GuestMemory::of_arrival(&memory, record.memory)?);
+        let relay = self.parts.relays.start(record, self.parts.reach.awaits(), disk, part).await?;
         let address = self.parts.reach.reported_address(&relay).await?;
         let mut launch = self.parts.launcher.launch(record, image)?;
         launch.start = Start::Incoming;
@@ -344,7 +345,8 @@ impl Departures {
         sent: &mut Sent,
     ) -> Result<(), NotSent> {
         let disk = self.source_disk(record, machine.launch().disk)?;
-        let relay = self.parts.relays.start(record, meeting, disk, Part::Whole).await?;
+        let part = (Part::Whole, GuestMemory::of_departure(machine).await);
+        let relay = self.parts.relays.start(record, meeting, disk, part).await?;
         let paths = MovePaths::of(&self.parts.dirs.run, record.in_migration()?);
         leaving.shown.send_replace(Some(relay.watch()));
         let asking = Arc::clone(leaving);

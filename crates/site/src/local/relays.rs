@@ -1,7 +1,8 @@
 //! The relay processes of this site: started, found, ended.
 //!
 //! ```text
-//! given open:  configuration, identity, listening sockets, at the source the layers of the disk
+//! given open:  configuration, identity, listening sockets, at the source the layers of the disk and
+//!              the memory of a QEMU that has a private copy, at the destination the file of the memory
 //! seen:        programs, the base image and the index of its blocks, the list of revoked
 //!              certificates; at the destination its QEMU's sockets, and the directory in which it
 //!              fills the disk
@@ -10,6 +11,7 @@
 //! Where QEMUs have uids of their own relays have, too, and nothing else of the site's is there for
 //! them ([`Companion`]). The site's key is: a relay speaks for its site.
 
+use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -18,9 +20,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use godwit_migrate::relay::{Given, Meeting, RelayCommand, RelayDisk, RelayRole, Visit};
+use godwit_migrate::relay::{Given, Meeting, OwnMemory, RelayCommand, RelayDisk, RelayRole, Visit};
 use godwit_migrate::{RelayClient, RelayConfig};
-use godwit_qemu::{Companion, Confine, MemoryGroups, NotStarted};
+use godwit_qemu::{
+    Companion, Confine, Machine, MemoryFile, MemoryGroups, MemorySource, NotStarted, RAM_BLOCK,
+};
 use godwit_transfer::{Identity, Trust};
 use godwit_types::{Fault, Mib};
 
@@ -52,6 +56,59 @@ pub(super) enum Part {
     Rest,
     /// What is missing of the disk after a break; memory is not carried.
     Disk,
+}
+
+/// What a relay is given of a machine's memory, besides its QEMU's stream.
+#[derive(Debug)]
+pub(super) enum GuestMemory {
+    /// Nothing.
+    Unseen,
+    /// At the destination: the file that it is, for writing.
+    File(File),
+    /// At the source: the process whose private copy it is of the sealed memory at `of`, for reading.
+    Copy { of: PathBuf, place: OwnMemory, memory: File, pagemap: File, sealed: File },
+}
+
+impl GuestMemory {
+    /// Makes the file of the memory of a machine that comes, before its QEMU does, and opens it.
+    pub(super) fn of_arrival(path: &Path, size: Mib) -> Result<Self, Fault> {
+        MemoryFile::create(path, size, None).map_err(into_fault)?;
+        Self::of_file(path)
+    }
+
+    /// Opens the file at `path`.
+    pub(super) fn of_file(path: &Path) -> Result<Self, Fault> {
+        let no_follow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+        let open = File::options().read(true).write(true).custom_flags(no_follow).open(path);
+        open.map(Self::File).map_err(|e| Fault::io("opening", path, &e))
+    }
+
+    /// That of a machine that leaves; without it the move only takes longer.
+    pub(super) async fn of_departure(machine: &Machine) -> Self {
+        let MemorySource::PrivateOf { path } = machine.launch().memory else { return Self::Unseen };
+        let open = async {
+            let fail = |e| Fault::io("opening the memory over", &path, &e);
+            let sealed = File::open(&path).map_err(fail)?;
+            // QEMU maps the file that is at that path.
+            let files = machine.memory().map_err(into_fault)?.files().map_err(fail)?;
+            let blocks = machine.ram_blocks().await.map_err(into_fault)?;
+            Ok::<_, Fault>(files.zip(Some((sealed, blocks))))
+        };
+        match open.await {
+            Ok(Some(((memory, pagemap, address), (sealed, blocks)))) => {
+                let bytes = machine.launch().spec.memory.bytes();
+                let others = blocks.into_iter().filter(|b| b.name != RAM_BLOCK);
+                let blocks = others.map(|b| (b.name, b.host_address, b.used_bytes)).collect();
+                let place = OwnMemory { address, bytes, blocks };
+                Self::Copy { of: path, place, memory, pagemap, sealed }
+            }
+            Ok(None) => Self::Unseen,
+            Err(error) => {
+                tracing::warn!(%error, "a machine's own pages are not read from outside its QEMU");
+                Self::Unseen
+            }
+        }
+    }
 }
 
 /// The relays of one site.
@@ -96,7 +153,7 @@ impl Relays {
         record: &MachineRecord,
         meeting: Meeting,
         disk: Option<RelayDisk>,
-        part: Part,
+        (part, memory): (Part, GuestMemory),
     ) -> Result<RelayClient, Fault> {
         let migration = record
             .migration
@@ -131,6 +188,7 @@ impl Relays {
             disk,
             held: None,
             visit: None,
+            own: None,
             given: None,
         };
         let commit = match (migration.end(), part) {
@@ -145,12 +203,23 @@ impl Relays {
         config.held = held.as_ref().map(|h| h.memory.clone());
         let file = held.as_ref().map(|h| h.open.file().try_clone()).transpose();
         let file = file.map_err(|e| fail("handing on the memory that both sites hold", &e))?;
-        let (lent, memory) = match part {
+        let (lent, known) = match part {
             Part::Whole => self.visit(record, &migration),
             Part::Rest | Part::Disk => (None, Memory::default()),
         };
-        config.visit = memory.visit.as_ref().map(|(visit, _)| visit.clone());
-        let open = give(&mut config, commit, Memory { held: file, ..memory })?;
+        config.visit = known.visit.as_ref().map(|(visit, _)| visit.clone());
+        // What is held is what it is a copy of, or its own pages are not told from the others.
+        let other = |of: &Path| held.as_ref().is_some_and(|h| h.open.path() != of);
+        let guest = match memory {
+            GuestMemory::Copy { of, place, memory, pagemap, sealed } if !other(&of) => {
+                config.own = Some(place);
+                [Some(memory), Some(pagemap), Some(sealed)]
+            }
+            GuestMemory::File(file) => [Some(file), None, None],
+            GuestMemory::Copy { .. } | GuestMemory::Unseen => [None, None, None],
+        };
+        let guest_file = guest[0].is_some() && role == RelayRole::Destination;
+        let open = give(&mut config, commit, Memory { held: file, guest, ..known })?;
         let input = written(&config, &paths.config)
             .map_err(|e| fail("writing a relay's configuration", &e))?;
         let log = std::fs::OpenOptions::new()
@@ -159,9 +228,12 @@ impl Relays {
             .mode(0o600)
             .open(&paths.log)
             .map_err(|e| fail("making a relay's log", &e))?;
+        // Pages that it fills in of a machine's memory count as its own.
+        let filled_in = if guest_file { record.memory } else { Mib(0) };
+        let limit = Mib(MEMORY.0.saturating_add(filled_in.0));
         let groups = self.groups.as_ref();
         let group = groups
-            .map(|g| g.make_named(&paths.group(&migration), MEMORY).map_err(into_fault))
+            .map(|g| g.make_named(&paths.group(&migration), limit).map_err(into_fault))
             .transpose()?;
         let mut readable = vec![self.dirs.for_relays()];
         let mut writable = Vec::new();
@@ -244,7 +316,7 @@ impl Relays {
                 let visit =
                     lent.as_ref().and_then(|l| Some((l.visit.clone(), l.file.try_clone().ok()?)));
                 let arrived = self.visits.comes(record.vm, migration.id, record.memory);
-                (lent, Memory { visit, arrived, held: None })
+                (lent, Memory { visit, arrived, ..Memory::default() })
             }
         }
     }
@@ -291,15 +363,17 @@ impl Relays {
 /// What a relay is given open of what is known of a machine's memory.
 #[derive(Debug, Default)]
 struct Memory {
-    held: Option<std::fs::File>,
-    visit: Option<(Visit, std::fs::File)>,
-    arrived: Option<std::fs::File>,
+    held: Option<File>,
+    visit: Option<(Visit, File)>,
+    arrived: Option<File>,
+    /// What it is itself, as [`GuestMemory`] has it: memory, page map, sealed memory.
+    guest: [Option<File>; 3],
 }
 
 /// Opens what a relay is to have open, and says so in its configuration.
 fn give(
     config: &mut RelayConfig,
-    commit: Option<std::fs::File>,
+    commit: Option<File>,
     memory: Memory,
 ) -> Result<Vec<OwnedFd>, Fault> {
     let listen = |path: &Path| -> Result<OwnedFd, Fault> {
@@ -323,7 +397,7 @@ fn give(
     match &config.disk {
         Some(RelayDisk::Source { layers, .. }) => {
             for path in layers {
-                let file = std::fs::File::open(path).map_err(|e| Fault::io("opening", path, &e))?;
+                let file = File::open(path).map_err(|e| Fault::io("opening", path, &e))?;
                 given.layers.push(Given::number(&file));
                 open.push(file.into());
             }
@@ -335,15 +409,16 @@ fn give(
         }
         None => {}
     }
-    if let Some(commit) = commit {
-        given.commit = Some(Given::number(&commit));
-        open.push(commit.into());
-    }
+    let [of_guest, pagemap, sealed] = memory.guest;
     let visit = memory.visit.map(|(_, file)| file);
     for (file, number) in [
+        (commit, &mut given.commit),
         (memory.held, &mut given.held),
         (visit, &mut given.visit),
         (memory.arrived, &mut given.arrived),
+        (of_guest, &mut given.memory),
+        (pagemap, &mut given.pagemap),
+        (sealed, &mut given.sealed),
     ] {
         *number = file.as_ref().map(Given::number);
         open.extend(file.map(OwnedFd::from));
@@ -364,7 +439,7 @@ fn listen(path: &Path) -> std::io::Result<UnixListener> {
 }
 
 /// Writes a configuration down, and opens it for whom it is meant for.
-fn written(config: &RelayConfig, path: &Path) -> std::io::Result<std::fs::File> {
+fn written(config: &RelayConfig, path: &Path) -> std::io::Result<File> {
     let text = serde_json::to_vec_pretty(config)?;
     std::fs::OpenOptions::new()
         .create(true)
@@ -373,7 +448,7 @@ fn written(config: &RelayConfig, path: &Path) -> std::io::Result<std::fs::File> 
         .mode(0o600)
         .open(path)?
         .write_all(&text)?;
-    std::fs::File::open(path)
+    File::open(path)
 }
 
 /// Puts the list of revoked certificates where relays read it again and again.

@@ -36,7 +36,7 @@ use super::moving::{Moves, RELEASE_WITHIN, memory_status};
 use super::owner::{Look, Needs, Owned};
 use super::parts::Parts;
 use super::record::{DesiredState, DiskBase, MachineRecord};
-use super::relays::{MovePaths, Part};
+use super::relays::{GuestMemory, MovePaths, Part};
 use super::{filling, ran};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
 
@@ -337,7 +337,10 @@ impl Arrivals {
             None => None,
         };
         let has_disk = disk.is_some();
-        let part = if memory { Part::Rest } else { Part::Disk };
+        let part = match memory {
+            true => (Part::Rest, GuestMemory::of_file(&self.parts.dirs.vm_memory(vm))?),
+            false => (Part::Disk, GuestMemory::Unseen),
+        };
         let relay = self.parts.relays.start(&record, self.parts.reach.awaits(), disk, part).await?;
         let address = self.parts.reach.reported_address(&relay).await?;
         let received: Received = measured(&self.parts.dirs.vm(vm), RECEIVED);
@@ -450,6 +453,7 @@ impl Departures {
             let mut sent: Sent = measured(&me.parts.dirs.vm(vm), SENT);
             let paths = MovePaths::of(&me.parts.dirs.run, record.in_migration()?);
             let part = if memory { Part::Rest } else { Part::Disk };
+            let part = (part, GuestMemory::Unseen);
             let relay = me.parts.relays.start(&record, meeting, disk, part).await?;
             mine.shown.send_replace(Some(relay.watch()));
             let done = match machine.as_ref().filter(|_| memory) {

@@ -108,10 +108,10 @@ pub(super) fn on_its_way(memory: Mib, end: End) -> MachineRecord {
 /// What is kept of a machine of 1 MiB that has left.
 fn leave(me: &LocalSite) -> VmId {
     let (vm, generation) = (VmId::new(), Generation(7));
-    let ram = me.dirs.vm_memory(vm);
+    let ram = me.parts.dirs.vm_memory(vm);
     std::fs::write(&ram, vec![7; 1 << 20]).expect("written");
-    me.machines.visits.left(vm, generation);
-    me.machines.visits.keep((vm, generation), &ram, u64::MAX);
+    me.parts.machines.visits.left(vm, generation);
+    me.parts.machines.visits.keep((vm, generation), &ram, u64::MAX);
     vm
 }
 
@@ -123,17 +123,17 @@ async fn what_is_kept_of_machines_that_have_left_goes_first() {
     let (first, second) = (leave(me), leave(me));
     // Its machines are promised all but one MiB.
     let machine = on_its_way(memory, End::Destination);
-    me.machines.register(machine, Doing::Nothing).await.expect("there is room");
-    assert_eq!(me.machines.visits.machines(), [second]);
-    me.substrates.pool.reclaim(1);
-    assert_eq!(me.machines.visits.bytes(), 0);
-    assert!(!me.dirs.vm_memory(first).exists(), "it lies where its machine had it");
+    me.parts.machines.register(machine, Doing::Nothing).await.expect("there is room");
+    assert_eq!(me.parts.machines.visits.machines(), [second]);
+    me.parts.substrates.pool.reclaim(1);
+    assert_eq!(me.parts.machines.visits.bytes(), 0);
+    assert!(!me.parts.dirs.vm_memory(first).exists(), "it lies where its machine had it");
     // With no room beside what is promised nothing is kept.
     let third = VmId::new();
-    std::fs::write(me.dirs.vm_memory(third), vec![7; 2 << 20]).expect("written");
-    me.machines.visits.left(third, Generation(7));
-    me.machines.keep_visit(third, Generation(7)).await;
-    assert_eq!(me.machines.visits.bytes(), 0);
+    std::fs::write(me.parts.dirs.vm_memory(third), vec![7; 2 << 20]).expect("written");
+    me.parts.machines.visits.left(third, Generation(7));
+    me.parts.machines.keep_visit(third, Generation(7)).await;
+    assert_eq!(me.parts.machines.visits.bytes(), 0);
 }
 
 #[tokio::test]
@@ -141,8 +141,8 @@ async fn a_device_keeps_nothing_of_the_machines_that_come_to_it() {
     use godwit_transfer::PendingIdentity;
     let place = site(Mib(1024)).await;
     let (sealed, wanted) = (8 << 20, Some(1 << 20));
-    assert_eq!(visits_budget(&place.site.dirs, sealed, None).expect("known"), 2 << 20);
-    assert_eq!(visits_budget(&place.site.dirs, sealed, wanted).expect("known"), 1 << 20);
+    assert_eq!(visits_budget(place.site.dirs(), sealed, None).expect("known"), 2 << 20);
+    assert_eq!(visits_budget(place.site.dirs(), sealed, wanted).expect("known"), 1 << 20);
     let authority = Authority::create(&place._dir.path().join("other")).expect("authority");
     let name: Name = "phone".parse().expect("name");
     let pending = PendingIdentity::make(&name, SiteKind::Device).expect("a key");
