@@ -347,8 +347,13 @@ impl Source<'_> {
             self.machine.stop().await.map_err(qemu("holding the machine that has left"))?;
         }
         if event.migration_status() == Some("failed") {
-            // It fails, too, when QEMU ends.
-            let why = self.machine.query_migrate().await.ok().and_then(|i| i.error);
+            // It fails, too, when QEMU ends, and when the relay has closed its connection because the
+            // other one gave up: that one's words say why.
+            let ended = self.client.wait(|s| lost(s).is_some());
+            let why = match tokio::time::timeout(ANSWER_WITHIN, ended).await {
+                Ok(Ok(RelayStatus { end: Some(RelayEnd::Aborted { why }), .. })) => Some(why),
+                _ => self.machine.query_migrate().await.ok().and_then(|i| i.error),
+            };
             self.lost(why.unwrap_or_else(|| "QEMU's migration failed".into()), ask).await?;
         }
         Ok(())
