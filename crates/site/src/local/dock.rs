@@ -86,7 +86,8 @@ impl Marked {
 
 impl Drop for Marked {
     fn drop(&mut self) {
-        if !self.over {
+        // Where the daemon ends the next one does it.
+        if !self.over && tokio::runtime::Handle::try_current().is_ok() {
             self.docks.bring_back(self.owner.vm(), self.substrate);
         }
     }

@@ -70,6 +70,13 @@ impl Doing {
         }
     }
 
+    /// A start that was cancelled is none.
+    pub(super) fn end_cancelled(&mut self) {
+        if matches!(self, Self::Starting(wanted) if wanted.is_cancelled()) {
+            *self = Self::Nothing;
+        }
+    }
+
     /// Somebody begins to wait for the guest to power itself off, until what is returned is dropped.
     pub(super) fn power_off(&mut self) -> Arc<()> {
         self.cancel_start();

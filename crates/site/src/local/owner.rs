@@ -104,6 +104,7 @@ impl<A: Ask> Asked for Pending<A> {
     fn answer(self: Box<Self>, machine: &mut Owned, first: First) -> BoxFuture<'_, ()> {
         let Self { ask, reply } = *self;
         async move {
+            let doing = machine.doing.clone();
             let work = async {
                 godwit_hold::at(A::STEP).await;
                 ask.answer(machine, first).await
@@ -112,7 +113,7 @@ impl<A: Ask> Asked for Pending<A> {
             let done = done.unwrap_or_else(|_| {
                 let name = machine.record.name.clone();
                 tracing::error!(vm = %name, step = A::STEP, "its owner panicked; it is adopted again");
-                machine.adopt_again();
+                machine.adopt_again(doing);
                 Err(broke_off(&name, A::STEP))
             });
             // Whoever has the answer sees what it has changed.
@@ -174,9 +175,9 @@ impl Owned {
         }
     }
 
-    /// What was done to it broke off by a panic: it is what is written down and was published, as the
-    /// next daemon would find it.
-    fn adopt_again(&mut self) {
+    /// What was done to it broke off by a panic: it is what is written down, as the next daemon would
+    /// find it, and what went on before goes on.
+    fn adopt_again(&mut self, doing: Doing) {
         let before = self.published.borrow().clone();
         let kept = match MachineRecord::load(&self.dir) {
             Ok(kept) => kept.filter(|r| r.vm == before.record.vm),
@@ -192,7 +193,9 @@ impl Owned {
         if self.machine.is_none() {
             self.machine = before.machine;
         }
-        self.doing = before.doing;
+        self.doing = doing;
+        // Whoever drove a start that was cancelled drives it no more.
+        self.doing.end_cancelled();
     }
 }
 

@@ -71,11 +71,25 @@ async fn what_panics_in_an_owner_breaks_off_alone() {
     let f = owner.ask(Do::<fn(&mut Owned)>(half)).await.expect_err("it broke off");
     assert_eq!(f.code, Code::Internal);
     assert!(f.message.contains("broke off") && f.hint.is_some(), "{f}");
-    // As it is written down; its start goes on, whoever it is that drives it.
+    // As it is written down; a start that nobody drives is none.
     let now = owner.now();
     assert_eq!((now.record.desired, now.record.vm), (DesiredState::Stopped, vm));
-    let ended = |e: &mut Owned| e.doing.cancel_start();
-    owner.ask(Do::<fn(&mut Owned)>(ended)).await.expect("it answers");
+    assert_eq!(now.doing.activity(), Activity::Nothing);
+    // One that was going on does, unless it was cancelled then.
+    for (cancels, then) in [(false, Activity::Starting), (true, Activity::Nothing)] {
+        let start = |e: &mut Owned| e.doing.start();
+        let wanted = owner.ask(Do(start)).await.expect("it answers");
+        let breaks = move |e: &mut Owned| {
+            if cancels {
+                e.doing.cancel_start();
+            }
+            panic!("as it is tested");
+        };
+        let f = owner.ask(Do::<Box<dyn FnOnce(&mut Owned) + Send>>(Box::new(breaks))).await;
+        f.expect_err("it broke off");
+        assert_eq!(owner.now().doing.activity(), then);
+        assert_eq!(wanted.is_cancelled(), cancels);
+    }
     place.site.remove(vm, record.generation).await.expect("removed");
     assert!(!dir.exists());
 }
