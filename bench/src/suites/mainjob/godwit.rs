@@ -145,8 +145,8 @@ pub struct GodwitRound {
     /// Center to AP, and what was seen of it.
     pub there: SeenMove,
     /// The way back.
-    pub back: MoveReport,
-    /// Center to AP again, once the AP holds the machine's substrate.
+    pub back: SeenMove,
+    /// Another machine of that substrate from center to AP, once the AP holds it, too.
     pub held: SeenMove,
 }
 
@@ -164,8 +164,8 @@ pub struct SeenMove {
 }
 
 /// One round: boots `image` cold at the center, docks it, activates it, moves it to the site `ap` and
-/// back to `center`, and there again once `ap` holds the substrate, too. Names carry `round`, so that rounds do not meet; the environment is
-/// deleted at the end, the substrate stays.
+/// back to `center`, and moves another one of the substrate there once `ap` holds it, too. Names carry
+/// `round`, so that rounds do not meet; the environments are deleted at the end, the substrate stays.
 ///
 /// # Errors
 /// The first command that fails.
@@ -191,23 +191,27 @@ pub async fn round(
     let dock = cli.dock(&first, &substrate, within).await?;
     let activate = ["vm", "activate", &substrate, "--name", &moved, "--site", center];
     let activate: ActivateReport = cli.ask(&activate, within).await?;
-    let there = seen_move(sites, link, &moved, within).await?;
-    let back = cli.migrate(&moved, center, within).await?;
+    let there = seen_move(sites, link, (&moved, ap), within).await?;
+    let back = seen_move(sites, link, (&moved, center), within).await?;
+    cli.delete(&moved, within).await?;
     // To activate one there brings the substrate.
     let other = format!("other-{round}");
     let bring = ["vm", "activate", &substrate, "--name", &other, "--site", ap];
     cli.ask::<ActivateReport>(&bring, within).await.context("bring the substrate to the AP")?;
     cli.delete(&other, within).await?;
-    let held = seen_move(sites, link, &moved, within).await?;
-    cli.delete(&moved, within).await?;
+    let fresh = format!("fresh-{round}");
+    let again = ["vm", "activate", &substrate, "--name", &fresh, "--site", center];
+    cli.ask::<ActivateReport>(&again, within).await.context("activate another one")?;
+    let held = seen_move(sites, link, (&fresh, ap), within).await?;
+    cli.delete(&fresh, within).await?;
     Ok(GodwitRound { cold_boot_ms, dock, activate, there, back, held })
 }
 
-/// Moves `vm` to the AP, watched from outside.
+/// Moves `vm` to the site `to`, watched from outside.
 async fn seen_move(
-    super::Sites { cli, ap, runs, .. }: &super::Sites,
+    super::Sites { cli, runs, .. }: &super::Sites,
     link: &LinkHandle,
-    vm: &str,
+    (vm, to): (&str, &str),
     within: Duration,
 ) -> anyhow::Result<SeenMove> {
     let reset = ["vm", "exec", vm, "--", WITNESS, "status", "--reset"];
@@ -217,7 +221,7 @@ async fn seen_move(
     let logs: Vec<&Path> = logs.iter().map(PathBuf::as_path).collect();
     let prober = Prober::start(&logs).await?;
     let before = link.counters().offered_bytes();
-    let report = cli.migrate(vm, ap, within).await?;
+    let report = cli.migrate(vm, to, within).await?;
     let link_bytes = link.counters().offered_bytes() - before;
     let signs = prober.stop().await?;
     let watched = watched.elapsed();

@@ -295,8 +295,9 @@ impl Sheet {
             self.first_answer.push(subject, ms);
             self.first_answer.push("cold boot", r.cold_boot_ms);
         }
-        // The move from A to B is the one that stock makes too; the way back is in the reports.
+        // The move from A to B is the one that stock makes too.
         self.moved(subject, &r.there);
+        self.moved(&format!("{subject}, the way back"), &r.back);
         self.moved(&format!("{subject}, substrate at both"), &r.held);
     }
 

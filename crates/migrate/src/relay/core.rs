@@ -149,7 +149,8 @@ impl SourceCore {
     /// Whether a page was sent as one that the destination holds.
     pub(crate) fn has_referred(&self) -> bool {
         let c = &self.counts;
-        c.known_pages + c.changed_pages + c.base_pages + c.visited_pages > 0
+        self.fills.is_begun()
+            || c.known_pages + c.changed_pages + c.base_pages + c.visited_pages > 0
     }
 
     /// From now on the destination holds `known`, too.

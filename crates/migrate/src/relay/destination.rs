@@ -20,7 +20,7 @@ use super::commit::CommitFile;
 use super::control::Asked;
 use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
-use super::fill::{Filler, PING_EMPTIED, Requests, Zeros, with_present};
+use super::fill::{Filler, PING_EMPTIED, Requests, Zeros, check_size, with_present};
 use super::frame::{Kind, open};
 use super::known::{HeldHere, KnownMemory, ReferError, expand};
 use super::meet::meet;
@@ -531,6 +531,12 @@ async fn bulk_channel(
             }
             Kind::Memory | Kind::Device | Kind::Open => raw,
             Kind::Fill => {
+                check_size(&raw)?;
+                if own.zeros.is_known() {
+                    return Err(
+                        ReferError::Malformed("pages to be filled in after the switch").into()
+                    );
+                }
                 // Whoever takes it says what is wrong with it.
                 let _ = own.fills.send(raw).await;
                 Bytes::new()

@@ -176,6 +176,12 @@ impl CodedError for RelayError {
             Self::WrongPeer { .. } => Code::Unauthenticated,
             Self::TooOld { .. } => Code::Conflict,
             Self::NobodyCame { .. } => Code::Unavailable,
+            Self::Refer(ReferError::Fill { source, .. })
+                if source.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                Code::NoRoom
+            }
+            Self::Refer(ReferError::Fill { .. }) => Code::Internal,
             Self::Stream(_) | Self::Frame(_) | Self::Protocol(_) | Self::Refer(_) => Code::Damaged,
             Self::Held { .. } | Self::GuestMemory(_) => Code::Internal,
             Self::Aborted(_) => Code::Cancelled,

@@ -45,6 +45,15 @@ const HASH: usize = blake3::OUT_LEN;
 
 const SHORT: ReferError = ReferError::Malformed("a map of pages ends too early");
 
+/// Checks the size of a frame of kind Fill, before it is kept for later.
+///
+/// # Errors
+/// [`ReferError::Malformed`].
+pub(crate) fn check_size(raw: &Bytes) -> Result<(), ReferError> {
+    let most = 10 + COVERED as usize / 8 + HASH;
+    if raw.len() > most { Err(ReferError::Malformed("a map of too many pages")) } else { Ok(()) }
+}
+
 /// The pages of a memory file that are not holes, as far as its file system tells.
 pub(crate) fn present(file: &File, pages: u64) -> std::io::Result<PageSet> {
     let mut set = PageSet::new(pages);
@@ -187,6 +196,9 @@ impl Zeros {
     /// # Errors
     /// [`ReferError::Malformed`].
     pub(crate) fn learn(&self, raw: &Bytes) -> Result<(), ReferError> {
+        if self.is_known() {
+            return Err(ReferError::Malformed("what is still to come is said twice"));
+        }
         let mut raw = raw.clone();
         let pages = raw.try_get_u64().map_err(|_| SHORT)?;
         if pages > MAX_PAGES || raw.len() as u64 != pages.div_ceil(8) {
@@ -198,6 +210,11 @@ impl Zeros {
         }
         *self.stale.lock().unwrap_or_else(PoisonError::into_inner) = Some(stale);
         Ok(())
+    }
+
+    /// Whether the source has said what is still to come: nothing is filled in any more.
+    pub(crate) fn is_known(&self) -> bool {
+        self.stale.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// Whether a page of the machine's memory that its QEMU asks for is zero at the source, too.
@@ -345,6 +362,10 @@ mod tests {
         for raw in [&[0; 7][..], &[0xff; 8], &[0, 0, 0, 0, 0, 0, 0, 64, 1]] {
             zeros.learn(&Bytes::copy_from_slice(raw)).expect_err("refused");
         }
+        check_size(&frame(0, 2048, &[1; 256])).expect("the largest");
+        check_size(&frame(0, 2048, &[1; 257])).expect_err("too large");
+        zeros.learn(&stale_frame(&set([5]))).expect("once");
+        zeros.learn(&stale_frame(&set([5]))).expect_err("twice");
     }
 
     #[test]

@@ -29,11 +29,12 @@ use godwit_types::PAGE_SIZE;
 use super::fill::present;
 use super::pages::{PageSet, runs};
 
-/// The most pages that are followed this way (96 MiB): all of them are read while the machine stands
-/// still, 2.5 us each.
+/// The most pages that are followed this way (96 MiB): all that were sent are read once more while the
+/// machine stands still, 2.5 us each.
 const MOST_OWN: usize = 24 << 10;
-/// The largest block that is followed this way, in pages: 16 GiB, a bit for each fits into a frame.
-const MOST_PAGES: u64 = 4 << 20;
+/// The largest block that is followed this way, in pages: 4 GiB. To bring a machine back whose
+/// destination is lost in the switch QEMU's stream is taken to its end, with all that was left unread.
+const MOST_PAGES: u64 = 1 << 20;
 /// Pages that are read at once.
 const AT_ONCE: u64 = 64;
 /// Ranges in one discard, as QEMU has it.
@@ -151,7 +152,7 @@ impl OwnPages {
         let mut own = 0;
         for (n, block) in list.blocks.iter().enumerate() {
             let pages = block.used / PAGE;
-            if block.used % PAGE != 0 || pages >= MOST_PAGES {
+            if block.used % PAGE != 0 || pages > MOST_PAGES {
                 return Ok(false);
             }
             let of_block = if block.name == RAM_BLOCK {
@@ -208,6 +209,7 @@ impl OwnPages {
         for run in self.queue.drain(..).filter(|r| r.sealed) {
             self.left_out.extend(run.from..run.to);
         }
+        self.left = 0;
     }
 
     /// Pages in all, and those not sent yet.
@@ -264,6 +266,7 @@ impl OwnPages {
 
     /// The machine stands still: finds what has changed since it was sent.
     pub(crate) fn stop(&mut self) -> io::Result<AtStop> {
+        self.cut_short();
         let written = self.memory.written()?;
         let mut late = Vec::new();
         let mut bytes = Vec::new();
@@ -277,7 +280,13 @@ impl OwnPages {
                 own.insert_range(0, block.pages);
             }
             let mut stale = PageSet::new(block.pages);
-            for (from, to) in runs(own.iter(), AT_ONCE) {
+            // What was not sent, and will be, need not be looked at.
+            let unsent = |p: &u64| block.dirty.contains(*p) && !block.sent.contains_key(p);
+            for page in own.iter().filter(unsent) {
+                stale.insert(page);
+            }
+            let looked_at: Vec<u64> = own.iter().filter(|p| !stale.contains(*p)).collect();
+            for (from, to) in runs(looked_at.into_iter(), AT_ONCE) {
                 bytes.resize(((to - from) * PAGE) as usize, 0);
                 self.memory.read(&block.name, from * PAGE, &mut bytes)?;
                 for (page, now) in (from..to).zip(bytes.chunks_exact(PAGE_SIZE)) {

@@ -166,7 +166,8 @@ impl GuestMemory for QemuMemory {
 fn name_fills(which: PageSet, file: File) -> mpsc::Receiver<std::io::Result<bytes::Bytes>> {
     let (to, frames) = mpsc::channel(64);
     tokio::task::spawn_blocking(move || {
-        for frame in fill::frames(&which, &file) {
+        // The empty one is the end.
+        for frame in fill::frames(&which, &file).chain([Ok(bytes::Bytes::new())]) {
             if to.blocking_send(frame).is_err() {
                 return;
             }
@@ -500,10 +501,12 @@ impl<'a> Source<'a> {
                 self.main_over = true;
             }
             Event::Fill(frame) => {
-                if frame.is_none() {
+                let early = || std::io::Error::other("not every page was named");
+                let frame = frame.ok_or_else(early).flatten().map_err(RelayError::GuestMemory)?;
+                if frame.is_empty() {
                     self.fills = None;
                 }
-                self.core.on_fill(frame.transpose().map_err(RelayError::GuestMemory)?);
+                self.core.on_fill(Some(frame).filter(|f| !f.is_empty()));
             }
             Event::PutOwn => self.core.put_own()?,
             Event::Main(bytes) => {

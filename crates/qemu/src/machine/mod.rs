@@ -308,7 +308,16 @@ impl Machine {
                 MemoryReader::shared(path, launch.spec.memory, launch.user)
             }
             MemorySource::PrivateOf { path } => {
-                MemoryReader::private(path, launch.spec.memory, self.inner.process.pid)
+                let process = &self.inner.process;
+                let reader = MemoryReader::private(path, launch.spec.memory, process.pid)?;
+                // What is open is of whoever had that pid then: if QEMU still has it, of QEMU.
+                if process.is_alive() {
+                    return Ok(reader);
+                }
+                Err(QemuError::Unexpected {
+                    what: "the process of QEMU",
+                    why: format!("process {} has ended", process.pid),
+                })
             }
         }
     }

@@ -236,6 +236,12 @@ impl Departures {
                 e.keep && (e.beyond || !runs(Some(machine)).await)
             }
         };
+        // Before it is unmarked: whoever removes it then may keep its memory.
+        if let (Ok(()), Some(m)) = (&done, &record.migration)
+            && let Some(next) = m.next().filter(|_| m.attempt == 0 && !sent.ran_on)
+        {
+            self.parts.machines.visits.left(record.vm, next);
+        }
         match &record.migration {
             Some(m) if keep => self.keep_sent(m.id, record.vm, &sent).await,
             Some(m) => self.travellers.unmark(m.id, record.vm).await,
@@ -246,11 +252,6 @@ impl Departures {
         }
         if let (Some(m), false) = (&record.migration, keep) {
             self.parts.relays.clear(m);
-        }
-        if let (Ok(()), Some(m)) = (&done, &record.migration)
-            && let Some(next) = m.next().filter(|_| m.attempt == 0 && !sent.ran_on)
-        {
-            self.parts.machines.visits.left(record.vm, next);
         }
         done.map(|()| sent).map_err(|e| e.fault)
     }

@@ -179,10 +179,10 @@ impl Ask for BrokeOff {
             }
             _ => return Ok(None),
         };
+        e.doing.end();
         if e.record.desired == DesiredState::Gone {
             return Ok(None);
         }
-        e.doing.end();
         let generation = e.record.generation;
         Ok(e.machine.clone().map(|machine| BroughtBack { machine, nics, generation }))
     }

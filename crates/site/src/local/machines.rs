@@ -60,7 +60,10 @@ impl LocalSite {
     /// Ends a machine and removes what it has; its generation is kept as a tombstone.
     pub(super) async fn remove(&self, vm: VmId, generation: Generation) -> Result<(), Fault> {
         self.parts.machines.visits.forget(vm);
-        self.end_machine(vm, generation, false).await
+        let ended = self.end_machine(vm, generation, false).await;
+        // Whoever removed it before may have kept something meanwhile.
+        self.parts.machines.visits.forget(vm);
+        ended
     }
 
     /// As [`LocalSite::remove`], of one that has left: its memory may be kept.
@@ -204,7 +207,8 @@ impl Ask for Delete {
     async fn answer(self, e: &mut Owned, first: First) -> Result<OutOfMove<()>, Fault> {
         let Self { parts, generation, keep } = self;
         let (vm, desired) = (e.record.vm, e.record.desired);
-        if desired == DesiredState::Gone {
+        // One without a tombstone is there yet: to remove it broke off.
+        if desired == DesiredState::Gone && parts.machines.left(vm).is_some() {
             return parts.machines.remove_again(vm, generation).map(OutOfMove::Done);
         }
         match first {

@@ -232,7 +232,13 @@ impl Task {
                     {
                         stop.stop();
                     }
-                    self.later.push_back(asked);
+                    // Whoever has gone meanwhile is not among them.
+                    self.later.retain(|asked| !asked.is_dropped());
+                    if self.later.len() < MOST_ASKED {
+                        self.later.push_back(asked);
+                        return;
+                    }
+                    tracing::warn!(machine = %self.machine.record.name, "too much waits for its docking");
                     return;
                 }
                 Ok(what) => first = what,

@@ -42,12 +42,12 @@ impl Machines {
         }
     }
 
-    /// Bytes that may be kept of machines that have left, beside what all are promised but `vm`.
-    async fn room_for_visits(&self, vm: VmId) -> u64 {
+    /// Bytes that may be kept of machines that have left, beside what all are promised but `not`.
+    async fn room_for_visits(&self, not: Option<VmId>) -> u64 {
         match self.promise_limit_mib() {
-            Ok(limit) => limit.saturating_sub(self.promised_mib(Some(vm)).await) << 20,
+            Ok(limit) => limit.saturating_sub(self.promised_mib(not).await) << 20,
             Err(error) => {
-                tracing::warn!(%vm, %error, "its memory is not kept");
+                tracing::warn!(%error, "no memory is kept of a machine that has left");
                 0
             }
         }
@@ -57,7 +57,8 @@ impl Machines {
     /// the room.
     pub(super) async fn keep_visit(&self, vm: VmId, generation: Generation) {
         if self.visits.has_left(vm, generation) {
-            let room = self.room_for_visits(vm).await;
+            let _one = self.promising().await;
+            let room = self.room_for_visits(Some(vm)).await;
             let (visits, ram) = (Arc::clone(&self.visits), self.dirs.vm_memory(vm));
             let keep = move || visits.keep((vm, generation), &ram, room);
             let _ = tokio::task::spawn_blocking(keep).await;
@@ -78,7 +79,11 @@ impl Machines {
         else {
             return;
         };
-        let room = self.room_for_visits(of.0).await;
+        let _one = self.promising().await;
+        // Its own pages are there twice for a moment, and take pages that memory files have not touched.
+        let promised = self.room_for_visits(None).await;
+        let untouched = report::ram_room_mib(&self.dirs.memory).unwrap_or(0) << 20;
+        let room = promised.min(untouched.saturating_add(self.visits.bytes()));
         match (self.pool.get(id), machine.memory()) {
             (Ok(substrate), Ok(memory)) => {
                 let (visits, over) = (Arc::clone(&self.visits), substrate.content());

@@ -547,6 +547,7 @@ pub(super) async fn end_arrival(
             MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
         }
         e.record.disk_base = DiskBase::Mid;
+        parts.machines.visits.forget(e.record.vm);
     }
     if let Some(m) = e.machine.take() {
         m.kill().await;

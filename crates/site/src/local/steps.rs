@@ -227,6 +227,8 @@ impl Ask for TakenBack {
     async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
         if e.record.desired != DesiredState::Gone {
             e.record.desired = DesiredState::Gone;
+            // Whoever waits for the end of its preparation goes on.
+            e.doing.end();
             e.publish();
             self.parts.machines.visits.gone(e.record.vm);
             self.parts.machines.unregister(e.record.vm).await;

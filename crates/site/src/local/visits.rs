@@ -37,6 +37,8 @@ pub(super) struct Visits {
     /// Bytes that may be kept.
     budget: u64,
     inner: Mutex<Inner>,
+    /// Held while one is made: two at once would each find the room of both.
+    entering: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -97,7 +99,7 @@ impl Visits {
             .mode(0o700)
             .create(&dir)
             .map_err(|e| Fault::io("making", &dir, &e))?;
-        Ok(Self { dir, budget, inner: Mutex::default() })
+        Ok(Self { dir, budget, inner: Mutex::default(), entering: Mutex::default() })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -166,13 +168,15 @@ impl Visits {
         make: impl FnOnce(&Path) -> std::io::Result<()>,
     ) {
         let (vm, generation, most) = (visit.vm, visit.generation, room.min(self.budget));
+        let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
         self.inner().left.remove(&vm);
-        if bytes > most {
+        self.forget_kept(vm);
+        self.fit(most.saturating_sub(bytes));
+        // What relays read stays.
+        if self.bytes().saturating_add(bytes) > most {
             info!(%vm, bytes, most, "its memory is not kept");
             return;
         }
-        self.forget_kept(vm);
-        self.fit(most - bytes);
         let path = self.dir.join(format!("{}.mem", vm.0.simple()));
         if let Err(error) = make(&path) {
             warn!(%vm, %error, "its memory is not kept");

@@ -40,6 +40,13 @@ pub(super) struct Fills {
     named: bool,
 }
 
+impl Fills {
+    /// Whether a page was named that the destination fills in.
+    pub(super) const fn is_begun(&self) -> bool {
+        self.sent > 0
+    }
+}
+
 impl SourceCore {
     /// From now on, if they are few enough, only the machine's own pages are sent before its switch.
     pub(crate) fn send_own(&mut self, own: OwnPages) {
@@ -47,7 +54,12 @@ impl SourceCore {
     }
 
     pub(super) fn begin_own(&mut self, list: &MemSize) {
-        let Some(own) = &mut self.own else { return };
+        // Where it is to switch already nothing is sent before that.
+        let own = self.own.as_mut().filter(|_| self.phase == RelayPhase::PreCopy);
+        let Some(own) = own else {
+            self.own = None;
+            return;
+        };
         let begun = own.begin(list).and_then(|few| few.then(|| own.to_fill()).transpose());
         match begun {
             Ok(Some(wanted)) => {

@@ -227,3 +227,24 @@ fn a_drain_waits_only_for_what_the_destination_fills_in() {
     ReturnMessage::Pong(3).encode(&mut back);
     core.on_back(&back).expect("valid");
 }
+
+#[test]
+fn a_switch_that_is_wanted_before_the_blocks_are_known_leaves_all_to_qemu() {
+    let (mut core, _) = core();
+    core.drain();
+    assert!(core.proceed(Vec::new()));
+    core.on_main(&setup()).expect("valid");
+    assert!(core.may_read() && core.take_fills().is_none());
+    let mut main = StreamParser::main(Limits::default());
+    let tail = [
+        Record::Command(Command::SwitchoverStart),
+        discard(&M0, PAGES),
+        Record::Command(Command::Packaged(Bytes::from_static(&[9; 100]))),
+        Record::SectionPart { id: 2 },
+        page(&M0, 7, true),
+    ];
+    core.on_main(&encode(&tail)).expect("valid");
+    let (records, fills, stale) = take(&mut core, &mut main);
+    assert_eq!((fills, stale, pages(&records)), (0, 0, vec![(M0, 7)]));
+    assert!(records.contains(&discard(&M0, PAGES)));
+}
