@@ -231,20 +231,18 @@ impl<'a> Source<'a> {
         {
             core.refer_to_blocks(blocks);
         }
-        let mut refers_to = None;
         loop {
             match recv_note(&mut steering.1).await? {
                 Some(Note::Ready) => break,
                 Some(Note::Holds(content)) if version >= REFERS => {
                     if let Some((_, memory)) = known.held.take_if(|(ours, _)| *ours == content) {
                         core.refer_to(memory);
-                        refers_to = Some(content);
                     }
                 }
-                Some(Note::Visited(there)) if version >= VISITS => {
-                    let ours = known.visit.take_if(|(ours, _)| ours.is(&there, refers_to));
+                Some(Note::Visited { visit, pages }) if version >= VISITS => {
+                    let ours = known.visit.take_if(|(ours, _)| *ours == visit);
                     if let Some(visited) = ours.and_then(|(_, marks)| read_marks(&marks)) {
-                        core.refer_to_visit(visited);
+                        core.refer_to_visit(visited.only(&pages));
                     }
                 }
                 Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
@@ -446,7 +444,7 @@ impl<'a> Source<'a> {
                 return Err(RelayError::PeerAborted(why));
             }
             Event::Note(Some(
-                Note::Ready | Note::Clock { .. } | Note::Holds(_) | Note::Visited(_),
+                Note::Ready | Note::Clock { .. } | Note::Holds(_) | Note::Visited { .. },
             )) => {}
             Event::Note(None) => return Err(RelayError::Protocol("it has left")),
         }

@@ -108,7 +108,7 @@ impl LocalSite {
         }
         if let Some(m) = e.machine.take() {
             if keep {
-                self.machines.keep_own_visit(&e.record, generation, &m).await;
+                self.machines.keep_own_visit((vm, generation), &m).await;
             }
             m.kill().await;
         }

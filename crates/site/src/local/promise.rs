@@ -85,27 +85,19 @@ impl Machines {
 
     /// As [`Machines::keep_visit`], of a machine that shares a substrate's memory, whose QEMU is there
     /// yet.
-    pub(super) async fn keep_own_visit(
-        &self,
-        record: &MachineRecord,
-        generation: Generation,
-        machine: &Machine,
-    ) {
-        let of = (record.vm, generation);
+    pub(super) async fn keep_own_visit(&self, of: (VmId, Generation), machine: &Machine) {
         let shares = matches!(machine.launch().memory, MemorySource::PrivateOf { .. });
-        let Some(id) = record.substrate.filter(|_| shares && self.visits.has_left(of.0, of.1))
-        else {
+        if !shares || !self.visits.has_left(of.0, of.1) {
             return;
-        };
+        }
         let room = self.room_for_visits(of.0).await;
-        match (self.pool.get(id), machine.memory()) {
-            (Ok(substrate), Ok(memory)) => {
-                let (visits, over) = (Arc::clone(&self.visits), substrate.content());
-                let keep = move || visits.keep_own(of, (&memory, over), room);
+        match machine.memory() {
+            Ok(memory) => {
+                let visits = Arc::clone(&self.visits);
+                let keep = move || visits.keep_own(of, &memory, room);
                 let _ = tokio::task::spawn_blocking(keep).await;
             }
-            (Err(error), _) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
-            (_, Err(error)) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
+            Err(error) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
         }
     }
 
