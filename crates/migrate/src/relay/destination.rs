@@ -24,7 +24,7 @@ use super::fill::{Filler, PING_EMPTIED, Requests, Zeros, check_size, with_presen
 use super::frame::{Kind, open};
 use super::known::{HeldHere, KnownMemory, ReferError, expand};
 use super::meet::meet;
-use super::visit::{Arrived, Visit};
+use super::visit::{Arrived, Visit, pages_in};
 use super::waits::{Channel, Waits};
 use super::wire::{About, NEWEST, Note, REFERS, VISITS, recv_note, send_note};
 use super::{
@@ -189,9 +189,10 @@ async fn work(
         send_note(&mut steering.0, Note::Fills).await?;
     }
     if let Some((visit, memory)) = known.visit.filter(|_| refers && *version >= VISITS) {
-        match KnownMemory::new(memory) {
-            Ok(memory) => {
-                send_note(&mut steering.0, Note::Visited(visit)).await?;
+        let opened = pages_in(&memory).and_then(|pages| Ok((pages, KnownMemory::new(memory)?)));
+        match opened {
+            Ok((pages, memory)) => {
+                send_note(&mut steering.0, Note::Visited { visit, pages }).await?;
                 here.visit = Some(memory);
             }
             Err(error) => tracing::warn!(%error, "what the machine left here is of no use"),

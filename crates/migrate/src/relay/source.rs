@@ -311,27 +311,27 @@ impl<'a> Source<'a> {
         {
             core.refer_to_blocks(blocks);
         }
-        let mut refers_to = None;
+        let mut holds = false;
         loop {
             match recv_note(&mut steering.1).await? {
                 Some(Note::Ready) => break,
                 Some(Note::Holds(content)) if version >= REFERS => {
                     if let Some((_, memory)) = known.held.take_if(|(ours, _)| *ours == content) {
                         core.refer_to(memory);
-                        refers_to = Some(content);
+                        holds = true;
                     }
                 }
-                Some(Note::Visited(there)) if version >= VISITS => {
-                    let ours = known.visit.take_if(|(ours, _)| ours.is(&there, refers_to));
+                Some(Note::Visited { visit, pages }) if version >= VISITS => {
+                    let ours = known.visit.take_if(|(ours, _)| *ours == visit);
                     if let Some(visited) = ours.and_then(|(_, marks)| read_marks(&marks)) {
-                        core.refer_to_visit(visited);
+                        core.refer_to_visit(visited.only(&pages));
                     }
                 }
                 Some(Note::Fills) if version >= VISITS => {
                     if let Some((place, files)) = config.own.as_ref().zip(known.guest.take()) {
                         let memory = QemuMemory::new(place, files);
                         // Held is what it is a copy of, or nothing.
-                        core.send_own(OwnPages::new(Box::new(memory), refers_to.is_some()));
+                        core.send_own(OwnPages::new(Box::new(memory), holds));
                     }
                 }
                 Some(Note::Abort { why, .. }) => return Err(RelayError::PeerAborted(why)),
@@ -549,7 +549,11 @@ impl<'a> Source<'a> {
             }
             Event::Note(Some(Note::Filled(frames))) => self.core.on_filled(frames),
             Event::Note(Some(
-                Note::Ready | Note::Clock { .. } | Note::Holds(_) | Note::Visited(_) | Note::Fills,
+                Note::Ready
+                | Note::Clock { .. }
+                | Note::Holds(_)
+                | Note::Visited { .. }
+                | Note::Fills,
             )) => {}
             Event::Note(None) => return Err(RelayError::Protocol("it has left")),
         }

@@ -103,7 +103,12 @@ pub(crate) enum Note {
     Holds(Hash),
     /// The destination has open what the machine left there, to which frames may refer; before `Ready`,
     /// from version 4 on.
-    Visited(Visit),
+    Visited {
+        /// When that was.
+        visit: Visit,
+        /// Which pages it has of that, a bit each.
+        pages: Vec<u8>,
+    },
     /// The destination has its machine's memory at hand: it answers for zero pages, and puts pages of what
     /// it holds there by itself; before `Ready`, behind `Holds`.
     Fills,
@@ -215,12 +220,12 @@ mod tests {
 
     #[test]
     fn what_is_said_of_a_visit_is_understood() {
-        for over in [None, Some(Hash::of(b"substrate"))] {
-            let visit = Visit { vm: godwit_types::VmId::new(), generation: Generation(7), over };
-            let bytes = encode("note", &Note::Visited(visit.clone())).expect("bytes");
-            let note: Note = decode("note", &bytes).expect("understood");
-            assert_eq!(note, Note::Visited(visit));
-        }
+        let visit = Visit { vm: godwit_types::VmId::new(), generation: Generation(7) };
+        let said = Note::Visited { visit, pages: vec![0xff; 512 << 10] };
+        let bytes = encode("note", &said).expect("bytes");
+        assert!(bytes.len() <= godwit_transfer::wire::MAX_FRAME);
+        let note: Note = decode("note", &bytes).expect("understood");
+        assert_eq!(note, said);
     }
 
     #[test]

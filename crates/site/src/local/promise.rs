@@ -10,7 +10,6 @@ use std::sync::Arc;
 use godwit_qemu::{Machine, MemorySource};
 use godwit_types::{Code, Fault, Generation, Mib, VmId};
 
-use super::record::MachineRecord;
 use super::report;
 use super::table::Machines;
 
@@ -67,31 +66,23 @@ impl Machines {
 
     /// As [`Machines::keep_visit`], of a machine that shares a substrate's memory, whose QEMU is there
     /// yet.
-    pub(super) async fn keep_own_visit(
-        &self,
-        record: &MachineRecord,
-        generation: Generation,
-        machine: &Machine,
-    ) {
-        let of = (record.vm, generation);
+    pub(super) async fn keep_own_visit(&self, of: (VmId, Generation), machine: &Machine) {
         let shares = matches!(machine.launch().memory, MemorySource::PrivateOf { .. });
-        let Some(id) = record.substrate.filter(|_| shares && self.visits.has_left(of.0, of.1))
-        else {
+        if !shares || !self.visits.has_left(of.0, of.1) {
             return;
-        };
+        }
         let _one = self.promising().await;
         // Its own pages are there twice for a moment, and take pages that memory files have not touched.
         let promised = self.room_for_visits(None).await;
         let untouched = report::ram_room_mib(&self.dirs.memory).unwrap_or(0) << 20;
         let room = promised.min(untouched.saturating_add(self.visits.bytes()));
-        match (self.pool.get(id), machine.memory()) {
-            (Ok(substrate), Ok(memory)) => {
-                let (visits, over) = (Arc::clone(&self.visits), substrate.content());
-                let keep = move || visits.keep_own(of, (&memory, over), room);
+        match machine.memory() {
+            Ok(memory) => {
+                let visits = Arc::clone(&self.visits);
+                let keep = move || visits.keep_own(of, &memory, room);
                 let _ = tokio::task::spawn_blocking(keep).await;
             }
-            (Err(error), _) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
-            (_, Err(error)) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
+            Err(error) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
         }
     }
 

@@ -20,7 +20,7 @@ use std::time::Duration;
 use godwit_migrate::relay::{Visit, marks_bytes};
 use godwit_qemu::MemoryReader;
 use godwit_store::is_zero;
-use godwit_types::{Fault, Generation, Hash, Mib, MigrationId, Name, PAGE_SIZE, VmId};
+use godwit_types::{Fault, Generation, Mib, MigrationId, Name, PAGE_SIZE, VmId};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use tracing::{info, warn};
 
@@ -131,19 +131,19 @@ impl Visits {
         }
         match free_zeros(ram) {
             Ok(bytes) => {
-                let visit = Visit { vm, generation, over: None };
+                let visit = Visit { vm, generation };
                 self.enter(visit, bytes, room, |path| take_over(ram, path));
             }
             Err(error) => warn!(%vm, %error, "its memory is not kept"),
         }
     }
 
-    /// As [`Visits::keep`], of a machine that shares the memory of a substrate with the content `over`
-    /// and whose QEMU stands still: the pages that are its own.
+    /// As [`Visits::keep`], of a machine that shares the memory of a substrate and whose QEMU stands
+    /// still: the pages that are its own.
     pub(super) fn keep_own(
         self: &Arc<Self>,
         (vm, generation): (VmId, Generation),
-        (memory, over): (&MemoryReader, Hash),
+        memory: &MemoryReader,
         room: u64,
     ) {
         if !self.has_left(vm, generation) {
@@ -154,7 +154,7 @@ impl Visits {
             Ok(None) => return,
             Err(error) => return warn!(%vm, %error, "its own pages are not kept"),
         };
-        let visit = Visit { vm, generation, over: Some(over) };
+        let visit = Visit { vm, generation };
         let bytes = own.len() as u64 * PAGE_SIZE as u64;
         self.enter(visit, bytes, room, |path| copy_pages(memory, &own, path));
     }
@@ -263,7 +263,7 @@ impl Visits {
     pub(super) fn marks(&self, vm: VmId, to: &Name) -> Option<(Visit, File)> {
         let inner = self.inner();
         let marks = inner.marks.get(&vm).filter(|m| m.from == *to)?;
-        let visit = Visit { vm, generation: marks.generation, over: None };
+        let visit = Visit { vm, generation: marks.generation };
         Some((visit, marks.list.try_clone().ok()?))
     }
 
@@ -395,7 +395,7 @@ mod tests {
         let mut zeros = vec![1; ONE as usize];
         lent.file.read_exact_at(&mut zeros, ONE).expect("read");
         assert_eq!(zeros, vec![0; ONE as usize]);
-        assert_eq!(lent.visit, Visit { vm: a, generation: Generation(7), over: None });
+        assert_eq!(lent.visit, Visit { vm: a, generation: Generation(7) });
         let c = place.leave();
         assert_eq!(place.visits.machines(), [a, c], "a is read");
         drop(lent);
@@ -441,7 +441,7 @@ mod tests {
         visits.arrived((vm, Generation(3)), (id, &cafe), true);
         list.write_all_at(&[8; 16], 16).expect_err("it is as it was");
         let (visit, marks) = visits.marks(vm, &cafe).expect("it came from there");
-        assert_eq!(visit, Visit { vm, generation: Generation(3), over: None });
+        assert_eq!(visit, Visit { vm, generation: Generation(3) });
         assert_eq!(marks.metadata().expect("open").len(), 256 * 16);
         assert!(visits.marks(vm, &bar).is_none());
         for (of, whole) in [(MigrationId::new(), true), (id, false)] {
