@@ -128,7 +128,7 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     witness(&source).await;
     sh(&source, &format!("dd if=/dev/vda of=/dev/shm/read bs=1M skip={AT_MIB} count={MIB}")).await;
     let sum = sh(&source, "md5sum < /data/ballast").await;
-    is_taken_back_from_a_full_disk(&place, &source).await;
+    Box::pin(is_taken_back_from_a_full_disk(&place, &source)).await;
 
     let word = place.path("ran");
     std::fs::write(&word, NOT_COMMITTED).unwrap();
