@@ -26,6 +26,7 @@ use std::sync::{Mutex, PoisonError};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{Content, Page, ReturnMessage};
+use godwit_store::is_zero;
 use godwit_types::PAGE_SIZE;
 use rustix::fs::{SeekFrom, seek};
 
@@ -72,34 +73,47 @@ pub(crate) fn present(file: &File, pages: u64) -> std::io::Result<PageSet> {
     Ok(set)
 }
 
-/// The frames that name the pages `which` of the sealed memory `file`.
+/// The frames that name those of the pages `which` of the sealed memory `file` that are not zero. A zero
+/// one is a hole at the destination, too.
 pub(crate) fn frames<'a>(
     which: &'a PageSet,
     file: &'a File,
 ) -> impl Iterator<Item = std::io::Result<Bytes>> + 'a {
     let firsts = (0..which.pages()).step_by(COVERED as usize);
-    firsts.filter_map(move |first| {
-        let pages = COVERED.min(which.pages() - first);
-        let bits = which.bits(first, pages);
-        let mut hasher = blake3::Hasher::new();
-        let mut any = false;
-        for (from, to) in runs(of_bits(&bits, first), AT_ONCE) {
-            any = true;
-            let mut read = vec![0; ((to - from) * PAGE) as usize];
-            if let Err(e) = file.read_exact_at(&mut read, from * PAGE) {
-                return Some(Err(e));
-            }
-            hasher.update(&read);
+    firsts.filter_map(move |first| frame(which, file, first).transpose())
+}
+
+/// The frame for pages from `first` on, if there is anything to be named.
+fn frame(which: &PageSet, file: &File, first: u64) -> std::io::Result<Option<Bytes>> {
+    let pages = COVERED.min(which.pages() - first);
+    let mut named = PageSet::new(pages);
+    let mut hasher = blake3::Hasher::new();
+    for (from, to) in runs((first..first + pages).filter(|p| which.contains(*p)), AT_ONCE) {
+        let mut read = vec![0; ((to - from) * PAGE) as usize];
+        file.read_exact_at(&mut read, from * PAGE)?;
+        let data = read.chunks_exact(PAGE_SIZE).zip(from..).filter(|(page, _)| !is_zero(page));
+        let data = runs(data.map(|(_, page)| page), u64::MAX);
+        for (a, b) in data {
+            named.insert_range(a - first, b - first);
+            hasher.update(&read[((a - from) * PAGE) as usize..((b - from) * PAGE) as usize]);
         }
-        any.then(|| {
-            let mut raw = BytesMut::with_capacity(10 + bits.len() + HASH);
-            raw.put_u64(first);
-            raw.put_u16(pages as u16);
-            raw.put_slice(&bits);
-            raw.put_slice(hasher.finalize().as_bytes());
-            Ok(raw.freeze())
-        })
-    })
+    }
+    if named.is_empty() {
+        return Ok(None);
+    }
+    let bits = named.bits(0, pages);
+    let mut raw = BytesMut::with_capacity(10 + bits.len() + HASH);
+    raw.put_u64(first);
+    raw.put_u16(pages as u16);
+    raw.put_slice(&bits);
+    raw.put_slice(hasher.finalize().as_bytes());
+    Ok(Some(raw.freeze()))
+}
+
+/// How many pages a frame of kind Fill names.
+pub(crate) fn named_in(frame: &Bytes) -> u64 {
+    let bits = frame.get(10..frame.len().saturating_sub(HASH)).unwrap_or_default();
+    bits.iter().map(|byte| u64::from(byte.count_ones())).sum()
 }
 
 /// The frame that says which pages of the machine's memory are still to come.
@@ -172,7 +186,7 @@ impl Filler {
     /// Writes pages; zero ones stay holes.
     fn write(&self, from: u64, bytes: &[u8]) -> Result<(), ReferError> {
         let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
-        let data = pages.iter().enumerate().filter(|(_, p)| p[..] != [0; PAGE_SIZE][..]);
+        let data = pages.iter().enumerate().filter(|(_, p)| !is_zero(&p[..]));
         for (a, b) in runs(data.map(|(n, _)| n as u64), u64::MAX) {
             let part = &bytes[(a * PAGE) as usize..(b * PAGE) as usize];
             self.memory
@@ -314,6 +328,7 @@ mod tests {
         let which = set([0, 1, 2, 2047, 2048, 4999]);
         let frames: Vec<Bytes> = frames(&which, &here).map(|f| f.expect("read")).collect();
         assert_eq!(frames.len(), 3);
+        assert_eq!(frames.iter().map(named_in).sum::<u64>(), 5, "the zero one is not named");
         for frame in &frames {
             filler.fill(frame).expect("filled");
         }

@@ -24,6 +24,7 @@ use std::os::unix::fs::FileExt;
 use bytes::Bytes;
 use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{Command, Content, Discard, MemSize, Page};
+use godwit_store::is_zero;
 use godwit_types::PAGE_SIZE;
 
 use super::fill::present;
@@ -352,8 +353,7 @@ impl OwnPages {
 
 /// QEMU's record of a page.
 fn page_of(block: &Bytes, page: u64, data: Bytes) -> Page {
-    let zero = data.iter().all(|b| *b == 0);
-    let content = if zero { Content::Fill(0) } else { Content::Data(data) };
+    let content = if is_zero(&data) { Content::Fill(0) } else { Content::Data(data) };
     Page { block: block.clone(), named: true, offset: page * PAGE, content }
 }
 

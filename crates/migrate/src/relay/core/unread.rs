@@ -7,7 +7,7 @@ use godwit_qemu::stream::{Command, Discard, MemSize, Page, Record};
 
 use super::{Channel, Outgoing, SourceCore};
 use crate::relay::RelayError;
-use crate::relay::fill::{PING_EMPTIED, stale_frame};
+use crate::relay::fill::{PING_EMPTIED, named_in, stale_frame};
 use crate::relay::frame::Kind;
 use crate::relay::own::OwnPages;
 use crate::relay::pages::PageSet;
@@ -29,8 +29,6 @@ pub(super) enum Place {
 pub(super) struct Fills {
     /// They, and the sealed memory with them, before they were taken.
     wanted: Option<(PageSet, File)>,
-    /// How many they are.
-    pages: u64,
     /// QEMU was asked to say when the destination's memory is empty.
     asked: bool,
     /// Frames that were sent, and those that the destination has done.
@@ -63,7 +61,6 @@ impl SourceCore {
         let begun = own.begin(list).and_then(|few| few.then(|| own.to_fill()).transpose());
         match begun {
             Ok(Some(wanted)) => {
-                self.fills.pages = wanted.0.len();
                 self.fills.wanted = Some(wanted);
             }
             Ok(None) => self.own = None,
@@ -114,6 +111,9 @@ impl SourceCore {
         match frame {
             Some(raw) => {
                 self.fills.sent += 1;
+                let pages = named_in(&raw);
+                self.counts.data_pages += pages;
+                self.counts.known_pages += pages;
                 let meant = raw.len() as u64;
                 self.out.push_back(Outgoing {
                     channel: Channel::Main,
@@ -124,8 +124,6 @@ impl SourceCore {
             }
             None => {
                 self.fills.named = true;
-                self.counts.data_pages += self.fills.pages;
-                self.counts.known_pages += self.fills.pages;
                 self.look_sent();
             }
         }
