@@ -1,11 +1,13 @@
-//! The source relay's core: QEMU's bytes in, frames out. No I/O, no clock of its own.
+//! The source relay's core: QEMU's bytes in, frames out. No clock of its own, and no I/O but reading the
+//! memory of a machine whose own pages are sent ([`super::own`]).
 //!
 //! ```text
 //! Waiting -> PreCopy -> RoundOver -> Drained -> Switching -> Stopped -> Committed -> MemoryDone
 //!                         |            |           |            |           |
 //!                         |   QEMU is not read     |            |           +- PONG 3 on the return path
-//!                         +- all pages sent once   |            +- SWITCHOVER_START, discards, PACKAGED
-//!                            or one came twice     +- the driver said `proceed`: SWITCHOVER_ACK
+//!                         +- all pages sent once,  |            +- SWITCHOVER_START, discards, PACKAGED
+//!                            one came twice, or    +- the driver said `proceed`: SWITCHOVER_ACK
+//!                            all own pages sent
 //! ```
 //!
 //! Without SWITCHOVER_ACK QEMU neither switches nor ends by itself, so it may be left unread. From

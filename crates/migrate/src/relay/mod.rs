@@ -11,7 +11,8 @@
 //! A relay is a process of its own, so that a daemon's end does not end a migration. QEMU is read
 //! no faster than the link carries; what is under way is bounded by a window, and before the
 //! machine stops everything under way is let through (`drain`), so that its device state waits
-//! for nothing.
+//! for nothing. Of an activated machine only its own pages are read, beside QEMU (`own`); the
+//! destination's relay fills in what its site holds (`fill`), and names what was there before (`visit`).
 
 mod around;
 mod both;

@@ -53,7 +53,7 @@ impl Machines {
         if life == Some(Life::Exited)
             && let Some(process) = found_exited(&mut e).await
         {
-            owner.tell(Exited { process, memory: self.dirs.vm_memory(e.record.vm) });
+            owner.notify(Exited { process, memory: self.dirs.vm_memory(e.record.vm) });
         }
         let state = e.state(&self.site).asked(life).vm_state();
         Some(status_as(&e.record, state))

@@ -296,7 +296,7 @@ impl Owner {
     }
 
     /// Tells what has happened, and waits for nobody.
-    pub(super) fn tell<A: Ask>(&self, event: A) {
+    pub(super) fn notify<A: Ask>(&self, event: A) {
         let (reply, _) = oneshot::channel();
         if self.queue.try_send(Box::new(Pending { ask: event, reply })).is_err() {
             tracing::warn!(vm = %self.now().record.name, step = A::STEP, "too much is asked of it");

@@ -75,7 +75,7 @@ impl Ask for Busy {
 /// Keeps it busy for as long as what is returned is there.
 pub(super) fn keep_busy(owner: &Owner) -> oneshot::Sender<()> {
     let (free, until) = oneshot::channel();
-    owner.tell(Busy(until));
+    owner.notify(Busy(until));
     free
 }
 
