@@ -13,6 +13,7 @@ use godwit_transfer::{Endpoint, Lane, LaneKind, LaneReceiver, LaneSender, Link};
 use godwit_types::Hash;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::net::unix::pipe::Receiver;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
 
@@ -41,8 +42,9 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// How long QEMU may take to say what its end is, once it has shut a channel.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
-/// What is open already: the disk, the word on the commit point, and what is known of memory.
-type Opened<'a> = (Option<&'a BlockDevice>, &'a CommitFile, Known);
+/// What is open already: the disk, the word on the commit point, what is known of memory, and what
+/// tells when QEMU listens.
+type Opened<'a> = (Option<&'a BlockDevice>, &'a CommitFile, Known, Option<Receiver>);
 
 /// What is known of the machine's memory, and is to be known of it later.
 #[derive(Debug, Default)]
@@ -71,13 +73,16 @@ struct Lanes {
 pub(super) async fn run(
     config: &RelayConfig,
     endpoint: &Endpoint,
-    (device, commit, known): Opened<'_>,
+    (device, commit, known, listens): Opened<'_>,
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<Outcome, RelayError> {
     let link = meet(config, endpoint, status, commands).await?;
     let mut lanes = unless_aborted(commands, accept_lanes(config, link)).await?;
-    let worked = work(config, &mut lanes, (device, commit, known), status, commands).await;
+    let worked = match unless_aborted(commands, qemu_listens(listens, endpoint)).await {
+        Ok(()) => work(config, &mut lanes, (device, commit, known), status, commands).await,
+        Err(e) => Err(e),
+    };
     // Whoever reads the file once this relay says that it has ended reads its last word.
     commit.settle().await;
     let note = match &worked {
@@ -101,6 +106,15 @@ pub(super) async fn run(
     worked?;
     status.send_modify(|s| s.phase = RelayPhase::Done);
     Ok(Outcome::Moved)
+}
+
+/// Waits until this relay's QEMU listens. It is started while the relays meet.
+async fn qemu_listens(told: Option<Receiver>, endpoint: &Endpoint) -> Result<(), RelayError> {
+    let Some(mut told) = told else { return Ok(()) };
+    match told.read(&mut [0]).await {
+        Ok(1..) => Ok(()),
+        Ok(0) | Err(_) => Err(RelayError::NoQemu { site: endpoint.identity().name().to_string() }),
+    }
 }
 
 /// Takes the lanes that the source's relay opens for this migration.
@@ -145,7 +159,7 @@ async fn accept_lanes(config: &RelayConfig, link: Link) -> Result<Lanes, RelayEr
 async fn work(
     config: &RelayConfig,
     lanes: &mut Lanes,
-    (device, commit, known): Opened<'_>,
+    (device, commit, known): (Option<&BlockDevice>, &CommitFile, Known),
     status: &watch::Sender<RelayStatus>,
     commands: &mut mpsc::Receiver<Asked>,
 ) -> Result<(), RelayError> {

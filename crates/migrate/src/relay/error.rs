@@ -105,6 +105,12 @@ pub enum RelayError {
     /// A message out of place.
     #[error("the other relay does not keep to the protocol: {0}")]
     Protocol(&'static str),
+    /// The daemon of the destination has ended while it started the machine's QEMU.
+    #[error("site '{site}' did not start the machine's QEMU: its daemon ended meanwhile")]
+    NoQemu {
+        /// The destination.
+        site: String,
+    },
     /// The other relay, which has to dial, did not come.
     #[error("the relay of site '{peer}' did not come to {address}, where this one listens")]
     NobodyCame {
@@ -190,6 +196,7 @@ impl CodedError for RelayError {
             Self::Socket { .. }
             | Self::Qemu { .. }
             | Self::QemuClosed(_)
+            | Self::NoQemu { .. }
             | Self::PeerAborted(_) => Code::Unavailable,
         }
     }

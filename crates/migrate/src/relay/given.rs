@@ -8,6 +8,7 @@ use std::path::Path;
 use godwit_transfer::Identity;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixListener;
+use tokio::net::unix::pipe::Receiver;
 
 use super::RelayError;
 
@@ -56,6 +57,10 @@ pub struct Given {
     /// At the source, the sealed memory that its machine has a private copy of, for reading.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sealed: Option<i32>,
+    /// At the destination, the end of a pipe from which a byte comes once its QEMU listens; closed
+    /// without one it never will. A relay without it finds QEMU listening.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listens: Option<i32>,
 }
 
 /// The same, taken.
@@ -73,6 +78,7 @@ pub(super) struct Taken {
     pub(super) memory: Option<File>,
     pub(super) pagemap: Option<File>,
     pub(super) sealed: Option<File>,
+    pub(super) listens: Option<Receiver>,
 }
 
 fn contradiction<E>(why: &'static str) -> impl Fn(E) -> RelayError {
@@ -85,7 +91,7 @@ impl Given {
         let mut all: Vec<i32> = [self.control, self.identity].into();
         let single = [
             [self.qemu, self.nbd, self.commit, self.held, self.visit],
-            [self.arrived, self.memory, self.pagemap, self.sealed, None],
+            [self.arrived, self.memory, self.pagemap, self.sealed, self.listens],
         ];
         all.extend(single.as_flattened().iter().flatten().chain(&self.layers));
         let n = all.len();
@@ -117,6 +123,10 @@ impl Given {
                 .and_then(|()| UnixListener::from_std(listener))
                 .map_err(contradiction("what it was given does not listen"))
         };
+        let pipe = |fd: i32| {
+            Receiver::from_owned_fd(take(fd)?)
+                .map_err(contradiction("what it was given is no pipe"))
+        };
         let mut identity = File::from(take(self.identity)?);
         let mut bytes = Vec::new();
         identity
@@ -140,6 +150,7 @@ impl Given {
             memory: self.memory.map(|fd| take(fd).map(File::from)).transpose()?,
             pagemap: self.pagemap.map(|fd| take(fd).map(File::from)).transpose()?,
             sealed: self.sealed.map(|fd| take(fd).map(File::from)).transpose()?,
+            listens: self.listens.map(pipe).transpose()?,
         })
     }
 

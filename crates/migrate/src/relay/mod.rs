@@ -88,6 +88,7 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
                 memory: taken.memory,
                 pagemap: taken.pagemap,
                 sealed: taken.sealed,
+                listens: taken.listens,
             };
             (taken.identity, Some(taken.control), inputs)
         }
@@ -133,7 +134,7 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
             let visit = config.visit.clone().zip(given.visit);
             let (arrived, memory) = (given.arrived, given.memory);
             let known = destination::Known { held, visit, arrived, memory };
-            let opened = (served.as_ref(), &given.commit, known);
+            let opened = (served.as_ref(), &given.commit, known, given.listens);
             destination::run(&config, &endpoint, opened, &status_tx, &mut commands).await
         }
     };
@@ -187,6 +188,7 @@ struct Inputs {
     memory: Option<std::fs::File>,
     pagemap: Option<std::fs::File>,
     sealed: Option<std::fs::File>,
+    listens: Option<tokio::net::unix::pipe::Receiver>,
 }
 
 /// Takes newer lists of revoked certificates over while the relay works: the link to a peer that

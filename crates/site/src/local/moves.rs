@@ -2,13 +2,16 @@
 //!
 //! ```text
 //! source:       MigrateManifest -> MigrateSend ............ [switched] ...... sent -> MigrateRelease
-//! destination:            MigratePrepare -> (relay, waiting QEMU) -> runs ... whole -> MigrateReceived
+//! destination:            MigratePrepare -> relay, waiting QEMU -> runs ... whole -> MigrateReceived
 //! ```
+//!
+//! The destination answers once its relay listens: the relays meet while its QEMU is started.
 //!
 //! The relay of each end is a process of its own, and the machine's record says which migration it
 //! is in, so that a daemon that comes back finds both again ([`super::resume`]). Each end is driven
 //! by a task of its own; who asks only listens, and may come back when its link was cut.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +29,7 @@ use godwit_qemu::{
 use godwit_transfer::Warrant;
 use godwit_types::{Code, Fault, Generation, Hash, MigrationId, Name, VmId};
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
 use super::allowed::Action;
@@ -40,7 +43,7 @@ use super::machines::{TOP, into_fault, join_error, layer_bytes};
 use super::moving::UNDO_WITHIN;
 use super::owner::{Look, Needs};
 use super::record::{DesiredState, DiskBase, MachineRecord};
-use super::relays::{GuestMemory, MovePaths, Part};
+use super::relays::{GuestMemory, Listens, MovePaths, Part};
 use super::steps::{Arrived, Leave, Prepare};
 use super::{filling, ran};
 use crate::Progress;
@@ -146,16 +149,28 @@ impl Arrivals {
         let here = Manifest::of(&Launcher::spec_of(&record, &image), &self.parts.launcher.qemu);
         manifest.machine.check(&here).map_err(into_fault)?;
         let owner = self.parts.machines.register(record.clone(), Doing::Preparing).await?;
+        let (met, meets) = oneshot::channel();
         let arrivals = Arc::clone(self);
-        match owner.ask(Prepare { arrivals, record: record.clone(), image, manifest }).await {
-            Ok((qemu, relay, address)) => {
-                godwit_hold::at("move.prepared").await;
-                self.spawn_arrival(record, qemu, relay, Received::default(), false);
-                Ok(Incoming { migration: id, address, peer: self.parts.name.clone() })
+        let asked = Prepare { arrivals, record: record.clone(), image, manifest, met };
+        let coming = self.drives.register(id, record.vm);
+        let (me, shown) = (Arc::clone(self), coming.shown.clone());
+        Drives::drive(&coming, async move {
+            match owner.ask(asked).await {
+                Ok((qemu, relay)) => {
+                    shown.send_replace(Some(relay.watch()));
+                    me.take_in(record, qemu, relay, Received::default(), false).await
+                }
+                Err(f) => {
+                    me.undo(&record).await;
+                    Err(f)
+                }
             }
-            Err(f) => {
-                self.undo(&record).await;
-                Err(f)
+        });
+        match meets.await {
+            Ok(address) => Ok(Incoming { migration: id, address, peer: self.parts.name.clone() }),
+            Err(_) => {
+                let ended = coming.ended().await.map(drop);
+                ended.and(Err(Fault::internal("a machine came that nobody had met")))
             }
         }
     }
@@ -177,12 +192,15 @@ impl Arrivals {
         }
     }
 
+    /// Makes ready for the machine of `record`. The source's relay may come, to the address that `met`
+    /// takes, while QEMU is started.
     pub(super) async fn prepare_entered(
         &self,
         record: &MachineRecord,
         image: &godwit_image::Image,
         manifest: &MoveManifest,
-    ) -> Result<(Machine, RelayClient, std::net::SocketAddr), Fault> {
+        met: oneshot::Sender<SocketAddr>,
+    ) -> Result<(Machine, RelayClient), Fault> {
         let dir = self.parts.dirs.vm(record.vm);
         std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
         // Before the record: it is on disk with it, and says nothing of an earlier arrival.
@@ -205,8 +223,36 @@ impl Arrivals {
         let has_disk = disk.is_some();
         let memory = self.parts.dirs.vm_memory(record.vm);
         let part = (Part::Whole, GuestMemory::of_arrival(&memory, record.memory)?);
-        let relay = self.parts.relays.start(record, self.parts.reach.awaits(), disk, part).await?;
+        let (listens, told) = Listens::new()?;
+        let meeting = self.parts.reach.awaits();
+        let relays = &self.parts.relays;
+        let relay = relays.start_before(record, meeting, disk, part, Some(told)).await?;
         let address = self.parts.reach.reported_address(&relay).await?;
+        // Who has asked may be gone; the source comes, or the center takes this back.
+        let _ = met.send(address);
+        match self.start_incoming(record, image, manifest, has_disk).await {
+            Ok(machine) => {
+                godwit_hold::at("move.prepared").await;
+                listens.tell();
+                Ok((machine, relay))
+            }
+            Err(f) => {
+                let why = f.message.clone();
+                let _ = relay.command(&RelayCommand::Abort { why }).await;
+                Err(f)
+            }
+        }
+    }
+
+    /// Starts the QEMU of a machine that comes, up to where it listens for its relay.
+    async fn start_incoming(
+        &self,
+        record: &MachineRecord,
+        image: &godwit_image::Image,
+        manifest: &MoveManifest,
+        has_disk: bool,
+    ) -> Result<Machine, Fault> {
+        let paths = MovePaths::of(&self.parts.dirs.run, record.in_migration()?);
         let mut launch = self.parts.launcher.launch(record, image)?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
@@ -215,11 +261,12 @@ impl Arrivals {
         launch.memory = MemorySource::Shared { path: self.parts.dirs.vm_memory(record.vm) };
         if has_disk {
             let remote = Layer::Nbd { socket: paths.nbd.clone() };
-            launch.disk = Some(DiskChain::over(vec![remote], dir.join(TOP)));
+            let top = self.parts.dirs.vm(record.vm).join(TOP);
+            launch.disk = Some(DiskChain::over(vec![remote], top));
         }
         let machine = launch.spawn().await.map_err(into_fault)?;
         match prepare_incoming(&machine, &paths.qemu).await {
-            Ok(()) => Ok((machine, relay, address)),
+            Ok(()) => Ok(machine),
             Err(e) => {
                 machine.kill().await;
                 Err(Fault::of(&e))
@@ -234,65 +281,78 @@ impl Arrivals {
         record: MachineRecord,
         machine: Machine,
         relay: RelayClient,
-        mut received: Received,
+        received: Received,
         resumed: bool,
     ) {
-        let Some(migration) = record.migration.clone() else { return };
+        let Some(migration) = &record.migration else { return };
         let coming = self.drives.register(migration.id, record.vm);
         coming.shown.send_replace(Some(relay.watch()));
         let me = Arc::clone(self);
         Drives::drive(&coming, async move {
-            let written = MovePaths::of(&me.parts.dirs.run, &migration).written;
-            let dir = me.parts.dirs.vm(record.vm);
-            let filled = filling::is_there(&dir).then(|| filling::place(&dir));
-            let disk = me.pivot_of(&record).map(|layers| ArrivingDisk { layers, filled, written });
-            let outcome = {
-                let noted = async {
-                    if relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
-                        godwit_hold::at("move.ran").await;
-                        me.mark_run(&record).await;
-                    }
-                };
-                let (asked, about) = (Arc::clone(&me), record.clone());
-                let committed = move || -> Committed {
-                    let (me, record) = (Arc::clone(&asked), about.clone());
-                    Box::pin(async move { me.has_committed(&record).await })
-                };
-                let committed: Option<AskCommitted<'_>> =
-                    ran::says(&dir).is_some().then_some(&committed);
-                let arriving = receive(&machine, &relay, disk, &mut received, resumed, committed);
-                tokio::pin!(arriving);
-                tokio::select! {
-                    outcome = &mut arriving => outcome,
-                    () = noted => arriving.await,
-                }
-            };
-            let outcome = match outcome {
-                Ok(()) => {
-                    let _ = relay.command(&RelayCommand::Finish).await;
-                    me.settle_arrival(&record).await.map(|()| received)
-                }
-                Err(e @ MoveError::Cancelled { .. }) => {
-                    let fault = me.parts.room.blame(Fault::of(&e));
-                    if relay.status().doubt {
-                        me.parts.relays.held.doubt(&record, &me.parts.images);
-                        me.parts.machines.visits.forget(record.vm);
-                    }
-                    me.undo(&record).await;
-                    Err(fault)
-                }
-                // The machine runs here and still needs its source.
-                Err(e) => {
-                    me.mark_run(&record).await;
-                    me.keep_received(migration.id, record.vm, &received).await;
-                    Err(Fault::of(&e))
-                }
-            };
-            if let Err(f) = &outcome {
-                warn!(vm = %record.name, error = %f, "a machine did not arrive whole");
-            }
-            outcome
+            me.take_in(record, machine, relay, received, resumed).await
         });
+    }
+
+    /// Takes a machine in, to its end.
+    async fn take_in(
+        self: &Arc<Self>,
+        record: MachineRecord,
+        machine: Machine,
+        relay: RelayClient,
+        mut received: Received,
+        resumed: bool,
+    ) -> Result<Received, Fault> {
+        let migration = record.in_migration()?.clone();
+        let written = MovePaths::of(&self.parts.dirs.run, &migration).written;
+        let dir = self.parts.dirs.vm(record.vm);
+        let filled = filling::is_there(&dir).then(|| filling::place(&dir));
+        let disk = self.pivot_of(&record).map(|layers| ArrivingDisk { layers, filled, written });
+        let outcome = {
+            let noted = async {
+                if relay.wait(|s| s.committed).await.is_ok_and(|s| s.committed) {
+                    godwit_hold::at("move.ran").await;
+                    self.mark_run(&record).await;
+                }
+            };
+            let (asked, about) = (Arc::clone(self), record.clone());
+            let committed = move || -> Committed {
+                let (me, record) = (Arc::clone(&asked), about.clone());
+                Box::pin(async move { me.has_committed(&record).await })
+            };
+            let committed: Option<AskCommitted<'_>> =
+                ran::says(&dir).is_some().then_some(&committed);
+            let arriving = receive(&machine, &relay, disk, &mut received, resumed, committed);
+            tokio::pin!(arriving);
+            tokio::select! {
+                outcome = &mut arriving => outcome,
+                () = noted => arriving.await,
+            }
+        };
+        let outcome = match outcome {
+            Ok(()) => {
+                let _ = relay.command(&RelayCommand::Finish).await;
+                self.settle_arrival(&record).await.map(|()| received)
+            }
+            Err(e @ MoveError::Cancelled { .. }) => {
+                let fault = self.parts.room.blame(Fault::of(&e));
+                if relay.status().doubt {
+                    self.parts.relays.held.doubt(&record, &self.parts.images);
+                    self.parts.machines.visits.forget(record.vm);
+                }
+                self.undo(&record).await;
+                Err(fault)
+            }
+            // The machine runs here and still needs its source.
+            Err(e) => {
+                self.mark_run(&record).await;
+                self.keep_received(migration.id, record.vm, &received).await;
+                Err(Fault::of(&e))
+            }
+        };
+        if let Err(f) = &outcome {
+            warn!(vm = %record.name, error = %f, "a machine did not arrive whole");
+        }
+        outcome
     }
 
     /// A machine has arrived and no longer needs its source.

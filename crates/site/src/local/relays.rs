@@ -12,7 +12,7 @@
 //! them ([`Companion`]). The site's key is: a relay speaks for its site.
 
 use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{PipeReader, PipeWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
@@ -67,6 +67,27 @@ pub(super) enum GuestMemory {
     File(File),
     /// At the source: the process whose private copy it is of the sealed memory at `of`, for reading.
     Copy { of: PathBuf, place: OwnMemory, memory: File, pagemap: File, sealed: File },
+}
+
+/// Tells a relay that the QEMU for which it waits listens. Dropped before, it waits no more, and
+/// gives the migration up.
+#[derive(Debug)]
+pub(super) struct Listens(PipeWriter);
+
+impl Listens {
+    /// One, and what a relay hears it by.
+    pub(super) fn new() -> Result<(Self, PipeReader), Fault> {
+        let made = std::io::pipe();
+        let (read, write) =
+            made.map_err(|e| Fault::internal(format!("making a pipe for a relay: {e}")))?;
+        Ok((Self(write), read))
+    }
+
+    /// It does.
+    pub(super) fn tell(mut self) {
+        // A relay that has ended says itself why.
+        let _ = self.0.write_all(&[1]);
+    }
 }
 
 impl GuestMemory {
@@ -153,7 +174,20 @@ impl Relays {
         record: &MachineRecord,
         meeting: Meeting,
         disk: Option<RelayDisk>,
+        given: (Part, GuestMemory),
+    ) -> Result<RelayClient, Fault> {
+        self.start_before(record, meeting, disk, given, None).await
+    }
+
+    /// As [`Relays::start`], of one that meets the other relay while its QEMU is started, and waits
+    /// then for the word of [`Listens`].
+    pub(super) async fn start_before(
+        &self,
+        record: &MachineRecord,
+        meeting: Meeting,
+        disk: Option<RelayDisk>,
         (part, memory): (Part, GuestMemory),
+        listens: Option<PipeReader>,
     ) -> Result<RelayClient, Fault> {
         let migration = record
             .migration
@@ -219,7 +253,8 @@ impl Relays {
             GuestMemory::Copy { .. } | GuestMemory::Unseen => [None, None, None],
         };
         let guest_file = guest[0].is_some() && role == RelayRole::Destination;
-        let open = give(&mut config, commit, Memory { held: file, guest, ..known })?;
+        let known = Memory { held: file, guest, ..known };
+        let open = give(&mut config, (commit, listens), known)?;
         let input = written(&config, &paths.config)
             .map_err(|e| fail("writing a relay's configuration", &e))?;
         let log = std::fs::OpenOptions::new()
@@ -373,7 +408,7 @@ struct Memory {
 /// Opens what a relay is to have open, and says so in its configuration.
 fn give(
     config: &mut RelayConfig,
-    commit: Option<File>,
+    (commit, listens): (Option<File>, Option<PipeReader>),
     memory: Memory,
 ) -> Result<Vec<OwnedFd>, Fault> {
     let listen = |path: &Path| -> Result<OwnedFd, Fault> {
@@ -423,6 +458,8 @@ fn give(
         *number = file.as_ref().map(Given::number);
         open.extend(file.map(OwnedFd::from));
     }
+    given.listens = listens.as_ref().map(Given::number);
+    open.extend(listens.map(OwnedFd::from));
     config.given = Some(given);
     Ok(open)
 }

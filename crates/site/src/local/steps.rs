@@ -8,6 +8,7 @@ use godwit_migrate::RelayClient;
 use godwit_qemu::Machine;
 use godwit_types::{Fault, Generation, MigrationId, Name};
 use serde::Serialize;
+use tokio::sync::oneshot;
 use tracing::warn;
 
 use super::adopt::end_strays;
@@ -126,24 +127,26 @@ where
     }
 }
 
-/// A machine is to come: a relay that listens and a QEMU that waits are made for it.
+/// A machine is to come: a relay that listens, at the address that `met` takes, and a QEMU that waits
+/// are made for it.
 pub(super) struct Prepare {
     pub(super) arrivals: Arc<Arrivals>,
     pub(super) record: MachineRecord,
     pub(super) image: Image,
     pub(super) manifest: MoveManifest,
+    pub(super) met: oneshot::Sender<SocketAddr>,
 }
 
 impl Ask for Prepare {
-    type Reply = (Machine, RelayClient, SocketAddr);
+    type Reply = (Machine, RelayClient);
     const STEP: &'static str = "owner.prepare";
 
     async fn answer(self, e: &mut Owned, _: First) -> Result<Self::Reply, Fault> {
-        let Self { arrivals, record, image, manifest } = self;
+        let Self { arrivals, record, image, manifest, met } = self;
         if e.record.desired == DesiredState::Gone {
             return Err(Fault::conflict(format!("the move of '{}' was taken back", record.name)));
         }
-        let prepared = arrivals.prepare_entered(&record, &image, &manifest).await?;
+        let prepared = arrivals.prepare_entered(&record, &image, &manifest, met).await?;
         e.machine = Some(prepared.0.clone());
         e.doing.end();
         Ok(prepared)
