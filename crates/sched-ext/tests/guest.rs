@@ -234,6 +234,28 @@ fn uneven(guest: &mut Guest) {
     }
 }
 
+/// A kernel thread at nice 19 that holds locks of others' memory has turns as they have.
+fn nice_kernel_thread(guest: &mut Guest) {
+    guest.ok("cd /sys/kernel/mm/transparent_hugepage; echo always >enabled; cd khugepaged; \
+         echo 0 >scan_sleep_millisecs; echo 100000 >pages_to_scan");
+    guest.load("--mode bal --vm-by process:sched-ext-vm");
+    guest.ok("sched-ext-vm run --vms 6 --seconds 5 >/tmp/work 2>&1 &");
+    guest
+        .ok("dd if=/dev/zero of=/dev/null bs=16M count=1000000 >/dev/null 2>&1 & echo $! >/tmp/dd");
+    // Nanoseconds that it has run and waited.
+    let khugepaged = "cat /proc/$(pidof khugepaged)/schedstat";
+    let said = guest.ok(&format!("sleep 1; {khugepaged}; sleep 2; {khugepaged}"));
+    let ns: Vec<f64> = said.split_whitespace().filter_map(|n| n.parse().ok()).collect();
+    let [ran, waited, _, ran_then, waited_then, _] = ns[..] else { panic!("{said}") };
+    let (ran, waited) = ((ran_then - ran) / 1e6, (waited_then - waited) / 1e6);
+    assert!(ran + waited > 1000.0, "it hardly wanted to run: {ran} ms, waited {waited} ms");
+    // It is one of eight in its queue at most; of a nice one's share it would have a tenth of this.
+    assert!(ran > (ran + waited) / 20.0, "it ran for {ran} ms and waited for {waited} ms");
+    guest.ok("kill -9 $(cat /tmp/dd); echo 10000 >/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs");
+    guest.wait_no_vms();
+    assert_settled(&guest.stop("TERM"));
+}
+
 fn deaths_in(guest: &mut Guest, mode: &str, sign: &str) {
     guest.ok("rm -f /tmp/churn");
     guest.load(&format!("--mode {mode} --vm-by process:sched-ext-vm"));
@@ -409,6 +431,7 @@ fn bad_days() {
     run_all(&[
         ("deaths", deaths),
         ("uneven", uneven),
+        ("a nice kernel thread", nice_kernel_thread),
         ("named one by one", named_one_by_one),
         ("a thousand machines", thousand_machines),
         ("a CPU comes and goes", cpu_comes_and_goes),

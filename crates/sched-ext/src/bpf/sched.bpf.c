@@ -293,11 +293,23 @@ void OPS(running, struct task_struct *p)
 		force_siblings(t->vm, t->index);
 }
 
+/*
+ * What a task's time is divided by, 100 where it is not nice. The kernel's own nice threads count as
+ * others do: khugepaged, at nice 19, holds the lock of a machine's memory while it waits for its turn,
+ * which would be after 70 of the machine's.
+ */
+static __always_inline u32 weight_of(struct task_struct *p)
+{
+	u32 weight = p->scx.weight ? p->scx.weight : 100;
+
+	return (p->flags & PF_KTHREAD) && weight < 100 ? 100 : weight;
+}
+
 void OPS(stopping, struct task_struct *p, bool runnable)
 {
 	struct task_ctx *t = task_ctx(p);
 	struct cpu_ctx *c = cpu_ctx(scx_bpf_task_cpu(p));
-	u32 weight = p->scx.weight ? p->scx.weight : 100;
+	u32 weight = weight_of(p);
 	u64 vtime = p->scx.dsq_vtime, used, charged;
 	struct vm *vm;
 	struct vcpu *v;
