@@ -72,21 +72,21 @@ impl LocalSite {
             self.forget(vm).await;
             return Ok(());
         }
-        match &record.unfinished {
+        match record.unfinished {
             Some(Unfinished::Activating) => {
                 tracing::warn!(vm = %record.name, "its activation broke off: removed");
                 self.forget(vm).await;
                 return Ok(());
             }
-            Some(Unfinished::Docking { substrate, .. })
-                if self.parts.substrates.has(*substrate) =>
-            {
-                tracing::info!(vm = %record.name, %substrate, "it was docked: removed");
-                self.parts.machines.leaves(vm, record.generation)?;
-                self.forget(vm).await;
-                return Ok(());
+            Some(Unfinished::Docking { substrate, .. }) => {
+                if self.parts.substrates.has(substrate).await {
+                    tracing::info!(vm = %record.name, %substrate, "it was docked: removed");
+                    self.parts.machines.leaves(vm, record.generation)?;
+                    self.forget(vm).await;
+                    return Ok(());
+                }
             }
-            Some(Unfinished::Docking { .. }) | None => {}
+            None => {}
         }
         if record.migration.is_none() {
             // Left of an arrival that had ended when the daemon did.

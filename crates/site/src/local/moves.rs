@@ -117,10 +117,10 @@ impl Arrivals {
     ) -> Result<Incoming, Fault> {
         self.parts.warrants.check(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
-        if let Err(full) = self.parts.room.check_memory(machine.memory) {
+        if let Err(full) = self.parts.room.check_memory(machine.memory).await {
             // What only saves time gives way to the machine itself.
             drop(self.parts.relays.held.take(id).ok_or(full)?);
-            self.parts.room.check_memory(machine.memory)?;
+            self.parts.room.check_memory(machine.memory).await?;
         }
         self.parts.room.check_disk(manifest.layer_bytes)?;
         let record = MachineRecord {
@@ -207,7 +207,7 @@ impl Arrivals {
         let part = (Part::Whole, GuestMemory::of_arrival(&memory, record.memory)?);
         let relay = self.parts.relays.start(record, self.parts.reach.awaits(), disk, part).await?;
         let address = self.parts.reach.reported_address(&relay).await?;
-        let mut launch = self.parts.launcher.launch(record, image)?;
+        let mut launch = self.parts.launcher.launch(record, image).await?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
             launch.vmgenid = VmGenId::Keep(id);
