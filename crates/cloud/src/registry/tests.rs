@@ -300,7 +300,7 @@ fn a_file_of_the_first_format_opens_and_is_brought_to_this_one() {
         assert_eq!(reg.vm("report").expect("there"), v);
         assert_eq!(reg.substrate("abiword").expect("there"), s);
         let cafe = reg.sites().get(&name("cafe")).expect("there");
-        let seen = UnixMs(95_000 - crate::controller::LEASE.as_millis() as u64);
+        let seen = UnixMs(95_000 - LEASE.as_millis() as u64);
         assert_eq!((cafe.joined, cafe.revoked, cafe.last_seen), (UnixMs(5), true, seen));
         assert_eq!(cafe.state(UnixMs(0)), SiteState::Unreachable);
     }
