@@ -326,7 +326,7 @@ fn an_entry_that_does_not_parse_is_named_and_the_rest_is_there() {
 }
 
 #[test]
-fn reports_that_tell_nothing_new_are_not_written() {
+fn reports_with_nothing_new_are_not_written() {
     let (_d, reg) = open();
     let all: Vec<_> = (0..200).map(|i| substrate(&format!("s-{i}"))).collect();
     for s in &all {
@@ -494,7 +494,7 @@ fn child_that_writes_until_it_is_killed() {
 }
 
 #[test]
-fn kill_9_loses_nothing_that_was_told() {
+fn kill_9_loses_nothing_that_was_acknowledged() {
     use std::io::{BufRead, BufReader};
     use std::process::{Command, Stdio};
     let dir = tempfile::tempdir().expect("dir");

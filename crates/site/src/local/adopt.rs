@@ -78,15 +78,15 @@ impl LocalSite {
                 self.forget(vm).await;
                 return Ok(());
             }
-            Some(Unfinished::Docking { substrate, .. }) => {
-                if self.parts.substrates.has(substrate).await {
-                    tracing::info!(vm = %record.name, %substrate, "it was docked: removed");
-                    self.parts.machines.leaves(vm, record.generation)?;
-                    self.forget(vm).await;
-                    return Ok(());
-                }
+            Some(Unfinished::Docking { substrate, .. })
+                if self.parts.substrates.has(substrate).await =>
+            {
+                tracing::info!(vm = %record.name, %substrate, "it was docked: removed");
+                self.parts.machines.leaves(vm, record.generation)?;
+                self.forget(vm).await;
+                return Ok(());
             }
-            None => {}
+            Some(Unfinished::Docking { .. }) | None => {}
         }
         if record.migration.is_none() {
             // Left of an arrival that had ended when the daemon did.

@@ -84,7 +84,7 @@ impl Substrates {
             });
             match taken.await {
                 Ok((taken, mut write)) => {
-                    if let Err(error) = tell_verdict(&site, taken, &mut write, true).await {
+                    if let Err(error) = send_verdict(&site, taken, &mut write, true).await {
                         tracing::info!(%error, "nobody hears what became of a substrate");
                     }
                 }
@@ -105,14 +105,14 @@ async fn import_archive(
     let reader = SyncIoBridge::new(read);
     let outcome = pool.start(move |pool| pool.import(reader, becomes)).await;
     match outcome {
-        Ok(taken) => tell_verdict(&site, taken, &mut write, false).await,
+        Ok(taken) => send_verdict(&site, taken, &mut write, false).await,
         Err(e) => Err(std::io::Error::other(join_error(e).message)),
     }
 }
 
 /// Ends a stream on which a substrate came: after [`TakerMsg::Enough`], where there were messages,
 /// the verdict as JSON.
-async fn tell_verdict(
+async fn send_verdict(
     site: &Name,
     taken: Result<Substrate, SubstrateError>,
     to: &mut WriteHalf<DuplexStream>,

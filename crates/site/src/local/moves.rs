@@ -177,7 +177,7 @@ impl Arrivals {
         }
     }
 
-    pub(super) async fn prepare_entered(
+    pub(super) async fn prepare_registered(
         &self,
         record: &MachineRecord,
         image: &godwit_image::Image,
@@ -330,13 +330,13 @@ impl Departures {
         let id = to.migration;
         Drives::drive(&leaving, async move {
             let mut sent = Sent::default();
-            let done = me.send_entered(&record, &machine, meeting, &mine, &mut sent).await;
+            let done = me.send_registered(&record, &machine, meeting, &mine, &mut sent).await;
             me.after_leaving(&record, &machine, done, sent).await
         });
         self.follow(id, &call).await
     }
 
-    async fn send_entered(
+    async fn send_registered(
         self: &Arc<Self>,
         record: &MachineRecord,
         machine: &Machine,

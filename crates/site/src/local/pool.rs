@@ -65,7 +65,7 @@ impl Starts {
         let made = async {
             let cancel = wanted.child_token();
             let activating =
-                self.activate_entered(&record, &substrate, image.clone(), cancel.clone());
+                self.activate_registered(&record, &substrate, image.clone(), cancel.clone());
             tokio::pin!(activating);
             let activated = tokio::select! {
                 activated = &mut activating => activated?,
@@ -98,7 +98,7 @@ impl Starts {
         }
     }
 
-    async fn activate_entered(
+    async fn activate_registered(
         &self,
         record: &MachineRecord,
         substrate: &Substrate,

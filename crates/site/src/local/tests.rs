@@ -321,7 +321,7 @@ async fn a_machine_is_removed_while_what_nobody_knows_is_looked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_machine_that_was_docked_is_not_stopped_beside_its_substrate() {
+async fn a_machine_that_was_docked_is_not_stopped_next_to_its_substrate() {
     let place = site(Mib(4096)).await;
     let me = &place.site;
     for docked in [false, true] {
