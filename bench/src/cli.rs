@@ -188,7 +188,7 @@ struct DemoArgs {
 
 impl DemoArgs {
     fn play(self) -> anyhow::Result<()> {
-        let program = program_or_beside(self.program)?;
+        let program = program_or_sibling(self.program)?;
         let demo = godwit_bench::demo::Demo {
             guest: self.guest,
             rate_mbit: self.rate,
@@ -324,7 +324,7 @@ impl SpecArgs {
     }
 }
 
-fn program_or_beside(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+fn program_or_sibling(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
     given.map_or_else(suites::mainjob::godwit::program, Ok)
 }
 
@@ -337,7 +337,7 @@ impl IdleMovesArgs {
             idle: Duration::from_millis(self.idle_ms),
             limit: Duration::from_secs(self.limit_s),
             held: self.held,
-            program: program_or_beside(self.program)?,
+            program: program_or_sibling(self.program)?,
         };
         let mut bad = 0;
         suite("idle-moves", false, &self.out, async |r| {
@@ -359,7 +359,7 @@ impl PoolFillArgs {
             activate: self.sample.map(|n| n as usize),
             side_by_side: self.side_by_side,
             guest: self.guest,
-            program: program_or_beside(self.program)?,
+            program: program_or_sibling(self.program)?,
         };
         let mut failed = 0;
         suite("pool-fill", false, &self.out, async |r| {
@@ -373,7 +373,7 @@ impl PoolFillArgs {
 
 impl BurstArgs {
     fn run(self) -> anyhow::Result<()> {
-        let program = program_or_beside(self.program)?;
+        let program = program_or_sibling(self.program)?;
         let trial = suites::trials::Burst { count: self.count, guest: self.guest, program };
         let mut failed = 0;
         suite("burst", false, &self.out, async |r| {

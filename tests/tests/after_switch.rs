@@ -202,7 +202,7 @@ fn a_move_ends_whichever_daemon_is_killed_after_the_switch() {
 }
 
 #[test]
-fn what_a_killed_source_takes_with_it_is_said_exactly() {
+fn what_a_killed_source_takes_with_it_is_reported_exactly() {
     let mut cloud = cloud();
     let (work, op) = harmed(&mut cloud, "lost", |cloud, vm| {
         kill(cloud.qemu(vm, Daemon::Center).expect("its QEMU"));

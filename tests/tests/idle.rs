@@ -58,7 +58,7 @@ fn move_idle_machines(cloud: &Cloud, moves: usize, until_open: bool) {
 }
 
 #[test]
-fn idle_machines_move_there_and_back() {
+fn idle_machines_make_round_trips() {
     move_idle_machines(&Cloud::start(), moves(), true);
 }
 

@@ -71,7 +71,7 @@ fn three_from_one_substrate_are_three_machines() {
 }
 
 #[test]
-fn a_machine_moves_there_and_back_and_needs_nothing_it_left() {
+fn a_machine_makes_a_round_trip_and_needs_nothing_it_left() {
     let mut cloud = Cloud::start();
     cloud.bring_substrate();
     let _ = cloud.ok(&["vm", "activate", "base", "--name", "work", "--site", "center"]);

@@ -3,7 +3,7 @@
 //! The other build is not made here, so this runs only when it is asked for, with the program of
 //! the release before in `GODWIT_PREVIOUS`:
 //! `GODWIT_PREVIOUS=/path/to/godwit cargo nextest run -E 'binary(previous)' --run-ignored all`.
-//! What the release before sends is recorded, and tested always, in `godwit-cloud` and
+//! What the release before sends is recorded, and tested always, in `godwit-site`, `godwit-cloud` and
 //! `godwit-migrate`.
 
 use godwit_tests::{Cloud, Daemon, Setup};

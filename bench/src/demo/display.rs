@@ -123,6 +123,17 @@ impl Display {
         Ok(restless)
     }
 
+    /// What it shows.
+    pub(super) const fn frame(&self) -> &Frame {
+        &self.frame
+    }
+
+    /// Presses a key, and draws what comes within `length`.
+    pub(super) async fn stroke(&mut self, key: u32, length: Duration) -> anyhow::Result<()> {
+        self.press(key).await?;
+        self.watch(length, None).await.map(drop)
+    }
+
     async fn press(&mut self, key: u32) -> anyhow::Result<()> {
         let mut both = [0u8; 16];
         for (event, down) in both.chunks_exact_mut(8).zip([1, 0]) {

@@ -242,7 +242,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_shared_field_is_enough_to_be_told() {
+    fn one_shared_field_is_enough_to_be_found() {
         let one = GuestIdentity {
             hostname: "a".into(),
             machine_id: "1".into(),

@@ -8,6 +8,7 @@
 //! Everything goes through the `godwit` command, as a user would do it.
 
 mod display;
+mod film;
 mod glyph;
 pub(crate) mod guest;
 pub(crate) mod report;
@@ -21,6 +22,7 @@ use godwit_types::{ActivateReport, DockReport, MoveReport, Name};
 use serde_json::Value;
 
 use display::Display;
+use film::{ALONE, Typist};
 use glyph::Glyph;
 use guest::{Screen, Witness};
 use report::{Activation, Clones, Intact, Link, Move, Report};
@@ -145,7 +147,13 @@ async fn scenes(demo: &Demo, world: &World) -> anyhow::Result<Report> {
     let mut moves = Vec::new();
     for (from, to) in [(CENTER, AP), (AP, CENTER)] {
         report::say(&format!("move it live from {from} to {to}"))?;
-        moves.push(move_once(world, &witness, from, to).await?);
+        moves.push(move_once(world, &witness, "report", (from, to)).await?);
+    }
+    if display {
+        report::say("type while it moves once more, for the moving picture")?;
+        if let Err(e) = moving_picture(demo, world, &witness).await {
+            report::say(&format!("no moving picture: {e:#}"))?;
+        }
     }
 
     report::say("the AP is stopped and what it kept is removed")?;
@@ -239,18 +247,40 @@ async fn warm_activation(world: &World) -> anyhow::Result<f64> {
     Ok(report.running_ms)
 }
 
-async fn move_once(world: &World, witness: &Witness, from: &str, to: &str) -> anyhow::Result<Move> {
-    witness.reset(world, "report").await?;
+/// Activates one machine more, types into it, moves it to the AP meanwhile, and draws what is seen.
+async fn moving_picture(demo: &Demo, world: &World, witness: &Witness) -> anyhow::Result<()> {
+    const VM: &str = "picture";
+    let args = ["vm", "activate", "demo", "--name", VM, "--site", CENTER];
+    world.ask::<Value>(&args, PATIENCE).await?;
+    let mut typist = Typist::at(world, VM).await?;
+    typist.says("somebody types; the machine is in the cloud center");
+    typist.types_for(ALONE).await?;
+    let (rate, delay) = (demo.rate_mbit, 2.0 * demo.delay_ms);
+    typist.says(&format!("it moves to the cafe, {rate} Mbit/s and {delay} ms away"));
+    let moved = typist.types_until(move_once(world, witness, VM, (CENTER, AP))).await?;
+    typist.says("it is at the cafe, and needs nothing of the center");
+    typist.types_for(ALONE).await?;
+    typist.film.write(&moved, &demo.out.join("move.svg"))?;
+    world.ask::<Value>(&["vm", "delete", VM], PATIENCE).await.map(drop)
+}
+
+async fn move_once(
+    world: &World,
+    witness: &Witness,
+    vm: &str,
+    (from, to): (&str, &str),
+) -> anyhow::Result<Move> {
+    witness.reset(world, vm).await?;
     let began = Instant::now();
-    let consoles = guest::consoles(&world.cli(), &world.run_dirs(), "report").await?;
+    let consoles = guest::consoles(&world.cli(), &world.run_dirs(), vm).await?;
     let consoles: Vec<&Path> = consoles.iter().map(PathBuf::as_path).collect();
     let prober = Prober::start(&consoles).await?;
     let before = world.link_bytes();
-    let report: MoveReport = world.ask(&["vm", "migrate", "report", "--to", to], PATIENCE).await?;
+    let report: MoveReport = world.ask(&["vm", "migrate", vm, "--to", to], PATIENCE).await?;
     let link_bytes = world.link_bytes().zip(before).map(|(after, before)| after - before);
     let signs = prober.stop().await?;
     let watched = began.elapsed();
-    let after = witness.healthy(world, "report").await?;
+    let after = witness.healthy(world, vm).await?;
     let witness_bytes = after.share(watched, report.until_stop(), PASSES);
     report::say(&format!(
         "switched after {:.2} s, down {}, longest stall {:.0} ms, independent after {:.2} s",

@@ -200,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_witness_tells_its_own_share() {
+    fn the_witness_reports_its_own_share() {
         let text = r#"{"steps":9,"lines":1,"memory_ok":true,"last_gap_ms":2.0,"max_gap_ms":3.0,
             "memory_bytes":8000000,"written_bytes":30000000}"#;
         let w: Witness = serde_json::from_str(text).expect("read");

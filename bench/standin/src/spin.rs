@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_told_to_end_waits_no_longer_and_a_full_queue_refuses() {
+    fn whoever_is_asked_to_end_waits_no_longer_and_a_full_queue_refuses() {
         let stop = AtomicBool::new(true);
         let mut meter = Meter::default();
         assert_eq!(SpinBarrier::new(2).wait(&stop, &mut meter), Err(Told));

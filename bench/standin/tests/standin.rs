@@ -131,7 +131,7 @@ fn terminate(pid: u32) {
 }
 
 #[test]
-fn sigterm_ends_all_within_a_moment_and_they_tell_what_they_did() {
+fn sigterm_ends_all_within_a_moment_and_they_report_what_they_did() {
     for what in StandIn::ALL {
         let mut child = start(&[what.name(), "--disturb", "--json", "--threads", "4"]);
         until("its work", || ticks(child.id()) >= 5);

@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_may_stand_at_the_end() {
+    fn flags_may_come_at_the_end() {
         for line in [
             "vm create --image tiny --name a -o json",
             "vm dock a --name s -o json",

@@ -314,7 +314,7 @@ fn a_machine_is_made_shown_and_deleted() {
 }
 
 #[test]
-fn without_a_center_the_way_out_is_told() {
+fn without_a_center_the_way_out_is_named() {
     let dir = tempfile::tempdir().expect("dir");
     let images: PathBuf = dir.path().join("images");
     let run = |line: &str| {

@@ -71,7 +71,7 @@ fn wrong(args: &[&str]) -> String {
 }
 
 #[test]
-fn a_wrong_command_line_is_told_in_words() {
+fn a_wrong_command_line_is_refused_in_words() {
     let create = ["vm", "create", "--image", "tiny"];
     for (args, said) in [
         (&["--vcpus", "300"][..], "300 is not in 1..=64"),

@@ -45,6 +45,8 @@ pub mod api;
 mod clock;
 pub mod controller;
 pub mod daemon;
+mod op_kind;
 pub mod ops;
 pub mod placement;
 pub mod registry;
+mod token;

@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_runs_only_what_is_meant_for_it() {
+    fn a_device_runs_only_what_names_it() {
         let mut phone = site("phone", 90_000);
         phone.kind = SiteKind::Device;
         assert_eq!(choose(&demand(), &[site("a", 2000), phone.clone()]), "a");

@@ -9,7 +9,7 @@ use godwit_disk::{BlockBitmap, DiskError, FrozenChain};
 use godwit_types::{Code, CodedError};
 
 #[test]
-fn allocation_tells_zeros_from_holes_and_layers_merge() {
+fn allocation_distinguishes_zeros_from_holes_and_layers_merge() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let at = |n: &str| dir.path().join(n);
     base(&at("base.raw"), 8);

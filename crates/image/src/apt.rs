@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_without_the_release_is_told_so() {
+    fn a_machine_without_the_release_is_refused_in_words() {
         let dir = etc(&[("sources.list", "deb http://mirror.example/ubuntu noble main\n")]);
         assert!(matches!(sources(dir.path()), Err(ImageError::NoAptSource { .. })));
     }

@@ -113,7 +113,7 @@ pub(crate) fn claim(uids: UidRange, run_dir: &Path) -> Result<Claim, QemuError> 
     let lock = own_file(path).map_err(QemuError::file("opening the lock on uids", path))?;
     rustix::fs::flock(&lock, FlockOperation::LockExclusive)
         .map_err(|e| QemuError::file("taking the lock on uids", path)(e.into()))?;
-    let beside = owners_beside(run_dir);
+    let beside = owners_of_sibling_dirs(run_dir);
     let n = uids.last - uids.first + 1;
     // Not always from the first: a uid rests for long after its machine has gone.
     let start =
@@ -136,7 +136,7 @@ fn has_process(uid: u32) -> bool {
 }
 
 /// The uids and gids to which directories beside `run_dir` belong.
-fn owners_beside(run_dir: &Path) -> HashSet<u32> {
+fn owners_of_sibling_dirs(run_dir: &Path) -> HashSet<u32> {
     let mut owners = HashSet::new();
     for item in run_dir.parent().map(std::fs::read_dir).into_iter().flatten().flatten().flatten() {
         if let Ok(meta) = item.metadata()
@@ -527,7 +527,7 @@ mod tests {
     }
 
     #[test]
-    fn a_uid_is_taken_by_a_process_and_by_a_directory_beside() {
+    fn a_uid_is_in_use_by_a_process_and_by_a_sibling_directory() {
         let dir = tempfile::tempdir().unwrap();
         let (mine, other) = (dir.path().join("a"), dir.path().join("b"));
         std::fs::create_dir(&mine).unwrap();
@@ -539,7 +539,7 @@ mod tests {
         }
         lchown(&mine, None, Some(2_000_000_001)).unwrap();
         lchown(&other, None, Some(2_000_000_002)).unwrap();
-        let owners = owners_beside(&mine);
+        let owners = owners_of_sibling_dirs(&mine);
         assert!(!owners.contains(&2_000_000_001) && owners.contains(&2_000_000_002));
     }
 

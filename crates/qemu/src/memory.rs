@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn own_pages_are_told_from_pages_of_the_file() {
+    fn own_pages_are_distinguished_from_pages_of_the_file() {
         assert!(is_own_page(1 << 63));
         assert!(is_own_page(1 << 62));
         assert!(!is_own_page(1 << 63 | 1 << 61));

@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_a_qemu_is_told_in_half_a_line() {
+    fn the_end_of_a_qemu_is_reported_in_half_a_line() {
         let noise = "qemu: ram_block_discard_range: Discarding RAM is not supported | ".repeat(30);
         let exit = |signal, log: String| Exit { code: None, signal, outgrew: None, log }.brief();
         assert_eq!(exit(Some(9), noise.clone()), "its QEMU was ended by signal 9");

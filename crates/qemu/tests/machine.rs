@@ -251,7 +251,7 @@ async fn the_backing_is_pivoted_away_from_the_source_under_a_running_guest() {
 }
 
 #[tokio::test]
-async fn a_qemu_that_cannot_start_tells_why() {
+async fn a_qemu_that_cannot_start_reports_why() {
     let place = Place::new();
     let mut launch = place.launch("bad", &tiny());
     launch.spec.kernel.path = "/no/such/kernel".into();

@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_said() {
+    fn what_is_missing_is_named() {
         assert_eq!(judge(&good()), Ok(()));
         let refused = |change: fn(&mut Facts)| {
             let mut facts = good();

@@ -197,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_virtual_machine_is_said_in_one_of_four_ways() {
+    fn a_virtual_machine_is_named_in_one_of_four_ways() {
         assert_eq!("names".parse(), Ok(VmBy::Names));
         assert_eq!("process:a b".parse(), Ok(VmBy::Process("a b".to_owned())));
         assert_eq!("tgid:1,22".parse(), Ok(VmBy::Tgid(vec![1, 22])));

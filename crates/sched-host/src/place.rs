@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn who_stands_well_stays() {
+    fn a_well_placed_vcpu_stays() {
         let wishes = [wish(0, "0-1", 1, 1.0), wish(1, "0-1", 0, 1.0)];
         assert_eq!(shown(&place(&wishes, &load(&[0.0, 0.0]))), "0:1 1:0 ");
     }

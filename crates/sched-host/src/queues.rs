@@ -213,7 +213,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn everybody_stands_on_exactly_one_queue(
+        fn every_vcpu_is_on_exactly_one_queue(
             threads in proptest::collection::vec(
                 (0usize..4, 0i32..4, 0u64..3, -1e9f64..1e9, -1e9f64..1e9), 0..60)
         ) {

@@ -67,7 +67,7 @@ fn groups_of(pid: i32) -> Vec<PathBuf> {
 }
 
 /// Starves the vCPU on one pCPU until a loan stands for it; the hog that does it.
-fn until_a_loan_stands(service: &Service, starved: i32, cpu: usize) -> Hog {
+fn until_a_loan_is_in_force(service: &Service, starved: i32, cpu: usize) -> Hog {
     let hog = Hog::on(cpu);
     eventually("a loan for the starved vCPU", || {
         let status = service.status();
@@ -91,7 +91,7 @@ fn siblings_are_put_apart_lent_to_and_left_as_they_were() {
 
     let starved = vcpus[1];
     let cpu = sys::get_affinity(starved).expect("its pCPUs").iter().next().expect("one");
-    let hog = until_a_loan_stands(&service, starved, cpu);
+    let hog = until_a_loan_is_in_force(&service, starved, cpu);
     let mut seen = (0, 0);
     eventually("the loan shows in both", || {
         let now = (nice(vcpus[0]), nice(starved));
@@ -208,7 +208,7 @@ fn a_machine_that_dies_takes_its_loans_along() {
     eventually("both are bound", || service.status().placements >= 2);
     let starved = qemu.vcpus()[0];
     let cpu = sys::get_affinity(starved).expect("its pCPUs").iter().next().expect("one");
-    let _hog = until_a_loan_stands(&service, starved, cpu);
+    let _hog = until_a_loan_is_in_force(&service, starved, cpu);
     qemu.kill();
     eventually("it is forgotten", || {
         service.status().vms.is_empty() && groups_of(qemu.pid()).is_empty()
@@ -230,7 +230,7 @@ fn vcpus_that_come_and_go_are_placed_and_forgotten() {
     let status = service.status();
     let (gone, stays) = (vm(&status).vcpus[0].tid, vm(&status).vcpus[1].tid);
     let cpu = sys::get_affinity(gone).expect("its pCPUs").iter().next().expect("one");
-    let hog = until_a_loan_stands(&service, gone, cpu);
+    let hog = until_a_loan_is_in_force(&service, gone, cpu);
     fake.tell("end 0");
     eventually("its loan is settled", || {
         let status = service.status();

@@ -174,7 +174,7 @@ fn unequal_siblings_cost_others_nothing() {
 
 /// Whoever is followed may sleep for ever, and a vCPU may never run: the others follow somebody else.
 #[test]
-fn a_leader_that_sleeps_for_ever_is_followed_no_more() {
+fn a_leader_that_sleeps_for_ever_is_no_longer_followed() {
     for asleep in [0, 1] {
         let mut sim = Simulator::new(4, Policy::SBCO_8, Costs::DEFAULT, 1);
         let others: Vec<VmId> =

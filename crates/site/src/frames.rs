@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_site_that_gives_up_is_heard() {
+    async fn a_site_that_abandons_a_stream_is_noticed() {
         let why = Fault::new(Code::Damaged, "unit 12 in pack 3 is damaged");
         let mut sent = Vec::new();
         let mut to = FrameWriter::new(&mut sent);

@@ -44,15 +44,16 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Index`]. Damage is no error here but part of the report.
     pub fn check(&self) -> Result<CheckReport, StoreError> {
-        let mut report = CheckReport { index: self.inner.index.check()?, ..Default::default() };
+        let mut report =
+            CheckReport { index: self.inner.disk.index.check()?, ..Default::default() };
         if let Some(why) = &report.index {
             tracing::error!(store = %self.inner.dir.display(), why, "the store's index is damaged on the disk");
         }
-        self.inner.packs.let_go();
+        self.inner.disk.packs.let_go();
         let mut all: Vec<(Hash, Loc)> = Vec::new();
         let mut last = None;
         let mut out_of_order = 0;
-        self.inner.index.for_each(|h, loc| {
+        self.inner.disk.index.for_each(|h, loc| {
             out_of_order += u64::from(last.is_some_and(|last| last >= h));
             last = Some(h);
             match loc {
@@ -69,7 +70,7 @@ impl Store {
             let found: Vec<Option<StoreError>> = batch
                 .par_iter()
                 .with_min_len(64)
-                .map(|(h, loc)| self.read_checked(h, loc).err())
+                .map(|(h, loc)| self.inner.disk.read_checked(h, loc).err())
                 .collect();
             for e in found.into_iter().flatten() {
                 match e {
@@ -80,7 +81,7 @@ impl Store {
                 }
             }
         }
-        let held: Vec<Hash> = self.inner.index.owned(None)?.into_iter().collect();
+        let held: Vec<Hash> = self.inner.disk.index.owned(None)?.into_iter().collect();
         let found = self.contains_many(&held)?;
         report.missing = held.into_iter().zip(found).filter(|(_, f)| !f).map(|(h, _)| h).collect();
         report.missing.retain(|h| !report.bad_entries.contains(h));

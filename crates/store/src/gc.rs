@@ -40,21 +40,21 @@ impl Store {
             // Held through the commit: a writer that pins a unit afterwards sees it gone.
             let pins = lock(&self.inner.pins);
             let pinned: HashSet<Hash> = pins.by_writer.values().flatten().copied().collect();
-            report.removed_units = self.inner.index.sweep(&pinned)?;
+            report.removed_units = self.inner.disk.index.sweep(&pinned)?;
         }
         let mut used: HashMap<u32, Vec<(Hash, Loc)>> = HashMap::new();
         let mut bad = None;
-        self.inner.index.for_each(|h, loc| match loc {
+        self.inner.disk.index.for_each(|h, loc| match loc {
             Ok(loc) => used.entry(loc.pack).or_default().push((h, loc)),
             Err(e) => bad = Some(e),
         })?;
         if let Some(e) = bad {
             return Err(e);
         }
-        for (pack, len) in self.inner.index.packs()? {
+        for (pack, len) in self.inner.disk.index.packs()? {
             let units = used.remove(&pack).unwrap_or_default();
             let live: u64 = units.iter().map(|(_, l)| HEAD as u64 + u64::from(l.body)).sum();
-            if live as f64 >= len as f64 * WORTH || !self.inner.packs.withdraw(pack, len) {
+            if live as f64 >= len as f64 * WORTH || !self.inner.disk.packs.withdraw(pack, len) {
                 continue;
             }
             self.compact(pack, len, units, &mut report)?;
@@ -76,28 +76,28 @@ impl Store {
             Ok(Some(moved)) => moved,
             other => {
                 if let Some(p) = &new {
-                    self.inner.packs.give_back(p, p.base);
+                    self.inner.disk.packs.give_back(p, p.base);
                 }
                 // A damaged unit keeps its pack as it is.
                 return other.map(|_| ());
             }
         };
         let target = new.as_ref().map(|p| (p.number, p.len));
-        if let Err(e) = self.inner.index.relocate(&moved, target, &[pack]) {
+        if let Err(e) = self.inner.disk.index.relocate(&moved, target, &[pack]) {
             if let Some(p) = &new
-                && let Ok(packs) = self.inner.index.packs()
+                && let Ok(packs) = self.inner.disk.index.packs()
             {
                 let n = packs.iter().find(|(n, _)| *n == p.number).map_or(0, |(_, len)| *len);
-                self.inner.packs.give_back(p, n);
+                self.inner.disk.packs.give_back(p, n);
             }
             return Err(e);
         }
         let mut grown = 0;
         if let Some(p) = new {
             grown = p.len - p.base;
-            self.inner.packs.give_back(&p, p.len);
+            self.inner.disk.packs.give_back(&p, p.len);
         }
-        self.inner.packs.remove(pack)?;
+        self.inner.disk.packs.remove(pack)?;
         report.packs += 1;
         report.moved_units += moved.len() as u64;
         report.freed_bytes += len.saturating_sub(grown);
@@ -115,8 +115,8 @@ impl Store {
             return Ok(Some(Vec::new()));
         }
         self.room_for(units.iter().map(|(_, l)| HEAD as u64 + u64::from(l.body)).sum())?;
-        let pack = new.insert(self.inner.packs.take()?);
-        let path = self.inner.packs.path(pack.number);
+        let pack = new.insert(self.inner.disk.packs.take()?);
+        let path = self.inner.disk.packs.path(pack.number);
         let mut encoder = Encoder::new(Effort::Small);
         let mut moved = Vec::with_capacity(units.len());
         let mut out = Vec::new();

@@ -8,6 +8,8 @@
 //!   get:  hash -> memory tier -> index -> pack file -> decode -> hash again -> bytes
 //! ```
 //!
+//! Units are read from tiers (`tier`), the fastest first.
+//!
 //! * **Disk tier**: append-only pack files (`packs/00000001.pack`) and an index (`index.redb`). A
 //!   pack is on the disk before the index names what is in it; what lies behind the length that
 //!   the index has committed is a torn tail, cut off when the store is opened. The number of its
@@ -16,18 +18,20 @@
 //! * **Owners** (a substrate, a machine) hold units. What no owner holds is removed by
 //!   [`Store::gc`].
 //!
-//! All calls block; an async caller runs them on a blocking thread.
+//! All calls block; an async caller runs them on a thread that may wait.
 
-mod cache;
 mod check;
+mod disk;
 mod encode;
 mod error;
 mod gc;
 mod index;
 mod mark;
+mod memory;
 mod pack;
 mod pagemap;
 mod read;
+mod tier;
 mod writer;
 
 use std::collections::{HashMap, HashSet};
@@ -42,7 +46,7 @@ pub use error::{Damage, DamagedUnit, StoreError};
 pub use gc::GcReport;
 pub use mark::{CommitMark, Marked};
 pub use pagemap::{PageMap, PageMapError};
-pub use read::EncodedUnit;
+pub use tier::EncodedUnit;
 pub use writer::{Stored, Writer};
 
 /// Bytes in a full unit.
@@ -122,12 +126,9 @@ pub struct Store {
 struct Inner {
     dir: PathBuf,
     options: StoreOptions,
-    index: index::Index,
-    packs: pack::Packs,
-    cache: cache::Cache,
+    memory: memory::MemoryTier,
+    disk: disk::PackTier,
     pins: Mutex<Pins>,
-    /// Units found damaged since the store was opened; putting one in again heals it.
-    suspects: Mutex<HashSet<Hash>>,
 }
 
 /// Units that writers under way rely on although no owner holds them yet.
@@ -158,11 +159,9 @@ impl Store {
             inner: Arc::new(Inner {
                 dir: dir.to_owned(),
                 options,
-                index,
-                packs,
-                cache: cache::Cache::new(options.memory_limit_bytes),
+                memory: memory::MemoryTier::new(options.memory_limit_bytes),
+                disk: disk::PackTier { index, packs, suspects: Mutex::default() },
                 pins: Mutex::default(),
-                suspects: Mutex::default(),
             }),
         })
     }
@@ -178,10 +177,10 @@ impl Store {
     /// # Errors
     /// [`StoreError::Index`].
     pub fn stats(&self) -> Result<StoreStats, StoreError> {
-        let packs = self.inner.index.packs()?;
-        let (memory_units, memory_bytes) = self.inner.cache.used();
+        let packs = self.inner.disk.index.packs()?;
+        let (memory_units, memory_bytes) = self.inner.memory.used();
         Ok(StoreStats {
-            units: self.inner.index.unit_count()?,
+            units: self.inner.disk.index.unit_count()?,
             pack_bytes: packs.iter().map(|(_, len)| len).sum(),
             packs: packs.len() as u64,
             memory_bytes,
@@ -194,7 +193,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Index`].
     pub fn contains_many(&self, hashes: &[Hash]) -> Result<Vec<bool>, StoreError> {
-        let found = self.inner.index.lookup(hashes)?;
+        let found = self.inner.disk.index.lookup(hashes)?;
         Ok(hashes.iter().zip(found).map(|(h, f)| f.is_some() || *h == zero_hash()).collect())
     }
 
@@ -203,7 +202,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Index`].
     pub fn owned(&self, owner: Owner) -> Result<HashSet<Hash>, StoreError> {
-        self.inner.index.owned(Some(owner))
+        self.inner.disk.index.owned(Some(owner))
     }
 
     /// All owners.
@@ -211,7 +210,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Index`].
     pub fn owners(&self) -> Result<Vec<Owner>, StoreError> {
-        self.inner.index.owners()
+        self.inner.disk.index.owners()
     }
 
     /// Ends all that `owner` holds; whether it held anything. Space comes back with [`Store::gc`].
@@ -219,7 +218,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Index`].
     pub fn release(&self, owner: Owner) -> Result<bool, StoreError> {
-        self.inner.index.release(owner)
+        self.inner.disk.index.release(owner)
     }
 
     /// Starts writing on behalf of `owner`. Nothing is visible before [`Writer::commit`].

@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flipped_bit_a_cut_and_another_file_are_told_apart() {
+    fn a_flipped_bit_a_cut_and_another_file_are_distinguished() {
         let file = sample().encode();
         assert!(file.len() < 300, "compact: {}", file.len());
         for at in 0..file.len() {

@@ -6,11 +6,11 @@ use bytes::Bytes;
 use godwit_types::Hash;
 use rayon::prelude::*;
 
-use crate::cache::Cached;
 use crate::encode::{Effort, Encoder, Encoding, decode};
 use crate::error::StoreError;
 use crate::index::Loc;
 use crate::pack::{HEAD, OpenPack, head};
+use crate::tier::EncodedUnit;
 use crate::{Owner, Store, UNIT, is_zero, lock, zero_hash};
 
 /// Bytes of units that are hashed, encoded and written in one go.
@@ -41,7 +41,7 @@ pub struct Writer {
     held: HashSet<Hash>,
     ahead: HashSet<Hash>,
     new: Vec<(Hash, Loc)>,
-    fresh: Vec<(Hash, Cached)>,
+    fresh: Vec<(Hash, EncodedUnit)>,
     fresh_bytes: u64,
     stored: Stored,
 }
@@ -210,10 +210,10 @@ impl Writer {
             pins.by_writer.entry(self.pin).or_default().extend(first.iter().map(|i| hashes[*i]));
         }
         let asked: Vec<Hash> = first.iter().map(|i| hashes[*i]).collect();
-        let found = self.store.inner.index.lookup(&asked)?;
-        let suspects = lock(&self.store.inner.suspects);
+        let found = self.store.inner.disk.index.lookup(&asked)?;
+        let suspects = lock(&self.store.inner.disk.suspects);
         let has = |i: usize, loc: Option<Loc>| {
-            loc.is_some_and(|l| self.store.inner.packs.reaches(&l))
+            loc.is_some_and(|l| self.store.inner.disk.packs.reaches(&l))
                 && !suspects.contains(&hashes[i])
         };
         Ok(first.into_iter().zip(found).filter_map(|(i, f)| (!has(i, f)).then_some(i)).collect())
@@ -258,14 +258,16 @@ impl Writer {
         let count: u64 = batches.iter().map(|b| b.units.len() as u64).sum();
         self.store.room_for(total + (self.new.len() as u64 + count) * INDEX_BYTES)?;
         if self.pack.is_none() {
-            self.pack = Some(self.store.inner.packs.take()?);
+            self.pack = Some(self.store.inner.disk.packs.take()?);
         }
         let Some(pack) = &mut self.pack else { return Ok(()) };
         for b in batches {
             let mut at = pack.len;
             let number = pack.number;
             if let Err(e) = pack.append(&b.bytes) {
-                return Err(StoreError::io("writing", &self.store.inner.packs.path(number))(e));
+                return Err(StoreError::io("writing", &self.store.inner.disk.packs.path(number))(
+                    e,
+                ));
             }
             let bytes = Bytes::from(b.bytes);
             let mut from = 0;
@@ -275,7 +277,8 @@ impl Writer {
                 if self.fresh_bytes < self.store.inner.options.memory_limit_bytes {
                     let body = Bytes::copy_from_slice(&bytes[from + HEAD..end]);
                     self.fresh_bytes += body.len() as u64;
-                    self.fresh.push((hash, Cached { encoding, raw, body }));
+                    let raw_len = usize::from(raw);
+                    self.fresh.push((hash, EncodedUnit { encoding, raw_len, body }));
                 }
                 self.new.push((hash, loc));
                 at += (end - from) as u64;
@@ -300,7 +303,7 @@ impl Writer {
     pub fn commit(mut self) -> Result<Stored, StoreError> {
         self.forget_wrong_guesses();
         if let Some(pack) = &self.pack {
-            let path = self.store.inner.packs.path(pack.number);
+            let path = self.store.inner.disk.packs.path(pack.number);
             pack.file.sync_data().map_err(StoreError::io("syncing", &path))?;
         }
         self.new.sort_unstable_by_key(|(h, _)| *h);
@@ -308,9 +311,10 @@ impl Writer {
         held.sort_unstable();
         let held: Vec<u8> = held.iter().flat_map(|h| h.0).collect();
         let replace = |h: &Hash, old: &Loc| {
-            !self.store.inner.packs.reaches(old) || lock(&self.store.inner.suspects).contains(h)
+            !self.store.inner.disk.packs.reaches(old)
+                || lock(&self.store.inner.disk.suspects).contains(h)
         };
-        let done = self.store.inner.index.commit(
+        let done = self.store.inner.disk.index.commit(
             &self.new,
             replace,
             self.pack.as_ref().map(|p| (p.number, p.len)),
@@ -319,25 +323,25 @@ impl Writer {
         if let Err(e) = done {
             // Whether the commit reached the disk is for the index to say.
             if let Some(pack) = self.pack.take()
-                && let Ok(packs) = self.store.inner.index.packs()
+                && let Ok(packs) = self.store.inner.disk.index.packs()
             {
                 let n = packs.iter().find(|(n, _)| *n == pack.number).map_or(0, |(_, len)| *len);
-                self.store.inner.packs.give_back(&pack, n);
+                self.store.inner.disk.packs.give_back(&pack, n);
             }
             return Err(e);
         }
         {
-            let mut suspects = lock(&self.store.inner.suspects);
+            let mut suspects = lock(&self.store.inner.disk.suspects);
             if !suspects.is_empty() {
                 suspects.retain(|h| !self.new.iter().any(|(n, _)| n == h));
             }
         }
         for (hash, unit) in self.fresh.drain(..) {
-            self.store.inner.cache.put(hash, unit);
+            self.store.inner.memory.put(hash, unit);
         }
         if let Some(mut pack) = self.pack.take() {
             pack.base = pack.len;
-            self.store.inner.packs.give_back(&pack, pack.len);
+            self.store.inner.disk.packs.give_back(&pack, pack.len);
         }
         Ok(self.stored)
     }
@@ -346,7 +350,7 @@ impl Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         if let Some(pack) = self.pack.take() {
-            self.store.inner.packs.give_back(&pack, pack.base);
+            self.store.inner.disk.packs.give_back(&pack, pack.base);
         }
         lock(&self.store.inner.pins).by_writer.remove(&self.pin);
     }

@@ -478,7 +478,7 @@ fn a_flip_anywhere_in_the_head_of_the_index_loses_no_unit_unsaid() {
 }
 
 #[test]
-fn an_index_found_damaged_on_the_disk_is_told_and_the_store_goes_on() {
+fn an_index_found_damaged_on_the_disk_is_reported_and_the_store_goes_on() {
     let dir = tempfile::tempdir().expect("dir");
     let store = Store::open(dir.path(), options()).expect("open");
     let mut hashes: Vec<Hash> =

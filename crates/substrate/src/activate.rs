@@ -24,10 +24,10 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::{AFTER_ACTIVATE, run_script};
+use crate::async_pool::{AsyncPool, on_thread};
 use crate::error::SubstrateError;
 use crate::identity::{Identity, environment, fresh_mac};
 use crate::manifest::{STATE, Substrate};
-use crate::pool::Pool;
 use crate::ready::Ready;
 use crate::shells::Shells;
 
@@ -114,7 +114,8 @@ impl Shell {
     /// Loads the device state, so that nothing is left to do but to let the vCPUs run.
     pub(crate) async fn load(mut self, ready: &Ready) -> Result<Self, SubstrateError> {
         let loaded = async {
-            ready.docked.state()?;
+            let docked = ready.docked.clone();
+            on_thread("verifying the device state", move || docked.state().map(drop)).await?;
             load(&self.machine, ready).await
         }
         .await;
@@ -148,7 +149,8 @@ impl Shell {
         launch.groups.clone_from(&place.groups);
         launch.nics.extend(nic);
         if let Some(disk) = &ready.disk {
-            copy_new(&disk.top, &place.top)?;
+            let (empty, top) = (disk.top.clone(), place.top.clone());
+            on_thread("making the top image", move || copy_new(&empty, &top)).await?;
             let layers = vec![
                 Layer::Raw { path: disk.base.clone() },
                 Layer::Qcow2 { path: disk.layer.clone() },
@@ -204,7 +206,7 @@ impl Shell {
 /// damaged or missing page, [`SubstrateError::NoRoom`], [`SubstrateError::Cancelled`], and what the
 /// machine says. Nothing is left then.
 pub async fn activate(
-    pool: &Pool,
+    pool: &AsyncPool,
     shells: Option<&Shells>,
     request: ActivateRequest,
 ) -> Result<Activated, SubstrateError> {
@@ -216,7 +218,7 @@ pub async fn activate(
 }
 
 async fn activate_here(
-    pool: &Pool,
+    pool: &AsyncPool,
     shells: Option<&Shells>,
     request: ActivateRequest,
 ) -> Result<Activated, SubstrateError> {
@@ -315,7 +317,8 @@ async fn bring_up(
         (identity, _) => identity,
     };
     // A substrate that went bad starts nothing, not even what was loaded when it was good.
-    ready.docked.state()?;
+    let docked = ready.docked.clone();
+    on_thread("verifying the device state", move || docked.state().map(drop)).await?;
     if !shell.loaded {
         load(machine, ready).await?;
     }
@@ -379,20 +382,18 @@ fn nic_of(identity: Option<&Identity>, had: &[(u8, MacAddress)]) -> (u8, MacAddr
 }
 
 pub(crate) async fn prepare(
-    pool: &Pool,
+    pool: &AsyncPool,
     id: SubstrateId,
     image: &Image,
 ) -> Result<Ready, SubstrateError> {
-    let (pool, image) = (pool.clone(), image.clone());
-    tokio::task::spawn_blocking(move || pool.prepare(id, &image))
-        .await
-        .map_err(|_| SubstrateError::Worker("preparing a substrate"))?
+    let image = image.clone();
+    pool.run("preparing a substrate", move |pool| pool.prepare(id, &image)).await
 }
 
 /// Whether what a waiting QEMU has open is untouched, or was touched and is sound.
-async fn still_sound(pool: &Pool, ready: &Ready) -> bool {
-    let (pool, ready) = (pool.clone(), ready.clone());
-    tokio::task::spawn_blocking(move || pool.is_still_sound(&ready)).await.unwrap_or(false)
+async fn still_sound(pool: &AsyncPool, ready: &Ready) -> bool {
+    let ready = ready.clone();
+    pool.start(move |pool| pool.is_still_sound(&ready)).await.unwrap_or(false)
 }
 
 /// Copies a small file to a place where none may be yet.

@@ -5,8 +5,8 @@
 //! belong to. Pages and blocks themselves are in the store, each once.
 //!
 //! - [`dock_convert`]: a running machine becomes a substrate, or runs on as before.
-//! - [`Pool`]: the substrates of a site; [`Import`] and [`Pool::export`] carry them
-//!   elsewhere as files, [`Pool::supply`] and [`Pool::take`] to another site, which asks for what it
+//! - [`Pool`]: the substrates of a site, whose calls block; [`AsyncPool`] is what async tasks have
+//!   of it. [`Import`] and [`Pool::export`] carry substrates elsewhere as files, [`Pool::supply`] and [`Pool::take`] to another site, which asks for what it
 //!   lacks.
 //! - [`activate`]: a substrate becomes a running machine whose memory is a private mapping of
 //!   one sealed file, several at once; [`Shells`] keeps QEMUs waiting for it.
@@ -52,6 +52,7 @@
 mod activate;
 mod agent;
 mod archive;
+mod async_pool;
 mod cache;
 mod coming;
 mod dock;
@@ -69,6 +70,7 @@ mod turns;
 
 pub use activate::{ActivateRequest, Activated, Place, activate};
 pub use archive::{ArchiveEnd, Becomes, Bundle, Import};
+pub use async_pool::AsyncPool;
 pub use dock::{DockRequest, DockStop, dock_convert, run_on};
 pub use error::SubstrateError;
 pub use exchange::{KEPT, MAX_WANT, TakerMsg};

@@ -10,8 +10,9 @@ use godwit_types::{Name, SubstrateId};
 use tokio::sync::Notify;
 
 use crate::activate::{Place, Shell, nic_inside, prepare};
+use crate::async_pool::AsyncPool;
 use crate::error::SubstrateError;
-use crate::pool::{Pool, lock};
+use crate::pool::lock;
 use crate::ready::Ready;
 
 /// Gives each shell a place to live.
@@ -25,7 +26,7 @@ pub struct Shells {
 }
 
 struct Inner {
-    pool: Pool,
+    pool: AsyncPool,
     places: Places,
     lines: Mutex<Lines<(Image, Accel), (Shell, Ready)>>,
     /// How many are being started, whether they are wanted any more or not.
@@ -140,7 +141,7 @@ impl std::fmt::Debug for Shells {
 impl Shells {
     /// None yet; `places` says where each lives.
     #[must_use]
-    pub fn new(pool: Pool, places: Places) -> Self {
+    pub fn new(pool: AsyncPool, places: Places) -> Self {
         let (lines, starting) = (Mutex::default(), Mutex::default());
         Self { inner: Arc::new(Inner { pool, places, lines, starting, started: Notify::new() }) }
     }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use godwit_qemu::{Accel, GuestCommand, Life, MacAddress, Machine, Nic, NicBackend};
 use godwit_store::{Store, StoreOptions};
 use godwit_substrate::{
-    ActivateRequest, Activated, DockRequest, DockStop, Place, Pool, PoolDirs, Shells, activate,
-    dock_convert,
+    ActivateRequest, Activated, AsyncPool, DockRequest, DockStop, Place, Pool, PoolDirs, Shells,
+    activate, dock_convert,
 };
 use godwit_testkit::{Guest, LONG, guest, sh, up};
 use godwit_types::{Code, CodedError, Name, SubstrateId, SubstrateKind, VmId};
@@ -40,6 +40,11 @@ fn site(limit_bytes: u64) -> Option<Site> {
 }
 
 impl Site {
+    /// The pool as async tasks have it.
+    fn shared(&self) -> AsyncPool {
+        self.pool.clone().into()
+    }
+
     /// The same with a pool of another size.
     fn reopen(&mut self, limit_bytes: u64) {
         let dirs =
@@ -153,7 +158,8 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
     start_witness(&machine).await;
     let request = site.dock("worker");
     let id = request.id;
-    let (substrate, report) = dock_convert(&machine, &site.pool, request).await.expect("docked");
+    let (substrate, report) =
+        dock_convert(&machine, &site.shared(), request).await.expect("docked");
     show("dock", &report);
     let sum: f64 = report.phases.iter().map(|p| p.ms).sum();
     assert!((sum - report.total_ms).abs() < 1e-6);
@@ -167,7 +173,7 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
     for task in requests
         .into_iter()
         .map(|r| {
-            let pool = site.pool.clone();
+            let pool = site.shared();
             tokio::spawn(async move { activate(&pool, None, r).await })
         })
         .collect::<Vec<_>>()
@@ -194,9 +200,10 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
 
     // One from a waiting QEMU.
     let dir = site.at.dir.path().to_owned();
-    let shells = Shells::new(site.pool.clone(), Box::new(move || place(&dir)));
+    let shells = Shells::new(site.shared(), Box::new(move || place(&dir)));
     shells.keep(id, site.guest.image.clone(), Accel::Tcg, 1).await.expect("waiting");
-    let warm = activate(&site.pool, Some(&shells), site.request(id, "warm")).await.expect("warm");
+    let warm =
+        activate(&site.shared(), Some(&shells), site.request(id, "warm")).await.expect("warm");
     show("activate, warm", &warm.report);
     assert!(warm.report.warm);
     assert_eq!(warm.machine.launch().run_dir, warm.place.run_dir, "it lives at its own place");
@@ -211,7 +218,7 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
 
     // One that shall have none.
     let without = ActivateRequest { nic: None, ..site.request(id, "without") };
-    let without = activate(&site.pool, None, without).await.expect("activated");
+    let without = activate(&site.shared(), None, without).await.expect("activated");
     sh(&without.machine, "! test -e /sys/class/net/eth0").await;
     assert_eq!(without.machine.launch().nics, []);
     without.machine.kill().await;
@@ -227,7 +234,8 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
     let held = || blocks_kib(&sealed);
     let (before, in_pool) = (held(), site.pool.store().stats().expect("stats").pack_bytes);
     assert!(before < 140 << 10, "{before} KiB: the sealed memory has no holes");
-    let (docked, report) = dock_convert(&clone.machine, &site.pool, request).await.expect("docked");
+    let (docked, report) =
+        dock_convert(&clone.machine, &site.shared(), request).await.expect("docked");
     show("dock of a clone", &report);
     let filled = held().saturating_sub(before);
     assert!(filled < 4 << 10, "{filled} KiB of the parent's holes were filled");
@@ -238,7 +246,8 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
     assert!((3_000_000..40 << 20).contains(&grown), "{grown} bytes stored");
     assert!(docked.sizes.memory_bytes > substrate.sizes.memory_bytes / 2, "{docked:?}");
     site.pool.forget_clone(clone.place.vm);
-    let third = activate(&site.pool, None, site.request(second, "third")).await.expect("activated");
+    let third =
+        activate(&site.shared(), None, site.request(second, "third")).await.expect("activated");
     show("activate of a docked clone", &third.report);
     assert_intact(&third.machine).await;
     sh(&third.machine, "md5sum /tmp/own | cmp - /tmp/sum").await;
@@ -247,9 +256,10 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
     // And once more, of a clone of a clone.
     let request = site.dock("once-more");
     let last = request.id;
-    dock_convert(&third.machine, &site.pool, request).await.expect("docked");
+    dock_convert(&third.machine, &site.shared(), request).await.expect("docked");
     site.pool.forget_clone(third.place.vm);
-    let third = activate(&site.pool, None, site.request(last, "fourth")).await.expect("activated");
+    let third =
+        activate(&site.shared(), None, site.request(last, "fourth")).await.expect("activated");
     assert_intact(&third.machine).await;
     sh(&third.machine, "md5sum /tmp/own | cmp - /tmp/sum").await;
 
@@ -276,7 +286,7 @@ async fn a_machine_that_cannot_be_docked_runs_on_and_nothing_is_left() {
         assert_eq!(site.pool.store().stats().expect("stats").units, 0);
     };
     // The pool is full.
-    let err = dock_convert(&machine, &site.pool, site.dock("a")).await.expect_err("full");
+    let err = dock_convert(&machine, &site.shared(), site.dock("a")).await.expect_err("full");
     assert_eq!(err.code(), Code::NoRoom, "{err}");
     assert_eq!(machine.life().await.expect("life"), Life::Running);
     assert_eq!(machine.launch().nics.len(), 1, "its NIC is back");
@@ -284,7 +294,7 @@ async fn a_machine_that_cannot_be_docked_runs_on_and_nothing_is_left() {
     nothing_left();
     // The guest does not answer.
     machine.stop().await.expect("stopped");
-    let err = dock_convert(&machine, &site.pool, site.dock("b")).await.expect_err("silent");
+    let err = dock_convert(&machine, &site.shared(), site.dock("b")).await.expect_err("silent");
     assert_eq!(err.code(), Code::Unavailable, "{err}");
     nothing_left();
     machine.run().await.expect("runs on");
@@ -301,24 +311,26 @@ async fn what_becomes_public_is_nobody_and_a_docking_that_fails_gives_an_identit
     assert!(first.len() > 32, "{first}");
     // The pool is full: it runs on, as somebody.
     let public = |r| DockRequest { kind: SubstrateKind::Public, ..r };
-    let err = dock_convert(&machine, &site.pool, public(site.dock("a"))).await.expect_err("full");
+    let err =
+        dock_convert(&machine, &site.shared(), public(site.dock("a"))).await.expect_err("full");
     assert_eq!(err.code(), Code::NoRoom, "{err}");
     let second = sh(&machine, WHO).await;
     assert!(second.len() > 32 && second != first, "{second} after {first}");
     assert!(second.ends_with("first"), "{second}");
     // A guest in which it does not work is not made public.
     sh(&machine, "mv /etc/machine-id /etc/id && mkdir /etc/machine-id").await;
-    let err = dock_convert(&machine, &site.pool, public(site.dock("b"))).await.expect_err("not");
+    let err =
+        dock_convert(&machine, &site.shared(), public(site.dock("b"))).await.expect_err("not");
     assert_eq!(err.code(), Code::Conflict, "{err}");
     assert!(err.to_string().contains("cannot be generalised"), "{err}");
     sh(&machine, "rmdir /etc/machine-id && mv /etc/id /etc/machine-id").await;
     site.reopen(1 << 30);
     let request = public(site.dock("clean"));
     let id = request.id;
-    let (substrate, _) = dock_convert(&machine, &site.pool, request).await.expect("docked");
+    let (substrate, _) = dock_convert(&machine, &site.shared(), request).await.expect("docked");
     assert!(substrate.generalised && site.pool.get(id).expect("there").generalised);
     // One that is activated is somebody again, and nobody whom it was before.
-    let clone = activate(&site.pool, None, site.request(id, "new")).await.expect("activated");
+    let clone = activate(&site.shared(), None, site.request(id, "new")).await.expect("activated");
     let third = sh(&clone.machine, WHO).await;
     assert!(third.len() > 32 && third.ends_with("new"), "{third}");
     assert!(third != second && third != first);
@@ -356,9 +368,9 @@ async fn a_machine_docked_with_an_older_agent_comes_to_life_by_a_program() {
     }
     let request = site.dock("old");
     let id = request.id;
-    let (substrate, _) = dock_convert(&machine, &site.pool, request).await.expect("docked");
+    let (substrate, _) = dock_convert(&machine, &site.shared(), request).await.expect("docked");
     assert_eq!(substrate.nic_in, None);
-    let clone = activate(&site.pool, None, site.request(id, "new")).await.expect("activated");
+    let clone = activate(&site.shared(), None, site.request(id, "new")).await.expect("activated");
     show("activate, older agent", &clone.report);
     assert!(clone.report.phases.iter().any(|p| p.name == "answer"), "a program did it");
     assert_intact(&clone.machine).await;

@@ -118,7 +118,7 @@ async fn a_token_that_is_not_good_is_refused_with_its_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn strangers_revoked_sites_and_wrong_names_are_told_apart() {
+async fn strangers_revoked_sites_and_wrong_names_are_distinguished() {
     let cloud = Cloud::new();
     let (center, address) = cloud.center();
 

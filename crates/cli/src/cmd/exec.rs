@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_text_is_told_in_base64_too() {
+    fn what_is_no_text_is_given_in_base64_too() {
         let reply =
             ExecReply { stdout: "/w==".into(), stderr: "YQ==".into(), ..ExecReply::default() };
         let all = reply_data(&reply, b"\xff", b"a");

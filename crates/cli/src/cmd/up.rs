@@ -410,7 +410,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_daemon_that_ends_at_once_is_told_with_its_last_words() {
+    async fn a_daemon_that_ends_at_once_is_reported_with_its_last_words() {
         let dir = tempfile::tempdir().expect("dir");
         let dirs = SiteDirs::below(dir.path());
         let mut sh = Command::new("sh");

@@ -435,7 +435,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reports_are_taken_from_results_and_put_beside_the_object() {
+    fn reports_are_taken_from_results_and_put_next_to_the_object() {
         let r = json!({ "site": "center", "activate": {
             "running_ms": 38.0, "first_answer_ms": 190.0, "warm": true, "phases": [] } });
         let found: ActivateReport = report(Some(&r), "activate").expect("a report");

@@ -481,7 +481,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_is_told_of_little_still_goes_on_from_now() {
+    async fn a_reader_of_few_events_still_goes_on_from_now() {
         let p = place();
         let mut s = p.follow("/v1/events?kind=vm", None).await;
         let began = frame(&mut s).await;
@@ -574,7 +574,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_reader_is_told_of_what_is_there_for_it_and_of_nothing_else() {
+    async fn each_reader_gets_the_events_it_may_see_and_no_other() {
         use godwit_types::SubstrateKind::{Private, Public, Restricted};
         let p = place();
         let (ann, bob) = (user(&p, "acme", "ann"), user(&p, "other", "bob"));

@@ -22,6 +22,8 @@ mod substrates;
 pub(crate) mod tests;
 #[cfg(test)]
 mod tests_access;
+#[cfg(test)]
+mod tests_previous;
 mod vms;
 
 use std::sync::Arc;

@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_shows_too_many_is_not_heard_for_a_minute_and_others_are() {
+    fn too_many_wrong_tokens_block_their_sender_for_a_minute_and_nobody_else() {
         let strikes = Strikes::new(3);
         let now = Instant::now();
         for n in 0..3 {

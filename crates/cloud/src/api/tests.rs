@@ -121,7 +121,7 @@ async fn a_room_above_adds_pages_that_know_who_asks() {
 }
 
 #[tokio::test]
-async fn nothing_but_health_is_told_to_a_stranger() {
+async fn nothing_but_health_is_answered_to_a_stranger() {
     let (_d, r) = api();
     assert_eq!(send(&r, Method::GET, "/healthz", None, vec![]).await.0, StatusCode::OK);
     for path in ["/v1/vms", "/metrics", "/v1/openapi.json", "/nowhere"] {

@@ -85,8 +85,8 @@ impl Moves {
         first: Asking<Vec<u8>>,
     ) -> Result<Option<MoveReport>, Fault> {
         let meeting = self.introduce(m, may_dial(&first));
-        let sending = self.hear_source(op, m, first);
-        let arriving = self.hear_destination(op, m);
+        let sending = self.follow_source(op, m, first);
+        let arriving = self.follow_destination(op, m);
         tokio::pin!(meeting, sending, arriving);
         let mut told: Option<Fault> = None;
         let mut met = false;
@@ -128,7 +128,7 @@ impl Moves {
         }
     }
 
-    async fn hear_source(
+    async fn follow_source(
         self: &Arc<Self>,
         op: &OpHandle,
         m: &Move,
@@ -152,7 +152,7 @@ impl Moves {
         }
     }
 
-    async fn hear_destination(&self, op: &OpHandle, m: &Move) -> Result<Received, Fault> {
+    async fn follow_destination(&self, op: &OpHandle, m: &Move) -> Result<Received, Fault> {
         loop {
             let host = self.await_site(op, &m.to).await?;
             let request = verbs::MigrateReceived { migration: m.id };

@@ -78,15 +78,13 @@ pub use people::{ApiToken, NewApiToken, NewTenant, NewUser};
 
 use crate::clock::Moment;
 use crate::ops::Ops;
+pub use crate::registry::LEASE;
 use crate::registry::{Registry, SiteRecord, registry_fault};
 use godwit_site::{SiteHost, SiteReport};
 
 pub(crate) use ask::ask_all;
 pub use ask::{ANSWER_WITHIN, Unanswered};
 pub(crate) use origin::Uploading;
-
-/// How long a site stays usable without a report.
-pub const LEASE: Duration = Duration::from_secs(15);
 
 /// How often a site is asked for a report.
 pub const REPORT_EVERY: Duration = Duration::from_secs(4);

@@ -25,11 +25,11 @@ impl Sites {
     /// told now is told when it comes back.
     pub(crate) async fn spread_revocations(&self, list: &Revocations) {
         let hosts = self.hosts();
-        futures::future::join_all(hosts.iter().map(|h| self.tell_revocations(h, list))).await;
+        futures::future::join_all(hosts.iter().map(|h| self.send_revocations(h, list))).await;
     }
 
     /// Sends the list of revoked certificates to one site.
-    pub(crate) async fn tell_revocations(&self, host: &Arc<dyn SiteHost>, list: &Revocations) {
+    pub(crate) async fn send_revocations(&self, host: &Arc<dyn SiteHost>, list: &Revocations) {
         let request = verbs::Revoke { list: list.clone() };
         let told = tokio::time::timeout(ANSWER_WITHIN, host.ask(request, Call::quiet())).await;
         let told = told.unwrap_or_else(|_| Err(Fault::unavailable("it did not answer")));

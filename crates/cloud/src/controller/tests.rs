@@ -597,7 +597,7 @@ async fn a_machine_that_cannot_start_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn a_dry_run_tells_the_plan_and_changes_nothing() {
+async fn a_dry_run_shows_the_plan_and_changes_nothing() {
     let w = world(Send::Works).await;
     let want = CreateVm { image: Some(name("tiny")), ..CreateVm::default() };
     let (a, vm) = w.c.create(&me(), want, Mode::DryRun).await.expect("plan");

@@ -84,7 +84,7 @@ async fn a_break_after_the_switch_is_taken_up_again() {
 }
 
 #[tokio::test]
-async fn a_source_that_is_gone_is_told_with_what_it_had() {
+async fn a_source_that_is_gone_is_reported_with_what_it_had() {
     let w = world(Send::BreaksAfter).await;
     running(&w, "a").await;
     w.center.gone.store(true, SeqCst);

@@ -433,7 +433,7 @@ async fn an_operator_in_another_tenant_makes_nothing_in_the_name_of_a_user_there
 }
 
 #[tokio::test]
-async fn a_name_that_is_the_id_of_anothers_machine_tells_nothing() {
+async fn a_name_that_is_the_id_of_anothers_machine_reveals_nothing() {
     let w = world(Send::Works).await;
     let (ann, bob) =
         (user(&w, "acme", "ann", Role::Member), user(&w, "other", "bob", Role::Member));
@@ -443,7 +443,7 @@ async fn a_name_that_is_the_id_of_anothers_machine_tells_nothing() {
 }
 
 #[tokio::test]
-async fn a_site_that_takes_a_substrate_is_told_whose_pages_it_may_use() {
+async fn a_site_that_takes_a_substrate_learns_whose_pages_it_may_use() {
     let w = world(Send::Works).await;
     let held = |n: &str, tenant: &str, kind, granted: &[&str], at: &str| {
         let s = SubstrateRecord {

@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_body_has_the_length_that_was_said() {
+    async fn a_body_has_the_announced_length() {
         for (said, comes, whole) in [(5, "12345", true), (4, "12345", false), (6, "12345", false)] {
             let halves = [Ok::<_, io::Error>(&comes[..2]), Ok(&comes[2..])];
             let halves = halves.map(|piece| piece.map(|text| Bytes::from(text.to_owned())));

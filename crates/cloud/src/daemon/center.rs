@@ -250,7 +250,7 @@ async fn welcome(
                 Ok(()) => {
                     // Read after it is attached, so that no later list misses it.
                     let list = trust.revocations();
-                    controller.sites.tell_revocations(&site, &list).await;
+                    controller.sites.send_revocations(&site, &list).await;
                     tokio::select! {
                         () = controller.clone().keep(site.clone()) => {}
                         () = link.serve(calls) => controller.detach(&site),

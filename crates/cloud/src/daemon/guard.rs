@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_body_that_stands_still_fails_and_a_slow_one_does_not() {
+    async fn a_stalled_body_fails_and_a_slow_one_does_not() {
         let slow = futures::stream::iter(0..4).then(|_| async {
             tokio::time::sleep(Duration::from_secs(50)).await;
             Ok::<_, io::Error>("x")

@@ -21,7 +21,6 @@ pub use agent::{Agent, AgentConfig, join_site};
 pub use center::{Center, CenterConfig};
 pub use front::FrontConfig;
 pub use local_socket::{local_socket, local_token};
-pub(crate) use secrets::checked;
 pub use secrets::{ClientFiles, read_token};
 pub use tls::TlsFiles;
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use godwit_types::{Code, Fault};
 
-use crate::registry::people::USER_TOKEN;
+use crate::token::{USER_TOKEN, check_of, checked};
 
 /// The files of a client, in `~/.config/godwit`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,16 +109,6 @@ const WITH_CHECK: [(&str, usize); 2] = [(DRAWN, DRAWN_LEN), (USER_TOKEN, 4 + 16 
 
 fn draw() -> String {
     checked(&format!("{DRAWN}{}", hex::encode(rand::random::<[u8; 32]>())))
-}
-
-/// A token with its check.
-pub(crate) fn checked(text: &str) -> String {
-    let check = check_of(text);
-    format!("{text}-{check}")
-}
-
-fn check_of(text: &str) -> String {
-    hex::encode(&blake3::hash(text.as_bytes()).as_bytes()[..4])
 }
 
 /// Whether a token is whole, as far as it can tell. A changed byte can make its length one less at

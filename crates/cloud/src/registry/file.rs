@@ -508,8 +508,7 @@ fn prepare(db: &Database) -> Result<bool> {
             }
         }
         for (key, row) in rows {
-            let ended =
-                row.lease_until.0.saturating_sub(crate::controller::LEASE.as_millis() as u64);
+            let ended = row.lease_until.0.saturating_sub(super::LEASE.as_millis() as u64);
             let row = SiteRow { last_seen: UnixMs(ended), ..row };
             let bytes = serde_json::to_vec(&row)
                 .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;

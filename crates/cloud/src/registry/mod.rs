@@ -59,7 +59,7 @@ pub use operations::{KEPT_OPS, Operations};
 pub use people::{Drawn, MAX_TOKENS, People, TenantRecord, TokenInfo, TokenRecord, UserRecord};
 pub use quota::{Quota, Quotas, TenantQuota, Usage};
 pub use records::{Arriving, DeletedVm, OpRecord, SiteRecord, SubstrateRecord, VmRecord};
-pub use sites::Sites;
+pub use sites::{LEASE, Sites};
 
 use crate::access::{Principal, default_tenant};
 use crate::clock::Moment;

@@ -20,9 +20,7 @@ use super::quota::Quota;
 use super::tables::{Change, Tables};
 use super::{RegistryError, Result, missing};
 use crate::access::{DEFAULT_TENANT, OPERATOR, Principal, Role, default_tenant, operator};
-
-/// What begins a token of a user.
-pub(crate) const USER_TOKEN: &str = "gwu-";
+use crate::token::{USER_TOKEN, checked};
 
 /// Tokens that one user may have at once.
 pub const MAX_TOKENS: usize = 100;
@@ -127,7 +125,7 @@ impl Drawn {
     pub fn new(user: Name, role: Role, expires: Option<UnixMs>) -> Self {
         let id = hex::encode(rand::random::<[u8; 8]>());
         let text = format!("{USER_TOKEN}{id}-{}", hex::encode(rand::random::<[u8; 32]>()));
-        let text = crate::daemon::checked(&text);
+        let text = checked(&text);
         let hash = Hash::of(text.as_bytes());
         let (created, made_by) = (UnixMs::now(), None);
         let record = TokenRecord { id, user, role, created, expires, hash, made_by };

@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 
 use super::journal::Step;
 use crate::access::{Principal, default_tenant, operator};
-use crate::ops::OpKind;
+use crate::op_kind::OpKind;
 
 /// A site that belongs to this cloud.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

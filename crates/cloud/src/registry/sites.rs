@@ -13,6 +13,9 @@ use super::tables::{Change, SiteRow};
 use super::{RegistryError, Result, SiteRecord, SubstrateRecord, missing};
 use crate::clock::Moment;
 
+/// How long a site stays usable without a report.
+pub const LEASE: Duration = Duration::from_secs(15);
+
 /// The oldest that a report may be when it arrives.
 pub(super) const REPORT_AGE: Duration = Duration::from_secs(30);
 

@@ -11,7 +11,7 @@ use super::people::{PeopleTables, TenantRecord, TokenRecord, UserRecord};
 use super::{
     DeletedVm, OpRecord, RegistryError, Result, SubstrateRecord, VmRecord, missing, shown,
 };
-use crate::ops::OpKind;
+use crate::op_kind::OpKind;
 
 /// What is durable of a site. The rest of a [`super::SiteRecord`] is what it last reported.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

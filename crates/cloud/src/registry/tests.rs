@@ -300,7 +300,7 @@ fn a_file_of_the_first_format_opens_and_is_brought_to_this_one() {
         assert_eq!(reg.vm("report").expect("there"), v);
         assert_eq!(reg.substrate("abiword").expect("there"), s);
         let cafe = reg.sites().get(&name("cafe")).expect("there");
-        let seen = UnixMs(95_000 - crate::controller::LEASE.as_millis() as u64);
+        let seen = UnixMs(95_000 - LEASE.as_millis() as u64);
         assert_eq!((cafe.joined, cafe.revoked, cafe.last_seen), (UnixMs(5), true, seen));
         assert_eq!(cafe.state(UnixMs(0)), SiteState::Unreachable);
     }
@@ -326,7 +326,7 @@ fn an_entry_that_does_not_parse_is_named_and_the_rest_is_there() {
 }
 
 #[test]
-fn reports_that_tell_nothing_new_are_not_written() {
+fn reports_with_nothing_new_are_not_written() {
     let (_d, reg) = open();
     let all: Vec<_> = (0..200).map(|i| substrate(&format!("s-{i}"))).collect();
     for s in &all {
@@ -494,7 +494,7 @@ fn child_that_writes_until_it_is_killed() {
 }
 
 #[test]
-fn kill_9_loses_nothing_that_was_told() {
+fn kill_9_loses_nothing_that_was_acknowledged() {
     use std::io::{BufRead, BufReader};
     use std::process::{Command, Stdio};
     let dir = tempfile::tempdir().expect("dir");

@@ -81,7 +81,7 @@ fn every_change_that_somebody_follows_is_one_event_in_its_order() {
 }
 
 #[test]
-fn a_site_is_told_of_when_it_falls_silent_and_is_back_and_not_for_each_report() {
+fn a_site_is_an_event_when_it_falls_silent_and_is_back_and_not_for_each_report() {
     let (_d, reg) = open();
     reg.sites().put(&site("cafe")).expect("put");
     let cafe = name("cafe");
@@ -123,7 +123,7 @@ fn a_site_is_told_of_when_it_falls_silent_and_is_back_and_not_for_each_report() 
 }
 
 #[tokio::test]
-async fn a_watcher_that_is_slow_holds_nobody_up_and_is_told_that_it_lost_something() {
+async fn a_slow_watcher_delays_nobody_and_learns_that_it_lost_something() {
     let (_d, reg) = open();
     let v = vm("a");
     reg.vm_add(&v, None).expect("add");

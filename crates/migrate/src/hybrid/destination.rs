@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_overwritten_is_told_once_all_memory_is_there() {
+    fn what_is_overwritten_is_reported_once_all_memory_is_there() {
         let on = |d: &mut DestinationDriver, phase| d.on(DestinationEvent::Relay(phase)).unwrap();
         for mut d in [DestinationDriver::new(), DestinationDriver::resumed()] {
             d.on(DestinationEvent::Runs).unwrap();
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_runs_and_of_which_nobody_was_told_is_ended() {
+    fn a_machine_that_runs_and_was_never_announced_is_ended() {
         let mut d = DestinationDriver::new();
         d.on(DestinationEvent::Relay(RelayPhase::Stopped)).unwrap();
         d.on(DestinationEvent::Runs).unwrap();

@@ -289,7 +289,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recovering_source_is_told_that_every_page_is_there() {
+    fn a_recovering_source_is_notified_that_every_page_is_there() {
         let m0 = BlockInUse { name: "m0".into(), used_bytes: 65 * 4096, host_address: 0 };
         let mut r = Receiver::new(vec![m0]);
         let mut stream = Vec::new();

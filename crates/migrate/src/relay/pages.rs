@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_come_and_go_and_are_told_in_order() {
+    fn pages_come_and_go_and_are_listed_in_order() {
         let mut set = PageSet::new(130);
         assert!(set.insert(0) && set.insert(129) && !set.insert(129) && !set.insert(130));
         set.insert_range(62, 66);

@@ -476,7 +476,7 @@ impl<'a> Source<'a> {
                     RelayCommand::Dial { .. } | RelayCommand::Finish => false,
                 };
                 // Before the answer: the driver takes QEMU to be on its way then.
-                self.tell_qemu().await?;
+                self.notify_qemu().await?;
                 let _ = answer.send(accepted);
                 if self.reclaim {
                     // Nothing more is sent.
@@ -515,7 +515,7 @@ impl<'a> Source<'a> {
                 if let Some((which, file)) = self.core.take_fills() {
                     self.fills = Some(name_fills(which, file));
                 }
-                self.tell_qemu().await?;
+                self.notify_qemu().await?;
                 self.held_at(before).await;
             }
             Event::Preempt(bytes) if bytes.is_empty() => {
@@ -602,7 +602,7 @@ impl<'a> Source<'a> {
     }
 
     /// Writes what the relay has to say to QEMU of its own accord.
-    async fn tell_qemu(&mut self) -> Result<(), RelayError> {
+    async fn notify_qemu(&mut self) -> Result<(), RelayError> {
         let words = self.core.take_asked();
         match &mut self.main {
             Some(main) if !words.is_empty() => main.write(&words, "steering QEMU").await,
@@ -659,7 +659,7 @@ impl<'a> Source<'a> {
         }
         self.core.on_main(bytes)?;
         while self.core.next_frame().is_some() {}
-        self.tell_qemu().await
+        self.notify_qemu().await
     }
 
     async fn reclaim(&mut self, listener: &UnixListener) -> Result<Outcome, RelayError> {

@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_of_the_visit_and_of_the_substrate_are_told_apart() {
+    fn runs_of_the_visit_and_of_the_substrate_are_distinguished() {
         let mut batch = Batch::default();
         batch.refer_to_visit(visited());
         let mut substrate = memory();

@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lower_version_of_both_relays_is_used_and_what_else_differs_is_said() {
+    fn the_lower_version_of_both_relays_is_used_and_what_else_differs_is_named() {
         let ours = about(NEWEST);
         let from = |version| About { version, ..ours }.bytes().expect("bytes");
         assert_eq!(ours.agree(&from(NEWEST)).expect("the same"), NEWEST);
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_of_a_visit_is_understood() {
+    fn notes_of_a_visit_are_understood() {
         let visit = Visit { vm: godwit_types::VmId::new(), generation: Generation(7) };
         let said = Note::Visited { visit, pages: vec![0xff; 512 << 10] };
         let bytes = encode("note", &said).expect("bytes");

@@ -178,7 +178,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn each_kind_of_message_is_told_apart() {
+    fn each_kind_of_message_is_recognised() {
         let greeting = br#"{"QMP":{"version":{"qemu":{"micro":2,"minor":0,"major":10},"package":""},"capabilities":["oob"]}}"#;
         assert_eq!(
             Message::parse(greeting).unwrap(),

@@ -72,7 +72,7 @@ pub fn join_devices(
     }
     let from = out.len();
     out.extend_from_slice(sections);
-    stand_still(&mut out[from..])?;
+    mark_as_stopped(&mut out[from..])?;
     out.extend_from_slice(NO_DESCRIPTION);
     Ok(out)
 }
@@ -146,7 +146,7 @@ pub fn blocks_beside(template: &[u8], memory: &str) -> Result<Vec<String>, Strea
 }
 
 /// Has the machine of these sections stand still once they are loaded.
-fn stand_still(sections: &mut [u8]) -> Result<(), StreamError> {
+fn mark_as_stopped(sections: &mut [u8]) -> Result<(), StreamError> {
     let mark = [GLOBAL_STATE, RAN].concat();
     let found: Vec<usize> = (0..sections.len().saturating_sub(mark.len()))
         .filter(|at| sections[*at..].starts_with(&mark))
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_and_blocks_become_a_whole_state_that_stands_still() {
+    fn devices_and_blocks_become_the_whole_state_of_a_stopped_machine() {
         let blocks = [("rom".to_owned(), [vec![7; 4096], vec![0; 4096]].concat())];
         let whole = join_devices(&encode(&template()), "m0", &blocks, &devices()).expect("it fits");
         let mut parser = StreamParser::main(Limits::default());

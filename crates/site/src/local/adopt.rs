@@ -72,14 +72,14 @@ impl LocalSite {
             self.forget(vm).await;
             return Ok(());
         }
-        match &record.unfinished {
+        match record.unfinished {
             Some(Unfinished::Activating) => {
                 tracing::warn!(vm = %record.name, "its activation broke off: removed");
                 self.forget(vm).await;
                 return Ok(());
             }
             Some(Unfinished::Docking { substrate, .. })
-                if self.parts.substrates.has(*substrate) =>
+                if self.parts.substrates.has(substrate).await =>
             {
                 tracing::info!(vm = %record.name, %substrate, "it was docked: removed");
                 self.parts.machines.leaves(vm, record.generation)?;

@@ -98,7 +98,7 @@ impl LocalSite {
                 self.remove_left(vm, generation).await?
             };
             MigrateAbort { migration, vm } => self.moves.abort(migration, vm).await?;
-            Substrates {} => self.parts.substrates.list()?;
+            Substrates {} => self.parts.substrates.list().await?;
             SubstrateUsers { id } => self.parts.machines.substrate_users(id).await;
             SubstrateDelete { id } => self.parts.substrates.delete(id).await?;
             Pool {} => self.parts.substrates.report().await?;

@@ -2,13 +2,13 @@
 
 use std::io::BufReader;
 
-use godwit_substrate::{Becomes, Pool, Substrate, SubstrateError, TakerMsg};
+use godwit_substrate::{AsyncPool, Becomes, Substrate, SubstrateError, TakerMsg};
 use godwit_types::{Fault, Hash, Name, SubstrateId};
 use tokio::io::{AsyncWriteExt, DuplexStream, WriteHalf};
 use tokio_util::io::SyncIoBridge;
 
 use super::machines::{into_fault, join_error};
-use super::substrates::{Substrates, blocking, info};
+use super::substrates::{Substrates, info};
 use crate::frames::{FrameWriter, PartReader};
 use crate::{ByteStream, SubstrateInfo};
 
@@ -19,11 +19,10 @@ impl Substrates {
     /// A substrate as a stream to read: an archive in frames. Refused before its first byte when
     /// something of it is damaged.
     pub(super) async fn export(&self, id: SubstrateId) -> Result<ByteStream, Fault> {
-        let pool = self.pool.clone();
-        blocking(move || pool.verify_units(id)).await?;
+        let sound = self.pool.run("checking a substrate", move |pool| pool.verify_units(id)).await;
+        sound.map_err(into_fault)?;
         let (near, far) = tokio::io::duplex(PIPE);
-        let pool = self.pool.clone();
-        tokio::task::spawn_blocking(move || {
+        self.pool.start(move |pool| {
             let mut to = FrameWriter::new(SyncIoBridge::new(far));
             let done = pool.export(id, &mut to).map(drop).map_err(into_fault);
             if let Err(f) = &done {
@@ -53,8 +52,7 @@ impl Substrates {
         let (near, far) = tokio::io::duplex(PIPE);
         let (read, write) = tokio::io::split(far);
         let (wants, out) = (BufReader::new(SyncIoBridge::new(read)), SyncIoBridge::new(write));
-        let pool = self.pool.clone();
-        tokio::task::spawn_blocking(move || {
+        self.pool.start(move |pool| {
             let mut to = FrameWriter::new(out);
             let done = pool.supply(id, wants, &mut to).map_err(into_fault);
             if let Err(f) = &done {
@@ -79,14 +77,14 @@ impl Substrates {
             let (read, write) = tokio::io::split(far);
             let parts = BufReader::new(PartReader::new(SyncIoBridge::new(read)));
             let becomes = Becomes { content, among, ..Becomes::default() };
-            let taken = tokio::task::spawn_blocking(move || {
+            let taken = pool.start(move |pool| {
                 let mut control = SyncIoBridge::new(write);
                 let taken = pool.take(becomes, parts, &mut control);
                 (taken, control.into_inner())
             });
             match taken.await {
                 Ok((taken, mut write)) => {
-                    if let Err(error) = tell_verdict(&site, taken, &mut write, true).await {
+                    if let Err(error) = send_verdict(&site, taken, &mut write, true).await {
                         tracing::info!(%error, "nobody hears what became of a substrate");
                     }
                 }
@@ -98,23 +96,23 @@ impl Substrates {
 }
 
 async fn import_archive(
-    pool: Pool,
+    pool: AsyncPool,
     site: Name,
     becomes: Becomes,
     far: DuplexStream,
 ) -> std::io::Result<()> {
     let (read, mut write) = tokio::io::split(far);
     let reader = SyncIoBridge::new(read);
-    let outcome = tokio::task::spawn_blocking(move || pool.import(reader, becomes)).await;
+    let outcome = pool.start(move |pool| pool.import(reader, becomes)).await;
     match outcome {
-        Ok(taken) => tell_verdict(&site, taken, &mut write, false).await,
+        Ok(taken) => send_verdict(&site, taken, &mut write, false).await,
         Err(e) => Err(std::io::Error::other(join_error(e).message)),
     }
 }
 
 /// Ends a stream on which a substrate came: after [`TakerMsg::Enough`], where there were messages,
 /// the verdict as JSON.
-async fn tell_verdict(
+async fn send_verdict(
     site: &Name,
     taken: Result<Substrate, SubstrateError>,
     to: &mut WriteHalf<DuplexStream>,

@@ -334,7 +334,7 @@ impl Docks {
         else {
             return Ok(());
         };
-        if self.parts.substrates.has(substrate) {
+        if self.parts.substrates.has(substrate).await {
             // Its docking ended behind the commit without a word.
             machine.kill().await;
             godwit_hold::at("dock.finishing").await;

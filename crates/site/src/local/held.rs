@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use godwit_migrate::relay::HeldMemory;
-use godwit_substrate::{OpenMemory, Pool};
+use godwit_substrate::{AsyncPool, OpenMemory, Pool};
 use godwit_types::{Fault, Hash, MigrationId, SubstrateId};
 
 use super::images::Images;
+use super::machines::into_fault;
 use super::record::MachineRecord;
-use super::substrates::blocking;
 
 /// How many moves this is kept for at once; of more, the oldest goes without.
 const MOST: usize = 64;
@@ -28,13 +28,13 @@ pub(super) struct Held {
 
 /// What is ready for moves whose relay has not started yet.
 pub(super) struct HeldMemories {
-    pool: Pool,
+    pool: AsyncPool,
     ready: Arc<Mutex<VecDeque<(MigrationId, Held)>>>,
 }
 
 impl HeldMemories {
     /// Of the substrates in `pool`; none is ready yet.
-    pub(super) fn new(pool: Pool) -> Self {
+    pub(super) fn new(pool: AsyncPool) -> Self {
         Self { pool, ready: Arc::default() }
     }
 
@@ -45,8 +45,9 @@ impl HeldMemories {
         migration: MigrationId,
         (id, content): (SubstrateId, Hash),
     ) -> Result<(), Fault> {
-        let pool = self.pool.clone();
-        let open = blocking(move || pool.open_memory(id, content)).await?;
+        let opening = move |pool: &Pool| pool.open_memory(id, content);
+        let open = self.pool.run("opening memory that both hold", opening).await;
+        let open = open.map_err(into_fault)?;
         let memory = HeldMemory { content, path: open.path().to_owned() };
         {
             let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);

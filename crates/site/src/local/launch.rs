@@ -8,7 +8,7 @@ use godwit_qemu::{
     Accel, BootFile, Confine, DiskChain, Launch, Layer, MachineSpec, MemoryGroups, MemorySource,
     Nic, NicBackend, Start,
 };
-use godwit_substrate::Pool;
+use godwit_substrate::{AsyncPool, Pool};
 use godwit_types::{Arch, Fault, Name};
 
 use super::SiteDirs;
@@ -20,7 +20,7 @@ use super::record::{DiskBase, MachineRecord};
 pub(super) struct Launcher {
     site: Name,
     dirs: SiteDirs,
-    pool: Pool,
+    pool: AsyncPool,
     /// The version of QEMU.
     pub(super) qemu: String,
     accel: BTreeMap<&'static str, Accel>,
@@ -40,7 +40,7 @@ impl Launcher {
     pub(super) async fn probe(
         site: Name,
         dirs: SiteDirs,
-        pool: Pool,
+        pool: AsyncPool,
         (confine, groups): (Option<Confine>, Option<MemoryGroups>),
     ) -> Result<Self, Fault> {
         let binaries = godwit_qemu::Binaries::default();
@@ -93,7 +93,11 @@ impl Launcher {
     }
 
     /// A boot of the machine that a record describes.
-    pub(super) fn launch(&self, record: &MachineRecord, image: &Image) -> Result<Launch, Fault> {
+    pub(super) async fn launch(
+        &self,
+        record: &MachineRecord,
+        image: &Image,
+    ) -> Result<Launch, Fault> {
         let memory = MemorySource::Shared { path: self.dirs.vm_memory(record.vm) };
         let spec = Self::spec_of(record, image);
         let mut launch =
@@ -105,8 +109,10 @@ impl Launcher {
                 DiskBase::Image => {}
                 DiskBase::Substrate(id) => {
                     // Its memory is of no use to a guest that boots.
-                    let layer = self.pool.prepare_layer(id, image).map_err(into_fault)?;
-                    layers.extend(layer.map(|path| Layer::Qcow2 { path }));
+                    let image = image.clone();
+                    let layer = move |pool: &Pool| pool.prepare_layer(id, &image);
+                    let layer = self.pool.run("making sure of a disk layer", layer).await;
+                    layers.extend(layer.map_err(into_fault)?.map(|path| Layer::Qcow2 { path }));
                 }
                 DiskBase::Mid => layers.push(Layer::Qcow2 { path: dir.join(MID) }),
             }

@@ -148,7 +148,6 @@ pub struct LocalSite {
     options: SiteOptions,
     screens: screens::Screens,
     sched: std::sync::Mutex<Option<godwit_sched_host::service::Service>>,
-    me: std::sync::Weak<Self>,
 }
 
 impl std::fmt::Debug for LocalSite {
@@ -176,7 +175,7 @@ impl LocalSite {
         relays::publish_revoked(&dirs, &trust)?;
         let images = Arc::new(images::Images::open(name.clone(), &dirs.images)?);
         let how = (&confine, &groups);
-        let substrates = substrates::Substrates::open(name.clone(), &dirs, &options, how)?;
+        let substrates = substrates::Substrates::open(name.clone(), &dirs, &options, how).await?;
         let pool = &substrates.pool;
         let sched = std::sync::Mutex::new(options.co_schedule.then(sched::start).flatten());
         waiting::sweep(&dirs).await;
@@ -213,7 +212,7 @@ impl LocalSite {
         let moves = moving::Moves::new(&parts);
         let docks = Arc::new(dock::Docks::new(Arc::clone(&parts)));
         let starts = starts::Starts::new(Arc::clone(&parts));
-        let site = Arc::new_cyclic(|me| Self {
+        let site = Arc::new(Self {
             name,
             parts,
             moves,
@@ -224,17 +223,12 @@ impl LocalSite {
             options,
             screens: screens::Screens::new(screens::SCREENS_AT_ONCE),
             sched,
-            me: me.clone(),
         });
         site.adopt_all().await?;
         site.sweep_strays().await;
         scrub::start(&site, site.options.scrub_every);
         logs::start(&site);
         Ok(site)
-    }
-
-    fn whole(&self) -> Result<Arc<Self>, Fault> {
-        self.me.upgrade().ok_or_else(|| Fault::unavailable("the site is being closed"))
     }
 
     /// The directories.

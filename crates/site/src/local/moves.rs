@@ -120,10 +120,10 @@ impl Arrivals {
     ) -> Result<Incoming, Fault> {
         self.parts.warrants.check(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
-        if let Err(full) = self.parts.room.check_memory(machine.memory) {
+        if let Err(full) = self.parts.room.check_memory(machine.memory).await {
             // What only saves time gives way to the machine itself.
             drop(self.parts.relays.held.take(id).ok_or(full)?);
-            self.parts.room.check_memory(machine.memory)?;
+            self.parts.room.check_memory(machine.memory).await?;
         }
         self.parts.room.check_disk(manifest.layer_bytes)?;
         let record = MachineRecord {
@@ -194,7 +194,7 @@ impl Arrivals {
 
     /// Makes ready for the machine of `record`. The source's relay may come, to the address that `met`
     /// takes, while QEMU is started.
-    pub(super) async fn prepare_entered(
+    pub(super) async fn prepare_registered(
         &self,
         record: &MachineRecord,
         image: &godwit_image::Image,
@@ -253,7 +253,7 @@ impl Arrivals {
         has_disk: bool,
     ) -> Result<Machine, Fault> {
         let paths = MovePaths::of(&self.parts.dirs.run, record.in_migration()?);
-        let mut launch = self.parts.launcher.launch(record, image)?;
+        let mut launch = self.parts.launcher.launch(record, image).await?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
             launch.vmgenid = VmGenId::Keep(id);
@@ -390,13 +390,13 @@ impl Departures {
         let id = to.migration;
         Drives::drive(&leaving, async move {
             let mut sent = Sent::default();
-            let done = me.send_entered(&record, &machine, meeting, &mine, &mut sent).await;
+            let done = me.send_registered(&record, &machine, meeting, &mine, &mut sent).await;
             me.after_leaving(&record, &machine, done, sent).await
         });
         self.follow(id, &call).await
     }
 
-    async fn send_entered(
+    async fn send_registered(
         self: &Arc<Self>,
         record: &MachineRecord,
         machine: &Machine,

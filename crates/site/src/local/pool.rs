@@ -25,7 +25,7 @@ impl Starts {
         id: SubstrateId,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
-        let substrate = self.parts.substrates.pool.get(id).map_err(into_fault)?;
+        let substrate = self.parts.substrates.get(id).await?;
         if let Some(wanted) = new.content.filter(|wanted| *wanted != substrate.content()) {
             let found = substrate.content();
             return Err(into_fault(SubstrateError::OtherContent {
@@ -54,7 +54,7 @@ impl Starts {
             unfinished: Some(Unfinished::Activating),
         };
         self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
-        self.parts.room.check_memory(record.memory)?;
+        self.parts.room.check_memory(record.memory).await?;
         let image = self.parts.images.sound(&record).await?;
         let (owner, wanted) = self.parts.machines.register_starting(record.clone()).await?;
         call.progress(Progress {
@@ -65,7 +65,7 @@ impl Starts {
         let made = async {
             let cancel = wanted.child_token();
             let activating =
-                self.activate_entered(&record, &substrate, image.clone(), cancel.clone());
+                self.activate_registered(&record, &substrate, image.clone(), cancel.clone());
             tokio::pin!(activating);
             let activated = tokio::select! {
                 activated = &mut activating => activated?,
@@ -98,7 +98,7 @@ impl Starts {
         }
     }
 
-    async fn activate_entered(
+    async fn activate_registered(
         &self,
         record: &MachineRecord,
         substrate: &Substrate,
@@ -166,7 +166,8 @@ impl Starts {
 impl LocalSite {
     /// Who needs an image here, in words.
     pub(super) async fn image_users(&self, name: &Name) -> Result<Vec<String>, Fault> {
-        let substrates = self.parts.substrates.list()?.into_iter().filter(|s| s.image == *name);
+        let substrates =
+            self.parts.substrates.list().await?.into_iter().filter(|s| s.image == *name);
         let machines = self.parts.machines.records().await.into_iter().filter(|r| r.image == *name);
         Ok(substrates
             .map(|s| format!("substrate '{}'", s.name))

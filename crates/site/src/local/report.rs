@@ -21,13 +21,8 @@ impl LocalSite {
             self.parts.images.list().await?.into_iter().filter(|i| i.bytes > 0).map(|i| i.name).collect();
         let machines = self.parts.machines.list(&self.parts.room).await;
         let vms = machines.iter().filter(|m| m.state == godwit_types::VmState::Running).count();
-        let me = self.whole()?;
-        let held = tokio::task::spawn_blocking(move || {
-            me.parts.substrates.pool.forget_parts(godwit_substrate::KEPT);
-            me.parts.substrates.list()
-        })
-        .await
-        .map_err(|e| Fault::internal(e.to_string()))??;
+        self.parts.substrates.forget_parts().await?;
+        let held = self.parts.substrates.list().await?;
         let told = postcard::to_stdvec(&held)
             .map_err(|e| Fault::internal(format!("encoding the substrates: {e}")))?;
         let kvm = self.parts.launcher.has_kvm();

@@ -443,7 +443,10 @@ impl Departures {
         let record = self.next_attempt(&record).await?;
         let chain = match launch {
             Some(l) => l.disk,
-            None => self.parts.launcher.launch(&record, &self.parts.images.of(&record)?)?.disk,
+            None => {
+                let image = self.parts.images.of(&record)?;
+                self.parts.launcher.launch(&record, &image).await?.disk
+            }
         };
         let disk = self.source_disk(&record, chain)?;
         let meeting = self.parts.reach.meets(&to)?;

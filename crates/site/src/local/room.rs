@@ -1,6 +1,6 @@
 //! What a machine that comes needs room for on this host.
 
-use godwit_substrate::Pool;
+use godwit_substrate::AsyncPool;
 use godwit_types::{Code, Fault, Mib, Name};
 
 use super::{SiteDirs, report};
@@ -13,21 +13,22 @@ const DISK_MARGIN_MIB: u64 = 16;
 pub(super) struct Room {
     site: Name,
     dirs: SiteDirs,
-    pool: Pool,
+    pool: AsyncPool,
 }
 
 impl Room {
     /// Of the host with these directories; `pool` gives up memory that no machine maps.
-    pub(super) const fn new(site: Name, dirs: SiteDirs, pool: Pool) -> Self {
+    pub(super) const fn new(site: Name, dirs: SiteDirs, pool: AsyncPool) -> Self {
         Self { site, dirs, pool }
     }
 
     /// Refuses when a machine's RAM does not fit into what the host has left.
-    pub(super) fn check_memory(&self, memory: Mib) -> Result<(), Fault> {
+    pub(super) async fn check_memory(&self, memory: Mib) -> Result<(), Fault> {
         let mut free = report::ram_room_mib(&self.dirs.memory)?;
         if free < u64::from(memory.0) {
             // Memory that no machine maps is made again when it is needed.
-            self.pool.reclaim((u64::from(memory.0) - free) << 20);
+            let lacking = (u64::from(memory.0) - free) << 20;
+            let _ = self.pool.start(move |pool| pool.reclaim(lacking)).await;
             free = report::ram_room_mib(&self.dirs.memory)?;
         }
         if u64::from(memory.0) <= free {

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use godwit_substrate::Pool;
 use godwit_types::chain;
 
 use super::LocalSite;
@@ -27,7 +28,7 @@ pub(super) fn start(site: &Arc<LocalSite>, every: Option<Duration>) {
             let (pool, images) =
                 (site.parts.substrates.pool.clone(), site.parts.images.cache().clone());
             drop(site);
-            let work = move || {
+            let work = move |pool: &Pool| {
                 let threads =
                     std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(2));
                 let nice = |_| {
@@ -38,19 +39,19 @@ pub(super) fn start(site: &Arc<LocalSite>, every: Option<Duration>) {
                     .num_threads(threads)
                     .start_handler(nice)
                     .build();
-                let done = workers.map(|workers| workers.install(|| scrub(&pool, &images)));
+                let done = workers.map(|workers| workers.install(|| scrub(pool, &images)));
                 if let Err(error) = done {
                     tracing::warn!(%error, "nothing was checked in the background");
                 }
             };
-            if let Err(error) = tokio::task::spawn_blocking(work).await {
+            if let Err(error) = pool.start(work).await {
                 tracing::error!(%error, "checking in the background");
             }
         }
     });
 }
 
-fn scrub(pool: &godwit_substrate::Pool, images: &godwit_image::ImageCache) {
+fn scrub(pool: &Pool, images: &godwit_image::ImageCache) {
     match pool.check() {
         Ok(report) if report.is_clean() => {
             tracing::info!(

@@ -74,7 +74,7 @@ impl Starts {
             reason: None,
             unfinished: None,
         };
-        self.parts.room.check_memory(record.memory)?;
+        self.parts.room.check_memory(record.memory).await?;
         let (owner, wanted) = self.parts.machines.register_starting(record.clone()).await?;
         match self.boot_new(&owner, &record, &image, &call, &wanted).await {
             Ok(()) => self.started(&owner, &wanted).await,
@@ -154,7 +154,7 @@ impl Starts {
         // Memory of an earlier run is of no use to a boot.
         remove_file(&self.parts.dirs.vm_memory(record.vm))?;
         let machine =
-            self.parts.launcher.launch(record, image)?.spawn().await.map_err(into_fault)?;
+            self.parts.launcher.launch(record, image).await?.spawn().await.map_err(into_fault)?;
         if let Err(f) = owner.ask(Booting::new(machine.clone(), wanted)).await {
             machine.kill().await;
             return Err(f);

@@ -146,7 +146,7 @@ impl Ask for Prepare {
         if e.record.desired == DesiredState::Gone {
             return Err(Fault::conflict(format!("the move of '{}' was taken back", record.name)));
         }
-        let prepared = arrivals.prepare_entered(&record, &image, &manifest, met).await?;
+        let prepared = arrivals.prepare_registered(&record, &image, &manifest, met).await?;
         e.machine = Some(prepared.0.clone());
         e.doing.end();
         Ok(prepared)

@@ -82,7 +82,7 @@ impl Ask for PowerOff {
         }
         e.record.generation = self.generation;
         if let Some(Unfinished::Docking { substrate, .. }) = e.record.unfinished
-            && self.parts.substrates.has(substrate)
+            && self.parts.substrates.has(substrate).await
         {
             return Err(bury_docked(&self.parts, e, substrate).await?);
         }

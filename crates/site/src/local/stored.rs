@@ -15,8 +15,8 @@ use crate::{Call, MachineStatus, NewMachine, Origin};
 impl LocalSite {
     /// How large the disk of a machine is that is made of that.
     pub(super) async fn disk_of(&self, of: Origin) -> Result<u64, Fault> {
-        let (cache, pool) = (self.parts.images.cache().clone(), self.parts.substrates.pool.clone());
-        let image = tokio::task::spawn_blocking(move || match of {
+        let cache = self.parts.images.cache().clone();
+        let image = self.parts.substrates.pool.start(move |pool| match of {
             Origin::Image(name) => cache.get(&name).map_err(|e| Fault::of(&e)),
             Origin::Substrate(id) | Origin::StoredDisk(id) => {
                 let s = pool.get(id).map_err(into_fault)?;
@@ -37,7 +37,7 @@ impl Starts {
         id: SubstrateId,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
-        let substrate = self.parts.substrates.pool.get(id).map_err(into_fault)?;
+        let substrate = self.parts.substrates.get(id).await?;
         let record = MachineRecord {
             vm: new.vm,
             name: new.name,
@@ -57,7 +57,7 @@ impl Starts {
             unfinished: None,
         };
         self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
-        self.parts.room.check_memory(record.memory)?;
+        self.parts.room.check_memory(record.memory).await?;
         let image = self.parts.substrates.sound_disk(&self.parts.images, &record).await?;
         let (owner, wanted) = self.parts.machines.register_starting(record.clone()).await?;
         self.parts.substrates.pool.note_clone(id, record.vm);

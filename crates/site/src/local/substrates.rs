@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use godwit_image::Image;
 use godwit_qemu::{Confine, MemoryGroups};
-use godwit_substrate::{Pool, PoolDirs, Shells, Substrate, SubstrateError};
+use godwit_substrate::{AsyncPool, Pool, PoolDirs, Shells, Substrate, SubstrateError};
 use godwit_types::{DockReport, Fault, Mib, Name, SubstrateId, chain};
 
 use super::images::Images;
@@ -19,7 +19,7 @@ pub(super) struct Substrates {
     pub(super) site: Name,
     /// Where they are kept.
     data: PathBuf,
-    pub(super) pool: Pool,
+    pub(super) pool: AsyncPool,
     pub(super) shells: Shells,
     /// QEMUs that wait for each substrate that was activated recently.
     pub(super) wanted: usize,
@@ -27,13 +27,15 @@ pub(super) struct Substrates {
 
 impl Substrates {
     /// Those in the site's directories. QEMUs that wait are confined as machines are.
-    pub(super) fn open(
+    pub(super) async fn open(
         name: Name,
         dirs: &SiteDirs,
         site: &SiteOptions,
         (confine, groups): (&Option<Confine>, &Option<MemoryGroups>),
     ) -> Result<Self, Fault> {
-        let pool = Self::open_pool(dirs, site)?;
+        let (here, options) = (dirs.clone(), site.clone());
+        let opening = tokio::task::spawn_blocking(move || Self::open_pool(&here, &options));
+        let pool = AsyncPool::from(opening.await.map_err(join_error)??);
         let shells = waiting::shells(&pool, dirs, confine.clone(), groups.clone());
         let data = dirs.data.clone();
         Ok(Self { site: name, data, pool, shells, wanted: site.waiting })
@@ -60,28 +62,42 @@ impl Substrates {
     }
 
     /// The substrates that are here.
-    pub(super) fn list(&self) -> Result<Vec<SubstrateInfo>, Fault> {
-        let all = self.pool.list().map_err(into_fault)?;
+    pub(super) async fn list(&self) -> Result<Vec<SubstrateInfo>, Fault> {
+        let all = self.pool.run("listing substrates", Pool::list).await.map_err(into_fault)?;
         Ok(all.iter().map(|s| info(s, None)).collect())
     }
 
+    /// Gives up what came in part and was kept for long enough.
+    pub(super) async fn forget_parts(&self) -> Result<(), Fault> {
+        let forgetting = self.pool.start(|pool| pool.forget_parts(godwit_substrate::KEPT));
+        forgetting.await.map_err(join_error)
+    }
+
+    /// The one of that id.
+    pub(super) async fn get(&self, id: SubstrateId) -> Result<Substrate, Fault> {
+        let found = self.pool.run("looking for a substrate", move |pool| pool.get(id)).await;
+        found.map_err(into_fault)
+    }
+
     /// Whether there is one of that id.
-    pub(super) fn has(&self, id: SubstrateId) -> bool {
+    pub(super) async fn has(&self, id: SubstrateId) -> bool {
+        let found = self.pool.run("looking for a substrate", move |pool| pool.get(id)).await;
         // One that cannot be read is there all the same.
-        !matches!(self.pool.get(id), Err(SubstrateError::NotFound(_)))
+        !matches!(found, Err(SubstrateError::NotFound(_)))
     }
 
     /// Removes one, and the QEMUs that wait for it.
     pub(super) async fn delete(&self, id: SubstrateId) -> Result<(), Fault> {
         self.shells.drop_line(id).await;
-        let pool = self.pool.clone();
-        blocking(move || pool.delete(id)).await
+        let removed = self.pool.run("removing a substrate", move |pool| pool.delete(id)).await;
+        removed.map_err(into_fault)
     }
 
     /// What the pool holds.
     pub(super) async fn report(&self) -> Result<PoolReport, Fault> {
-        let substrates = self.pool.list().map_err(into_fault)?;
-        let stats = self.pool.store().stats().map_err(into_fault)?;
+        let looking = |pool: &Pool| Ok((pool.list()?, pool.store().stats()?));
+        let looked = self.pool.run("looking at the pool", looking).await;
+        let (substrates, stats) = looked.map_err(into_fault)?;
         Ok(PoolReport {
             substrates: substrates.len() as u64,
             units: stats.units,
@@ -97,16 +113,16 @@ impl Substrates {
 
     /// Reads all that is stored, and the images, and tells what is damaged.
     pub(super) async fn check(&self, images: &Images) -> Result<CheckReport, Fault> {
-        let pool = self.pool.clone();
-        let found = blocking(move || pool.check()).await?;
+        let checking = |pool: &Pool| Ok((pool.check()?, pool.store().dir().display().to_string()));
+        let checked = self.pool.run("checking the pool", checking).await;
+        let (found, store) = checked.map_err(into_fault)?;
         let mut damaged: Vec<String> =
             found.store.damaged.iter().map(ToString::to_string).collect();
         let named = |what: &'static str| move |h: &godwit_types::Hash| format!("unit {h}: {what}");
         damaged.extend(found.store.index.iter().map(|why| {
             format!(
-                "the index of the store in {}: {why}; what it holds can be used until this daemon ends: \
-                 export what is nowhere else before that",
-                self.pool.store().dir().display()
+                "the index of the store in {store}: {why}; what it holds can be used until this daemon \
+                 ends: export what is nowhere else before that"
             )
         }));
         damaged.extend(found.store.bad_entries.iter().map(named("its index entry is malformed")));
@@ -135,7 +151,8 @@ impl Substrates {
         others.retain(|other| *other != id);
         others.sort_unstable();
         for other in others {
-            if self.pool.memory_fits(id) && room.check_memory(memory).is_ok() {
+            let fits = self.pool.start(move |pool| pool.memory_fits(id)).await;
+            if fits.unwrap_or(false) && room.check_memory(memory).await.is_ok() {
                 return;
             }
             self.shells.drop_line(other).await;
@@ -150,8 +167,9 @@ impl Substrates {
     ) -> Result<Image, Fault> {
         let image = images.sound(record).await?;
         if let DiskBase::Substrate(id) = record.disk_base {
-            let (pool, here) = (self.pool.clone(), image.clone());
-            blocking(move || pool.prepare_layer(id, &here).map(drop)).await?;
+            let here = image.clone();
+            let layer = move |pool: &Pool| pool.prepare_layer(id, &here).map(drop);
+            self.pool.run("making sure of a disk layer", layer).await.map_err(into_fault)?;
         }
         Ok(image)
     }
@@ -159,8 +177,7 @@ impl Substrates {
     /// Makes what every activation of a substrate needs, so that the first one does not wait for it;
     /// its memory only where that is within the budget beside what is in use.
     pub(super) fn make_ready(&self, id: SubstrateId, image: Image) {
-        let pool = self.pool.clone();
-        tokio::task::spawn_blocking(move || {
+        self.pool.start(move |pool| {
             let ready = if pool.memory_fits(id) {
                 pool.prepare(id, &image).map(drop)
             } else {
@@ -171,12 +188,6 @@ impl Substrates {
             }
         });
     }
-}
-
-pub(super) async fn blocking<T: Send + 'static>(
-    job: impl FnOnce() -> Result<T, SubstrateError> + Send + 'static,
-) -> Result<T, Fault> {
-    tokio::task::spawn_blocking(job).await.map_err(join_error)?.map_err(into_fault)
 }
 
 pub(super) fn info(s: &Substrate, dock: Option<DockReport>) -> SubstrateInfo {

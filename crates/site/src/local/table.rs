@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use godwit_qemu::Machine;
-use godwit_substrate::Pool;
+use godwit_substrate::AsyncPool;
 use godwit_types::{Fault, Generation, Mib, Name, SubstrateId, VmId};
 use tokio::sync::{Mutex, MutexGuard, RwLock};
 use tokio_util::sync::CancellationToken;
@@ -26,7 +26,7 @@ type All = BTreeMap<VmId, Owner>;
 pub(super) struct Machines {
     pub(super) site: Name,
     pub(super) dirs: SiteDirs,
-    pub(super) pool: Pool,
+    pub(super) pool: AsyncPool,
     all: RwLock<All>,
     tombs: Tombs,
     /// One promise of memory at a time, until its machine is entered.
@@ -42,7 +42,7 @@ impl Machines {
     pub(super) fn open(
         site: Name,
         dirs: SiteDirs,
-        pool: Pool,
+        pool: AsyncPool,
         (promise_bytes, visits): (Option<u64>, Arc<Visits>),
     ) -> Result<Self, Fault> {
         let tombs = Tombs::open(dirs.tombs())?;

@@ -125,7 +125,7 @@ async fn what_is_kept_of_machines_that_have_left_goes_first() {
     let machine = on_its_way(memory, End::Destination);
     me.parts.machines.register(machine, Doing::Nothing).await.expect("there is room");
     assert_eq!(me.parts.machines.visits.machines(), [second]);
-    me.parts.substrates.pool.reclaim(1);
+    me.parts.substrates.pool.start(|pool| pool.reclaim(1)).await.expect("reclaimed");
     assert_eq!(me.parts.machines.visits.bytes(), 0);
     assert!(!me.parts.dirs.vm_memory(first).exists(), "it lies where its machine had it");
     // With no room beside what is promised nothing is kept.
@@ -321,7 +321,7 @@ async fn a_machine_is_removed_while_what_nobody_knows_is_looked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_machine_that_was_docked_is_not_stopped_beside_its_substrate() {
+async fn a_machine_that_was_docked_is_not_stopped_next_to_its_substrate() {
     let place = site(Mib(4096)).await;
     let me = &place.site;
     for docked in [false, true] {

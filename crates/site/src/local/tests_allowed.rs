@@ -265,7 +265,7 @@ fn every_refusal_names_the_machine_and_says_what_to_do() {
 }
 
 #[test]
-fn nobody_is_told_to_delete_a_machine_that_runs_here_and_still_moves() {
+fn nobody_is_advised_to_delete_a_machine_that_runs_here_and_still_moves() {
     let hint = |record: &MachineRecord| {
         let state = State::of(record, &name("here"), Activity::Nothing, (Qemu::There, false));
         state.allows(Action::ForceStop).expect_err("its memory is nowhere else").hint()
@@ -291,7 +291,7 @@ fn a_migration_is_seen_by_its_own_id_only() {
 }
 
 #[test]
-fn what_is_told_to_the_center() {
+fn what_is_reported_to_the_center() {
     let told = |phase: usize, life| {
         let (r, doing) = phases().swap_remove(phase);
         let state = State::of(&r, &name("here"), doing, (Qemu::Gone, false));

@@ -7,7 +7,7 @@
 
 use godwit_image::Image;
 use godwit_qemu::{Accel, Confine, Machine, MemoryGroups};
-use godwit_substrate::{Place, Pool, Shells};
+use godwit_substrate::{AsyncPool, Place, Shells};
 use godwit_types::{SubstrateId, VmId};
 
 use super::dirs::WAITING;
@@ -19,7 +19,7 @@ const MOST_LINES: usize = 4;
 
 /// The waiting QEMUs of a site: none yet.
 pub(super) fn shells(
-    pool: &Pool,
+    pool: &AsyncPool,
     dirs: &SiteDirs,
     confine: Option<Confine>,
     groups: Option<MemoryGroups>,
@@ -73,7 +73,7 @@ impl Substrates {
                     break;
                 }
                 shells.drop_line(*old).await;
-                pool.reclaim(pool.over_budget());
+                let _ = pool.start(|pool| pool.reclaim(pool.over_budget())).await;
             }
             if let Err(error) = shells.keep(id, image, accel, wanted).await {
                 tracing::warn!(%id, %error, "no QEMU waits for a substrate");

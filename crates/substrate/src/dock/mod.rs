@@ -34,6 +34,7 @@ use crate::agent::{
     AFTER_ACTIVATE, BEFORE_DOCK, CARD_KEPT, END_BEFORE_DOCK, GENERALISE, IS_NOBODY, KEEP_CARD,
     SHELL, run_script,
 };
+use crate::async_pool::{AsyncPool, on_thread};
 use crate::error::SubstrateError;
 use crate::identity::{Identity, environment};
 use crate::manifest::Substrate;
@@ -116,10 +117,10 @@ impl DockStop {
 /// what the machine, the disk and the store say.
 pub async fn dock_convert(
     machine: &Machine,
-    pool: &Pool,
+    pool: &AsyncPool,
     request: DockRequest,
 ) -> Result<(Substrate, DockReport), SubstrateError> {
-    let (machine, pool) = (machine.clone(), pool.clone());
+    let (machine, pool) = (machine.clone(), pool.inner().clone());
     let docking = tokio::spawn(async move { convert(machine, pool, request).await });
     // Of one that panicked nobody knows how far it has come.
     let unknown = || Box::new(SubstrateError::Worker("docking"));
@@ -133,10 +134,12 @@ async fn convert(
     pool: Pool,
     request: DockRequest,
 ) -> Result<(Substrate, DockReport), SubstrateError> {
-    let launch = machine.launch();
+    let (launch, stop) = (machine.launch(), request.stop.clone());
+    let nics = launch.nics.clone();
     let phases = Phases::start();
-    let plan = Plan::of(&machine, &launch, &pool, &request)?;
-    let planned = Docking::planned(machine, pool, launch.nics, plan, (request.stop, phases));
+    let (of, into) = (machine.clone(), pool.clone());
+    let plan = on_thread("planning a docking", move || Plan::of(&of, &launch, &into, &request));
+    let planned = Docking::planned(machine, pool, nics, plan.await?, (stop, phases));
     let published = planned.quiesce().await?.stop().await?.store().await?.publish().await?;
     Ok(published.end().await)
 }

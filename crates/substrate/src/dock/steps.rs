@@ -14,7 +14,7 @@
 //! published is [`Docking::end`] alone, so whatever lets it run on from there is another method of
 //! [`Published`].
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use godwit_qemu::{BlockInUse, Machine, Nic};
@@ -23,6 +23,7 @@ use godwit_types::{DockReport, Phases, SubstrateId, SubstrateKind};
 
 use super::plan::{Ahead, Plan, StoredParts};
 use super::{DockStop, quiesce, run_on};
+use crate::async_pool::on_thread;
 use crate::error::SubstrateError;
 use crate::manifest::Substrate;
 use crate::memory::SealedMemory;
@@ -177,7 +178,14 @@ impl<M: Subject, S: Step> Docking<M, S> {
     /// was. Gives the reason, and whether the machine does not run on yet.
     pub(super) async fn undo(self, why: SubstrateError) -> SubstrateError {
         self.step.cease().await;
-        self.pool.undo(self.id);
+        let (pool, id) = (self.pool.clone(), self.id);
+        let undone = on_thread("undoing a docking", move || {
+            pool.undo(id);
+            Ok(())
+        });
+        if let Err(error) = undone.await {
+            tracing::error!(%id, %error, "what is left of it goes when the pool opens next");
+        }
         if !S::TOUCHED {
             return why;
         }
@@ -199,14 +207,6 @@ impl<M: Subject, S: Step> Docking<M, S> {
             Err(why) => Err(self.undo(why).await),
         }
     }
-}
-
-/// What a step takes that keeps a thread busy.
-async fn by_worker<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, SubstrateError> + Send + 'static,
-) -> Result<T, SubstrateError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or(Err(SubstrateError::Worker("docking")))
 }
 
 impl<M: Subject> Docking<M, Planned> {
@@ -263,7 +263,7 @@ impl<M: Subject> Docking<M, Stopped> {
     pub(super) async fn store(self) -> Result<Docking<M, Stored>, SubstrateError> {
         let stop = self.stop.clone();
         let (me, Stopped { plan, mut writer, blocks, pause }) = self.split_step();
-        let stored = by_worker(move || {
+        let stored = on_thread("docking", move || {
             let memory = plan.own_memory();
             let (parts, memory_at) = plan.store(&mut writer, &blocks, &stop)?;
             Ok((Stored { parts, writer, memory, pause }, memory_at))
@@ -281,7 +281,7 @@ impl<M: Subject> Docking<M, Stored> {
     pub(super) async fn publish(self) -> Result<Docking<M, Published>, SubstrateError> {
         let (stop, pool) = (self.stop.clone(), self.pool.clone());
         let (me, Stored { parts, writer, memory, pause }) = self.split_step();
-        let published = by_worker(move || {
+        let published = on_thread("docking", move || {
             stop.commit()?;
             let StoredParts { substrate, pages, parts } = parts;
             let substrate = pool.publish(substrate, &parts, writer)?;
@@ -294,6 +294,24 @@ impl<M: Subject> Docking<M, Stored> {
     }
 }
 
+/// Makes the memory file of a machine that has ended the sealed one of substrate `id`, which takes
+/// `bytes`.
+fn seal_memory(
+    pool: &Pool,
+    (id, bytes): (SubstrateId, u64),
+    path: &Path,
+    pages: &PageMap,
+) -> Result<(), SubstrateError> {
+    // As an idle one's, it goes to where others have to give way; else it is laid out when it is
+    // needed.
+    let _room = pool.make_room(id, bytes);
+    if !pool.memory_fits(id) {
+        tracing::info!(%id, "memory file not taken over: it is over the budget");
+        return Ok(());
+    }
+    SealedMemory::hand_over(path, pages, &pool.memory_path(id)).map(drop)
+}
+
 impl<M: Subject> Docking<M, Published> {
     /// Ends the machine; a memory file of its own becomes the substrate's sealed one.
     pub(super) async fn end(self) -> (Substrate, DockReport) {
@@ -302,15 +320,13 @@ impl<M: Subject> Docking<M, Published> {
         // Killed, not asked to quit: after its STOP it must not touch its memory any more.
         machine.kill().await;
         godwit_hold::at("dock.ended").await;
-        if let Some(path) = &memory {
-            // As an idle one's, it goes to where others have to give way; else it is laid out when it
-            // is needed.
-            let _room = pool.make_room(substrate.id, substrate.sizes.memory_bytes);
-            let sealed = pool.memory_path(substrate.id);
-            if !pool.memory_fits(substrate.id) {
-                tracing::info!(id = %substrate.id, "memory file not taken over: it is over the budget");
-            } else if let Err(error) = SealedMemory::hand_over(path, &pages, &sealed) {
-                tracing::info!(%error, "memory file not taken over; it is laid out at the first activation");
+        if let Some(path) = memory {
+            let (id, bytes) = (substrate.id, substrate.sizes.memory_bytes);
+            let sealing = on_thread("sealing the memory", move || {
+                seal_memory(&pool, (id, bytes), &path, &pages)
+            });
+            if let Err(error) = sealing.await {
+                tracing::info!(%id, %error, "memory file not taken over; it is laid out at the first activation");
             }
         }
         phases.end("release");

@@ -241,7 +241,7 @@ async fn a_docking_is_stopped_on_request_before_its_commit_and_not_behind_it() {
 }
 
 #[tokio::test]
-async fn a_machine_that_does_not_run_on_is_said_to() {
+async fn a_machine_that_does_not_run_on_is_reported() {
     let place = Place::new(1 << 30);
     // Undone by whoever holds it, at any step.
     let stopped = async { place.planned("run on").quiesce().await?.stop().await };

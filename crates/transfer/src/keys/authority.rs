@@ -375,10 +375,10 @@ impl Authority {
         lifetime: u64,
     ) -> Result<Vec<u8>, KeyError> {
         let (public_key, _) = parse_request(csr)?;
-        self.issue_entered(&mut self.lock(), &public_key, name, kind, lifetime)
+        self.issue_recorded(&mut self.lock(), &public_key, name, kind, lifetime)
     }
 
-    fn issue_entered(
+    fn issue_recorded(
         &self,
         state: &mut State,
         public_key: &rcgen::PublicKey,
@@ -416,7 +416,7 @@ impl Authority {
         if recent.count() >= MAX_RECENT {
             return Err(KeyError::BadRequest { why: "the site was given too many of late" });
         }
-        self.issue_entered(&mut state, &public_key, &peer.name, peer.kind, self.life)
+        self.issue_recorded(&mut state, &public_key, &peer.name, peer.kind, self.life)
     }
 
     /// Whether the authority knows that it made the certificate with this number.

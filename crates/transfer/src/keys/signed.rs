@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_center_is_heard_above_what_it_sent_before() {
+    fn a_restored_center_is_obeyed_above_what_it_sent_before() {
         let dir = tempfile::tempdir().expect("dir");
         let at = dir.path().join("a");
         let authority = Authority::create(&at).expect("authority");

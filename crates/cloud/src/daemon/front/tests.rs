@@ -161,7 +161,7 @@ async fn people_at_a_site_ask_the_center_as_themselves_and_the_site_as_nobody() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_site_sees_the_tokens_that_pass_so_no_operator_is_heard_there_and_no_token_made() {
+async fn a_site_sees_the_tokens_that_pass_so_no_operator_is_accepted_there_and_no_token_made() {
     let p = place().await;
     let root = p.user("default", "root", Role::Operator);
     for token in ["Bearer secret", &root] {

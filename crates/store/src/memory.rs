@@ -4,25 +4,19 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
 
-use bytes::Bytes;
 use godwit_types::Hash;
+use rayon::prelude::*;
 
-use crate::encode::Encoding;
-use crate::lock;
+use crate::error::StoreError;
+use crate::tier::{EncodedUnit, Tier, Wanted};
+use crate::{UNIT, lock};
 
 const SHARDS: usize = 16;
 /// What an entry costs beside its body, in bytes (map and queue).
 const OVERHEAD: u64 = 112;
 
-#[derive(Clone)]
-pub(crate) struct Cached {
-    pub(crate) encoding: Encoding,
-    pub(crate) raw: u16,
-    pub(crate) body: Bytes,
-}
-
 struct Entry {
-    unit: Cached,
+    unit: EncodedUnit,
     used: bool,
 }
 
@@ -33,12 +27,12 @@ struct Shard {
     bytes: u64,
 }
 
-pub(crate) struct Cache {
+pub(crate) struct MemoryTier {
     shards: Vec<Mutex<Shard>>,
     limit_per_shard: u64,
 }
 
-impl Cache {
+impl MemoryTier {
     pub(crate) fn new(limit_bytes: u64) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
@@ -50,14 +44,15 @@ impl Cache {
         &self.shards[usize::from(hash.0[0]) % SHARDS]
     }
 
-    pub(crate) fn get(&self, hash: &Hash) -> Option<Cached> {
+    fn find(&self, hash: &Hash) -> Option<EncodedUnit> {
         let mut s = lock(self.shard(hash));
         let e = s.map.get_mut(hash)?;
         e.used = true;
         Some(e.unit.clone())
     }
 
-    pub(crate) fn put(&self, hash: Hash, unit: Cached) {
+    /// Keeps a unit that the packs hold, as long as there is room.
+    pub(crate) fn put(&self, hash: Hash, unit: EncodedUnit) {
         let cost = unit.body.len() as u64 + OVERHEAD;
         if cost > self.limit_per_shard {
             return;
@@ -92,27 +87,52 @@ impl Cache {
     }
 }
 
+impl Tier for MemoryTier {
+    fn get(&self, hash: &Hash) -> Result<Option<EncodedUnit>, StoreError> {
+        Ok(self.find(hash))
+    }
+
+    fn get_many<E, F>(&self, wanted: Vec<Wanted>, each: &F) -> Result<Vec<Wanted>, E>
+    where
+        E: From<StoreError> + Send,
+        F: Fn(usize, &[u8]) -> Result<(), E> + Sync,
+    {
+        let hits: Vec<Option<EncodedUnit>> =
+            wanted.par_iter().with_min_len(256).map(|(_, h)| self.find(h)).collect();
+        wanted.par_iter().zip(&hits).with_min_len(64).try_for_each(|((i, _), hit)| match hit {
+            Some(unit) => each(*i, unit.decode(&mut [0; UNIT])?),
+            None => Ok(()),
+        })?;
+        let asked = wanted.into_iter().zip(hits);
+        Ok(asked.filter(|(_, hit)| hit.is_none()).map(|(wanted, _)| wanted).collect())
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use bytes::Bytes;
 
-    fn unit(n: u32) -> (Hash, Cached) {
+    use super::*;
+    use crate::encode::Encoding;
+
+    fn unit(n: u32) -> (Hash, EncodedUnit) {
         let body = Bytes::from(vec![n as u8; 1000]);
-        (Hash::of(&n.to_le_bytes()), Cached { encoding: Encoding::Raw, raw: 1000, body })
+        let unit = EncodedUnit { encoding: Encoding::Raw, raw_len: 1000, body };
+        (Hash::of(&n.to_le_bytes()), unit)
     }
 
     #[test]
     fn the_limit_holds_and_what_is_in_use_stays() {
         let limit = 400 * 1112;
-        let cache = Cache::new(limit);
+        let memory = MemoryTier::new(limit);
         let (hot, u) = unit(0);
-        cache.put(hot, u);
+        memory.put(hot, u);
         for n in 1..5000 {
             let (h, u) = unit(n);
-            cache.put(h, u);
-            assert!(cache.get(&hot).is_some(), "after {n}");
-            assert!(cache.used().1 <= limit);
+            memory.put(h, u);
+            assert!(memory.find(&hot).is_some(), "after {n}");
+            assert!(memory.used().1 <= limit);
         }
-        assert!(cache.get(&unit(1).0).is_none());
+        assert!(memory.find(&unit(1).0).is_none());
     }
 }
