@@ -76,13 +76,17 @@ fn what_is_in_use_stays_and_the_least_recently_used_goes() {
 fn memory_is_opened_within_the_budget_and_stays_while_it_is_open() {
     let (pool, ids, image, _dir) = pool(2);
     let content = pool.get(ids[0]).expect("there").content();
+    let one = pages().len() as u64 * PAGE_SIZE as u64;
+    let to_open = |n: usize| pool.memory_to_open(ids[n]).expect("there");
     let used = pool.prepare(ids[1], &image).expect("ready");
+    assert_eq!([to_open(0), to_open(1)], [(one, one), (0, 0)]);
     pool.set_memory_budget(PAGE_SIZE as u64);
     let full = pool.open_memory(ids[0], content).expect_err("beyond the budget");
     assert_eq!(full.code(), Code::NoRoom);
     assert!(!memory_of(&pool, ids[0]).exists(), "nothing is laid out for it");
     pool.set_memory_budget(u64::MAX);
     drop(used);
+    assert_eq!(to_open(1), (one, 0), "it is idle");
     let other = pool.open_memory(ids[0], Hash::of(b"other")).expect_err("another content");
     assert_eq!(other.code(), Code::NotFound);
 

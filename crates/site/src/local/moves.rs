@@ -204,7 +204,8 @@ impl Arrivals {
         };
         let has_disk = disk.is_some();
         let memory = self.parts.dirs.vm_memory(record.vm);
-        let part = (Part::Whole, GuestMemory::of_arrival(&memory, record.memory)?);
+        let left = self.parts.machines.lend_visit(record).await;
+        let part = (Part::Whole, GuestMemory::of_arrival(&memory, record.memory, left)?);
         let relay = self.parts.relays.start(record, self.parts.reach.awaits(), disk, part).await?;
         let address = self.parts.reach.reported_address(&relay).await?;
         let mut launch = self.parts.launcher.launch(record, image)?;
@@ -275,8 +276,7 @@ impl Arrivals {
                 Err(e @ MoveError::Cancelled { .. }) => {
                     let fault = me.parts.room.blame(Fault::of(&e));
                     if relay.status().doubt {
-                        me.parts.relays.held.doubt(&record, &me.parts.images);
-                        me.parts.machines.visits.forget(record.vm);
+                        me.parts.doubt(&record);
                     }
                     me.undo(&record).await;
                     Err(fault)
@@ -364,8 +364,7 @@ impl Departures {
                 () = noted => sending.await,
             };
             if moved.is_err() && relay.status().doubt {
-                self.parts.relays.held.doubt(record, &self.parts.images);
-                self.parts.machines.visits.forget(record.vm);
+                self.parts.doubt(record);
             }
             moved?;
         }
