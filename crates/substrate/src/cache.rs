@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, TryLockError};
 
 use godwit_types::{PAGE_SIZE, SubstrateId};
 
+use crate::error::SubstrateError;
 use crate::pool::{Pool, Spare, lock};
 
 /// Which sealed memory was used when, and what is in use now.
@@ -165,6 +166,18 @@ impl Pool {
         let others = self.sealed().into_iter().filter(|s| s.id != id && !s.idle);
         let others = others.map(|s| s.bytes).sum::<u64>() + self.inner.cache.coming_beside(id);
         others.saturating_add(substrate.sizes.memory_bytes) <= self.memory_budget()
+    }
+
+    /// How many bytes more are in use once the sealed memory of a substrate is opened, and how many of
+    /// them are to be made first.
+    ///
+    /// # Errors
+    /// [`SubstrateError::NotFound`], a damaged manifest.
+    pub fn memory_to_open(&self, id: SubstrateId) -> Result<(u64, u64), SubstrateError> {
+        let bytes = self.get(id)?.sizes.memory_bytes;
+        let there = self.sealed().into_iter().find(|s| s.id == id);
+        let lacks = |there: bool| if there { 0 } else { bytes };
+        Ok((lacks(there.as_ref().is_some_and(|s| !s.idle)), lacks(there.is_some())))
     }
 
     /// Makes room for `more` bytes of sealed memory of a substrate, or for the one it has, within the

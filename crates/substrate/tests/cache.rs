@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{bundle, feed, image, name, open, pages};
+use common::{bundle, feed, image, memory_bytes, name, open};
 use godwit_substrate::{Becomes, Import, Pool};
 use godwit_types::{Code, CodedError, Hash, PAGE_SIZE, SubstrateId, VmId};
 
@@ -25,7 +25,7 @@ fn pool(n: usize) -> (Pool, Vec<SubstrateId>, godwit_image::Image, tempfile::Tem
 #[test]
 fn more_substrates_than_the_budget_holds_are_all_prepared_within_it() {
     let (pool, ids, image, _dir) = pool(12);
-    let one = pages().len() as u64 * PAGE_SIZE as u64;
+    let one = memory_bytes();
     pool.set_memory_budget(3 * one);
     let mut memories = std::collections::HashSet::new();
     for round in 0..2 {
@@ -46,7 +46,7 @@ fn more_substrates_than_the_budget_holds_are_all_prepared_within_it() {
 #[test]
 fn what_is_in_use_stays_and_the_least_recently_used_goes() {
     let (pool, ids, image, _dir) = pool(5);
-    let one = pages().len() as u64 * PAGE_SIZE as u64;
+    let one = memory_bytes();
     pool.set_memory_budget(3 * one);
     let there = |n: usize| pool.sealed_bytes().0 > 0 && memory_of(&pool, ids[n]).exists();
     let held = pool.prepare(ids[0], &image).expect("ready");
@@ -76,13 +76,17 @@ fn what_is_in_use_stays_and_the_least_recently_used_goes() {
 fn memory_is_opened_within_the_budget_and_stays_while_it_is_open() {
     let (pool, ids, image, _dir) = pool(2);
     let content = pool.get(ids[0]).expect("there").content();
+    let one = memory_bytes();
+    let to_open = |n: usize| pool.memory_to_open(ids[n]).expect("there");
     let used = pool.prepare(ids[1], &image).expect("ready");
+    assert_eq!([to_open(0), to_open(1)], [(one, one), (0, 0)]);
     pool.set_memory_budget(PAGE_SIZE as u64);
     let full = pool.open_memory(ids[0], content).expect_err("beyond the budget");
     assert_eq!(full.code(), Code::NoRoom);
     assert!(!memory_of(&pool, ids[0]).exists(), "nothing is laid out for it");
     pool.set_memory_budget(u64::MAX);
     drop(used);
+    assert_eq!(to_open(1), (one, 0), "it is idle");
     let other = pool.open_memory(ids[0], Hash::of(b"other")).expect_err("another content");
     assert_eq!(other.code(), Code::NotFound);
 

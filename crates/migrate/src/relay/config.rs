@@ -80,7 +80,7 @@ pub struct RelayConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<HeldMemory>,
     /// An earlier visit of the machine to the destination: its marks at the source, its memory at the
-    /// destination ([`Given::visit`]); as `held`, not after a break.
+    /// destination ([`Given::visit`], and under it [`Given::sealed`]); as `held`, not after a break.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub visit: Option<Visit>,
     /// At the source, where its QEMU has the memory of a machine that is a private copy of sealed memory:

@@ -25,7 +25,7 @@ use super::fill::{Filler, PING_EMPTIED, Requests, Zeros, check_size, with_presen
 use super::frame::{Kind, open};
 use super::known::{HeldHere, KnownMemory, ReferError, expand};
 use super::meet::meet;
-use super::visit::{Arrived, Visit, pages_in};
+use super::visit::{Arrived, Left, Visit};
 use super::waits::{Channel, Waits};
 use super::wire::{About, NEWEST, Note, REFERS, VISITS, recv_note, send_note};
 use super::{
@@ -51,8 +51,8 @@ type Opened<'a> = (Option<&'a BlockDevice>, &'a CommitFile, Known, Option<Receiv
 pub(super) struct Known {
     /// The memory of a substrate, which the source may hold, too.
     pub(super) held: Option<(Hash, KnownMemory)>,
-    /// What the machine left here.
-    pub(super) visit: Option<(Visit, File)>,
+    /// What the machine left here, and the sealed memory under it.
+    pub(super) visit: Option<(Visit, File, Option<File>)>,
     /// Where marks of its pages are written.
     pub(super) arrived: Option<File>,
     /// The machine's memory itself.
@@ -202,12 +202,12 @@ async fn work(
     if refers && *version >= VISITS && memory.is_some() {
         send_note(&mut steering.0, Note::Fills).await?;
     }
-    if let Some((visit, memory)) = known.visit.filter(|_| refers && *version >= VISITS) {
-        let opened = pages_in(&memory).and_then(|pages| Ok((pages, KnownMemory::new(memory)?)));
-        match opened {
-            Ok((pages, memory)) => {
+    if let Some((visit, memory, under)) = known.visit.filter(|_| refers && *version >= VISITS) {
+        match Left::new(memory, under) {
+            Ok(left) => {
+                let pages = left.pages();
                 send_note(&mut steering.0, Note::Visited { visit, pages }).await?;
-                here.visit = Some(memory);
+                here.visit = Some(left);
             }
             Err(error) => tracing::warn!(%error, "what the machine left here is of no use"),
         }

@@ -54,7 +54,8 @@ pub struct Given {
     /// At the source, which pages that process has written to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pagemap: Option<i32>,
-    /// At the source, the sealed memory that its machine has a private copy of, for reading.
+    /// The sealed memory that the machine has a private copy of, for reading; at the destination the one
+    /// that what it left there was a copy of ([`Given::visit`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sealed: Option<i32>,
     /// At the destination, the end of a pipe from which a byte comes once its QEMU listens; closed

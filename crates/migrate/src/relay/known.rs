@@ -28,7 +28,7 @@ use godwit_qemu::stream::{Content, Page, Record};
 use godwit_types::{BLOCK_SIZE, PAGE_SIZE};
 
 use super::frame::Kind;
-use super::visit::Visited;
+use super::visit::{Left, Visited};
 
 /// Pages of a memory file that are read at once.
 const WINDOW: u64 = 16;
@@ -110,7 +110,7 @@ impl KnownMemory {
     }
 
     /// Page `number`; `None` beyond the end.
-    fn page(&mut self, number: u64) -> std::io::Result<Option<&[u8]>> {
+    pub(crate) fn page(&mut self, number: u64) -> std::io::Result<Option<&[u8]>> {
         if number >= self.pages {
             return Ok(None);
         }
@@ -160,8 +160,8 @@ fn read_block(base: &File, number: u32, block: &mut [u8; BLOCK_SIZE]) -> std::io
 pub(crate) struct HeldHere {
     pub(crate) memory: Option<KnownMemory>,
     pub(crate) base: Option<File>,
-    /// The memory that the machine left here when it was here last.
-    pub(crate) visit: Option<KnownMemory>,
+    /// What the machine left here when it was here last.
+    pub(crate) visit: Option<Left>,
 }
 
 /// How a page was put into a [`Batch`].
@@ -486,14 +486,14 @@ impl Expanded {
         let first = raw.try_get_u64().map_err(|_| SHORT)?;
         match step {
             STEP_SAME | STEP_VISITED => {
-                let memory = match step {
-                    STEP_SAME => &mut held.memory,
-                    _ => &mut held.visit,
-                };
                 let count = u64::from(raw.try_get_u32().map_err(|_| SHORT)?);
                 let end = first.checked_add(count).ok_or(BEYOND)?;
                 for number in first..end {
-                    let page = held_page(memory, number)?;
+                    let page = match step {
+                        STEP_SAME => held.memory.as_mut().map(|memory| memory.page(number)),
+                        _ => held.visit.as_mut().map(|left| left.page(number)),
+                    };
+                    let page = held_page(page, number)?;
                     // Only the first record may name the block.
                     self.page(named && number == first, number, &page)?;
                 }
@@ -502,7 +502,8 @@ impl Expanded {
             STEP_CHANGED => {
                 let len = usize::from(raw.try_get_u16().map_err(|_| SHORT)?);
                 let change = cut(raw, len)?;
-                let mut page = held_page(&mut held.memory, first)?;
+                let page = held.memory.as_mut().map(|memory| memory.page(first));
+                let mut page = held_page(page, first)?;
                 apply(&change, &mut page)?;
                 self.page(named, first, &page)
             }
@@ -537,10 +538,14 @@ impl Expanded {
 const SHORT: ReferError = ReferError::Malformed("it ends in the midst of a step");
 const BEYOND: ReferError = ReferError::Malformed("a page beyond the end of memory");
 
-/// Page `number` of the memory that is held here.
-fn held_page(memory: &mut Option<KnownMemory>, number: u64) -> Result<Vec<u8>, ReferError> {
-    let memory = memory.as_mut().ok_or(ReferError::Nothing)?;
-    let page = memory.page(number).map_err(|source| ReferError::Read { page: number, source })?;
+/// Page `number`, as it was `found` in what is held here.
+fn held_page(
+    found: Option<std::io::Result<Option<&[u8]>>>,
+    number: u64,
+) -> Result<Vec<u8>, ReferError> {
+    let page = found
+        .ok_or(ReferError::Nothing)?
+        .map_err(|source| ReferError::Read { page: number, source })?;
     page.map(<[u8]>::to_vec).ok_or(BEYOND)
 }
 

@@ -132,6 +132,7 @@ pub async fn run_relay(config: RelayConfig) -> Result<RelayStatus, RelayError> {
         }
         RelayRole::Destination => {
             let visit = config.visit.clone().zip(given.visit);
+            let visit = visit.map(|(visit, memory)| (visit, memory, given.sealed));
             let (arrived, memory) = (given.arrived, given.memory);
             let known = destination::Known { held, visit, arrived, memory };
             let opened = (served.as_ref(), &given.commit, known, given.listens);

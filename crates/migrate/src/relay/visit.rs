@@ -1,10 +1,11 @@
 //! Return trips: what a machine left where it was before, and how its pages are named there.
 //!
 //! ```text
-//! first move   source keeps the machine's memory as it was at STOP
+//! first move   source keeps the machine's memory as it was at STOP; of a copy of sealed memory its own
+//!              pages
 //!              destination marks each page that it hands to its QEMU ([`Arrived`])
 //! next, back   a page whose mark is the one of that visit is only named ([`Visited`]);
-//!              the far relay takes it from the memory that was kept
+//!              the far relay takes it from what was kept, or from what lies under that ([`Left`])
 //! ```
 //!
 //! A mark is the first half of a page's BLAKE3. Marks only choose what is named: that what is kept
@@ -16,9 +17,11 @@ use std::os::unix::fs::FileExt;
 use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{Content, Limits, Page, Record, StreamParser};
 use godwit_types::{Generation, PAGE_SIZE, VmId};
-use rustix::fs::SeekFrom;
 use serde::{Deserialize, Serialize};
 
+use super::fill::present;
+use super::known::KnownMemory;
+use super::pages::PageSet;
 use super::waits::Channel;
 
 /// Bytes of a mark.
@@ -48,28 +51,60 @@ pub struct Visit {
     pub generation: Generation,
 }
 
-/// The pages of a memory file that are no holes, a bit each, the lowest first. A page that its guest
-/// reports free while it moves is given back at the source, and is at the destination as it was; and of a
-/// machine that shared a substrate's memory only its own are kept.
-pub(crate) fn pages_in(file: &File) -> std::io::Result<Vec<u8>> {
-    const PAGE: u64 = PAGE_SIZE as u64;
-    let len = file.metadata()?.len();
-    let mut bits = vec![0_u8; len.div_ceil(PAGE).min(MOST_PAGES).div_ceil(8) as usize];
-    let mut at = 0;
-    while at < len {
-        let from = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(from) => from,
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(e) => return Err(e.into()),
-        };
-        at = rustix::fs::seek(file, SeekFrom::Hole(from))?;
-        for page in from / PAGE..at.div_ceil(PAGE) {
-            if let Some(byte) = bits.get_mut((page / 8) as usize) {
-                *byte |= 1 << (page % 8);
+/// What a machine left at the site to which it comes back. A page that was given back there is a hole, and
+/// is known to nobody.
+#[derive(Debug)]
+pub(crate) struct Left {
+    memory: KnownMemory,
+    /// The pages that are in `memory`, also those that are zero.
+    there: PageSet,
+    /// The sealed memory that it was a copy of, whose pages are the others, and which pages are in that.
+    under: Option<(KnownMemory, PageSet)>,
+}
+
+impl Left {
+    /// Of the file that was kept of its memory, and the sealed memory `under` it, which is left out where
+    /// it cannot be read.
+    pub(crate) fn new(memory: File, under: Option<File>) -> std::io::Result<Self> {
+        let pages = pages_of(&memory)?;
+        let open = |file: File| {
+            let theirs = pages_of(&file)?;
+            if theirs != pages {
+                let why = format!("it has {theirs} pages, and what was kept {pages}");
+                return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, why));
             }
+            let there = present(&file, pages)?;
+            Ok((KnownMemory::new(file)?, there))
+        };
+        let failed = |error: &std::io::Error| {
+            tracing::warn!(%error, "of what the machine left only its own pages are of use");
+        };
+        let under = under.and_then(|file| open(file).inspect_err(failed).ok());
+        let there = present(&memory, pages)?;
+        Ok(Self { memory: KnownMemory::new(memory)?, there, under })
+    }
+
+    /// Which pages are known, a bit each, the lowest first.
+    pub(crate) fn pages(&self) -> Vec<u8> {
+        let mut all = self.there.clone();
+        for (from, to) in self.under.iter().flat_map(|(_, there)| there.runs()) {
+            all.insert_range(from, to);
+        }
+        all.bits(0, all.pages())
+    }
+
+    /// Page `number` as it was when the machine left; `None` beyond the end.
+    pub(crate) fn page(&mut self, number: u64) -> std::io::Result<Option<&[u8]>> {
+        match &mut self.under {
+            Some((under, _)) if !self.there.contains(number) => under.page(number),
+            _ => self.memory.page(number),
         }
     }
-    Ok(bits)
+}
+
+/// The pages of a memory file of which marks are known.
+fn pages_of(file: &File) -> std::io::Result<u64> {
+    Ok(file.metadata()?.len().div_ceil(PAGE_SIZE as u64).min(MOST_PAGES))
 }
 
 fn mark(page: &[u8]) -> Mark {
@@ -180,7 +215,7 @@ impl Visited {
         Ok(Self { marks })
     }
 
-    /// Leaves out pages that are none of `pages`, as [`pages_in`] has them.
+    /// Leaves out pages that are none of `pages`, as [`Left::pages`] has them.
     pub(crate) fn only(mut self, pages: &[u8]) -> Self {
         for (n, mark) in self.marks.iter_mut().enumerate() {
             if pages.get(n / 8).is_none_or(|byte| byte & 1 << (n % 8) == 0) {
@@ -203,7 +238,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::frame::Kind;
-    use super::super::known::{Batch, HeldHere, KnownMemory, Put, ReferError, expand};
+    use super::super::known::{Batch, HeldHere, Put, ReferError, expand};
     use super::*;
 
     const PAGES: u64 = 40;
@@ -245,8 +280,40 @@ mod tests {
     }
 
     fn kept(bytes: &[u8]) -> HeldHere {
-        let visit = KnownMemory::new(file(bytes)).expect("opened");
+        left(file(bytes), None)
+    }
+
+    fn left(memory: File, under: Option<File>) -> HeldHere {
+        let visit = Left::new(memory, under).expect("opened");
         HeldHere { visit: Some(visit), ..HeldHere::default() }
+    }
+
+    /// What is kept of a copy: pages 5 to 7 are its own, the last of them zero.
+    fn own_pages() -> File {
+        let own = file(&[]);
+        own.set_len(PAGES * PAGE_SIZE as u64).expect("sized");
+        for (number, fill) in [(5, 5), (6, 77), (7, 0)] {
+            own.write_all_at(&[fill; PAGE_SIZE], number * PAGE_SIZE as u64).expect("written");
+        }
+        own
+    }
+
+    /// The sealed memory under it: as [`memory`], but that its pages 8 to 15 are zero and a hole.
+    fn sealed(damage: Option<u64>) -> File {
+        let mut bytes = memory();
+        bytes[5 * PAGE_SIZE..7 * PAGE_SIZE].fill(200);
+        if let Some(page) = damage {
+            bytes[page as usize * PAGE_SIZE + 99] ^= 1;
+        }
+        let sealed = file(&bytes);
+        punch(&sealed, 8, 16);
+        sealed
+    }
+
+    fn punch(file: &File, from: u64, to: u64) {
+        let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        let (at, len) = (from * PAGE_SIZE as u64, (to - from) * PAGE_SIZE as u64);
+        rustix::fs::fallocate(file, punch, at, len).expect("punched");
     }
 
     /// What a source makes of pages, beside QEMU's own bytes.
@@ -350,10 +417,8 @@ mod tests {
     #[test]
     fn what_the_destination_does_not_have_is_not_referred_to() {
         let there = file(&memory());
-        let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&there, punch, 9 * PAGE_SIZE as u64, 2 * PAGE_SIZE as u64)
-            .expect("punched");
-        let pages = pages_in(&there).expect("read");
+        punch(&there, 9, 11);
+        let pages = Left::new(there, None).expect("read").pages();
         assert_eq!(pages, [0xff, 0xf9, 0xff, 0xff, 0xff]);
         let has = |pages: &[u8]| {
             let visited = visited().only(pages);
@@ -361,6 +426,53 @@ mod tests {
         };
         assert_eq!(has(&pages), PAGES - 1 - 2);
         assert_eq!((has(&pages[..2]), has(&[]), has(&[0xff; 9])), (13, 0, PAGES - 1));
+    }
+
+    #[test]
+    fn a_copys_own_pages_lie_over_the_sealed_memory_that_it_was_a_copy_of() {
+        let mut here = left(own_pages(), Some(sealed(None)));
+        let pages = here.visit.as_ref().expect("there").pages();
+        assert_eq!(
+            pages,
+            [0xff, 0, 0xff, 0xff, 0xff],
+            "a zero page of its own is known, a hole is not"
+        );
+        // What it was at STOP, where it went: page 7 was zero and has no mark, nor have 8 to 15.
+        let mut arrived = arrived();
+        for n in (0..8).chain(16..PAGES) {
+            let fill =
+                [(6, 77), (7, 0)].iter().find(|(at, _)| *at == n).map_or(n as u8, |(_, f)| *f);
+            arrived.page(Channel::Main, &page(n, fill));
+        }
+        arrived.write().expect("written");
+        let (mut batch, mut plain) = (Batch::default(), Vec::new());
+        batch.refer_to_visit(Visited::read(&arrived.to).expect("read").only(&pages));
+        // Page 7 was written to since, with what the sealed memory has there.
+        let now = [(4, 4), (5, 5), (6, 77), (7, 7), (8, 8), (16, 16), (17, 1)];
+        let put = now.map(|(n, fill)| {
+            let p = page(n, fill);
+            p.encode(&mut plain);
+            batch.page(&p)
+        });
+        use Put::{Visited as V, Whole as W};
+        assert_eq!(put, [V, V, V, W, W, V, W]);
+        let (_, raw, _) = batch.take();
+        let raw = Bytes::from(raw);
+        assert_eq!(expand(&raw, &mut here).expect("expands"), plain);
+
+        // A flipped byte of a sealed page that is named is found, and one under an own page is not used.
+        let damaged = |page| expand(&raw, &mut left(own_pages(), Some(sealed(Some(page)))));
+        let found = damaged(16).expect_err("another page");
+        assert!(matches!(found, ReferError::Differs { first: 4, last: 16 }), "{found}");
+        assert_eq!(damaged(6).expect("expands"), plain);
+    }
+
+    #[test]
+    fn sealed_memory_of_another_size_is_left_out() {
+        let short = sealed(None);
+        short.set_len((PAGES - 1) * PAGE_SIZE as u64).expect("cut off");
+        let left = Left::new(own_pages(), Some(short)).expect("its own pages are there");
+        assert_eq!(left.pages(), [0b1110_0000, 0, 0, 0, 0]);
     }
 
     proptest! {

@@ -9,9 +9,7 @@ use godwit_migrate::relay::HeldMemory;
 use godwit_substrate::{AsyncPool, OpenMemory, Pool};
 use godwit_types::{Fault, Hash, MigrationId, SubstrateId};
 
-use super::images::Images;
 use super::machines::into_fault;
-use super::record::MachineRecord;
 
 /// How many moves this is kept for at once; of more, the oldest goes without.
 const MOST: usize = 64;
@@ -70,14 +68,5 @@ impl HeldMemories {
         let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
         let at = ready.iter().position(|(of, _)| *of == migration)?;
         ready.remove(at).map(|(_, held)| held)
-    }
-
-    /// What both sites hold of a machine was found to differ: what is here is read again before it is
-    /// used next.
-    pub(super) fn doubt(&self, record: &MachineRecord, images: &Images) {
-        if let Some(id) = record.substrate {
-            self.pool.doubt_memory(id);
-        }
-        images.doubt(record);
     }
 }

@@ -221,7 +221,7 @@ impl Ask for Delete {
         e.publish();
         if let Some(m) = e.machine.take() {
             if keep {
-                parts.machines.keep_own_visit((vm, generation), &m).await;
+                parts.machines.keep_own_visit(&e.record, generation, &m).await;
             }
             m.kill().await;
         }

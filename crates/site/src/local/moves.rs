@@ -222,7 +222,8 @@ impl Arrivals {
         };
         let has_disk = disk.is_some();
         let memory = self.parts.dirs.vm_memory(record.vm);
-        let part = (Part::Whole, GuestMemory::of_arrival(&memory, record.memory)?);
+        let left = self.parts.machines.lend_visit(record).await;
+        let part = (Part::Whole, GuestMemory::of_arrival(&memory, record.memory, left)?);
         let (listens, told) = Listens::new()?;
         let meeting = self.parts.reach.awaits();
         let relays = &self.parts.relays;
@@ -336,8 +337,7 @@ impl Arrivals {
             Err(e @ MoveError::Cancelled { .. }) => {
                 let fault = self.parts.room.blame(Fault::of(&e));
                 if relay.status().doubt {
-                    self.parts.relays.held.doubt(&record, &self.parts.images);
-                    self.parts.machines.visits.forget(record.vm);
+                    self.parts.doubt(&record);
                 }
                 self.undo(&record).await;
                 Err(fault)
@@ -424,8 +424,7 @@ impl Departures {
                 () = noted => sending.await,
             };
             if moved.is_err() && relay.status().doubt {
-                self.parts.relays.held.doubt(record, &self.parts.images);
-                self.parts.machines.visits.forget(record.vm);
+                self.parts.doubt(record);
             }
             moved?;
         }

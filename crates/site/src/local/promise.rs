@@ -8,10 +8,15 @@
 use std::sync::Arc;
 
 use godwit_qemu::{Machine, MemorySource};
+use godwit_substrate::OpenMemory;
 use godwit_types::{Code, Fault, Generation, Mib, VmId};
 
+use super::machines::into_fault;
+use super::record::MachineRecord;
 use super::report;
+use super::substrates::blocking;
 use super::table::Machines;
+use super::visits::{Lent, Under};
 
 /// What one machine costs beside its guest memory, in MiB: the QEMU process under TCG.
 pub const MACHINE_OVERHEAD_MIB: u64 = 64;
@@ -64,13 +69,21 @@ impl Machines {
         }
     }
 
-    /// As [`Machines::keep_visit`], of a machine that shares a substrate's memory, whose QEMU is there
-    /// yet.
-    pub(super) async fn keep_own_visit(&self, of: (VmId, Generation), machine: &Machine) {
+    /// As [`Machines::keep_visit`], of a machine that left for that generation, if it shares a
+    /// substrate's memory; its QEMU is there yet.
+    pub(super) async fn keep_own_visit(
+        &self,
+        record: &MachineRecord,
+        generation: Generation,
+        machine: &Machine,
+    ) {
+        let of = (record.vm, generation);
         let shares = matches!(machine.launch().memory, MemorySource::PrivateOf { .. });
         if !shares || !self.visits.has_left(of.0, of.1) {
             return;
         }
+        let substrate = record.substrate.and_then(|id| self.pool.get(id).ok());
+        let under = substrate.map(|substrate| (substrate.id, substrate.content()));
         let _one = self.promising().await;
         // Its own pages are there twice for a moment, and take pages that memory files have not touched.
         let promised = self.room_for_visits(None).await;
@@ -79,11 +92,42 @@ impl Machines {
         match machine.memory() {
             Ok(memory) => {
                 let visits = Arc::clone(&self.visits);
-                let keep = move || visits.keep_own(of, &memory, room);
+                let keep = move || visits.keep_own(of, (&memory, under), room);
                 let _ = tokio::task::spawn_blocking(keep).await;
             }
             Err(error) => tracing::warn!(vm = %of.0, %error, "its own pages are not kept"),
         }
+    }
+
+    /// What was kept of a machine that comes back, for its relay, with the sealed memory under it. Where
+    /// that cannot be had only the rest of the machine's memory is sent once more.
+    pub(super) async fn lend_visit(&self, record: &MachineRecord) -> Option<Lent> {
+        let (mut lent, under) = self.visits.lend(record.vm)?;
+        if let Some(under) = under {
+            let vm = record.vm;
+            match self.open_under(under, record.memory).await {
+                Ok(memory) => lent.under = Some(memory),
+                Err(error) => {
+                    tracing::info!(%vm, %error, "only its own pages are known of its visit")
+                }
+            }
+        }
+        Some(lent)
+    }
+
+    /// Opens sealed memory, made if need be, unless a machine needs the room: one of `memory` that
+    /// comes, whose own is not touched yet, or one that is promised it.
+    async fn open_under(&self, (id, content): Under, memory: Mib) -> Result<OpenMemory, Fault> {
+        let _one = self.promising().await;
+        let (more_in_use, to_be_made) = self.pool.memory_to_open(id).map_err(into_fault)?;
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let promised = self.promised_mib(None).await + mib(more_in_use);
+        let room = report::ram_room_mib(&self.dirs.memory)?;
+        if promised > self.promise_limit_mib()? || room < u64::from(memory.0) + mib(to_be_made) {
+            return Err(Fault::new(Code::NoRoom, "no room for the memory of its substrate"));
+        }
+        let pool = self.pool.clone();
+        blocking(move || pool.open_memory(id, content)).await
     }
 
     /// Refuses to promise a machine of `memory`, `vm`, what others are promised.

@@ -3,6 +3,7 @@
 //! ```text
 //! given open:  configuration, identity, listening sockets, at the source the layers of the disk and
 //!              the memory of a QEMU that has a private copy, at the destination the file of the memory
+//!              and what the machine left there
 //! seen:        programs, the base image and the index of its blocks, the list of revoked
 //!              certificates; at the destination its QEMU's sockets, and the directory in which it
 //!              fills the disk
@@ -63,8 +64,8 @@ pub(super) enum Part {
 pub(super) enum GuestMemory {
     /// Nothing.
     Unseen,
-    /// At the destination: the file that it is, for writing.
-    File(File),
+    /// At the destination: the file that it is, for writing, and what the machine left there.
+    File { file: File, left: Option<Lent> },
     /// At the source: the process whose private copy it is of the sealed memory at `of`, for reading.
     Copy { of: PathBuf, place: OwnMemory, memory: File, pagemap: File, sealed: File },
 }
@@ -92,16 +93,21 @@ impl Listens {
 
 impl GuestMemory {
     /// Makes the file of the memory of a machine that comes, before its QEMU does, and opens it.
-    pub(super) fn of_arrival(path: &Path, size: Mib) -> Result<Self, Fault> {
+    pub(super) fn of_arrival(path: &Path, size: Mib, left: Option<Lent>) -> Result<Self, Fault> {
         MemoryFile::create(path, size, None).map_err(into_fault)?;
-        Self::of_file(path)
+        Self::open(path, left)
     }
 
     /// Opens the file at `path`.
     pub(super) fn of_file(path: &Path) -> Result<Self, Fault> {
+        Self::open(path, None)
+    }
+
+    fn open(path: &Path, left: Option<Lent>) -> Result<Self, Fault> {
         let no_follow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
         let open = File::options().read(true).write(true).custom_flags(no_follow).open(path);
-        open.map(Self::File).map_err(|e| Fault::io("opening", path, &e))
+        let file = open.map_err(|e| Fault::io("opening", path, &e))?;
+        Ok(Self::File { file, left })
     }
 
     /// That of a machine that leaves; without it the move only takes longer.
@@ -237,21 +243,25 @@ impl Relays {
         config.held = held.as_ref().map(|h| h.memory.clone());
         let file = held.as_ref().map(|h| h.open.file().try_clone()).transpose();
         let file = file.map_err(|e| fail("handing on the memory that both sites hold", &e))?;
-        let (lent, known) = match part {
-            Part::Whole => self.visit(record, &migration),
-            Part::Rest | Part::Disk => (None, Memory::default()),
-        };
-        config.visit = known.visit.as_ref().map(|(visit, _)| visit.clone());
         // What is held is what it is a copy of, or its own pages are not told from the others.
         let other = |of: &Path| held.as_ref().is_some_and(|h| h.open.path() != of);
-        let guest = match memory {
+        let (guest, left) = match memory {
             GuestMemory::Copy { of, place, memory, pagemap, sealed } if !other(&of) => {
                 config.own = Some(place);
-                [Some(memory), Some(pagemap), Some(sealed)]
+                ([Some(memory), Some(pagemap), Some(sealed)], None)
             }
-            GuestMemory::File(file) => [Some(file), None, None],
-            GuestMemory::Copy { .. } | GuestMemory::Unseen => [None, None, None],
+            GuestMemory::File { file, left } => {
+                let under = left.as_ref().and_then(|left| left.under.as_ref());
+                let under = under.and_then(|under| under.file().try_clone().ok());
+                ([Some(file), None, under], left)
+            }
+            GuestMemory::Copy { .. } | GuestMemory::Unseen => ([None, None, None], None),
         };
+        let known = match part {
+            Part::Whole => self.visit(record, &migration, left.as_ref()),
+            Part::Rest | Part::Disk => Memory::default(),
+        };
+        config.visit = known.visit.as_ref().map(|(visit, _)| visit.clone());
         let guest_file = guest[0].is_some() && role == RelayRole::Destination;
         let known = Memory { held: file, guest, ..known };
         let open = give(&mut config, (commit, listens), known)?;
@@ -327,7 +337,7 @@ impl Relays {
         tokio::spawn(async move {
             let _ = child.wait().await;
             // While it ran the memory was in use.
-            drop((held, lent));
+            drop((held, left));
             if let Some(group) = group {
                 if group.was_outgrown() {
                     tracing::error!(limit = %group.limit, "a relay wanted more than its memory and was ended");
@@ -340,18 +350,16 @@ impl Relays {
 
     /// What is known of an earlier visit of a machine to where it goes, and where that of its pages is
     /// written which serves its way back.
-    fn visit(&self, record: &MachineRecord, migration: &Migration) -> (Option<Lent>, Memory) {
+    fn visit(&self, record: &MachineRecord, migration: &Migration, left: Option<&Lent>) -> Memory {
         match migration.end() {
             End::Source => {
                 let visit = self.visits.marks(record.vm, &migration.peer);
-                (None, Memory { visit, ..Memory::default() })
+                Memory { visit, ..Memory::default() }
             }
             End::Destination => {
-                let lent = self.visits.lend(record.vm);
-                let visit =
-                    lent.as_ref().and_then(|l| Some((l.visit.clone(), l.file.try_clone().ok()?)));
+                let visit = left.and_then(|l| Some((l.visit.clone(), l.file.try_clone().ok()?)));
                 let arrived = self.visits.comes(record.vm, migration.id, record.memory);
-                (lent, Memory { visit, arrived, ..Memory::default() })
+                Memory { visit, arrived, ..Memory::default() }
             }
         }
     }

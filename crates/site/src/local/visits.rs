@@ -8,7 +8,8 @@
 //!
 //! What is kept is the first to go when anything else needs memory. It is at most one visit of each
 //! machine, for a day, and nothing of it outlives the daemon. Of a machine that shares a substrate's
-//! memory only its own pages are kept: the others are named as the substrate's.
+//! memory only its own pages are kept: the others are in the sealed memory, which is a cache of the
+//! pool's, and is opened when the machine comes back.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{File, Permissions};
@@ -20,7 +21,8 @@ use std::time::Duration;
 use godwit_migrate::relay::{Visit, marks_bytes};
 use godwit_qemu::MemoryReader;
 use godwit_store::is_zero;
-use godwit_types::{Fault, Generation, Mib, MigrationId, Name, PAGE_SIZE, VmId};
+use godwit_substrate::OpenMemory;
+use godwit_types::{Fault, Generation, Hash, Mib, MigrationId, Name, PAGE_SIZE, SubstrateId, VmId};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use tracing::{info, warn};
 
@@ -54,12 +56,17 @@ struct Inner {
     marks: HashMap<VmId, Marks>,
 }
 
+/// The substrate whose sealed memory a machine was a copy of, and its content.
+pub(super) type Under = (SubstrateId, Hash);
+
 /// The memory of a machine that has left.
 #[derive(Debug)]
 struct Kept {
     visit: Visit,
     path: PathBuf,
     bytes: u64,
+    /// Where the pages are that are not in the file, of a machine of which only its own are.
+    under: Option<Under>,
     /// More than one while a relay reads it.
     users: Arc<()>,
 }
@@ -83,6 +90,8 @@ struct Marks {
 pub(super) struct Lent {
     pub(super) visit: Visit,
     pub(super) file: File,
+    /// The sealed memory whose pages are those that are not in `file`.
+    pub(super) under: Option<OpenMemory>,
     _in_use: Arc<()>,
 }
 
@@ -132,18 +141,18 @@ impl Visits {
         match free_zeros(ram) {
             Ok(bytes) => {
                 let visit = Visit { vm, generation };
-                self.enter(visit, bytes, room, |path| take_over(ram, path));
+                self.enter((visit, None), bytes, room, |path| take_over(ram, path));
             }
             Err(error) => warn!(%vm, %error, "its memory is not kept"),
         }
     }
 
-    /// As [`Visits::keep`], of a machine that shares the memory of a substrate and whose QEMU stands
-    /// still: the pages that are its own.
+    /// As [`Visits::keep`], of a machine that shares the memory `under` it and whose QEMU stands still:
+    /// the pages that are its own.
     pub(super) fn keep_own(
         self: &Arc<Self>,
         (vm, generation): (VmId, Generation),
-        memory: &MemoryReader,
+        (memory, under): (&MemoryReader, Option<Under>),
         room: u64,
     ) {
         if !self.has_left(vm, generation) {
@@ -156,13 +165,13 @@ impl Visits {
         };
         let visit = Visit { vm, generation };
         let bytes = own.len() as u64 * PAGE_SIZE as u64;
-        self.enter(visit, bytes, room, |path| copy_pages(memory, &own, path));
+        self.enter((visit, under), bytes, room, |path| copy_pages(memory, &own, path));
     }
 
     /// Keeps a visit of `bytes`, which `make` puts at a path.
     fn enter(
         self: &Arc<Self>,
-        visit: Visit,
+        (visit, under): (Visit, Option<Under>),
         bytes: u64,
         room: u64,
         make: impl FnOnce(&Path) -> std::io::Result<()>,
@@ -184,7 +193,7 @@ impl Visits {
             return;
         }
         info!(%vm, bytes, "its memory is kept until it comes back");
-        self.inner().kept.push_back(Kept { visit, path, bytes, users: Arc::default() });
+        self.inner().kept.push_back(Kept { visit, path, bytes, under, users: Arc::default() });
         let me = Arc::downgrade(self);
         tokio::spawn(async move {
             tokio::time::sleep(KEPT_FOR).await;
@@ -249,14 +258,22 @@ impl Visits {
         inner.marks.remove(&vm);
     }
 
-    /// What was kept of a machine that comes back, for its relay.
-    pub(super) fn lend(&self, vm: VmId) -> Option<Lent> {
+    /// The substrate under what was kept of a machine.
+    pub(super) fn under(&self, vm: VmId) -> Option<SubstrateId> {
+        let inner = self.inner();
+        let kept = inner.kept.iter().find(|k| k.visit.vm == vm)?;
+        kept.under.map(|(id, _)| id)
+    }
+
+    /// What was kept of a machine that comes back, for its relay, and what is to be opened under it.
+    pub(super) fn lend(&self, vm: VmId) -> Option<(Lent, Option<Under>)> {
         let inner = self.inner();
         let kept = inner.kept.iter().find(|k| k.visit.vm == vm)?;
         let file = File::open(&kept.path)
             .inspect_err(|error| warn!(%vm, %error, "what was kept of it is of no use"))
             .ok()?;
-        Some(Lent { visit: kept.visit.clone(), file, _in_use: Arc::clone(&kept.users) })
+        let (visit, _in_use) = (kept.visit.clone(), Arc::clone(&kept.users));
+        Some((Lent { visit, file, under: None, _in_use }, kept.under))
     }
 
     /// The marks of a machine that goes back to the site `to` from which it came.
@@ -391,7 +408,8 @@ mod tests {
         let place = place(2 * ONE);
         let (a, b) = (place.leave(), place.leave());
         assert_eq!((place.visits.machines(), place.files()), (vec![a, b], 2));
-        let lent = place.visits.lend(a).expect("kept");
+        let (lent, under) = place.visits.lend(a).expect("kept");
+        assert_eq!(under, None, "it is whole");
         let mut zeros = vec![1; ONE as usize];
         lent.file.read_exact_at(&mut zeros, ONE).expect("read");
         assert_eq!(zeros, vec![0; ONE as usize]);

@@ -41,6 +41,11 @@ pub(crate) fn pages() -> Vec<(u64, Vec<u8>)> {
     (0..60u64).map(|n| (n * 27, page(n))).collect()
 }
 
+/// What they take in sealed memory.
+pub(crate) fn memory_bytes() -> u64 {
+    (pages().len() * godwit_types::PAGE_SIZE) as u64
+}
+
 /// Blocks above the base.
 pub(crate) fn blocks() -> Vec<(u64, Vec<u8>)> {
     (0..20u64).map(|n| (n * 3, page(1000 + n))).collect()
@@ -121,7 +126,7 @@ pub(crate) fn bundle(id: SubstrateId, image: &Image) -> Bundle {
         pages: part(&pages),
         disk: Some(part(&disk)),
         docked_unix_ms: 1,
-        sizes: Sizes::default(),
+        sizes: Sizes { memory_bytes: memory_bytes(), ..Sizes::default() },
     };
     let json = serde_json::to_vec(&substrate).expect("json");
     Bundle { json, state, pages, disk: Some(disk) }
