@@ -8,13 +8,12 @@
 use std::sync::Arc;
 
 use godwit_qemu::{Machine, MemorySource};
-use godwit_substrate::OpenMemory;
+use godwit_substrate::{OpenMemory, Pool};
 use godwit_types::{Code, Fault, Generation, Mib, VmId};
 
 use super::machines::into_fault;
 use super::record::MachineRecord;
 use super::report;
-use super::substrates::blocking;
 use super::table::Machines;
 use super::visits::{Lent, Under};
 
@@ -119,15 +118,17 @@ impl Machines {
     /// comes, whose own is not touched yet, or one that is promised it.
     async fn open_under(&self, (id, content): Under, memory: Mib) -> Result<OpenMemory, Fault> {
         let _one = self.promising().await;
-        let (more_in_use, to_be_made) = self.pool.memory_to_open(id).map_err(into_fault)?;
+        let taking = move |pool: &Pool| pool.memory_to_open(id);
+        let taken = self.pool.run("seeing what memory takes", taking).await;
+        let (more_in_use, to_be_made) = taken.map_err(into_fault)?;
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         let promised = self.promised_mib(None).await + mib(more_in_use);
         let room = report::ram_room_mib(&self.dirs.memory)?;
         if promised > self.promise_limit_mib()? || room < u64::from(memory.0) + mib(to_be_made) {
             return Err(Fault::new(Code::NoRoom, "no room for the memory of its substrate"));
         }
-        let pool = self.pool.clone();
-        blocking(move || pool.open_memory(id, content)).await
+        let opening = move |pool: &Pool| pool.open_memory(id, content);
+        self.pool.run("opening memory under a visit", opening).await.map_err(into_fault)
     }
 
     /// Refuses to promise a machine of `memory`, `vm`, what others are promised.
