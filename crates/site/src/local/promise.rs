@@ -81,8 +81,13 @@ impl Machines {
         if !shares || !self.visits.has_left(of.0, of.1) {
             return;
         }
-        let substrate = record.substrate.and_then(|id| self.pool.get(id).ok());
-        let under = substrate.map(|substrate| (substrate.id, substrate.content()));
+        let under = async {
+            let id = record.substrate?;
+            let substrate =
+                self.pool.run("seeing a substrate", move |pool| pool.get(id)).await.ok()?;
+            Some((substrate.id, substrate.content()))
+        };
+        let under = under.await;
         let _one = self.promising().await;
         // Its own pages are there twice for a moment, and take pages that memory files have not touched.
         let promised = self.room_for_visits(None).await;
