@@ -236,8 +236,19 @@ fn uneven(guest: &mut Guest) {
 
 /// A kernel thread at nice 19 that holds locks of others' memory has turns as they have.
 fn nice_kernel_thread(guest: &mut Guest) {
-    guest.ok("cd /sys/kernel/mm/transparent_hugepage; echo always >enabled; cd khugepaged; \
-         echo 0 >scan_sleep_millisecs; echo 100000 >pages_to_scan");
+    let knobs = "cd /sys/kernel/mm/transparent_hugepage";
+    let known = guest.ok(&format!(
+        "{knobs}; sed 's/.*\\[\\(.*\\)\\].*/\\1/' enabled; cat khugepaged/scan_sleep_millisecs khugepaged/pages_to_scan"
+    ));
+    let known: Vec<&str> = known.split_whitespace().collect();
+    let [enabled, pause, pages] = known[..] else { panic!("{known:?}") };
+    let set = |enabled: &str, pause: &str, pages: &str| {
+        format!(
+            "{knobs}; echo {enabled} >enabled; echo {pause} >khugepaged/scan_sleep_millisecs; \
+             echo {pages} >khugepaged/pages_to_scan"
+        )
+    };
+    guest.ok(&set("always", "0", "100000"));
     guest.load("--mode bal --vm-by process:sched-ext-vm");
     guest.ok("sched-ext-vm run --vms 6 --seconds 5 >/tmp/work 2>&1 &");
     guest
@@ -249,10 +260,13 @@ fn nice_kernel_thread(guest: &mut Guest) {
     let [ran, waited, _, ran_then, waited_then, _] = ns[..] else { panic!("{said}") };
     let (ran, waited) = ((ran_then - ran) / 1e6, (waited_then - waited) / 1e6);
     assert!(ran + waited > 1000.0, "it hardly wanted to run: {ran} ms, waited {waited} ms");
-    // It is one of eight in its queue at most; of a nice one's share it would have a tenth of this.
+    assert!(waited > ran, "nobody else wanted to run: {ran} ms, waited {waited} ms");
+    // It is one of eight in its queue at most; by its own weight it would have a hundredth of a turn.
     assert!(ran > (ran + waited) / 20.0, "it ran for {ran} ms and waited for {waited} ms");
-    guest.ok("kill -9 $(cat /tmp/dd); echo 10000 >/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs");
+    guest.ok("kill -9 $(cat /tmp/dd)");
+    guest.ok(&set(enabled, pause, pages));
     guest.wait_no_vms();
+    assert_progress(&guest.ok("cat /tmp/work"), 6);
     assert_settled(&guest.stop("TERM"));
 }
 

@@ -7,8 +7,8 @@
  *       place       clock      mirror, debts       settle       force      account
  *                                                  Algorithm 1
  *
- * Fairness is by vruntime, a task's CPU time over its weight. Each CPU has its clock; a task that
- * changes CPUs keeps its distance to the clock. Weights of cgroups are not looked at.
+ * Fairness is by vruntime, a task's CPU time over its weight (weight_of). Each CPU has its clock; a
+ * task that changes CPUs keeps its distance to the clock. Weights of cgroups are not looked at.
  */
 #include "kernel.h"
 #include "stats.h"
@@ -296,7 +296,7 @@ void OPS(running, struct task_struct *p)
 /*
  * What a task's time is divided by, 100 where it is not nice. The kernel's own nice threads count as
  * others do: khugepaged, at nice 19, holds the lock of a machine's memory while it waits for its turn,
- * which would be after 70 of the machine's.
+ * which would be after a hundred of the machine's.
  */
 static __always_inline u32 weight_of(struct task_struct *p)
 {
