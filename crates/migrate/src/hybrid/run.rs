@@ -578,28 +578,6 @@ impl Source<'_> {
         Err(MoveError::Cancelled { why })
     }
 
-    /// The destination has everything: QEMU's migration comes to its end. One that is in the midst of
-    /// its post-copy still has nearly all of memory to send, which its relay had from elsewhere: its
-    /// connection is cut, and over another one it is told that all of it was received.
-    async fn end_migration(&mut self) -> Result<(), MoveError> {
-        const DOING: &str = "ending QEMU's migration";
-        let info = self.machine.query_migrate().await.map_err(qemu(DOING))?;
-        if info.status == MigrationStatus::PostcopyActive {
-            if let Some(keeper) = self.keeper.take() {
-                keeper.leave(self.machine).await?;
-            }
-            // One whose connection could not be shared takes QEMU's stream to its end. Whoever meets QEMU
-            // now does so where that relay has.
-            let _ = self.client.wait(|s| s.end.is_some()).await;
-            return recover::reclaim(self.machine, self.socket).await;
-        }
-        self.machine
-            .wait_migration(DOING, &[MigrationStatus::Completed], EVENT_WITHIN)
-            .await
-            .map(drop)
-            .map_err(qemu(DOING))
-    }
-
     async fn ended(&mut self, end: SourceEnd) -> Result<(), MoveError> {
         match end {
             SourceEnd::Moved => {}
@@ -609,7 +587,10 @@ impl Source<'_> {
         }
         self.sent.released = Some(now());
         godwit_hold::at("move.released").await;
-        self.end_migration().await?;
+        self.machine
+            .wait_migration("ending the migration", &[MigrationStatus::Completed], EVENT_WITHIN)
+            .await
+            .map_err(qemu("ending QEMU's migration"))?;
         if self.sent.stopped.is_none() && !self.late {
             let stop = self
                 .events

@@ -12,10 +12,8 @@
 //!
 //! Without SWITCHOVER_ACK QEMU neither switches nor ends by itself, so it may be left unread. From
 //! its STOP until the device state has come whole it holds its main lock while it writes, so then it
-//! is read whatever the link does. Of a machine whose own pages are sent it is read behind that only to
-//! bring the machine back, or once the destination has everything. A QEMU that ends as pre-copy all the
-//! same is told at once that this went well, and its stream becomes one of post-copy
-//! ([`super::handover`]).
+//! is read whatever the link does. A QEMU that ends as pre-copy all the same is told at once that
+//! this went well, and its stream becomes one of post-copy ([`super::handover`]).
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -235,10 +233,6 @@ impl SourceCore {
         self.advance(RelayPhase::PreCopy);
         self.main.push(bytes);
         while let Some(record) = self.main.next()? {
-            if self.sends_stale() {
-                self.note_end(&record);
-                continue;
-            }
             match &record {
                 Record::SectionStart { id, .. } => self.section = Some(*id),
                 Record::MemSize(list) => {
@@ -252,7 +246,9 @@ impl SourceCore {
                     self.begin_own(list);
                 }
                 Record::Page(page) => {
-                    self.note_streamed(page);
+                    if !self.is_due(page) {
+                        continue;
+                    }
                     self.count_page(&page.content);
                     self.around.sent(&page.block, page.offset);
                     self.last = Some(page.clone());
@@ -278,9 +274,6 @@ impl SourceCore {
                     self.flush(Kind::Memory);
                     self.batch.record(&record);
                     self.flush(Kind::Device);
-                    if self.sends_stale() {
-                        continue;
-                    }
                     // The destination asks for nothing before it has this; from now on QEMU
                     // answers.
                     let first = std::mem::take(&mut self.first);
@@ -394,14 +387,13 @@ impl SourceCore {
 
     /// Bytes of the preempt channel.
     pub(crate) fn on_preempt(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
-        if self.sends_stale() {
-            return Ok(());
-        }
         self.preempt.push(bytes);
         let mut raw = Vec::new();
         while let Some(mut record) = self.preempt.next()? {
             if let Record::Page(page) = &mut record {
-                self.note_streamed(page);
+                if !self.is_due(page) {
+                    continue;
+                }
                 page.named |= self.own.is_some();
                 self.count_page(&page.content);
                 self.counts.demanded_pages += 1;
@@ -509,53 +501,33 @@ impl SourceCore {
     }
 
     /// Bytes of the return path; gives what the source QEMU is to read: the same messages, and
-    /// behind a request for pages those that are asked for around it. Where this relay sends the rest of
-    /// memory it answers those itself.
-    ///
-    /// # Errors
-    /// It is no return path, or the memory that is asked for cannot be read.
-    pub(crate) fn on_back(&mut self, bytes: &[u8]) -> Result<Vec<u8>, RelayError> {
+    /// behind a request for pages those that are asked for around it.
+    pub(crate) fn on_back(&mut self, bytes: &[u8]) -> Result<Vec<u8>, StreamError> {
         self.back.push(bytes);
         let mut out = Vec::with_capacity(bytes.len());
         while let Some(message) = self.back.next()? {
-            match &message {
+            message.encode(&mut out);
+            match message {
                 ReturnMessage::Pong(PONG_COMMIT) => self.advance(RelayPhase::Committed),
-                ReturnMessage::Shut(0) => {
-                    self.shut = Some(0);
-                    self.advance(RelayPhase::MemoryDone);
-                    if self.sends_stale() && !self.ended {
-                        // It is told once it has come to its end, too.
-                        continue;
+                ReturnMessage::Shut(value) => {
+                    self.shut = Some(value);
+                    if value == 0 {
+                        self.advance(RelayPhase::MemoryDone);
                     }
                 }
-                ReturnMessage::Shut(value) => self.shut = Some(*value),
                 ReturnMessage::RecvBitmap { block, bitmap } if block == RAM_BLOCK => {
-                    self.around.received(block, bitmap);
+                    self.around.received(&block, &bitmap);
                 }
                 ReturnMessage::ReqPages { block, start, .. } => {
                     self.counts.requests += 1;
-                    let mut wanted = self.around.asked(block.as_ref(), *start);
-                    wanted.insert(0, message);
-                    if self.sends_stale() {
-                        self.answer(&wanted)?;
-                    } else {
-                        wanted.iter().for_each(|message| message.encode(&mut out));
+                    for more in self.around.asked(block.as_ref(), start) {
+                        more.encode(&mut out);
                     }
-                    continue;
                 }
                 _ => {}
             }
-            message.encode(&mut out);
         }
         Ok(out)
-    }
-
-    /// A record of QEMU's that goes nowhere.
-    fn note_end(&mut self, record: &Record) {
-        let end = *record == Record::Eof && !std::mem::replace(&mut self.ended, true);
-        if end && self.shut == Some(0) {
-            ReturnMessage::Shut(0).encode(&mut self.asked);
-        }
     }
 }
 

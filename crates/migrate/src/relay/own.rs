@@ -7,17 +7,15 @@
 //! sent is found when the machine stands still, by reading its own pages once more.
 //!
 //! ```text
-//! Ahead -> Sending ............................... -> Stopped -------------------------------> Over
-//!   |        |  sealed pages, unless the destination   |  machine stands still: own pages whose hash
-//!   |        |  fills them in; own ones as they are    |  is another now are stale, and nothing else
-//!   |        |                                         |  is; they are read where they are
-//!   |        +- QEMU waits for its stream to be read   +- QEMU waits again, behind the device state
+//! Ahead -> Sending ............................... -> Over
+//!   |        |  sealed pages, unless the destination   |  machine stands still: own pages whose hash is
+//!   |        |  fills them in; own ones as they are    |  another now are stale, and nothing else is
+//!   |        +- QEMU waits for its stream to be read
 //!   +- MEM_SIZE, or a machine with too many of them: the usual pass
 //! ```
 //!
-//! QEMU takes nearly all of memory for unsent. What is not stale the destination has, and a page that is
-//! there must not come again; so after the device state it is not read any more, but where the machine is
-//! brought back, or at the end.
+//! QEMU takes nearly all of memory for unsent, and its post-copy phase sends it. What is not stale is
+//! taken out of that stream: the destination has it, and a page that is there must not come again.
 
 use std::collections::HashMap;
 use std::io;
@@ -40,8 +38,6 @@ const MOST_OWN: usize = 24 << 10;
 const MOST_PAGES: u64 = 1 << 20;
 /// Pages that are read at once.
 const AT_ONCE: u64 = 64;
-/// The most pages that one request takes; QEMU asks for one, and this relay for some around it.
-const MOST_ASKED: usize = 512;
 /// Ranges in one discard, as QEMU has it.
 const RANGES: usize = 12;
 const PAGE: u64 = PAGE_SIZE as u64;
@@ -94,7 +90,6 @@ struct Run {
 enum Stage {
     Ahead,
     Sending,
-    Stopped,
     Over,
 }
 
@@ -115,8 +110,6 @@ pub(crate) struct OwnPages {
     left_out: Vec<u64>,
     /// What is still to be sent when the machine has stopped, by block.
     stale: HashMap<Bytes, PageSet>,
-    /// The block of the request before.
-    asked_of: Option<Bytes>,
     version: u8,
 }
 
@@ -145,7 +138,6 @@ impl OwnPages {
             filled: PageSet::default(),
             left_out: Vec::new(),
             stale: HashMap::new(),
-            asked_of: None,
             version: 0,
         }
     }
@@ -312,7 +304,7 @@ impl OwnPages {
             self.stale.insert(block.name.clone(), stale);
         }
         self.make_one_stale();
-        self.stage = Stage::Stopped;
+        self.stage = Stage::Over;
         let stale = self.stale.get(RAM_BLOCK.as_bytes()).cloned().unwrap_or_default();
         Ok(AtStop { late, stale, discards: self.discards() })
     }
@@ -348,67 +340,15 @@ impl OwnPages {
         out
     }
 
-    /// Whether the machine stands still: what is stale is read here, whatever QEMU sends.
-    pub(crate) fn has_stopped(&self) -> bool {
-        matches!(self.stage, Stage::Stopped | Stage::Over)
-    }
-
-    /// Whether what is stale is still being sent, or the end of it is to be.
-    pub(crate) fn is_sending_stale(&self) -> bool {
-        self.stage == Stage::Stopped
-    }
-
-    /// The next stale pages; none behind the last.
-    pub(crate) fn next_stale(&mut self) -> io::Result<Vec<Page>> {
-        for block in &self.blocks {
-            let Some(stale) = self.stale.get_mut(&block.name) else { continue };
-            let pages: Vec<u64> = stale.iter().take(AT_ONCE as usize).collect();
-            if !pages.is_empty() {
-                return read_stale(&*self.memory, &block.name, stale, pages);
+    /// Whether a page that QEMU sends behind the device state goes on to the destination; once.
+    pub(crate) fn is_due(&mut self, page: &Page) -> bool {
+        match self.stage {
+            Stage::Ahead | Stage::Sending => true,
+            Stage::Over => {
+                self.stale.get_mut(&page.block).is_some_and(|s| s.remove(page.offset / PAGE))
             }
         }
-        self.stage = Stage::Over;
-        Ok(Vec::new())
     }
-
-    /// Those stale pages that were asked for with `len` bytes from `start` of `block` on (`None`: of that
-    /// of the request before).
-    pub(crate) fn asked(
-        &mut self,
-        block: Option<&Bytes>,
-        start: u64,
-        len: u32,
-    ) -> io::Result<Vec<Page>> {
-        if let Some(name) = block {
-            self.asked_of = Some(name.clone());
-        }
-        let found = self.asked_of.as_ref().and_then(|n| Some((n, self.stale.get_mut(n)?)));
-        let Some((name, stale)) = found else { return Ok(Vec::new()) };
-        let to = start.saturating_add(len.into()).div_ceil(PAGE).min(stale.pages());
-        let pages = (start / PAGE..to).filter(|p| stale.contains(*p)).take(MOST_ASKED).collect();
-        read_stale(&*self.memory, name, stale, pages)
-    }
-}
-
-/// Reads `pages` of block `name`, which are stale and are so no more.
-fn read_stale(
-    memory: &dyn GuestMemory,
-    name: &Bytes,
-    stale: &mut PageSet,
-    pages: Vec<u64>,
-) -> io::Result<Vec<Page>> {
-    let mut out = Vec::with_capacity(pages.len());
-    for (from, to) in runs(pages.into_iter(), AT_ONCE) {
-        let mut bytes = vec![0; ((to - from) * PAGE) as usize];
-        memory.read(name, from * PAGE, &mut bytes)?;
-        let bytes = Bytes::from(bytes);
-        for page in from..to {
-            let at = ((page - from) * PAGE) as usize;
-            stale.remove(page);
-            out.push(page_of(name, page, bytes.slice(at..at + PAGE_SIZE)));
-        }
-    }
-    Ok(out)
 }
 
 /// QEMU's record of a page.

@@ -361,8 +361,7 @@ impl<'a> Source<'a> {
     fn publish(&self) {
         let (phase, counts) = (self.core.phase(), self.core.counts());
         let clock = self.clocks.best();
-        let over = self.main_over || self.core.sends_stale();
-        let phase = if self.done && over { RelayPhase::Done } else { phase };
+        let phase = if self.done && self.main_over { RelayPhase::Done } else { phase };
         let rtt_us = u64::try_from(self.link.rtt().as_micros()).unwrap_or(u64::MAX);
         self.status.send_if_modified(|s| {
             // The disk's own task counts these.
@@ -423,24 +422,18 @@ impl<'a> Source<'a> {
         listener: &UnixListener,
         commands: &mut mpsc::Receiver<Asked>,
     ) -> Result<bool, RelayError> {
-        // Once the destination has everything QEMU may come to its end, whatever it has to send yet.
-        let may_read = self.done || self.core.may_read();
-        let may_put = !self.done && self.core.may_put_own();
-        let back_over = self.done && self.core.shut().is_some();
+        let (may_read, may_put) = (self.core.may_read(), self.core.may_put_own());
         let event = tokio::select! {
             biased;
             Some(asked) = commands.recv() => Event::Command(asked),
             ended = disk_over(&mut self.disk) => {
                 self.disk = None;
-                // What the destination says counts more.
-                if !self.done {
-                    ended?;
-                }
+                ended?;
                 return Ok(false);
             }
             // After `Done` the destination ends its side, perhaps before QEMU does.
             note = recv_note(&mut self.steering.1), if !self.done => Event::Note(note?),
-            frame = self.demand.1.recv(), if !back_over => Event::Back(frame.map_err(|source| {
+            frame = self.demand.1.recv() => Event::Back(frame.map_err(|source| {
                 RelayError::Lane { what: "reading the return path", source }
             })?),
             bytes = read_some(&mut self.preempt, "reading QEMU's preempt channel") => {
@@ -548,11 +541,7 @@ impl<'a> Source<'a> {
                 self.compare_clocks().await?;
             }
             Event::Note(Some(Note::DiskAck(frames))) => self.disk_pacer.on_ack(frames.into()),
-            Event::Note(Some(Note::Done)) => {
-                self.done = true;
-                // The destination waits for no more than that this was understood.
-                self.steering.0.end();
-            }
+            Event::Note(Some(Note::Done)) => self.done = true,
             Event::Note(Some(Note::Abort { why, .. })) => {
                 let doubt = self.core.has_referred();
                 self.status.send_modify(|s| s.doubt |= doubt);

@@ -3,10 +3,9 @@
 use std::fs::File;
 
 use bytes::Bytes;
-use godwit_qemu::RAM_BLOCK;
-use godwit_qemu::stream::{Command, Discard, MemSize, Page, Record, ReturnMessage};
+use godwit_qemu::stream::{Command, Discard, MemSize, Page, Record};
 
-use super::{Channel, DeviceState, Outgoing, SourceCore};
+use super::{Channel, Outgoing, SourceCore};
 use crate::relay::RelayError;
 use crate::relay::fill::{PING_EMPTIED, named_in, stale_frame};
 use crate::relay::frame::Kind;
@@ -77,20 +76,10 @@ impl SourceCore {
         self.own.as_ref().is_some_and(OwnPages::is_sending)
     }
 
-    /// Whether QEMU's stream is left unread, up to its switch, and behind its device state.
+    /// Whether QEMU's stream is left unread, up to its switch.
     pub(super) fn leaves_unread(&self) -> bool {
-        self.leaves_pass() || self.sends_stale()
-    }
-
-    fn leaves_pass(&self) -> bool {
         let before = self.phase < RelayPhase::Switching;
         self.sends_own() && before && self.fills.asked && self.place != Place::Closing
-    }
-
-    /// Whether the machine stands still and this relay sends the rest of its memory, not QEMU.
-    pub(crate) fn sends_stale(&self) -> bool {
-        matches!(self.state, DeviceState::Packaged)
-            && self.own.as_ref().is_some_and(OwnPages::has_stopped)
     }
 
     pub(super) fn note_place(&mut self, record: &Record) {
@@ -146,82 +135,23 @@ impl SourceCore {
         self.look_sent();
     }
 
-    /// Whether an own page, or a stale one, may be sent now.
+    /// Whether an own page may be sent now.
     pub(crate) fn may_put_own(&self) -> bool {
-        if self.sends_stale() {
-            let more = self.own.as_ref().is_some_and(OwnPages::is_sending_stale);
-            return !self.first.is_empty() || more && self.pacer.has_room();
-        }
-        self.leaves_pass()
+        self.leaves_unread()
             && self.phase == RelayPhase::PreCopy
             && self.own.as_ref().is_some_and(|own| !own.all_sent())
             && self.pacer.has_room()
     }
 
-    /// Sends the next own pages, or the next stale ones.
+    /// Sends the next own pages.
     ///
     /// # Errors
     /// [`RelayError::GuestMemory`].
     pub(crate) fn put_own(&mut self) -> Result<(), RelayError> {
-        if self.sends_stale() {
-            return self.put_stale();
-        }
         let (Some(own), Some(id)) = (&mut self.own, self.section) else { return Ok(()) };
         let pages = own.next().map_err(RelayError::GuestMemory)?;
         self.put_pages(id, &pages);
         self.look_sent();
-        Ok(())
-    }
-
-    /// The first are those that the destination needs before all others; the end of memory is the last.
-    fn put_stale(&mut self) -> Result<(), RelayError> {
-        let first = std::mem::take(&mut self.first);
-        if !first.is_empty() {
-            let wanted = self.around.first(&Bytes::from_static(RAM_BLOCK.as_bytes()), &first);
-            return self.answer(&wanted);
-        }
-        let (Some(own), Some(id)) = (&mut self.own, self.section) else { return Ok(()) };
-        let pages = own.next_stale().map_err(RelayError::GuestMemory)?;
-        if pages.is_empty() {
-            let end = [Record::SectionEnd { id }, Record::Eos, Record::Footer { id }, Record::Eof];
-            end.iter().for_each(|record| self.batch.record(record));
-            // QEMU's last word on its other channel.
-            let mut over = Vec::new();
-            Record::Eos.encode(&mut over);
-            self.demand(over);
-        } else {
-            for page in &pages {
-                self.around.sent(&page.block, page.offset);
-            }
-            self.put_pages(id, &pages);
-        }
-        self.flush(Kind::Memory);
-        Ok(())
-    }
-
-    /// Sends what of the pages that are `wanted` is still to come.
-    pub(super) fn answer(&mut self, wanted: &[ReturnMessage]) -> Result<(), RelayError> {
-        let Some(own) = &mut self.own else { return Ok(()) };
-        let mut pages = Vec::new();
-        for message in wanted {
-            if let ReturnMessage::ReqPages { block, start, len } = message {
-                let some = own.asked(block.as_ref(), *start, *len);
-                pages.extend(some.map_err(RelayError::GuestMemory)?);
-            }
-        }
-        let mut raw = Vec::new();
-        for page in pages {
-            self.count_page(&page.content);
-            self.counts.demanded_pages += 1;
-            self.around.sent(&page.block, page.offset);
-            Record::Page(page).encode(&mut raw);
-            if raw.len() >= super::BATCH {
-                self.demand(std::mem::take(&mut raw));
-            }
-        }
-        if !raw.is_empty() {
-            self.demand(raw);
-        }
         Ok(())
     }
 
@@ -302,11 +232,13 @@ impl SourceCore {
         Ok(())
     }
 
-    /// A page of QEMU's pass goes on to the destination.
-    pub(super) fn note_streamed(&mut self, page: &Page) {
-        if let Some(own) = self.own.as_mut().filter(|own| own.is_sending()) {
+    /// Whether a page that QEMU sends goes on to the destination.
+    pub(super) fn is_due(&mut self, page: &Page) -> bool {
+        let Some(own) = &mut self.own else { return true };
+        if own.is_sending() {
             own.streamed(&page.block, page.offset);
         }
+        own.is_due(page)
     }
 }
 
