@@ -23,6 +23,7 @@ use super::core::MAX_BITMAP;
 use super::disk::{self, Arrival};
 use super::fill::{Filler, PING_EMPTIED, Requests, Zeros, check_size, with_present};
 use super::frame::{Kind, open};
+use super::handed::{Handed, MainEnd};
 use super::known::{HeldHere, KnownMemory, ReferError, expand};
 use super::meet::meet;
 use super::visit::{Arrived, Left, Visit};
@@ -227,6 +228,7 @@ async fn work(
     let (filled_tx, mut filled) = mpsc::channel(FILLS_WAITING);
     let (emptied_tx, emptied) = watch::channel(false);
     let (zeros_tx, mut zeros) = mpsc::channel(FILLS_WAITING);
+    let handed = Handed::new(memory.as_ref().and_then(|file| file.try_clone().ok()));
     let own = OwnHere {
         zeros: Zeros::default(),
         answers: zeros_tx,
@@ -245,12 +247,15 @@ async fn work(
         if !config.memory {
             return Ok(());
         }
-        demand_channel((demand_lane, &mut zeros), &config.qemu, (&waits, &arrived), status).await
+        let lane = (demand_lane, &mut zeros);
+        demand_channel(lane, &config.qemu, (&waits, &arrived, &handed), status).await
     };
     let bulk = async {
         match main_write {
             Some(write) => {
-                bulk_channel((bulk, here, &own), write, ack_tx, (&waits, &arrived), status).await
+                let end = (MainEnd::new(config.resume), &handed);
+                let lane = (bulk, here, &own);
+                bulk_channel(lane, write, (ack_tx, end), (&waits, &arrived), status).await
             }
             None => Ok(()),
         }
@@ -521,7 +526,7 @@ fn mark(arrived: &Mutex<Option<Arrived>>, channel: Channel, raw: &[u8]) {
 async fn bulk_channel(
     (lane, mut here, own): (&mut LaneReceiver, HeldHere, &OwnHere),
     mut write: OwnedWriteHalf,
-    acks: mpsc::Sender<u32>,
+    (acks, (mut end, handed)): (mpsc::Sender<u32>, (MainEnd, &Handed)),
     (waits, arrived): (&Mutex<Waits>, &Mutex<Option<Arrived>>),
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
@@ -562,6 +567,9 @@ async fn bulk_channel(
             }
         };
         mark(arrived, Channel::Main, &raw);
+        if end.is_in(&raw) {
+            handed.are_in_memory().await?;
+        }
         write.write_all(&raw).await.map_err(|source| RelayError::Qemu {
             what: "writing the destination QEMU's main channel",
             source,
@@ -589,7 +597,7 @@ async fn preempt_ended(source: std::io::Error) -> RelayError {
 async fn demand_channel(
     (lane, zeros): (&mut LaneReceiver, &mut mpsc::Receiver<Vec<u8>>),
     qemu: &Path,
-    (waits, arrived): (&Mutex<Waits>, &Mutex<Option<Arrived>>),
+    (waits, arrived, handed): (&Mutex<Waits>, &Mutex<Option<Arrived>>, &Handed),
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     let mut channel: Option<UnixStream> = None;
@@ -624,6 +632,7 @@ async fn demand_channel(
             })?),
         };
         mark(arrived, Channel::Preempt, &raw);
+        handed.hand(&raw);
         if let Err(error) = write.write_all(&raw).await {
             return Err(preempt_ended(error).await);
         }

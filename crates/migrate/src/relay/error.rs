@@ -105,8 +105,14 @@ pub enum RelayError {
     /// A message out of place.
     #[error("the other relay does not keep to the protocol: {0}")]
     Protocol(&'static str),
+    /// The destination's QEMU has left pages out that it was given.
+    #[error("the destination's QEMU does not put {missing} pages into memory that it was given")]
+    NotTaken {
+        /// How many.
+        missing: usize,
+    },
     /// The daemon of the destination has ended while it started the machine's QEMU.
-    #[error("site '{site}' did not start the machine's QEMU: its daemon ended meanwhile")]
+    #[error("site '{site}' did not start the machine's QEMU: nobody there says that it listens")]
     NoQemu {
         /// The destination.
         site: String,
@@ -197,6 +203,7 @@ impl CodedError for RelayError {
             | Self::Qemu { .. }
             | Self::QemuClosed(_)
             | Self::NoQemu { .. }
+            | Self::NotTaken { .. }
             | Self::PeerAborted(_) => Code::Unavailable,
         }
     }

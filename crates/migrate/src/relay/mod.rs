@@ -26,6 +26,7 @@ mod error;
 mod fill;
 mod frame;
 mod given;
+mod handed;
 mod handover;
 mod known;
 mod meet;
