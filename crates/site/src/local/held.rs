@@ -9,8 +9,8 @@ use godwit_migrate::relay::HeldMemory;
 use godwit_substrate::{AsyncPool, OpenMemory, Pool};
 use godwit_types::{Fault, Hash, MigrationId, SubstrateId};
 
+use super::faults::into_fault;
 use super::images::Images;
-use super::machines::into_fault;
 use super::record::MachineRecord;
 
 /// How many moves this is kept for at once; of more, the oldest goes without.
