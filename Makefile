@@ -46,6 +46,7 @@ figures: build
 	target/release/godwit image build $(GUEST) --local
 	target/release/godwit image build tiny --local
 	target/release/godwit-bench demo --guest $(GUEST) --out target/figures/demo $(DEMO_FLAGS)
+	test ! -e target/figures/demo/move.svg || cp target/figures/demo/move.svg docs/demo.svg
 	target/release/godwit-bench mainjob --guest tiny --out target/figures/mainjob
 	target/release/godwit-bench mainjob --guest $(GUEST) --rounds 1 --stock-downtime-ms 2000 --out target/figures/desktop
 	target/release/godwit-bench burst --out target/figures/burst

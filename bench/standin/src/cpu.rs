@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::program::{Config, Program, Worker};
-use crate::spin::Told;
+use crate::spin::StopRequested;
 
 /// Digits of one computation: about a millisecond.
 pub const DIGITS: usize = 200;
@@ -26,7 +26,7 @@ impl Cpu {
 }
 
 impl Program for Cpu {
-    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), Told> {
+    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), StopRequested> {
         let index = worker.index as u64;
         let mine = self.work.map(|w| w / self.threads + u64::from(index < w % self.threads));
         let mut done = 0;

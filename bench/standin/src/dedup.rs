@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::mix::mix;
 use crate::program::{Config, Program, Worker};
-use crate::spin::{Meter, Queue, SpinLock, Told, spin_loop};
+use crate::spin::{Meter, Queue, SpinLock, StopRequested, spin_loop};
 
 /// Bytes of the input.
 pub const INPUT: usize = 1 << 20;
@@ -271,7 +271,7 @@ impl Writer {
 }
 
 impl Program for Dedup {
-    fn thread(&self, w: &mut Worker<'_>) -> Result<(), Told> {
+    fn thread(&self, w: &mut Worker<'_>) -> Result<(), StopRequested> {
         let stages = self.stages(w.index);
         let mut held: Vec<Held> = stages.iter().map(|_| None).collect();
         let mut spins = 0;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::mix::{compute, mix, turns};
 use crate::program::{Config, Program, Worker};
-use crate::spin::{Meter, SpinLock, Told};
+use crate::spin::{Meter, SpinLock, StopRequested};
 
 /// Critical sections of a job.
 pub const SECTIONS: u64 = 64;
@@ -107,7 +107,7 @@ impl Kernbench {
         }
     }
 
-    fn job(&self, job: u64, worker: &mut Worker<'_>) -> Result<u64, Told> {
+    fn job(&self, job: u64, worker: &mut Worker<'_>) -> Result<u64, StopRequested> {
         let between = turns(HELD_US * (1.0 / HELD_SHARE - 1.0), self.slower);
         let mut x = mix(self.seed ^ mix(job));
         for _ in 0..SECTIONS {
@@ -120,7 +120,7 @@ impl Kernbench {
 }
 
 impl Program for Kernbench {
-    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), Told> {
+    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), StopRequested> {
         let mut jobs = 0;
         loop {
             // It waits for a disk, or for a job.

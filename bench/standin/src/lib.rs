@@ -25,4 +25,4 @@ pub mod specjbb;
 pub mod spin;
 pub mod streamcluster;
 
-pub use program::{Config, Ended, MOST_SLOWER, Outcome, Program, StandIn, run};
+pub use program::{Config, EndReason, MOST_SLOWER, Outcome, Program, StandIn, run};

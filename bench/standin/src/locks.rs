@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::kernbench::{HELD_SHARE, HELD_US, Kernel};
 use crate::mix::{compute, mix, turns};
 use crate::program::{Config, Program, Worker};
-use crate::spin::Told;
+use crate::spin::StopRequested;
 
 /// Sections that a thread takes at once.
 const BATCH: u64 = 16;
@@ -38,7 +38,7 @@ impl Locks {
 }
 
 impl Program for Locks {
-    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), Told> {
+    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), StopRequested> {
         let between = turns(HELD_US * (1.0 / HELD_SHARE - 1.0), self.slower);
         loop {
             let first = self.taken.fetch_add(BATCH, Ordering::Relaxed);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::clock::{Ruler, thread_cpu};
-use crate::spin::{HistogramNs, Meter, Told, Waits};
+use crate::spin::{HistogramNs, Meter, StopRequested, Waits};
 use crate::{cpu, dedup, kernbench, locks, specjbb, streamcluster};
 
 /// The stand-ins that run as threads of one process.
@@ -178,13 +178,13 @@ pub enum Error {
 /// Why a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Ended {
+pub enum EndReason {
     /// All work is done.
     Done,
     /// Its time was over.
     Time,
     /// Somebody set the flag, as SIGTERM does.
-    Told,
+    StopRequested,
 }
 
 /// What a run came to: one line of JSON.
@@ -203,7 +203,7 @@ pub struct Outcome {
     /// Units of work asked for.
     pub work: Option<u64>,
     /// Why it ended.
-    pub ended: Ended,
+    pub ended: EndReason,
     /// From when all threads were ready to the last one's end.
     pub elapsed_ms: f64,
     /// What was done.
@@ -239,9 +239,9 @@ pub struct Worker<'a> {
 
 impl Worker<'_> {
     /// # Errors
-    /// [`Told`] when all must end.
-    pub fn go_on(&self) -> Result<(), Told> {
-        if self.stop.load(Ordering::Relaxed) { Err(Told) } else { Ok(()) }
+    /// [`StopRequested`] when all must end.
+    pub fn go_on(&self) -> Result<(), StopRequested> {
+        if self.stop.load(Ordering::Relaxed) { Err(StopRequested) } else { Ok(()) }
     }
 }
 
@@ -250,8 +250,8 @@ pub trait Program: Sync {
     /// One thread's part, until the work is done.
     ///
     /// # Errors
-    /// [`Told`] when it was told to end before that.
-    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), Told>;
+    /// [`StopRequested`] when it was told to end before that.
+    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), StopRequested>;
 
     /// Operations so far; exact once all threads have ended.
     fn operations(&self) -> u64;
@@ -370,9 +370,9 @@ pub fn run(config: &Config, stop: &AtomicBool) -> Result<Outcome, Error> {
         seed: config.seed,
         work: config.work,
         ended: match (done, in_time) {
-            (true, _) => Ended::Done,
-            (false, true) => Ended::Told,
-            (false, false) => Ended::Time,
+            (true, _) => EndReason::Done,
+            (false, true) => EndReason::StopRequested,
+            (false, false) => EndReason::Time,
         },
         elapsed_ms: elapsed.as_secs_f64() * 1e3,
         operations: program.operations(),
@@ -393,7 +393,7 @@ fn wait(time: Option<Duration>, ruler: &Ruler, running: &AtomicUsize, stop: &Ato
         match time.map(|t| t.saturating_sub(ruler.elapsed())) {
             None => thread::park(),
             Some(Duration::ZERO) => {
-                // Told just before the time was over is told.
+                // Asked just before the time was over counts as asked.
                 return stop.swap(true, Ordering::Relaxed);
             }
             Some(left) => thread::park_timeout(left),

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use crate::mix::{compute, mix, turns};
 use crate::program::{Config, Program, Worker};
-use crate::spin::{Meter, SpinBarrier, SpinLock, Told, spin_loop};
+use crate::spin::{Meter, SpinBarrier, SpinLock, StopRequested, spin_loop};
 
 /// How long a lock is held, in microseconds of a processor of 3 GHz (table 4.1).
 pub const HELD_US: f64 = 0.16;
@@ -94,7 +94,7 @@ impl Specjbb {
     }
 
     /// The safepoint: every thread comes by between two transactions.
-    fn safepoint(&self, worker: &mut Worker<'_>) -> Result<(), Told> {
+    fn safepoint(&self, worker: &mut Worker<'_>) -> Result<(), StopRequested> {
         worker.go_on()?;
         if !self.collect.load(Ordering::Acquire) {
             return Ok(());
@@ -111,7 +111,7 @@ impl Specjbb {
 }
 
 impl Program for Specjbb {
-    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), Told> {
+    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), StopRequested> {
         loop {
             let n = self.taken.fetch_add(1, Ordering::Relaxed);
             if self.work.is_some_and(|w| n >= w) {

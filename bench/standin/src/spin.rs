@@ -12,7 +12,7 @@ use crate::clock::ticks;
 
 /// The program was told to end, and a wait was given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Told;
+pub struct StopRequested;
 
 /// Whether waiting loops leave the pause instruction out.
 static BUSY: AtomicBool = AtomicBool::new(false);
@@ -228,8 +228,8 @@ impl SpinBarrier {
     /// Waits until all threads are here. True for the last to arrive.
     ///
     /// # Errors
-    /// [`Told`] when `stop` was set before all had come; the barrier is of no use after that.
-    pub fn wait(&self, stop: &AtomicBool, meter: &mut Meter) -> Result<bool, Told> {
+    /// [`StopRequested`] when `stop` was set before all had come; the barrier is of no use after that.
+    pub fn wait(&self, stop: &AtomicBool, meter: &mut Meter) -> Result<bool, StopRequested> {
         let round = self.round.load(Ordering::Acquire);
         if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.threads {
             self.arrived.store(0, Ordering::Relaxed);
@@ -240,7 +240,7 @@ impl SpinBarrier {
         let mut spins = 0;
         while self.round.load(Ordering::Acquire) == round {
             if stop.load(Ordering::Relaxed) {
-                return Err(Told);
+                return Err(StopRequested);
             }
             spin_loop();
             spins += 1;
@@ -367,7 +367,7 @@ mod tests {
     fn whoever_is_asked_to_end_waits_no_longer_and_a_full_queue_refuses() {
         let stop = AtomicBool::new(true);
         let mut meter = Meter::default();
-        assert_eq!(SpinBarrier::new(2).wait(&stop, &mut meter), Err(Told));
+        assert_eq!(SpinBarrier::new(2).wait(&stop, &mut meter), Err(StopRequested));
         let queue = Queue::new(1);
         assert_eq!(queue.try_push(1, &mut meter), Ok(()));
         assert_eq!(queue.try_push(2, &mut meter), Err(2));

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::mix::mix;
 use crate::program::{Config, Program, Worker};
-use crate::spin::{SpinBarrier, SpinLock, Told};
+use crate::spin::{SpinBarrier, SpinLock, StopRequested};
 
 /// Points; each thread has an equal part. Fewer on a slower processor.
 pub const POINTS: usize = 8192;
@@ -77,7 +77,7 @@ fn squared_distance(a: &Point, b: &Point) -> u64 {
 }
 
 impl Program for Streamcluster {
-    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), Told> {
+    fn thread(&self, worker: &mut Worker<'_>) -> Result<(), StopRequested> {
         let points = self.points.len();
         let from = worker.index * points / self.threads;
         let to = (worker.index + 1) * points / self.threads;

@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use godwit_standin::{Config, Ended, MOST_SLOWER, StandIn, cc, run};
+use godwit_standin::{Config, EndReason, MOST_SLOWER, StandIn, cc, run};
 use serde_json::Value;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-standin");
@@ -26,7 +26,7 @@ const fn little(what: StandIn) -> u64 {
 fn digest(what: StandIn, threads: usize, seed: u64) -> String {
     let config = Config { threads, seed, work: Some(little(what)), ..Config::new(what) };
     let outcome = run(&config, &AtomicBool::new(false)).expect("the work is done");
-    assert_eq!(outcome.ended, Ended::Done);
+    assert_eq!(outcome.ended, EndReason::Done);
     assert_eq!(outcome.cpu_ms.len(), threads);
     if what != StandIn::Dedup {
         assert_eq!(outcome.operations, little(what), "{what:?}");
@@ -53,7 +53,7 @@ fn a_slower_processor_does_smaller_operations() {
     let done = |what: StandIn, threads: usize, slower: u32| {
         let config = Config { threads, slower, work: Some(little(what)), ..Config::new(what) };
         let outcome = run(&config, &AtomicBool::new(false)).expect("the work is done");
-        assert_eq!(outcome.ended, Ended::Done, "{what:?}");
+        assert_eq!(outcome.ended, EndReason::Done, "{what:?}");
         (outcome.digest, outcome.operations)
     };
     for what in StandIn::ALL {
@@ -78,7 +78,7 @@ fn time_ends_what_has_no_end() {
         let time = Some(Duration::from_millis(150));
         let config = Config { threads, time, time_locks: true, ..Config::new(what) };
         let outcome = run(&config, &AtomicBool::new(false)).expect("it ends");
-        assert_eq!((outcome.ended, &outcome.digest), (Ended::Time, &None), "{what:?}");
+        assert_eq!((outcome.ended, &outcome.digest), (EndReason::Time, &None), "{what:?}");
         assert!(outcome.elapsed_ms >= 150.0, "{what:?}: {} ms", outcome.elapsed_ms);
         let held = outcome.hold.map_or(0, |h| h.count);
         assert_eq!(held, outcome.locks.passed, "{what:?}");

@@ -33,15 +33,15 @@ pub(crate) enum Command {
     /// Stop what `up` started; machines run on
     Down(cmd::up::Down),
     /// Execution environments
-    Vm(Box<cmd::vm::Noun>),
+    Vm(Box<cmd::vm::CommandArgs>),
     /// Docked machines in the pool
-    Substrate(cmd::substrate::Noun),
+    Substrate(cmd::substrate::CommandArgs),
     /// Guest images
-    Image(cmd::image::Noun),
+    Image(cmd::image::CommandArgs),
     /// Center, APs and devices
-    Site(cmd::site::Noun),
+    Site(cmd::site::CommandArgs),
     /// Long jobs
-    Op(cmd::op::Noun),
+    Op(cmd::op::CommandArgs),
     /// Tenants: people who own machines and substrates together
     Tenant(cmd::people::Tenants),
     /// Users of a tenant
@@ -49,9 +49,9 @@ pub(crate) enum Command {
     /// Tokens by which users reach this API (those by which sites join: `godwit site token`)
     Token(cmd::people::Tokens),
     /// What the sites' stores hold
-    Pool(cmd::pool::Noun),
+    Pool(cmd::pool::CommandArgs),
     /// Co-scheduling of the vCPUs of this host's machines
-    Sched(Box<cmd::sched::Noun>),
+    Sched(Box<cmd::sched::CommandArgs>),
     /// Substrates that other tenants may use
     Grant(cmd::share::Grants),
     /// How much a tenant may have
@@ -74,7 +74,7 @@ pub(crate) enum Command {
 
 /// Where the center is, and how answers are printed.
 #[derive(Debug, Clone, Default, Args)]
-pub(crate) struct Talk {
+pub(crate) struct ClientArgs {
     /// Form of the answer
     #[arg(short, long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
     pub(crate) output: Format,

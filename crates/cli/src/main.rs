@@ -7,7 +7,7 @@
 //! godwit doctor|completion|man         this machine and this program
 //! ```
 //!
-//! Data goes to stdout, talk and progress to stderr. Exit codes are those of
+//! Data goes to stdout, messages and progress to stderr. Exit codes are those of
 //! [`godwit_types::Code::exit_code`]; 3 says that nothing had to be done.
 
 mod args;
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
         // Help and version.
         Err(e) if !e.use_stderr() => e.exit(),
         Err(e) => {
-            out::talk(out::tame(&e.render().to_string()).trim_end());
+            out::notice(out::tame(&e.render().to_string()).trim_end());
             return ExitCode::from(Code::Invalid.exit_code());
         }
     };
@@ -42,7 +42,7 @@ fn main() -> ExitCode {
         Ok(Outcome::Found) => ExitCode::FAILURE,
         Ok(Outcome::Exit(code)) => ExitCode::from(code),
         Err(failure) => {
-            out::talk(&failure.words());
+            out::notice(&failure.words());
             ExitCode::from(failure.exit)
         }
     }

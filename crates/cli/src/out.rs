@@ -1,4 +1,4 @@
-//! Answers on stdout, in the form that was asked for; talk on stderr.
+//! Answers on stdout, in the form that was asked for; messages on stderr.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -52,7 +52,7 @@ pub(crate) fn bytes(data: &[u8]) -> Result<()> {
 }
 
 /// Writes one line to stderr.
-pub(crate) fn talk(text: &str) {
+pub(crate) fn notice(text: &str) {
     // Nobody is left to be told when this fails.
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
@@ -66,7 +66,7 @@ pub(crate) fn talk_bytes(data: &[u8]) {
 /// Names on stderr the sites that gave no answer.
 pub(crate) fn unanswered(sites: &[godwit_cloud::controller::Unanswered]) {
     for site in sites {
-        talk(&format!("warning: {}", plain(&site.error.message)));
+        notice(&format!("warning: {}", plain(&site.error.message)));
     }
 }
 

@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::args::{Change, Talk};
+use crate::args::{Change, ClientArgs};
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out;
@@ -45,7 +45,7 @@ pub(crate) enum Changed {
 /// Asks for a change and waits for its end, as the flags say.
 pub(crate) async fn change<B: Serialize + Sync>(
     client: &Client,
-    talk: &Talk,
+    client_args: &ClientArgs,
     how: &Change,
     method: Method,
     path: &str,
@@ -65,7 +65,7 @@ pub(crate) async fn change<B: Serialize + Sync>(
     if how.dry_run {
         let words = format!("would: {}", accepted.plan);
         let data = json!({ "dry_run": true, "plan": accepted.plan, "target": accepted.target });
-        out::action(talk.output, &words, &accepted.target.unwrap_or_default(), &data)?;
+        out::action(client_args.output, &words, &accepted.target.unwrap_or_default(), &data)?;
         return Ok(Changed::Reported);
     }
     let Some(op) = accepted.op else {
@@ -74,7 +74,7 @@ pub(crate) async fn change<B: Serialize + Sync>(
     if how.no_wait {
         let words = format!("{op}   started: {}", accepted.plan);
         let data = json!({ "op": op, "plan": accepted.plan, "target": accepted.target });
-        out::action(talk.output, &words, &op.to_string(), &data)?;
+        out::action(client_args.output, &words, &op.to_string(), &data)?;
         return Ok(Changed::Reported);
     }
     let record = follow(client, op, deadline).await?;
@@ -84,19 +84,19 @@ pub(crate) async fn change<B: Serialize + Sync>(
 /// As [`change`], with one line of words and the operation's result as data.
 pub(crate) async fn change_and_report<B: Serialize + Sync>(
     client: &Client,
-    talk: &Talk,
+    client_args: &ClientArgs,
     how: &Change,
     (method, path): (Method, &str),
     body: &B,
     (name, words): (&str, &str),
 ) -> Result {
-    if let Changed::Done { op, .. } = change(client, talk, how, method, path, body).await? {
+    if let Changed::Done { op, .. } = change(client, client_args, how, method, path, body).await? {
         let (id, result) = parts(op);
         let mut data = json!({ "op": id, "name": name });
         if let (Value::Object(all), Some(Value::Object(more))) = (&mut data, result) {
             all.extend(more);
         }
-        out::action(talk.output, words, name, &data)?;
+        out::action(client_args.output, words, name, &data)?;
     }
     Ok(Outcome::Done)
 }

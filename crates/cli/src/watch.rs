@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::args::Talk;
+use crate::args::ClientArgs;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Format, Row};
@@ -60,12 +60,12 @@ pub(crate) struct Watched<'a, T> {
 
 /// Shows a list and what becomes of it, until it is interrupted or nobody reads any more; one object
 /// until it is gone.
-pub(crate) async fn watch<T: Watch>(talk: &Talk, what: Watched<'_, T>) -> Result {
+pub(crate) async fn watch<T: Watch>(client_args: &ClientArgs, what: Watched<'_, T>) -> Result {
     let mut view = View {
-        talk,
-        client: Client::open(&talk.connect)?,
+        client_args,
+        client: Client::open(&client_args.connect)?,
         what,
-        shown: Shown::new(talk.output),
+        shown: Shown::new(client_args.output),
         rows: BTreeMap::new(),
         last: String::new(),
     };
@@ -93,7 +93,7 @@ impl From<Failure> for End {
 }
 
 struct View<'a, T> {
-    talk: &'a Talk,
+    client_args: &'a ClientArgs,
     client: Client,
     what: Watched<'a, T>,
     shown: Shown,
@@ -113,7 +113,7 @@ impl<T: Watch> View<'_, T> {
                 Ok(()) => {}
                 Err(End::Failed(f)) if f.away => {
                     if !std::mem::replace(&mut reported, true) {
-                        out::talk("the center does not answer; going on when it does");
+                        out::notice("the center does not answer; going on when it does");
                     }
                 }
                 Err(end) => return Err(end),
@@ -124,7 +124,7 @@ impl<T: Watch> View<'_, T> {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(AGAIN.1);
             // One that was started again may have another address.
-            if let Ok(client) = Client::open(&self.talk.connect) {
+            if let Ok(client) = Client::open(&self.client_args.connect) {
                 self.client = client;
             }
         }
@@ -246,15 +246,15 @@ impl<T: Watch> View<'_, T> {
             self.list().await?;
         } else {
             self.event(data).map_err(|e| match e {
-                Odd::Json(e) => End::from(odd(e)),
-                Odd::End(end) => end,
+                EventError::Json(e) => End::from(odd(e)),
+                EventError::End(end) => end,
             })?;
         }
         self.last = message.id.unwrap_or_else(|| self.last.clone());
         Ok(true)
     }
 
-    fn event(&mut self, data: Value) -> Result<(), Odd> {
+    fn event(&mut self, data: Value) -> Result<(), EventError> {
         let event: FeedEvent = serde_json::from_value(data.clone())?;
         if event.deleted {
             self.drop_row(&event.key, &data)?;
@@ -281,18 +281,18 @@ impl<T: Watch> View<'_, T> {
 }
 
 /// Why an event was not taken in.
-enum Odd {
+enum EventError {
     Json(serde_json::Error),
     End(End),
 }
 
-impl From<serde_json::Error> for Odd {
+impl From<serde_json::Error> for EventError {
     fn from(e: serde_json::Error) -> Self {
         Self::Json(e)
     }
 }
 
-impl From<End> for Odd {
+impl From<End> for EventError {
     fn from(e: End) -> Self {
         Self::End(e)
     }

@@ -51,9 +51,9 @@ pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
     MachineStatus, MemoryStatus, MoveStatus, NewMachine, News, Origin, PoolReport, Progress,
-    SiteEvent, SiteReport, StreamRequest, SubstrateInfo, TakeAmong, UNKNOWN_GENERATION, Upload,
+    SiteReport, StreamRequest, SubstrateInfo, TakeAmong, UNKNOWN_GENERATION, Upload,
 };
-pub use verbs::{Asking, Request, SiteReply, SiteRequest};
+pub use verbs::{Asking, Request, SiteEvent, SiteReply, SiteRequest};
 
 /// The first version of the protocol whose sites generalise the machine of what they dock as public.
 pub const GENERALISES: u16 = 3;

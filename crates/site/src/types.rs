@@ -7,13 +7,11 @@ use std::net::SocketAddr;
 use bytes::Bytes;
 use godwit_transfer::Warrant;
 use godwit_types::{
-    ActivateReport, Arch, DockReport, Fault, Generation, Hash, Mib, MigrationId, Name, SubstrateId,
+    ActivateReport, Arch, DockReport, Generation, Hash, Mib, MigrationId, Name, SubstrateId,
     SubstrateKind, UnixMs, VmId, VmState,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-
-use super::verbs::SiteReply;
 
 /// How far one stage of a job is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -428,15 +426,6 @@ pub enum News {
     },
     /// A source that lost its destination during the switch asks what became of it. Never dropped.
     Uncertain,
-}
-
-/// What a site sends in answer to a request over a link.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum SiteEvent {
-    /// What happened meanwhile.
-    News(News),
-    /// The end.
-    Done(Box<Result<SiteReply, Fault>>),
 }
 
 impl fmt::Display for Origin {

@@ -8,12 +8,12 @@
 use std::net::SocketAddr;
 
 use godwit_transfer::{Revocations, Warrant};
-use godwit_types::{Generation, Hash, MigrationId, Name, SubstrateId, SubstrateKind, VmId};
+use godwit_types::{Fault, Generation, Hash, MigrationId, Name, SubstrateId, SubstrateKind, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::types::{
     CheckReport, ConsoleTail, GuestExec, GuestProgram, ImageInfo, Incoming, MachineStatus,
-    MoveStatus, NewMachine, Origin, PoolReport, SubstrateInfo,
+    MoveStatus, NewMachine, News, Origin, PoolReport, SubstrateInfo,
 };
 use crate::SiteReport;
 
@@ -38,6 +38,15 @@ pub trait Request: Into<SiteRequest> + Send + 'static {
     fn asking(self) -> Asking<Self::Reply> {
         Asking { request: self.into(), reply: Self::reply }
     }
+}
+
+/// What a site sends in answer to a request over a link.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum SiteEvent {
+    /// What happened meanwhile.
+    News(News),
+    /// The end.
+    Done(Box<Result<SiteReply, Fault>>),
 }
 
 /// What may hold for a request.

@@ -39,7 +39,7 @@ pub struct Bundle {
 
 /// What a substrate becomes where it comes in, as far as that is not what it brings.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Becomes {
+pub struct ImportAs {
     /// Whose it is.
     pub owner: Option<Name>,
     /// Its name. Under a name of its own it is another substrate, with an id of its own.
@@ -83,7 +83,7 @@ impl Import {
     /// # Errors
     /// [`SubstrateError::Damaged`], [`SubstrateError::Pages`], [`SubstrateError::Exists`],
     /// [`SubstrateError::OtherContent`].
-    pub fn begin(pool: &Pool, bundle: Bundle, becomes: Becomes) -> Result<Self, SubstrateError> {
+    pub fn begin(pool: &Pool, bundle: Bundle, becomes: ImportAs) -> Result<Self, SubstrateError> {
         Self::begin_as(pool, bundle, becomes, false)
     }
 
@@ -91,7 +91,7 @@ impl Import {
     pub(crate) fn begin_kept(
         pool: &Pool,
         bundle: Bundle,
-        becomes: Becomes,
+        becomes: ImportAs,
     ) -> Result<Self, SubstrateError> {
         Self::begin_as(pool, bundle, becomes, true)
     }
@@ -99,7 +99,7 @@ impl Import {
     fn begin_as(
         pool: &Pool,
         bundle: Bundle,
-        becomes: Becomes,
+        becomes: ImportAs,
         kept: bool,
     ) -> Result<Self, SubstrateError> {
         let mut substrate = Substrate::parse(&bundle.json, "the substrate's manifest")?;
@@ -351,7 +351,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`SubstrateError::Damaged`] for a foreign, truncated or changed file; as [`Import`].
-    pub fn import(&self, from: impl Read, becomes: Becomes) -> Result<Substrate, SubstrateError> {
+    pub fn import(&self, from: impl Read, becomes: ImportAs) -> Result<Substrate, SubstrateError> {
         let mut from = Hashing { inner: from, hasher: blake3::Hasher::new(), bytes: 0 };
         let (io, bad) =
             (SubstrateError::io, |why: &str| SubstrateError::damaged("the archive", why));

@@ -20,7 +20,7 @@ use std::time::Duration;
 use godwit_store::{Effort, Encoder, UNIT};
 use godwit_types::{Hash, SubstrateId};
 
-use crate::archive::{Becomes, Import, UnitHead, read_head, take_unit, write_head, write_unit};
+use crate::archive::{Import, ImportAs, UnitHead, read_head, take_unit, write_head, write_unit};
 use crate::error::SubstrateError;
 use crate::manifest::Substrate;
 use crate::pool::Pool;
@@ -201,7 +201,7 @@ impl Pool {
     /// [`ErrorKind::ConnectionAborted`]; then nothing is kept.
     pub fn take(
         &self,
-        becomes: Becomes,
+        becomes: ImportAs,
         mut from: impl Read,
         mut control: impl Write,
     ) -> Result<Substrate, SubstrateError> {

@@ -69,7 +69,7 @@ mod stamp;
 mod turns;
 
 pub use activate::{ActivateRequest, Activated, Place, activate};
-pub use archive::{ArchiveEnd, Becomes, Bundle, Import};
+pub use archive::{ArchiveEnd, Bundle, Import, ImportAs};
 pub use async_pool::AsyncPool;
 pub use dock::{DockRequest, DockStop, dock_convert, run_on};
 pub use error::SubstrateError;

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{bundle, feed, image, memory_bytes, name, open};
-use godwit_substrate::{Becomes, Import, Pool};
+use godwit_substrate::{Import, ImportAs, Pool};
 use godwit_types::{Code, CodedError, Hash, PAGE_SIZE, SubstrateId, VmId};
 
 /// A pool with `n` substrates, its sealed memory on tmpfs.
@@ -12,7 +12,7 @@ fn pool(n: usize) -> (Pool, Vec<SubstrateId>, godwit_image::Image, tempfile::Tem
     let image = image(&dir.path().join("image"));
     let pool = open(&dir.path().join("pool")).expect("pool");
     let ids = (0..n).map(|n| {
-        let becomes = Becomes { name: Some(name(&format!("s{n}"))), ..Becomes::default() };
+        let becomes = ImportAs { name: Some(name(&format!("s{n}"))), ..ImportAs::default() };
         let bundle = bundle(SubstrateId::new(), &image);
         let mut import = Import::begin(&pool, bundle, becomes).expect("sound");
         feed(&mut import);

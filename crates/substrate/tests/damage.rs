@@ -12,7 +12,7 @@ use common::{blocks, bundle, feed, files, fill, image, name, open, page, pages};
 use godwit_disk::FrozenChain;
 use godwit_image::Image;
 use godwit_store::UNIT;
-use godwit_substrate::{Becomes, Import, Pool, Ready, SubstrateError};
+use godwit_substrate::{Import, ImportAs, Pool, Ready, SubstrateError};
 use godwit_testkit::flip;
 use godwit_types::{Code, CodedError, Mib, SubstrateId};
 
@@ -94,19 +94,19 @@ fn one_bit_flipped_in_anything_stored_is_named_mended_or_without_effect() {
 }
 
 #[derive(Clone, Copy)]
-enum Told {
+enum Finding {
     Named,
     Mended,
     Harmless,
 }
 
 /// A daemon that starts on what is there: it opens, checks, activates.
-fn check_and_use(root: &Path, id: SubstrateId, image: &Image, what: &str) -> Told {
+fn check_and_use(root: &Path, id: SubstrateId, image: &Image, what: &str) -> Finding {
     let pool = match open(root) {
         Ok(pool) => pool,
         Err(e) => {
             assert!(words(&e).contains("index"), "{what}: {}", words(&e));
-            return Told::Named;
+            return Finding::Named;
         }
     };
     let report = pool.check().expect("a check ends");
@@ -125,12 +125,12 @@ fn check_and_use(root: &Path, id: SubstrateId, image: &Image, what: &str) -> Tol
     match pool.prepare(id, image).and_then(|r| pool.bundle(id).map(|_| r)) {
         Ok(ready) => {
             assert!(gives_what_was_docked(&ready, image), "{what}: a wrong byte");
-            if clean { Told::Harmless } else { Told::Mended }
+            if clean { Finding::Harmless } else { Finding::Mended }
         }
         Err(e) => {
             assert!(!clean, "{what}: not seen by the check, yet {}", words(&e));
             assert!(matches!(e.code(), Code::Damaged | Code::NotFound), "{what}: {}", words(&e));
-            Told::Named
+            Finding::Named
         }
     }
 }
@@ -201,10 +201,10 @@ fn an_archive_with_something_behind_its_end_is_refused() {
     let mut file = Vec::new();
     here.export(id, &mut file).expect("exported");
     let junk = [&file[..], b"junk"].concat();
-    let e = there.import(&junk[..], Becomes::default()).expect_err("refused");
+    let e = there.import(&junk[..], ImportAs::default()).expect_err("refused");
     assert!(e.to_string().contains("behind its end"), "{e}");
     assert!(there.list().expect("list").is_empty());
-    there.import(&file[..], Becomes::default()).expect("the whole one");
+    there.import(&file[..], ImportAs::default()).expect("the whole one");
 }
 
 #[test]
@@ -217,7 +217,7 @@ fn a_substrate_of_another_content_is_refused_under_the_id() {
     );
     let id = SubstrateId::new();
     let content = fill(&here, id, &image).content();
-    let with = |content| Becomes { content: Some(content), ..Becomes::default() };
+    let with = |content| ImportAs { content: Some(content), ..ImportAs::default() };
     let mut other = bundle(id, &image);
     let text = String::from_utf8(other.json.clone()).expect("text");
     other.json = text.replace("\"kind\":\"public\"", "\"kind\":\"private\"").into_bytes();
@@ -238,10 +238,10 @@ fn two_imports_of_one_substrate_take_turns_and_the_bytes_come_once() {
     let root = dir.path().join("pool");
     let pool = open(&root).expect("pool");
     let id = SubstrateId::new();
-    let mut first = Import::begin(&pool, bundle(id, &image), Becomes::default()).expect("first");
+    let mut first = Import::begin(&pool, bundle(id, &image), ImportAs::default()).expect("first");
     let second = std::thread::spawn({
         let (pool, bundle) = (pool.clone(), bundle(id, &image));
-        move || Import::begin(&pool, bundle, Becomes::default()).map(|i| i.lacking().len())
+        move || Import::begin(&pool, bundle, ImportAs::default()).map(|i| i.lacking().len())
     });
     assert_eq!(feed(&mut first), 80);
     assert!(!second.is_finished(), "two at once");
@@ -253,7 +253,7 @@ fn two_imports_of_one_substrate_take_turns_and_the_bytes_come_once() {
     let mut copy = Import::begin(
         &pool,
         bundle(id, &image),
-        Becomes { name: Some(name("copy")), ..Becomes::default() },
+        ImportAs { name: Some(name("copy")), ..ImportAs::default() },
     )
     .expect("a copy");
     assert_eq!(feed(&mut copy), 0);

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use godwit_store::UNIT;
-use godwit_substrate::{Becomes, Pool, Substrate, SubstrateError, TakerMsg};
+use godwit_substrate::{ImportAs, Pool, Substrate, SubstrateError, TakerMsg};
 use godwit_types::{Code, CodedError, SubstrateId};
 
 mod common;
@@ -73,7 +73,7 @@ fn bring(
     left: usize,
     end: ErrorKind,
 ) -> (Result<Substrate, SubstrateError>, usize) {
-    bring_as(from, to, id, left, end, Becomes::default())
+    bring_as(from, to, id, left, end, ImportAs::default())
 }
 
 /// As [`bring`]; what it becomes there.
@@ -83,7 +83,7 @@ fn bring_as(
     id: SubstrateId,
     left: usize,
     end: ErrorKind,
-    becomes: Becomes,
+    becomes: ImportAs,
 ) -> (Result<Substrate, SubstrateError>, usize) {
     let (out, mut data) = pipe(left, end);
     let (mut control, wants) = pipe(usize::MAX, ErrorKind::UnexpectedEof);
@@ -132,7 +132,7 @@ fn only_what_the_other_lacks_travels() {
     // The same memory under another id: its units are there.
     let mut copy = Vec::new();
     here.export(id, &mut copy).expect("exported");
-    let named = Becomes { name: Some(name("copy")), ..Becomes::default() };
+    let named = ImportAs { name: Some(name("copy")), ..ImportAs::default() };
     let copied = here.import(&copy[..], named).expect("a copy");
     let (taken, little) = bring(&here, &there, copied.id, usize::MAX, ErrorKind::UnexpectedEof);
     taken.expect("brought");
@@ -203,7 +203,7 @@ fn what_is_given_up_or_kept_too_long_is_gone() {
     bring(&here, &third, id, cut, ErrorKind::UnexpectedEof).0.expect_err("cut");
     let mut file = Vec::new();
     here.export(id, &mut file).expect("exported");
-    third.import(&file[..], Becomes::default()).expect("from a file");
+    third.import(&file[..], ImportAs::default()).expect("from a file");
     let (taken, _) = bring(&here, &third, id, usize::MAX, ErrorKind::UnexpectedEof);
     assert_eq!(taken.expect_err("it is there").code(), Code::Exists);
     assert!(third.check().expect("check").is_clean());
@@ -219,11 +219,11 @@ fn a_forged_supplier_cannot_have_a_substrate_made_of_somebody_elses_pages() {
     // A substrate that only names the same pages: its supplier has none of them.
     let mut file = Vec::new();
     here.export(id, &mut file).expect("exported");
-    let named = Becomes { name: Some(name("copy")), ..Becomes::default() };
+    let named = ImportAs { name: Some(name("copy")), ..ImportAs::default() };
     let copied = here.import(&file[..], named).expect("a copy");
     let mut hollow = Vec::new();
     here.supply(copied.id, &TakerMsg::Enough.encode()[..], &mut hollow).expect("its small parts");
-    let among = |all: &[SubstrateId]| Becomes { among: Some(all.to_vec()), ..Becomes::default() };
+    let among = |all: &[SubstrateId]| ImportAs { among: Some(all.to_vec()), ..ImportAs::default() };
     let e = there.take(among(&[]), &hollow[..], Vec::new()).expect_err("not made");
     assert_eq!(e.code(), Code::Unavailable, "it waits for the pages: {e}");
     assert_eq!(there.list().expect("list").len(), 1, "nothing is there");
@@ -265,7 +265,7 @@ fn a_supplier_gives_nothing_else_and_a_taker_takes_nothing_else() {
     let mut wants = TakerMsg::Want(vec![wanted[1], wanted[0]]).encode();
     wants.extend(TakerMsg::Enough.encode());
     here.supply(id, &wants[..], &mut stream).expect("supplied");
-    let e = there.take(Becomes::default(), &stream[..], Vec::new()).expect_err("not in its turn");
+    let e = there.take(ImportAs::default(), &stream[..], Vec::new()).expect_err("not in its turn");
     assert_eq!(e.code(), Code::Damaged, "{e}");
     assert_eq!(there.store().stats().expect("stats").units, 0);
 }

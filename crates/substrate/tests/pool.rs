@@ -8,7 +8,7 @@ use std::path::Path;
 use godwit_qemu::{BootFile, MachineSpec, Manifest};
 use godwit_store::{Effort, Owner, PageMap, Store, StoreOptions, UNIT};
 use godwit_substrate::{
-    Becomes, Bundle, Import, Part, Pool, PoolDirs, SealedMemory, Shape, Sizes, Substrate,
+    Bundle, Import, ImportAs, Part, Pool, PoolDirs, SealedMemory, Shape, Sizes, Substrate,
     SubstrateError,
 };
 use godwit_types::{Arch, Code, CodedError, Hash, Mib, Name, SubstrateId, SubstrateKind};
@@ -97,7 +97,7 @@ fn bundle(id: SubstrateId) -> Bundle {
 }
 
 fn fill(pool: &Pool, id: SubstrateId) -> Result<Substrate, SubstrateError> {
-    let mut import = Import::begin(pool, bundle(id), Becomes::default())?;
+    let mut import = Import::begin(pool, bundle(id), ImportAs::default())?;
     let mut encoder = godwit_store::Encoder::new(Effort::Fast);
     for (_, page) in memory() {
         let mut body = Vec::new();
@@ -117,17 +117,17 @@ fn an_archive_carries_a_substrate_to_another_pool() {
     assert_eq!(bytes, file.len() as u64);
     let came = there
         .pool
-        .import(&file[..], Becomes { owner: Some(name("ann")), ..Becomes::default() })
+        .import(&file[..], ImportAs { owner: Some(name("ann")), ..ImportAs::default() })
         .expect("imported");
     assert_eq!((came.id, came.name.as_str(), came.owner.as_str()), (id, "clean", "ann"));
     assert_eq!(there.pool.list().expect("list").len(), 1);
     assert!(there.pool.check().expect("check").is_clean());
     assert_eq!(there.pool.units(id).expect("units"), here.pool.units(id).expect("units"));
-    let again = there.pool.import(&file[..], Becomes::default()).expect_err("there already");
+    let again = there.pool.import(&file[..], ImportAs::default()).expect_err("there already");
     assert_eq!(again.code(), Code::Exists);
 
     // Under a name of its own it is another substrate, made of the same units.
-    let copied = Becomes { name: Some(name("copy")), ..Becomes::default() };
+    let copied = ImportAs { name: Some(name("copy")), ..ImportAs::default() };
     let copy = there.pool.import(&file[..], copied.clone()).expect("imported");
     assert_eq!(copy.name.as_str(), "copy");
     assert_ne!(copy.id, id);
@@ -157,7 +157,7 @@ fn a_file_is_public_only_if_its_machine_was_generalised() {
         let mut said: Substrate = serde_json::from_slice(&bundle.json).expect("json");
         said.generalised = generalised;
         bundle.json = serde_json::to_vec(&said).expect("json");
-        let wants = Becomes { not_public_as_it_was: true, ..Becomes::default() };
+        let wants = ImportAs { not_public_as_it_was: true, ..ImportAs::default() };
         let import = Import::begin(&there.pool, bundle, wants).expect("begun");
         let kind = if generalised { SubstrateKind::Public } else { SubstrateKind::Restricted };
         assert_eq!(import.substrate().kind, kind);
@@ -172,13 +172,13 @@ fn whoever_names_somebody_elses_units_must_bring_them() {
     let mut file = Vec::new();
     here.pool.export(id, &mut file).expect("exported");
     let names_only = hollow(&file, &here.pool, id);
-    let becomes = |n: &str, among: &[SubstrateId]| Becomes {
+    let becomes = |n: &str, among: &[SubstrateId]| ImportAs {
         name: Some(name(n)),
         id: Some(SubstrateId::new()),
         not_public: true,
         owner: Some(name("bob")),
         among: Some(among.to_vec()),
-        ..Becomes::default()
+        ..ImportAs::default()
     };
     // Among nothing, and among a substrate that is not here.
     for among in [&[][..], &[SubstrateId::new()][..]] {
@@ -220,7 +220,7 @@ fn a_truncated_a_changed_and_a_foreign_archive_are_refused_and_leave_nothing() {
     }
     bad.push(vec![7; 1 << 16]);
     for (n, file) in bad.iter().enumerate() {
-        let err = there.pool.import(&file[..], Becomes::default()).expect_err("refused");
+        let err = there.pool.import(&file[..], ImportAs::default()).expect_err("refused");
         assert!(
             matches!(err.code(), Code::Damaged | Code::Invalid | Code::NotFound),
             "{n}: {err}: {:?}",
@@ -230,7 +230,7 @@ fn a_truncated_a_changed_and_a_foreign_archive_are_refused_and_leave_nothing() {
     assert!(there.pool.list().expect("list").is_empty());
     assert_eq!(there.pool.store().stats().expect("stats").units, 0);
     assert!(there.pool.store().owners().expect("owners").is_empty());
-    there.pool.import(&file[..], Becomes::default()).expect("the whole one is taken");
+    there.pool.import(&file[..], ImportAs::default()).expect("the whole one is taken");
 }
 
 #[test]
@@ -248,17 +248,17 @@ fn a_manifest_that_contradicts_itself_is_refused() {
         let text = String::from_utf8(b.json.clone()).expect("text");
         assert!(text.contains(from), "{from}");
         b.json = text.replace(from, to).into_bytes();
-        let err = Import::begin(&there.pool, b, Becomes::default()).expect_err("refused");
+        let err = Import::begin(&there.pool, b, ImportAs::default()).expect_err("refused");
         assert_eq!(err.code(), Code::Damaged, "{to}: {err}");
     }
     let mut b = bundle(id);
     b.state.push(0);
     assert_eq!(
-        Import::begin(&there.pool, b, Becomes::default()).expect_err("refused").code(),
+        Import::begin(&there.pool, b, ImportAs::default()).expect_err("refused").code(),
         Code::Damaged
     );
     // A unit short of the bundle.
-    let import = Import::begin(&there.pool, bundle(id), Becomes::default()).expect("sound");
+    let import = Import::begin(&there.pool, bundle(id), ImportAs::default()).expect("sound");
     assert_eq!(import.lacking().len(), 300);
     assert!(import.finish().expect_err("refused").to_string().contains("missing"));
     assert!(there.pool.list().expect("list").is_empty());

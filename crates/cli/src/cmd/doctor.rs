@@ -64,7 +64,7 @@ impl Doctor {
         if self.output == Format::Table {
             for c in &found {
                 if let Some(a) = &c.advice {
-                    out::talk(&format!("{}: {}", out::plain(&c.name), out::plain(a)));
+                    out::notice(&format!("{}: {}", out::plain(&c.name), out::plain(a)));
                 }
             }
         }

@@ -92,7 +92,7 @@ impl Exec {
             out::talk_bytes(&shown(&stderr, std::io::stderr().is_terminal()));
         }
         if done.truncated {
-            out::talk(
+            out::notice(
                 "warning: the output is cut: of each kind the guest's agent keeps the first 16 MiB; \
                  for more, write it into a file in the guest",
             );
@@ -102,7 +102,7 @@ impl Exec {
             (Some(code), _) => Ok(Outcome::Exit(u8::try_from(code).unwrap_or(u8::MAX))),
             (None, signal) => {
                 let signal = signal.unwrap_or(0);
-                out::talk(&format!("the program was ended by signal {signal}"));
+                out::notice(&format!("the program was ended by signal {signal}"));
                 Ok(Outcome::Exit(u8::try_from(128 + signal).unwrap_or(u8::MAX)))
             }
         }

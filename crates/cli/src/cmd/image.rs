@@ -13,16 +13,16 @@ use reqwest::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::args::{Change, Talk, or_env};
+use crate::args::{Change, ClientArgs, or_env};
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Format, Row, size};
 use crate::wait::{change_and_report, style};
 
 #[derive(Debug, Args)]
-pub(crate) struct Noun {
+pub(crate) struct CommandArgs {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     /// Work on this machine's own cache, without a center
     #[arg(long, global = true, conflicts_with = "api")]
     local: bool,
@@ -122,9 +122,9 @@ fn held(i: &Image) -> Held {
     Held { site: None, image: image_info(i) }
 }
 
-impl Noun {
+impl CommandArgs {
     pub(crate) async fn run(self) -> Result {
-        let format = self.talk.output;
+        let format = self.client_args.output;
         let center = if self.local { None } else { self.center().await? };
         let wants_site = match &self.verb {
             Verb::Build { site, .. } | Verb::List { site } | Verb::Delete { site, .. } => {
@@ -137,7 +137,7 @@ impl Noun {
                 .hint("start one with: godwit up, or leave --site out to work on this machine"));
         }
         if center.is_none() && !self.local {
-            out::talk("note: no center is up; these are this machine's own images (--local)");
+            out::notice("note: no center is up; these are this machine's own images (--local)");
         }
         match (self.verb, center) {
             (Verb::Build { names, site, again: false, how }, Some(client)) => {
@@ -147,7 +147,8 @@ impl Noun {
                     let words = format!("{name}   built");
                     let request = (Method::POST, path.as_str());
                     let line = (name.as_str(), words.as_str());
-                    change_and_report(&client, &self.talk, &how, request, &json!({}), line).await?;
+                    change_and_report(&client, &self.client_args, &how, request, &json!({}), line)
+                        .await?;
                 }
                 Ok(Outcome::Done)
             }
@@ -177,7 +178,7 @@ impl Noun {
                 let words = format!("{name}   deleted");
                 let request = (Method::DELETE, path.as_str());
                 let line = (name.as_str(), words.as_str());
-                change_and_report(&client, &self.talk, &how, request, &json!({}), line).await
+                change_and_report(&client, &self.client_args, &how, request, &json!({}), line).await
             }
             (Verb::Delete { name, force, how, .. }, None) => {
                 delete_local(&open(self.images)?, &name, force, &how, format)
@@ -194,11 +195,11 @@ impl Noun {
     }
 }
 
-impl Noun {
+impl CommandArgs {
     /// The center, if there is one to ask. One that is known and does not answer is a failure: its
     /// sites hold other images than this machine. Only a build goes on here when it is not up.
     async fn center(&self) -> Result<Option<Client>> {
-        let connect = &self.talk.connect;
+        let connect = &self.client_args.connect;
         let named = connect.api.is_some() || connect.config.is_some();
         let known = named || connect.files().ca().exists();
         let client = match Client::open(connect) {
@@ -281,7 +282,7 @@ async fn build(
         // Known before anything is fetched.
         Recipe::get(name).map_err(|e| Fault::of(&e))?;
         if how.dry_run {
-            out::talk(&format!("would: build {name} in {}", cache.dir().display()));
+            out::notice(&format!("would: build {name} in {}", cache.dir().display()));
             continue;
         }
         let bar = if out::shows_progress() {
@@ -300,7 +301,7 @@ async fn build(
                 && let Ok(mut l) = last.lock()
                 && l.replace(p.stage) != Some(p.stage)
             {
-                out::talk(&format!("{}: {}", p.stage.as_str(), out::plain(&p.note)));
+                out::notice(&format!("{}: {}", p.stage.as_str(), out::plain(&p.note)));
             }
         };
         let image = tokio::select! {
@@ -344,7 +345,7 @@ async fn inspect(cache: &ImageCache, name: &Name, format: Format) -> Result {
             out::one(format, &held(&image))?;
             out::line(&format!("dir       {}", image.dir().display()))?;
             out::line(&format!("cmdline   {}", out::plain(&image.cmdline)))?;
-            out::talk("every file matches its hash");
+            out::notice("every file matches its hash");
         }
     }
     Ok(Outcome::Done)

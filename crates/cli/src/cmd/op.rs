@@ -9,7 +9,7 @@ use reqwest::Method;
 use serde_json::json;
 use tokio::time::Instant;
 
-use crate::args::{Talk, duration, op_id};
+use crate::args::{ClientArgs, duration, op_id};
 use crate::client::{Client, EMPTY};
 use crate::failure::{Outcome, Result};
 use crate::out::{self, Row, millis};
@@ -17,9 +17,9 @@ use crate::wait::follow;
 use crate::watch::{Watch, Watched, watch};
 
 #[derive(Debug, Args)]
-pub(crate) struct Noun {
+pub(crate) struct CommandArgs {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -86,15 +86,15 @@ impl Watch for OpRecord {
     }
 }
 
-impl Noun {
+impl CommandArgs {
     pub(crate) async fn run(self) -> Result {
-        let client = Client::open(&self.talk.connect)?;
-        let format = self.talk.output;
+        let client = Client::open(&self.client_args.connect)?;
+        let format = self.client_args.output;
         match self.verb {
             Verb::List { running, watch: true } => {
                 let keep = Box::new(move |o: &OpRecord| !running || !o.state.is_final());
                 let what = Watched { list: "/v1/ops", only: None, keep };
-                return watch(&self.talk, what).await;
+                return watch(&self.client_args, what).await;
             }
             Verb::List { running, watch: false } => {
                 let mut all: Vec<OpRecord> = client.get("/v1/ops").await?;

@@ -14,7 +14,7 @@ use godwit_types::Name;
 use reqwest::Method;
 use serde_json::json;
 
-use crate::args::{Named, Talk, duration};
+use crate::args::{ClientArgs, Named, duration};
 use crate::client::{Client, EMPTY};
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Row};
@@ -22,7 +22,7 @@ use crate::out::{self, Row};
 #[derive(Debug, Args)]
 pub(crate) struct Tenants {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: TenantVerb,
 }
@@ -48,7 +48,7 @@ enum TenantVerb {
 #[derive(Debug, Args)]
 pub(crate) struct Users {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: UserVerb,
 }
@@ -77,7 +77,7 @@ enum UserVerb {
 #[derive(Debug, Args)]
 pub(crate) struct Tokens {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: TokenVerb,
 }
@@ -117,7 +117,7 @@ enum TokenVerb {
 #[derive(Debug, Args)]
 pub(crate) struct Audit {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: AuditVerb,
 }
@@ -217,8 +217,8 @@ impl Row for AuditEntry {
 
 impl Audit {
     pub(crate) async fn run(self) -> Result {
-        let client = Client::open(&self.talk.connect)?;
-        let format = self.talk.output;
+        let client = Client::open(&self.client_args.connect)?;
+        let format = self.client_args.output;
         match self.verb {
             AuditVerb::List { limit, before } => {
                 let before = before.map(|n| format!("&before={n}")).unwrap_or_default();
@@ -236,9 +236,14 @@ impl Audit {
     }
 }
 
-async fn remove(talk: &Talk, client: &Client, path: &str, name: &str) -> Result {
+async fn remove(client_args: &ClientArgs, client: &Client, path: &str, name: &str) -> Result {
     client.ask::<(), ()>(Method::DELETE, path, EMPTY).await?;
-    out::action(talk.output, &format!("{name}   deleted"), name, &json!({ "deleted": name }))?;
+    out::action(
+        client_args.output,
+        &format!("{name}   deleted"),
+        name,
+        &json!({ "deleted": name }),
+    )?;
     Ok(Outcome::Done)
 }
 
@@ -246,30 +251,30 @@ impl Tenants {
     /// The tenant that the command acts in.
     #[cfg(test)]
     pub(crate) const fn acts_in(&self) -> Option<&Name> {
-        self.talk.connect.tenant.as_ref()
+        self.client_args.connect.tenant.as_ref()
     }
 
     pub(crate) async fn run(self) -> Result {
-        let client = Client::open(&self.talk.connect)?;
+        let client = Client::open(&self.client_args.connect)?;
         match self.verb {
             TenantVerb::List => {
                 let all: Vec<TenantRecord> = client.get("/v1/tenants").await?;
-                out::list(self.talk.output, &all)?;
+                out::list(self.client_args.output, &all)?;
             }
             TenantVerb::Create { name } => {
                 let new = NewTenant { name };
                 let made: TenantRecord =
                     client.ask(Method::POST, "/v1/tenants", Some(&new)).await?;
                 let words = format!("{}   made", made.name);
-                out::action(self.talk.output, &words, made.name.as_str(), &json!(made))?;
-                out::talk(&format!(
+                out::action(self.client_args.output, &words, made.name.as_str(), &json!(made))?;
+                out::notice(&format!(
                     "give it an admin: godwit user create NAME --role admin --tenant {}",
                     made.name
                 ));
             }
             TenantVerb::Delete { name } => {
                 let path = format!("/v1/tenants/{name}");
-                return remove(&self.talk, &client, &path, name.as_str()).await;
+                return remove(&self.client_args, &client, &path, name.as_str()).await;
             }
         }
         Ok(Outcome::Done)
@@ -278,25 +283,25 @@ impl Tenants {
 
 impl Users {
     pub(crate) async fn run(self) -> Result {
-        let client = Client::open(&self.talk.connect)?;
+        let client = Client::open(&self.client_args.connect)?;
         match self.verb {
             UserVerb::List => {
                 let all: Vec<UserRecord> = client.get("/v1/users").await?;
-                out::list(self.talk.output, &all)?;
+                out::list(self.client_args.output, &all)?;
             }
             UserVerb::Create { user, role } => {
                 let new = NewUser { name: user, role: Some(role) };
                 let made: UserRecord = client.ask(Method::POST, "/v1/users", Some(&new)).await?;
                 let words = format!("{}   made, {} of tenant {}", made.name, role, made.tenant);
-                out::action(self.talk.output, &words, &Row::name(&made), &json!(made))?;
-                out::talk(&format!(
+                out::action(self.client_args.output, &words, &Row::name(&made), &json!(made))?;
+                out::notice(&format!(
                     "give it a token: godwit token create --user {} --tenant {}",
                     made.name, made.tenant
                 ));
             }
             UserVerb::Delete { user } => {
                 let path = format!("/v1/users/{}", user.path());
-                return remove(&self.talk, &client, &path, user.as_str()).await;
+                return remove(&self.client_args, &client, &path, user.as_str()).await;
             }
         }
         Ok(Outcome::Done)
@@ -308,11 +313,11 @@ fn center() -> Result<Name> {
     Name::new("center").map_err(|e| Failure::internal(e.to_string()))
 }
 
-fn print_token(talk: &Talk, made: &ApiToken) -> Result {
+fn print_token(client_args: &ClientArgs, made: &ApiToken) -> Result {
     // Alone, so that it can be sent to a file.
-    out::action(talk.output, &made.token, &made.token, &json!(made))?;
+    out::action(client_args.output, &made.token, &made.token, &json!(made))?;
     let info = &made.info;
-    out::talk(&format!(
+    out::notice(&format!(
         "token {} of {}, {} of tenant {}; it is not shown again",
         info.id, info.user, info.role, info.tenant
     ));
@@ -326,23 +331,23 @@ impl Tokens {
             let want = NewApiToken { user: None, role, lifetime_s };
             let usual = || Ok::<_, Failure>(local_socket(&SiteDirs::usual(&center()?).run));
             let socket = socket.map_or_else(usual, Ok)?;
-            return print_token(&self.talk, &local_token(&socket, &want).await?);
+            return print_token(&self.client_args, &local_token(&socket, &want).await?);
         }
-        let client = Client::open(&self.talk.connect)?;
+        let client = Client::open(&self.client_args.connect)?;
         match self.verb {
             TokenVerb::List => {
                 let all: Vec<TokenInfo> = client.get("/v1/api-tokens").await?;
-                out::list(self.talk.output, &all)?;
+                out::list(self.client_args.output, &all)?;
             }
             TokenVerb::Create { user, role, lifetime, .. } => {
                 let lifetime_s = lifetime.map(|t| t.as_secs());
                 let new = NewApiToken { user, role, lifetime_s };
                 let made: ApiToken = client.ask(Method::POST, "/v1/api-tokens", Some(&new)).await?;
-                return print_token(&self.talk, &made);
+                return print_token(&self.client_args, &made);
             }
             TokenVerb::Delete { token } => {
                 let path = format!("/v1/api-tokens/{token}");
-                return remove(&self.talk, &client, &path, &token).await;
+                return remove(&self.client_args, &client, &path, &token).await;
             }
         }
         Ok(Outcome::Done)

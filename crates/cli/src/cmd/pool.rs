@@ -8,16 +8,16 @@ use reqwest::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::args::{Change, Talk};
+use crate::args::{Change, ClientArgs};
 use crate::client::Client;
 use crate::failure::{Outcome, Result};
 use crate::out::{self, Format, Row, size};
 use crate::wait::{Changed, change, parts};
 
 #[derive(Debug, Args)]
-pub(crate) struct Noun {
+pub(crate) struct CommandArgs {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -90,14 +90,14 @@ impl Row for SitePool {
     }
 }
 
-impl Noun {
+impl CommandArgs {
     pub(crate) async fn run(self) -> Result {
-        let client = Client::open(&self.talk.connect)?;
+        let client = Client::open(&self.client_args.connect)?;
         let listed: Listed = client.get("/v1/pool").await?;
         let all = listed.pools;
         out::unanswered(&listed.unanswered);
         match self.verb {
-            Verb::Status => out::list(self.talk.output, &all)?,
+            Verb::Status => out::list(self.client_args.output, &all)?,
             Verb::Check { site, how } => {
                 let one = site.is_some();
                 let sites = match site {
@@ -108,7 +108,9 @@ impl Noun {
                 let (mut found, mut bad) = (Vec::new(), None);
                 for site in sites {
                     let path = format!("/v1/pool/{site}/check");
-                    match change(&client, &self.talk, &how, Method::POST, &path, &json!({})).await {
+                    match change(&client, &self.client_args, &how, Method::POST, &path, &json!({}))
+                        .await
+                    {
                         Ok(Changed::Done { op, .. }) => {
                             let (op, result) = parts(op);
                             let check = result.map(|r| r["check"].clone()).unwrap_or_default();
@@ -119,7 +121,7 @@ impl Noun {
                         Err(e) => bad = bad.or(Some(e)),
                     }
                 }
-                checked(self.talk.output, &found, one)?;
+                checked(self.client_args.output, &found, one)?;
                 return bad.map_or(Ok(Outcome::Done), Err);
             }
         }

@@ -378,7 +378,7 @@ pub(super) fn identity_of(dirs: &SiteDirs) -> PathBuf {
 /// command line is taken, with a warning: everybody on this machine could read it.
 pub(super) fn read_join_token(text: &str) -> Result<String> {
     if text.starts_with("gwj") && std::env::args().any(|word| word.contains(text)) {
-        crate::out::talk(
+        crate::out::notice(
             "warning: everybody on this machine can read a token on a command line; \
              give it as @FILE, as - (standard input), or in GODWIT_JOIN_TOKEN",
         );

@@ -8,7 +8,7 @@ use crate::failure::{Failure, Outcome, Result};
 
 /// `godwit sched`.
 #[derive(Debug, Args)]
-pub(crate) struct Noun {
+pub(crate) struct CommandArgs {
     #[command(subcommand)]
     verb: Verb,
 }
@@ -23,7 +23,7 @@ enum Verb {
     Kernel(kernel::Command),
 }
 
-impl Noun {
+impl CommandArgs {
     pub(crate) async fn run(self) -> Result {
         // These work with blocking calls of the kernel, for as long as they are let.
         tokio::task::spawn_blocking(move || match self.verb {

@@ -53,7 +53,7 @@ impl Console {
         let mut guest = open(client, &self.vm, "attach", "console").await?;
         let left = self.attached(&mut guest).await;
         // The guest's line has no end where it is left.
-        out::talk("");
+        out::notice("");
         left
     }
 
@@ -62,7 +62,7 @@ impl Console {
         let _raw = Raw::enter()?;
         // Not before the keys are the guest's: one typed at these words would be lost. A raw terminal
         // wants its carriage return.
-        out::talk(&format!("console of {}; Ctrl-] leaves\r", self.vm));
+        out::notice(&format!("console of {}; Ctrl-] leaves\r", self.vm));
         let (mut user, mut screen) = (tokio::io::stdin(), tokio::io::stdout());
         let (mut typed, mut shown) = ([0u8; 256], vec![0u8; 16 << 10]);
         loop {
@@ -228,7 +228,7 @@ impl View {
                     .map_err(|e| Failure::unavailable(format!("starting {program}: {e}")))?,
             ),
             None => {
-                out::talk("point a VNC viewer there; Ctrl-C ends");
+                out::notice("point a VNC viewer there; Ctrl-C ends");
                 None
             }
         };

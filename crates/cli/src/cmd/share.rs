@@ -7,7 +7,7 @@ use godwit_types::Name;
 use reqwest::Method;
 use serde_json::json;
 
-use crate::args::{Named, Talk, bytes, memory};
+use crate::args::{ClientArgs, Named, bytes, memory};
 use crate::client::{Client, EMPTY};
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Row};
@@ -15,7 +15,7 @@ use crate::out::{self, Row};
 #[derive(Debug, Args)]
 pub(crate) struct Grants {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: GrantVerb,
 }
@@ -65,8 +65,8 @@ impl Row for Granted {
 
 impl Grants {
     pub(crate) async fn run(self) -> Result {
-        let client = Client::open(&self.talk.connect)?;
-        let format = self.talk.output;
+        let client = Client::open(&self.client_args.connect)?;
+        let format = self.client_args.output;
         match self.verb {
             GrantVerb::List { substrate } => {
                 let path = format!("/v1/substrates/{}", substrate.path());
@@ -97,7 +97,7 @@ impl Grants {
 #[derive(Debug, Args)]
 pub(crate) struct Quotas {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: QuotaVerb,
 }
@@ -187,8 +187,8 @@ impl Row for TenantQuota {
 
 impl Quotas {
     pub(crate) async fn run(self) -> Result {
-        let client = Client::open(&self.talk.connect)?;
-        let format = self.talk.output;
+        let client = Client::open(&self.client_args.connect)?;
+        let format = self.client_args.output;
         match self.verb {
             QuotaVerb::Get { of } => {
                 let quota: TenantQuota = client.get(&format!("/v1/tenants/{of}/quota")).await?;

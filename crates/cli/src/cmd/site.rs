@@ -14,16 +14,16 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::role::{identity_of, read_join_token};
-use crate::args::{Places, Talk, duration};
+use crate::args::{ClientArgs, Places, duration};
 use crate::client::{Client, EMPTY};
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Row};
 use crate::watch::{Watch, Watched, watch};
 
 #[derive(Debug, Args)]
-pub(crate) struct Noun {
+pub(crate) struct CommandArgs {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -212,33 +212,33 @@ pub(super) async fn token(
     client.ask(Method::POST, "/v1/tokens", Some(&want)).await
 }
 
-impl Noun {
+impl CommandArgs {
     pub(crate) async fn run(self) -> Result {
-        let format = self.talk.output;
+        let format = self.client_args.output;
         match self.verb {
             Verb::List { watch: true } => {
                 let keep = Box::new(|_: &Seen| true);
                 let what = Watched { list: "/v1/sites", only: None, keep };
-                return watch(&self.talk, what).await;
+                return watch(&self.client_args, what).await;
             }
             Verb::List { watch: false } => {
-                let client = Client::open(&self.talk.connect)?;
+                let client = Client::open(&self.client_args.connect)?;
                 out::list(format, &sites(&client).await?)?;
             }
             Verb::Token { verb: Some(TokenVerb::List), .. } => {
-                let client = Client::open(&self.talk.connect)?;
+                let client = Client::open(&self.client_args.connect)?;
                 let all: Vec<Token> = client.get("/v1/tokens").await?;
                 out::list(format, &all)?;
             }
             Verb::Token { verb: Some(TokenVerb::Withdraw { token }), .. } => {
-                let client = Client::open(&self.talk.connect)?;
+                let client = Client::open(&self.client_args.connect)?;
                 let path = format!("/v1/tokens/{token}");
                 client.ask::<(), ()>(Method::DELETE, &path, EMPTY).await?;
                 let words = format!("{token}   withdrawn");
                 out::action(format, &words, &token, &json!({ "token": token }))?;
             }
             Verb::Revoke { site } => {
-                let client = Client::open(&self.talk.connect)?;
+                let client = Client::open(&self.client_args.connect)?;
                 let path = format!("/v1/sites/{site}");
                 client.ask::<(), ()>(Method::DELETE, &path, EMPTY).await?;
                 let words = format!("{site}   revoked");
@@ -246,10 +246,10 @@ impl Noun {
             }
             Verb::Token { verb: None, site, kind, lifetime } => {
                 let site = site.ok_or_else(|| Failure::usage("which site is it for?"))?;
-                let client = Client::open(&self.talk.connect)?;
+                let client = Client::open(&self.client_args.connect)?;
                 let t = token(&client, &site, kind, lifetime).await?;
                 out::action(format, &t.token, &t.token, &json!(t))?;
-                out::talk(&format!(
+                out::notice(&format!(
                     "on the machine that is to be {site}: godwit site join - (and paste it there)"
                 ));
             }
@@ -269,7 +269,7 @@ impl Noun {
                 out::action(format, &words, site.as_str(), &data)?;
                 let flags = places.flags();
                 let again = if replace { "start its daemon anew" } else { "run it with" };
-                out::talk(&format!("{again}: godwit ap --name {site}{flags}"));
+                out::notice(&format!("{again}: godwit ap --name {site}{flags}"));
             }
         }
         Ok(Outcome::Done)

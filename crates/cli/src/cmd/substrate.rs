@@ -14,7 +14,7 @@ use reqwest::header::CONTENT_TYPE;
 use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio_util::io::ReaderStream;
 
-use crate::args::{Change, Named, Talk};
+use crate::args::{Change, ClientArgs, Named};
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
 use crate::out::{self, Row, size};
@@ -22,9 +22,9 @@ use crate::wait::{change_and_report, style};
 use crate::watch::{Watch, Watched, watch};
 
 #[derive(Debug, Args)]
-pub(crate) struct Noun {
+pub(crate) struct CommandArgs {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -123,15 +123,15 @@ impl Watch for SubstrateRecord {
     }
 }
 
-impl Noun {
+impl CommandArgs {
     pub(crate) async fn run(self) -> Result {
-        let client = Client::open(&self.talk.connect)?;
-        let format = self.talk.output;
+        let client = Client::open(&self.client_args.connect)?;
+        let format = self.client_args.output;
         match self.verb {
             Verb::List { watch: true } => {
                 let keep = Box::new(|_: &SubstrateRecord| true);
                 let what = Watched { list: "/v1/substrates", only: None, keep };
-                return watch(&self.talk, what).await;
+                return watch(&self.client_args, what).await;
             }
             Verb::List { watch: false } => {
                 let all: Vec<SubstrateRecord> = client.get("/v1/substrates").await?;
@@ -150,7 +150,7 @@ impl Noun {
                 let request = (Method::DELETE, path.as_str());
                 return change_and_report(
                     &client,
-                    &self.talk,
+                    &self.client_args,
                     &how,
                     request,
                     &serde_json::json!({}),
@@ -165,7 +165,8 @@ impl Noun {
                 let line = (substrate.as_str(), words.as_str());
                 let request = (Method::POST, path.as_str());
                 let body = serde_json::json!({});
-                return change_and_report(&client, &self.talk, &how, request, &body, line).await;
+                return change_and_report(&client, &self.client_args, &how, request, &body, line)
+                    .await;
             }
             Verb::Export { substrate, file } => export(&client, &substrate, &file).await?,
             Verb::Import { file, name, site } => {

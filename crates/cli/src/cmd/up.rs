@@ -389,7 +389,7 @@ impl Down {
         if matches!(self.scope.output, Format::Json | Format::Yaml) {
             out::value(self.scope.output, &reported)?;
         } else if reported.is_empty() && !self.dry_run {
-            out::talk("nothing is up there (started with --root? name it again)");
+            out::notice("nothing is up there (started with --root? name it again)");
         }
         Ok(if reported.is_empty() && !self.dry_run { Outcome::Unchanged } else { Outcome::Done })
     }

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{exec, screen};
-use crate::args::{Change, Named, Talk, memory};
+use crate::args::{Change, ClientArgs, Named, memory};
 use crate::client::Client;
 use crate::failure::{Outcome, Result};
 use crate::out::{self, Row, millis, size};
@@ -19,9 +19,9 @@ use crate::wait::{Changed, change, change_and_report, parts};
 use crate::watch::{Watch, Watched, watch};
 
 #[derive(Debug, Args)]
-pub(crate) struct Noun {
+pub(crate) struct CommandArgs {
     #[command(flatten)]
-    talk: Talk,
+    client_args: ClientArgs,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -203,10 +203,10 @@ impl Watch for VmRecord {
     }
 }
 
-impl Noun {
+impl CommandArgs {
     pub(crate) async fn run(self) -> Result {
-        let client = Client::open(&self.talk.connect)?;
-        let at = Site { client, talk: self.talk };
+        let client = Client::open(&self.client_args.connect)?;
+        let at = Site { client, client_args: self.client_args };
         match self.verb {
             Verb::Create(c) => at.create(c).await,
             Verb::Activate(c) => at.activate(c).await,
@@ -217,12 +217,12 @@ impl Noun {
                 }
                 let keep = Box::new(move |v: &VmRecord| site.as_ref().is_none_or(|s| *s == v.site));
                 let what = Watched { list: "/v1/vms", only: None, keep };
-                watch(&at.talk, what).await
+                watch(&at.client_args, what).await
             }
             Verb::List { site, watch: false } => {
                 let filter = site.map(|s| format!("?site={s}")).unwrap_or_default();
                 let vms: Vec<VmRecord> = at.client.get(&format!("/v1/vms{filter}")).await?;
-                out::list(at.talk.output, &vms)?;
+                out::list(at.client_args.output, &vms)?;
                 Ok(Outcome::Done)
             }
             Verb::Get { vm, watch: true } => {
@@ -233,10 +233,10 @@ impl Noun {
                     only,
                     keep: Box::new(move |v: &VmRecord| v.id == id),
                 };
-                watch::<VmRecord>(&at.talk, what).await
+                watch::<VmRecord>(&at.client_args, what).await
             }
             Verb::Get { vm, watch: false } => {
-                out::one(at.talk.output, &at.vm(&vm).await?)?;
+                out::one(at.client_args.output, &at.vm(&vm).await?)?;
                 Ok(Outcome::Done)
             }
             Verb::Stop { vm, force, how } => at.stop(&vm, force, &how).await,
@@ -248,10 +248,10 @@ impl Noun {
             }
             Verb::Dock(c) => at.dock(c).await,
             Verb::Migrate(c) => at.migrate(c).await,
-            Verb::Console(c) => c.run(&at.client, at.talk.output).await,
+            Verb::Console(c) => c.run(&at.client, at.client_args.output).await,
             Verb::Screenshot(c) => c.run(&at.client).await,
             Verb::Type(c) => c.run(&at.client).await,
-            Verb::Exec(c) => c.run(&at.client, at.talk.output).await,
+            Verb::Exec(c) => c.run(&at.client, at.client_args.output).await,
             Verb::View(c) => c.run(&at.client).await,
         }
     }
@@ -259,7 +259,7 @@ impl Noun {
 
 struct Site {
     client: Client,
-    talk: Talk,
+    client_args: ClientArgs,
 }
 
 impl Site {
@@ -275,8 +275,8 @@ impl Site {
         name: &str,
         words: &str,
     ) -> Result {
-        let (client, talk) = (&self.client, &self.talk);
-        change_and_report(client, talk, how, (method, path), &json!({}), (name, words)).await
+        let (client, client_args) = (&self.client, &self.client_args);
+        change_and_report(client, client_args, how, (method, path), &json!({}), (name, words)).await
     }
 
     async fn create(&self, c: Create) -> Result {
@@ -302,8 +302,8 @@ impl Site {
     }
 
     async fn made(&self, body: &CreateVm, how: &Change) -> Result {
-        let (client, talk) = (&self.client, &self.talk);
-        let done = change(client, talk, how, Method::POST, "/v1/vms", body).await?;
+        let (client, client_args) = (&self.client, &self.client_args);
+        let done = change(client, client_args, how, Method::POST, "/v1/vms", body).await?;
         let Changed::Done { op, target } = done else { return Ok(Outcome::Done) };
         let target = target.unwrap_or_default();
         let vm: VmRecord = client.get(&format!("/v1/vms/{target}")).await?;
@@ -321,7 +321,7 @@ impl Site {
             }
         }
         let name = vm.name.to_string();
-        out::action(talk.output, &words, &name, &answer(op, "vm", &vm, report.as_ref()))?;
+        out::action(client_args.output, &words, &name, &answer(op, "vm", &vm, report.as_ref()))?;
         Ok(Outcome::Done)
     }
 
@@ -348,16 +348,16 @@ impl Site {
     fn unchanged(&self, vm: &VmRecord, why: &str) -> Result {
         let words = format!("{}   {why}", vm.name);
         let data = json!({ "name": vm.name, "unchanged": true, "vm": vm });
-        out::action(self.talk.output, &words, vm.name.as_str(), &data)?;
+        out::action(self.client_args.output, &words, vm.name.as_str(), &data)?;
         Ok(Outcome::Unchanged)
     }
 
     async fn dock(&self, c: Dock) -> Result {
-        let (client, talk) = (&self.client, &self.talk);
+        let (client, client_args) = (&self.client, &self.client_args);
         let vm = self.vm(&c.vm).await?;
         let body = DockVm { name: c.name, kind: c.kind };
         let path = format!("/v1/vms/{}/dock", c.vm.path());
-        let done = change(client, talk, &c.how, Method::POST, &path, &body).await?;
+        let done = change(client, client_args, &c.how, Method::POST, &path, &body).await?;
         let Changed::Done { op, .. } = done else { return Ok(Outcome::Done) };
         let (op, result) = parts(op);
         let id = result.as_ref().and_then(|r| r["substrate"].as_str()).unwrap_or_default();
@@ -375,19 +375,19 @@ impl Site {
         }
         let mut data = answer(op, "substrate", &substrate, report.as_ref());
         data["vm"] = json!(vm.name);
-        out::action(talk.output, &words, substrate.name.as_str(), &data)?;
+        out::action(client_args.output, &words, substrate.name.as_str(), &data)?;
         Ok(Outcome::Done)
     }
 
     async fn migrate(&self, c: Migrate) -> Result {
-        let (client, talk) = (&self.client, &self.talk);
+        let (client, client_args) = (&self.client, &self.client_args);
         let before = self.vm(&c.vm).await?;
         if c.to.as_ref() == Some(&before.site) && before.state == VmState::Running {
             return self.unchanged(&before, &format!("is at {} already", before.site));
         }
         let body = MigrateVm { to: c.to, scheme: c.scheme };
         let path = format!("/v1/vms/{}/migrate", c.vm.path());
-        let done = change(client, talk, &c.how, Method::POST, &path, &body).await?;
+        let done = change(client, client_args, &c.how, Method::POST, &path, &body).await?;
         let Changed::Done { op, .. } = done else { return Ok(Outcome::Done) };
         let (op, result) = parts(op);
         let vm: VmRecord = client.get(&format!("/v1/vms/{}", before.id)).await?;
@@ -403,7 +403,7 @@ impl Site {
             ));
         }
         let name = vm.name.to_string();
-        out::action(talk.output, &words, &name, &answer(op, "vm", &vm, report.as_ref()))?;
+        out::action(client_args.output, &words, &name, &answer(op, "vm", &vm, report.as_ref()))?;
         Ok(Outcome::Done)
     }
 }

@@ -44,7 +44,7 @@ struct ErrorBody {
 
 /// What a line means.
 #[derive(Debug, PartialEq, Eq)]
-enum Heard {
+enum LineMeaning {
     Done,
     Failed(String),
     Unknown,
@@ -56,14 +56,14 @@ fn unique() -> u64 {
     u64::try_from(Uuid::new_v4().as_u128() >> 65).unwrap_or(1)
 }
 
-fn heard(line: &[u8], id: u64) -> Heard {
+fn meaning_of(line: &[u8], id: u64) -> LineMeaning {
     let mark = line.iter().rposition(|&b| b == MARK);
     let failure = serde_json::from_slice::<Failure>(&line[mark.map_or(0, |at| at + 1)..]);
     match (mark, failure) {
-        (Some(_), _) if sync_answer(line) == Some(id) => Heard::Done,
-        (Some(_), Ok(failure)) if failure.id == Some(id) => Heard::Failed(failure.error.desc),
-        (None, Ok(failure)) if failure.error.class == "CommandNotFound" => Heard::Unknown,
-        _ => Heard::Nothing,
+        (Some(_), _) if sync_answer(line) == Some(id) => LineMeaning::Done,
+        (Some(_), Ok(failure)) if failure.id == Some(id) => LineMeaning::Failed(failure.error.desc),
+        (None, Ok(failure)) if failure.error.class == "CommandNotFound" => LineMeaning::Unknown,
+        _ => LineMeaning::Nothing,
     }
 }
 
@@ -116,18 +116,18 @@ impl AgentSession<'_> {
             loop {
                 let next = next_line(&mut wire.stream, &mut wire.frames);
                 let Ok(line) = tokio::time::timeout_at(again, next).await else { break };
-                match heard(&line.map_err(io)?, id) {
-                    Heard::Nothing => {}
-                    Heard::Done => {
+                match meaning_of(&line.map_err(io)?, id) {
+                    LineMeaning::Nothing => {}
+                    LineMeaning::Done => {
                         *in_step = (asked == 1).then(Instant::now);
                         return Ok(true);
                     }
-                    Heard::Failed(why) => return Err(refused(COMMAND, &why)),
-                    Heard::Unknown if asked == 1 => {
+                    LineMeaning::Failed(why) => return Err(refused(COMMAND, &why)),
+                    LineMeaning::Unknown if asked == 1 => {
                         *in_step = Some(Instant::now());
                         return Ok(false);
                     }
-                    Heard::Unknown => {
+                    LineMeaning::Unknown => {
                         self.flush().await.map_err(io)?;
                         return Ok(false);
                     }
@@ -227,10 +227,13 @@ mod tests {
     fn an_answer_to_another_question_is_nothing() {
         let marked = |text: &str| [&[MARK][..], text.as_bytes()].concat();
         let failed = "{\"error\":{\"desc\":\"no thaw\"},\"id\":7}";
-        assert_eq!(heard(&marked(failed), 7), Heard::Failed("no thaw".into()));
-        assert_eq!(heard(&marked(failed), 8), Heard::Nothing);
-        assert_eq!(heard(failed.as_bytes(), 7), Heard::Nothing);
-        assert_eq!(heard(b"{\"error\":{\"class\":\"GenericError\"}}", 7), Heard::Nothing);
-        assert_eq!(heard(b"", 7), Heard::Nothing);
+        assert_eq!(meaning_of(&marked(failed), 7), LineMeaning::Failed("no thaw".into()));
+        assert_eq!(meaning_of(&marked(failed), 8), LineMeaning::Nothing);
+        assert_eq!(meaning_of(failed.as_bytes(), 7), LineMeaning::Nothing);
+        assert_eq!(
+            meaning_of(b"{\"error\":{\"class\":\"GenericError\"}}", 7),
+            LineMeaning::Nothing
+        );
+        assert_eq!(meaning_of(b"", 7), LineMeaning::Nothing);
     }
 }

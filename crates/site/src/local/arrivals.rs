@@ -14,9 +14,10 @@ use tracing::{info, warn};
 
 use super::allowed::Refusal;
 use super::course::{End, Migration, Step};
-use super::drive::{Coming, Drives, RECEIVED, no_such_move};
-use super::machines::into_fault;
-use super::moving::{FORCED_WITHIN, RELEASE_WITHIN, UNDO_WITHIN};
+use super::drive::{
+    Coming, Drives, FORCED_WITHIN, RECEIVED, RELEASE_WITHIN, UNDO_WITHIN, no_such_move,
+};
+use super::faults::into_fault;
 use super::parts::Parts;
 use super::record::MachineRecord;
 use super::relays::MovePaths;
@@ -188,7 +189,7 @@ impl Arrivals {
         });
         let has = match ran::says(&self.parts.dirs.vm(record.vm)) {
             Some(said) => said && !refused,
-            None => super::moves::runs(machine).await,
+            None => super::progress::runs(machine).await,
         };
         if has {
             self.mark_run(record).await;

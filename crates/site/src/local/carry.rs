@@ -2,12 +2,12 @@
 
 use std::io::BufReader;
 
-use godwit_substrate::{AsyncPool, Becomes, Substrate, SubstrateError, TakerMsg};
+use godwit_substrate::{AsyncPool, ImportAs, Substrate, SubstrateError, TakerMsg};
 use godwit_types::{Fault, Hash, Name, SubstrateId};
 use tokio::io::{AsyncWriteExt, DuplexStream, WriteHalf};
 use tokio_util::io::SyncIoBridge;
 
-use super::machines::{into_fault, join_error};
+use super::faults::{into_fault, join_error};
 use super::substrates::{Substrates, info};
 use crate::frames::{FrameWriter, PartReader};
 use crate::{ByteStream, SubstrateInfo};
@@ -36,7 +36,7 @@ impl Substrates {
     }
 
     /// A stream to write a substrate to; after its end the site answers with one event.
-    pub(super) fn import(&self, becomes: Becomes) -> ByteStream {
+    pub(super) fn import(&self, becomes: ImportAs) -> ByteStream {
         let (near, far) = tokio::io::duplex(PIPE);
         let (pool, site) = (self.pool.clone(), self.site.clone());
         tokio::spawn(async move {
@@ -76,7 +76,7 @@ impl Substrates {
         tokio::spawn(async move {
             let (read, write) = tokio::io::split(far);
             let parts = BufReader::new(PartReader::new(SyncIoBridge::new(read)));
-            let becomes = Becomes { content, among, ..Becomes::default() };
+            let becomes = ImportAs { content, among, ..ImportAs::default() };
             let taken = pool.start(move |pool| {
                 let mut control = SyncIoBridge::new(write);
                 let taken = pool.take(becomes, parts, &mut control);
@@ -98,7 +98,7 @@ impl Substrates {
 async fn import_archive(
     pool: AsyncPool,
     site: Name,
-    becomes: Becomes,
+    becomes: ImportAs,
     far: DuplexStream,
 ) -> std::io::Result<()> {
     let (read, mut write) = tokio::io::split(far);

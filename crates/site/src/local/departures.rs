@@ -14,10 +14,9 @@ use tracing::{info, warn};
 
 use super::arrivals::ended_by_force;
 use super::course::{Migration, Question, Step};
-use super::drive::{Drives, Leaving, SENT};
-use super::moves::{report_progress, runs};
-use super::moving::{FORCED_WITHIN, RELEASE_WITHIN, UNDO_WITHIN};
+use super::drive::{Drives, FORCED_WITHIN, Leaving, RELEASE_WITHIN, SENT, UNDO_WITHIN};
 use super::parts::Parts;
+use super::progress::{report_progress, runs};
 use super::record::MachineRecord;
 use super::relays::MovePaths;
 use super::steps::MoveOver;

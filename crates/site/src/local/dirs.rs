@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use godwit_types::{Fault, Name, VmId};
 use serde::{Deserialize, Serialize};
 
+/// The file that a machine writes its disk to.
+pub(super) const TOP: &str = "top.qcow2";
+
 /// How the run directory of a waiting QEMU begins; what follows is an id.
 pub(super) const WAITING: &str = "wait-";
 
@@ -189,6 +192,16 @@ impl SiteDirs {
     #[must_use]
     pub fn vm_memory(&self, vm: VmId) -> PathBuf {
         self.memory.join(vm.0.simple().to_string())
+    }
+}
+
+/// Removes a file that may be gone already.
+pub(super) fn remove_file(path: &Path) -> Result<(), Fault> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Fault::internal(format!("removing {}: {e}", path.display())))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -20,7 +20,7 @@ use godwit_substrate::{DockRequest, DockStop, SubstrateError, dock_convert, run_
 use godwit_types::{Code, Fault, Generation, Name, SubstrateId, SubstrateKind, VmId, chain};
 
 use super::allowed::{Action, First, Refusal};
-use super::machines::{into_fault, join_error};
+use super::faults::{into_fault, join_error};
 use super::owner::{Ask, Look, Needs, Owned, Owner};
 use super::parts::Parts;
 use super::record::{DesiredState, Unfinished};

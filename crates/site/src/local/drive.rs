@@ -17,6 +17,13 @@ use tracing::warn;
 
 use super::course::{Outcome, Question, end};
 
+/// How long a source's end may take to come to its end once it is needed no more.
+pub(super) const RELEASE_WITHIN: Duration = Duration::from_secs(30);
+/// How long an end may take to undo its part when it is told to.
+pub(super) const UNDO_WITHIN: Duration = Duration::from_secs(40);
+/// How long the task of a move may take to end once its QEMU and its relay are gone.
+pub(super) const FORCED_WITHIN: Duration = Duration::from_secs(10);
+
 /// How long the center is asked what became of a lost destination once the move was asked to end.
 const CANCEL_LIMIT: Duration = Duration::from_secs(15);
 

@@ -6,7 +6,7 @@ use godwit_qemu::{AgentError, GuestCommand, Machine};
 use godwit_types::{Fault, VmId};
 
 use super::allowed::Action;
-use super::machines::into_fault;
+use super::faults::into_fault;
 use super::table::Machines;
 use crate::{GuestExec, GuestOutput, GuestProgram};
 

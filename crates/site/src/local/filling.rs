@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use godwit_disk::MidLayer;
 use godwit_types::Fault;
 
-use super::moves::MID;
+/// The layer that post-copied blocks arrive in.
+pub(super) const MID: &str = "mid.qcow2";
 
 const IN: &str = "in";
 /// The same before all is in it.

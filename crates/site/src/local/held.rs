@@ -9,7 +9,7 @@ use godwit_migrate::relay::HeldMemory;
 use godwit_substrate::{AsyncPool, OpenMemory, Pool};
 use godwit_types::{Fault, Hash, MigrationId, SubstrateId};
 
-use super::machines::into_fault;
+use super::faults::into_fault;
 
 /// How many moves this is kept for at once; of more, the oldest goes without.
 const MOST: usize = 64;

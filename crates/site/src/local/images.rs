@@ -8,7 +8,7 @@ use godwit_disk::BlockIndex;
 use godwit_image::{Image, ImageCache, Recipe};
 use godwit_types::{Code, Fault, Hash, Name};
 
-use super::machines::{into_fault, join_error};
+use super::faults::{into_fault, join_error};
 use super::record::MachineRecord;
 use crate::{Call, ImageInfo, Progress};
 

@@ -12,8 +12,9 @@ use godwit_substrate::{AsyncPool, Pool};
 use godwit_types::{Arch, Fault, Name};
 
 use super::SiteDirs;
-use super::machines::{TOP, into_fault};
-use super::moves::MID;
+use super::dirs::TOP;
+use super::faults::into_fault;
+use super::filling::MID;
 use super::record::{DiskBase, MachineRecord};
 
 /// What every machine of one site is started with.

@@ -8,8 +8,9 @@ use godwit_types::{Fault, VmId, VmState};
 
 use super::allowed::{Action, First};
 use super::course::{End, Migration};
+use super::dirs::remove_file;
 use super::entry::Entry;
-use super::machines::{into_fault, remove_file};
+use super::faults::into_fault;
 use super::owner::{Ask, Owned, Owner};
 use super::record::{DesiredState, MachineRecord};
 use super::room::Room;

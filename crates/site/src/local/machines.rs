@@ -1,6 +1,5 @@
 //! The machines of this host: started again, removed.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,26 +12,16 @@ use super::LocalSite;
 use super::adopt::end_strays;
 use super::allowed::{Action, First};
 use super::entry::Entry;
+use super::faults::into_fault;
 use super::owner::{Ask, Needs, Owned, Owner};
 use super::parts::Parts;
 use super::record::{DesiredState, MachineRecord};
-use super::resume::end_arrival;
+use super::steps::end_arrival;
 use super::travellers::Found;
 use crate::{Call, MachineStatus};
 
 /// How often a boot is looked at.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(250);
-
-/// The file that a machine writes its disk to.
-pub(super) const TOP: &str = "top.qcow2";
-
-pub(super) fn into_fault<E: godwit_types::CodedError>(e: E) -> Fault {
-    Fault::of(&e)
-}
-
-pub(super) fn join_error(e: tokio::task::JoinError) -> Fault {
-    Fault::internal(format!("a job ended by a panic: {e}"))
-}
 
 impl LocalSite {
     /// Boots a machine that is off from its disk.
@@ -250,13 +239,4 @@ pub(super) fn layer_bytes(machine: &Machine) -> Result<u64, Fault> {
         let meta = std::fs::metadata(path).map_err(|e| Fault::io("reading", path, &e))?;
         Ok(sum + meta.blocks() * 512)
     })
-}
-
-pub(super) fn remove_file(path: &Path) -> Result<(), Fault> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(Fault::internal(format!("removing {}: {e}", path.display())))
-        }
-        _ => Ok(()),
-    }
 }

@@ -13,7 +13,7 @@ use godwit_migrate::RelayClient;
 use godwit_migrate::relay::Meeting;
 use godwit_types::{Fault, Name};
 
-use super::machines::into_fault;
+use super::faults::into_fault;
 use crate::Incoming;
 
 /// In place of an address: nobody can reach the destination's relay.

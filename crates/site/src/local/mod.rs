@@ -17,6 +17,7 @@ mod dock;
 mod drive;
 mod entry;
 mod exec;
+mod faults;
 mod filling;
 mod held;
 mod images;
@@ -31,6 +32,7 @@ mod neighbours;
 mod owner;
 mod parts;
 mod pool;
+mod progress;
 mod promise;
 mod ran;
 mod record;
@@ -279,7 +281,7 @@ impl SiteHost for LocalSite {
             StreamRequest::SubstrateImport { name, content } => {
                 // A file says of itself that it is public; the center's own copy is what it is.
                 let not_public_as_it_was = content.is_none();
-                return Ok(self.parts.substrates.import(godwit_substrate::Becomes {
+                return Ok(self.parts.substrates.import(godwit_substrate::ImportAs {
                     name,
                     content,
                     not_public_as_it_was,
@@ -287,7 +289,7 @@ impl SiteHost for LocalSite {
                 }));
             }
             StreamRequest::SubstrateUpload(t) => {
-                return Ok(self.parts.substrates.import(godwit_substrate::Becomes {
+                return Ok(self.parts.substrates.import(godwit_substrate::ImportAs {
                     name: Some(t.name),
                     id: Some(t.id),
                     owner: Some(t.owner),

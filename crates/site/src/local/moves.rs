@@ -14,50 +14,44 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use godwit_disk::image::{Backing, check_base, create_overlay};
+use godwit_image::Image;
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
     self, ArrivingDisk, AskCommitted, Asking, Committed, DestinationFate, MoveError, Received,
     Sent, prepare_incoming, receive,
 };
-use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk, RelayPhase, RelayStatus};
+use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk};
 use godwit_qemu::{
-    DiskChain, DiskLayer, Layer, Life, Machine, Manifest, MemorySource, Node, Start, VmGenId,
+    DiskChain, DiskLayer, Layer, Machine, Manifest, MemorySource, Node, Start, VmGenId,
 };
 use godwit_transfer::Warrant;
 use godwit_types::{Code, Fault, Generation, Hash, MigrationId, Name, VmId};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-use super::allowed::Action;
+use super::allowed::{Action, First};
 use super::arrivals::Arrivals;
 use super::course::{End, Migration};
 use super::departures::{Departures, NotSent};
-use super::drive::{Drives, Leaving};
+use super::dirs::TOP;
+use super::drive::{Drives, Leaving, UNDO_WITHIN};
 use super::entry::Doing;
+use super::faults::{into_fault, join_error};
+use super::filling::MID;
 use super::launch::Launcher;
-use super::machines::{TOP, into_fault, join_error, layer_bytes};
-use super::moving::UNDO_WITHIN;
-use super::owner::{Look, Needs};
+use super::machines::layer_bytes;
+use super::owner::{Ask, Look, Needs, Owned};
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::relays::{GuestMemory, Listens, MovePaths, Part};
-use super::steps::{Arrived, Leave, Prepare};
+use super::steps::{Arrived, Leave};
 use super::{filling, ran};
-use crate::Progress;
-use crate::{Call, Incoming, MachineStatus, News};
+use crate::{Call, Incoming, MachineStatus};
 
-/// How long QEMU may take to say how it is.
-const ANSWER_WITHIN: Duration = Duration::from_secs(3);
-/// How often progress is told.
-const TELL_EVERY: Duration = Duration::from_millis(200);
 /// The longest manifest that is read, in bytes.
 const MAX_MANIFEST: usize = 256 << 10;
-
-/// The layer that post-copied blocks arrive in.
-pub(super) const MID: &str = "mid.qcow2";
 
 /// What the destination must know of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -108,7 +102,8 @@ impl Departures {
 }
 
 impl Arrivals {
-    /// Makes ready for a machine: a relay that listens, a QEMU that waits.
+    /// Makes ready for a machine: a relay that listens when this returns, and then a QEMU that waits.
+    /// When that does not start the relay tells the source.
     pub(super) async fn prepare(
         self: &Arc<Self>,
         id: MigrationId,
@@ -498,13 +493,29 @@ impl Arrivals {
     }
 }
 
-/// Whether a machine runs. One that does not answer, because it waits for a page, runs if it has
-/// told of it.
-pub(super) async fn runs(machine: Option<&Machine>) -> bool {
-    let Some(m) = machine else { return false };
-    match tokio::time::timeout(ANSWER_WITHIN, m.life()).await {
-        Ok(Ok(life)) => life == Life::Running,
-        Ok(Err(_)) | Err(_) => m.last_resumed(),
+/// A machine is to come: a relay that listens, at the address that `met` takes, and a QEMU that waits
+/// are made for it.
+struct Prepare {
+    arrivals: Arc<Arrivals>,
+    record: MachineRecord,
+    image: Image,
+    manifest: MoveManifest,
+    met: oneshot::Sender<SocketAddr>,
+}
+
+impl Ask for Prepare {
+    type Reply = (Machine, RelayClient);
+    const STEP: &'static str = "owner.prepare";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<Self::Reply, Fault> {
+        let Self { arrivals, record, image, manifest, met } = self;
+        if e.record.desired == DesiredState::Gone {
+            return Err(Fault::conflict(format!("the move of '{}' was taken back", record.name)));
+        }
+        let prepared = arrivals.prepare_registered(&record, &image, &manifest, met).await?;
+        e.machine = Some(prepared.0.clone());
+        e.doing.end();
+        Ok(prepared)
     }
 }
 
@@ -518,53 +529,6 @@ fn parse_manifest(bytes: &[u8]) -> Result<MoveManifest, Fault> {
         return Err(bad(format!("form {} is not known here", manifest.format)));
     }
     Ok(manifest)
-}
-
-/// Tells the progress of a migration as its relay counts it.
-pub(super) async fn report_progress(
-    mut status: watch::Receiver<RelayStatus>,
-    call: Call,
-    switched: News,
-) {
-    let mut committed = false;
-    loop {
-        let s = status.borrow_and_update().clone();
-        for p in progress(&s) {
-            call.progress(p);
-        }
-        if !committed && s.committed {
-            committed = true;
-            call.news(switched.clone());
-        }
-        if s.end.is_some() || status.changed().await.is_err() {
-            return;
-        }
-        tokio::time::sleep(TELL_EVERY).await;
-    }
-}
-
-fn progress(s: &RelayStatus) -> Vec<Progress> {
-    let c = &s.counts;
-    let mut out = Vec::new();
-    if s.phase >= RelayPhase::PreCopy {
-        out.push(Progress {
-            stage: "memory".into(),
-            done: c.round_pages.saturating_sub(c.round_left) * 4096,
-            total: c.round_pages * 4096,
-            unit: "bytes".into(),
-            note: format!("sent {}", godwit_types::human_bytes(c.bytes.memory)),
-        });
-    }
-    if c.disk_blocks > 0 {
-        out.push(Progress {
-            stage: "disk".into(),
-            done: c.disk_blocks.saturating_sub(c.disk_left) * 4096,
-            total: c.disk_blocks * 4096,
-            unit: "bytes".into(),
-            note: format!("sent {}", godwit_types::human_bytes(c.bytes.disk)),
-        });
-    }
-    out
 }
 
 #[cfg(test)]

@@ -19,13 +19,6 @@ use crate::{Call, MemoryStatus};
 
 /// How long QEMU may take to say how its migration stands.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-/// How long a source's end may take to come to its end once it is needed no more.
-pub(super) const RELEASE_WITHIN: Duration = Duration::from_secs(30);
-/// How long an end may take to undo its part when it is told to.
-pub(super) const UNDO_WITHIN: Duration = Duration::from_secs(40);
-/// How long the task of a move may take to end once its QEMU and its relay are gone.
-pub(super) const FORCED_WITHIN: Duration = Duration::from_secs(10);
-
 /// The moves of one site.
 pub(super) struct Moves {
     pub(super) arrivals: Arc<Arrivals>,

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use godwit_qemu::NicBackend;
 use godwit_substrate::{ActivateRequest, Identity, Place, Substrate, SubstrateError, activate};
-use godwit_types::{Fault, Name, SubstrateId, SubstrateKind, VmId};
+use godwit_types::{Fault, Name, SubstrateId, SubstrateKind};
 use tokio_util::sync::CancellationToken;
 
 use super::LocalSite;
-use super::machines::into_fault;
-use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished};
+use super::faults::into_fault;
+use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished, mac_seed};
 use super::starts::{Booting, Starts};
 use crate::Progress;
 use crate::{Call, MachineStatus, NewMachine};
@@ -125,7 +125,7 @@ impl Starts {
                 groups: self.parts.launcher.groups.clone(),
                 vm: record.vm,
                 run_dir: self.parts.dirs.vm_run(record.vm),
-                top: dir.join(super::machines::TOP),
+                top: dir.join(super::dirs::TOP),
             },
             name: record.name.clone(),
             identity,
@@ -174,10 +174,4 @@ impl LocalSite {
             .chain(machines.map(|r| format!("machine '{}'", r.name)))
             .collect())
     }
-}
-
-/// The part of a machine's id that its MAC address is made of.
-pub(super) fn mac_seed(vm: VmId) -> [u8; 5] {
-    let id = vm.0.as_bytes();
-    [id[11], id[12], id[13], id[14], id[15]]
 }

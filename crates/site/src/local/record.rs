@@ -180,6 +180,12 @@ enum Durable {
     No,
 }
 
+/// The part of a machine's id that its MAC address is made of.
+pub(super) fn mac_seed(vm: VmId) -> [u8; 5] {
+    let id = vm.0.as_bytes();
+    [id[11], id[12], id[13], id[14], id[15]]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

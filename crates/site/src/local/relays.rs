@@ -30,8 +30,8 @@ use godwit_transfer::{Identity, Trust};
 use godwit_types::{Fault, Mib};
 
 use super::course::{End, Migration};
+use super::faults::into_fault;
 use super::held::HeldMemories;
-use super::machines::into_fault;
 use super::record::MachineRecord;
 use super::visits::{Lent, Visits};
 use super::{SiteDirs, SiteOptions, filling, ran};

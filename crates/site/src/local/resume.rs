@@ -29,15 +29,15 @@ use super::course::{
     AfterRestart, End, Migration, Step, arrival_after_restart, departure_after_restart,
 };
 use super::departures::{Departures, NotSent};
-use super::drive::{Drives, RECEIVED, SENT, measured};
-use super::machines::into_fault;
-use super::moves::{MID, runs};
-use super::moving::{Moves, RELEASE_WITHIN, memory_status};
-use super::owner::{Look, Needs, Owned};
-use super::parts::Parts;
-use super::record::{DesiredState, DiskBase, MachineRecord};
+use super::drive::{Drives, RECEIVED, RELEASE_WITHIN, SENT, measured};
+use super::faults::into_fault;
+use super::filling;
+use super::filling::MID;
+use super::moving::{Moves, memory_status};
+use super::owner::{Look, Needs};
+use super::progress::runs;
+use super::record::{DiskBase, MachineRecord};
 use super::relays::{GuestMemory, MovePaths, Part};
-use super::{filling, ran};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
 
 /// How long a QEMU that was told to switch may take to stop.
@@ -515,60 +515,6 @@ impl Departures {
     }
 }
 
-/// Before a machine that arrived in part is started from its disk, or removed: ends what is
-/// left of its migration. Only what was given up is taken away, or what is removed anyway.
-pub(super) async fn end_arrival(
-    parts: &Parts,
-    e: &mut Owned,
-    keep_disk: bool,
-) -> Result<(), Fault> {
-    let Some(m) = e.record.migration.clone() else { return Ok(()) };
-    let why = m.abandoned().cloned().unwrap_or_default();
-    let dir = e.dir.clone();
-    let mid = dir.join(MID);
-    if keep_disk && parts.images.of(&e.record)?.disk_path().is_some() {
-        match MidLayer::missing(&filling::layer(&dir)) {
-            Ok((_, true)) => {}
-            Ok((left, false)) => {
-                return Err(Fault::new(
-                    godwit_types::Code::Damaged,
-                    format!("{left} blocks of the disk of '{}' are missing: {why}", e.record.name),
-                ));
-            }
-            Err(error) => {
-                return Err(Fault::new(
-                    godwit_types::Code::Damaged,
-                    format!(
-                        "the disk of '{}' never came: {why} ({})",
-                        e.record.name,
-                        chain(&error)
-                    ),
-                ));
-            }
-        }
-        if filling::is_there(&dir) {
-            MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
-        }
-        e.record.disk_base = DiskBase::Mid;
-        parts.machines.visits.forget(e.record.vm);
-    }
-    if let Some(m) = e.machine.take() {
-        m.kill().await;
-    }
-    parts.relays.end(&m).await;
-    parts.relays.clear(&m);
-    e.record.migration = None;
-    if e.record.desired != DesiredState::Gone {
-        e.save()?;
-    }
-    if keep_disk {
-        // Only then: without the record's word they tell of a layer that is still to be filled.
-        MidLayer::forget(&mid).map_err(into_fault)?;
-        filling::end(&dir)?;
-        ran::forget(&dir)?;
-    }
-    Ok(())
-}
 fn memory_is_gone(record: &MachineRecord) -> Fault {
     Fault::new(
         godwit_types::Code::Damaged,

@@ -12,12 +12,12 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::allowed::First;
-use super::machines::{LOOK_EVERY, TOP, into_fault, join_error, remove_file};
+use super::dirs::{TOP, remove_file};
+use super::faults::{into_fault, join_error};
+use super::machines::LOOK_EVERY;
 use super::owner::{Ask, Owned, Owner};
 use super::parts::Parts;
-use super::pool::mac_seed;
-use super::record::{DesiredState, DiskBase, MachineRecord};
-use super::table::Withdraw;
+use super::record::{DesiredState, DiskBase, MachineRecord, mac_seed};
 use crate::{Call, MachineStatus, NewMachine, Origin, Progress};
 
 /// How long a guest may take to its agent's first answer.
@@ -263,5 +263,32 @@ impl Ask for Started {
 
     async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
         if e.doing.end_start(&self.wanted) { Ok(()) } else { Err(Fault::cancelled()) }
+    }
+}
+
+/// A start did not come about: as [`Machines::unregister`], unless somebody has removed the machine
+/// already, or has started it again since.
+pub(super) struct Withdraw {
+    pub(super) parts: Arc<Parts>,
+    /// What the start was given.
+    pub(super) wanted: CancellationToken,
+}
+
+impl Ask for Withdraw {
+    type Reply = ();
+    const STEP: &'static str = "owner.withdraw";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        let Self { parts, wanted } = self;
+        // Whoever cancels a start wants the machine off or gone; the next start wants it to run.
+        let again = wanted.is_cancelled() && e.record.desired == DesiredState::Running;
+        if e.doing.is_start_but(&wanted) || again || e.record.desired == DesiredState::Gone {
+            return Ok(());
+        }
+        e.record.desired = DesiredState::Gone;
+        e.doing.cancel_start();
+        e.publish();
+        parts.machines.unregister(e.record.vm).await;
+        Ok(())
     }
 }

@@ -1,27 +1,22 @@
 //! What the ends of a move ask the owner of its machine, and tell it.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
-use godwit_image::Image;
-use godwit_migrate::RelayClient;
+use godwit_disk::MidLayer;
 use godwit_qemu::Machine;
-use godwit_types::{Fault, Generation, MigrationId, Name};
+use godwit_types::{Fault, Generation, MigrationId, Name, chain};
 use serde::Serialize;
-use tokio::sync::oneshot;
 use tracing::warn;
 
 use super::adopt::end_strays;
 use super::allowed::{Action, First, Refusal};
-use super::arrivals::Arrivals;
 use super::course::{Migration, Step};
 use super::drive::{forget_measured, keep_measured};
-use super::machines::into_fault;
-use super::moves::{MID, MoveManifest};
+use super::faults::into_fault;
+use super::filling::MID;
 use super::owner::{Ask, Needs, Owned};
 use super::parts::Parts;
 use super::record::{DesiredState, DiskBase, MachineRecord};
-use super::resume::end_arrival;
 use super::{SiteDirs, filling, ran};
 
 /// A machine is to leave; gives its record and its QEMU.
@@ -127,32 +122,6 @@ where
     }
 }
 
-/// A machine is to come: a relay that listens, at the address that `met` takes, and a QEMU that waits
-/// are made for it.
-pub(super) struct Prepare {
-    pub(super) arrivals: Arc<Arrivals>,
-    pub(super) record: MachineRecord,
-    pub(super) image: Image,
-    pub(super) manifest: MoveManifest,
-    pub(super) met: oneshot::Sender<SocketAddr>,
-}
-
-impl Ask for Prepare {
-    type Reply = (Machine, RelayClient);
-    const STEP: &'static str = "owner.prepare";
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<Self::Reply, Fault> {
-        let Self { arrivals, record, image, manifest, met } = self;
-        if e.record.desired == DesiredState::Gone {
-            return Err(Fault::conflict(format!("the move of '{}' was taken back", record.name)));
-        }
-        let prepared = arrivals.prepare_registered(&record, &image, &manifest, met).await?;
-        e.machine = Some(prepared.0.clone());
-        e.doing.end();
-        Ok(prepared)
-    }
-}
-
 /// A machine has come whole.
 pub(super) struct Arrived {
     pub(super) parts: Arc<Parts>,
@@ -176,7 +145,7 @@ impl Ask for Arrived {
         }
         // Only then: without the record's word a layer that has no list of what came looks empty.
         if mid.exists()
-            && let Err(error) = godwit_disk::MidLayer::forget(&mid)
+            && let Err(error) = MidLayer::forget(&mid)
         {
             warn!(vm = %e.record.name, %error, "the list of what came stays beside the layer");
         }
@@ -256,4 +225,59 @@ impl Ask for ArrivalEnded {
             _ => Ok(()),
         }
     }
+}
+
+/// Before a machine that arrived in part is started from its disk, or removed: ends what is
+/// left of its migration. Only what was given up is taken away, or what is removed anyway.
+pub(super) async fn end_arrival(
+    parts: &Parts,
+    e: &mut Owned,
+    keep_disk: bool,
+) -> Result<(), Fault> {
+    let Some(m) = e.record.migration.clone() else { return Ok(()) };
+    let why = m.abandoned().cloned().unwrap_or_default();
+    let dir = e.dir.clone();
+    let mid = dir.join(MID);
+    if keep_disk && parts.images.of(&e.record)?.disk_path().is_some() {
+        match MidLayer::missing(&filling::layer(&dir)) {
+            Ok((_, true)) => {}
+            Ok((left, false)) => {
+                return Err(Fault::new(
+                    godwit_types::Code::Damaged,
+                    format!("{left} blocks of the disk of '{}' are missing: {why}", e.record.name),
+                ));
+            }
+            Err(error) => {
+                return Err(Fault::new(
+                    godwit_types::Code::Damaged,
+                    format!(
+                        "the disk of '{}' never came: {why} ({})",
+                        e.record.name,
+                        chain(&error)
+                    ),
+                ));
+            }
+        }
+        if filling::is_there(&dir) {
+            MidLayer::take_over(&filling::place(&dir), &mid).map_err(into_fault)?;
+        }
+        e.record.disk_base = DiskBase::Mid;
+        parts.machines.visits.forget(e.record.vm);
+    }
+    if let Some(m) = e.machine.take() {
+        m.kill().await;
+    }
+    parts.relays.end(&m).await;
+    parts.relays.clear(&m);
+    e.record.migration = None;
+    if e.record.desired != DesiredState::Gone {
+        e.save()?;
+    }
+    if keep_disk {
+        // Only then: without the record's word they tell of a layer that is still to be filled.
+        MidLayer::forget(&mid).map_err(into_fault)?;
+        filling::end(&dir)?;
+        ran::forget(&dir)?;
+    }
+    Ok(())
 }

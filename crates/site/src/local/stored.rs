@@ -6,9 +6,8 @@ use godwit_qemu::MacAddress;
 use godwit_types::{Fault, SubstrateId};
 
 use super::LocalSite;
-use super::machines::{into_fault, join_error};
-use super::pool::mac_seed;
-use super::record::{DesiredState, DiskBase, MachineRecord};
+use super::faults::{into_fault, join_error};
+use super::record::{DesiredState, DiskBase, MachineRecord, mac_seed};
 use super::starts::Starts;
 use crate::{Call, MachineStatus, NewMachine, Origin};
 

@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use godwit_image::Image;
 use godwit_qemu::{Confine, MemoryGroups};
-use godwit_substrate::{AsyncPool, Pool, PoolDirs, Shells, Substrate, SubstrateError};
-use godwit_types::{DockReport, Fault, Mib, Name, SubstrateId, chain};
+use godwit_substrate::{AsyncPool, Place, Pool, PoolDirs, Shells, Substrate, SubstrateError};
+use godwit_types::{DockReport, Fault, Mib, Name, SubstrateId, VmId, chain};
 
+use super::dirs::TOP;
+use super::faults::{into_fault, join_error};
 use super::images::Images;
-use super::machines::{into_fault, join_error};
 use super::record::{DiskBase, MachineRecord};
 use super::room::Room;
-use super::{SiteDirs, SiteOptions, waiting};
+use super::{SiteDirs, SiteOptions};
 use crate::{CheckReport, PoolReport, SubstrateInfo};
 
 /// The substrates of one site.
@@ -36,7 +37,7 @@ impl Substrates {
         let (here, options) = (dirs.clone(), site.clone());
         let opening = tokio::task::spawn_blocking(move || Self::open_pool(&here, &options));
         let pool = AsyncPool::from(opening.await.map_err(join_error)??);
-        let shells = waiting::shells(&pool, dirs, confine.clone(), groups.clone());
+        let shells = shells(&pool, dirs, confine.clone(), groups.clone());
         let data = dirs.data.clone();
         Ok(Self { site: name, data, pool, shells, wanted: site.waiting })
     }
@@ -188,6 +189,23 @@ impl Substrates {
             }
         });
     }
+}
+
+/// The waiting QEMUs of a site: none yet.
+fn shells(
+    pool: &AsyncPool,
+    dirs: &SiteDirs,
+    confine: Option<Confine>,
+    groups: Option<MemoryGroups>,
+) -> Shells {
+    let dirs = dirs.clone();
+    let place = move || {
+        let vm = VmId::new();
+        let top = dirs.waiting().join(vm.0.simple().to_string()).join(TOP);
+        let (confine, groups) = (confine.clone(), groups.clone());
+        Place { vm, run_dir: dirs.waiting_run(vm), top, confine, groups }
+    };
+    Shells::new(pool.clone(), Box::new(place))
 }
 
 pub(super) fn info(s: &Substrate, dock: Option<DockReport>) -> SubstrateInfo {

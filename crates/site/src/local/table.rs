@@ -11,10 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::SiteDirs;
 use super::allowed::{Action, Activity, First, Refusal};
+use super::dirs::remove_file;
 use super::entry::{Doing, Entry};
-use super::machines::remove_file;
-use super::owner::{Ask, Look, Needs, Owned, Owner};
-use super::parts::Parts;
+use super::owner::{Look, Needs, Owner};
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::tombs::Tombs;
 use super::visits::Visits;
@@ -229,32 +228,5 @@ impl Machines {
     pub(super) async fn substrate_users(&self, id: SubstrateId) -> Vec<Name> {
         let all = self.records().await.into_iter();
         all.filter(|r| r.disk_base == DiskBase::Substrate(id)).map(|r| r.name).collect()
-    }
-}
-
-/// A start did not come about: as [`Machines::unregister`], unless somebody has removed the machine
-/// already, or has started it again since.
-pub(super) struct Withdraw {
-    pub(super) parts: Arc<Parts>,
-    /// What the start was given.
-    pub(super) wanted: CancellationToken,
-}
-
-impl Ask for Withdraw {
-    type Reply = ();
-    const STEP: &'static str = "owner.withdraw";
-
-    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
-        let Self { parts, wanted } = self;
-        // Whoever cancels a start wants the machine off or gone; the next start wants it to run.
-        let again = wanted.is_cancelled() && e.record.desired == DesiredState::Running;
-        if e.doing.is_start_but(&wanted) || again || e.record.desired == DesiredState::Gone {
-            return Ok(());
-        }
-        e.record.desired = DesiredState::Gone;
-        e.doing.cancel_start();
-        e.publish();
-        parts.machines.unregister(e.record.vm).await;
-        Ok(())
     }
 }

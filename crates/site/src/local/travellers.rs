@@ -10,9 +10,9 @@ use tracing::warn;
 use super::allowed::{Action, First};
 use super::course::{End, Migration, Step};
 use super::drive::no_such_move;
-use super::moves::runs;
 use super::owner::{Look, Needs, Owner};
 use super::parts::Parts;
+use super::progress::runs;
 use super::record::MachineRecord;
 use super::steps::{Measured, MoveOver, Note};
 

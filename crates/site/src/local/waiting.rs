@@ -6,9 +6,8 @@
 //! ```
 
 use godwit_image::Image;
-use godwit_qemu::{Accel, Confine, Machine, MemoryGroups};
-use godwit_substrate::{AsyncPool, Place, Shells};
-use godwit_types::{SubstrateId, VmId};
+use godwit_qemu::{Accel, Machine};
+use godwit_types::SubstrateId;
 
 use super::dirs::WAITING;
 use super::substrates::Substrates;
@@ -16,23 +15,6 @@ use super::{LocalSite, SiteDirs};
 
 /// The most substrates that QEMUs wait for; each of them holds some 40 MiB.
 const MOST_LINES: usize = 4;
-
-/// The waiting QEMUs of a site: none yet.
-pub(super) fn shells(
-    pool: &AsyncPool,
-    dirs: &SiteDirs,
-    confine: Option<Confine>,
-    groups: Option<MemoryGroups>,
-) -> Shells {
-    let dirs = dirs.clone();
-    let place = move || {
-        let vm = VmId::new();
-        let top = dirs.waiting().join(vm.0.simple().to_string()).join(super::machines::TOP);
-        let (confine, groups) = (confine.clone(), groups.clone());
-        Place { vm, run_dir: dirs.waiting_run(vm), top, confine, groups }
-    };
-    Shells::new(pool.clone(), Box::new(place))
-}
 
 /// Ends the QEMUs that waited for a daemon that is gone.
 pub(super) async fn sweep(dirs: &SiteDirs) {

@@ -7,7 +7,7 @@ use godwit_image::Image;
 use godwit_qemu::{BootFile, MachineSpec, Manifest};
 use godwit_store::{Effort, Encoder, PageMap, Store, StoreOptions, UNIT};
 use godwit_substrate::{
-    Becomes, Bundle, Import, Part, Pool, PoolDirs, Shape, Sizes, Substrate, SubstrateError,
+    Bundle, Import, ImportAs, Part, Pool, PoolDirs, Shape, Sizes, Substrate, SubstrateError,
 };
 use godwit_types::{Arch, Hash, Mib, Name, SubstrateId, SubstrateKind};
 
@@ -148,7 +148,7 @@ pub(crate) fn feed(import: &mut Import) -> usize {
 }
 
 pub(crate) fn fill(pool: &Pool, id: SubstrateId, image: &Image) -> Substrate {
-    let mut import = Import::begin(pool, bundle(id, image), Becomes::default()).expect("sound");
+    let mut import = Import::begin(pool, bundle(id, image), ImportAs::default()).expect("sound");
     feed(&mut import);
     import.finish().expect("published")
 }
