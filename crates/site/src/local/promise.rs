@@ -11,7 +11,7 @@ use godwit_qemu::{Machine, MemorySource};
 use godwit_substrate::{OpenMemory, Pool};
 use godwit_types::{Code, Fault, Generation, Mib, VmId};
 
-use super::machines::into_fault;
+use super::faults::into_fault;
 use super::record::MachineRecord;
 use super::report;
 use super::table::Machines;
