@@ -184,6 +184,7 @@ pub enum EndReason {
     /// Its time was over.
     Time,
     /// Somebody set the flag, as SIGTERM does.
+    #[serde(rename = "told")]
     StopRequested,
 }
 
