@@ -1,5 +1,5 @@
 # Godwit. Two commands do everything on a fresh Debian 12 machine (as root, with a Rust toolchain):
-#   make demo    installs what it needs, builds, and plays the main job   (GUEST=tiny for the short one)
+#   make demo    installs what it needs, builds, and runs the main scenario   (GUEST=tiny for the short one)
 #   make test    installs what it needs, builds, and runs every test
 GUEST ?= abiword
 RATE ?= 100

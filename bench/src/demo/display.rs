@@ -128,10 +128,20 @@ impl Display {
         &self.frame
     }
 
-    /// Presses a key, and draws what comes within `length`.
-    pub(super) async fn stroke(&mut self, key: u32, length: Duration) -> anyhow::Result<()> {
+    /// Presses a key, and draws what comes within `length`; `seen` gets each picture, and when it
+    /// came.
+    pub(super) async fn stroke(
+        &mut self,
+        key: u32,
+        length: Duration,
+        mut seen: impl FnMut(Instant, &Frame),
+    ) -> anyhow::Result<()> {
         self.press(key).await?;
-        self.watch(length, None).await.map(drop)
+        let until = Instant::now() + length;
+        while let Some((update, _)) = self.next(Some(until)).await? {
+            seen(update.at, &self.frame);
+        }
+        Ok(())
     }
 
     async fn press(&mut self, key: u32) -> anyhow::Result<()> {

@@ -21,14 +21,16 @@ use super::world::World;
 const TEXT: &str = "Whoever types here is not asked to wait while the machine moves on. ";
 /// Time between two key strokes.
 const STROKE: Duration = Duration::from_millis(250);
-/// How long is typed before the move and after it.
+/// How long is typed before the move.
 pub(super) const ALONE: Duration = Duration::from_secs(3);
 /// How long a display may be away while its machine moves.
 const AWAY: Duration = Duration::from_secs(60);
 /// How long the end is shown.
 const END: Duration = Duration::from_secs(3);
+/// The longest film, its end included: of a longer move only the beginning is shown.
+const LONGEST: Duration = Duration::from_secs(20);
 /// The largest picture, in bytes.
-const MOST: usize = 2 << 20;
+const MOST: usize = 2_000_000;
 /// Height of the line below the screen, in pixels.
 const LINE: usize = 56;
 
@@ -50,22 +52,40 @@ pub(super) struct Film {
     patches: Vec<Patch>,
     /// What happens, from when on.
     lines: Vec<(Duration, String)>,
+    /// When the filming ended.
+    ended: Option<Duration>,
 }
 
 impl Film {
     fn new(first: Frame) -> Self {
         let last = first.clone();
-        Self { began: Instant::now(), first, last, patches: Vec::new(), lines: Vec::new() }
+        let (patches, lines) = (Vec::new(), Vec::new());
+        Self { began: Instant::now(), first, last, patches, lines, ended: None }
+    }
+
+    /// How long it is by now.
+    fn length(&self) -> Duration {
+        self.ended.unwrap_or_else(|| self.began.elapsed()).min(LONGEST.saturating_sub(END))
+    }
+
+    /// Whether it takes no more.
+    fn is_full(&self) -> bool {
+        self.length() >= LONGEST.saturating_sub(END)
     }
 
     /// From now on this happens.
     fn says(&mut self, line: String) {
-        self.lines.push((self.began.elapsed(), line));
+        self.lines.push((self.length(), line));
     }
 
-    /// Adds what has changed on the screen; one of another size is left out.
-    fn add(&mut self, at: Duration, now: &Frame) {
+    /// Adds what has changed on the screen by `at`; one of another size is left out, and what comes
+    /// after the longest film.
+    fn add(&mut self, at: Instant, now: &Frame) {
+        let at = at.saturating_duration_since(self.began);
         let width = self.last.width;
+        if at + END > LONGEST {
+            return;
+        }
         if now.width != width || now.pixels.len() != self.last.pixels.len() {
             return;
         }
@@ -139,7 +159,7 @@ impl Film {
             of.signs.longest_stall_ms,
             of.report.total_ms / 1e3
         ));
-        let svg = self.to_svg(self.began.elapsed() + END)?;
+        let svg = self.to_svg(self.length() + END)?;
         ensure!(svg.len() <= MOST, "a moving picture of {} bytes is more than {MOST}", svg.len());
         std::fs::write(path, svg).with_context(|| format!("write {}", path.display()))
     }
@@ -208,19 +228,35 @@ impl<'a> Typist<'a> {
         Ok(())
     }
 
-    /// Types until `done`, and gives what that gives.
+    /// Types until `done`, and gives what that gives; the film ends there, or when it is full. The
+    /// stroke that is under way then is finished: half of one would spoil what the display is sent.
     pub(super) async fn types_until<T>(
         &mut self,
         done: impl Future<Output = anyhow::Result<T>>,
     ) -> anyhow::Result<T> {
         tokio::pin!(done);
-        loop {
-            tokio::select! {
-                biased;
-                done = &mut done => return done,
-                typed = self.stroke() => typed?,
+        while !self.film.is_full() {
+            let done = {
+                let typed = self.stroke();
+                tokio::pin!(typed);
+                tokio::select! {
+                    biased;
+                    done = &mut done => {
+                        typed.await?;
+                        Some(done)
+                    }
+                    typed = &mut typed => {
+                        typed?;
+                        None
+                    }
+                }
+            };
+            if let Some(done) = done {
+                self.film.ended = Some(self.film.length());
+                return done;
             }
         }
+        done.await
     }
 
     /// One key, and what is seen until the next; a display that went away with its machine is opened
@@ -228,11 +264,10 @@ impl<'a> Typist<'a> {
     async fn stroke(&mut self) -> anyhow::Result<()> {
         let key = self.keys.next().context("text")?;
         let Some(display) = &mut self.display else { return self.look_again().await };
-        if display.stroke(key.into(), STROKE).await.is_err() {
+        let film = &mut self.film;
+        if display.stroke(key.into(), STROKE, |at, frame| film.add(at, frame)).await.is_err() {
             self.display = None;
-            return Ok(());
         }
-        self.film.add(self.film.began.elapsed(), display.frame());
         Ok(())
     }
 
@@ -245,7 +280,7 @@ impl<'a> Typist<'a> {
                 Err(_) => tokio::time::sleep(STROKE).await,
             }
         };
-        self.film.add(self.film.began.elapsed(), display.frame());
+        self.film.add(Instant::now(), display.frame());
         self.display = Some(display);
         Ok(())
     }
@@ -262,17 +297,24 @@ mod tests {
     #[test]
     fn what_changes_is_shown_from_when_it_changed_on_and_nothing_else() {
         let mut film = Film::new(frame(&[0; 12]));
+        let began = film.began;
+        let at = |ms| began + Duration::from_millis(ms);
         let mut screen = [0; 12];
-        film.add(Duration::from_millis(500), &frame(&screen));
+        film.add(at(500), &frame(&screen));
         assert_eq!(film.patches, []);
         (screen[5], screen[10]) = (0xff_0000, 0x00_ff00);
-        film.add(Duration::from_millis(1500), &frame(&screen));
+        film.add(at(1500), &frame(&screen));
         let pixels = vec![0xff_0000, 0, 0, 0x00_ff00];
         let patch = Patch { at: Duration::from_millis(1500), x: 1, y: 1, width: 2, pixels };
         assert_eq!(film.patches, [patch]);
         // A screen of another size is of another machine.
-        film.add(Duration::from_millis(1600), &Frame { width: 2, pixels: vec![7; 4] });
+        film.add(at(1600), &Frame { width: 2, pixels: vec![7; 4] });
+        // What comes after the longest film is not shown.
+        film.add(at(20_000), &frame(&[9; 12]));
         assert_eq!(film.patches.len(), 1);
+        film.ended = Some(LONGEST * 2);
+        assert!(film.is_full());
+        assert_eq!(film.length() + END, LONGEST);
 
         film.lines = vec![(Duration::ZERO, "a & b".into()), (Duration::from_secs(1), "c".into())];
         let svg = film.to_svg(Duration::from_secs(2)).expect("drawn");

@@ -1,4 +1,4 @@
-//! `make demo`: the main job, played on real machines over an emulated link, and measured.
+//! `make demo`: the main scenario, run on real machines over an emulated link, and measured.
 //!
 //! ```text
 //! cold boot -> dock -> activate -> type, witness -> move to the AP -> and back -> AP removed
@@ -59,7 +59,7 @@ pub struct Demo {
     pub program: PathBuf,
 }
 
-/// Plays the main job and writes `report.json` and the pictures.
+/// Runs the main scenario and writes `report.json` and the pictures.
 ///
 /// # Errors
 /// The first thing that does not work, in words. What was started is ended either way.
@@ -248,20 +248,33 @@ async fn warm_activation(world: &World) -> anyhow::Result<f64> {
 }
 
 /// Activates one machine more, types into it, moves it to the AP meanwhile, and draws what is seen.
+/// The machine is removed either way.
 async fn moving_picture(demo: &Demo, world: &World, witness: &Witness) -> anyhow::Result<()> {
     const VM: &str = "picture";
     let args = ["vm", "activate", "demo", "--name", VM, "--site", CENTER];
     world.ask::<Value>(&args, PATIENCE).await?;
-    let mut typist = Typist::at(world, VM).await?;
-    typist.says("somebody types; the machine is in the cloud center");
-    typist.types_for(ALONE).await?;
-    let (rate, delay) = (demo.rate_mbit, 2.0 * demo.delay_ms);
-    typist.says(&format!("it moves to the cafe, {rate} Mbit/s and {delay} ms away"));
-    let moved = typist.types_until(move_once(world, witness, VM, (CENTER, AP))).await?;
-    typist.says("it is at the cafe, and needs nothing of the center");
-    typist.types_for(ALONE).await?;
-    typist.film.write(&moved, &demo.out.join("move.svg"))?;
-    world.ask::<Value>(&["vm", "delete", VM], PATIENCE).await.map(drop)
+    let drawn = async {
+        let mut typist = Typist::at(world, VM).await?;
+        typist.says("somebody types; the machine is in the cloud center");
+        typist.types_for(ALONE).await?;
+        let (rate, delay) = (demo.rate_mbit, 2.0 * demo.delay_ms);
+        typist.says(&format!("it moves to the cafe, {rate} Mbit/s and {delay} ms away"));
+        let migrating = typist.types_until(migrate(world, VM, AP));
+        let moved = measured(world, witness, VM, (CENTER, AP), migrating).await?;
+        typist.film.write(&moved, &demo.out.join("move.svg"))
+    };
+    let drawn = drawn.await;
+    if drawn.is_err() {
+        // Whatever it is at, nothing of it is wanted any more; the deletion says what is left.
+        let _ = world.ask::<Value>(&["vm", "stop", "--force", VM], PATIENCE).await;
+    }
+    let deleted = world.ask::<Value>(&["vm", "delete", VM], PATIENCE).await;
+    drawn?;
+    deleted.map(drop)
+}
+
+async fn migrate(world: &World, vm: &str, to: &str) -> anyhow::Result<MoveReport> {
+    world.ask(&["vm", "migrate", vm, "--to", to], PATIENCE).await
 }
 
 async fn move_once(
@@ -270,13 +283,24 @@ async fn move_once(
     vm: &str,
     (from, to): (&str, &str),
 ) -> anyhow::Result<Move> {
+    measured(world, witness, vm, (from, to), migrate(world, vm, to)).await
+}
+
+/// Measures a move that `migrating` does.
+async fn measured(
+    world: &World,
+    witness: &Witness,
+    vm: &str,
+    (from, to): (&str, &str),
+    migrating: impl Future<Output = anyhow::Result<MoveReport>>,
+) -> anyhow::Result<Move> {
     witness.reset(world, vm).await?;
     let began = Instant::now();
     let consoles = guest::consoles(&world.cli(), &world.run_dirs(), vm).await?;
     let consoles: Vec<&Path> = consoles.iter().map(PathBuf::as_path).collect();
     let prober = Prober::start(&consoles).await?;
     let before = world.link_bytes();
-    let report: MoveReport = world.ask(&["vm", "migrate", vm, "--to", to], PATIENCE).await?;
+    let report = migrating.await?;
     let link_bytes = world.link_bytes().zip(before).map(|(after, before)| after - before);
     let signs = prober.stop().await?;
     let watched = began.elapsed();

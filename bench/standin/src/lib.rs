@@ -6,8 +6,8 @@
 //! | stand-in | for | what its threads do |
 //! |---|---|---|
 //! | [`dedup`] | PARSEC dedup | a pipeline of chunk, hash, compress and write over bounded queues under spin locks |
-//! | [`streamcluster`] | PARSEC streamcluster | short phases of distances between points, a spinning barrier after each |
-//! | [`kernbench`] | kernbench | jobs of a parallel build: compute, and a kernel's critical sections; or a real build with `cc` |
+//! | [`streamcluster`] | PARSEC streamcluster | short phases of distances, a spinning barrier after each |
+//! | [`kernbench`] | kernbench | a parallel build: compute, a kernel's critical sections; or a real build with `cc` |
 //! | [`specjbb`] | SPECjbb2005 | transactions under many short locks; now and then the world stops |
 //! | [`cpu`] | SuperPI | digits of pi, each thread for itself |
 //! | [`locks`] | table 4.1's measurement | kernbench's critical sections and nothing else, timed |

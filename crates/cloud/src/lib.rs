@@ -48,5 +48,6 @@ pub mod daemon;
 mod op_kind;
 pub mod ops;
 pub mod placement;
+mod principal;
 pub mod registry;
 mod token;

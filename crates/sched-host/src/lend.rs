@@ -24,8 +24,8 @@
 //! ```
 //!
 //! Invariants (each tested): the steps of a machine's vCPUs sum to 0; a vCPU takes part in at most one
-//! loan, and rests after one for distance (the thesis' dirty tag); no loan outlives its expiry by more than a period; what was lent was
-//! settled or is outstanding.
+//! loan, and rests after one for distance (the thesis' dirty tag); no loan outlives its expiry by
+//! more than a period; what was lent was settled or is outstanding.
 
 use std::collections::BTreeMap;
 

@@ -54,7 +54,7 @@ pub struct VmStatus {
     /// What the vCPU that ran least lacked of the one that ran most, as a share of the latter,
     /// among those that strove in the first second.
     pub skew_first: Option<f64>,
-    /// The same, of late.
+    /// The same, recently.
     pub skew: Option<f64>,
 }
 

@@ -308,7 +308,8 @@ impl Index {
     }
 
     /// Makes the units of a finished write visible: one commit. A unit that has come to be known
-    /// meanwhile keeps its place, unless `replace` says that the old place is lost. `held` is what the owner holds from now on, sorted.
+    /// meanwhile keeps its place, unless `replace` says that the old place is lost. `held` is what
+    /// the owner holds from now on, sorted.
     pub(crate) fn commit(
         &self,
         units: &[(Hash, Loc)],

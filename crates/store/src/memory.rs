@@ -51,6 +51,11 @@ impl MemoryTier {
         Some(e.unit.clone())
     }
 
+    /// Whether it is here; that does not count as a use.
+    pub(crate) fn contains(&self, hash: &Hash) -> bool {
+        lock(self.shard(hash)).map.contains_key(hash)
+    }
+
     /// Keeps a unit that the packs hold, as long as there is room.
     pub(crate) fn put(&self, hash: Hash, unit: EncodedUnit) {
         let cost = unit.body.len() as u64 + OVERHEAD;

@@ -37,6 +37,7 @@ impl Store {
 
     /// Reads many units on all cores and hands each to `each` with its place in `hashes`, in any
     /// order, from several threads. Repeated hashes are read once for each time they are named.
+    /// Nothing is handed over when the store lacks one from the start.
     ///
     /// # Errors
     /// As [`Store::get`], by the first unit found; or the first error of `each`.
@@ -48,6 +49,16 @@ impl Store {
         let zero = zero_hash();
         let (zeros, wanted): (Vec<Wanted>, Vec<Wanted>) =
             hashes.iter().copied().enumerate().partition(|(_, hash)| *hash == zero);
+        let uncached: Vec<Hash> = wanted
+            .par_iter()
+            .with_min_len(256)
+            .map(|(_, hash)| *hash)
+            .filter(|hash| !self.inner.memory.contains(hash))
+            .collect();
+        let found = self.contains_many(&uncached)?;
+        if let Some((hash, _)) = uncached.iter().zip(found).find(|(_, found)| !found) {
+            return Err(StoreError::Missing(*hash).into());
+        }
         zeros.par_iter().with_min_len(256).try_for_each(|(i, _)| each(*i, &[0; UNIT]))?;
         let lacking = self.inner.memory.get_many(wanted, &each)?;
         let lacking = self.inner.disk.get_many(lacking, &each)?;

@@ -108,6 +108,27 @@ fn a_unit_is_stored_once_and_zero_never() {
 }
 
 #[test]
+fn nothing_is_handed_over_when_a_unit_is_missing() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let bytes = memory(300, 3);
+    let mut hashes = fill(&Store::open(dir.path(), options()).expect("open"), owner(), &bytes);
+    let missing = Hash::of(b"nobody stored this");
+    hashes.push(missing);
+    // Of the units before it, some are in memory, some on the disk only, and some are zero.
+    let store = Store::open(dir.path(), options()).expect("open");
+    for hash in &hashes[..20] {
+        store.get(hash, &mut [0; UNIT]).expect("stored");
+    }
+    let handed = std::sync::atomic::AtomicUsize::new(0);
+    let read = store.get_many(&hashes, |_, _| {
+        handed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Ok::<(), StoreError>(())
+    });
+    assert!(matches!(read, Err(StoreError::Missing(hash)) if hash == missing), "{read:?}");
+    assert_eq!(handed.into_inner(), 0);
+}
+
+#[test]
 fn a_writer_that_is_dropped_leaves_nothing() {
     let dir = tempfile::tempdir().expect("tempdir");
     let store = Store::open(dir.path(), options()).expect("open");

@@ -106,7 +106,7 @@ impl Shell {
     ) -> Result<Self, SubstrateError> {
         let started = Self::spawn(ready, image, &place, name, accel, nic).await;
         if started.is_err() {
-            clean(&place);
+            clean(&place).await;
         }
         Ok(Self { machine: started?, place, loaded: false })
     }
@@ -172,21 +172,33 @@ impl Shell {
 
     /// Takes the name and the place of the machine that it is to be.
     async fn become_machine(self, request: &ActivateRequest) -> Result<Self, SubstrateError> {
-        let place = request.place.clone();
-        if let Some(dir) = place.top.parent() {
-            std::fs::create_dir_all(dir).map_err(SubstrateError::io("making", dir))?;
-        }
-        let top = self.machine.launch().disk.is_some().then_some(place.top.as_path());
-        match self.machine.rehouse(&place.run_dir, request.name.clone(), top) {
-            Ok(machine) => {
-                // Its old directory holds nothing any more.
-                let _ = self.place.top.parent().map(std::fs::remove_dir);
-                Ok(Self { machine, place, loaded: self.loaded })
+        let Self { machine, place: old, loaded } = self;
+        let (place, name) = (request.place.clone(), request.name.clone());
+        let (from, to) = (old.clone(), place.clone());
+        let renamed = on_thread("naming a waiting QEMU", move || {
+            if let Some(dir) = to.top.parent()
+                && let Err(e) = std::fs::create_dir_all(dir)
+            {
+                return Ok(Err((machine, SubstrateError::io("making", dir)(e))));
             }
+            let top = machine.launch().disk.is_some().then_some(to.top.as_path());
+            Ok(match machine.rehouse(&to.run_dir, name, top) {
+                Ok(machine) => {
+                    // Its old directory holds nothing any more.
+                    let _ = from.top.parent().map(std::fs::remove_dir);
+                    Ok(machine)
+                }
+                Err((machine, e)) => {
+                    Err((machine, SubstrateError::machine("naming a waiting QEMU")(e)))
+                }
+            })
+        });
+        match renamed.await? {
+            Ok(machine) => Ok(Self { machine, place, loaded }),
             Err((machine, e)) => {
-                Self { machine, place: self.place, loaded: self.loaded }.end().await;
-                clean(&place);
-                Err(SubstrateError::machine("naming a waiting QEMU")(e))
+                Self { machine, place: old, loaded }.end().await;
+                clean(&place).await;
+                Err(e)
             }
         }
     }
@@ -194,7 +206,7 @@ impl Shell {
     /// Ends one that is not needed.
     pub(crate) async fn end(self) {
         self.machine.kill().await;
-        clean(&self.place);
+        clean(&self.place).await;
     }
 }
 
@@ -238,6 +250,11 @@ async fn activate_here(
     let done = async {
         let warm = waiting.is_some();
         let (shell, ready) = match waiting {
+            // One that waits has its files open: nothing else would stop it.
+            Some((shell, _)) if pool.is_going(id) => {
+                shell.end().await;
+                return Err(SubstrateError::NotFound(id.to_string()));
+            }
             Some((shell, ready)) => {
                 let shell = shell.become_machine(&request).await?;
                 phases.end("rename");
@@ -410,7 +427,12 @@ fn copy_new(from: &Path, to: &Path) -> Result<(), SubstrateError> {
 }
 
 /// Removes what a machine that never ran left.
-fn clean(place: &Place) {
-    let _ = std::fs::remove_file(&place.top);
-    let _ = std::fs::remove_dir_all(&place.run_dir);
+async fn clean(place: &Place) {
+    let place = place.clone();
+    let cleaned = on_thread("removing a machine's files", move || {
+        let _ = std::fs::remove_file(&place.top);
+        let _ = std::fs::remove_dir_all(&place.run_dir);
+        Ok(())
+    });
+    let _ = cleaned.await;
 }

@@ -60,7 +60,7 @@ impl AsyncPool {
     }
 }
 
-/// What looks at memory and tmpfs only.
+/// What looks at memory and tmpfs only, under locks that nobody holds while a disk is waited for.
 impl AsyncPool {
     /// As [`Pool::note_clone`].
     pub fn note_clone(&self, id: SubstrateId, vm: VmId) {
@@ -70,6 +70,11 @@ impl AsyncPool {
     /// As [`Pool::forget_clone`].
     pub fn forget_clone(&self, vm: VmId) {
         self.pool.forget_clone(vm);
+    }
+
+    /// As [`Pool::is_going`].
+    pub(crate) fn is_going(&self, id: SubstrateId) -> bool {
+        self.pool.is_going(id)
     }
 
     /// As [`Pool::damaged`].

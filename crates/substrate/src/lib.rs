@@ -6,8 +6,8 @@
 //!
 //! - [`dock_convert`]: a running machine becomes a substrate, or runs on as before.
 //! - [`Pool`]: the substrates of a site, whose calls block; [`AsyncPool`] is what async tasks have
-//!   of it. [`Import`] and [`Pool::export`] carry substrates elsewhere as files, [`Pool::supply`] and [`Pool::take`] to another site, which asks for what it
-//!   lacks.
+//!   of it. [`Import`] and [`Pool::export`] carry substrates elsewhere as files, [`Pool::supply`] and
+//!   [`Pool::take`] to another site, which asks for what it lacks.
 //! - [`activate`]: a substrate becomes a running machine whose memory is a private mapping of
 //!   one sealed file, several at once; [`Shells`] keeps QEMUs waiting for it.
 //!

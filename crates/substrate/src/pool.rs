@@ -49,7 +49,7 @@ pub(crate) struct Inner {
     pub(crate) dirs: PoolDirs,
     pub(crate) store: Store,
     limit_bytes: u64,
-    clones: Mutex<HashMap<SubstrateId, HashSet<VmId>>>,
+    clones: Mutex<Clones>,
     /// One making of ready files at a time for each substrate.
     pub(crate) making: Mutex<HashMap<SubstrateId, Arc<Mutex<()>>>>,
     pub(crate) verified: Verified,
@@ -58,6 +58,14 @@ pub(crate) struct Inner {
     damaged: Mutex<HashMap<SubstrateId, Finding>>,
     turns: Arc<Turns>,
     publishing: Mutex<()>,
+}
+
+/// Who runs from what. Its lock is taken by async tasks, so nobody waits for a disk while it is held.
+#[derive(Default)]
+struct Clones {
+    of: HashMap<SubstrateId, HashSet<VmId>>,
+    /// Substrates that are being deleted: nothing starts from them.
+    going: HashSet<SubstrateId>,
 }
 
 /// What a walk through a pool found.
@@ -204,7 +212,7 @@ impl Pool {
 
     pub(crate) fn docked(&self, id: SubstrateId) -> Result<Docked, SubstrateError> {
         let dir = self.dir(id);
-        if !dir.is_dir() {
+        if self.is_going(id) || !dir.is_dir() {
             return Err(SubstrateError::NotFound(id.to_string()));
         }
         let docked = Docked::open(&dir)?;
@@ -238,22 +246,28 @@ impl Pool {
     /// Notes that `vm` runs from substrate `id`. Activation does this itself; whoever adopts
     /// machines after a restart has to.
     pub fn note_clone(&self, id: SubstrateId, vm: VmId) {
-        lock(&self.inner.clones).entry(id).or_default().insert(vm);
+        lock(&self.inner.clones).of.entry(id).or_default().insert(vm);
     }
 
     /// Notes that `vm` is gone.
     pub fn forget_clone(&self, vm: VmId) {
         let mut clones = lock(&self.inner.clones);
-        for vms in clones.values_mut() {
+        for vms in clones.of.values_mut() {
             vms.remove(&vm);
         }
-        clones.retain(|_, vms| !vms.is_empty());
+        clones.of.retain(|_, vms| !vms.is_empty());
+    }
+
+    /// Whether a substrate is being deleted. A machine that was noted as its clone while it was not
+    /// keeps it.
+    pub(crate) fn is_going(&self, id: SubstrateId) -> bool {
+        lock(&self.inner.clones).going.contains(&id)
     }
 
     /// Machines that run from substrate `id`.
     #[must_use]
     pub fn clones(&self, id: SubstrateId) -> usize {
-        lock(&self.inner.clones).get(&id).map_or(0, HashSet::len)
+        lock(&self.inner.clones).of.get(&id).map_or(0, HashSet::len)
     }
 
     /// Removes a substrate and gives its space back.
@@ -264,17 +278,23 @@ impl Pool {
         let dir = self.dir(id);
         let gone = self.inner.dirs.substrates.join(format!(".gone-{id}"));
         {
-            let clones = lock(&self.inner.clones);
-            let n = clones.get(&id).map_or(0, HashSet::len);
+            let mut clones = lock(&self.inner.clones);
+            let n = clones.of.get(&id).map_or(0, HashSet::len);
             if n > 0 {
                 return Err(SubstrateError::InUse { id, clones: n });
             }
-            match std::fs::rename(&dir, &gone) {
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                    return Err(SubstrateError::NotFound(id.to_string()));
-                }
-                done => done.map_err(SubstrateError::io("removing", &dir))?,
+            if !clones.going.insert(id) {
+                return Err(SubstrateError::NotFound(id.to_string()));
             }
+        }
+        // A clone that is noted from here on finds that it goes, or no directory.
+        let renamed = std::fs::rename(&dir, &gone);
+        lock(&self.inner.clones).going.remove(&id);
+        match renamed {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(SubstrateError::NotFound(id.to_string()));
+            }
+            done => done.map_err(SubstrateError::io("removing", &dir))?,
         }
         sync_dir(&self.inner.dirs.substrates)?;
         self.inner.store.release(id.into())?;
@@ -569,4 +589,37 @@ pub(crate) fn names(dir: &Path) -> Result<Vec<String>, SubstrateError> {
 
 pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_store::StoreOptions;
+
+    use super::*;
+
+    #[test]
+    fn nothing_starts_from_a_substrate_that_is_being_deleted() {
+        let dir = tempfile::tempdir().expect("dir");
+        let options = StoreOptions { reserve_bytes: 0, ..StoreOptions::default() };
+        let store = Store::open(&dir.path().join("store"), options).expect("store");
+        let (substrates, memory) = (dir.path().join("substrates"), dir.path().join("memory"));
+        let pool = Pool::open(PoolDirs { substrates, memory }, store, u64::MAX).expect("pool");
+        let (id, vm) = (SubstrateId::new(), VmId::new());
+        std::fs::create_dir(pool.dir(id)).expect("a substrate");
+        pool.note_clone(id, vm);
+        assert!(matches!(pool.delete(id), Err(SubstrateError::InUse { clones: 1, .. })));
+        assert!(!pool.is_going(id), "it was refused");
+        pool.forget_clone(vm);
+
+        // Between the mark and the rename, as another thread sees it.
+        lock(&pool.inner.clones).going.insert(id);
+        assert!(pool.dir(id).is_dir());
+        assert!(matches!(pool.get(id), Err(SubstrateError::NotFound(_))));
+        assert!(matches!(pool.delete(id), Err(SubstrateError::NotFound(_))));
+        lock(&pool.inner.clones).going.remove(&id);
+        pool.delete(id).expect("deleted");
+        assert!(!pool.is_going(id), "it has gone");
+        assert!(matches!(pool.delete(id), Err(SubstrateError::NotFound(_))));
+        assert!(!pool.is_going(id), "there was none");
+    }
 }

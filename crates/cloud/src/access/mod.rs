@@ -13,7 +13,6 @@
 //! operator    everything, everywhere
 //! ```
 
-mod principal;
 #[cfg(test)]
 mod tests;
 
@@ -21,8 +20,7 @@ use std::collections::BTreeSet;
 
 use godwit_types::{Name, SubstrateKind};
 
-pub use principal::{DEFAULT_TENANT, OPERATOR, Principal, Role, default_tenant, operator};
-
+pub use crate::principal::{DEFAULT_TENANT, OPERATOR, Principal, Role, default_tenant, operator};
 use crate::registry::{OpRecord, SubstrateRecord, VmRecord};
 
 /// What is done with an [`Object`].

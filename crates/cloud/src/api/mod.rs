@@ -2,10 +2,10 @@
 //!
 //! Every request but `/healthz` carries `Authorization: Bearer TOKEN`, of the operator or of a user,
 //! and is made by that [`Principal`]; what another tenant has is not there for it. An operator acts in
-//! the tenant that the header [`TENANT_HEADER`] names. Bodies are at
-//! most [`MAX_BODY`] bytes, but for a guest's program and its input ([`MAX_INPUT`]); only an import
-//! of a substrate is streamed, to its own limit. Every error is a [`Fault`] in JSON with the status of its class. Fields and parameters that are not
-//! known are refused. What takes long answers 202 with the operation that does it.
+//! the tenant that the header [`TENANT_HEADER`] names. Bodies are at most [`MAX_BODY`] bytes, but for
+//! a guest's program and its input ([`MAX_INPUT`]); only an import of a substrate is streamed, to its
+//! own limit. Every error is a [`Fault`] in JSON with the status of its class. Fields and parameters
+//! that are not known are refused. What takes long answers 202 with the operation that does it.
 
 mod events;
 mod exec;

@@ -14,7 +14,7 @@ const WINDOW: Duration = Duration::from_secs(60);
 /// From how many places they are counted.
 const PLACES: usize = 4096;
 
-/// The wrong tokens of late.
+/// Recent wrong tokens.
 #[derive(Debug)]
 pub(crate) struct Strikes<K> {
     limit: u32,

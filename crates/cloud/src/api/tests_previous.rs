@@ -25,7 +25,8 @@ enum Way {
 struct Compared<'a> {
     old: &'a Value,
     new: &'a Value,
-    seen: BTreeSet<(Way, String)>,
+    /// What was compared already: which way it goes, and its names then and now.
+    seen: BTreeSet<(Way, String, Option<String>)>,
     broken: Vec<String>,
 }
 
@@ -54,7 +55,7 @@ impl<'a> Compared<'a> {
         }
         // What crosses without being named by a path: events, parts of results.
         for (name, old) in old["components"]["schemas"].as_object().expect("schemas") {
-            let unseen = |way| !me.seen.contains(&(way, name.clone()));
+            let unseen = |way| !me.seen.iter().any(|(seen, old, _)| (seen, old) == (&way, name));
             if unseen(Way::Sent) && unseen(Way::Received) {
                 me.value(Way::Received, name, old, &new["components"]["schemas"][name]);
             }
@@ -120,8 +121,8 @@ impl<'a> Compared<'a> {
     fn value(&mut self, way: Way, at: &str, old: &Value, new: &Value) {
         let name =
             |v: &Value| v["$ref"].as_str().map(|r| r.rsplit('/').next().unwrap_or(r).to_owned());
-        if let Some(name) = name(old)
-            && !self.seen.insert((way, name))
+        if let Some(old) = name(old)
+            && !self.seen.insert((way, old, name(new)))
         {
             return;
         }
@@ -193,7 +194,7 @@ fn the_command_line_of_an_earlier_release_is_served_as_it_was() {
 fn what_would_break_an_earlier_command_line_is_found() {
     type Change = fn(&mut Value);
     const SCHEMAS: &str = "/components/schemas";
-    let breaks: [(&str, Change, &str); 9] = [
+    let breaks: [(&str, Change, &str); 10] = [
         ("/paths", |v| remove(v, "/v1/vms"), "is not there any more"),
         ("/paths/~1v1~1vms/get", |v| v["parameters"] = Value::Null, "is not taken any more"),
         ("/paths/~1v1~1vms/get/parameters/0", |v| v["required"] = true.into(), "wants"),
@@ -201,6 +202,12 @@ fn what_would_break_an_earlier_command_line_is_found() {
         ("CreateVm", |v| v["required"] = serde_json::json!(["name"]), "is wanted now"),
         ("VmRecord", |v| v["required"] = serde_json::json!(["id"]), "may be missing now"),
         ("VmRecord/properties", |v| remove(v, "name"), "is not there any more"),
+        // Of a type that other fields still have.
+        (
+            "VmRecord/properties",
+            |v| v["name"] = serde_json::json!({"type": "integer"}),
+            "is one of",
+        ),
         ("VmState", |v| v["enum"] = serde_json::json!(["asleep", "running"]), "is one of"),
         ("Mib", |v| v["type"] = "string".into(), "is one of"),
     ];

@@ -71,7 +71,7 @@ const MAX_LIFETIME_S: u64 = 10 * 365 * 86_400;
 pub(crate) struct Accounts {
     pub(super) registry: Arc<Registry>,
     pub(super) finder: Arc<Finder>,
-    /// Those of late.
+    /// The recent ones.
     pub(super) refusals: Refusals,
 }
 

@@ -27,7 +27,7 @@ struct Window {
 /// The user's id, and the site that handed the request over.
 type From = (Name, Option<Name>);
 
-/// The refusals of late. What comes by a site takes no room in the log from what its user asks
+/// Recent refusals. What comes by a site takes no room in the log from what its user asks
 /// elsewhere.
 #[derive(Debug, Default)]
 pub(super) struct Refusals(Mutex<HashMap<From, Window>>);

@@ -67,7 +67,7 @@ async fn a_destination_that_knows_nothing_of_its_machine_costs_the_source_nothin
 }
 
 #[tokio::test]
-async fn a_break_after_the_switch_is_taken_up_again() {
+async fn a_move_broken_after_the_switch_goes_on() {
     let w = world(Send::BreaksAfter).await;
     running(&w, "a").await;
     let op =

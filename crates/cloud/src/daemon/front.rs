@@ -4,8 +4,9 @@
 //! no rights of its own. TLS ends here, though: whoever has the site's host can read the tokens and
 //! what is asked by them. So the center hears no operator by way of a site, and makes no tokens
 //! there. What the site adds are limits: so many requests at once, of all and of one address, so
-//! many wrong tokens from one address, and so long for taking an answer's next piece. Streams of events and long answers come through
-//! piece by piece; screens and consoles, which need a connection to the center, do not.
+//! many wrong tokens from one address, and so long for taking an answer's next piece. Streams of
+//! events and long answers come through piece by piece; screens and consoles, which need a connection
+//! to the center, do not.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::tables::{Change, Tables};
 use super::{OpRecord, SubstrateRecord, VmRecord};
-use crate::access::Principal;
+use crate::principal::Principal;
 
 /// Who may know of it; operators in any case.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

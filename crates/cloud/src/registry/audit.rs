@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 use super::file::File;
 use super::tables::{Change, Tables};
 use super::{OpRecord, Result};
-use crate::access::Principal;
+use crate::principal::Principal;
 
 /// Entries that are told at once.
 pub const MAX_AUDIT: usize = 1000;

@@ -491,7 +491,7 @@ fn prepare(db: &Database) -> Result<bool> {
         tx.open_table(t)?;
     }
     {
-        let all = TenantRecord::new(crate::access::default_tenant());
+        let all = TenantRecord::new(crate::principal::default_tenant());
         let key = all.name.to_string();
         let bytes = serde_json::to_vec(&all)
             .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;
@@ -555,7 +555,8 @@ fn not_owned(tx: &redb::ReadTransaction) -> Result<Vec<(String, super::VmRecord)
         {
             // The name of a user says who that is in its tenant alone; in another, an operator has
             // activated it.
-            let of = if vm.tenant == *tenant { owner.clone() } else { crate::access::operator() };
+            let of =
+                if vm.tenant == *tenant { owner.clone() } else { crate::principal::operator() };
             vm.private_of = Some(of);
             found.push((k.value().to_owned(), vm));
         }

@@ -61,8 +61,8 @@ pub use quota::{Quota, Quotas, TenantQuota, Usage};
 pub use records::{Arriving, DeletedVm, OpRecord, SiteRecord, SubstrateRecord, VmRecord};
 pub use sites::{LEASE, Sites};
 
-use crate::access::{Principal, default_tenant};
 use crate::clock::Moment;
+use crate::principal::{Principal, default_tenant};
 
 type Result<T> = std::result::Result<T, RegistryError>;
 

@@ -19,7 +19,7 @@ use super::file::File;
 use super::quota::Quota;
 use super::tables::{Change, Tables};
 use super::{RegistryError, Result, missing};
-use crate::access::{DEFAULT_TENANT, OPERATOR, Principal, Role, default_tenant, operator};
+use crate::principal::{DEFAULT_TENANT, OPERATOR, Principal, Role, default_tenant, operator};
 use crate::token::{USER_TOKEN, checked};
 
 /// Tokens that one user may have at once.

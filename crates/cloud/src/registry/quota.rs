@@ -15,7 +15,7 @@ use super::file::File;
 use super::people::TenantRecord;
 use super::tables::{Change, Tables};
 use super::{RegistryError, Result, SubstrateRecord, VmRecord, missing};
-use crate::access::Principal;
+use crate::principal::Principal;
 
 /// The most that a tenant may have; what is left out has no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

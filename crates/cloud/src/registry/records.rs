@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::journal::Step;
-use crate::access::{Principal, default_tenant, operator};
 use crate::op_kind::OpKind;
+use crate::principal::{Principal, default_tenant, operator};
 
 /// A site that belongs to this cloud.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -9,8 +9,8 @@ use godwit_types::{
 use super::sites::REPORT_AGE;
 use super::tables::Tables;
 use super::*;
-use crate::access::Principal;
-use crate::ops::OpKind;
+use crate::op_kind::OpKind;
+use crate::principal::Principal;
 
 pub(super) fn name(s: &str) -> Name {
     Name::new(s).expect("name")
@@ -217,7 +217,7 @@ fn old_finished_operations_make_room() {
     let op = |state| OpRecord {
         id: OpId::new(),
         tenant: default_tenant(),
-        user: crate::access::operator(),
+        user: crate::principal::operator(),
         by: None,
         kind: OpKind::PoolCheck { site: name("center") },
         state,

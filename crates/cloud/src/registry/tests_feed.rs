@@ -8,7 +8,7 @@ use godwit_types::{OpState, SiteState, UnixMs, VmState};
 
 use super::tests::{at, name, site, substrate, vm};
 use super::*;
-use crate::ops::OpKind;
+use crate::op_kind::OpKind;
 
 fn open() -> (tempfile::TempDir, Registry) {
     let dir = tempfile::tempdir().expect("dir");
@@ -43,7 +43,7 @@ fn every_change_that_somebody_follows_is_one_event_in_its_order() {
     let mut w = reg.watch(None).expect("from now");
     let v = vm("a");
     let mut op = OpRecord::begun(
-        &crate::access::Principal::operator(),
+        &crate::principal::Principal::operator(),
         OpKind::VmStart { vm: v.id, name: v.name.clone() },
     );
     reg.vm_add(&v, Some(&op)).expect("add");

@@ -8,7 +8,7 @@ use godwit_types::{Code, CodedError, UnixMs};
 use super::tables::Tables;
 use super::tests::{Tmpfs, name, open, put_raw, substrate, vm};
 use super::*;
-use crate::access::{Principal, Role, default_tenant};
+use crate::principal::{Principal, Role, default_tenant};
 
 fn me() -> Principal {
     Principal::operator()
@@ -357,7 +357,7 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
     // A refused change leaves no entry, an operation two.
     assert!(reg.people().tenant_add(&me(), &TenantRecord::new(acme.clone())).is_err());
     let v = VmRecord { tenant: acme.clone(), ..vm("web") };
-    let kind = crate::ops::OpKind::VmCreate { vm: v.id, name: v.name.clone() };
+    let kind = crate::op_kind::OpKind::VmCreate { vm: v.id, name: v.name.clone() };
     let mut op = OpRecord::begun(&Principal::of(&ann), kind);
     let before = reg.commits();
     reg.vm_add(&v, Some(&op)).expect("added");
@@ -547,7 +547,7 @@ fn a_tenant_pushes_no_operations_of_another_out() {
     let dock = |who: &Principal, vm: &VmRecord| {
         let (name, substrate) = (vm.name.clone(), SubstrateId::new());
         let (vm, called, becomes, owner) = (vm.id, None, None, None);
-        let kind = crate::ops::OpKind::VmDock { vm, name, substrate, called, becomes, owner };
+        let kind = crate::op_kind::OpKind::VmDock { vm, name, substrate, called, becomes, owner };
         let mut op = OpRecord::begun(who, kind);
         op.state = godwit_types::OpState::Done;
         op

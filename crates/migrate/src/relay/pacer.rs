@@ -1,7 +1,7 @@
 //! How much bulk may be under way: little more than the path holds.
 //!
 //! What is sent beyond the bandwidth-delay product only waits in a queue, and the device state
-//! would wait behind it. So the limit follows the largest delivery rate of late times the
+//! would wait behind it. So the limit follows the largest recent delivery rate times the
 //! smallest round trip, with room to grow. The far relay acknowledges a frame when QEMU has
 //! taken it.
 

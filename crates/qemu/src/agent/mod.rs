@@ -183,8 +183,8 @@ impl Agent {
     }
 
     /// Waits until the agent answers now, however recently it did, and stays in step with it for
-    /// what is to be done first then: a question of its own costs an emulated guest tens of milliseconds. `command` names
-    /// what it is for.
+    /// what is to be done first then: a question of its own costs an emulated guest tens of
+    /// milliseconds. `command` names what it is for.
     ///
     /// # Errors
     /// [`AgentError::TimedOut`] after `within`.

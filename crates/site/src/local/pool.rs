@@ -8,7 +8,7 @@ use godwit_types::{Fault, Name, SubstrateId, SubstrateKind};
 use tokio_util::sync::CancellationToken;
 
 use super::LocalSite;
-use super::faults::into_fault;
+use super::faults::{into_fault, join_error};
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished, mac_seed};
 use super::starts::{Booting, Starts};
 use crate::Progress;
@@ -106,9 +106,13 @@ impl Starts {
         cancel: CancellationToken,
     ) -> Result<godwit_substrate::Activated, Fault> {
         let dir = self.parts.dirs.vm(record.vm);
-        std::fs::create_dir_all(&dir).map_err(|e| Fault::io("making", &dir, &e))?;
-        // A crash of the host leaves no machine that it could tell of.
-        record.save_quick(&dir)?;
+        let (at, first) = (dir.clone(), record.clone());
+        let recording = tokio::task::spawn_blocking(move || {
+            std::fs::create_dir_all(&at).map_err(|e| Fault::io("making", &at, &e))?;
+            // A crash of the host leaves no machine that it could tell of.
+            first.save_quick(&at)
+        });
+        recording.await.map_err(join_error)??;
         godwit_hold::at("activate.recorded").await;
         let identity = match substrate.kind {
             SubstrateKind::Private => None,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use godwit_qemu::{Machine, MemorySource};
 use godwit_substrate::{OpenMemory, Pool};
-use godwit_types::{Code, Fault, Generation, Mib, VmId};
+use godwit_types::{Code, Fault, Generation, Mib, SubstrateId, VmId};
 
 use super::faults::into_fault;
 use super::record::MachineRecord;
@@ -122,6 +122,18 @@ impl Machines {
     /// Opens sealed memory, made if need be, unless a machine needs the room: one of `memory` that
     /// comes, whose own is not touched yet, or one that is promised it.
     async fn open_under(&self, (id, content): Under, memory: Mib) -> Result<OpenMemory, Fault> {
+        self.check_under(id, memory).await?;
+        // No promise waits while it is laid out, which may be GiBs: what has been promised meanwhile
+        // is seen after, and comes first. It is in use as long as it is open, so it counts then.
+        let opening = move |pool: &Pool| pool.open_memory(id, content);
+        let opened = self.pool.run("opening memory under a visit", opening).await;
+        let opened = opened.map_err(into_fault)?;
+        self.check_under(id, memory).await?;
+        Ok(opened)
+    }
+
+    /// Refuses to open the sealed memory of a substrate where a machine needs the room.
+    async fn check_under(&self, id: SubstrateId, memory: Mib) -> Result<(), Fault> {
         let _one = self.promising().await;
         let taking = move |pool: &Pool| pool.memory_to_open(id);
         let taken = self.pool.run("seeing what memory takes", taking).await;
@@ -132,8 +144,7 @@ impl Machines {
         if promised > self.promise_limit_mib()? || room < u64::from(memory.0) + mib(to_be_made) {
             return Err(Fault::new(Code::NoRoom, "no room for the memory of its substrate"));
         }
-        let opening = move |pool: &Pool| pool.open_memory(id, content);
-        self.pool.run("opening memory under a visit", opening).await.map_err(into_fault)
+        Ok(())
     }
 
     /// Refuses to promise a machine of `memory`, `vm`, what others are promised.

@@ -82,12 +82,12 @@ impl Machines {
         self.tombs.add(vm, generation)
     }
 
-    /// Promises a machine that is here its memory. What is returned is kept until its record says
     /// Nothing is promised, and nothing kept, while this is held.
     pub(super) async fn promising(&self) -> MutexGuard<'_, ()> {
         self.promising.lock().await
     }
 
+    /// Promises a machine that is here its memory. What is returned is kept until its record says
     /// so: nobody who makes a promise waits for a machine.
     pub(super) async fn promise(&self, vm: VmId, memory: Mib) -> Result<MutexGuard<'_, ()>, Fault> {
         let one = self.promising().await;

@@ -113,8 +113,8 @@ impl DockStop {
 ///
 /// # Errors
 /// [`SubstrateError::NotRunningOn`] when it is to be called to run on again;
-/// [`SubstrateError::Cancelled`], [`SubstrateError::AgentSilent`], [`SubstrateError::NoRoom`], [`SubstrateError::Exists`], and
-/// what the machine, the disk and the store say.
+/// [`SubstrateError::Cancelled`], [`SubstrateError::AgentSilent`], [`SubstrateError::NoRoom`],
+/// [`SubstrateError::Exists`], and what the machine, the disk and the store say.
 pub async fn dock_convert(
     machine: &Machine,
     pool: &AsyncPool,

@@ -151,7 +151,13 @@ impl Step for Planned {
 
 impl Step for Quiesced {
     async fn cease(self) {
-        drop(self.ahead.end().await);
+        let written = self.ahead.end().await;
+        // A writer that is dropped gives its pack's room back on the disk.
+        let dropped = on_thread("undoing a docking", move || {
+            drop(written);
+            Ok(())
+        });
+        let _ = dropped.await;
     }
 }
 

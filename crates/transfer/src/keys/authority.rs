@@ -414,7 +414,7 @@ impl Authority {
         let since = now.saturating_add(self.life).saturating_sub(86_400.min(self.life / 4));
         let recent = state.issued.iter().filter(|i| i.name == peer.name && i.not_after > since);
         if recent.count() >= MAX_RECENT {
-            return Err(KeyError::BadRequest { why: "the site was given too many of late" });
+            return Err(KeyError::BadRequest { why: "the site was given too many recently" });
         }
         self.issue_recorded(&mut state, &public_key, &peer.name, peer.kind, self.life)
     }

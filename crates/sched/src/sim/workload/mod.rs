@@ -1,16 +1,31 @@
 //! Models of the thesis' workloads (section 4.6.1): what their vCPUs do, and where each number
 //! comes from. No number was fitted to a result.
 //!
-//! | workload | model | source |
-//! |---|---|---|
-//! | SuperPI | computes | "CPU-bound" (4.6.1) |
-//! | kernbench | 0.65 us under one of two kernel locks, 8.05 % of the time; halts 351 times a second for 0.21 ms | table 4.1 and the text below it; the two global locks of a 2.6.18 guest's VFS (inode, dcache); a published run with `-j 16` on two sockets of four (below) |
-//! | dedup | a lock every 233 k instructions, a TLB shootdown every 4.97 ms; 0.62 ms and 155 us in two variants | PARSEC: 37.1 G instructions, 158,979 locks; it reads 184 MB and frees that much twice (raw, compressed). glibc gives memory back in steps of 128 KiB (`M_TRIM_THRESHOLD`); its threads' arenas grow page by page (`mprotect`), one per 155 us if every page were new, which is the most that can be; 16 KiB lies between and is nobody's |
-//! | streamcluster | a spinning barrier every 341 k instructions of each of 4 vCPUs | PARSEC: 22.12 G instructions, 129,600 barrier calls of 8 threads |
-//! | x264, facesim, ferret | a lock every 1.93 M, 2.06 M, 69.3 k instructions | PARSEC: 32.43 G and 16,767; 29.9 G and 14,541; 23.97 G and 345,778 |
-//! | SPECjbb | 40 us a transaction, each under its warehouse's lock (16 of them) for 1 us, in 1 % another's; kernel locks of 0.16 and 0.115 us every 413 and 564 us; stops for a collection, 20 ms after each 400 ms, in four parts that barriers end | table 4.1; 16 warehouses (4.6.1); remote orders after TPC-C; 25,000 transactions a second and core, from memory of published results of that machine's class; the collector is assumed, without a source |
-//! | NPB CG | a spinning barrier every 475 us of each of 4 vCPUs | class A: 3.02 s on one processor of 2007 (NPB 3.2: 495.93 Mop/s); the OpenMP source joins its threads four times in each of 25 inner iterations and six times besides, in 15 outer ones |
-//! | the I/O thread of each QEMU | works 50 us about every 4 ms (swept: [`super::Costs::io_every`]) | assumed, without a source: where nothing disturbs run queues that fill together, they stay in lockstep |
+//! - **SuperPI**: computes. From: "CPU-bound" (4.6.1).
+//! - **kernbench**: 0.65 us under one of two kernel locks, 8.05 % of the time; halts 351 times a
+//!   second for 0.21 ms. From: table 4.1 and the text below it; the two global locks of a 2.6.18
+//!   guest's VFS (inode, dcache); a published run with `-j 16` on two sockets of four (below).
+//! - **dedup**: a lock every 233 k instructions, a TLB shootdown every 4.97 ms; 0.62 ms and 155
+//!   us in two variants. From: PARSEC: 37.1 G instructions, 158,979 locks; it reads 184 MB and
+//!   frees that much twice (raw, compressed). glibc gives memory back in steps of 128 KiB
+//!   (`M_TRIM_THRESHOLD`); its threads' arenas grow page by page (`mprotect`), one per 155 us if
+//!   every page were new, which is the most that can be; 16 KiB lies between and is nobody's.
+//! - **streamcluster**: a spinning barrier every 341 k instructions of each of 4 vCPUs. From:
+//!   PARSEC: 22.12 G instructions, 129,600 barrier calls of 8 threads.
+//! - **x264, facesim, ferret**: a lock every 1.93 M, 2.06 M, 69.3 k instructions. From: PARSEC:
+//!   32.43 G and 16,767; 29.9 G and 14,541; 23.97 G and 345,778.
+//! - **SPECjbb**: 40 us a transaction, each under its warehouse's lock (16 of them) for 1 us, in
+//!   1 % another's; kernel locks of 0.16 and 0.115 us every 413 and 564 us; stops for a
+//!   collection, 20 ms after each 400 ms, in four parts that barriers end. From: table 4.1; 16
+//!   warehouses (4.6.1); remote orders after TPC-C; 25,000 transactions a second and core, from
+//!   memory of published results of that machine's class; the collector is assumed, without a
+//!   source.
+//! - **NPB CG**: a spinning barrier every 475 us of each of 4 vCPUs. From: class A: 3.02 s on one
+//!   processor of 2007 (NPB 3.2: 495.93 Mop/s); the OpenMP source joins its threads four times in
+//!   each of 25 inner iterations and six times besides, in 15 outer ones.
+//! - **the I/O thread of each QEMU**: works 50 us about every 4 ms (swept:
+//!   [`super::Costs::io_every`]). From: assumed, without a source: where nothing disturbs run
+//!   queues that fill together, they stay in lockstep.
 //!
 //! **Idling of kernbench.** *Average Optimal load -j 16 Run*, 3.9-rc5, allyesconfig, two sockets of
 //! four cores (lkml, April 2013): 574.66 s at 740.4 % of 800 %, 1,612,390 sleeps. Each of them is
