@@ -145,13 +145,14 @@ impl Display {
     }
 
     async fn press(&mut self, key: u32) -> anyhow::Result<()> {
-        let mut both = [0u8; 16];
-        for (event, down) in both.chunks_exact_mut(8).zip([1, 0]) {
-            event[0] = 4;
-            event[1] = down;
-            event[4..].copy_from_slice(&key.to_be_bytes());
-        }
-        self.write.write_all(&both).await.context("press a key")
+        let both = [key_event(key, true), key_event(key, false)];
+        self.write.write_all(both.as_flattened()).await.context("press a key")
+    }
+
+    /// Lets a key go. QEMU hands a press on at once and its end 10 ms later, and drops that where the
+    /// machine has stopped in between: the key is down in the guest, and repeats.
+    pub(super) async fn let_go(&mut self, key: u32) -> anyhow::Result<()> {
+        self.write.write_all(&key_event(key, false)).await.context("let a key go")
     }
 
     /// Types the letter and waits until it is on the screen, then takes it away again; gives when
@@ -239,6 +240,12 @@ impl Display {
 }
 
 /// The handshake; gives width and height.
+fn key_event(key: u32, down: bool) -> [u8; 8] {
+    let mut event = [4, u8::from(down), 0, 0, 0, 0, 0, 0];
+    event[4..].copy_from_slice(&key.to_be_bytes());
+    event
+}
+
 async fn greet(stream: &mut TcpStream) -> anyhow::Result<(usize, usize)> {
     let mut version = [0u8; 12];
     stream.read_exact(&mut version).await.context("read the protocol's version")?;

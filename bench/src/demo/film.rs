@@ -203,6 +203,8 @@ pub(super) struct Typist<'a> {
     /// None while it is away.
     display: Option<Display>,
     keys: std::iter::Cycle<std::str::Bytes<'static>>,
+    /// The key that was pressed last.
+    last: u32,
     pub(super) film: Film,
 }
 
@@ -211,7 +213,7 @@ impl<'a> Typist<'a> {
     pub(super) async fn at(world: &'a World, vm: &'a str) -> anyhow::Result<Self> {
         let display = Display::open(world, vm).await?;
         let film = Film::new(display.frame().clone());
-        Ok(Self { world, vm, display: Some(display), keys: TEXT.bytes().cycle(), film })
+        Ok(Self { world, vm, display: Some(display), keys: TEXT.bytes().cycle(), last: 0, film })
     }
 
     /// From now on this happens.
@@ -262,10 +264,10 @@ impl<'a> Typist<'a> {
     /// One key, and what is seen until the next; a display that went away with its machine is opened
     /// anew where that is now.
     async fn stroke(&mut self) -> anyhow::Result<()> {
-        let key = self.keys.next().context("text")?;
         let Some(display) = &mut self.display else { return self.look_again().await };
+        self.last = self.keys.next().context("text")?.into();
         let film = &mut self.film;
-        if display.stroke(key.into(), STROKE, |at, frame| film.add(at, frame)).await.is_err() {
+        if display.stroke(self.last, STROKE, |at, frame| film.add(at, frame)).await.is_err() {
             self.display = None;
         }
         Ok(())
@@ -273,13 +275,15 @@ impl<'a> Typist<'a> {
 
     async fn look_again(&mut self) -> anyhow::Result<()> {
         let deadline = Instant::now() + AWAY;
-        let display = loop {
+        let mut display = loop {
             match Display::open(self.world, self.vm).await {
                 Ok(display) => break display,
                 Err(e) if Instant::now() > deadline => return Err(e),
                 Err(_) => tokio::time::sleep(STROKE).await,
             }
         };
+        // It may be down where the machine is now.
+        display.let_go(self.last).await?;
         self.film.add(Instant::now(), display.frame());
         self.display = Some(display);
         Ok(())
