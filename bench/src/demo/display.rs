@@ -239,13 +239,14 @@ impl Display {
     }
 }
 
-/// The handshake; gives width and height.
+/// A key goes down or up (RFC 6143, 7.5.4).
 fn key_event(key: u32, down: bool) -> [u8; 8] {
     let mut event = [4, u8::from(down), 0, 0, 0, 0, 0, 0];
     event[4..].copy_from_slice(&key.to_be_bytes());
     event
 }
 
+/// The handshake; gives width and height.
 async fn greet(stream: &mut TcpStream) -> anyhow::Result<(usize, usize)> {
     let mut version = [0u8; 12];
     stream.read_exact(&mut version).await.context("read the protocol's version")?;
