@@ -259,7 +259,7 @@ async fn moving_picture(demo: &Demo, world: &World, witness: &Witness) -> anyhow
         typist.types_for(ALONE).await?;
         let (rate, delay) = (demo.rate_mbit, 2.0 * demo.delay_ms);
         typist.says(&format!("it moves to the cafe, {rate} Mbit/s and {delay} ms away"));
-        let migrating = typist.types_until(migrate(world, VM, AP));
+        let migrating = Box::pin(typist.types_until(migrate(world, VM, AP)));
         let moved = measured(world, witness, VM, (CENTER, AP), migrating).await?;
         typist.film.write(&moved, &demo.out.join("move.svg"))
     };
