@@ -160,6 +160,24 @@ GLOBAL bool dispatch_forced(u32 cpu, u32 pid)
 }
 
 /*
+ * What a task's time is divided by, 100 where it is not nice. The kernel's own nice threads count as
+ * others do: khugepaged, at nice 19, holds the lock of a machine's memory while it waits for its turn,
+ * which would be after a hundred of the machine's.
+ */
+static __always_inline u32 weight_of(struct task_struct *p)
+{
+	u32 weight = p->scx.weight ? p->scx.weight : 100;
+
+	return (p->flags & PF_KTHREAD) && weight < 100 ? 100 : weight;
+}
+
+/* The vruntime of a task that runs, with what it has used of its turn so far. */
+static __always_inline u64 vtime_now(struct task_struct *p, struct task_ctx *t)
+{
+	return p->scx.dsq_vtime + (p->se.sum_exec_runtime - t->exec) * 100 / weight_of(p);
+}
+
+/*
  * Strict co-scheduling: starts the next gang where a turn is over, then runs, or lets go on, the
  * member of a gang that this CPU is claimed for.
  */
@@ -172,7 +190,7 @@ static __always_inline bool dispatch_gang(u32 cpu, struct cpu_ctx *c, struct tas
 
 	if (gang_turn(cpu, t && t->vm ? prev->pid : -1) || !c->gang)
 		return false;
-	more = t && keeps ? gang_goes_on(t, cpu, prev->scx.dsq_vtime) : 0;
+	more = t && keeps ? gang_goes_on(t, cpu, vtime_now(prev, t)) : 0;
 	if (more) {
 		count(gang_kept);
 		set_slice(prev, more);
@@ -196,6 +214,8 @@ void OPS(dispatch, s32 cpu, struct task_struct *prev)
 	count(dispatches);
 	if (++c->decisions % 16 == 0)
 		started = bpf_ktime_get_ns();
+	/* Also where a gang has the CPU: its member may be alone here while others queue elsewhere. */
+	pull_balance(cpu);
 	if (coupling == COUPLING_SBCO) {
 		if (c->debts_due)
 			settle(cpu);
@@ -213,7 +233,6 @@ void OPS(dispatch, s32 cpu, struct task_struct *prev)
 	}
 	if (chosen)
 		return;
-	pull_balance(cpu);
 	if (dsq_move_to_local(cpu) || pull_idle(cpu, keeps))
 		return;
 	/* It goes on; the kernel would give it a much longer slice. */
@@ -291,18 +310,6 @@ void OPS(running, struct task_struct *p)
 	v->dirty = CLEAN;
 	if ((coupling == COUPLING_PROCESS && t->index == 0) || (coupling == COUPLING_CPU && cpu == 0))
 		force_siblings(t->vm, t->index);
-}
-
-/*
- * What a task's time is divided by, 100 where it is not nice. The kernel's own nice threads count as
- * others do: khugepaged, at nice 19, holds the lock of a machine's memory while it waits for its turn,
- * which would be after a hundred of the machine's.
- */
-static __always_inline u32 weight_of(struct task_struct *p)
-{
-	u32 weight = p->scx.weight ? p->scx.weight : 100;
-
-	return (p->flags & PF_KTHREAD) && weight < 100 ? 100 : weight;
 }
 
 void OPS(stopping, struct task_struct *p, bool runnable)
