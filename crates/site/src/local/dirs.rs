@@ -113,6 +113,14 @@ impl SiteDirs {
         Ok(())
     }
 
+    /// Where it is kept how guests of an architecture run on this host: beside the images, where its
+    /// other sites find it, or in the site's own data where that may not be written.
+    pub(super) fn accel_probe(&self, arch: &str) -> PathBuf {
+        let (name, shared) = (format!("accel-{arch}.json"), self.images.parent());
+        let writable = |dir: &&Path| rustix::fs::access(*dir, rustix::fs::Access::WRITE_OK).is_ok();
+        shared.filter(writable).unwrap_or(&self.data).join(name)
+    }
+
     /// Lets confined QEMUs go through the directory of sockets and the one for states on their way,
     /// in which each opens its own files alone.
     pub(super) fn let_through(&self) -> Result<(), Fault> {

@@ -50,7 +50,7 @@ impl Launcher {
             .map_err(|e| Fault::of(&e).hint("see what is missing with: godwit doctor"))?;
         let mut accel = BTreeMap::new();
         for arch in [Arch::X86_64, Arch::Aarch64] {
-            let cache = dirs.data.join(format!("accel-{}.json", arch_key(arch)));
+            let cache = dirs.accel_probe(arch_key(arch));
             match godwit_qemu::accel::probe(binaries.of(arch), arch, &cache).await {
                 Ok(p) => {
                     accel.insert(arch_key(arch), p.accel);
