@@ -2,9 +2,9 @@
 //!
 //! QEMU reads its channels on two threads. At the end of the main one it waits for the pages that its
 //! guest has asked for, and drops whatever else is still on the preempt channel: the neighbours of such
-//! pages, and those that hold the virtio queues. So the end is given to it once the source has said
-//! that nothing more comes on that channel, and the last of its pages are in the machine's memory.
-//! Only the machine's memory can be looked into, not that of its display.
+//! pages, and those that hold the virtio queues. So the end is given to it once all pages that it was
+//! handed there are in the machine's memory. Only that can be looked into, not the memory of its display;
+//! and a page that is still on its way on a link that has lost it is not known here.
 
 use std::fs::File;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,12 +14,10 @@ use godwit_qemu::RAM_BLOCK;
 use godwit_qemu::stream::{Limits, Record, StreamParser};
 use godwit_types::PAGE_SIZE;
 use rustix::fs::SeekFrom;
-use tokio::sync::watch;
 
 use super::RelayError;
 
-/// How long QEMU may take to put pages into memory that it was given, and the source to say that
-/// nothing more comes beside.
+/// How long QEMU may take to put pages into memory that it was given.
 const WITHIN: Duration = Duration::from_secs(10);
 /// How often memory is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
@@ -32,8 +30,6 @@ pub(crate) struct Handed {
     /// The machine's memory; without it nothing is waited for.
     memory: Option<File>,
     pages: Mutex<Pages>,
-    /// Whether pages may still come on that channel.
-    open: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -41,65 +37,53 @@ struct Pages {
     preempt: Option<StreamParser>,
     /// Numbers of those that may not be in memory yet.
     numbers: Vec<u64>,
-    /// The source has said that no more of its pages come.
-    over: bool,
 }
 
 impl Handed {
     /// Nothing yet, to a QEMU whose machine has its memory in that file.
     pub(crate) fn new(memory: Option<File>) -> Self {
         let preempt = Some(StreamParser::preempt(Limits::default()));
-        let pages = Mutex::new(Pages { preempt, numbers: Vec::new(), over: false });
-        Self { memory, pages, open: watch::Sender::new(false) }
+        Self { memory, pages: Mutex::new(Pages { preempt, numbers: Vec::new() }) }
     }
 
     fn pages(&self) -> MutexGuard<'_, Pages> {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The channel is open, or these bytes are about to be written to it.
+    /// These bytes are about to be written to the channel.
     pub(crate) fn hand(&self, bytes: &[u8]) {
         let Some(memory) = &self.memory else { return };
         let mut pages = self.pages();
         let Some(parser) = &mut pages.preempt else { return };
         parser.push(bytes);
-        let (mut found, mut over) = (Vec::new(), false);
+        let mut found = Vec::new();
         loop {
             match parser.next() {
                 Ok(Some(Record::Page(page))) if page.block == RAM_BLOCK => {
                     found.push(page.offset / PAGE_SIZE as u64);
                 }
-                Ok(Some(Record::Eos)) => over = true,
                 Ok(Some(_)) => {}
                 Ok(None) => break,
                 // QEMU reads it as well, and says what is wrong.
                 Err(_) => {
-                    (pages.preempt, over) = (None, true);
+                    pages.preempt = None;
                     break;
                 }
             }
         }
-        pages.over |= over;
-        let open = !pages.over;
         pages.numbers.append(&mut found);
         if pages.numbers.len() > MANY {
             pages.numbers.retain(|page| !is_in(memory, *page));
         }
-        drop(pages);
-        self.open.send_replace(open);
     }
 
-    /// Waits until all that comes on the channel has come and is in memory.
+    /// Waits until all that was handed over is in memory.
     ///
     /// # Errors
     /// [`RelayError::NotTaken`] when QEMU leaves pages out.
     pub(crate) async fn are_in_memory(&self) -> Result<(), RelayError> {
         let Some(memory) = &self.memory else { return Ok(()) };
         let deadline = tokio::time::Instant::now() + WITHIN;
-        let mut open = self.open.subscribe();
-        if tokio::time::timeout_at(deadline, open.wait_for(|open| !open)).await.is_err() {
-            tracing::warn!("the source does not say that no more pages come");
-        }
         loop {
             let missing = {
                 let mut pages = self.pages();
@@ -109,7 +93,7 @@ impl Handed {
             if missing == 0 {
                 return Ok(());
             }
-            if tokio::time::Instant::now() >= deadline + WITHIN {
+            if tokio::time::Instant::now() >= deadline {
                 return Err(RelayError::NotTaken { missing });
             }
             tokio::time::sleep(LOOK_EVERY).await;
@@ -177,12 +161,6 @@ mod tests {
         raw
     }
 
-    fn end() -> Vec<u8> {
-        let mut raw = Vec::new();
-        Record::Eos.encode(&mut raw);
-        raw
-    }
-
     #[tokio::test(start_paused = true)]
     async fn the_end_waits_for_pages_that_came_beside() {
         let file = memory();
@@ -193,12 +171,6 @@ mod tests {
         tokio::pin!(waits);
         let pause = tokio::time::sleep(Duration::from_secs(1));
         tokio::select! {
-            ended = &mut waits => panic!("more may come, and it is not in memory: {ended:?}"),
-            () = pause => {}
-        }
-        handed.hand(&end());
-        let pause = tokio::time::sleep(Duration::from_secs(1));
-        tokio::select! {
             ended = &mut waits => panic!("it is not in memory: {ended:?}"),
             () = pause => {}
         }
@@ -207,11 +179,9 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn pages_that_qemu_leaves_out_are_an_error_and_a_silent_source_is_not() {
+    async fn pages_that_qemu_leaves_out_are_an_error() {
         let file = memory();
         let handed = Handed::new(Some(file.try_clone().expect("the same")));
-        handed.hand(&[]);
-        handed.are_in_memory().await.expect("it has only not said so");
         handed.hand(&page(3, RAM_BLOCK.as_bytes()));
         let left = handed.are_in_memory().await.expect_err("left out");
         assert!(matches!(left, RelayError::NotTaken { missing: 1 }), "{left}");
