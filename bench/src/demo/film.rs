@@ -25,6 +25,8 @@ const STROKE: Duration = Duration::from_millis(250);
 pub(super) const ALONE: Duration = Duration::from_secs(3);
 /// How long a display may be away while its machine moves.
 const AWAY: Duration = Duration::from_secs(60);
+/// How long somebody types on once the machine needs nothing of where it was.
+const AFTERWARDS: Duration = Duration::from_secs(4);
 /// How long the end is shown.
 const END: Duration = Duration::from_secs(3);
 /// The longest film, its end included: of a longer move only the beginning is shown.
@@ -230,8 +232,9 @@ impl<'a> Typist<'a> {
         Ok(())
     }
 
-    /// Types until `done`, and gives what that gives; the film ends there, or when it is full. The
-    /// stroke that is under way then is finished: half of one would spoil what the display is sent.
+    /// Types until `done` and a little longer, and gives what that gives; the film ends there, or when it
+    /// is full. The stroke that is under way then is finished: half of one would spoil what the display is
+    /// sent.
     pub(super) async fn types_until<T>(
         &mut self,
         done: impl Future<Output = anyhow::Result<T>>,
@@ -254,6 +257,7 @@ impl<'a> Typist<'a> {
                 }
             };
             if let Some(done) = done {
+                self.types_for(AFTERWARDS).await?;
                 self.film.ended = Some(self.film.length());
                 return done;
             }
