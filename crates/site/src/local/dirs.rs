@@ -220,6 +220,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn sites_of_one_host_find_one_answer_of_the_boot_probe() {
+        let root = tempfile::tempdir().expect("dir");
+        let [a, b] = ["a", "b"].map(|site| {
+            let images = root.path().join("cache/images");
+            SiteDirs { images, ..SiteDirs::below(&root.path().join(site)) }
+        });
+        assert_eq!(a.accel_probe("x"), a.data.join("accel-x.json"), "there is no such place yet");
+        std::fs::create_dir(root.path().join("cache")).expect("made");
+        assert_eq!(a.accel_probe("x"), root.path().join("cache/accel-x.json"));
+        assert_eq!(a.accel_probe("x"), b.accel_probe("x"));
+    }
+
+    #[test]
     fn a_place_that_others_can_change_is_refused() {
         let root = tempfile::tempdir().expect("dir");
         let mode = |path: &Path, mode| {

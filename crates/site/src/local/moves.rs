@@ -153,7 +153,7 @@ impl Arrivals {
             match owner.ask(asked).await {
                 Ok((qemu, relay)) => {
                     shown.send_replace(Some(relay.watch()));
-                    me.take_in(record, qemu, relay, Received::default(), false).await
+                    me.follow_arrival(record, qemu, relay, Received::default(), false).await
                 }
                 Err(f) => {
                     me.undo(&record).await;
@@ -229,7 +229,7 @@ impl Arrivals {
         match self.start_incoming(record, image, manifest, has_disk).await {
             Ok(machine) => {
                 godwit_hold::at("move.prepared").await;
-                listens.tell();
+                listens.announce();
                 Ok((machine, relay))
             }
             Err(f) => {
@@ -285,12 +285,12 @@ impl Arrivals {
         coming.shown.send_replace(Some(relay.watch()));
         let me = Arc::clone(self);
         Drives::drive(&coming, async move {
-            me.take_in(record, machine, relay, received, resumed).await
+            me.follow_arrival(record, machine, relay, received, resumed).await
         });
     }
 
-    /// Takes a machine in, to its end.
-    async fn take_in(
+    /// Follows a machine that comes in, to its end.
+    async fn follow_arrival(
         self: &Arc<Self>,
         record: MachineRecord,
         machine: Machine,

@@ -48,24 +48,15 @@ pub(super) async fn report_progress(
 
 fn progress(s: &RelayStatus) -> Vec<Progress> {
     let c = &s.counts;
-    let mut out = Vec::new();
-    if s.phase >= RelayPhase::PreCopy {
-        out.push(Progress {
-            stage: "memory".into(),
-            done: c.round_pages.saturating_sub(c.round_left) * 4096,
-            total: c.round_pages * 4096,
-            unit: "bytes".into(),
-            note: format!("sent {}", godwit_types::human_bytes(c.bytes.memory)),
-        });
-    }
-    if c.disk_blocks > 0 {
-        out.push(Progress {
-            stage: "disk".into(),
-            done: c.disk_blocks.saturating_sub(c.disk_left) * 4096,
-            total: c.disk_blocks * 4096,
-            unit: "bytes".into(),
-            note: format!("sent {}", godwit_types::human_bytes(c.bytes.disk)),
-        });
-    }
-    out
+    let part = |stage: &str, all: u64, left: u64, sent: u64| Progress {
+        stage: stage.into(),
+        done: all.saturating_sub(left) * 4096,
+        total: all * 4096,
+        unit: "bytes".into(),
+        note: format!("sent {}", godwit_types::human_bytes(sent)),
+    };
+    let memory = (s.phase >= RelayPhase::PreCopy)
+        .then(|| part("memory", c.round_pages, c.round_left, c.bytes.memory));
+    let disk = (c.disk_blocks > 0).then(|| part("disk", c.disk_blocks, c.disk_left, c.bytes.disk));
+    memory.into_iter().chain(disk).collect()
 }

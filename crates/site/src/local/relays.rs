@@ -85,7 +85,7 @@ impl Listens {
     }
 
     /// It does.
-    pub(super) fn tell(mut self) {
+    pub(super) fn announce(mut self) {
         // A relay that has ended says itself why.
         let _ = self.0.write_all(&[1]);
     }
