@@ -14,6 +14,7 @@ mod args;
 mod client;
 mod cmd;
 mod failure;
+mod interrupt;
 mod out;
 mod wait;
 mod watch;

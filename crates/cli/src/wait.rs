@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use crate::args::{Change, ClientArgs};
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
+use crate::interrupt::Interrupt;
 use crate::out;
 
 /// The longest event that is read, in bytes.
@@ -112,6 +113,7 @@ pub(crate) async fn follow(
     op: OpId,
     deadline: Option<Instant>,
 ) -> Result<OpRecord> {
+    let mut interrupt = Interrupt::listen()?;
     let mut bars = Bars::new();
     let late = async {
         match deadline {
@@ -126,7 +128,7 @@ pub(crate) async fn follow(
             return Err(Failure::new(Code::TimedOut, words)
                 .hint(format!("wait on with: godwit op wait {op}")));
         }
-        _ = tokio::signal::ctrl_c() => {
+        () = interrupt.pressed() => {
             let words = format!("no longer waiting for operation {op}; it goes on");
             return Err(Failure::new(Code::Cancelled, words)
                 .hint(format!("stop it with: godwit op cancel {op}")));

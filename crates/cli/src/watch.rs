@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use crate::args::ClientArgs;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
+use crate::interrupt::Interrupt;
 use crate::out::{self, Format, Row};
 
 /// The longest event that is read, in bytes.
@@ -61,6 +62,7 @@ pub(crate) struct Watched<'a, T> {
 /// Shows a list and what becomes of it, until it is interrupted or nobody reads any more; one object
 /// until it is gone.
 pub(crate) async fn watch<T: Watch>(client_args: &ClientArgs, what: Watched<'_, T>) -> Result {
+    let mut interrupt = Interrupt::listen()?;
     let mut view = View {
         client_args,
         client: Client::open(&client_args.connect)?,
@@ -74,7 +76,7 @@ pub(crate) async fn watch<T: Watch>(client_args: &ClientArgs, what: Watched<'_, 
             End::NothingMore => Ok(Outcome::Done),
             End::Failed(f) => Err(f),
         }),
-        _ = tokio::signal::ctrl_c() => Ok(Outcome::Done),
+        () = interrupt.pressed() => Ok(Outcome::Done),
     }
 }
 

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use crate::args::Named;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
+use crate::interrupt::Interrupt;
 use crate::out::{self, Format};
 
 /// How long the center is asked to wait at once, in seconds.
@@ -68,6 +69,7 @@ impl Exec {
                 started.pid
             }
         };
+        let mut interrupt = Interrupt::listen()?;
         let wait_on = format!("wait on for its result with: godwit vm exec {vm} --pid {pid}");
         let done = tokio::select! {
             done = result(client, &vm, pid, until) => match done {
@@ -79,7 +81,7 @@ impl Exec {
                 }
                 done => done?,
             },
-            _ = tokio::signal::ctrl_c() => {
+            () = interrupt.pressed() => {
                 let words = format!("no longer waiting; the program still runs in the guest (pid {pid})");
                 return Err(Failure::new(Code::Cancelled, words).hint(wait_on));
             }

@@ -16,6 +16,7 @@ use serde_json::json;
 use crate::args::{Change, ClientArgs, or_env};
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
+use crate::interrupt::Interrupt;
 use crate::out::{self, Format, Row, size};
 use crate::wait::{change_and_report, style};
 
@@ -277,6 +278,7 @@ async fn build(
         return Err(Failure::usage("a build on this machine is not an operation of a center")
             .hint("leave --no-wait and --timeout out, or start a center with: godwit up"));
     }
+    let mut interrupt = Interrupt::listen()?;
     let mut built = Vec::new();
     for name in names {
         // Known before anything is fetched.
@@ -308,7 +310,7 @@ async fn build(
             done = async {
                 if again { cache.rebuild(name, progress).await } else { cache.build(name, progress).await }
             } => done.map_err(|e| Fault::of(&e))?,
-            _ = tokio::signal::ctrl_c() => {
+            () = interrupt.pressed() => {
                 return Err(Fault::cancelled().into());
             }
         };

@@ -18,6 +18,7 @@ use super::vm::OPEN_WITHIN;
 use crate::args::Named;
 use crate::client::Client;
 use crate::failure::{Failure, Outcome, Result};
+use crate::interrupt::Interrupt;
 use crate::out::{self, Format};
 
 /// Ctrl-] leaves the console, as with telnet and virsh.
@@ -219,6 +220,7 @@ impl View {
         let at = listener
             .local_addr()
             .map_err(|e| Failure::internal(format!("listening on {}: {e}", self.listen)))?;
+        let mut interrupt = Interrupt::listen()?;
         out::line(&format!("vnc://{at}"))?;
         let mut viewer = match &self.viewer {
             Some(program) => Some(
@@ -240,7 +242,7 @@ impl View {
                 }
             };
             tokio::select! {
-                _ = tokio::signal::ctrl_c() => return Ok(Outcome::Done),
+                () = interrupt.pressed() => return Ok(Outcome::Done),
                 _ = gone => return Ok(Outcome::Done),
                 user = listener.accept() => {
                     let (mut user, _) = user
