@@ -558,7 +558,7 @@ impl Cloud {
         let path = archive::path(&self.program, &image());
         let _one = lock("archive");
         if !path.exists() {
-            archive::forget_others(&path);
+            archive::forget_others(&self.program, &path);
             // In a cloud of its own: nothing that this one measures depends on who comes first.
             let mut own = Self::in_turn(Setup::new(), self.program.clone(), None);
             own.spawn(Daemon::Center, &[]);
