@@ -367,10 +367,10 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
     reg.ops().put(&op).expect("ended");
     reg.ops().put(&op).expect("again");
     let all = reg.audit().entries(100, 0, |_| true).expect("read");
-    let told: Vec<_> = all.iter().map(|e| (e.user.as_str(), e.action.as_str())).collect();
+    let found: Vec<_> = all.iter().map(|e| (e.user.as_str(), e.action.as_str())).collect();
     let operator = "operator";
     assert_eq!(
-        told,
+        found,
         [
             (operator, "tenant create"),
             (operator, "user create"),
