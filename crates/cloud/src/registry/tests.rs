@@ -255,7 +255,7 @@ fn a_file_of_another_format_or_in_use_is_refused() {
     assert!(matches!(Registry::open(&path), Err(RegistryError::Open { .. })), "held");
     drop(reg);
     let db = redb::Database::create(&path).expect("closed");
-    put_raw(&db, file::META, "format", b"9");
+    put_raw(&db, layout::META, "format", b"9");
     drop(db);
     let e = Registry::open(&path).expect_err("format");
     assert_eq!(
@@ -283,19 +283,19 @@ fn a_file_of_the_first_format_opens_and_is_brought_to_this_one() {
     let (v, s) = (vm("report"), substrate("abiword"));
     {
         let db = redb::Database::create(&path).expect("made");
-        put_raw(&db, file::META, "format", b"1");
+        put_raw(&db, layout::META, "format", b"1");
         let old = serde_json::json!({
             "name": "cafe", "kind": "ap", "joined": 5, "lease_until": 95_000, "revoked": true,
             "report": SiteReport { cpus: 7, ..SiteReport::default() },
         });
-        put_raw(&db, file::SITES, "cafe", old.to_string().as_bytes());
-        put_raw(&db, file::VMS, &v.id.to_string(), &serde_json::to_vec(&v).expect("json"));
-        put_raw(&db, file::SUBSTRATES, &s.id.to_string(), &serde_json::to_vec(&s).expect("json"));
+        put_raw(&db, layout::SITES, "cafe", old.to_string().as_bytes());
+        put_raw(&db, layout::VMS, &v.id.to_string(), &serde_json::to_vec(&v).expect("json"));
+        put_raw(&db, layout::SUBSTRATES, &s.id.to_string(), &serde_json::to_vec(&s).expect("json"));
         for names in ["substrate-names", "vm-names"] {
             put_raw(&db, redb::TableDefinition::new(names), "report", b"\"x\"");
         }
         let tx = db.begin_write().expect("transaction");
-        tx.open_table(file::OPS).expect("table");
+        tx.open_table(layout::OPS).expect("table");
         tx.commit().expect("commit");
     }
     for commits in [1, 0] {
@@ -319,7 +319,7 @@ fn an_entry_that_does_not_parse_is_named_and_the_rest_is_there() {
     reg.vm_add(&good, None).expect("add");
     drop(reg);
     let db = redb::Database::create(&path).expect("closed");
-    put_raw(&db, file::VMS, &bad.id.to_string(), b"{\"id\": 7}");
+    put_raw(&db, layout::VMS, &bad.id.to_string(), b"{\"id\": 7}");
     drop(db);
     let reg = Registry::open(&path).expect("opens");
     assert_eq!(reg.vms().expect("list"), [good]);
