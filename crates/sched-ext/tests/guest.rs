@@ -347,15 +347,21 @@ fn self_named(guest: &mut Guest) {
     for mode in ["adaptive", "sbco", "strict", "bal"] {
         guest.load(&format!("--mode {mode}"));
         let run = "sched-ext-vm run --seconds 3 --kind cpu --from $from";
-        let work = guest.ok(&format!(
-            "from=$(( $(cut -d. -f1 /proc/uptime) + 3 )); \
-             {run} >/tmp/plain & {run} --named >/tmp/named & wait; cat /tmp/plain /tmp/named"
-        ));
-        let got: Vec<f64> = machines(&work).iter().filter_map(|m| m["cpu_ms"].as_f64()).collect();
-        let [plain, named] = got[..] else { panic!("{work}") };
-        assert!(named < plain * 1.15, "{mode}: {named} ms against {plain} ms");
+        let (mut plain, mut named, mut runs) = (0.0, 0.0, 0);
+        // A host that gives this guest's CPUs unequal time for a moment shifts one run, not all three.
+        while runs == 0 || (named >= plain * 1.15 && runs < 3) {
+            let work = guest.ok(&format!(
+                "from=$(( $(cut -d. -f1 /proc/uptime) + 3 )); \
+                 {run} >/tmp/plain & {run} --named >/tmp/named & wait; cat /tmp/plain /tmp/named"
+            ));
+            let got: Vec<f64> =
+                machines(&work).iter().filter_map(|m| m["cpu_ms"].as_f64()).collect();
+            let [p, n] = got[..] else { panic!("{work}") };
+            (plain, named, runs) = (plain + p, named + n, runs + 1);
+        }
+        assert!(named < plain * 1.15, "{mode}: {named} ms against {plain} ms in {runs} runs");
         let end = guest.stop("TERM");
-        assert_eq!(end.counters.get("vms_new"), 1, "{mode}");
+        assert_eq!(end.counters.get("vms_new"), runs, "{mode}");
     }
 }
 
