@@ -315,7 +315,6 @@ async fn a_demanded_frame_does_not_wait_behind_bulk() {
             }
         });
         let waiting = || (left.load(SeqCst) - arrived.load(SeqCst)) * PIECE;
-        let mut late = Vec::new();
         for round in 0..4 {
             within(async {
                 while waiting() < 6 << 20 {
@@ -328,12 +327,8 @@ async fn a_demanded_frame_does_not_wait_behind_bulk() {
             assert!(within(asked.recv()).await.expect("recv").is_some());
             let first = (arrived.load(SeqCst) - before) * PIECE;
             // Only what is in flight already comes first.
-            if first * 2 >= behind {
-                late.push(format!("round {round}: {first} bytes first, of {behind}"));
-            }
+            assert!(first * 2 < behind, "round {round}: {first} bytes first, of {behind}");
         }
-        // The link drops what its queue does not hold, and this may be among it: then it is sent again.
-        assert!(late.len() < 2, "{late:?}");
         sender.abort();
         receiver.abort();
     }
