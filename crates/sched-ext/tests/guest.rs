@@ -360,7 +360,6 @@ fn self_named(guest: &mut Guest) {
             let [p, n] = got[..] else { panic!("{work}") };
             (plain, named) = (plain + p, named + n);
         }
-        eprintln!("{mode}: named {:.3} of plain", named / plain);
         assert!(named < plain * 1.15, "{mode}: {named} ms against {plain} ms");
         let end = guest.stop("TERM");
         assert_eq!(end.counters.get("vms_new"), RUNS, "{mode}");
