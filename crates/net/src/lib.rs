@@ -22,5 +22,6 @@ mod rules;
 mod types;
 
 pub use command::NetError;
+pub use godwit_qemu::MacAddress;
 pub use networks::{Member, Networks, lacking};
 pub use types::{Attachment, Network, NetworkKind, Prefix, PrefixError};
