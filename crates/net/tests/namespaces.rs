@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use godwit_net::{Attachment, Member, Network, NetworkKind, Networks, Prefix};
 use godwit_qemu::MacAddress;
+use godwit_testkit::World;
 use godwit_types::{Name, NetworkId, VmId};
 
 fn sh(script: &str) -> Output {
@@ -138,51 +139,6 @@ fn member(network: &Network, name: &str, nth: usize) -> Member {
     let mac = MacAddress::from_seed([b[11], b[12], b[13], b[14], b[15]]);
     let attachment = Attachment { network: network.clone(), mac, address };
     Member::new(vm, Name::new(name).unwrap(), attachment)
-}
-
-/// A web server in a namespace that the host reaches by a link of its own: the world.
-struct World {
-    namespace: String,
-    server: std::process::Child,
-    address: String,
-}
-
-impl World {
-    fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let pid = std::process::id();
-        let (namespace, net) = (format!("gwworld-{pid}-{n}"), pid % 250);
-        let (here, address) =
-            (format!("198.18.{net}.{}", 4 * n + 1), format!("198.18.{net}.{}", 4 * n + 2));
-        ok(&format!(
-            "ip netns add {namespace} && ip link add w{n}x{pid} type veth peer name eth0 netns {namespace} && \
-             ip addr add {here}/30 dev w{n}x{pid} && ip link set w{n}x{pid} up && \
-             ip -n {namespace} addr add {address}/30 dev eth0 && ip -n {namespace} link set eth0 up && ip -n {namespace} link set lo up"
-        ));
-        let server = Command::new("ip")
-            .args(["netns", "exec", &namespace, "python3", "-m", "http.server", "80", "-d", "/etc"])
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let listens =
-            || sh(&format!("ip netns exec {namespace} busybox nc -w 1 {address} 80 </dev/null"));
-        let by = std::time::Instant::now() + std::time::Duration::from_secs(20);
-        while !listens().status.success() {
-            assert!(std::time::Instant::now() < by, "the web server does not listen");
-        }
-        Self { namespace, server, address }
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        let _ = sh(&format!(
-            "for p in $(ip netns pids {0}); do kill $p; done; ip netns del {0}",
-            self.namespace
-        ));
-        let _ = self.server.wait();
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

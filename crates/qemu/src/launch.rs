@@ -226,10 +226,8 @@ impl Launch {
                 Layer::Nbd { socket } => socket.as_path(),
             }));
         }
-        if self.confine.is_some() {
-            if self.memory.path().starts_with("/proc") {
-                return refuse("the memory of a confined machine is a file of its own".into());
-            }
+        if self.confine.is_some() && self.memory.path().starts_with("/proc") {
+            return refuse("the memory of a confined machine is a file of its own".into());
         }
         match files.iter().find(|p| !p.is_absolute() || p.to_str().is_none()) {
             Some(p) => refuse(format!("{} is not an absolute path in UTF-8", p.display())),

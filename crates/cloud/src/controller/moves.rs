@@ -211,14 +211,14 @@ impl Moves {
         op.check()?;
         op.begin(StepKind::Prepare { migration: m.id, at: m.to.clone() })?;
         let warrant = self.warrants.warrant(&m.vm, m.generation, &m.to)?;
-        let (migration, machine, generation) = (m.id, status_of(&m.vm), m.generation);
+        let (migration, machine, next) = (m.id, status_of(&m.vm), m.generation);
         let from = m.from.clone();
         let to = match self.registry.networks().attachment(&m.vm).map_err(registry_fault)? {
             Some(attachment) => {
                 let request = verbs::MigratePrepareOn {
                     migration,
                     machine,
-                    generation,
+                    generation: next,
                     warrant,
                     from,
                     manifest,
@@ -230,7 +230,7 @@ impl Moves {
                 let request = verbs::MigratePrepare {
                     migration,
                     machine,
-                    generation,
+                    generation: next,
                     warrant,
                     from,
                     manifest,

@@ -67,7 +67,7 @@ fn is_brought_to_tenants(format: &str) {
         assert_eq!(names, [default_tenant()]);
     }
     // A program from before knows formats 1 and 2, and refuses what it does not know.
-    assert_eq!(format_of(&path), b"3");
+    assert_eq!(format_of(&path), b"4");
 }
 
 /// The child of the test below: it is killed while it brings a registry to the new format.
@@ -109,7 +109,7 @@ fn is_killed_in_an_upgrade(format: &str) {
     let reg = Registry::open(&path).expect("opens");
     assert_eq!(reg.vm("report").expect("there"), v);
     drop(reg);
-    assert_eq!(format_of(&path), b"3");
+    assert_eq!(format_of(&path), b"4");
 }
 
 #[test]

@@ -88,16 +88,16 @@ enum NicJoins {
     Tap,
 }
 
-impl MoveManifest {
-    /// Refuses a machine whose NIC is not joined to what the center says that it is in.
-    fn fits(&self, attachment: Option<&Attachment>) -> Result<(), Fault> {
-        match (self.nic, attachment) {
-            (None, None) => Ok(()),
-            (Some(NicJoins::Tap), Some(a)) if a.mac == self.mac => {
-                a.check().map_err(Fault::invalid)
-            }
-            _ => Err(Fault::conflict("its source and the center do not agree on its network")),
-        }
+/// Refuses a machine whose NIC is not joined to what the center says that it is in.
+fn fits(
+    nic: Option<NicJoins>,
+    mac: godwit_qemu::MacAddress,
+    attachment: Option<&Attachment>,
+) -> Result<(), Fault> {
+    match (nic, attachment) {
+        (None, None) => Ok(()),
+        (Some(NicJoins::Tap), Some(a)) if a.mac == mac => a.check().map_err(Fault::invalid),
+        _ => Err(Fault::conflict("its source and the center do not agree on its network")),
     }
 }
 
@@ -152,7 +152,7 @@ impl Arrivals {
         let Comes { migration: id, machine, generation, warrant, from, attachment } = comes;
         self.parts.warrants.check(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
-        manifest.fits(attachment.as_ref())?;
+        fits(manifest.nic, manifest.mac, attachment.as_ref())?;
         if let Err(full) = self.parts.room.check_memory(machine.memory).await {
             // What only saves time gives way to the machine itself.
             drop(self.parts.relays.held.take(id).ok_or(full)?);
@@ -583,5 +583,31 @@ mod tests {
             parse_manifest(&vec![b' '; MAX_MANIFEST + 1]).expect_err("long").code,
             Code::Damaged
         );
+    }
+
+    #[test]
+    fn the_center_alone_says_which_network_a_machine_comes_into() {
+        use godwit_net::{Network, NetworkKind, Prefix};
+        let mac = godwit_qemu::MacAddress([0x52, 0, 0, 0, 0, 1]);
+        let network = Network {
+            id: godwit_types::NetworkId::new(),
+            name: Name::new("lab").expect("name"),
+            kind: NetworkKind::Nat,
+            prefix: Prefix::DEFAULT,
+        };
+        let address = std::net::Ipv4Addr::new(10, 80, 0, 2);
+        let place = Attachment { network, mac, address };
+        let other =
+            Attachment { mac: godwit_qemu::MacAddress([0x52, 0, 0, 0, 0, 2]), ..place.clone() };
+        let outside =
+            Attachment { address: std::net::Ipv4Addr::new(10, 80, 0, 1), ..place.clone() };
+        let tap = Some(NicJoins::Tap);
+        assert_eq!(fits(tap, mac, Some(&place)), Ok(()));
+        assert_eq!(fits(None, mac, None), Ok(()));
+        for (nic, place) in
+            [(tap, None), (None, Some(&place)), (tap, Some(&other)), (tap, Some(&outside))]
+        {
+            let _ = fits(nic, mac, place).expect_err("refused");
+        }
     }
 }
