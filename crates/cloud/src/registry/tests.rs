@@ -261,7 +261,7 @@ fn a_file_of_another_format_or_in_use_is_refused() {
     let e = Registry::open(&path).expect_err("format");
     assert_eq!(
         e.to_string(),
-        "the registry has format 9, this version knows formats 1 to 3; run the version that wrote it, \
+        "the registry has format 9, this version knows formats 1 to 4; run the version that wrote it, \
          or bring back a copy from before"
     );
 }
