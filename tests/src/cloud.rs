@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::api::Api;
 use crate::archive;
 use crate::guest::Guest;
+use crate::networks::end_networks;
 use crate::run::{Answer, Followed, run};
 use crate::setup::{Setup, Use};
 
@@ -697,12 +698,7 @@ impl Drop for Cloud {
             std::thread::sleep(Duration::from_millis(20));
         }
         let sites = [Daemon::Center, Daemon::Ap].map(|site| self.site_dir(site).join("data"));
-        // A thread of its own: this one may be a runtime's.
-        let ended = std::thread::scope(|s| s.spawn(|| end_networks(&sites)).join());
-        if !matches!(ended, Ok(Ok(()))) {
-            let words = format!("networks stay: {ended:?}\n");
-            let _ = std::io::Write::write_all(&mut std::io::stderr(), words.as_bytes());
-        }
+        end_networks(&sites);
         self.mounts.clear();
         if std::thread::panicking() {
             for which in [Daemon::Center, Daemon::Ap] {
@@ -715,17 +711,6 @@ impl Drop for Cloud {
             }
         }
     }
-}
-
-/// Removes the networks of sites: they outlive machines and daemons whose end nobody told them of.
-fn end_networks(sites: &[PathBuf]) -> Result<(), String> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|e| e.to_string())?;
-    for data in sites {
-        let networks = godwit_net::Networks::of(data);
-        runtime.block_on(networks.apply(&[])).map_err(|e| e.to_string())?;
-    }
-    Ok(())
 }
 
 /// How a command ended that was fed, and what it wrote.
