@@ -34,6 +34,7 @@ mod exec;
 pub(crate) mod lifecycle;
 mod meet;
 mod moves;
+mod networks;
 mod origin;
 mod people;
 mod pool;
@@ -67,6 +68,7 @@ use authorize::Finder;
 pub(crate) use bring::Exchange;
 use exec::Programs;
 use moves::Moves;
+use networks::NetworkDesk;
 use people::Accounts;
 use pool::Pool;
 use recover::Settler;
@@ -74,6 +76,7 @@ use sites::Sites;
 use warrants::Warrants;
 
 pub use exec::GuestProcess;
+pub use networks::NewNetwork;
 pub use people::{ApiToken, NewApiToken, NewTenant, NewUser};
 
 use crate::clock::Moment;
@@ -105,6 +108,9 @@ pub struct CreateVm {
     pub memory_mib: Option<Mib>,
     /// vCPUs, for a cold boot.
     pub vcpus: Option<u8>,
+    /// The network that it is in (name or id); none when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
 }
 
 /// How a machine becomes a substrate.
@@ -161,6 +167,7 @@ pub struct Controller {
     pub(crate) finder: Arc<Finder>,
     /// Who there is, and what each has done.
     pub(crate) accounts: Arc<Accounts>,
+    pub(crate) networks: NetworkDesk,
     /// Programs in guests.
     pub(crate) programs: Arc<Programs>,
     /// Substrates, wherever they are.
@@ -249,6 +256,7 @@ impl Controller {
             finder: finder.clone(),
             accounts: accounts.clone(),
         });
+        let networks = NetworkDesk { registry: registry.clone() };
         Arc::new(Self {
             registry,
             ops,
@@ -256,6 +264,7 @@ impl Controller {
             warrants,
             finder,
             accounts,
+            networks,
             programs,
             exchange,
             moves,

@@ -102,6 +102,7 @@ pub(super) fn on_its_way(memory: Mib, end: End) -> MachineRecord {
         }),
         reason: None,
         unfinished: None,
+        attachment: None,
     }
 }
 
