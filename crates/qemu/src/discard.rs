@@ -42,17 +42,27 @@ pub(crate) struct Preload {
 }
 
 impl Preload {
-    /// Makes both, in memory.
-    pub(crate) fn new() -> Result<Self, QemuError> {
-        let make = |name: &str| rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC);
+    /// Makes both, in memory; none where a host lets nothing in memory be run: a clone keeps what its
+    /// guest frees then.
+    pub(crate) fn new() -> Option<Self> {
+        let never = std::fs::read_to_string("/proc/sys/vm/memfd_noexec");
+        if never.is_ok_and(|level| level.trim() == "2") {
+            return None;
+        }
+        let make = |name: &str, more| rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | more);
         let both = || {
-            let mut library = File::from(make("godwit-discard.so")?);
+            const NAME: &str = "godwit-discard.so";
+            let library = match make(NAME, MemfdFlags::EXEC) {
+                // A kernel before 6.3, where all may be run.
+                Err(rustix::io::Errno::INVAL) => make(NAME, MemfdFlags::empty()),
+                made => made,
+            };
+            let mut library = File::from(library?);
             library.write_all(LIBRARY)?;
-            Ok::<_, std::io::Error>((library, File::from(make("godwit-discards")?)))
+            let switch = File::from(make("godwit-discards", MemfdFlags::empty())?);
+            Ok::<_, std::io::Error>(Self { library: library.into(), switch })
         };
-        let (library, switch) =
-            both().map_err(QemuError::file("making in memory", Path::new("discard.so")))?;
-        Ok(Self { library: library.into(), switch })
+        both().inspect_err(|error| tracing::warn!(%error, "clones keep what guests free")).ok()
     }
 
     /// What QEMU inherits.

@@ -351,12 +351,17 @@ impl Launch {
         }
         let mut fds: Vec<i32> = listeners.iter().map(AsRawFd::as_raw_fd).collect();
         let taps = self.open_taps()?;
+        let preload = match &self.memory {
+            MemorySource::PrivateOf { .. } => Preload::new(),
+            MemorySource::Shared { .. } => None,
+        };
         let inherited = match fds[..] {
             [qmp0, qmp1, console, agent] => Inherited {
                 qmp: [qmp0, qmp1],
                 console,
                 agent,
                 taps: taps.iter().map(|(port, fd)| (*port, fd.as_raw_fd())).collect(),
+                discards: preload.is_some(),
             },
             _ => unreachable!("one for each path"),
         };
@@ -364,10 +369,6 @@ impl Launch {
         let cell = match (&self.confine, self.user) {
             (Some(confine), Some(uid)) => Some(self.cell(confine, uid)?),
             _ => None,
-        };
-        let preload = match &self.memory {
-            MemorySource::PrivateOf { .. } => Some(Preload::new()?),
-            MemorySource::Shared { .. } => None,
         };
         fds.extend(preload.iter().flat_map(Preload::descriptors));
         let door = self.group.as_ref().map(MemoryGroup::door).transpose()?;

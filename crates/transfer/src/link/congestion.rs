@@ -268,8 +268,10 @@ impl Model {
         (self.lost_in_round, self.acked_in_round, self.best_in_round) = (0, 0, 0.0);
         let rate = self.rate();
         self.phase = match self.phase {
-            Phase::Startup { .. } if heavy || queued || marked => Phase::Settle { rounds: 0 },
+            Phase::Startup { .. } if heavy => Phase::Settle { rounds: 0 },
+            // What little is sent tells nothing of the path, nor does an answer that is late.
             Phase::Startup { best, flat } if app_limited => Phase::Startup { best, flat },
+            Phase::Startup { .. } if queued || marked => Phase::Settle { rounds: 0 },
             Phase::Startup { best, .. } if rate >= best * 1.25 => {
                 Phase::Startup { best: rate, flat: 0 }
             }

@@ -185,6 +185,26 @@ fn a_path_that_carries_less_or_more_is_found() {
 }
 
 #[test]
+fn small_messages_whose_answers_are_late_teach_nothing() {
+    let mut now = Instant::now();
+    let mut flow = Flow::new(now);
+    for n in 0..200u32 {
+        flow.model.sent(now, 200);
+        // Every other one is acknowledged when the other end's timer says so.
+        let back = now + (35 + 25 * (n % 2)) * MS;
+        flow.model.acked(back, now, 200);
+        flow.model.batch_ends(back, 0, true);
+        now += 100 * MS;
+    }
+    assert!(flow.model.window >= FIRST_WINDOW, "{} bytes", flow.model.window);
+    let mut path = Path::new(now, 100.0, 35 * MS, 0.0);
+    let mut flows = [flow];
+    run(&mut now, &mut path, &mut flows, 1);
+    let (got, _) = run(&mut now, &mut path, &mut flows, 3)[0];
+    assert!(got > 85.0, "{got:.1} Mbit/s");
+}
+
+#[test]
 fn two_share_a_path() {
     let mut now = Instant::now();
     let mut path = Path::new(now, 100.0, 35 * MS, 0.0);
