@@ -32,6 +32,8 @@ fn record(i: usize) -> VmRecord {
         private_of: None,
         arriving: None,
         network: None,
+        published: Vec::new(),
+        ports_pending: false,
         voided: std::collections::BTreeMap::new(),
     }
 }

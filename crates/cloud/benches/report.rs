@@ -72,6 +72,8 @@ fn record(i: usize, site: &Name) -> VmRecord {
         private_of: None,
         arriving: None,
         network: None,
+        published: Vec::new(),
+        ports_pending: false,
         voided: std::collections::BTreeMap::new(),
     }
 }

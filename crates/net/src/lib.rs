@@ -18,10 +18,12 @@ mod dhcp;
 mod links;
 mod names;
 mod networks;
+mod ports;
 mod rules;
 mod types;
 
 pub use command::NetError;
 pub use godwit_qemu::MacAddress;
 pub use networks::{Member, Networks, Rest, Trouble, With, lacking};
+pub use ports::{HostPort, MOST_PORTS, PortError, PublishedPort, Transport};
 pub use types::{Attachment, Network, NetworkKind, Prefix, PrefixError};

@@ -48,6 +48,11 @@ impl SiteMark {
         format!("{}{}", self.veths(), tail(namespace, 7))
     }
 
+    /// The table of ports on the host.
+    pub(crate) fn ports_table(&self) -> String {
+        format!("{}_ports", self.table())
+    }
+
     /// The table of rules on the host.
     pub(crate) fn table(&self) -> String {
         format!("godwit_{}", self.0)

@@ -15,6 +15,7 @@ use crate::command::{NetError, run, run_in};
 use crate::dhcp::Server;
 use crate::links::Link;
 use crate::names::{self, BRIDGE, SiteMark, UPLINK};
+use crate::ports::PublishedPort;
 use crate::rules;
 use crate::types::{Attachment, Network, NetworkKind};
 
@@ -34,13 +35,21 @@ pub struct Member {
     pub name: Name,
     /// Its place in the network.
     pub attachment: Attachment,
+    /// The ports of the host that lead to it; in a network of kind `nat` only.
+    pub ports: Vec<PublishedPort>,
 }
 
 impl Member {
     /// A machine in a network.
     #[must_use]
     pub fn new(vm: VmId, name: Name, attachment: Attachment) -> Self {
-        Self { tap: names::tap(vm), name, attachment }
+        Self { tap: names::tap(vm), name, attachment, ports: Vec::new() }
+    }
+
+    /// The same, with these ports of the host.
+    #[must_use]
+    pub fn publishing(self, ports: Vec<PublishedPort>) -> Self {
+        Self { ports, ..self }
     }
 }
 
@@ -58,6 +67,8 @@ pub enum Rest {
 pub enum With {
     /// The host: no network is as it should be.
     Host,
+    /// The ports of the host that lead to machines.
+    Ports,
     /// One network.
     Network(NetworkId),
     /// What is left in this namespace of a network that no machine here is in any more.
@@ -76,7 +87,7 @@ pub struct Trouble {
 /// The networks of one site. One caller at a time changes them.
 #[derive(Debug)]
 pub struct Networks {
-    mark: SiteMark,
+    pub(crate) mark: SiteMark,
     /// The rules as the kernel lists them once they were set, by namespace; the host's under "".
     listed: tokio::sync::Mutex<BTreeMap<String, String>>,
     /// Whether this process has looked after them before.
@@ -155,7 +166,8 @@ impl Networks {
             // The one before may have ended between its last network and its rules; a host that
             // can have no networks has no rules either.
             if lacks.is_empty() {
-                let none = rules::none_on_host(&self.mark.table());
+                let tables = [self.mark.table(), self.mark.ports_table()];
+                let none = tables.map(|t| rules::none_on_host(&t)).concat();
                 if let Err(error) = run(&["nft", "-f", "-"], &none).await {
                     troubles.push(Trouble { with: With::Host, error });
                 }
@@ -175,6 +187,9 @@ impl Networks {
             {
                 troubles.push(Trouble { with: With::Network(network.id), error });
             }
+        }
+        if let Err(error) = self.publish(&wanted, &mut listed, first).await {
+            troubles.push(Trouble { with: With::Ports, error });
         }
         troubles
     }
@@ -349,7 +364,7 @@ fn is_namespace(path: &Path) -> bool {
 }
 
 /// Has a table of rules be what `text` says, unless it is.
-async fn set_rules(
+pub(crate) async fn set_rules(
     nft: &[&str],
     list: &[&str],
     text: &str,
@@ -390,7 +405,9 @@ async fn batch(namespace: Option<&str>, commands: &[String]) -> Result<(), NetEr
 }
 
 /// The interfaces of a namespace, or of the host, with their IPv4 addresses.
-async fn links(namespace: Option<&str>) -> Result<BTreeMap<String, Vec<Ipv4Addr>>, NetError> {
+pub(crate) async fn links(
+    namespace: Option<&str>,
+) -> Result<BTreeMap<String, Vec<Ipv4Addr>>, NetError> {
     let of: Vec<&str> = namespace.iter().flat_map(|n| ["-n", n]).collect();
     let text = run(&[&["ip"], &of[..], &["-j", "addr", "show"]].concat(), "").await?;
     let all: Vec<Value> = serde_json::from_str(&text)

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use crate::links::RANGE;
 use crate::names::{BRIDGE, UPLINK, VETHS};
 use crate::networks::Member;
+use crate::ports;
 use crate::types::{Network, NetworkKind};
 
 /// What is no place in the world: this host, the link (where clouds keep their hosts' keys), groups.
@@ -25,6 +26,7 @@ pub(crate) fn in_namespace(network: &Network, members: &[Member]) -> String {
         true => String::new(),
         false => format!("    elements = {{\n{list}    }}\n"),
     };
+    let published = ports::in_namespace(network, members);
     let out = match network.kind {
         NetworkKind::Nat => format!(
             "    ct state established,related accept\n    \
@@ -70,13 +72,15 @@ table inet godwit {{
   }}
   chain forward {{
     type filter hook forward priority 0; policy drop;
-{out}  }}
-  chain postrouting {{
+{published}{out}  }}
+{chains}  chain postrouting {{
     type nat hook postrouting priority 100; policy accept;
     oifname "{UPLINK}" masquerade
   }}
 }}
 "#,
+        published = published.forward,
+        chains = published.chains,
         macs = elements(&macs),
         sources = elements(&sources),
         arps = elements(&arps),
@@ -84,7 +88,8 @@ table inet godwit {{
 }
 
 /// The rules on the host: what comes from the networks of a site leaves the host, and reaches
-/// neither the host itself, nor what it publishes for others, nor another network.
+/// neither the host itself, nor what it publishes for others, nor another network. What the host
+/// leads on to a network is judged in that one's namespace.
 pub(crate) fn on_host(table: &str, veths: &str) -> String {
     format!(
         r#"table inet {table}
@@ -92,13 +97,15 @@ delete table inet {table}
 table inet {table} {{
   chain input {{
     type filter hook input priority -10; policy accept;
+    iifname "{veths}*" ct status dnat ct direction reply accept
     iifname "{veths}*" drop
   }}
   chain forward {{
     type filter hook forward priority -10; policy accept;
     iifname "{veths}*" oifname "{VETHS}*" drop
-    iifname "{veths}*" ct status dnat drop
+    iifname "{veths}*" ct status dnat ct direction original drop
     oifname "{veths}*" ct state established,related accept
+    oifname "{veths}*" ct status dnat accept
     oifname "{veths}*" drop
   }}
   chain postrouting {{

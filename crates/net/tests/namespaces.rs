@@ -6,7 +6,9 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use godwit_net::{Attachment, Member, Network, NetworkKind, Networks, Prefix, Rest, With};
+use godwit_net::{
+    Attachment, Member, Network, NetworkKind, Networks, Prefix, PublishedPort, Rest, With,
+};
 use godwit_qemu::MacAddress;
 use godwit_testkit::World;
 use godwit_types::{Name, NetworkId, VmId};
@@ -370,6 +372,154 @@ async fn what_a_guest_forges_reaches_nobody() {
         for (n, (what, _)) in (100..).zip(&cases) {
             assert!(came.contains(&n), "{what} is not tried");
         }
+    })
+    .await
+    .unwrap();
+}
+
+/// Servers that say who asks: over TCP, line by line, at 80 and 81, and over UDP at 53.
+const SERVERS: &str = "
+import socketserver as s, threading as t
+class T(s.StreamRequestHandler):
+    def handle(self):
+        for line in self.rfile:
+            self.wfile.write(self.client_address[0].encode() + b'\\n')
+class U(s.DatagramRequestHandler):
+    def handle(self):
+        self.wfile.write(self.client_address[0].encode())
+s.ThreadingTCPServer.allow_reuse_address = True
+for server in [s.ThreadingTCPServer(('', 80), T), s.ThreadingTCPServer(('', 81), T), s.ThreadingUDPServer(('', 53), U)]:
+    t.Thread(target=server.serve_forever).start()
+print('serves', flush=True)
+";
+
+/// Servers in a guest; they end with this.
+struct Serves(std::process::Child);
+
+impl Serves {
+    fn at(guest: &Guest) -> Self {
+        let mut child = Command::new("ip")
+            .args(["netns", "exec", &guest.namespace, "python3", "-c", SERVERS])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut first = [0; 6];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+        Self(child)
+    }
+}
+
+impl Drop for Serves {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A line of shell that asks at an address over TCP or UDP, and prints who it is there.
+fn asks(kind: &str, address: &str, port: u16) -> String {
+    format!(
+        "python3 -c \"import socket as s; c = s.socket(s.AF_INET, s.SOCK_{kind}); c.settimeout(1); \
+         c.connect(('{address}', {port})); c.send(b'x\\n'); print(c.recv(99).decode())\""
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_published_port_leads_to_its_machine_and_to_nothing_else() {
+    tokio::task::spawn_blocking(|| {
+        let rt = tokio::runtime::Handle::current();
+        let world = World::new();
+        let mut site = Site::new();
+        let (one, two) = (
+            network("one", NetworkKind::Nat, "10.85.0.0/24"),
+            network("two", NetworkKind::Nat, "10.85.0.0/24"),
+        );
+        let (tcp, udp) = (18_080 + (std::process::id() % 1000) as u16, 28_053);
+        let ports: Vec<PublishedPort> = [format!("{tcp}:80/tcp"), format!("{udp}:53/udp")]
+            .iter()
+            .map(|p| p.parse().unwrap())
+            .collect();
+        let plain = [member(&one, "a", 0), member(&one, "b", 1), member(&two, "c", 0)];
+        let mut members = plain.clone();
+        members[0] = plain[0].clone().publishing(ports);
+        site.has(&rt, &members);
+        let [a, b, c] = [0, 1, 2].map(|n| site.plug(&members[n]));
+        let _servers = [&a, &b, &c].map(Serves::at);
+        let host = world.host.as_str();
+        let asked = |out: Output| String::from_utf8(out.stdout).unwrap().trim().to_owned();
+        let reached = |kind: &str, port: u16| {
+            let out = world.run(&asks(kind, host, port));
+            out.status.success().then(|| asked(out))
+        };
+        // The machine sees who really asks.
+        let me = Some(world.address.clone());
+        assert_eq!((reached("STREAM", tcp), reached("DGRAM", udp)), (me.clone(), me.clone()));
+        assert!(sh(&asks("STREAM", host, tcp)).status.success(), "the host itself reaches it");
+        for (kind, port) in [("STREAM", 80), ("STREAM", 81), ("STREAM", udp), ("DGRAM", tcp)] {
+            assert_eq!(reached(kind, port), None, "{kind} {port}");
+        }
+        // Whoever routes past the host's own address finds nothing, neither there nor in the network.
+        let of = site.namespace(&members[0]);
+        let inside = ok(&format!("ip -n {of} -4 -o addr show dev up0"));
+        let inside = inside.split_whitespace().nth(3).unwrap().split('/').next().unwrap().to_owned();
+        for (range, address) in [("100.127.0.0/16", inside.as_str()), ("10.85.0.0/24", "10.85.0.2")] {
+            assert!(world.run(&format!("ip route add {range} via {host}")).status.success());
+            for port in [tcp, 80] {
+                let tried = world.run(&asks("STREAM", address, port));
+                assert!(!tried.status.success(), "{address}:{port} answers");
+            }
+        }
+        // It is no way from one machine to another.
+        for guest in [&a, &b, &c] {
+            let tried = guest.run(&asks("STREAM", host, tcp));
+            assert!(!tried.status.success(), "a guest reaches what the host publishes");
+            assert!(guest.run(&fetch(&world.address)).status.success(), "the world is there");
+        }
+
+        // A new daemon changes nothing; what somebody broke it puts right.
+        let table = format!("godwit_{}_ports", of.split('-').nth(1).unwrap());
+        site.networks = Networks::of(site.dir.path());
+        for broken in [
+            format!("nft flush table inet {table}"),
+            format!("nft delete table inet {table}"),
+            format!("ip netns exec {of} nft flush chain inet godwit prerouting"),
+        ] {
+            site.has(&rt, &members);
+            assert_eq!(reached("STREAM", tcp), me, "before: {broken}");
+            ok(&broken);
+            assert_eq!(reached("STREAM", tcp), None, "{broken}");
+        }
+        site.has(&rt, &members);
+
+        // Taken away: also from who is in the midst of it.
+        let py = format!(
+            "import socket as s\nc = s.create_connection(('{host}', {tcp})); c.settimeout(2); f = c.makefile('rw')\n\
+             while True:\n print('x', file=f, flush=True); print(f.readline(), end='', flush=True); input()"
+        );
+        let mut talks = Command::new("ip")
+            .args(["netns", "exec", world.namespace(), "python3", "-c", &py])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut heard = std::io::BufReader::new(talks.stdout.take().unwrap());
+        let mut says = talks.stdin.take().unwrap();
+        let mut next = || {
+            let mut line = String::new();
+            std::io::BufRead::read_line(&mut heard, &mut line).unwrap();
+            line
+        };
+        assert_eq!(next().trim(), world.address);
+        std::io::Write::write_all(&mut says, b"\n").unwrap();
+        assert_eq!(next().trim(), world.address, "it goes on");
+        site.has(&rt, &plain);
+        std::io::Write::write_all(&mut says, b"\n").unwrap();
+        assert_eq!(next(), "", "it has ended");
+        assert!(!talks.wait().unwrap().success());
+        assert_eq!((reached("STREAM", tcp), reached("DGRAM", udp)), (None, None));
+        assert!(!ok("nft list tables").contains(&table), "nothing is left");
+        assert!(a.run(&fetch(&world.address)).status.success(), "the world is there");
     })
     .await
     .unwrap();

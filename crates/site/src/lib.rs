@@ -45,9 +45,13 @@ pub use center::{
     API_AT_ONCE, ApiAnswer, ApiRequest, CenterHost, CenterRequest, Pieces, ask_center, serve_site,
 };
 pub use godwit_net::lacking as networks_lack;
-pub use godwit_net::{Attachment, MacAddress, Network, NetworkKind, Prefix};
+pub use godwit_net::{
+    Attachment, HostPort, MOST_PORTS, MacAddress, Network, NetworkKind, Prefix, PublishedPort,
+    Transport,
+};
 pub use local::{
-    LocalSite, MACHINE_OVERHEAD_MIB, SiteDirs, SiteOptions, Uids, image_info, images_of, in_use,
+    LocalSite, MACHINE_OVERHEAD_MIB, PUBLISH_PORTS, SiteDirs, SiteOptions, Uids, image_info,
+    images_of, in_use,
 };
 pub use remote::{RemoteSite, serve};
 pub use types::{

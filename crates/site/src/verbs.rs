@@ -7,7 +7,7 @@
 
 use std::net::SocketAddr;
 
-use godwit_net::Attachment;
+use godwit_net::{Attachment, PublishedPort};
 use godwit_transfer::{Revocations, Warrant};
 use godwit_types::{Fault, Generation, Hash, MigrationId, Name, SubstrateId, SubstrateKind, VmId};
 use serde::{Deserialize, Serialize};
@@ -553,5 +553,33 @@ verbs! {
         manifest: Vec<u8>,
         /// Its place in the network.
         attachment: Attachment,
+    }
+    /// Has ports of the site's host lead to a machine while it runs there: these, and no others.
+    VmPublish "vm publish" since 7 => Done {
+        /// Which.
+        vm: VmId,
+        /// Its generation.
+        generation: Generation,
+        /// All of its ports.
+        ports: Vec<PublishedPort>,
+    }
+    /// As `MigratePrepareOn`, for a machine that publishes ports.
+    MigratePreparePublishing "migrate prepare with ports" since 7 => Incoming {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine, as the source has it.
+        machine: MachineStatus,
+        /// Its generation here.
+        generation: Generation,
+        /// The center's word that it may run here.
+        warrant: Warrant,
+        /// The site it comes from, as in its certificate.
+        from: Name,
+        /// What the migrate rooms of both sites must agree on, opaque to the center.
+        manifest: Vec<u8>,
+        /// Its place in the network.
+        attachment: Attachment,
+        /// All of its ports.
+        published: Vec<PublishedPort>,
     }
 }

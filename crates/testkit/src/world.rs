@@ -13,6 +13,8 @@ pub struct World {
     server: Child,
     /// Where it listens, at port 80.
     pub address: String,
+    /// Where it reaches this host.
+    pub host: String,
 }
 
 /// Whether a line of shell ends well.
@@ -48,11 +50,33 @@ impl World {
             .expect("a web server");
         let asks = format!("ip netns exec {namespace} busybox nc -w 1 {address} 80 </dev/null");
         within(Duration::from_secs(20), "the web server", || works(&asks).then_some(()));
-        Self { namespace, server, address }
+        Self { namespace, server, address, host: here }
     }
 }
 
 impl World {
+    /// Its namespace, as `ip netns` calls it.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// Runs a line of shell there.
+    #[must_use]
+    pub fn run(&self, line: &str) -> std::process::Output {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.namespace, "sh", "-c", line]);
+        command.output().expect("a command in the world")
+    }
+
+    /// The page that is served at that port of this host, if somebody answers there within two seconds.
+    #[must_use]
+    pub fn fetches(&self, port: u16) -> Option<String> {
+        let url = format!("http://{}:{port}/", self.host);
+        let got = self.run(&format!("busybox timeout 2 busybox wget -q -O - {url}"));
+        got.status.success().then(|| String::from_utf8_lossy(&got.stdout).into_owned())
+    }
+
     /// Has it be reached from this host at another address, too, for as long as it is there.
     pub fn also_at(&self, address: &str) {
         let made = works(&format!(

@@ -7,6 +7,7 @@ pub(crate) mod network;
 pub(crate) mod op;
 pub(crate) mod people;
 pub(crate) mod pool;
+mod publish;
 pub(crate) mod role;
 pub(crate) mod sched;
 mod screen;

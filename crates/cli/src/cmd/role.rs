@@ -52,9 +52,21 @@ pub(crate) struct Living {
     /// default 2000000000-2000065535 for root, off for others
     #[arg(long, value_name = "UIDS", default_value = "usual", hide_default_value = true)]
     uid_range: Uids,
+    /// Ports of this host that machines may publish, FIRST-LAST [default: 1024-65535]
+    #[arg(long, value_name = "PORTS", value_parser = port_range)]
+    publish_ports: Option<std::ops::RangeInclusive<u16>>,
     /// Leave the caller's session
     #[arg(long, hide = true)]
     own_session: bool,
+}
+
+/// `FIRST-LAST`, or one port.
+fn port_range(text: &str) -> Result<std::ops::RangeInclusive<u16>, String> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    match (first.parse(), last.parse()) {
+        (Ok(first), Ok(last)) if 0 < first && first <= last => Ok(first..=last),
+        _ => Err("give the first and the last port, such as 20000-29999".into()),
+    }
 }
 
 /// `godwit center`.
@@ -205,6 +217,7 @@ impl CenterRole {
             certificate_life: self.certificate_life,
             co_schedule: !self.living.no_co_scheduling,
             uids: self.living.uid_range,
+            publish_ports: self.living.publish_ports,
         };
         let center = tokio::select! {
             c = Box::pin(Center::start(config, served)) => c?,
@@ -268,6 +281,7 @@ impl ApRole {
             scrub_every: self.living.scrub_every.map(Duration::from_secs),
             co_schedule: !self.living.no_co_scheduling,
             uids: self.living.uid_range,
+            publish_ports: self.living.publish_ports,
         };
         let mut agent = tokio::select! {
             a = Box::pin(Agent::start(config)) => a?,

@@ -10,7 +10,7 @@ use reqwest::Method;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::{exec, screen};
+use super::{exec, publish, screen};
 use crate::args::{Change, ClientArgs, Named, memory};
 use crate::client::Client;
 use crate::failure::{Outcome, Result};
@@ -89,6 +89,10 @@ enum Verb {
     Exec(exec::Exec),
     /// Offer the display to a VNC viewer on this machine
     View(screen::View),
+    /// Have a port of its site's host lead to an environment, wherever that goes
+    Publish(publish::Publish),
+    /// Have a port lead to an environment no more
+    Unpublish(publish::Unpublish),
 }
 
 #[derive(Debug, Args)]
@@ -169,8 +173,8 @@ fn substrate_kind(text: &str) -> Result<SubstrateKind, String> {
 
 impl Row for VmRecord {
     const COLUMNS: &'static [&'static str] = &[
-        "NAME", "STATE", "SITE", "IMAGE", "MEMORY", "AGE", "VCPUS", "ARCH", "GEN", "TENANT", "ID",
-        "REASON",
+        "NAME", "STATE", "SITE", "IMAGE", "MEMORY", "AGE", "VCPUS", "ARCH", "GEN", "PORTS",
+        "TENANT", "ID", "REASON",
     ];
     const WIDE: usize = 6;
     fn cells(&self) -> Vec<String> {
@@ -188,6 +192,7 @@ impl Row for VmRecord {
             self.vcpus.to_string(),
             self.arch.to_string(),
             self.generation.to_string(),
+            self.published.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
             self.tenant.to_string(),
             self.id.to_string(),
             self.reason.clone().unwrap_or_default(),
@@ -259,6 +264,8 @@ impl CommandArgs {
             Verb::Type(c) => c.run(&at.client).await,
             Verb::Exec(c) => c.run(&at.client, at.client_args.output).await,
             Verb::View(c) => c.run(&at.client).await,
+            Verb::Publish(c) => c.run(&at.client, at.client_args.output).await,
+            Verb::Unpublish(c) => c.run(&at.client, at.client_args.output).await,
         }
     }
 }

@@ -14,6 +14,7 @@ mod meta;
 mod networks;
 mod operations;
 mod people;
+mod ports;
 mod routes;
 mod shares;
 mod sites;
@@ -471,6 +472,8 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         exec::wait,
         vms::view,
         vms::attach,
+        ports::publish,
+        ports::unpublish,
         substrates::list,
         substrates::one,
         substrates::remove,

@@ -8,8 +8,8 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router, middleware};
 
 use super::{
-    Api, HttpFault, authenticate, events, exec, images, meta, networks, operations, people, sites,
-    substrates, vms,
+    Api, HttpFault, authenticate, events, exec, images, meta, networks, operations, people, ports,
+    sites, substrates, vms,
 };
 use godwit_types::Fault;
 
@@ -99,6 +99,8 @@ impl Api {
             .route("/v1/vms/{vm}/exec/{pid}", get(exec::wait))
             .route("/v1/vms/{vm}/view", get(vms::view))
             .route("/v1/vms/{vm}/attach", get(vms::attach))
+            .route("/v1/vms/{vm}/ports", post(ports::publish))
+            .route("/v1/vms/{vm}/ports/{protocol}/{port}", delete(ports::unpublish))
             .route("/v1/substrates", get(substrates::list).post(substrates::import))
             .route("/v1/substrates/{substrate}", get(substrates::one))
             .route("/v1/substrates/{substrate}", delete(substrates::remove))

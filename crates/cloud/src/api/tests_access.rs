@@ -89,6 +89,8 @@ fn paths() -> BTreeMap<(&'static str, &'static str), (About, &'static str)> {
         (("get", "/v1/vms/{vm}/exec/{pid}"), (changes, "")),
         (("get", "/v1/vms/{vm}/view"), (changes, "")),
         (("get", "/v1/vms/{vm}/attach"), (changes, "")),
+        (("post", "/v1/vms/{vm}/ports"), (changes, r#"{"host":8080,"guest":80,"protocol":"tcp"}"#)),
+        (("delete", "/v1/vms/{vm}/ports/{protocol}/{port}"), (changes, "")),
         (("get", "/v1/substrates"), (List, "")),
         (("post", "/v1/substrates"), (Make, "GWSA")),
         (("get", "/v1/substrates/{substrate}"), (reads, "")),
@@ -203,7 +205,8 @@ impl Has {
 fn with(path: &str, named: &str) -> String {
     let (before, rest) = path.split_once('{').expect("a parameter");
     let (_, after) = rest.split_once('}').expect("its end");
-    format!("{before}{named}{}", after.replace("{pid}", "7").replace("{tenant}", "acme"))
+    let after = after.replace("{pid}", "7").replace("{tenant}", "acme");
+    format!("{before}{named}{}", after.replace("{protocol}", "tcp").replace("{port}", "8080"))
 }
 
 fn router(w: &World) -> Router {

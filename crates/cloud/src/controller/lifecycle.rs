@@ -217,6 +217,8 @@ impl Controller {
             private_of,
             arriving: None,
             network: None,
+            published: Vec::new(),
+            ports_pending: false,
             voided: std::collections::BTreeMap::new(),
         };
         let warrant = self.warrants.warrant(&vm, vm.generation, &vm.site)?;

@@ -38,6 +38,7 @@ mod networks;
 mod origin;
 mod people;
 mod pool;
+mod ports;
 mod rebuild;
 mod recover;
 mod refusals;
@@ -51,6 +52,8 @@ mod tests_arrive;
 mod tests_belief;
 #[cfg(test)]
 mod tests_older;
+#[cfg(test)]
+mod tests_ports;
 #[cfg(test)]
 mod tests_tenants;
 mod warrants;
@@ -71,6 +74,7 @@ use moves::Moves;
 use networks::NetworkDesk;
 use people::Accounts;
 use pool::Pool;
+use ports::PortDesk;
 use recover::Settler;
 use sites::Sites;
 use warrants::Warrants;
@@ -168,6 +172,7 @@ pub struct Controller {
     /// Who there is, and what each has done.
     pub(crate) accounts: Arc<Accounts>,
     pub(crate) networks: NetworkDesk,
+    pub(crate) ports: PortDesk,
     /// Programs in guests.
     pub(crate) programs: Arc<Programs>,
     /// Substrates, wherever they are.
@@ -257,6 +262,8 @@ impl Controller {
             accounts: accounts.clone(),
         });
         let networks = NetworkDesk { registry: registry.clone() };
+        let ports =
+            PortDesk { registry: registry.clone(), sites: sites.clone(), finder: finder.clone() };
         Arc::new(Self {
             registry,
             ops,
@@ -265,6 +272,7 @@ impl Controller {
             finder,
             accounts,
             networks,
+            ports,
             programs,
             exchange,
             moves,
@@ -352,6 +360,7 @@ impl Controller {
         let asked_at = self.registry.revision();
         let report = host.report().await?;
         self.adopt_site_state(host, &report, asked_at).await?;
+        self.ports.tell_pending(host.name()).await;
         Ok(report)
     }
 

@@ -213,7 +213,23 @@ impl Moves {
         let warrant = self.warrants.warrant(&m.vm, m.generation, &m.to)?;
         let (migration, machine, next) = (m.id, status_of(&m.vm), m.generation);
         let from = m.from.clone();
-        let to = match self.registry.networks().attachment(&m.vm).map_err(registry_fault)? {
+        let attachment = self.registry.networks().attachment(&m.vm).map_err(registry_fault)?;
+        // They change no more while it moves.
+        let now = self.registry.vm(&m.vm.id.to_string()).map_err(registry_fault)?;
+        let to = match attachment {
+            Some(attachment) if !now.published.is_empty() => {
+                let request = verbs::MigratePreparePublishing {
+                    migration,
+                    machine,
+                    generation: next,
+                    warrant,
+                    from,
+                    manifest,
+                    attachment,
+                    published: now.published,
+                };
+                dst.ask(request, call_of(op)).await?
+            }
             Some(attachment) => {
                 let request = verbs::MigratePrepareOn {
                     migration,

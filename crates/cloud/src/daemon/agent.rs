@@ -68,6 +68,8 @@ pub struct AgentConfig {
     pub co_schedule: bool,
     /// Whether each QEMU gets a uid of its own, and from where.
     pub uids: Uids,
+    /// The ports of its host that machines may publish; those that need no right when left out.
+    pub publish_ports: Option<std::ops::RangeInclusive<u16>>,
     /// Where it serves the center's API for people there; nowhere when left out.
     pub api: Option<FrontConfig>,
 }
@@ -172,6 +174,7 @@ impl Agent {
         options.memory_visits_bytes = config.memory_visits_bytes;
         options.memory_promise_bytes = config.memory_promise_bytes;
         options.scrub_every = config.scrub_every;
+        options.publish_ports = config.publish_ports.unwrap_or(options.publish_ports);
         let site = LocalSite::open(name.clone(), config.dirs, trust, options).await?;
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let (now, linked) = watch::channel(None);

@@ -65,6 +65,8 @@ pub struct CenterConfig {
     pub co_schedule: bool,
     /// Whether each QEMU gets a uid of its own, and from where.
     pub uids: Uids,
+    /// The ports of its host that machines may publish; those that need no right when left out.
+    pub publish_ports: Option<std::ops::RangeInclusive<u16>>,
 }
 
 /// A running center.
@@ -164,6 +166,7 @@ impl Center {
             options.memory_visits_bytes = config.memory_visits_bytes;
             options.memory_promise_bytes = config.memory_promise_bytes;
             options.scrub_every = config.scrub_every;
+            options.publish_ports = config.publish_ports.unwrap_or(options.publish_ports);
             let trust = authority.trust().clone();
             LocalSite::open(config.site.clone(), config.dirs.clone(), trust, options).await?
         };

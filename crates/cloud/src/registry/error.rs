@@ -20,7 +20,7 @@ pub enum RegistryError {
     },
     /// The file was written by a version with another layout.
     #[error(
-        "the registry has format {found}, this version knows formats 1 to 4; run the version that \
+        "the registry has format {found}, this version knows formats 1 to 5; run the version that \
          wrote it, or bring back a copy from before"
     )]
     Format {
@@ -205,6 +205,9 @@ pub(crate) fn registry_fault(e: RegistryError) -> Fault {
         }
         RegistryError::NotFound { what: "network", .. } => {
             fault.hint("see the networks with: godwit network list")
+        }
+        RegistryError::NotFound { what: "port", .. } => {
+            fault.hint("see its ports with: godwit vm get")
         }
         RegistryError::NoAddress { .. } => fault.hint(
             "delete machines that are in it, or make another: godwit network create NAME --prefix P",

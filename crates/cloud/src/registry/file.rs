@@ -39,8 +39,9 @@ const LAST: &str = "last-commit";
 
 /// Version of the layout. 1: the first, with each site's last report in its row and tables of
 /// names. 2: what sites report is not written down. 3: everything belongs to a tenant; what does not
-/// say to which belongs to the default one. 4: networks; each tenant has one from the start.
-const FORMAT: &[u8] = b"4";
+/// say to which belongs to the default one. 4: networks; each tenant has one from the start. 5: published
+/// ports, which a version before would drop with each change of their machine.
+const FORMAT: &[u8] = b"5";
 
 /// A row as it is written.
 struct Row {
@@ -467,7 +468,7 @@ fn prepare(db: &Database) -> Result<bool> {
     };
     match found.as_deref() {
         Some(FORMAT) => return own_private_now(db),
-        None | Some(b"1" | b"2" | b"3") => {}
+        None | Some(b"1" | b"2" | b"3" | b"4") => {}
         Some(other) => {
             return Err(RegistryError::Format {
                 found: String::from_utf8_lossy(other).escape_debug().to_string(),
@@ -478,15 +479,17 @@ fn prepare(db: &Database) -> Result<bool> {
     for t in [SITES, SUBSTRATES, VMS, OPS, DELETED, TENANTS, USERS, TOKENS, AUDIT, NETWORKS] {
         tx.open_table(t)?;
     }
-    if found.as_deref() != Some(b"3") {
+    if !matches!(found.as_deref(), Some(b"3" | b"4")) {
         let all = TenantRecord::new(crate::principal::default_tenant());
         let key = all.name.to_string();
         let bytes = serde_json::to_vec(&all)
             .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;
         tx.open_table(TENANTS)?.insert(key.as_str(), bytes.as_slice())?;
     }
-    default_networks(&tx)?;
-    if !matches!(found.as_deref(), Some(b"2" | b"3")) {
+    if found.as_deref() != Some(b"4") {
+        default_networks(&tx)?;
+    }
+    if !matches!(found.as_deref(), Some(b"2" | b"3" | b"4")) {
         let mut sites = tx.open_table(SITES)?;
         let mut rows = Vec::new();
         for entry in sites.iter()? {

@@ -28,6 +28,7 @@ mod live;
 mod networks;
 mod operations;
 pub(crate) mod people;
+mod ports;
 mod quota;
 mod records;
 mod rows;
@@ -61,6 +62,7 @@ pub use journal::{MoveReached, Step, StepKind, StepName, StepState, all_known, m
 pub use networks::{DEFAULT_NETWORK, NetworkRecord, Networks, VmNetwork};
 pub use operations::{KEPT_OPS, Operations};
 pub use people::{Drawn, MAX_TOKENS, People, TenantRecord, TokenInfo, TokenRecord, UserRecord};
+pub use ports::Ports;
 pub use quota::{Quota, Quotas, TenantQuota, Usage};
 pub use records::{Arriving, DeletedVm, OpRecord, SiteRecord, SubstrateRecord, VmRecord};
 pub use sites::{LEASE, Sites};
@@ -80,6 +82,7 @@ pub struct Registry {
     people: People,
     quotas: Quotas,
     networks: Networks,
+    ports: Ports,
     audit: AuditLog,
 }
 
@@ -101,6 +104,7 @@ impl Registry {
             people: People::new(file.clone()),
             quotas: Quotas::new(file.clone()),
             networks: Networks::new(file.clone()),
+            ports: Ports::new(file.clone()),
             audit: AuditLog::new(file.clone()),
             file,
             live,
@@ -129,6 +133,12 @@ impl Registry {
     #[must_use]
     pub const fn networks(&self) -> &Networks {
         &self.networks
+    }
+
+    /// The ports that its machines publish.
+    #[must_use]
+    pub const fn ports(&self) -> &Ports {
+        &self.ports
     }
 
     /// How much each tenant may have.

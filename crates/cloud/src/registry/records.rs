@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use godwit_site::{Progress, SiteReport};
+use godwit_site::{Progress, PublishedPort, SiteReport};
 use godwit_types::{
     Arch, Code, Fault, Generation, Hash, InvalidTransition, Mib, MigrationId, Name, OpId, OpState,
     SiteKind, SiteState, SubstrateId, SubstrateKind, UnixMs, VmId, VmState,
@@ -133,6 +133,12 @@ pub struct VmRecord {
     /// Its place in a network, if it is in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<VmNetwork>,
+    /// The ports of its site's host that lead to it while it runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub published: Vec<PublishedPort>,
+    /// Its site may not know yet that these are its ports.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ports_pending: bool,
     /// Part of it is still at the site that it moved from.
     #[serde(default)]
     pub arriving: Option<Arriving>,

@@ -44,6 +44,8 @@ pub(crate) fn vm(n: &str) -> VmRecord {
         private_of: None,
         arriving: None,
         network: None,
+        published: Vec::new(),
+        ports_pending: false,
         voided: Default::default(),
     }
 }
@@ -261,7 +263,7 @@ fn a_file_of_another_format_or_in_use_is_refused() {
     let e = Registry::open(&path).expect_err("format");
     assert_eq!(
         e.to_string(),
-        "the registry has format 9, this version knows formats 1 to 4; run the version that wrote it, \
+        "the registry has format 9, this version knows formats 1 to 5; run the version that wrote it, \
          or bring back a copy from before"
     );
 }

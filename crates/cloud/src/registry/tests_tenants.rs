@@ -67,7 +67,7 @@ fn is_brought_to_tenants(format: &str) {
         assert_eq!(names, [default_tenant()]);
     }
     // A program from before knows formats 1 and 2, and refuses what it does not know.
-    assert_eq!(format_of(&path), b"4");
+    assert_eq!(format_of(&path), b"5");
 }
 
 #[test]
@@ -98,7 +98,29 @@ fn a_registry_from_before_networks_gives_each_tenant_the_one_that_it_has_from_th
         assert_eq!(all, [("acme", "default"), ("default", "default")]);
         assert_eq!(reg.quotas().of(&default_tenant()).expect("there").quota, quota);
     }
-    assert_eq!(format_of(&path), b"4");
+    assert_eq!(format_of(&path), b"5");
+}
+
+#[test]
+fn a_registry_from_before_published_ports_keeps_its_networks() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("registry");
+    let before = Registry::open(&path).expect("opens").networks().all();
+    assert_eq!(before.len(), 1);
+    let db = redb::Database::create(&path).expect("closed");
+    let tx = db.begin_write().expect("transaction");
+    let mut meta = tx.open_table(layout::META).expect("table");
+    meta.insert("format", b"4".as_slice()).expect("written");
+    drop(meta);
+    tx.commit().expect("committed");
+    drop(db);
+    for commits in [1, 0] {
+        let reg = Registry::open(&path).expect("opens");
+        assert_eq!(reg.commits(), commits, "it is rewritten once");
+        assert_eq!(reg.networks().all(), before);
+    }
+    // A program from before refuses it: it would drop the ports of each machine that it changes.
+    assert_eq!(format_of(&path), b"5");
 }
 
 /// The child of the test below: it is killed while it brings a registry to the new format.
@@ -140,7 +162,7 @@ fn is_killed_in_an_upgrade(format: &str) {
     let reg = Registry::open(&path).expect("opens");
     assert_eq!(reg.vm("report").expect("there"), v);
     drop(reg);
-    assert_eq!(format_of(&path), b"4");
+    assert_eq!(format_of(&path), b"5");
 }
 
 #[test]

@@ -18,7 +18,7 @@
 //! (3) unless it is written down that it has run here
 //! ```
 //!
-//! A program is started, a console and a screen are shown wherever there is a QEMU whose guest is
+//! Ports are published in every state but the first and the last. A program is started, a console and a screen are shown wherever there is a QEMU whose guest is
 //! awake; the console's log is shown always. Delete is possible in every state.
 
 use godwit_qemu::Life;
@@ -130,6 +130,8 @@ pub(super) enum Action {
     Release,
     /// Take its move back.
     Abort,
+    /// Have ports of the host lead to it.
+    Publish,
 }
 
 impl Action {
@@ -518,6 +520,20 @@ impl State {
                 | Phase::PoweringOff
                 | Phase::Docking
                 | Phase::Undocking => Ok(First::Nothing),
+            },
+            Action::Publish => match &self.phase {
+                Phase::Gone | Phase::Damaged(_) => Err(self.busy()),
+                // It is written down, and follows from what the machine does.
+                Phase::Starting
+                | Phase::Settled
+                | Phase::PoweringOff
+                | Phase::Docking
+                | Phase::Undocking
+                | Phase::Leaving(_)
+                | Phase::RanOn(_)
+                | Phase::Arriving(_)
+                | Phase::Arrived(_)
+                | Phase::Stranded(_) => Ok(First::Nothing),
             },
         }
     }

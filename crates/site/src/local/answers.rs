@@ -11,11 +11,11 @@ use super::net;
 use crate::verbs::{
     Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
     MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateHold, MigrateListening, MigrateLost,
-    MigrateManifest, MigratePrepare, MigratePrepareOn, MigrateReceived, MigrateRelease,
-    MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool, PoolCheck, Report,
-    Request, Revoke, SiteReply, SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer,
-    SubstrateUsers, Substrates, Visits, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew,
-    VmNewOn, VmScreenshot, VmStart, VmStatus, VmStop, VmType,
+    MigrateManifest, MigratePrepare, MigratePrepareOn, MigratePreparePublishing, MigrateReceived,
+    MigrateRelease, MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool,
+    PoolCheck, Report, Request, Revoke, SiteReply, SiteRequest, SubstrateDelete, SubstrateFetch,
+    SubstrateOffer, SubstrateUsers, Substrates, Visits, VmConsole, VmDelete, VmDock, VmExec,
+    VmExecWait, VmNew, VmNewOn, VmPublish, VmScreenshot, VmStart, VmStatus, VmStop, VmType,
 };
 use crate::{Call, ConsoleTail};
 
@@ -79,7 +79,7 @@ impl LocalSite {
             MigrateManifest { vm, generation } => self.moves.departures.manifest(vm, generation).await?;
             MigratePrepare { migration, machine, generation, warrant, from, manifest } => {
                 let arrivals = &self.moves.arrivals;
-                let comes = Comes { migration, machine, generation, warrant, from, attachment: None };
+                let comes = Comes { migration, machine, generation, warrant, from, attachment: None, published: Vec::new() };
                 arrivals.prepare(comes, &manifest).await?
             };
             MigrateSend { vm, generation, next, to, scheme } => {
@@ -141,7 +141,13 @@ impl LocalSite {
             };
             MigratePrepareOn { migration, machine, generation, warrant, from, manifest, attachment } => {
                 let attachment = Some(attachment);
-                let comes = Comes { migration, machine, generation, warrant, from, attachment };
+                let comes = Comes { migration, machine, generation, warrant, from, attachment, published: Vec::new() };
+                self.moves.arrivals.prepare(comes, &manifest).await?
+            };
+            VmPublish { vm, generation, ports } => self.publish(vm, generation, ports).await?;
+            MigratePreparePublishing { migration, machine, generation, warrant, from, manifest, attachment, published } => {
+                let attachment = Some(attachment);
+                let comes = Comes { migration, machine, generation, warrant, from, attachment, published };
                 self.moves.arrivals.prepare(comes, &manifest).await?
             };
         })

@@ -33,6 +33,7 @@ mod net;
 mod owner;
 mod parts;
 mod pool;
+mod ports;
 mod progress;
 mod promise;
 mod ran;
@@ -77,6 +78,9 @@ pub use dirs::SiteDirs;
 pub use images::{image_info, images_of, in_use};
 pub use promise::MACHINE_OVERHEAD_MIB;
 
+/// The ports that machines of a site may publish when nothing else is said: those that need no right.
+pub const PUBLISH_PORTS: std::ops::RangeInclusive<u16> = 1024..=65535;
+
 /// How a site is run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SiteOptions {
@@ -102,6 +106,8 @@ pub struct SiteOptions {
     pub memory_promise_bytes: Option<u64>,
     /// How often all that is stored is read and checked; once a day when left out.
     pub scrub_every: Option<std::time::Duration>,
+    /// The ports of this host that machines may publish.
+    pub publish_ports: std::ops::RangeInclusive<u16>,
     /// QEMUs that wait for each substrate that was activated recently; 0 keeps none.
     pub waiting: usize,
     /// Whether the siblings among this host's vCPUs are scheduled with each other in mind.
@@ -131,6 +137,7 @@ impl SiteOptions {
             memory_visits_bytes: None,
             memory_promise_bytes: None,
             scrub_every: None,
+            publish_ports: PUBLISH_PORTS,
             waiting: 1,
             co_schedule: false,
             uids: Uids::default(),
@@ -196,7 +203,10 @@ impl LocalSite {
         let how = (&confine, &groups);
         let relays = relays::Relays::new(&dirs, &trust, &options, how, (held, visits));
         let reach = meet::Reach::new(name.clone(), options.relay_address, options.behind_nat);
-        let networks = Arc::new(net::SiteNetworks::of(&dirs.data));
+        let networks = Arc::new(net::SiteNetworks::of(
+            &dirs.data,
+            ports::Ports::new(name.clone(), options.publish_ports.clone()),
+        ));
         let launcher = launch::Launcher::probe(
             name.clone(),
             dirs.clone(),

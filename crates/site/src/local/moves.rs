@@ -23,7 +23,7 @@ use godwit_migrate::hybrid::{
     Sent, prepare_incoming, receive,
 };
 use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk};
-use godwit_net::Attachment;
+use godwit_net::{Attachment, PublishedPort};
 use godwit_qemu::{
     DiskChain, DiskLayer, Layer, Machine, Manifest, MemorySource, Node, Start, VmGenId,
 };
@@ -109,6 +109,7 @@ pub(super) struct Comes {
     pub(super) warrant: Warrant,
     pub(super) from: Name,
     pub(super) attachment: Option<Attachment>,
+    pub(super) published: Vec<PublishedPort>,
 }
 
 impl Departures {
@@ -149,7 +150,8 @@ impl Arrivals {
         comes: Comes,
         manifest: &[u8],
     ) -> Result<Incoming, Fault> {
-        let Comes { migration: id, machine, generation, warrant, from, attachment } = comes;
+        let Comes { migration: id, machine, generation, warrant, from, attachment, published } =
+            comes;
         self.parts.warrants.check(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
         fits(manifest.nic, manifest.mac, attachment.as_ref())?;
@@ -159,6 +161,7 @@ impl Arrivals {
             self.parts.room.check_memory(machine.memory).await?;
         }
         self.parts.room.check_disk(manifest.layer_bytes)?;
+        self.parts.networks.ports.take(attachment.as_ref(), &published)?;
         let record = MachineRecord {
             vm: machine.vm,
             name: machine.name,
@@ -177,6 +180,7 @@ impl Arrivals {
             reason: None,
             unfinished: None,
             attachment,
+            published,
         };
         self.supersede(&record).await?;
         let image = self.parts.images.sound(&record).await?;

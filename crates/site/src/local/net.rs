@@ -13,8 +13,10 @@ use godwit_substrate::{GuestNetwork, set_network};
 use godwit_types::{Code, Fault, Name, VmId};
 
 use super::LocalSite;
+use super::entry::Entry;
 use super::faults::into_fault;
 use super::parts::Parts;
+use super::ports::{Ports, open};
 use super::record::MachineRecord;
 use super::table::Machines;
 use crate::UNKNOWN_GENERATION;
@@ -32,27 +34,33 @@ const TELL_WITHIN: Duration = Duration::from_secs(30);
 /// The networks of one site.
 pub(super) struct SiteNetworks {
     networks: Networks,
+    /// The ports of the host that its machines may publish.
+    pub(super) ports: Ports,
     /// The records are read and applied by one at a time, so that none applies what is outdated.
     one: tokio::sync::Mutex<()>,
 }
 
 impl SiteNetworks {
     /// Those of the site whose things are in `data`.
-    pub(super) fn of(data: &std::path::Path) -> Self {
-        Self { networks: Networks::of(data), one: tokio::sync::Mutex::default() }
+    pub(super) fn of(data: &std::path::Path, ports: Ports) -> Self {
+        Self { networks: Networks::of(data), ports, one: tokio::sync::Mutex::default() }
     }
 
     /// Has them be those of the machines that are here; what is wrong with them.
     async fn follow(&self, machines: &Machines) -> Vec<Trouble> {
         let _one = self.one.lock().await;
-        let records = machines.records().await;
+        let entries = machines.entries().await;
+        self.ports.follow(entries.iter().map(|e| &e.record));
         // Nobody knows in which network a machine is whose record is damaged: nothing goes.
-        let rest = match records.iter().any(|r| r.generation == UNKNOWN_GENERATION) {
+        let rest = match entries.iter().any(|e| e.record.generation == UNKNOWN_GENERATION) {
             true => Rest::Stays,
             false => Rest::Goes,
         };
-        let member = |r: MachineRecord| Some(Member::new(r.vm, r.name, r.attachment?));
-        let members: Vec<Member> = records.into_iter().filter_map(member).collect();
+        let member = |e: Entry| {
+            let (ports, r) = (open(&e).to_vec(), e.record);
+            Some(Member::new(r.vm, r.name, r.attachment?).publishing(ports))
+        };
+        let members: Vec<Member> = entries.into_iter().filter_map(member).collect();
         self.networks.apply(&members, rest).await
     }
 
@@ -63,6 +71,23 @@ impl SiteNetworks {
         record: &MachineRecord,
     ) -> Result<(), Fault> {
         let Some(attachment) = &record.attachment else { return Ok(()) };
+        for port in &record.published {
+            self.ports.hold(port.at())?;
+        }
+        match record.published.is_empty() {
+            true => self.right(machines, attachment, &[]).await,
+            false => self.right(machines, attachment, &[With::Ports]).await,
+        }
+    }
+
+    /// Puts all of them right; fails for what is wrong with the host, with that network or with what
+    /// is `besides`.
+    pub(super) async fn right(
+        &self,
+        machines: &Machines,
+        attachment: &Attachment,
+        besides: &[With],
+    ) -> Result<(), Fault> {
         let own = [With::Host, With::Network(attachment.network.id)];
         let looked = tokio::time::timeout(READY_WITHIN, self.follow(machines)).await;
         let looked = looked.map_err(|_| {
@@ -70,7 +95,7 @@ impl SiteNetworks {
             let message = format!("network '{name}' was not made within {READY_WITHIN:?}");
             Fault::new(Code::TimedOut, message).hint("see the log of this site, and try again")
         })?;
-        match looked.into_iter().find(|t| own.contains(&t.with)) {
+        match looked.into_iter().find(|t| own.iter().chain(besides).any(|w| *w == t.with)) {
             Some(t) => Err(Fault::of(&t.error)
                 .hint("see what is missing with: godwit doctor; or make it without a network")),
             None => Ok(()),
@@ -138,11 +163,15 @@ pub(super) async fn tell_guest(
 
 /// Looks after the site's networks for as long as it is there.
 pub(super) fn start(site: &Arc<LocalSite>) {
+    let changed = Arc::clone(&site.parts.machines.ports_changed);
     let site: Weak<LocalSite> = Arc::downgrade(site);
     tokio::spawn(async move {
         let mut looks = tokio::time::interval(EVERY);
         loop {
-            looks.tick().await;
+            tokio::select! {
+                _ = looks.tick() => {}
+                () = changed.notified() => {}
+            }
             let Some(site) = site.upgrade() else { return };
             site.parts.networks.tidy(&site.parts.machines).await;
         }

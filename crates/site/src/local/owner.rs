@@ -276,6 +276,11 @@ impl Owner {
         self.published.borrow().record.vm
     }
 
+    /// Shows the machine as it is published, to who does not keep its owner.
+    pub(super) fn watch(&self) -> watch::Receiver<Entry> {
+        self.published.clone()
+    }
+
     /// Waits until it is one for which `is` holds; until its owner is gone.
     pub(super) async fn wait_for(&self, is: impl FnMut(&Entry) -> bool) -> Entry {
         let mut published = self.published.clone();

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use godwit_net::Attachment;
+use godwit_net::{Attachment, PublishedPort};
 use godwit_qemu::{MacAddress, Nic};
 use godwit_transfer::Warrant;
 use godwit_types::{Arch, Fault, Generation, Hash, Mib, Name, SubstrateId, VmId};
@@ -86,6 +86,9 @@ pub(crate) struct MachineRecord {
     /// Its place in a network, if it is in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) attachment: Option<Attachment>,
+    /// The ports of its site's host that lead to it while it runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) published: Vec<PublishedPort>,
 }
 
 /// How a record file begins. What lies between this, 64 hex digits and [`BODY`], and the last brace
@@ -213,6 +216,7 @@ mod tests {
             reason: None,
             unfinished: Some(Unfinished::Activating),
             attachment: None,
+            published: Vec::new(),
         }
     }
 

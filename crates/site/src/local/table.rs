@@ -6,7 +6,7 @@ use std::sync::Arc;
 use godwit_qemu::Machine;
 use godwit_substrate::AsyncPool;
 use godwit_types::{Fault, Generation, Mib, Name, SubstrateId, VmId};
-use tokio::sync::{Mutex, MutexGuard, RwLock};
+use tokio::sync::{Mutex, MutexGuard, Notify, RwLock};
 use tokio_util::sync::CancellationToken;
 
 use super::SiteDirs;
@@ -14,6 +14,7 @@ use super::allowed::{Action, Activity, First, Refusal};
 use super::dirs::remove_file;
 use super::entry::{Doing, Entry};
 use super::owner::{Look, Needs, Owner};
+use super::ports;
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::tombs::Tombs;
 use super::visits::Visits;
@@ -34,6 +35,8 @@ pub(super) struct Machines {
     pub(super) promise_bytes: Option<u64>,
     /// What is kept of those that have left.
     pub(super) visits: Arc<Visits>,
+    /// Told when other ports of the host lead to one of them.
+    pub(super) ports_changed: Arc<Notify>,
 }
 
 impl Machines {
@@ -54,6 +57,7 @@ impl Machines {
             promising: Mutex::default(),
             promise_bytes,
             visits,
+            ports_changed: Arc::default(),
         })
     }
 
@@ -69,7 +73,9 @@ impl Machines {
     }
 
     fn begin(&self, vm: VmId, entry: Entry) -> Owner {
-        Owner::begin(self.site.clone(), self.dirs.vm(vm), entry)
+        let owner = Owner::begin(self.site.clone(), self.dirs.vm(vm), entry);
+        ports::watch(owner.watch(), Arc::clone(&self.ports_changed));
+        owner
     }
 
     /// At which generation a machine left for good, if it did.
@@ -217,10 +223,15 @@ impl Machines {
         }
     }
 
-    /// The records of the machines that are here.
+    /// The machines that are here.
+    pub(super) async fn entries(&self) -> Vec<Entry> {
+        let all = self.all().await.into_iter().map(|owner| owner.now());
+        all.filter(|e| e.record.desired != DesiredState::Gone).collect()
+    }
+
+    /// Their records.
     pub(super) async fn records(&self) -> Vec<MachineRecord> {
-        let all = self.all().await.into_iter().map(|owner| owner.now().record);
-        all.filter(|r| r.desired != DesiredState::Gone).collect()
+        self.entries().await.into_iter().map(|e| e.record).collect()
     }
 
     /// The machines whose disk stands on a substrate. One that came from it and has moved or was

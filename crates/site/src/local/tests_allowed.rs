@@ -5,7 +5,7 @@ use super::super::course::{Migration, Step};
 use super::super::record::DiskBase;
 use super::*;
 
-const ACTIONS: [Action; 15] = [
+const ACTIONS: [Action; 16] = [
     Action::Start,
     Action::Stop,
     Action::ForceStop,
@@ -21,6 +21,7 @@ const ACTIONS: [Action; 15] = [
     Action::ResumeDeparture,
     Action::Release,
     Action::Abort,
+    Action::Publish,
 ];
 
 const LIVES: [Life; 9] = [
@@ -58,6 +59,7 @@ fn record() -> MachineRecord {
         reason: None,
         unfinished: None,
         attachment: None,
+        published: Vec::new(),
     }
 }
 
