@@ -110,6 +110,26 @@ fn a_machine_reaches_the_world_and_again_after_a_move() {
 }
 
 #[test]
+fn a_guest_that_reboots_keeps_its_address() {
+    let cloud = Cloud::center_only();
+    let image = ["vm", "create", "--image", "tiny", "--name", "a", "--network", "default"];
+    let _ = cloud.ok(&image);
+    let (at, boot) = (address(&cloud, "a"), "cat /proc/sys/kernel/random/boot_id");
+    let before = cloud.guest("a").sh(boot);
+    // Twice: whoever tells it listens on.
+    let mut boots = vec![before];
+    for _ in 0..2 {
+        let _ = cloud.guest("a").try_sh("(sleep 1; reboot -f) >/dev/null 2>&1 &");
+        within(CARD_WITHIN * 2, "'a' to boot again and have its address", || {
+            let now = cloud.guest("a").try_sh(boot).filter(|now| !boots.contains(now))?;
+            let has = cloud.guest("a").try_sh("ip -4 addr show eth0")?;
+            has.contains(&format!("{at}/24")).then(|| boots.push(now))
+        });
+        assert_eq!(cloud.guest("a").sh("hostname"), "a");
+    }
+}
+
+#[test]
 fn networks_are_made_used_up_and_removed() {
     let cloud = Cloud::center_only();
     let _ = cloud.ok(&["network", "create", "lab", "--kind", "private", "--prefix", "10.9.0.0/29"]);

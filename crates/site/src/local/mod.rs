@@ -36,6 +36,7 @@ mod pool;
 mod progress;
 mod promise;
 mod ran;
+mod reboots;
 mod record;
 mod relays;
 mod report;
