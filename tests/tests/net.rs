@@ -130,6 +130,37 @@ fn a_guest_that_reboots_keeps_its_address() {
 }
 
 #[test]
+fn what_a_hand_removes_of_a_network_is_joined_again() {
+    let world = World::new();
+    let cloud = Cloud::center_only();
+    let network = cloud.ok(&["network", "get", "default"]);
+    let image = ["vm", "create", "--image", "tiny", "--name", "a", "--network", "default"];
+    let _ = cloud.ok(&image);
+    fetches(&cloud, "a", &world);
+    let namespace = namespaces(&network).remove(0);
+    // The name of its namespace, with the server that stays in it.
+    let pid = std::fs::read_to_string(format!("/run/godwit-net/{namespace}/pid")).unwrap();
+    assert!(Command::new("kill").args(["-9", pid.trim()]).status().unwrap().success());
+    let _ = ip(&format!("netns del {namespace}"));
+    within(CARD_WITHIN, "the namespace", || (!namespaces(&network).is_empty()).then_some(()));
+    fetches(&cloud, "a", &world);
+    // The TAP, of which QEMU has the other end open.
+    let tap = || {
+        let all = ip(&format!("-n {namespace} -o link show type tun"));
+        all.split(": ").nth(1).map(str::to_owned)
+    };
+    let name = tap().expect("its TAP");
+    let _ = ip(&format!("-n {namespace} link del {name}"));
+    assert_eq!(tap(), None);
+    fetches(&cloud, "a", &world);
+    let log = cloud.log_text(Daemon::Center);
+    assert!(
+        log.contains("it is put back") && log.contains("it is joined again"),
+        "said in the log"
+    );
+}
+
+#[test]
 fn networks_are_made_used_up_and_removed() {
     let cloud = Cloud::center_only();
     let _ = cloud.ok(&["network", "create", "lab", "--kind", "private", "--prefix", "10.9.0.0/29"]);

@@ -15,13 +15,16 @@
 
 mod command;
 mod dhcp;
+mod kept;
 mod links;
+mod look;
 mod names;
+mod netlink;
 mod networks;
 mod rules;
 mod types;
 
-pub use command::NetError;
+pub use command::{NetError, programs_started};
 pub use godwit_qemu::MacAddress;
 pub use networks::{Member, Networks, Rest, Trouble, With, lacking};
 pub use types::{Attachment, Network, NetworkKind, Prefix, PrefixError};

@@ -7,15 +7,16 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use godwit_net::{Attachment, Member, Networks, Rest, Trouble, With};
+use godwit_net::{Attachment, Member, Networks, Rest, Trouble};
 use godwit_qemu::{Machine, NicBackend};
 use godwit_substrate::{GuestNetwork, set_network};
-use godwit_types::{Code, Fault, Name, VmId};
+use godwit_types::{Code, Fault, Name, NetworkId, VmId};
 
 use super::LocalSite;
+use super::entry::Entry;
 use super::faults::into_fault;
 use super::parts::Parts;
-use super::record::MachineRecord;
+use super::record::{DesiredState, MachineRecord};
 use super::table::Machines;
 use crate::UNKNOWN_GENERATION;
 
@@ -42,18 +43,25 @@ impl SiteNetworks {
         Self { networks: Networks::of(data), one: tokio::sync::Mutex::default() }
     }
 
-    /// Has them be those of the machines that are here; what is wrong with them.
-    async fn follow(&self, machines: &Machines) -> Vec<Trouble> {
+    /// Has them be those of the machines that are here, or one of them alone; what is wrong with them.
+    async fn follow(&self, machines: &Machines, only: Option<NetworkId>) -> Vec<Trouble> {
         let _one = self.one.lock().await;
-        let records = machines.records().await;
+        let here = machines.all().await.into_iter().map(|owner| owner.now());
+        let here: Vec<Entry> = here.filter(|e| e.record.desired != DesiredState::Gone).collect();
         // Nobody knows in which network a machine is whose record is damaged: nothing goes.
-        let rest = match records.iter().any(|r| r.generation == UNKNOWN_GENERATION) {
+        let rest = match here.iter().any(|e| e.record.generation == UNKNOWN_GENERATION) {
             true => Rest::Stays,
             false => Rest::Goes,
         };
-        let member = |r: MachineRecord| Some(Member::new(r.vm, r.name, r.attachment?));
-        let members: Vec<Member> = records.into_iter().filter_map(member).collect();
-        self.networks.apply(&members, rest).await
+        let member = |Entry { record: r, machine, .. }: Entry| {
+            let member = Member::new(r.vm, r.name, r.attachment?);
+            Some(member.run_by(machine.map(|m| m.process().pid)))
+        };
+        let members: Vec<Member> = here.into_iter().filter_map(member).collect();
+        match only {
+            Some(network) => self.networks.apply_one(network, &members, rest).await,
+            None => self.networks.apply(&members, rest).await,
+        }
     }
 
     /// Has the network be there of a machine that is about to start, if it is in one.
@@ -63,14 +71,14 @@ impl SiteNetworks {
         record: &MachineRecord,
     ) -> Result<(), Fault> {
         let Some(attachment) = &record.attachment else { return Ok(()) };
-        let own = [With::Host, With::Network(attachment.network.id)];
-        let looked = tokio::time::timeout(READY_WITHIN, self.follow(machines)).await;
+        let only = Some(attachment.network.id);
+        let looked = tokio::time::timeout(READY_WITHIN, self.follow(machines, only)).await;
         let looked = looked.map_err(|_| {
             let name = &attachment.network.name;
             let message = format!("network '{name}' was not made within {READY_WITHIN:?}");
             Fault::new(Code::TimedOut, message).hint("see the log of this site, and try again")
         })?;
-        match looked.into_iter().find(|t| own.contains(&t.with)) {
+        match looked.into_iter().next() {
             Some(t) => Err(Fault::of(&t.error)
                 .hint("see what is missing with: godwit doctor; or make it without a network")),
             None => Ok(()),
@@ -79,7 +87,7 @@ impl SiteNetworks {
 
     /// Puts all of them right, also after a machine went: what stays is removed by the next look.
     pub(super) async fn tidy(&self, machines: &Machines) {
-        for Trouble { with, error } in self.follow(machines).await {
+        for Trouble { with, error } in self.follow(machines, None).await {
             tracing::warn!(?with, %error, "the networks of this site are not as they should be");
         }
     }
