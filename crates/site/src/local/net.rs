@@ -71,6 +71,7 @@ impl SiteNetworks {
         record: &MachineRecord,
     ) -> Result<(), Fault> {
         let Some(attachment) = &record.attachment else { return Ok(()) };
+        check_place(record, machines.records().await)?;
         let only = Some(attachment.network.id);
         let looked = tokio::time::timeout(READY_WITHIN, self.follow(machines, only)).await;
         let looked = looked.map_err(|_| {
@@ -97,6 +98,38 @@ impl SiteNetworks {
         attachment
             .map_or(NicBackend::Isolated, |a| NicBackend::Tap(self.networks.tap(a.network.id, vm)))
     }
+}
+
+/// Refuses a machine whose place in its network another one here has, as after the center's registry
+/// was brought back from an old copy: neither would be reached.
+pub(super) fn check_place(
+    record: &MachineRecord,
+    here: impl IntoIterator<Item = MachineRecord>,
+) -> Result<(), Fault> {
+    let Some(own) = &record.attachment else { return Ok(()) };
+    for other in here {
+        let Some(its) = other.attachment.filter(|a| a.network.id == own.network.id) else {
+            continue;
+        };
+        if other.vm == record.vm || other.desired == DesiredState::Gone {
+            continue;
+        }
+        let what = match (own.address == its.address, own.mac == its.mac) {
+            (true, _) => format!("address {}", own.address),
+            (false, true) => format!("MAC address {}", own.mac),
+            (false, false) => continue,
+        };
+        let (name, network) = (&other.name, &own.network.name);
+        let message = format!(
+            "'{}' cannot be here: machine '{name}' has {what} in network '{network}' already",
+            record.name
+        );
+        return Err(Fault::conflict(message).hint(format!(
+            "delete one of the two, or have them at different sites; see: godwit vm list, \
+             godwit vm get {name}"
+        )));
+    }
+    Ok(())
 }
 
 /// Whether a machine that is here is in a network, which may have to go with it.
