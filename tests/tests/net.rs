@@ -161,6 +161,21 @@ fn what_a_hand_removes_of_a_network_is_joined_again() {
 }
 
 #[test]
+fn a_clone_that_does_not_take_all_of_its_network_runs_all_the_same() {
+    let cloud = Cloud::center_only();
+    let _ = cloud.ok(&["vm", "create", "--image", "tiny", "--name", "a", "--network", "default"]);
+    // Who resolves names cannot be said to it.
+    let _ = cloud.guest("a").sh("rm -rf /etc/resolv.conf && mkdir -p /etc/resolv.conf/kept");
+    let _ = cloud.ok(&["vm", "dock", "a", "--name", "lab"]);
+    let clone = ["vm", "activate", "lab", "--name", "b", "--network", "default"];
+    let _ = cloud.ok(&clone);
+    let has = |vm: &str| cloud.guest(vm).try_sh("ip -4 addr show eth0");
+    let at = address(&cloud, "b");
+    within(CARD_WITHIN, "its address", || has("b").filter(|text| text.contains(&at)));
+    assert!(cloud.log_text(Daemon::Center).contains("was not told all of its network"));
+}
+
+#[test]
 fn networks_are_made_used_up_and_removed() {
     let cloud = Cloud::center_only();
     let _ = cloud.ok(&["network", "create", "lab", "--kind", "private", "--prefix", "10.9.0.0/29"]);
