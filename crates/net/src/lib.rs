@@ -15,6 +15,7 @@
 
 mod command;
 mod dhcp;
+mod firewall;
 mod kept;
 mod links;
 mod look;
@@ -25,6 +26,7 @@ mod rules;
 mod types;
 
 pub use command::{NetError, programs_started};
+pub use firewall::forward_drops;
 pub use godwit_qemu::MacAddress;
-pub use networks::{Member, Networks, Rest, Trouble, With, lacking};
+pub use networks::{Member, Networks, Rest, Trouble, With, lacking, lacking_parts};
 pub use types::{Attachment, Network, NetworkKind, Prefix, PrefixError};

@@ -12,6 +12,7 @@ use tracing::{info, warn};
 
 use crate::command::{NetError, run};
 use crate::dhcp::Server;
+use crate::firewall::forward_drops;
 use crate::kept::{KeptRules, Table};
 use crate::links::Link;
 use crate::look::{Look, NAMESPACES, set_switch, within};
@@ -88,27 +89,41 @@ pub struct Networks {
     kept: tokio::sync::Mutex<KeptRules>,
     /// Whether this process has looked after them before.
     looked: AtomicBool,
+    /// Whether it has looked at the host's own firewall.
+    asked: AtomicBool,
 }
 
 /// What is lacking for networks on this host, in words.
 #[must_use]
 pub fn lacking() -> Vec<String> {
+    lacks_of_host().into_iter().map(|(_, words)| words).collect()
+}
+
+/// What is lacking for networks on this host, each as one word: a package, `root`, `dev-net-tun`.
+#[must_use]
+pub fn lacking_parts() -> Vec<Name> {
+    lacks_of_host().into_iter().filter_map(|(part, _)| Name::new(part).ok()).collect()
+}
+
+fn lacks_of_host() -> Vec<(&'static str, String)> {
     let has = |program: &str| {
         ["/usr/sbin", "/usr/bin", "/sbin", "/bin"]
             .iter()
             .any(|d| Path::new(d).join(program).exists())
     };
     let packages = [("ip", "iproute2"), ("nft", "nftables"), ("dnsmasq", "dnsmasq-base")];
-    let mut lacking: Vec<String> = packages
+    let mut lacking: Vec<(&str, String)> = packages
         .iter()
         .filter(|(program, _)| !has(program))
-        .map(|(program, package)| format!("no {program}: install the package {package}"))
+        .map(|(program, package)| {
+            (*package, format!("no {program}: install the package {package}"))
+        })
         .collect();
     if !rustix::process::geteuid().is_root() {
-        lacking.push("no right to make network namespaces: run as root".into());
+        lacking.push(("root", "no right to make network namespaces: run as root".into()));
     }
     if !Path::new("/dev/net/tun").exists() {
-        lacking.push("no /dev/net/tun: the kernel has no TUN/TAP".into());
+        lacking.push(("dev-net-tun", "no /dev/net/tun: the kernel has no TUN/TAP".into()));
     }
     lacking
 }
@@ -118,7 +133,12 @@ impl Networks {
     #[must_use]
     pub fn of(data: &Path) -> Self {
         let kept = tokio::sync::Mutex::default();
-        Self { mark: SiteMark::of(data), kept, looked: AtomicBool::default() }
+        Self {
+            mark: SiteMark::of(data),
+            kept,
+            looked: AtomicBool::default(),
+            asked: AtomicBool::default(),
+        }
     }
 
     /// The TAP of a machine in a network.
@@ -255,9 +275,14 @@ impl Networks {
         let text = rules::on_host(&name, &self.mark.veths());
         let list = ["-s", "list", "table", "inet", &name];
         let table = Table { namespace: None, name: &name, list: &list };
-        kept.set(&table, &look, &text).await?;
+        let changed = kept.set(&table, &look, &text).await?;
         if wanted.values().any(|(network, _)| network.kind == NetworkKind::Nat) {
             set_sysctl("/proc/sys/net/ipv4/ip_forward", "1")?;
+            if !self.asked.swap(true, Ordering::Relaxed) || changed {
+                for words in forward_drops(None).await? {
+                    warn!("{words}");
+                }
+            }
         }
         Ok(look)
     }

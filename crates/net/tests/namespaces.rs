@@ -7,7 +7,8 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use godwit_net::{
-    Attachment, Member, Network, NetworkKind, Networks, Prefix, Rest, With, programs_started,
+    Attachment, Member, Network, NetworkKind, Networks, Prefix, Rest, With, forward_drops,
+    programs_started,
 };
 use godwit_qemu::MacAddress;
 use godwit_testkit::World;
@@ -304,6 +305,38 @@ async fn a_look_that_finds_nothing_changed_starts_no_program() {
     })
     .await
     .unwrap();
+}
+
+/// A network namespace that stands for a host with a firewall of its own.
+struct Host(String);
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = sh(&format!("ip netns del {}", self.0));
+    }
+}
+
+#[tokio::test]
+async fn a_firewall_that_drops_what_is_forwarded_is_told_with_the_lines_that_let_it_through() {
+    let host = Host(format!("gwtest-fw-{}", std::process::id()));
+    ok(&format!("ip netns add {}", host.0));
+    let within = |line: &str| ok(&format!("ip netns exec {} {line}", host.0));
+    let told = async || forward_drops(Some(&host.0)).await.unwrap();
+    assert_eq!(told().await, Vec::<String>::new());
+    within("nft 'add table ip filter'");
+    let chain = "{ type filter hook forward priority 0; policy drop; }";
+    within(&format!("nft 'add chain ip filter FORWARD {chain}'"));
+    let words = told().await;
+    let [words] = &words[..] else { panic!("{words:?}") };
+    assert!(
+        words.starts_with("chain 'FORWARD' of the firewall's table 'ip filter' drops"),
+        "{words}"
+    );
+    // What it says to do, as it stands there.
+    let (_, lines) = words.split_once("with: ").unwrap();
+    let lines = lines.replace("nft insert", &format!("ip netns exec {} nft insert", host.0));
+    ok(&lines);
+    assert_eq!(told().await, Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -554,4 +554,6 @@ verbs! {
         /// Its place in the network.
         attachment: Attachment,
     }
+    /// What a site lacks for networks, each as one word.
+    NetworksLack "networks lack" since 7 => Names {}
 }
