@@ -110,6 +110,72 @@ fn a_machine_reaches_the_world_and_again_after_a_move() {
 }
 
 #[test]
+fn a_guest_that_reboots_keeps_its_address() {
+    let cloud = Cloud::center_only();
+    let image = ["vm", "create", "--image", "tiny", "--name", "a", "--network", "default"];
+    let _ = cloud.ok(&image);
+    let (at, boot) = (address(&cloud, "a"), "cat /proc/sys/kernel/random/boot_id");
+    let before = cloud.guest("a").sh(boot);
+    // Twice: whoever tells it listens on.
+    let mut boots = vec![before];
+    for _ in 0..2 {
+        let _ = cloud.guest("a").try_sh("(sleep 1; reboot -f) >/dev/null 2>&1 &");
+        within(CARD_WITHIN * 2, "'a' to boot again and have its address", || {
+            let now = cloud.guest("a").try_sh(boot).filter(|now| !boots.contains(now))?;
+            let has = cloud.guest("a").try_sh("ip -4 addr show eth0")?;
+            has.contains(&format!("{at}/24")).then(|| boots.push(now))
+        });
+        assert_eq!(cloud.guest("a").sh("hostname"), "a");
+    }
+}
+
+#[test]
+fn what_a_hand_removes_of_a_network_is_joined_again() {
+    let world = World::new();
+    let cloud = Cloud::center_only();
+    let network = cloud.ok(&["network", "get", "default"]);
+    let image = ["vm", "create", "--image", "tiny", "--name", "a", "--network", "default"];
+    let _ = cloud.ok(&image);
+    fetches(&cloud, "a", &world);
+    let namespace = namespaces(&network).remove(0);
+    // The name of its namespace, with the server that stays in it.
+    let pid = std::fs::read_to_string(format!("/run/godwit-net/{namespace}/pid")).unwrap();
+    assert!(Command::new("kill").args(["-9", pid.trim()]).status().unwrap().success());
+    let _ = ip(&format!("netns del {namespace}"));
+    within(CARD_WITHIN, "the namespace", || (!namespaces(&network).is_empty()).then_some(()));
+    fetches(&cloud, "a", &world);
+    // The TAP, of which QEMU has the other end open.
+    let tap = || {
+        let all = ip(&format!("-n {namespace} -o link show type tun"));
+        all.split(": ").nth(1).map(str::to_owned)
+    };
+    let name = tap().expect("its TAP");
+    let _ = ip(&format!("-n {namespace} link del {name}"));
+    assert_eq!(tap(), None);
+    fetches(&cloud, "a", &world);
+    let log = cloud.log_text(Daemon::Center);
+    assert!(
+        log.contains("it is put back") && log.contains("it is joined again"),
+        "said in the log"
+    );
+}
+
+#[test]
+fn a_clone_that_does_not_take_all_of_its_network_runs_all_the_same() {
+    let cloud = Cloud::center_only();
+    let _ = cloud.ok(&["vm", "create", "--image", "tiny", "--name", "a", "--network", "default"]);
+    // Who resolves names cannot be said to it.
+    let _ = cloud.guest("a").sh("rm -rf /etc/resolv.conf && mkdir -p /etc/resolv.conf/kept");
+    let _ = cloud.ok(&["vm", "dock", "a", "--name", "lab"]);
+    let clone = ["vm", "activate", "lab", "--name", "b", "--network", "default"];
+    let _ = cloud.ok(&clone);
+    let has = |vm: &str| cloud.guest(vm).try_sh("ip -4 addr show eth0");
+    let at = address(&cloud, "b");
+    within(CARD_WITHIN, "its address", || has("b").filter(|text| text.contains(&at)));
+    assert!(cloud.log_text(Daemon::Center).contains("was not told all of its network"));
+}
+
+#[test]
 fn networks_are_made_used_up_and_removed() {
     let cloud = Cloud::center_only();
     let _ = cloud.ok(&["network", "create", "lab", "--kind", "private", "--prefix", "10.9.0.0/29"]);

@@ -4,6 +4,7 @@
 //! asks for room first, then prefers the site that already holds the substrate (or the image),
 //! then the one with more memory left for each machine it would then have, then the name.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use godwit_site::MACHINE_OVERHEAD_MIB;
@@ -24,6 +25,8 @@ pub struct Demand {
     pub only: Option<Name>,
     /// A site it must not go to: the one it leaves.
     pub not: Option<Name>,
+    /// Sites that cannot have its network, and why; none for one without a network.
+    pub barred: BTreeMap<Name, String>,
 }
 
 /// What an environment starts from.
@@ -72,6 +75,8 @@ pub enum Unfit {
     Cpus,
     /// The image is not there, and a live machine cannot wait for it.
     NoImage(Name),
+    /// It cannot have the machine's network: why.
+    NoNetwork(String),
 }
 
 impl fmt::Display for Unfit {
@@ -86,6 +91,7 @@ impl fmt::Display for Unfit {
             Self::Disk(n, l) => write!(f, "needs {n} MiB of disk, has {l}"),
             Self::Cpus => f.write_str("has too few processors"),
             Self::NoImage(i) => write!(f, "does not hold image '{i}'"),
+            Self::NoNetwork(why) => write!(f, "cannot have its network: it {why}"),
         }
     }
 }
@@ -116,7 +122,10 @@ impl CodedError for PlacementRefusal {
             Self::NoneFits(why) => {
                 if why.iter().all(|(_, u)| matches!(u, Unfit::Unreachable)) {
                     Code::Unavailable
-                } else if why.iter().any(|(_, u)| matches!(u, Unfit::NoImage(_))) {
+                } else if why
+                    .iter()
+                    .any(|(_, u)| matches!(u, Unfit::NoImage(_) | Unfit::NoNetwork(_)))
+                {
                     Code::Conflict
                 } else {
                     Code::NoRoom
@@ -140,6 +149,9 @@ impl PlacementRefusal {
                 Unfit::NoImage(i) => {
                     Some(format!("build it there: godwit image build {i} --site {n}"))
                 }
+                Unfit::NoNetwork(_) => Some(format!(
+                    "see what is missing there with: godwit doctor; or update '{n}', or name another site"
+                )),
                 Unfit::Memory(..)
                 | Unfit::Promised(..)
                 | Unfit::RamFiles(..)
@@ -199,6 +211,9 @@ pub fn place(
 fn fits(demand: &Demand, site: &SiteRecord, now: UnixMs) -> Result<(), Unfit> {
     if site.state(now) != SiteState::Ready {
         return Err(Unfit::Unreachable);
+    }
+    if let Some(why) = demand.barred.get(&site.name) {
+        return Err(Unfit::NoNetwork(why.clone()));
     }
     let r = &site.report;
     let ram = u64::from(demand.memory.0);
@@ -279,6 +294,7 @@ mod tests {
             source: Source::Image(name("tiny")),
             only: None,
             not: None,
+            barred: BTreeMap::new(),
         }
     }
 
@@ -393,6 +409,18 @@ mod tests {
         assert_eq!(refuse(&d, &[site("a", 9000)]), PlacementRefusal::NoSite);
         let d = Demand { only: Some(name("a")), ..d };
         assert_eq!(refuse(&d, &[site("a", 9000)]), PlacementRefusal::Already(name("a")));
+    }
+
+    #[test]
+    fn a_site_that_cannot_have_its_network_is_chosen_only_for_machines_without() {
+        let barred = BTreeMap::from([(name("a"), "lacks nftables".to_owned())]);
+        let d = Demand { barred, ..demand() };
+        assert_eq!(choose(&demand(), &[site("a", 9000), site("b", 2000)]), "a");
+        assert_eq!(choose(&d, &[site("a", 9000), site("b", 2000)]), "b");
+        let r = refuse(&d, &[site("a", 9000)]);
+        assert_eq!(r.to_string(), "no site fits: a cannot have its network: it lacks nftables");
+        assert_eq!(r.code(), Code::Conflict);
+        assert!(r.hint().expect("advice").contains("godwit doctor"));
     }
 
     #[test]

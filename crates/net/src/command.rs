@@ -1,6 +1,7 @@
 //! Running `ip`, `nft` and `dnsmasq`.
 
 use std::process::Stdio;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use godwit_types::{Code, CodedError};
@@ -9,6 +10,15 @@ use tokio::process::Command;
 
 /// How long one of them may take.
 const WITHIN: Duration = Duration::from_secs(20);
+
+/// How many were started.
+static STARTED: AtomicU64 = AtomicU64::new(0);
+
+/// How many programs this process has started for networks.
+#[must_use]
+pub fn programs_started() -> u64 {
+    STARTED.load(Ordering::Relaxed)
+}
 
 /// Why a network is not what it should be.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +75,7 @@ pub(crate) async fn run(program: &[&str], input: &str) -> Result<String, NetErro
     let command = || program.join(" ");
     let failed = |why: String| NetError::Command { command: command(), why };
     let [name, args @ ..] = program else { return Err(failed("no program".into())) };
+    STARTED.fetch_add(1, Ordering::Relaxed);
     let mut child = Command::new(name)
         .args(args)
         .env_clear()

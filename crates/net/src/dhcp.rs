@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use godwit_types::Name;
 
 use crate::command::{NetError, run_in};
+use crate::kept::RUN;
 use crate::names::BRIDGE;
 use crate::networks::Member;
 use crate::types::{Network, NetworkKind};
@@ -21,7 +22,7 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn of(namespace: &str) -> Self {
-        Self { dir: Path::new("/run/godwit-net").join(namespace) }
+        Self { dir: Path::new(RUN).join(namespace) }
     }
 
     fn path(&self, file: &str) -> PathBuf {

@@ -15,15 +15,20 @@
 
 mod command;
 mod dhcp;
+mod firewall;
+mod kept;
 mod links;
+mod look;
 mod names;
+mod netlink;
 mod networks;
 mod ports;
 mod rules;
 mod types;
 
-pub use command::NetError;
+pub use command::{NetError, programs_started};
+pub use firewall::forward_drops;
 pub use godwit_qemu::MacAddress;
-pub use networks::{Member, Networks, Rest, Trouble, With, lacking};
+pub use networks::{Member, Networks, Rest, Trouble, With, lacking, lacking_parts};
 pub use ports::{HostPort, MOST_PORTS, PortError, PublishedPort, Transport};
 pub use types::{Attachment, Network, NetworkKind, Prefix, PrefixError};

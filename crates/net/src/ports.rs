@@ -18,14 +18,13 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::command::{NetError, run};
+use crate::kept::{KeptRules, Table};
 use crate::links::Link;
+use crate::look::Look;
 use crate::names::{BRIDGE, UPLINK, VETHS};
-use crate::networks::{Member, Networks, links, set_rules};
+use crate::networks::{Member, Networks};
 use crate::rules::none_on_host;
 use crate::types::{Network, NetworkKind};
-
-/// Under which key the rules are remembered as the kernel lists them.
-const LISTED: &str = "ports";
 
 /// Ports that one machine may publish.
 pub const MOST_PORTS: usize = 64;
@@ -236,10 +235,10 @@ impl Networks {
     pub(crate) async fn publish(
         &self,
         wanted: &BTreeMap<String, (Network, Vec<Member>)>,
-        listed: &mut BTreeMap<String, String>,
+        kept: &mut KeptRules,
         first: bool,
     ) -> Result<(), NetError> {
-        let table = self.mark.ports_table();
+        let name = self.mark.ports_table();
         let publishing = |members: &[Member]| members.iter().any(|m| !m.ports.is_empty());
         let networks: Vec<_> = wanted
             .iter()
@@ -248,16 +247,17 @@ impl Networks {
             })
             .collect();
         if networks.is_empty() {
-            if first || listed.remove(LISTED).is_some() {
-                run(&["nft", "-f", "-"], &none_on_host(&table)).await?;
+            if first || kept.has(&name) {
+                run(&["nft", "-f", "-"], &none_on_host(&name)).await?;
+                kept.forget(&name);
             }
             return Ok(());
         }
-        let host = links(None).await?;
+        let look = Look::at(None).await?;
         let mut ports = BTreeMap::new();
         for (namespace, (_, members)) in networks {
-            let end = host.get(&self.mark.veth(namespace));
-            let link = end.and_then(|a| a.iter().find_map(|a| Link::with_host_end(*a)));
+            let end = look.interfaces.get(&self.mark.veth(namespace));
+            let link = end.and_then(|i| i.addresses.iter().find_map(|a| Link::with_host_end(a.0)));
             // One that could not be made has no way in; that is told of it.
             let Some(link) = link else { continue };
             for port in members.iter().flat_map(|m| &m.ports) {
@@ -265,8 +265,9 @@ impl Networks {
             }
         }
         let ports: Vec<_> = ports.into_iter().collect();
-        let list = ["nft", "-s", "list", "table", "inet", &table];
-        set_rules(&["nft"], &list, &on_host(&table, &ports), (LISTED, listed)).await
+        let list = ["-s", "list", "table", "inet", &name];
+        let table = Table { namespace: None, name: &name, list: &list };
+        kept.set(&table, &look, &on_host(&name, &ports)).await.map(drop)
     }
 }
 

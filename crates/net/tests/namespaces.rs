@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use godwit_net::{
     Attachment, Member, Network, NetworkKind, Networks, Prefix, PublishedPort, Rest, With,
+    forward_drops, programs_started,
 };
 use godwit_qemu::MacAddress;
 use godwit_testkit::World;
@@ -257,6 +258,85 @@ async fn machines_reach_each_other_and_the_world_and_networks_keep_apart() {
     })
     .await
     .unwrap();
+}
+
+/// How many programs `what` starts, and the seconds that it takes.
+fn programs(what: impl FnOnce()) -> (u64, f64) {
+    let (before, begun) = (programs_started(), std::time::Instant::now());
+    what();
+    (programs_started() - before, begun.elapsed().as_secs_f64())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_that_finds_nothing_changed_starts_no_program() {
+    tokio::task::spawn_blocking(|| {
+        let rt = tokio::runtime::Handle::current();
+        let mut site = Site::new();
+        // As many as one asks for by hand, to see the figures of a big site.
+        let many = std::env::var("GODWIT_TEST_NETWORKS").ok().and_then(|n| n.parse().ok());
+        let many: usize = many.unwrap_or(3);
+        let net = |n| network(&format!("n{n}"), NetworkKind::Nat, "10.85.0.0/24");
+        let nets: Vec<Network> = (0..many).map(net).collect();
+        let mut members: Vec<Member> =
+            nets.iter().flat_map(|n| [member(n, "a", 0), member(n, "b", 1)]).collect();
+        let (made, took) = programs(|| site.has(&rt, &members));
+        println!("{many} networks: made by {made} programs in {took:.3} s");
+        let (looked, took) = programs(|| site.has(&rt, &members));
+        println!("a look: {looked} programs, {took:.3} s");
+        // Another table of the host's may change meanwhile, then its own is listed.
+        assert!(looked <= 2, "{looked}");
+        site.networks = Networks::of(site.dir.path());
+        let (adopted, took) = programs(|| site.has(&rt, &members));
+        println!("the next daemon's: {adopted} programs, {took:.3} s");
+        assert!(adopted <= 2, "{adopted}");
+
+        // What a start needs is its own network: no other one is looked at.
+        let of = site.namespace(&members[2]);
+        ok(&format!("ip -n {of} link set br0 down"));
+        members.push(member(&nets[0], "c", 2));
+        let apply = site.networks.apply_one(nets[0].id, &members, Rest::Goes);
+        let (started, _) = programs(|| assert!(rt.block_on(apply).is_empty()));
+        assert!(started <= 6, "{started}");
+        let state = |of: &str| ok(&format!("ip -n {of} -o link show br0"));
+        assert!(!state(&of).contains(",UP"), "it is another's");
+        // A look finds what a hand has changed, by one run of what puts it right.
+        let (righted, _) = programs(|| site.has(&rt, &members));
+        assert!(righted <= 3 && state(&of).contains(",UP"), "{righted}");
+    })
+    .await
+    .unwrap();
+}
+
+/// A network namespace that stands for a host with a firewall of its own.
+struct Host(String);
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = sh(&format!("ip netns del {}", self.0));
+    }
+}
+
+#[tokio::test]
+async fn a_firewall_that_drops_what_is_forwarded_is_told_with_the_lines_that_let_it_through() {
+    let host = Host(format!("gwtest-fw-{}", std::process::id()));
+    ok(&format!("ip netns add {}", host.0));
+    let within = |line: &str| ok(&format!("ip netns exec {} {line}", host.0));
+    let told = async || forward_drops(Some(&host.0)).await.unwrap();
+    assert_eq!(told().await, Vec::<String>::new());
+    within("nft 'add table ip filter'");
+    let chain = "{ type filter hook forward priority 0; policy drop; }";
+    within(&format!("nft 'add chain ip filter FORWARD {chain}'"));
+    let words = told().await;
+    let [words] = &words[..] else { panic!("{words:?}") };
+    assert!(
+        words.starts_with("chain 'FORWARD' of the firewall's table 'ip filter' drops"),
+        "{words}"
+    );
+    // What it says to do, as it stands there.
+    let (_, lines) = words.split_once("with: ").unwrap();
+    let lines = lines.replace("nft insert", &format!("ip netns exec {} nft insert", host.0));
+    ok(&lines);
+    assert_eq!(told().await, Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

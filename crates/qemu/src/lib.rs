@@ -67,4 +67,4 @@ pub use memory::{MemoryFile, MemoryReader};
 pub use process::{Exit, Process, started_below};
 pub use qmp::{Event, EventCursor, Qmp, QmpError};
 pub use spec::{BootFile, MacAddress, MachineSpec, Nic, NicBackend, SpecError};
-pub use tap::Tap;
+pub use tap::{Tap, join_tap_again, namespace_of_open_tap};

@@ -59,7 +59,14 @@ fn open_in(namespace: &File, name: &str) -> Result<OwnedFd> {
     if !Path::new("/proc/thread-self/net/dev").exists() || !is_there(name)? {
         return Err(Error::new(ErrorKind::NotFound, format!("no interface {name}")));
     }
-    let tun = File::options().read(true).write(true).open(TUN)?;
+    let tun: OwnedFd = File::options().read(true).write(true).open(TUN)?.into();
+    attach(&tun, name)?;
+    rustix::fs::fcntl_setfl(&tun, rustix::fs::OFlags::NONBLOCK)?;
+    Ok(tun)
+}
+
+/// Joins what was opened to an interface of the namespace it was opened in.
+fn attach(tun: &OwnedFd, name: &str) -> Result<()> {
     // SAFETY: a plain C structure, for which zeros are a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()).take(15) {
@@ -69,11 +76,80 @@ fn open_in(namespace: &File, name: &str) -> Result<OwnedFd> {
     request.ifr_ifru.ifru_flags = i16::try_from(flags).map_err(Error::other)?;
     // SAFETY: `request` lives through the call, and the descriptor is open.
     let done = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-    if done < 0 {
+    if done < 0 { Err(Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The network namespace in which the QEMU with this pid has `interface` open, if it has; that
+/// namespace may have lost its name.
+///
+/// # Errors
+/// A process that is gone, or may not be looked into.
+pub fn namespace_of_open_tap(pid: i32, interface: &str) -> Result<Option<OwnedFd>> {
+    let of = |tun: &OwnedFd| interface_of(tun).is_some_and(|name| name == interface);
+    tuns(pid)?.iter().find(|tun| of(tun)).map(namespace_of).transpose()
+}
+
+/// Joins the QEMU with this pid, whose interface somebody has removed, to the one of that name which
+/// there is now; whether there was something to join.
+///
+/// # Errors
+/// A process that is gone, or may not be looked into; an interface that is not there.
+pub fn join_tap_again(pid: i32, to: &Tap) -> Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let namespace = std::fs::metadata(Path::new(NAMESPACES).join(&to.namespace))?.ino();
+    for tun in tuns(pid)?.iter().filter(|tun| interface_of(tun).is_none()) {
+        // It is joined in the namespace in which it was opened.
+        if File::from(namespace_of(tun)?).metadata()?.ino() != namespace {
+            continue;
+        }
+        attach(tun, &to.interface)?;
+        // Frames are as the drivers of our guests have asked for; those ask again at their next reset.
+        let header: libc::c_int = 12;
+        // SAFETY: `header` lives through the call, and the descriptor is open.
+        let done =
+            unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header) };
+        return if done < 0 { Err(Error::last_os_error()) } else { Ok(true) };
+    }
+    Ok(false)
+}
+
+/// What a process has open of the control device.
+fn tuns(pid: i32) -> Result<Vec<OwnedFd>> {
+    use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+    let gone = || Error::new(ErrorKind::NotFound, format!("no process {pid}"));
+    let process = pidfd_open(Pid::from_raw(pid).ok_or_else(gone)?, PidfdFlags::empty())?;
+    let mut tuns = Vec::new();
+    for item in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let path = item?.path();
+        // One that was closed meanwhile is none.
+        let is_tun = std::fs::read_link(&path).is_ok_and(|to| to.ends_with("net/tun"));
+        let number = path.file_name().and_then(|n| n.to_str()?.parse().ok());
+        if let Some(number) = number.filter(|_| is_tun) {
+            tuns.push(pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?);
+        }
+    }
+    Ok(tuns)
+}
+
+/// The interface that is joined to what is open.
+fn interface_of(tun: &OwnedFd) -> Option<String> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", tun.as_raw_fd())).ok()?;
+    let name = text.lines().find_map(|l| l.strip_prefix("iff:"))?.trim();
+    (!name.is_empty()).then(|| name.to_owned())
+}
+
+/// The network namespace in which it was opened.
+fn namespace_of(tun: &OwnedFd) -> Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    /// `SIOCGSKNS` of `linux/sockios.h`.
+    const GET_NAMESPACE: libc::c_ulong = 0x894c;
+    // SAFETY: it takes no argument, and the descriptor is open.
+    let namespace = unsafe { libc::ioctl(tun.as_raw_fd(), GET_NAMESPACE as _) };
+    if namespace < 0 {
         return Err(Error::last_os_error());
     }
-    rustix::fs::fcntl_setfl(&tun, rustix::fs::OFlags::NONBLOCK)?;
-    Ok(tun.into())
+    // SAFETY: it was made just now, for nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(namespace) })
 }
 
 /// Whether this thread's network namespace has such an interface.

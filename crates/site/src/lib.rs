@@ -44,11 +44,11 @@ use tokio_util::sync::CancellationToken;
 pub use center::{
     API_AT_ONCE, ApiAnswer, ApiRequest, CenterHost, CenterRequest, Pieces, ask_center, serve_site,
 };
-pub use godwit_net::lacking as networks_lack;
 pub use godwit_net::{
     Attachment, HostPort, MOST_PORTS, MacAddress, Network, NetworkKind, Prefix, PublishedPort,
     Transport,
 };
+pub use godwit_net::{forward_drops, lacking as networks_lack};
 pub use local::{
     LocalSite, MACHINE_OVERHEAD_MIB, PUBLISH_PORTS, SiteDirs, SiteOptions, Uids, image_info,
     images_of, in_use,

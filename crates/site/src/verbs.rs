@@ -554,6 +554,8 @@ verbs! {
         /// Its place in the network.
         attachment: Attachment,
     }
+    /// What a site lacks for networks, each as one word.
+    NetworksLack "networks lack" since 7 => Names {}
     /// Has ports of the site's host lead to a machine while it runs there: these, and no others.
     VmPublish "vm publish" since 7 => Done {
         /// Which.

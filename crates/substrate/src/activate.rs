@@ -378,8 +378,12 @@ async fn bring_up(
             .await
             .map_err(SubstrateError::machine("plugging the NIC"))?;
     }
-    if let Some(network) = &request.network {
-        set_network(machine, network, None).await?;
+    if let Some(network) = &request.network
+        && let Err(error) = set_network(machine, network, None).await
+    {
+        // It runs, and has its address or asks for it by DHCP; as at a start, that does not end it.
+        let error = godwit_types::chain(&error);
+        tracing::warn!(vm = %request.name, error, "its guest was not told all of its network");
     }
     phases.end("nic");
     let identity = identity.map(|i| Identity { mac, ..i });

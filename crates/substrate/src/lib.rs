@@ -78,7 +78,7 @@ pub use exchange::{KEPT, MAX_WANT, TakerMsg};
 pub use identity::Identity;
 pub use manifest::{Docked, Part, Shape, Sizes, Substrate};
 pub use memory::SealedMemory;
-pub use network::{GuestNetwork, set_network};
+pub use network::{GuestNetwork, has_address, set_network};
 pub use pool::{Pool, PoolCheck, PoolDirs, Spare};
 pub use ready::{OpenMemory, Ready};
 pub use shells::{Places, Shells};

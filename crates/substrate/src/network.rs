@@ -68,3 +68,16 @@ pub async fn set_network(
     );
     run_script(&mut agent, SHELL, &["-c", &script], &[], SCRIPT_WITHIN).await.map(drop)
 }
+
+/// Whether a running guest has an IPv4 address, as it says.
+///
+/// # Errors
+/// A guest that does not answer, or cannot say.
+pub async fn has_address(machine: &Machine, address: Ipv4Addr) -> Result<bool, SubstrateError> {
+    const DOING: &str = "asking for the addresses";
+    let agent = machine.agent().connect("guest-exec", SCRIPT_WITHIN).await;
+    let mut agent = agent.map_err(|e| SubstrateError::machine(DOING)(e.into()))?;
+    let script = "ip -4 -o addr show";
+    let all = run_script(&mut agent, SHELL, &["-c", script], &[], SCRIPT_WITHIN).await?;
+    Ok(all.contains(&format!(" {address}/")))
+}

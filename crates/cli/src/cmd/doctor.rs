@@ -59,7 +59,7 @@ impl Doctor {
         // What is found now counts, not what an earlier probe found.
         let _ = std::fs::remove_file(&subject.probe_cache);
         let mut found = check(&subject).await;
-        found.push(networks());
+        found.push(networks().await);
         let _ = std::fs::remove_file(&subject.probe_cache);
         out::list(self.output, &found)?;
         if self.output == Format::Table {
@@ -75,8 +75,16 @@ impl Doctor {
 }
 
 /// Whether machines here can be in networks; without, they are where QEMU's own network is.
-fn networks() -> Check {
+async fn networks() -> Check {
     let lacks = godwit_site::networks_lack();
+    if lacks.is_empty()
+        && let Ok(drops) = godwit_site::forward_drops(None).await
+        && !drops.is_empty()
+    {
+        let found = "the host's firewall keeps machines in networks from the world".to_owned();
+        let (name, advice) = ("networks".into(), Some(drops.join("; ")));
+        return Check { name, verdict: Verdict::Limited, found, advice };
+    }
     let verdict = if lacks.is_empty() { Verdict::Good } else { Verdict::Limited };
     let found = match lacks.is_empty() {
         true => "nftables, dnsmasq, TAP interfaces".to_owned(),

@@ -166,6 +166,7 @@ impl Controller {
             },
             only: want.site,
             not: None,
+            barred: self.sites.barred(want.network.is_some()),
         };
         let now = UnixMs::now();
         let placed = self.sites.choose(&demand, shape.substrate.as_ref())?;

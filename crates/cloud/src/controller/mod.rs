@@ -213,6 +213,7 @@ impl Controller {
         let sites = Arc::new(Sites {
             registry: registry.clone(),
             hosts: RwLock::default(),
+            lacking: RwLock::default(),
             changes: watch::Sender::new(0),
         });
         let warrants = Arc::new(Warrants { registry: registry.clone(), authority });
@@ -377,6 +378,7 @@ impl Controller {
             .sites()
             .report(host.name(), report.clone(), Moment::now(), LEASE)
             .map_err(registry_fault)?;
+        self.sites.ask_of_networks(host).await;
         self.registry.substrates_damaged(host.name(), &report.damaged).map_err(registry_fault)?;
         self.settler.settle_machines(host, report.machines, asked_at).await
     }

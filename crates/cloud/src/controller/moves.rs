@@ -124,6 +124,7 @@ impl Moves {
             source: Source::Live(vm.image.clone()),
             only: want.to,
             not: Some(vm.site.clone()),
+            barred: self.sites.barred(vm.network.is_some()),
         };
         let to = self.sites.choose(&demand, None)?.site;
         for site in [&vm.site, &to] {

@@ -1,13 +1,16 @@
 //! Networks, as principals may see and change them.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError};
 
-use godwit_site::{NetworkKind, Prefix};
+use godwit_site::{Call, NetworkKind, Prefix, Request, SiteHost, verbs};
 use godwit_types::{Fault, Name, NetworkId, UnixMs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::ask::within;
 use super::authorize::allow;
+use super::sites::Sites;
 use crate::access::{Action, Object, Principal, may};
 use crate::registry::{NetworkRecord, Registry, registry_fault};
 
@@ -80,5 +83,47 @@ impl NetworkDesk {
         let network = self.find(who, Action::Change, key)?;
         let who = &who.at(&network.tenant);
         self.registry.networks().remove(who, network.id).map_err(registry_fault)
+    }
+}
+
+/// How many words a site may say of what networks lack there.
+const MOST_LACKING: usize = 8;
+
+impl Sites {
+    /// The sites that cannot have a machine that is in a network, each with why; none for one that is
+    /// in no network.
+    pub(super) fn barred(&self, in_one: bool) -> BTreeMap<Name, String> {
+        if !in_one {
+            return BTreeMap::new();
+        }
+        let lacking = self.lacking.read().unwrap_or_else(PoisonError::into_inner);
+        let why = |host: &Arc<dyn SiteHost>| {
+            let (speaks, since) = (host.speaks(), verbs::VmNewOn::SINCE);
+            if speaks < since {
+                return Some(format!("speaks protocol {speaks}, and networks need {since}"));
+            }
+            let lacks = lacking.get(host.name()).filter(|lacks| !lacks.is_empty())?;
+            let words: Vec<&str> = lacks.iter().map(Name::as_str).collect();
+            Some(format!("lacks {}", words.join(", ")))
+        };
+        self.hosts().iter().filter_map(|h| Some((h.name().clone(), why(h)?))).collect()
+    }
+
+    /// Asks a site what networks lack there. One that is too old to say lacks nothing, as far as is
+    /// known, and neither does one that does not answer.
+    pub(super) async fn ask_of_networks(&self, host: &Arc<dyn SiteHost>) {
+        if host.speaks() < verbs::NetworksLack::SINCE {
+            return;
+        }
+        let asked = within(host.name(), host.ask(verbs::NetworksLack {}, Call::quiet())).await;
+        let lacks = match asked {
+            Ok(lacks) => lacks.into_iter().take(MOST_LACKING).collect(),
+            Err(error) => {
+                tracing::debug!(site = %host.name(), %error, "what networks lack there is not known");
+                Vec::new()
+            }
+        };
+        let mut lacking = self.lacking.write().unwrap_or_else(PoisonError::into_inner);
+        lacking.insert(host.name().clone(), lacks);
     }
 }

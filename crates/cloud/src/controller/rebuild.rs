@@ -84,6 +84,7 @@ impl Controller {
                 source: Source::Substrate(old.id),
                 only: Some(site.clone()),
                 not: None,
+                barred: std::collections::BTreeMap::new(),
             };
             self.sites.choose(&demand, Some(&old))
         });

@@ -16,6 +16,8 @@ use crate::registry::{Registry, registry_fault};
 pub(crate) struct Sites {
     pub(super) registry: Arc<Registry>,
     pub(super) hosts: RwLock<BTreeMap<Name, Arc<dyn SiteHost>>>,
+    /// What networks lack at each, as it says.
+    pub(super) lacking: RwLock<BTreeMap<Name, Vec<Name>>>,
     /// Grows with each change of them.
     pub(super) changes: watch::Sender<u64>,
 }

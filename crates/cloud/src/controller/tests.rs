@@ -48,6 +48,8 @@ pub(crate) struct Paper {
     pub(super) asked: AtomicUsize,
     /// The protocol that it speaks.
     pub(super) speaks: std::sync::atomic::AtomicU16,
+    /// What networks lack there.
+    pub(super) lacks: Mutex<Vec<Name>>,
     /// What was typed into its machines.
     pub(crate) typed: Mutex<Vec<String>>,
     /// Machines that have left it and of which it keeps memory.
@@ -94,6 +96,7 @@ impl Paper {
             hung: AtomicBool::new(false),
             listed: AtomicUsize::new(0),
             asked: AtomicUsize::new(0),
+            lacks: Mutex::default(),
             typed: Mutex::default(),
             visits: Mutex::default(),
             speaks: godwit_transfer::wire::Versions::OURS.max.into(),
@@ -175,6 +178,9 @@ impl SiteHost for Paper {
             }
             SiteRequest::Visits(_) => {
                 Ok(SiteReply::Visits(self.visits.lock().expect("lock").clone()))
+            }
+            SiteRequest::NetworksLack(_) => {
+                Ok(SiteReply::Names(self.lacks.lock().expect("lock").clone()))
             }
             SiteRequest::Disk(_) => Ok(SiteReply::Bytes(4 << 30)),
             SiteRequest::Machines(_) => {

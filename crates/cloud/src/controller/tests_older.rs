@@ -115,3 +115,38 @@ async fn a_site_below_protocol_3_is_not_asked_how_large_a_disk_is() {
         assert_eq!(w.c.ops().wait(op).await.expect("ends").state, OpState::Done);
     }
 }
+
+#[tokio::test]
+async fn a_machine_in_a_network_goes_where_that_can_be() {
+    let w = world(Send::Works).await;
+    let want = |site: Option<&str>| CreateVm {
+        image: Some(name("tiny")),
+        site: site.map(name),
+        network: Some("default".into()),
+        ..CreateVm::default()
+    };
+    let plan = async |site| {
+        let planned = w.c.create(&me(), want(site), Mode::DryRun).await;
+        planned.map(|(accepted, _)| accepted.plan)
+    };
+    for protocol in [3, 5] {
+        w.cafe.speaks.store(protocol, SeqCst);
+        let f = plan(Some("cafe")).await.expect_err("too old");
+        assert_eq!(f.code, Code::Conflict, "{f}");
+        let words = format!("it speaks protocol {protocol}, and networks need 6");
+        assert!(f.message.contains(&words), "{f}");
+        assert!(plan(None).await.expect("at the other one").ends_with("at center"));
+    }
+    w.cafe.speaks.store(godwit_transfer::wire::Versions::OURS.max.into(), SeqCst);
+    plan(Some("cafe")).await.expect("it knows how");
+    // The site says what it lacks with its next report.
+    w.center.lacks.lock().expect("lock").extend(["nftables", "root"].map(name));
+    let center: Arc<dyn SiteHost> = w.center.clone();
+    w.c.refresh(&center).await.expect("reported");
+    let f = plan(Some("center")).await.expect_err("it lacks something");
+    assert!(f.message.contains("center cannot have its network: it lacks nftables, root"), "{f}");
+    assert!(plan(None).await.expect("at the other one").ends_with("at cafe"));
+    w.center.lacks.lock().expect("lock").clear();
+    w.c.refresh(&center).await.expect("reported");
+    plan(Some("center")).await.expect("it has all now");
+}

@@ -12,10 +12,11 @@ use crate::verbs::{
     Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
     MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateHold, MigrateListening, MigrateLost,
     MigrateManifest, MigratePrepare, MigratePrepareOn, MigratePreparePublishing, MigrateReceived,
-    MigrateRelease, MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool,
-    PoolCheck, Report, Request, Revoke, SiteReply, SiteRequest, SubstrateDelete, SubstrateFetch,
-    SubstrateOffer, SubstrateUsers, Substrates, Visits, VmConsole, VmDelete, VmDock, VmExec,
-    VmExecWait, VmNew, VmNewOn, VmPublish, VmScreenshot, VmStart, VmStatus, VmStop, VmType,
+    MigrateRelease, MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus, NetworksLack,
+    Ping, Pool, PoolCheck, Report, Request, Revoke, SiteReply, SiteRequest, SubstrateDelete,
+    SubstrateFetch, SubstrateOffer, SubstrateUsers, Substrates, Visits, VmConsole, VmDelete,
+    VmDock, VmExec, VmExecWait, VmNew, VmNewOn, VmPublish, VmScreenshot, VmStart, VmStatus, VmStop,
+    VmType,
 };
 use crate::{Call, ConsoleTail};
 
@@ -121,6 +122,7 @@ impl LocalSite {
             PoolCheck {} => self.parts.substrates.check(&self.parts.images).await?;
             Revoke { list } => self.accept_revocations(list)?;
             Ping {} => ();
+            NetworksLack {} => godwit_net::lacking_parts();
             SubstrateOffer { id, to } => self.neighbours.offer(id, to);
             SubstrateFetch { id, name, content, among, from, address } => {
                 let at = Offered { id, name, content, among, from, address };

@@ -37,6 +37,7 @@ mod ports;
 mod progress;
 mod promise;
 mod ran;
+mod reboots;
 mod record;
 mod relays;
 mod report;

@@ -10,14 +10,14 @@ use std::time::Duration;
 use godwit_net::{Attachment, Member, Networks, Rest, Trouble, With};
 use godwit_qemu::{Machine, NicBackend};
 use godwit_substrate::{GuestNetwork, set_network};
-use godwit_types::{Code, Fault, Name, VmId};
+use godwit_types::{Code, Fault, Name, NetworkId, VmId};
 
 use super::LocalSite;
 use super::entry::Entry;
 use super::faults::into_fault;
 use super::parts::Parts;
 use super::ports::{Ports, open};
-use super::record::MachineRecord;
+use super::record::{DesiredState, MachineRecord};
 use super::table::Machines;
 use crate::UNKNOWN_GENERATION;
 
@@ -46,22 +46,26 @@ impl SiteNetworks {
         Self { networks: Networks::of(data), ports, one: tokio::sync::Mutex::default() }
     }
 
-    /// Has them be those of the machines that are here; what is wrong with them.
-    async fn follow(&self, machines: &Machines) -> Vec<Trouble> {
+    /// Has them be those of the machines that are here, or one of them alone; what is wrong with them.
+    async fn follow(&self, machines: &Machines, only: Option<NetworkId>) -> Vec<Trouble> {
         let _one = self.one.lock().await;
-        let entries = machines.entries().await;
-        self.ports.follow(entries.iter().map(|e| &e.record));
+        let here = machines.entries().await;
+        self.ports.follow(here.iter().map(|e| &e.record));
         // Nobody knows in which network a machine is whose record is damaged: nothing goes.
-        let rest = match entries.iter().any(|e| e.record.generation == UNKNOWN_GENERATION) {
+        let rest = match here.iter().any(|e| e.record.generation == UNKNOWN_GENERATION) {
             true => Rest::Stays,
             false => Rest::Goes,
         };
         let member = |e: Entry| {
-            let (ports, r) = (open(&e).to_vec(), e.record);
-            Some(Member::new(r.vm, r.name, r.attachment?).publishing(ports))
+            let (ports, Entry { record: r, machine, .. }) = (open(&e).to_vec(), e);
+            let member = Member::new(r.vm, r.name, r.attachment?).publishing(ports);
+            Some(member.run_by(machine.map(|m| m.process().pid)))
         };
-        let members: Vec<Member> = entries.into_iter().filter_map(member).collect();
-        self.networks.apply(&members, rest).await
+        let members: Vec<Member> = here.into_iter().filter_map(member).collect();
+        match only {
+            Some(network) => self.networks.apply_one(network, &members, rest).await,
+            None => self.networks.apply(&members, rest).await,
+        }
     }
 
     /// Has the network be there of a machine that is about to start, if it is in one.
@@ -71,40 +75,48 @@ impl SiteNetworks {
         record: &MachineRecord,
     ) -> Result<(), Fault> {
         let Some(attachment) = &record.attachment else { return Ok(()) };
+        check_place(record, machines.records().await)?;
         for port in &record.published {
             self.ports.hold(port.at())?;
         }
-        match record.published.is_empty() {
-            true => self.right(machines, attachment, &[]).await,
-            false => self.right(machines, attachment, &[With::Ports]).await,
-        }
-    }
-
-    /// Puts all of them right; fails for what is wrong with the host, with that network or with what
-    /// is `besides`.
-    pub(super) async fn right(
-        &self,
-        machines: &Machines,
-        attachment: &Attachment,
-        besides: &[With],
-    ) -> Result<(), Fault> {
-        let own = [With::Host, With::Network(attachment.network.id)];
-        let looked = tokio::time::timeout(READY_WITHIN, self.follow(machines)).await;
-        let looked = looked.map_err(|_| {
-            let name = &attachment.network.name;
-            let message = format!("network '{name}' was not made within {READY_WITHIN:?}");
-            Fault::new(Code::TimedOut, message).hint("see the log of this site, and try again")
-        })?;
-        match looked.into_iter().find(|t| own.iter().chain(besides).any(|w| *w == t.with)) {
-            Some(t) => Err(Fault::of(&t.error)
-                .hint("see what is missing with: godwit doctor; or make it without a network")),
+        let only = Some(attachment.network.id);
+        match self.looked(machines, attachment, only).await?.into_iter().next() {
+            Some(t) => Err(wrong(&t)),
             None => Ok(()),
         }
     }
 
+    /// Has the ports of the host that lead to a machine here be what its record says.
+    pub(super) async fn publishes(
+        &self,
+        machines: &Machines,
+        attachment: &Attachment,
+    ) -> Result<(), Fault> {
+        let own = [With::Host, With::Network(attachment.network.id), With::Ports];
+        let looked = self.looked(machines, attachment, None).await?;
+        match looked.into_iter().find(|t| own.contains(&t.with)) {
+            Some(t) => Err(wrong(&t)),
+            None => Ok(()),
+        }
+    }
+
+    async fn looked(
+        &self,
+        machines: &Machines,
+        attachment: &Attachment,
+        only: Option<NetworkId>,
+    ) -> Result<Vec<Trouble>, Fault> {
+        let looked = tokio::time::timeout(READY_WITHIN, self.follow(machines, only)).await;
+        looked.map_err(|_| {
+            let name = &attachment.network.name;
+            let message = format!("network '{name}' was not made within {READY_WITHIN:?}");
+            Fault::new(Code::TimedOut, message).hint("see the log of this site, and try again")
+        })
+    }
+
     /// Puts all of them right, also after a machine went: what stays is removed by the next look.
     pub(super) async fn tidy(&self, machines: &Machines) {
-        for Trouble { with, error } in self.follow(machines).await {
+        for Trouble { with, error } in self.follow(machines, None).await {
             tracing::warn!(?with, %error, "the networks of this site are not as they should be");
         }
     }
@@ -114,6 +126,44 @@ impl SiteNetworks {
         attachment
             .map_or(NicBackend::Isolated, |a| NicBackend::Tap(self.networks.tap(a.network.id, vm)))
     }
+}
+
+/// What is wrong with a network, for whoever needs it.
+fn wrong(t: &Trouble) -> Fault {
+    Fault::of(&t.error)
+        .hint("see what is missing with: godwit doctor; or make it without a network")
+}
+
+/// Refuses a machine whose place in its network another one here has, as after the center's registry
+/// was brought back from an old copy: neither would be reached.
+pub(super) fn check_place(
+    record: &MachineRecord,
+    here: impl IntoIterator<Item = MachineRecord>,
+) -> Result<(), Fault> {
+    let Some(own) = &record.attachment else { return Ok(()) };
+    for other in here {
+        let Some(its) = other.attachment.filter(|a| a.network.id == own.network.id) else {
+            continue;
+        };
+        if other.vm == record.vm || other.desired == DesiredState::Gone {
+            continue;
+        }
+        let what = match (own.address == its.address, own.mac == its.mac) {
+            (true, _) => format!("address {}", own.address),
+            (false, true) => format!("MAC address {}", own.mac),
+            (false, false) => continue,
+        };
+        let (name, network) = (&other.name, &own.network.name);
+        let message = format!(
+            "'{}' cannot be here: machine '{name}' has {what} in network '{network}' already",
+            record.name
+        );
+        return Err(Fault::conflict(message).hint(format!(
+            "delete one of the two, or have them at different sites; see: godwit vm list, \
+             godwit vm get {name}"
+        )));
+    }
+    Ok(())
 }
 
 /// Whether a machine that is here is in a network, which may have to go with it.

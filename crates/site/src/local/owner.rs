@@ -263,6 +263,7 @@ impl Owner {
         let (published, now) = watch::channel(entry.clone());
         let machine = Owned { entry, site, dir, touched: false, published };
         tokio::spawn(Task { machine, queue: asked, later: VecDeque::new() }.run());
+        tokio::spawn(super::reboots::follow(now.clone()));
         Self { queue, published: now }
     }
 

@@ -14,7 +14,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use godwit_net::{Attachment, HostPort, MOST_PORTS, NetworkKind, PublishedPort, Transport, With};
+use godwit_net::{Attachment, HostPort, MOST_PORTS, NetworkKind, PublishedPort, Transport};
 use godwit_types::{Code, Fault, Generation, Name, VmId};
 use rustix::fd::OwnedFd;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
@@ -193,7 +193,7 @@ impl LocalSite {
         match &now.record.attachment {
             // What does not run here is opened when it does.
             Some(attachment) if open(&now) != open(&before) => {
-                parts.networks.right(&parts.machines, attachment, &[With::Ports]).await
+                parts.networks.publishes(&parts.machines, attachment).await
             }
             _ => Ok(()),
         }

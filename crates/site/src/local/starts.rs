@@ -23,7 +23,7 @@ use super::record::{DesiredState, DiskBase, MachineRecord, mac_seed};
 use crate::{Call, MachineStatus, NewMachine, Origin, Progress};
 
 /// How long a guest may take to its agent's first answer.
-const BOOT_WITHIN: Duration = Duration::from_secs(300);
+pub(super) const BOOT_WITHIN: Duration = Duration::from_secs(300);
 
 /// How many activations go on at once: each waits for its guest half of the time.
 fn at_once() -> usize {

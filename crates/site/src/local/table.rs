@@ -13,6 +13,7 @@ use super::SiteDirs;
 use super::allowed::{Action, Activity, First, Refusal};
 use super::dirs::remove_file;
 use super::entry::{Doing, Entry};
+use super::net::check_place;
 use super::owner::{Look, Needs, Owner};
 use super::ports;
 use super::record::{DesiredState, DiskBase, MachineRecord};
@@ -150,6 +151,7 @@ impl Machines {
                         let (machine, site) = (record.name.to_string(), self.site.clone());
                         return Err(Refusal::Left { machine, site, seen, given: generation }.into());
                     }
+                    check_place(&record, all.values().map(|owner| owner.now().record))?;
                     let owner = self.begin(vm, Entry { doing, ..Entry::new(record, None) });
                     all.insert(vm, owner.clone());
                     return Ok(owner);

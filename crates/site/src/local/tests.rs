@@ -392,3 +392,44 @@ async fn one_that_runs(me: &LocalSite, like: &MachineRecord) -> MachineRecord {
     me.parts.machines.register(record.clone(), Doing::Nothing).await.map(drop).expect("here");
     MachineRecord { generation: record.generation.next(), ..record }
 }
+
+#[tokio::test]
+async fn a_place_in_a_network_is_one_machines() {
+    use godwit_net::{Attachment, Network, NetworkKind, Prefix};
+    let place = site(Mib(4096)).await;
+    let machines = &place.site.parts.machines;
+    let network = |name: &str| Network {
+        id: godwit_types::NetworkId::new(),
+        name: name.parse().expect("name"),
+        kind: NetworkKind::Nat,
+        prefix: Prefix::DEFAULT,
+    };
+    let (lab, other) = (network("lab"), network("other"));
+    let in_one = |network: &Network, last: u8, name: &str| MachineRecord {
+        vm: VmId::new(),
+        name: name.parse().expect("name"),
+        migration: None,
+        attachment: Some(Attachment {
+            network: network.clone(),
+            mac: MacAddress([0x52, 0, 0, 0, 0, last]),
+            address: std::net::Ipv4Addr::new(10, 80, 0, last),
+        }),
+        ..on_its_way(Mib(64), End::Destination)
+    };
+    let first = in_one(&lab, 2, "first");
+    machines.register(first.clone(), Doing::Nothing).await.expect("the first");
+    machines.register(in_one(&lab, 3, "next"), Doing::Nothing).await.expect("the next address");
+    machines.register(in_one(&other, 2, "apart"), Doing::Nothing).await.expect("another network");
+    let mut same_mac = in_one(&lab, 4, "late");
+    same_mac.attachment.as_mut().expect("in one").mac = MacAddress([0x52, 0, 0, 0, 0, 2]);
+    for (late, what) in
+        [(in_one(&lab, 2, "late"), "address 10.80.0.2"), (same_mac, "MAC address 52:")]
+    {
+        let refused = machines.register(late, Doing::Nothing).await.err().expect("refused");
+        assert_eq!(refused.code, Code::Conflict);
+        let words = format!("'late' cannot be here: machine 'first' has {what}");
+        assert!(refused.message.starts_with(&words), "{refused}");
+    }
+    machines.unregister(first.vm).await;
+    machines.register(in_one(&lab, 2, "late"), Doing::Nothing).await.expect("it is free again");
+}
