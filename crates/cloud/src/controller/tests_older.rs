@@ -137,7 +137,7 @@ async fn a_machine_in_a_network_goes_where_that_can_be() {
         assert!(f.message.contains(&words), "{f}");
         assert!(plan(None).await.expect("at the other one").ends_with("at center"));
     }
-    w.cafe.speaks.store(godwit_transfer::wire::Versions::OURS.max.into(), SeqCst);
+    w.cafe.speaks.store(godwit_transfer::wire::Versions::OURS.max, SeqCst);
     plan(Some("cafe")).await.expect("it knows how");
     // The site says what it lacks with its next report.
     w.center.lacks.lock().expect("lock").extend(["nftables", "root"].map(name));
