@@ -87,9 +87,10 @@ mod tests {
     #[test]
     fn only_what_others_drop_on_the_way_is_told() {
         let chain = |family: &str, table: &str, hook: &str, policy: &str| {
-            format!(
-                r#"{{"chain":{{"family":"{family}","table":"{table}","name":"FORWARD","handle":1,"type":"filter","hook":"{hook}","prio":0,"policy":"{policy}"}}}}"#
-            )
+            let of =
+                format!(r#""family":"{family}","table":"{table}","name":"FORWARD","handle":1"#);
+            let how = format!(r#""type":"filter","hook":"{hook}","prio":0,"policy":"{policy}""#);
+            format!(r#"{{"chain":{{{of},{how}}}}}"#)
         };
         let all = [
             r#"{"metainfo":{"version":"1.0.9"}}"#.to_owned(),

@@ -1,6 +1,6 @@
 //! Networks in real namespaces; as root. A machine is played by a namespace whose veth is a port of
 //! the network's bridge under the name of its TAP.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::Path;
 use std::process::{Command, Output};
