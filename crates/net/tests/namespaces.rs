@@ -79,6 +79,9 @@ impl Drop for Site {
         let done =
             tokio::runtime::Runtime::new().unwrap().block_on(networks.apply(&[], Rest::Goes));
         assert!(done.is_empty() || std::thread::panicking(), "{done:?}");
+        let mark = std::fs::read_to_string(self.dir.path().join("network-mark")).unwrap();
+        let left = Path::new("/run/godwit-net").join(format!("godwit_{}", &mark[..5]));
+        assert!(!left.exists() || std::thread::panicking(), "{} is left", left.display());
     }
 }
 
