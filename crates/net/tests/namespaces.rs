@@ -236,14 +236,15 @@ async fn machines_reach_each_other_and_the_world_and_networks_keep_apart() {
 
         // A new daemon finds it all, and changes nothing; what somebody broke it puts right.
         let of = site.namespace(&members[0]);
-        let mut ping = Command::new("ip")
+        let ping = Command::new("ip")
             .args(["netns", "exec", &a.namespace, "busybox", "ping", "-c", "20", "-i", "0.05", "10.80.0.3"])
             .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();
         site.networks = Networks::of(site.dir.path());
         site.has(&rt, &members);
-        assert!(ping.wait().unwrap().success());
+        let pings = String::from_utf8(ping.wait_with_output().unwrap().stdout).unwrap();
+        assert!(pings.contains(" 0% packet loss"), "{pings}");
         ok(&format!("ip netns del {of}"));
         site.has(&rt, &members);
         assert!(fetches(&a) && a.pings("10.80.0.3"), "its namespace is the same");
