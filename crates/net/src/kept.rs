@@ -117,7 +117,10 @@ impl KeptRules {
     /// Nothing is known of them any more.
     pub(crate) fn forget(&mut self, name: &str) {
         self.0.remove(name);
-        let _ = std::fs::remove_file(Path::new(RUN).join(name).join(FILE));
+        let dir = Path::new(RUN).join(name);
+        let _ = std::fs::remove_file(dir.join(FILE));
+        // One in which there is something else stays.
+        let _ = std::fs::remove_dir(dir);
     }
 }
 

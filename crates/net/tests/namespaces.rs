@@ -79,6 +79,9 @@ impl Drop for Site {
         let done =
             tokio::runtime::Runtime::new().unwrap().block_on(networks.apply(&[], Rest::Goes));
         assert!(done.is_empty() || std::thread::panicking(), "{done:?}");
+        let mark = std::fs::read_to_string(self.dir.path().join("network-mark")).unwrap();
+        let left = Path::new("/run/godwit-net").join(format!("godwit_{}", &mark[..5]));
+        assert!(!left.exists() || std::thread::panicking(), "{} is left", left.display());
     }
 }
 
@@ -233,14 +236,15 @@ async fn machines_reach_each_other_and_the_world_and_networks_keep_apart() {
 
         // A new daemon finds it all, and changes nothing; what somebody broke it puts right.
         let of = site.namespace(&members[0]);
-        let mut ping = Command::new("ip")
+        let ping = Command::new("ip")
             .args(["netns", "exec", &a.namespace, "busybox", "ping", "-c", "20", "-i", "0.05", "10.80.0.3"])
             .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();
         site.networks = Networks::of(site.dir.path());
         site.has(&rt, &members);
-        assert!(ping.wait().unwrap().success());
+        let pings = String::from_utf8(ping.wait_with_output().unwrap().stdout).unwrap();
+        assert!(pings.contains(" 0% packet loss"), "{pings}");
         ok(&format!("ip netns del {of}"));
         site.has(&rt, &members);
         assert!(fetches(&a) && a.pings("10.80.0.3"), "its namespace is the same");
