@@ -288,19 +288,27 @@ fn yield_once() -> Result<(), Failure> {
         })
         .collect();
     let until = Instant::now() + Duration::from_secs(20);
+    // The first two may lend before the last has begun.
+    let tids: Vec<i32> = tids
+        .iter()
+        .map(|tid| {
+            loop {
+                match tid.load(Ordering::Acquire) {
+                    0 if Instant::now() < until => thread::yield_now(),
+                    tid => break tid.cast_signed(),
+                }
+            }
+        })
+        .collect();
     let mut lent = false;
     while !lent && Instant::now() < until {
         for pair in tids.windows(2) {
-            let ids = [0, 1].map(|i| pair[i].load(Ordering::Acquire).cast_signed());
-            if ids.contains(&0) {
-                continue;
-            }
-            lent |= scheduler.test_yield(ids[0], ids[1])?;
+            lent |= scheduler.test_yield(pair[0], pair[1])?;
         }
     }
     // From a thread of another machine, or to oneself, nothing is lent.
     let me = rustix::thread::gettid().as_raw_nonzero().get();
-    let stranger = scheduler.test_yield(me, tids[0].load(Ordering::Acquire).cast_signed())?;
+    let stranger = scheduler.test_yield(me, tids[0])?;
     let none = scheduler.test_yield(me, i32::MAX);
     thread::yield_now();
     shared.stop.store(true, Ordering::Relaxed);
