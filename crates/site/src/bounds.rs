@@ -113,6 +113,7 @@ pub(super) fn checked(mut reply: SiteReply) -> Result<SiteReply, Fault> {
             c.damaged.iter_mut().for_each(|d| tidy(d, MAX_TEXT));
         }
         SiteReply::Visits(all) => at_most("visits", all.len(), MAX_MACHINES)?,
+        SiteReply::Fell(f) => tidy(&mut f.why, MAX_TEXT),
         SiteReply::Bytes(n) => size("the size of a disk", *n, MAX_BYTES)?,
         // Bounded by the longest message, and not kept.
         _ => {}

@@ -49,7 +49,7 @@ pub use local::{
 };
 pub use remote::{RemoteSite, serve};
 pub use types::{
-    CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
+    CheckReport, ConsoleTail, Fell, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
     MachineStatus, MemoryStatus, MoveStatus, NewMachine, News, Origin, PoolReport, Progress,
     SiteReport, StreamRequest, SubstrateInfo, TakeAmong, UNKNOWN_GENERATION, Upload,
 };

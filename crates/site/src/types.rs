@@ -233,6 +233,15 @@ pub struct MoveStatus {
     pub why: Option<String>,
 }
 
+/// How a machine ended at a destination that had not all of its memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fell {
+    /// How its QEMU ended.
+    pub why: String,
+    /// Milliseconds from its first instant there until it was found dead, where both are known.
+    pub ran_ms: Option<u64>,
+}
+
 /// The last part of a console's log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ConsoleTail {

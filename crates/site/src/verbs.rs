@@ -12,7 +12,7 @@ use godwit_types::{Fault, Generation, Hash, MigrationId, Name, SubstrateId, Subs
 use serde::{Deserialize, Serialize};
 
 use super::types::{
-    CheckReport, ConsoleTail, GuestExec, GuestProgram, ImageInfo, Incoming, MachineStatus,
+    CheckReport, ConsoleTail, Fell, GuestExec, GuestProgram, ImageInfo, Incoming, MachineStatus,
     MoveStatus, NewMachine, News, Origin, PoolReport, SubstrateInfo,
 };
 use crate::SiteReport;
@@ -228,6 +228,8 @@ verbs! {
         Bytes(u64),
         /// To `Visits`.
         Visits(Vec<VmId>),
+        /// To `MigrateFell`.
+        Fell(Fell),
     }
 
     /// Resources and holdings.
@@ -529,4 +531,28 @@ verbs! {
     }
     /// The machines that have left a site and of which it keeps memory.
     Visits "visits" since 5 => Visits {}
+    /// To a destination whose QEMU has died while part of the machine's memory was at the source: it
+    /// gives the machine up. When it answers, it is written down there that the machine never runs
+    /// there again under this generation. Refused as a conflict where the machine runs, was powered
+    /// off by its guest, or had all its memory.
+    MigrateFell "migrate fell" since 6 => Fell {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+        /// Its generation there.
+        generation: Generation,
+    }
+    /// To a source, once its destination has answered `MigrateFell`: the machine runs on there as it
+    /// was when it left. May be asked again after any failure.
+    MigrateTakeBack "migrate take back" since 6 => Done {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+        /// Its generation from now on.
+        generation: Generation,
+        /// The center's word for that.
+        warrant: Warrant,
+    }
 }

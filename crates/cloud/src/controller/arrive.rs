@@ -9,9 +9,10 @@
 //!            recovering: wait for both sites, ask how far they are
 //!               |
 //!               +-> lost: what the source had is gone, or it does not come back
+//!               +-> back: it died at its destination, and its source has all of it (`back`)
 //! ```
 //!
-//! Nothing is undone here, and no QEMU is ended: the destination's is the machine.
+//! No QEMU is ended here: the destination's is the machine, for as long as it lives.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,12 +20,13 @@ use std::time::Duration;
 use godwit_migrate::clock::{self, ClockId};
 use godwit_migrate::hybrid::{Received, Request, Sent, report};
 use godwit_site::{
-    Asking, Call, MemoryStatus, MoveStatus, News, Progress, Request as _, SiteHost,
+    Asking, Call, Fell, MemoryStatus, MoveStatus, News, Progress, Request as _, SiteHost,
     UNKNOWN_GENERATION, verbs,
 };
 use godwit_types::{Code, Fault, MoveReport, Name, UnixMs, VmState, human_bytes};
 use tokio::time::Instant;
 
+use super::back::may_return;
 use super::lifecycle::dry;
 use super::meet::{can_be_dialled, may_dial};
 use super::moves::{Move, measured};
@@ -47,7 +49,8 @@ pub(super) const UNCERTAIN: &str = "uncertain";
 pub(super) const RECOVER_LIMIT: Duration = Duration::from_secs(900);
 
 /// First and longest pause between two tries.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
+pub(super) const PAUSE: (Duration, Duration) =
+    (Duration::from_millis(250), Duration::from_secs(10));
 
 /// How long a site may take to show that it is there.
 const ALIVE_WITHIN: Duration = Duration::from_secs(10);
@@ -67,6 +70,8 @@ enum Broken {
     Again(Fault),
     /// What is missing is gone for good.
     Lost(Fault),
+    /// It died at its destination, and its source has it as it left.
+    Back(Fell),
 }
 
 impl From<Fault> for Broken {
@@ -193,7 +198,11 @@ impl Moves {
     }
 
     /// Waits until a site is attached, and says so.
-    async fn await_site(&self, op: &OpHandle, name: &Name) -> Result<Arc<dyn SiteHost>, Fault> {
+    pub(super) async fn await_site(
+        &self,
+        op: &OpHandle,
+        name: &Name,
+    ) -> Result<Arc<dyn SiteHost>, Fault> {
         if let Ok(host) = self.sites.host(name) {
             return Ok(host);
         }
@@ -273,6 +282,10 @@ impl Moves {
                     self.abandon(m, &f, true).await?;
                     return Err(f);
                 }
+                Err(Broken::Back(fell)) => {
+                    let vm = self.give_back(m, &fell)?;
+                    return Err(self.bring_back(op, vm).await);
+                }
                 Err(Broken::Again(f)) => why = f,
             }
             if begun.elapsed() >= self.patience {
@@ -338,7 +351,20 @@ impl Moves {
         }
         // Memory that is lost leaves the disk to be brought: the source has all of it yet.
         let lost = match here.memory {
-            MemoryStatus::Gone => Some(ended_there(m, &here)),
+            MemoryStatus::Gone => {
+                let stays = match may_return(&here, &there, src.speaks().min(dst.speaks())) {
+                    Ok(()) => match self.ask_fell(m, &dst).await? {
+                        Some(fell) => return Err(Broken::Back(fell)),
+                        None => None,
+                    },
+                    Err(stays) => stays.words(),
+                };
+                let mut f = ended_there(m, &here);
+                if let Some(words) = stays {
+                    f.message = format!("{}; {words}", f.message);
+                }
+                Some(f)
+            }
             MemoryStatus::Partial if there.memory == MemoryStatus::Gone => {
                 Some(memory_lost(m, &here, &there))
             }
@@ -466,6 +492,20 @@ impl Moves {
         }
     }
 
+    /// Refuses what an operation does already: a move of `vm`, of which part is at `from`.
+    pub(super) fn no_move_goes_on(&self, vm: &VmRecord, from: &Name) -> Result<(), Fault> {
+        let going = self.ops.list().map_err(registry_fault)?.into_iter().find(|o| {
+            !o.state.is_final() && matches!(&o.kind, OpKind::VmMigrate { vm: v, .. } if *v == vm.id)
+        });
+        going.map_or(Ok(()), |op| {
+            Err(Fault::conflict(format!(
+                "machine '{}' is still moving to '{}': part of it is at '{from}'",
+                vm.name, vm.site
+            ))
+            .hint(format!("wait for it: godwit op wait {}", op.id)))
+        })
+    }
+
     /// Takes up a migration again that was given up beyond its switch.
     pub(super) fn migrate_on(
         self: &Arc<Self>,
@@ -477,16 +517,7 @@ impl Moves {
         let Some(arriving) = vm.arriving.clone() else {
             return Err(Fault::internal("a machine that does not arrive"));
         };
-        let going = self.ops.list().map_err(registry_fault)?.into_iter().find(|o| {
-            !o.state.is_final() && matches!(&o.kind, OpKind::VmMigrate { vm: v, .. } if *v == vm.id)
-        });
-        if let Some(op) = going {
-            return Err(Fault::conflict(format!(
-                "machine '{}' is still moving to '{}': part of it is at '{}'",
-                vm.name, vm.site, arriving.from
-            ))
-            .hint(format!("wait for it: godwit op wait {}", op.id)));
-        }
+        self.no_move_goes_on(&vm, &arriving.from)?;
         if want.to.as_ref().is_some_and(|to| *to != vm.site) {
             return Err(Fault::conflict(format!(
                 "machine '{}' is not whole at '{}': part of it is at '{}'",
@@ -521,7 +552,7 @@ impl Moves {
     }
 }
 
-fn show(op: &OpHandle, attempt: u64, note: String) {
+pub(super) fn show(op: &OpHandle, attempt: u64, note: String) {
     let unit = if attempt == 0 { "" } else { "attempts" };
     op.progress(Progress {
         stage: RECOVERING.into(),

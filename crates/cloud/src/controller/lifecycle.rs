@@ -214,6 +214,7 @@ impl Controller {
             reason: None,
             private_of,
             arriving: None,
+            returning: None,
             voided: std::collections::BTreeMap::new(),
         };
         let warrant = self.warrants.warrant(&vm, vm.generation, &vm.site)?;

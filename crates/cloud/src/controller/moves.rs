@@ -112,6 +112,9 @@ impl Moves {
         if vm.arriving.is_some() {
             return self.migrate_on(who, vm, &want, mode);
         }
+        if vm.returning.is_some() {
+            return self.migrate_back(who, vm, &want, mode);
+        }
         vm.state.to(VmState::Moving).map_err(|e| state_fault(&vm, &e))?;
         let scheme = want.scheme.unwrap_or_else(|| SCHEME.into());
         if scheme != SCHEME {

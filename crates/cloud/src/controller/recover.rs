@@ -116,7 +116,15 @@ impl Controller {
                         return Err(again().hint("the machine is where it was; ask again"));
                     }
                 };
+                if record.returning.as_ref().is_some_and(|r| r.migration == id) {
+                    return Err(self.moves.bring_back(handle, record).await);
+                }
                 let m = Move::found(&record, from.clone(), to.clone(), *generation, id);
+                if record.generation > *generation && record.site == *from {
+                    // It was brought back, and the operation's end was not written.
+                    let why = record.reason.unwrap_or_else(|| "is where it was".into());
+                    return Err(Fault::unavailable(format!("machine '{}' {why}", record.name)));
+                }
                 if record.generation > *generation {
                     // It has moved on since.
                     return Ok(serde_json::json!({ "site": record.site }));

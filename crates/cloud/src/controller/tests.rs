@@ -52,6 +52,7 @@ pub(crate) struct Paper {
     pub(crate) typed: Mutex<Vec<String>>,
     /// Machines that have left it and of which it keeps memory.
     pub(crate) visits: Mutex<Vec<VmId>>,
+    pub(super) back: super::tests_back::Back,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -96,6 +97,7 @@ impl Paper {
             asked: AtomicUsize::new(0),
             typed: Mutex::default(),
             visits: Mutex::default(),
+            back: super::tests_back::Back::default(),
             speaks: godwit_transfer::wire::Versions::OURS.max.into(),
         })
     }
@@ -351,6 +353,9 @@ impl SiteHost for Paper {
                     released: at(8),
                     ..Sent::default()
                 })))
+            }
+            SiteRequest::MigrateFell(_) | SiteRequest::MigrateTakeBack(_) => {
+                self.goes_back(request)
             }
             other => Err(Fault::invalid(format!("'{}' on paper", other.name()))),
         }

@@ -132,6 +132,10 @@ pub struct VmRecord {
     /// Part of it is still at the site that it moved from.
     #[serde(default)]
     pub arriving: Option<Arriving>,
+    /// It died at the destination of a move before all of it was there, and is brought back to its
+    /// site.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub returning: Option<Returning>,
     /// Warrants that count no more: sites for which one was made out, and up to which generation.
     /// The machine never ran there.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -151,12 +155,25 @@ pub struct Arriving {
     pub note: Option<String>,
 }
 
+/// The way back of a machine that died at its destination.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Returning {
+    /// The migration that it left by.
+    #[schema(value_type = String)]
+    pub migration: MigrationId,
+    /// The site where it died.
+    pub from: Name,
+    /// What of its work is undone then, in words.
+    pub undone: String,
+}
+
 impl VmRecord {
     /// Whether it starts, moves or is being docked, so that either end may need what it came from.
     #[must_use]
     pub fn is_on_its_way(&self) -> bool {
         matches!(self.state, VmState::Starting | VmState::Moving | VmState::Docking)
             || self.arriving.is_some()
+            || self.returning.is_some()
     }
 
     /// The next generation that the machine may have anywhere: none for which there was ever a
@@ -168,6 +185,8 @@ impl VmRecord {
 
     /// From now on the machine has this generation; what is below it needs no mention any more.
     pub fn reach(&mut self, generation: Generation) {
+        // What was under way for another generation is over.
+        self.returning.take_if(|_| self.generation != generation);
         self.generation = generation;
         self.voided.retain(|_, g| *g > generation);
     }

@@ -8,12 +8,12 @@ use super::dock::Dock;
 use super::neighbours::Offered;
 use crate::verbs::{
     Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
-    MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateHold, MigrateListening, MigrateLost,
-    MigrateManifest, MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn,
-    MigrateResumeOut, MigrateSend, MigrateStatus, Ping, Pool, PoolCheck, Report, Request, Revoke,
-    SiteReply, SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer, SubstrateUsers,
-    Substrates, Visits, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmScreenshot,
-    VmStart, VmStatus, VmStop, VmType,
+    MigrateFell, MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateHold, MigrateListening,
+    MigrateLost, MigrateManifest, MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn,
+    MigrateResumeOut, MigrateSend, MigrateStatus, MigrateTakeBack, Ping, Pool, PoolCheck, Report,
+    Request, Revoke, SiteReply, SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer,
+    SubstrateUsers, Substrates, Visits, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew,
+    VmScreenshot, VmStart, VmStatus, VmStop, VmType,
 };
 use crate::{Call, ConsoleTail};
 
@@ -120,6 +120,13 @@ impl LocalSite {
             };
             Disk { of } => self.disk_of(of).await?;
             Visits {} => self.parts.machines.visits.machines();
+            MigrateFell { migration, vm, generation } => {
+                self.moves.arrivals.fell(migration, vm, generation).await?
+            };
+            MigrateTakeBack { migration, vm, generation, warrant } => {
+                let departures = &self.moves.departures;
+                departures.bring_back(migration, vm, generation, warrant).await?
+            };
         })
     }
 }

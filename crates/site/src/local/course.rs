@@ -6,9 +6,11 @@
 //!               | abandoned          | abandoned
 //!               v                    v
 //!             Abandoned -resumed-> Coming, or Running if it has run
+//!             (of whatever has run: fell -> Fell, which nothing changes)
 //!
 //! departure:  Leaving ---ran---> Away ---ran on---> RanOn
 //!             (ran: the machine runs at its destination)
+//!             (of all three: returns -> Returning, once the destination's is Fell)
 //!
 //! question:   Unasked ---ask---> Asked ---answer---> Answered ---withdraw---> Unasked
 //! ```
@@ -44,6 +46,9 @@ pub(crate) enum Arrival {
         /// Why it is not waited for.
         why: String,
     },
+    /// It has run here and its QEMU died before its memory was all here: it never runs here again
+    /// under this generation, and the center is told so.
+    Fell,
 }
 
 /// A machine that leaves.
@@ -56,6 +61,8 @@ pub(crate) enum Departure {
     /// As [`Departure::Away`], and has run here since, and may have written to its disk: what is
     /// here is not what left.
     RanOn,
+    /// It died at its destination, and is brought back by its QEMU here, which has it as it left.
+    Returning,
 }
 
 /// What happens to a move at one end, and is written down.
@@ -69,6 +76,10 @@ pub(super) enum Step {
     Abandoned(String),
     /// It goes on over new relays.
     Resumed,
+    /// Its QEMU died at its destination before its memory was all there.
+    Fell,
+    /// It is brought back to its source after that.
+    Returns,
 }
 
 /// A step that a move does not take.
@@ -92,6 +103,8 @@ impl Step {
             Self::RanOn => "run on",
             Self::Abandoned(_) => "abandoned",
             Self::Resumed => "resumed",
+            Self::Fell => "given back to its source",
+            Self::Returns => "brought back",
         }
     }
 
@@ -107,6 +120,7 @@ impl Arrival {
             Self::Coming => "is coming here",
             Self::Running => "came here and runs",
             Self::Abandoned { .. } => "came here in part",
+            Self::Fell => "came here in part and died",
         }
     }
 
@@ -114,7 +128,7 @@ impl Arrival {
     pub(crate) const fn has_run(&self) -> bool {
         match self {
             Self::Coming => false,
-            Self::Running => true,
+            Self::Running | Self::Fell => true,
             Self::Abandoned { ran, .. } => *ran,
         }
     }
@@ -122,6 +136,11 @@ impl Arrival {
     /// What it is after a step.
     fn after(&self, step: Step) -> Result<Self, NoStep> {
         Ok(match (self, step) {
+            (Self::Fell, Step::Ran) => Self::Fell,
+            (_, Step::Fell) if self.has_run() => Self::Fell,
+            (Self::Fell, step @ (Step::Abandoned(_) | Step::Resumed)) => {
+                return Err(step.not_from(self.name()));
+            }
             (Self::Coming | Self::Running, Step::Ran) => Self::Running,
             (Self::Abandoned { why, .. }, Step::Ran) => {
                 Self::Abandoned { ran: true, why: why.clone() }
@@ -129,7 +148,9 @@ impl Arrival {
             (_, Step::Abandoned(why)) => Self::Abandoned { ran: self.has_run(), why },
             (_, Step::Resumed) if self.has_run() => Self::Running,
             (_, Step::Resumed) => Self::Coming,
-            (_, step @ Step::RanOn) => return Err(step.not_from(self.name())),
+            (_, step @ (Step::RanOn | Step::Returns | Step::Fell)) => {
+                return Err(step.not_from(self.name()));
+            }
         })
     }
 }
@@ -141,17 +162,20 @@ impl Departure {
             Self::Leaving => "is leaving",
             Self::Away => "has left",
             Self::RanOn => "has run on here after it had left",
+            Self::Returning => "is being brought back here",
         }
     }
 
     /// What it is after a step.
     fn after(self, step: Step) -> Result<Self, NoStep> {
         Ok(match (self, step) {
+            // Whatever is heard late of the run that has ended there.
+            (_, Step::Returns) | (Self::Returning, Step::Ran | Step::RanOn) => Self::Returning,
             (Self::Leaving | Self::Away, Step::Ran) => Self::Away,
             // Whether it was noted before that it runs there, or not.
             (_, Step::RanOn) | (Self::RanOn, Step::Ran) => Self::RanOn,
             (Self::Leaving | Self::Away, Step::Resumed) => self,
-            (_, step @ (Step::Abandoned(_) | Step::Resumed)) => {
+            (_, step @ (Step::Abandoned(_) | Step::Resumed | Step::Fell)) => {
                 return Err(step.not_from(self.name()));
             }
         })
@@ -219,6 +243,16 @@ impl Migration {
         matches!(self.course, Course::Departure { is: Departure::RanOn, .. })
     }
 
+    /// Whether its QEMU died here before its memory was all here.
+    pub(crate) const fn fell(&self) -> bool {
+        matches!(self.course, Course::Arrival(Arrival::Fell))
+    }
+
+    /// Whether it is brought back here from a destination at which it died.
+    pub(crate) const fn returns(&self) -> bool {
+        matches!(self.course, Course::Departure { is: Departure::Returning, .. })
+    }
+
     /// Why what is missing here is not waited for any more, if it is not.
     pub(crate) const fn abandoned(&self) -> Option<&String> {
         match &self.course {
@@ -267,11 +301,15 @@ struct Kept {
     ran_on: bool,
     #[serde(default)]
     next: Option<Generation>,
+    /// Of an arrival: [`Arrival::Fell`]; of a departure: [`Departure::Returning`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    fell: bool,
 }
 
 impl From<Kept> for Migration {
     fn from(kept: Kept) -> Self {
         let course = match (kept.end, kept.given_up) {
+            (End::Destination, _) if kept.fell => Course::Arrival(Arrival::Fell),
             (End::Destination, Some(why)) => {
                 Course::Arrival(Arrival::Abandoned { ran: kept.runs, why })
             }
@@ -279,6 +317,7 @@ impl From<Kept> for Migration {
             (End::Destination, None) => Course::Arrival(Arrival::Coming),
             (End::Source, _) => {
                 let is = match (kept.ran_on, kept.runs) {
+                    _ if kept.fell => Departure::Returning,
                     (true, _) => Departure::RanOn,
                     (false, true) => Departure::Away,
                     (false, false) => Departure::Leaving,
@@ -298,6 +337,7 @@ impl From<Migration> for Kept {
             given_up: m.abandoned().cloned(),
             ran_on: m.ran_on(),
             next: m.next(),
+            fell: m.fell() || m.returns(),
             id: m.id,
             peer: m.peer,
             attempt: m.attempt,
@@ -392,15 +432,19 @@ mod tests {
         Name::new("cafe").expect("name")
     }
 
-    fn arrivals() -> [Arrival; 4] {
+    fn arrivals() -> [Arrival; 5] {
         let gone = |ran| Arrival::Abandoned { ran, why: "lost".into() };
-        [Arrival::Coming, Arrival::Running, gone(false), gone(true)]
+        [Arrival::Coming, Arrival::Running, gone(false), gone(true), Arrival::Fell]
+    }
+
+    fn steps() -> [Step; 6] {
+        let late = Step::Abandoned("late".into());
+        [Step::Ran, Step::RanOn, late, Step::Resumed, Step::Fell, Step::Returns]
     }
 
     fn table<S: std::fmt::Debug>(states: &[S], after: impl Fn(&S, Step) -> String) -> String {
-        let steps = [Step::Ran, Step::RanOn, Step::Abandoned("late".into()), Step::Resumed];
         let line = |s: &S| {
-            let cells: Vec<_> = steps.iter().map(|step| after(s, step.clone())).collect();
+            let cells: Vec<_> = steps().iter().map(|step| after(s, step.clone())).collect();
             format!("{s:?}: {}", cells.join(", "))
         };
         states.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -415,20 +459,23 @@ mod tests {
         });
         assert_eq!(
             of_arrivals,
-            "Coming: Running, -, Abandoned(false late), Coming\n\
-             Running: Running, -, Abandoned(true late), Running\n\
-             Abandoned { ran: false, why: \"lost\" }: Abandoned(true lost), -, Abandoned(false late), Coming\n\
-             Abandoned { ran: true, why: \"lost\" }: Abandoned(true lost), -, Abandoned(true late), Running"
+            "Coming: Running, -, Abandoned(false late), Coming, -, -\n\
+             Running: Running, -, Abandoned(true late), Running, Fell, -\n\
+             Abandoned { ran: false, why: \"lost\" }: Abandoned(true lost), -, Abandoned(false late), Coming, -, -\n\
+             Abandoned { ran: true, why: \"lost\" }: Abandoned(true lost), -, Abandoned(true late), Running, Fell, -\n\
+             Fell: Fell, -, -, -, Fell, -"
         );
-        let departures = [Departure::Leaving, Departure::Away, Departure::RanOn];
+        let departures =
+            [Departure::Leaving, Departure::Away, Departure::RanOn, Departure::Returning];
         let of_departures = table(&departures, |s, step| {
             s.after(step).map_or_else(|_| "-".into(), |next| format!("{next:?}"))
         });
         assert_eq!(
             of_departures,
-            "Leaving: Away, RanOn, -, Leaving\n\
-             Away: Away, RanOn, -, Away\n\
-             RanOn: RanOn, RanOn, -, -"
+            "Leaving: Away, RanOn, -, Leaving, -, Returning\n\
+             Away: Away, RanOn, -, Away, -, Returning\n\
+             RanOn: RanOn, RanOn, -, -, -, Returning\n\
+             Returning: Returning, Returning, -, -, -, Returning"
         );
         let e = Departure::RanOn.after(Step::Resumed).expect_err("what is here did not leave");
         assert_eq!(
@@ -439,17 +486,18 @@ mod tests {
 
     #[test]
     fn that_a_machine_has_run_is_never_forgotten() {
-        let steps = [Step::Ran, Step::RanOn, Step::Abandoned("late".into()), Step::Resumed];
         let mut all = vec![
             Migration::arrival(MigrationId::new(), peer()),
             Migration::departure(MigrationId::new(), peer(), Some(Generation(3))),
         ];
         for _ in 0..4 {
             for m in std::mem::take(&mut all) {
-                for step in &steps {
+                for step in &steps() {
                     let Ok(next) = m.after(step.clone()) else { continue };
                     assert!(next.has_run() || !m.has_run(), "{m:?} {step:?}");
-                    assert!(next.ran_on() || !m.ran_on(), "{m:?} {step:?}");
+                    assert!(next.ran_on() || next.returns() || !m.ran_on(), "{m:?} {step:?}");
+                    assert!(next.fell() || !m.fell(), "{m:?} {step:?}");
+                    assert!(next.returns() || !m.returns(), "{m:?} {step:?}");
                     assert_eq!((next.id, next.end(), next.next()), (m.id, m.end(), m.next()));
                     assert_eq!(next.attempt - m.attempt, u32::from(*step == Step::Resumed));
                     all.push(next);
@@ -476,6 +524,10 @@ mod tests {
              'next':8}",
             "'end':'source','peer':'cafe','attempt':3,'runs':true,'given_up':null,'ran_on':true,\
              'next':8}",
+            "'end':'destination','peer':'cafe','attempt':0,'runs':true,'given_up':null,\
+             'ran_on':false,'next':null,'fell':true}",
+            "'end':'source','peer':'cafe','attempt':0,'runs':true,'given_up':null,'ran_on':false,\
+             'next':8,'fell':true}",
         ];
         for case in cases.map(kept) {
             let read: Migration =

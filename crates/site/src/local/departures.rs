@@ -192,7 +192,8 @@ impl Departures {
         self.end_move(record).await;
     }
 
-    async fn end_move(&self, record: &MachineRecord) {
+    /// Its move is over, whatever became of it.
+    pub(super) async fn end_move(&self, record: &MachineRecord) {
         if let Some(m) = &record.migration {
             self.travellers.unmark(m.id, record.vm).await;
             self.parts.relays.end(m).await;

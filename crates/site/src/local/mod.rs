@@ -9,6 +9,7 @@ mod allowed;
 mod answers;
 mod apart;
 mod arrivals;
+mod back;
 mod carry;
 mod course;
 mod departures;

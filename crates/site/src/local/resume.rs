@@ -14,7 +14,7 @@ use godwit_disk::image::FrozenChain;
 use godwit_disk::{MidLayer, NbdServer};
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
-    Asking, MoveError, Received, Sent, follow_outgoing, reclaim, recover_disk, recover_incoming,
+    Asking, MoveError, Received, Sent, follow_outgoing, recover_disk, recover_incoming,
     recover_outgoing,
 };
 use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase};
@@ -123,6 +123,9 @@ impl Departures {
             self.drives.interrupted(migration.id, at, "its QEMU is gone");
             return;
         };
+        if migration.returns() {
+            return self.returns_after_restart(&record, &migration, &machine).await;
+        }
         let paths = MovePaths::of(&self.parts.dirs.run, &migration);
         let relay = RelayClient::attach(&paths.control).await;
         // QEMU switches as soon as the relay has been told to read on.
@@ -200,22 +203,12 @@ impl Departures {
             return Ok(());
         }
         self.parts.relays.end(&migration).await;
-        let paths = MovePaths::of(&self.parts.dirs.run, &migration);
-        paths
-            .make()
-            .map_err(|e| Fault::internal(format!("making {}: {e}", paths.dir.display())))?;
-        if let Err(e) = reclaim(&machine, &paths.qemu).await {
-            if matches!(e, MoveError::Stuck | MoveError::Ended { .. }) {
-                // Nothing is left to decide: it may be started from its disk, or removed.
-                self.travellers.unmark(id, record.vm).await;
-            }
-            return Err(into_fault(e));
+        let ran = self.run_on(&record, &machine, &migration).await;
+        if let Err(MoveError::Stuck | MoveError::Ended { .. }) = &ran {
+            // Nothing is left to decide: it may be started from its disk, or removed.
+            self.travellers.unmark(id, record.vm).await;
         }
-        machine.run().await.map_err(into_fault)?;
-        info!(vm = %record.name, "runs on at its source");
-        self.travellers.unmark(id, record.vm).await;
-        self.parts.relays.clear(&migration);
-        Ok(())
+        ran.map_err(into_fault)
     }
 }
 
@@ -272,20 +265,21 @@ impl Moves {
 }
 
 impl Arrivals {
+    /// Pages that the memory of a machine which is not whole lacks here.
+    pub(super) fn missing_pages(&self, record: &MachineRecord) -> u64 {
+        // A page that has not come is a hole in the file.
+        let there = std::fs::metadata(self.parts.dirs.vm_memory(record.vm));
+        let there = there.map_or(0, |m| m.blocks() * 512);
+        record.memory.bytes().saturating_sub(there).div_ceil(4096)
+    }
+
     /// Pages and blocks that a destination lacks.
     async fn missing(
         &self,
         record: &MachineRecord,
         memory: MemoryStatus,
     ) -> Result<(u64, Option<u64>), Fault> {
-        let pages = if memory == MemoryStatus::Whole {
-            0
-        } else {
-            // A page that has not come is a hole in the file.
-            let there = std::fs::metadata(self.parts.dirs.vm_memory(record.vm))
-                .map_or(0, |m| m.blocks() * 512);
-            record.memory.bytes().saturating_sub(there).div_ceil(4096)
-        };
+        let pages = if memory == MemoryStatus::Whole { 0 } else { self.missing_pages(record) };
         let image = self.parts.images.of(record)?;
         if image.disk_path().is_none() || record.disk_base == DiskBase::Mid {
             return Ok((pages, Some(0)));
