@@ -29,7 +29,7 @@ use super::course::{End, Migration, Step};
 use super::departures::Departures;
 use super::drive::{RECEIVED, RELEASE_WITHIN, UNDO_WITHIN, measured};
 use super::faults::into_fault;
-use super::look::found_exited;
+use super::look::{found_exited, life_of};
 use super::owner::{Ask, Look, Owned};
 use super::parts::Parts;
 use super::progress::runs;
@@ -116,7 +116,7 @@ impl Ask for Falls {
             return Ok(e.record.clone());
         }
         match &e.machine {
-            Some(m) if !matches!(m.life().await, Ok(Life::Exited)) => {
+            Some(_) if life_of(e).await != Some(Life::Exited) => {
                 let machine = e.record.name.clone();
                 return Err(Refusal::RunsHere { machine, site: site.clone() }.into());
             }

@@ -1,0 +1,207 @@
+//! The way back after the switch: a machine whose QEMU dies at its destination before all of its
+//! memory is there runs on at its source.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
+
+use std::time::{Duration, Instant};
+
+use godwit_bench::link::{LaneSpec, Side};
+use godwit_tests::{Cloud, Daemon, Setup, kill, within};
+use serde_json::Value;
+
+/// The link: 100 Mbit/s, 10 ms each way.
+const RATE: f64 = 100.0;
+const DELAY: f64 = 10.0;
+/// What it is slowed down to at the switch, in Mbit/s: memory is on its way for long.
+const SLOW: f64 = 2.0;
+/// Random bytes on the disk, in MiB.
+const BALLAST: u32 = 8;
+/// How long a move may take in all.
+const MOVE_WITHIN: Duration = Duration::from_secs(120);
+/// How long a machine may be gone.
+const GONE_WITHIN: Duration = Duration::from_secs(2);
+/// The machine is about to run at its destination, and its source does not know it.
+const COMMITTED: &str = "relay.committed";
+
+/// The destination has written down that the machine is dead there, and has told nobody.
+const FELL: &str = "back.fell";
+/// The center has raised the generation, and has told nobody.
+const RAISED: &str = "back.raised";
+/// The source has written down that it brings the machine back, and has not.
+const RETURNING: &str = "back.returning";
+/// The machine runs at its source, and nothing says so yet.
+const RAN: &str = "back.ran";
+
+struct Story {
+    cloud: Cloud,
+    name: String,
+    lines: u64,
+    sum: String,
+    at: Daemon,
+}
+
+const fn other(than: Daemon) -> Daemon {
+    match than {
+        Daemon::Center => Daemon::Ap,
+        Daemon::Ap => Daemon::Center,
+    }
+}
+
+impl Story {
+    fn begin() -> Self {
+        let cloud = Setup::new().over_link(RATE, DELAY).patience(8).start();
+        cloud.bring_substrate();
+        let name = "work".to_owned();
+        let _ = cloud.ok(&["vm", "activate", "base", "--name", &name, "--site", "center"]);
+        let guest = cloud.guest(&name);
+        let _ = guest.sh(&format!(
+            "dd if=/dev/urandom of=/data/ballast bs=1M count={BALLAST} 2>/dev/null; sync"
+        ));
+        let sum = guest.sh("md5sum </data/ballast");
+        let lines = guest.intact(0);
+        Self { cloud, name, lines, sum, at: Daemon::Center }
+    }
+
+    fn rate(&self, mbit: f64) {
+        for side in Side::BOTH {
+            self.cloud.net().set(side, LaneSpec::new(mbit, DELAY)).unwrap();
+        }
+    }
+
+    /// Memory, lines and disk are as they were left.
+    fn intact(&mut self) {
+        let guest = self.cloud.guest(&self.name);
+        self.lines = guest.intact(self.lines);
+        let _ = guest.sh("echo 3 >/proc/sys/vm/drop_caches");
+        assert_eq!(guest.sh("md5sum </data/ballast"), self.sum);
+    }
+
+    /// Switches it to the other site while the link is slow; gives the operation.
+    fn switch(&self) -> String {
+        let to = other(self.at);
+        self.cloud.guest(&self.name).fill_memory(8);
+        self.cloud.hold(COMMITTED);
+        let begun = self.cloud.ok(&["vm", "migrate", &self.name, "--to", to.site(), "--no-wait"]);
+        let _ = self.cloud.held(COMMITTED);
+        self.rate(SLOW);
+        self.cloud.let_go(COMMITTED);
+        within(Duration::from_secs(20), "the center to know of the switch", || {
+            (!self.cloud.vm(&self.name)["arriving"].is_null()).then_some(())
+        });
+        begun["op"].as_str().unwrap().to_owned()
+    }
+
+    fn kill_there(&self) {
+        let vm = self.cloud.vm(&self.name);
+        let there = other(self.at);
+        eprintln!("killed at {}: {:?}", there.site(), self.cloud.relay(there));
+        kill(self.cloud.qemu(&vm, there).expect("its QEMU"));
+    }
+
+    /// It runs where it was, whole; what is undone is said, and nothing is left where it died.
+    fn is_back(&mut self, op: &str, generation: u64) {
+        let (here, there) = (self.at, other(self.at));
+        let end = within(MOVE_WITHIN, "the move's end", || {
+            let o = self.cloud.op(op);
+            let state = o["state"].as_str()?.to_owned();
+            (!["running", "cancelling"].contains(&state.as_str())).then_some(o)
+        });
+        self.rate(RATE);
+        assert_eq!(end["state"], "failed", "{end}");
+        let words = end["error"]["message"].as_str().unwrap_or_default();
+        eprintln!("{words}");
+        assert!(words.contains("are undone"), "{end}");
+        self.cloud.runs_at(&self.name, here.site());
+        let vm = self.cloud.vm(&self.name);
+        assert_eq!(vm["generation"].as_u64(), Some(generation + 2), "{vm}");
+        assert!(vm["arriving"].is_null() && vm["returning"].is_null(), "{vm}");
+        let reason = vm["reason"].as_str().unwrap_or_default();
+        assert!(reason.contains("are undone") && words.contains(reason), "{vm}");
+        within(Duration::from_secs(30), "what is left where it died to go", || {
+            let free = self.cloud.qemu(&vm, there).is_none()
+                && !self.cloud.vm_memory(&vm, there).exists()
+                && !self.cloud.vm_dir(&vm, there).exists()
+                && self.cloud.relays(there).is_empty()
+                && self.cloud.relays(here).is_empty();
+            free.then_some(())
+        });
+        self.intact();
+    }
+
+    /// Moves it for good.
+    fn go(&mut self) {
+        let to = other(self.at);
+        let _ = self.cloud.ok(&["vm", "migrate", &self.name, "--to", to.site()]);
+        self.cloud.runs_at(&self.name, to.site());
+        self.at = to;
+        self.intact();
+    }
+
+    fn generation(&self) -> u64 {
+        self.cloud.vm(&self.name)["generation"].as_u64().unwrap()
+    }
+
+    /// Kills its QEMU there, and `daemon` where the way back has come to `step`.
+    fn harmed(&mut self, step: &str, daemon: Daemon) {
+        let generation = self.generation();
+        let op = self.switch();
+        self.cloud.hold(step);
+        self.kill_there();
+        let _ = self.cloud.held(step);
+        self.cloud.kill(daemon);
+        self.cloud.let_go(step);
+        self.rate(RATE);
+        let since = Instant::now();
+        self.cloud.restart(daemon);
+        self.is_back(&op, generation);
+        eprintln!("{step}, daemon of {} killed: back after {:?}", daemon.site(), since.elapsed());
+    }
+}
+
+/// What `vm get` says of a machine that runs at `site`, once it does.
+fn runs(cloud: &Cloud, name: &str, site: &str) -> Option<Value> {
+    let vm = cloud.json(&["vm", "get", name])?;
+    (vm["state"] == "running" && vm["site"] == site).then_some(vm)
+}
+
+#[test]
+fn a_machine_that_dies_at_its_destination_runs_on_at_its_source() {
+    let mut story = Story::begin();
+    for turn in 0..2 {
+        let generation = story.generation();
+        let op = story.switch();
+        story.kill_there();
+        let died = Instant::now();
+        within(MOVE_WITHIN, "it to run where it was", || {
+            runs(&story.cloud, &story.name, story.at.site())
+        });
+        let known = died.elapsed();
+        let answered = within(MOVE_WITHIN, "its guest to answer", || {
+            story.cloud.guest(&story.name).try_sh("echo here").map(|_| died.elapsed())
+        });
+        eprintln!("turn {turn}: runs after {known:?}, its guest answered after {answered:?}");
+        assert!(known < GONE_WITHIN, "{known:?}");
+        story.is_back(&op, generation);
+        // It can still move, and die at a site that it came to.
+        story.go();
+    }
+}
+
+#[test]
+fn a_machine_comes_back_whichever_daemon_is_killed_on_the_way() {
+    let mut story = Story::begin();
+    for (step, daemon) in [
+        (FELL, Daemon::Ap),
+        (FELL, Daemon::Center),
+        (RAISED, Daemon::Center),
+        (RETURNING, Daemon::Center),
+        (RAN, Daemon::Center),
+    ] {
+        story.harmed(step, daemon);
+    }
+    // A source that is not the center's own.
+    story.go();
+    for (step, daemon) in [(FELL, Daemon::Center), (RETURNING, Daemon::Ap), (RAN, Daemon::Ap)] {
+        story.harmed(step, daemon);
+    }
+    story.go();
+}
