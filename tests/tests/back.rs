@@ -11,8 +11,11 @@ use serde_json::Value;
 /// The link: 100 Mbit/s, 10 ms each way.
 const RATE: f64 = 100.0;
 const DELAY: f64 = 10.0;
-/// What it is slowed down to at the switch, in Mbit/s: memory is on its way for long.
-const SLOW: f64 = 2.0;
+/// What it is slowed down to at the switch, in Mbit/s: memory is on its way for seconds.
+const SLOW: f64 = 20.0;
+/// Makes memory that is dirty at the switch, until it is told to stop.
+const DIRTY: &str = "rm -f /tmp/stop; nohup sh -c 'while [ ! -e /tmp/stop ]; do dd if=/dev/urandom \
+    of=/tmp/dirty bs=64k count=256 conv=notrunc; done' >/dev/null 2>&1 &";
 /// Random bytes on the disk, in MiB.
 const BALLAST: u32 = 8;
 /// How long a move may take in all.
@@ -70,6 +73,7 @@ impl Story {
     /// Memory, lines and disk are as they were left.
     fn intact(&mut self) {
         let guest = self.cloud.guest(&self.name);
+        let _ = guest.sh("touch /tmp/stop");
         self.lines = guest.intact(self.lines);
         let _ = guest.sh("echo 3 >/proc/sys/vm/drop_caches");
         assert_eq!(guest.sh("md5sum </data/ballast"), self.sum);
@@ -78,7 +82,7 @@ impl Story {
     /// Switches it to the other site while the link is slow; gives the operation.
     fn switch(&self) -> String {
         let to = other(self.at);
-        self.cloud.guest(&self.name).fill_memory(8);
+        let _ = self.cloud.guest(&self.name).sh(DIRTY);
         self.cloud.hold(COMMITTED);
         let begun = self.cloud.ok(&["vm", "migrate", &self.name, "--to", to.site(), "--no-wait"]);
         let _ = self.cloud.held(COMMITTED);

@@ -34,7 +34,7 @@ use super::owner::{Ask, Look, Owned};
 use super::parts::Parts;
 use super::progress::runs;
 use super::record::{DesiredState, MachineRecord};
-use super::relays::MovePaths;
+use super::relays::{MovePaths, end_all_below};
 use super::travellers::Found;
 use crate::Fell;
 
@@ -67,7 +67,8 @@ impl Arrivals {
         let parts = Arc::clone(&self.parts);
         let record = owner.ask(Falls { parts, id, generation }).await?;
         godwit_hold::at("back.fell").await;
-        self.parts.relays.end(&migration).await;
+        // What its relay has is of no use, and to say good-bye takes long on a slow link.
+        end_all_below(&MovePaths::of(&self.parts.dirs.run, &migration).dir).await;
         self.drives.ended_within(id, RELEASE_WITHIN).await;
         let received: Received = measured(&self.parts.dirs.vm(vm), RECEIVED);
         let ran = received.resumed.and_then(|began| died.checked_sub(began));
@@ -168,7 +169,7 @@ impl Departures {
             return Ok(());
         }
         let migration = in_move(&now.record, id, End::Source, &self.parts.name)?.clone();
-        self.parts.relays.end(&migration).await;
+        end_all_below(&MovePaths::of(&self.parts.dirs.run, &migration).dir).await;
         self.end_drive(id).await?;
         let parts = Arc::clone(&self.parts);
         let (record, machine) = owner.ask(Returns { parts, id, generation, warrant }).await?;
