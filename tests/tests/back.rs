@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use godwit_bench::link::{LaneSpec, Side};
-use godwit_tests::{Cloud, Daemon, Setup, kill, within};
+use godwit_tests::{Cloud, Daemon, Setup, exists, kill, within};
 use serde_json::Value;
 
 /// The link: 100 Mbit/s, 10 ms each way.
@@ -15,7 +15,7 @@ const DELAY: f64 = 10.0;
 const SLOW: f64 = 20.0;
 /// Makes memory that is dirty at the switch, until it is told to stop.
 const DIRTY: &str = "rm -f /tmp/stop; nohup sh -c 'while [ ! -e /tmp/stop ]; do dd if=/dev/urandom \
-    of=/tmp/dirty bs=64k count=256 conv=notrunc; done' >/dev/null 2>&1 &";
+    of=/tmp/dirty bs=64k count=512 conv=notrunc; done' >/dev/null 2>&1 &";
 /// Random bytes on the disk, in MiB.
 const BALLAST: u32 = 8;
 /// How long a move may take in all.
@@ -101,14 +101,19 @@ impl Story {
         kill(self.cloud.qemu(&vm, there).expect("its QEMU"));
     }
 
-    /// It runs where it was, whole; what is undone is said, and nothing is left where it died.
-    fn is_back(&mut self, op: &str, generation: u64) {
-        let (here, there) = (self.at, other(self.at));
-        let end = within(MOVE_WITHIN, "the move's end", || {
+    /// How the operation ended.
+    fn ended(&self, op: &str) -> Value {
+        within(MOVE_WITHIN, "the move's end", || {
             let o = self.cloud.op(op);
             let state = o["state"].as_str()?.to_owned();
             (!["running", "cancelling"].contains(&state.as_str())).then_some(o)
-        });
+        })
+    }
+
+    /// It runs where it was, whole; what is undone is said, and nothing is left where it died.
+    fn is_back(&mut self, op: &str, generation: u64) {
+        let (here, there) = (self.at, other(self.at));
+        let end = self.ended(op);
         self.rate(RATE);
         assert_eq!(end["state"], "failed", "{end}");
         let words = end["error"]["message"].as_str().unwrap_or_default();
@@ -173,6 +178,11 @@ fn a_machine_that_dies_at_its_destination_runs_on_at_its_source() {
     for turn in 0..2 {
         let generation = story.generation();
         let op = story.switch();
+        if turn == 0 {
+            // It works there, and all of that is to be undone.
+            let guest = story.cloud.guest(&story.name);
+            assert_eq!(guest.sh("echo late >/data/late; sync; cat /data/late"), "late");
+        }
         story.kill_there();
         let died = Instant::now();
         within(MOVE_WITHIN, "it to run where it was", || {
@@ -185,6 +195,8 @@ fn a_machine_that_dies_at_its_destination_runs_on_at_its_source() {
         eprintln!("turn {turn}: runs after {known:?}, its guest answered after {answered:?}");
         assert!(known < GONE_WITHIN, "{known:?}");
         story.is_back(&op, generation);
+        let late = story.cloud.guest(&story.name).sh("cat /data/late 2>/dev/null || echo undone");
+        assert_eq!(late, "undone");
         // It can still move, and die at a site that it came to.
         story.go();
     }
@@ -208,4 +220,48 @@ fn a_machine_comes_back_whichever_daemon_is_killed_on_the_way() {
         story.harmed(step, daemon);
     }
     story.go();
+}
+
+#[test]
+fn a_machine_that_had_all_its_memory_is_started_from_its_disk_where_it_died() {
+    let story = Story::begin();
+    let (cloud, name) = (&story.cloud, &story.name);
+    story.rate(SLOW / 2.0);
+    let begun = cloud.ok(&["vm", "migrate", name, "--to", "cafe", "--no-wait"]);
+    let op = begun["op"].as_str().unwrap();
+    let _ = within(MOVE_WITHIN, "all of its memory to be there", || {
+        (cloud.relay(Daemon::Center)?["phase"] == "memory-done").then_some(())
+    });
+    story.kill_there();
+    story.rate(RATE);
+    let end = story.ended(op);
+    let words = end["error"]["message"].as_str().unwrap_or_default();
+    assert!(end["state"] == "failed" && words.contains("its disk is whole"), "{end}");
+    let vm = cloud.vm(name);
+    assert_eq!((vm["state"].as_str(), vm["site"].as_str()), (Some("failed"), Some("cafe")), "{vm}");
+    let _ = cloud.ok(&["vm", "start", name]);
+    let guest = cloud.guest(name);
+    guest.answers();
+    assert_eq!(guest.sh("md5sum </data/ballast"), story.sum);
+}
+
+#[test]
+fn a_guest_that_powers_itself_off_where_it_came_to_is_not_brought_back() {
+    let story = Story::begin();
+    let (cloud, generation) = (&story.cloud, story.generation());
+    let op = story.switch();
+    let vm = cloud.vm(&story.name);
+    let pid = cloud.qemu(&vm, Daemon::Ap).expect("its QEMU");
+    // The answer is lost with the guest.
+    let _ = cloud.guest(&story.name).try_sh("poweroff -f");
+    within(Duration::from_secs(60), "the guest to be off", || (!exists(pid)).then_some(()));
+    story.rate(RATE);
+    let end = story.ended(&op);
+    let words = end["error"]["message"].as_str().unwrap_or_default();
+    assert!(end["state"] == "failed" && !words.contains("undone"), "{end}");
+    let vm = cloud.vm(&story.name);
+    eprintln!("{vm}");
+    assert_eq!(vm["site"], "cafe", "{vm}");
+    assert_eq!(vm["generation"].as_u64(), Some(generation + 1), "{vm}");
+    assert_eq!(cloud.guest(&story.name).try_sh("true"), None, "it runs nowhere");
 }

@@ -56,7 +56,8 @@ impl Arrivals {
                 now.record.name, self.parts.name
             )));
         }
-        if self.missing_pages(&now.record) == 0 {
+        let all = !migration.fell() && self.has_had_all_memory(&now.record);
+        if all || self.missing_pages(&now.record) == 0 {
             return Err(Fault::conflict(format!(
                 "machine '{}' had all its memory at '{}'",
                 now.record.name, self.parts.name

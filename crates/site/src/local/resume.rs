@@ -273,13 +273,28 @@ impl Arrivals {
         record.memory.bytes().saturating_sub(there).div_ceil(4096)
     }
 
+    /// Whether all of its memory had come to a machine whose QEMU is gone, as its relay has told this
+    /// daemon.
+    pub(super) fn has_had_all_memory(&self, record: &MachineRecord) -> bool {
+        let Some(coming) = record.migration.as_ref().and_then(|m| self.drives.get(m.id)) else {
+            return false;
+        };
+        let relay = coming.shown.borrow().clone();
+        relay.is_some_and(|s| s.borrow().phase >= RelayPhase::MemoryDone)
+    }
+
     /// Pages and blocks that a destination lacks.
     async fn missing(
         &self,
         record: &MachineRecord,
         memory: MemoryStatus,
     ) -> Result<(u64, Option<u64>), Fault> {
-        let pages = if memory == MemoryStatus::Whole { 0 } else { self.missing_pages(record) };
+        let pages = match memory {
+            MemoryStatus::Whole => 0,
+            // Pages that are zero may be holes as well.
+            MemoryStatus::Gone if self.has_had_all_memory(record) => 0,
+            MemoryStatus::Gone | MemoryStatus::Partial => self.missing_pages(record),
+        };
         let image = self.parts.images.of(record)?;
         if image.disk_path().is_none() || record.disk_base == DiskBase::Mid {
             return Ok((pages, Some(0)));
