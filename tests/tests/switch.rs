@@ -244,7 +244,8 @@ impl Story {
         assert!(end["state"] == "failed" && words.contains("are undone"), "{end}");
         let vm = self.cloud.vm(&self.name());
         let generation = |vm: &Value| vm["generation"].as_u64().unwrap();
-        assert_eq!(generation(&vm), generation(before) + 2, "{vm}");
+        // Warrants that were made void before have generations of their own.
+        assert!(generation(&vm) > generation(before) + 1, "{vm}");
         self.runs_on(end);
         if let Some(digest) = written {
             let _ = self.cloud.guest(&self.name()).sh("echo 3 >/proc/sys/vm/drop_caches");
