@@ -179,10 +179,15 @@ impl Story {
             "{what}: {} at {} after {took:?} ({})",
             vm["state"], vm["site"], end["error"]["message"]
         );
+        let words = end["error"]["message"].as_str().unwrap_or_default();
         match victim {
             // Its device state has come before all other steps, and all of its memory may have.
             Victim::Qemu if step == STOPPED || end["state"] != "done" => {
-                self.ended_with_its_qemu(&end, KILLED);
+                self.ended_with_its_qemu(&end, KILLED, None);
+            }
+            // While its daemon is held all of it may come, and then it lives where it came to.
+            Victim::FarHost if step == TOLD && !words.contains("are undone") => {
+                self.ended_with_its_qemu(&end, "its QEMU is gone", written.as_deref());
             }
             Victim::FarHost | Victim::FarQemu if beyond => {
                 self.is_back(&end, &before, written.as_deref());
@@ -202,7 +207,6 @@ impl Story {
         }
         if step == KEEPING {
             // Nobody waits for what cannot come, and it is said where the machine is.
-            let words = end["error"]["message"].as_str().unwrap_or_default();
             assert!(words.contains("before the machine left its source"), "{what}: {end}");
             assert!(took < Duration::from_secs(15), "{what}: {took:?}");
         }
@@ -254,7 +258,7 @@ impl Story {
     }
 
     /// The only copy of its memory was killed: that is said, and its disk is whole.
-    fn ended_with_its_qemu(&mut self, end: &Value, why: &str) {
+    fn ended_with_its_qemu(&mut self, end: &Value, why: &str, written: Option<&str>) {
         let name = self.name();
         let words = end["error"]["message"].as_str().unwrap_or_default();
         assert!(end["state"] == "failed" && words.contains(why), "{end}");
@@ -266,6 +270,9 @@ impl Story {
             let check = "/usr/lib/godwit/godwit-witness check --file /data/lines";
             let text = self.cloud.guest(&name).sh(check);
             assert!(text.contains("\"ok\":true"), "{text}");
+        }
+        if let Some(digest) = written {
+            assert_eq!(self.cloud.guest(&name).sh(DIGEST), digest);
         }
         let _ = self.cloud.ok(&["vm", "delete", &name]);
         self.make();

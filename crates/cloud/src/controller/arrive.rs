@@ -321,7 +321,8 @@ impl Moves {
         if is_whole(&here) {
             return Ok(None);
         }
-        if here.memory == MemoryStatus::Gone && here.missing_blocks == Some(0) {
+        let goes_back = here.missing_pages > 0 && dst.speaks() >= verbs::MigrateFell::SINCE;
+        if here.memory == MemoryStatus::Gone && here.missing_blocks == Some(0) && !goes_back {
             return Err(Broken::Lost(ended_there(m, &here)));
         }
         let src = self.await_site(op, &m.from).await?;

@@ -46,7 +46,9 @@ impl Paper {
 }
 
 const fn status(memory: MemoryStatus, missing_pages: u64) -> MoveStatus {
-    MoveStatus { memory, missing_pages, missing_blocks: None, runs: true, over: false, why: None }
+    // Also of a machine without a disk, or whose disk is there already.
+    let missing_blocks = Some(0);
+    MoveStatus { memory, missing_pages, missing_blocks, runs: true, over: false, why: None }
 }
 
 #[test]
