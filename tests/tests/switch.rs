@@ -185,12 +185,15 @@ impl Story {
             Victim::Qemu if step == STOPPED || end["state"] != "done" => {
                 self.ended_with_its_qemu(&end, KILLED, None);
             }
-            // While its daemon is held all of it may come, and then it lives where it came to.
-            Victim::FarHost if step == TOLD && !words.contains("are undone") => {
+            // What was held may have had all of its memory, and then it is started from its disk there.
+            Victim::FarHost | Victim::FarQemu if beyond && words.contains("are undone") => {
+                self.is_back(&end, &before, written.as_deref());
+            }
+            Victim::FarHost if beyond => {
                 self.ended_with_its_qemu(&end, "its QEMU is gone", written.as_deref());
             }
-            Victim::FarHost | Victim::FarQemu if beyond => {
-                self.is_back(&end, &before, written.as_deref());
+            Victim::FarQemu if beyond => {
+                self.ended_with_its_qemu(&end, KILLED, written.as_deref());
             }
             Victim::FarHost => self.runs_on(&end),
             _ => {
