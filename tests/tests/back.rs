@@ -229,7 +229,7 @@ fn a_machine_that_had_all_its_memory_is_started_from_its_disk_where_it_died() {
     story.rate(SLOW / 2.0);
     let begun = cloud.ok(&["vm", "migrate", name, "--to", "cafe", "--no-wait"]);
     let op = begun["op"].as_str().unwrap();
-    let _ = within(MOVE_WITHIN, "all of its memory to be there", || {
+    within(MOVE_WITHIN, "all of its memory to be there", || {
         (cloud.relay(Daemon::Center)?["phase"] == "memory-done").then_some(())
     });
     story.kill_there();
