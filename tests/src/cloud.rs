@@ -296,9 +296,9 @@ impl Cloud {
         Unwanted(command.spawn().expect("starting a daemon"))
     }
 
-    /// What a daemon has said.
+    /// What a daemon has logged.
     #[must_use]
-    pub fn said(&self, which: Daemon) -> String {
+    pub fn log_text(&self, which: Daemon) -> String {
         String::from_utf8_lossy(&std::fs::read(self.log(which)).unwrap_or_default()).into_owned()
     }
 
@@ -327,14 +327,14 @@ impl Cloud {
         let socket = self.root.path().join("ready");
         // A leftover of an earlier start.
         let _ = std::fs::remove_file(&socket);
-        let told = UnixDatagram::bind(&socket).expect("bind");
-        told.set_read_timeout(Some(Duration::from_millis(200))).expect("time-out");
+        let receiver = UnixDatagram::bind(&socket).expect("bind");
+        receiver.set_read_timeout(Some(Duration::from_millis(200))).expect("time-out");
         let log = self.log(which);
         let mut command = self.daemon(which, args);
         let mut child = command.env("NOTIFY_SOCKET", &socket).spawn().expect("starting a daemon");
         let begun = Instant::now();
         let mut word = [0u8; 64];
-        while told.recv(&mut word).is_err() {
+        while receiver.recv(&mut word).is_err() {
             let ended = child.try_wait().expect("wait");
             if ended.is_some() || begun.elapsed() > READY_WITHIN {
                 let _ = child.kill();
@@ -558,7 +558,7 @@ impl Cloud {
         let path = archive::path(&self.program, &image());
         let _one = lock("archive");
         if !path.exists() {
-            archive::forget_others(&path);
+            archive::forget_others(&self.program, &path);
             // In a cloud of its own: nothing that this one measures depends on who comes first.
             let mut own = Self::in_turn(Setup::new(), self.program.clone(), None);
             own.spawn(Daemon::Center, &[]);

@@ -59,8 +59,8 @@ impl<'a> Guest<'a> {
     /// Waits until the guest does what it is asked.
     pub fn answers(&self) {
         let what = format!("'{}' to answer", self.vm);
-        let said = within(ANSWER_WITHIN, &what, || self.try_sh("echo $((6 * 7))"));
-        assert_eq!(said, "42");
+        let answer = within(ANSWER_WITHIN, &what, || self.try_sh("echo $((6 * 7))"));
+        assert_eq!(answer, "42");
     }
 
     /// Who it is.

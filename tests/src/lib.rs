@@ -13,6 +13,8 @@ mod api;
 mod archive;
 mod cloud;
 mod guest;
+#[cfg(test)]
+mod house;
 mod run;
 mod setup;
 

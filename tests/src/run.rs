@@ -45,11 +45,11 @@ pub(crate) fn converse(mut command: Command, line: &str, keys: &[(&str, &[u8])])
         .unwrap_or_else(|e| panic!("starting {line}: {e}"));
     let mut to = child.stdin.take().expect("its input");
     let mut from = child.stdout.take().expect("its output");
-    let (tell, told) = std::sync::mpsc::channel();
+    let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let mut part = [0; 4096];
         while let Ok(n @ 1..) = from.read(&mut part) {
-            if tell.send(part[..n].to_vec()).is_err() {
+            if sender.send(part[..n].to_vec()).is_err() {
                 return;
             }
         }
@@ -59,7 +59,7 @@ pub(crate) fn converse(mut command: Command, line: &str, keys: &[(&str, &[u8])])
     let mut next = keys.next();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        match told.recv_timeout(left) {
+        match receiver.recv_timeout(left) {
             Ok(part) => all.push_str(&String::from_utf8_lossy(&part)),
             Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break,
             Err(_) => {

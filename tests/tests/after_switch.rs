@@ -19,6 +19,10 @@ const BALLAST: u32 = 20;
 const MOVE_WITHIN: Duration = Duration::from_secs(180);
 /// The machine is about to run at its destination, and its source does not know it.
 const COMMITTED: &str = "relay.committed";
+/// A page that was asked for has come, and the destination's QEMU does not have it.
+const LATE: &str = "relay.demanded";
+/// All that comes on the main channel has come.
+const ENDING: &str = "relay.ending";
 /// How often a move may be over before its bad luck came.
 const TRIES: usize = 4;
 
@@ -268,6 +272,24 @@ fn a_link_that_is_gone_for_longer_than_its_patience_stops_no_move() {
         cloud.net().restore();
     });
     work.arrived(&cloud, &op, Daemon::Center, Daemon::Ap);
+}
+
+/// Pages that the machine waits for, their neighbours and its queues come on a channel of their own. When
+/// that one is slow, the end of memory waits for it.
+#[test]
+fn memory_does_not_end_before_pages_that_come_late() {
+    let cloud = patient_cloud();
+    let mut work = Work::begin(&cloud, "m");
+    for (from, to) in [(Daemon::Center, Daemon::Ap), (Daemon::Ap, Daemon::Center)] {
+        cloud.hold(LATE);
+        cloud.hold(ENDING);
+        let op = start_move(&cloud, &work.name, to);
+        let (late, ending) = (cloud.held(LATE), cloud.held(ENDING));
+        assert_eq!(late, ending, "both in the relay of the destination");
+        cloud.let_go(ENDING);
+        cloud.let_go(LATE);
+        work.arrived(&cloud, &op, from, to);
+    }
 }
 
 #[test]

@@ -28,8 +28,8 @@ fn every_form_of_answer_and_each_refusal_is_clear() {
     assert!(made.stderr.is_empty() && made.stdout.starts_with("b   running at center"), "{made:?}");
 
     // A guest's program.
-    let said = cloud.run(&["vm", "exec", "a", "--", "/bin/busybox", "echo", "here"]);
-    assert_eq!((said.stdout.as_str(), said.stderr.as_str()), ("here\n", ""));
+    let answer = cloud.run(&["vm", "exec", "a", "--", "/bin/busybox", "echo", "here"]);
+    assert_eq!((answer.stdout.as_str(), answer.stderr.as_str()), ("here\n", ""));
     // Its exit code is its own; a failure of Godwit's has words.
     for (line, exit, words) in [
         ("exit 42", 42, ""),
@@ -50,8 +50,8 @@ fn every_form_of_answer_and_each_refusal_is_clear() {
     // What was typed is in no log.
     let log = cloud.run(&["audit", "list", "--limit", "20"]).stdout;
     assert!(log.contains("vm type") && !log.contains(typed), "{log}");
-    let said = cloud.said(Daemon::Center);
-    assert!(said.contains("center ready") && !said.contains(typed), "{said}");
+    let log = cloud.log_text(Daemon::Center);
+    assert!(log.contains("center ready") && !log.contains(typed), "{log}");
 
     // Operations.
     let first = cloud.ok(&["op", "list"])[0]["id"].as_str().unwrap().to_owned();
@@ -74,13 +74,13 @@ fn every_form_of_answer_and_each_refusal_is_clear() {
     // What is refused says so, however much of it is sent.
     let archive = cloud.substrate_archive();
     let archive = archive.to_str().unwrap();
-    for (args, exit, said) in [
+    for (args, exit, expected) in [
         (&["--site", "nowhere"][..], 4, "nowhere"),
         (&["--name", "base"], 5, "exists already"),
         (&[], 5, "already"),
     ] {
         let words = cloud.refused(&[&["substrate", "import", archive], args].concat(), exit);
-        assert!(words.contains(said), "{words}");
+        assert!(words.contains(expected), "{words}");
     }
     let _ = cloud.refused(&["substrate", "import", "/tmp"], 2);
     let _ = cloud.refused(&["substrate", "import", "/nowhere"], 2);
@@ -279,13 +279,13 @@ fn a_desktop_is_seen_typed_into_and_viewed() {
     // It is in the guest, and neither in the audit log nor in what the daemon says.
     let log = cloud.ok(&["audit", "list"]).to_string();
     assert!(log.contains("vm type") && !log.contains(TYPED), "{log}");
-    assert!(!cloud.said(Daemon::Center).contains(TYPED));
+    assert!(!cloud.log_text(Daemon::Center).contains(TYPED));
 
     let _ = cloud.refused(&["vm", "view", "desk", "--listen", "0.0.0.0:0"], 2);
     let mut view = cloud.begin(&["vm", "view", "desk"]);
     let mut line = String::new();
-    let mut said = std::io::BufReader::new(view.0.stdout.take().unwrap());
-    std::io::BufRead::read_line(&mut said, &mut line).unwrap();
+    let mut reader = std::io::BufReader::new(view.0.stdout.take().unwrap());
+    std::io::BufRead::read_line(&mut reader, &mut line).unwrap();
     let at = line.trim().strip_prefix("vnc://").expect("an address");
     // One viewer after the other.
     for _ in 0..2 {

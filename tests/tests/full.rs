@@ -328,10 +328,10 @@ struct Peak {
 impl Peak {
     fn of(dir: &Path) -> Self {
         let (over, dir) = (Arc::new(AtomicBool::new(false)), dir.to_owned());
-        let told = Arc::clone(&over);
+        let stop = Arc::clone(&over);
         let looks = std::thread::spawn(move || {
             let mut most = (0, Vec::new());
-            while !told.load(Ordering::Relaxed) {
+            while !stop.load(Ordering::Relaxed) {
                 let files = std::fs::read_dir(&dir).into_iter().flatten().flatten();
                 let sizes = files.filter_map(|f| {
                     let name = f.file_name().to_string_lossy().into_owned();

@@ -435,8 +435,8 @@ fn a_flipped_bit_in_memory_disk_or_device_state_starts_no_machine() {
     for (file, at, named) in &damages {
         flip(file, *at);
         let a = cloud.run(&activate);
-        let told = a.stderr.contains(named) && a.stderr.contains("damaged");
-        assert!(a.exit == 1 && told, "{named} in {}: {} {}", file.display(), a.exit, a.stderr);
+        let found = a.stderr.contains(named) && a.stderr.contains("damaged");
+        assert!(a.exit == 1 && found, "{named} in {}: {} {}", file.display(), a.exit, a.stderr);
         assert_eq!(cloud.ok(&["vm", "list"]), json!([]), "{named}");
         assert_eq!(records(), before, "{named}");
         flip(file, *at);

@@ -12,7 +12,7 @@ use godwit_types::{Name, SiteKind};
 use serde_json::Value;
 
 /// How long a daemon may take to try its center and to be told.
-const TOLD_WITHIN: Duration = Duration::from_secs(60);
+const LOGGED_WITHIN: Duration = Duration::from_secs(60);
 
 fn site(cloud: &Cloud, name: &str) -> Option<Value> {
     let sites = cloud.ok(&["site", "list"]);
@@ -22,13 +22,13 @@ fn site(cloud: &Cloud, name: &str) -> Option<Value> {
 /// Waits until a daemon, started as it is now, has been refused with these words and the center
 /// has logged that.
 fn turned_away(cloud: &Cloud, words: &str) {
-    let (ap, center) = (cloud.said(Daemon::Ap).len(), cloud.said(Daemon::Center).len());
+    let (ap, center) = (cloud.log_text(Daemon::Ap).len(), cloud.log_text(Daemon::Center).len());
     let _daemon = cloud.start_unwanted(Daemon::Ap);
-    within(TOLD_WITHIN, &format!("the AP to be told {words:?}"), || {
-        cloud.said(Daemon::Ap)[ap..].contains(words).then_some(())
+    within(LOGGED_WITHIN, &format!("the AP to be told {words:?}"), || {
+        cloud.log_text(Daemon::Ap)[ap..].contains(words).then_some(())
     });
-    within(TOLD_WITHIN, "the center to log it", || {
-        cloud.said(Daemon::Center)[center..].contains("refused a link").then_some(())
+    within(LOGGED_WITHIN, "the center to log it", || {
+        cloud.log_text(Daemon::Center)[center..].contains("refused a link").then_some(())
     });
 }
 
@@ -93,8 +93,8 @@ fn a_revoked_site_is_cut_off_and_comes_back_only_with_a_new_token() {
     let _ = cloud.refused(&["site", "revoke", "nobody"], 4);
     let _ = cloud.refused(&["site", "revoke", "center"], 2);
     let _ = cloud.ok(&["site", "revoke", "cafe"]);
-    within(TOLD_WITHIN, "the AP to be told", || {
-        cloud.said(Daemon::Ap).contains("certificate is revoked").then_some(())
+    within(LOGGED_WITHIN, "the AP to be told", || {
+        cloud.log_text(Daemon::Ap).contains("certificate is revoked").then_some(())
     });
     let words = cloud.refused(&[&["vm", "list"][..], &there].concat(), 1);
     assert!(words.contains("site 'cafe' does not reach its center now"), "{words}");
@@ -130,7 +130,7 @@ fn a_revoked_site_is_cut_off_and_comes_back_only_with_a_new_token() {
     cloud.runs_at("far", "cafe");
     cloud.guest("far").answers();
     // The list of what was revoked is at the AP too.
-    within(TOLD_WITHIN, "the list of revoked certificates", || {
+    within(LOGGED_WITHIN, "the list of revoked certificates", || {
         let file = cloud.site_dir(Daemon::Ap).join("data/keys/revoked.json");
         let list: Value = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
         (list["serials"].as_array()?.len() == 1).then_some(())
@@ -205,7 +205,7 @@ fn an_older_generation_does_not_take_a_machine_back() {
     let _ = std::fs::remove_dir_all(&dir);
     copy_all(&old, &dir);
     cloud.restart(Daemon::Ap);
-    within(TOLD_WITHIN, "the AP to give the machine up", || (!dir.exists()).then_some(()));
+    within(LOGGED_WITHIN, "the AP to give the machine up", || (!dir.exists()).then_some(()));
     assert_eq!(cloud.qemu(&vm, Daemon::Ap), None);
     cloud.runs_at("a", "center");
     assert_eq!(cloud.vm("a")["generation"].as_u64().unwrap(), first + 1);
@@ -241,11 +241,11 @@ fn an_older_generation_does_not_take_a_machine_back() {
     forged["record"]["generation"] = (first + 40).into();
     // As it is without its hash, which anybody could compute.
     std::fs::write(&record, forged["record"].to_string()).unwrap();
-    let said = cloud.said(Daemon::Center).len();
+    let logged = cloud.log_text(Daemon::Center).len();
     cloud.restart(Daemon::Ap);
-    within(TOLD_WITHIN, "the claim to be refused", || {
-        let log = cloud.said(Daemon::Center);
-        log[said..].contains("claim to a machine is not believed").then_some(())
+    within(LOGGED_WITHIN, "the claim to be refused", || {
+        let log = cloud.log_text(Daemon::Center);
+        log[logged..].contains("claim to a machine is not believed").then_some(())
     });
     assert_eq!(cloud.vm("a")["generation"].as_u64().unwrap(), first + 2);
     cloud.kill(Daemon::Ap);
@@ -279,11 +279,11 @@ fn the_certificate_of_another_site_makes_no_center() {
         let trust = Trust::new(bar.authority(), Revocations::default()).unwrap();
         Endpoint::bind(address, bar, trust, EndpointOptions::default()).unwrap()
     });
-    let said = cloud.said(Daemon::Ap).len();
+    let logged = cloud.log_text(Daemon::Ap).len();
     let daemon = cloud.start_unwanted(Daemon::Ap);
-    within(TOLD_WITHIN, "the AP to find out who answers", || {
+    within(LOGGED_WITHIN, "the AP to find out who answers", || {
         let words = "ap 'bar' answers where the center should";
-        cloud.said(Daemon::Ap)[said..].contains(words).then_some(())
+        cloud.log_text(Daemon::Ap)[logged..].contains(words).then_some(())
     });
     // It tries again and again, and there is never a link to ask anything over.
     let linked = async { tokio::time::timeout(Duration::from_secs(1), rogue.accept()).await };
@@ -318,7 +318,7 @@ fn certificates_are_renewed_over_the_link_and_relays_use_the_new_ones() {
     let both = [Daemon::Center, Daemon::Ap];
     let first = both.map(|at| certificate(&cloud, at));
     let lines = cloud.guest("a").intact(0);
-    within(TOLD_WITHIN, "both certificates to be renewed", || {
+    within(LOGGED_WITHIN, "both certificates to be renewed", || {
         let now = both.map(|at| certificate(&cloud, at).serial);
         (now[0] != first[0].serial && now[1] != first[1].serial).then_some(())
     });
@@ -342,7 +342,7 @@ fn certificates_are_renewed_over_the_link_and_relays_use_the_new_ones() {
     let lines = cloud.guest("a").intact(lines);
     // The first ones end. Who showed them is linked by the later ones, and comes back with them.
     let last = first.iter().map(|c| c.not_after).max().unwrap();
-    within(TOLD_WITHIN, "the first certificates to end", || {
+    within(LOGGED_WITHIN, "the first certificates to end", || {
         (godwit_transfer::unix_now() > last + 1).then_some(())
     });
     cloud.kill(Daemon::Ap);

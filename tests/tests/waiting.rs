@@ -34,17 +34,17 @@ fn commits(cloud: &Cloud) -> u64 {
 fn story(of: &Followed, name: &str) -> Vec<Value> {
     let all = of.json();
     assert!(all.iter().all(|e| e["kind"] != "reset"), "nothing was forgotten: {all:?}");
-    let told: Vec<_> = all.into_iter().filter(|e| e["name"] == name).collect();
-    for two in told.windows(2).filter(|two| two[0]["new"].is_object()) {
-        assert_eq!(two[0]["new"], two[1]["old"], "something was missed: {told:?}");
+    let events: Vec<_> = all.into_iter().filter(|e| e["name"] == name).collect();
+    for two in events.windows(2).filter(|two| two[0]["new"].is_object()) {
+        assert_eq!(two[0]["new"], two[1]["old"], "something was missed: {events:?}");
     }
-    told
+    events
 }
 
 fn became(of: &Followed, name: &str, state: &str) {
     within(SOON * 6, &format!("'{name}' to be told to be {state}"), || {
-        let told = story(of, name);
-        told.iter().any(|e| e["new"]["state"] == state).then_some(())
+        let events = story(of, name);
+        events.iter().any(|e| e["new"]["state"] == state).then_some(())
     });
 }
 
@@ -111,8 +111,8 @@ fn a_stopped_site_holds_up_nobody_and_idle_ones_cost_nothing() {
     cloud.restart_center();
     resume(machines.pid());
     within(SOON, "the end of 'here'", || {
-        let told = story(&machines, "here");
-        (told.last()?["deleted"] == true).then_some(())
+        let events = story(&machines, "here");
+        (events.last()?["deleted"] == true).then_some(())
     });
     assert_eq!(machines.interrupt(), 0);
 }

@@ -234,11 +234,11 @@ impl<T: Watch> View<'_, T> {
             self.last = message.id.unwrap_or_else(|| self.last.clone());
             return Ok(false);
         }
-        let odd = |e: serde_json::Error| {
+        let unexpected = |e: serde_json::Error| {
             Failure::internal(format!("an event of the center is not understood: {e}"))
                 .hint("center and command should be of one version")
         };
-        let data: Value = serde_json::from_slice(&message.data).map_err(odd)?;
+        let data: Value = serde_json::from_slice(&message.data).map_err(unexpected)?;
         if message.event == RESET {
             match self.shown {
                 Shown::Json => line(&json!({ "kind": RESET, "id": data["id"] }).to_string())?,
@@ -248,7 +248,7 @@ impl<T: Watch> View<'_, T> {
             self.list().await?;
         } else {
             self.event(data).map_err(|e| match e {
-                EventError::Json(e) => End::from(odd(e)),
+                EventError::Json(e) => End::from(unexpected(e)),
                 EventError::End(end) => end,
             })?;
         }

@@ -41,8 +41,8 @@ impl Center {
     fn start() -> Self {
         let dir = tempfile::Builder::new().prefix("gwc").tempdir_in("/dev/shm").expect("dir");
         let socket = dir.path().join("n");
-        let told = UnixDatagram::bind(&socket).expect("bind");
-        told.set_read_timeout(Some(Duration::from_millis(500))).expect("time-out");
+        let receiver = UnixDatagram::bind(&socket).expect("bind");
+        receiver.set_read_timeout(Some(Duration::from_millis(500))).expect("time-out");
         let log = std::fs::File::create(dir.path().join("log")).expect("log");
         let images = dir.path().join("images");
         if Path::new(IMAGES).join("tiny").exists() {
@@ -77,16 +77,16 @@ impl Center {
         let begun = Instant::now();
         let mut word = [0u8; 64];
         loop {
-            if let Ok(n) = told.recv(&mut word) {
+            if let Ok(n) = receiver.recv(&mut word) {
                 assert_eq!(&word[..n], b"READY=1");
                 let _memory = MemoryOf::root(&dir.path().join("r"));
                 return Self { child, _guests: EndsGuests::of(dir.path()), _memory, dir };
             }
             let ended = child.try_wait().expect("wait");
             if ended.is_some() || begun.elapsed() > READY_WITHIN {
-                let said = std::fs::read_to_string(dir.path().join("log")).expect("log");
+                let log = std::fs::read_to_string(dir.path().join("log")).expect("log");
                 let _ = child.kill();
-                panic!("the center is not ready ({ended:?}):\n{said}");
+                panic!("the center is not ready ({ended:?}):\n{log}");
             }
         }
     }
@@ -109,8 +109,8 @@ impl Center {
 
     fn json(&self, line: &str) -> Value {
         let out = self.run(&format!("{line} -o json"));
-        let said = String::from_utf8_lossy(&out.stderr);
-        assert!(out.status.success(), "godwit {line}: {said}");
+        let stderr = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success(), "godwit {line}: {stderr}");
         serde_json::from_slice(&out.stdout).expect("json")
     }
 
@@ -243,7 +243,7 @@ fn tenants_and_their_users(center: &Center) {
     assert_eq!((exit, out.as_str()), (0, "acme\n"));
     let (exit, out, words) = as_user(&bob, "user list -o name");
     assert_eq!((exit, out.as_str()), (0, "acme/ann\nacme/bob\n"), "{words}");
-    for (who, line, want, said) in [
+    for (who, line, want, expected) in [
         (&ann, "vm list --tenant default", 4, "no tenant 'default'"),
         (&ann, "site revoke center", 1, "may not change or remove sites"),
         (&ann, "user create root --role operator", 1, "may not make such users"),
@@ -252,7 +252,7 @@ fn tenants_and_their_users(center: &Center) {
         (&bob, "audit list", 1, "may not see the audit log"),
     ] {
         let (exit, _, words) = as_user(who, line);
-        assert_eq!((exit, words.contains(said)), (want, true), "{line}: {words}");
+        assert_eq!((exit, words.contains(expected)), (want, true), "{line}: {words}");
     }
     // A quota of no machine leaves room for none.
     center.json("quota set acme --machines 0 --memory 8G");
@@ -275,9 +275,9 @@ fn tenants_and_their_users(center: &Center) {
     let end = center.json("audit verify");
     let all = center.json("audit list --limit 1000");
     assert_eq!(end["entries"].as_u64().map(|n| n as usize), all.as_array().map(Vec::len), "{all}");
-    let told = all.to_string();
-    assert!(told.contains("tenant create") && told.contains("forbidden"), "{told}");
-    assert!(!told.contains(&ann[30..60]), "{told}");
+    let text = all.to_string();
+    assert!(text.contains("tenant create") && text.contains("forbidden"), "{text}");
+    assert!(!text.contains(&ann[30..60]), "{text}");
     assert_eq!(center.refused("tenant delete acme").0, 5);
     for user in ["ann", "bob"] {
         center.json(&format!("user delete acme/{user}"));

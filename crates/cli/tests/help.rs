@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-fn said(args: &[&str]) -> String {
+fn stdout_of(args: &[&str]) -> String {
     let out = Command::new(env!("CARGO_BIN_EXE_godwit"))
         .args(args)
         .env("COLUMNS", "80")
@@ -14,7 +14,7 @@ fn said(args: &[&str]) -> String {
 
 #[test]
 fn every_noun_and_verb_is_in_the_help() {
-    let help = said(&["--help"]);
+    let help = stdout_of(&["--help"]);
     for noun in [
         "up",
         "down",
@@ -36,7 +36,7 @@ fn every_noun_and_verb_is_in_the_help() {
     }
     let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(words.contains("3 unchanged, 4 not found"), "{help}");
-    let vm = said(&["vm", "--help"]);
+    let vm = stdout_of(&["vm", "--help"]);
     for verb in [
         "create",
         "activate",
@@ -73,14 +73,14 @@ fn wrong(args: &[&str]) -> String {
 #[test]
 fn a_wrong_command_line_is_refused_in_words() {
     let create = ["vm", "create", "--image", "tiny"];
-    for (args, said) in [
+    for (args, expected) in [
         (&["--vcpus", "300"][..], "300 is not in 1..=64"),
         (&["--memory", "4X"], "write 512 (MiB), 512M or 4G"),
         (&["--name", "no\u{202e}sdrawkcab"], "\\u{202e}"),
         (&["--site", "x\x1b[2J"], "\\u{1b}"),
     ] {
         let words = wrong(&[&create[..], args].concat());
-        assert!(words.contains(said), "{words}");
+        assert!(words.contains(expected), "{words}");
         assert!(!words.contains(['\u{202e}', '\u{1b}']), "{words}");
     }
     let words = wrong(&["op", "wait", "x"]);
@@ -97,9 +97,9 @@ fn a_wrong_command_line_is_refused_in_words() {
 
 #[test]
 fn completion_and_manual_pages_are_made() {
-    assert!(said(&["completion", "bash"]).contains("_godwit()"));
-    assert!(said(&["man"]).contains(".TH godwit 1"));
+    assert!(stdout_of(&["completion", "bash"]).contains("_godwit()"));
+    assert!(stdout_of(&["man"]).contains(".TH godwit 1"));
     let dir = tempfile::tempdir().expect("dir");
-    said(&["man", "--dir", dir.path().to_str().expect("path")]);
+    stdout_of(&["man", "--dir", dir.path().to_str().expect("path")]);
     assert!(dir.path().join("godwit-vm-migrate.1").exists());
 }

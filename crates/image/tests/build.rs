@@ -96,17 +96,17 @@ async fn a_build_that_is_given_up_leaves_nothing_half_done() {
     let dir = tempfile::tempdir().expect("temp dir");
     let cache = cache(dir.path());
     let tiny = name("tiny");
-    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
     {
         let building = cache.build(&tiny, move |p| {
-            let _ = tell.send(p.stage);
+            let _ = sender.send(p.stage);
         });
         tokio::pin!(building);
         let installing = async {
             loop {
                 tokio::select! {
                     done = &mut building => panic!("it was to be given up before its end: {done:?}"),
-                    stage = told.recv() => if stage == Some(Stage::Installing) { break },
+                    stage = receiver.recv() => if stage == Some(Stage::Installing) { break },
                 }
             }
         };

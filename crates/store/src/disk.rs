@@ -1,9 +1,10 @@
-//! The tier of the packs: the index says where a unit lies, its record is read from there and checked
-//! against its hash.
+//! The tier of the packs, the one that lasts: the index says where a unit lies, its record is read from
+//! there and checked against its hash. A write appends to a pack of its own; its commit brings that to the
+//! disk and then, in one transaction, says where the units are and who holds them.
 
 use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use godwit_types::Hash;
@@ -12,8 +13,8 @@ use rayon::prelude::*;
 use crate::encode::decode;
 use crate::error::{Damage, StoreError};
 use crate::index::{Index, Loc};
-use crate::pack::{HEAD, Packs};
-use crate::tier::{EncodedUnit, Tier, Wanted};
+use crate::pack::{HEAD, OpenPack, Packs, Records};
+use crate::tier::{EncodedUnit, Held, Tier, TierWrite, Wanted};
 use crate::{UNIT, lock};
 
 /// Records that lie this close are read in one go, in bytes.
@@ -32,6 +33,8 @@ pub(crate) struct PackTier {
 }
 
 impl Tier for PackTier {
+    type Write = PackWrite;
+
     fn get(&self, hash: &Hash) -> Result<Option<EncodedUnit>, StoreError> {
         let mut was = None;
         loop {
@@ -70,9 +73,127 @@ impl Tier for PackTier {
         lacking.sort_unstable_by_key(|(i, _)| *i);
         Ok(lacking)
     }
+
+    fn contains(&self, hashes: &[Hash]) -> Result<Vec<bool>, StoreError> {
+        Ok(self.index.lookup(hashes)?.iter().map(Option::is_some).collect())
+    }
+
+    fn begin(self: &Arc<Self>) -> PackWrite {
+        PackWrite { tier: Arc::clone(self), pack: None, new: Vec::new(), bytes: 0 }
+    }
+
+    fn remove(&self, hashes: &[Hash]) -> Result<(), StoreError> {
+        self.index.remove(hashes)
+    }
+}
+
+/// What a write adds to the packs: records at the end of one that no other write has meanwhile.
+pub(crate) struct PackWrite {
+    tier: Arc<PackTier>,
+    /// None before the first record and after the end.
+    pack: Option<OpenPack>,
+    new: Vec<(Hash, Loc)>,
+    /// Bytes of the records of `new`.
+    bytes: u64,
+}
+
+impl TierWrite for PackWrite {
+    fn put(&mut self, records: &Records) -> Result<(), StoreError> {
+        let pack = match &mut self.pack {
+            Some(pack) => pack,
+            none => none.insert(self.tier.packs.take()?),
+        };
+        pack.append(records, &mut self.new)
+            .map_err(StoreError::io("writing", &self.tier.packs.path(pack.number)))?;
+        self.bytes += records.bytes() as u64;
+        Ok(())
+    }
+
+    fn retain(&mut self, keep: &HashSet<Hash>) {
+        // The records of the others are unused space of the pack, for a collection to give back.
+        self.new.retain(|(hash, _)| keep.contains(hash));
+        self.bytes = self.new.iter().map(|(_, loc)| HEAD as u64 + u64::from(loc.body)).sum();
+    }
+
+    fn commit(mut self, held: Option<Held<'_>>) -> Result<(), StoreError> {
+        let tier = Arc::clone(&self.tier);
+        let (new, pack) = self.on_disk()?;
+        let lost =
+            |h: &Hash, old: &Loc| !tier.packs.reaches(old) || lock(&tier.suspects).contains(h);
+        let done = tier.index.commit(new, lost, pack, held);
+        self.end(done)?;
+        let mut suspects = lock(&tier.suspects);
+        if !suspects.is_empty() {
+            suspects.retain(|h| !self.new.iter().any(|(n, _)| n == h));
+        }
+        Ok(())
+    }
+}
+
+impl PackWrite {
+    /// Units and bytes of records that the commit will add.
+    pub(crate) const fn added(&self) -> (u64, u64) {
+        (self.new.len() as u64, self.bytes)
+    }
+
+    /// Ends a write of copies of all units that `old` holds: they are where the copies are from now
+    /// on, and the index does not name `old` any more.
+    pub(crate) fn relocate(mut self, old: u32) -> Result<(), StoreError> {
+        let tier = Arc::clone(&self.tier);
+        let (new, pack) = self.on_disk()?;
+        let done = tier.index.relocate(new, pack, &[old]);
+        self.end(done)
+    }
+
+    /// Brings the records to the disk; what the index is to learn of them: the units in order, and
+    /// the pack with its new length.
+    #[expect(clippy::type_complexity, reason = "what the index takes")]
+    fn on_disk(&mut self) -> Result<(&[(Hash, Loc)], Option<(u32, u64)>), StoreError> {
+        if let Some(pack) = &self.pack {
+            let path = self.tier.packs.path(pack.number);
+            pack.file.sync_data().map_err(StoreError::io("syncing", &path))?;
+        }
+        self.new.sort_unstable_by_key(|(h, _)| *h);
+        Ok((&self.new, self.pack.as_ref().map(|p| (p.number, p.len))))
+    }
+
+    /// Gives the pack back as the index's transaction has left it.
+    fn end(&mut self, done: Result<(), StoreError>) -> Result<(), StoreError> {
+        let Some(pack) = self.pack.take() else { return done };
+        let packs = &self.tier.packs;
+        match &done {
+            Ok(()) => packs.give_back(&pack, pack.len),
+            // Whether the transaction reached the disk is for the index to say.
+            Err(_) => {
+                if let Ok(known) = self.tier.index.packs() {
+                    let len =
+                        known.iter().find(|(n, _)| *n == pack.number).map_or(0, |(_, len)| *len);
+                    packs.give_back(&pack, len);
+                }
+            }
+        }
+        done
+    }
+}
+
+impl Drop for PackWrite {
+    fn drop(&mut self) {
+        if let Some(pack) = self.pack.take() {
+            self.tier.packs.give_back(&pack, pack.base);
+        }
+    }
 }
 
 impl PackTier {
+    /// For each of `hashes`, whether it is here and sound, as far as is known: a write need not
+    /// bring it.
+    pub(crate) fn is_sound(&self, hashes: &[Hash]) -> Result<Vec<bool>, StoreError> {
+        let found = self.index.lookup(hashes)?;
+        let suspects = lock(&self.suspects);
+        let sound = |h: &Hash, loc: &Loc| self.packs.reaches(loc) && !suspects.contains(h);
+        Ok(hashes.iter().zip(found).map(|(h, loc)| loc.is_some_and(|l| sound(h, &l))).collect())
+    }
+
     /// Checks one unit on the disk.
     pub(crate) fn read_checked(&self, hash: &Hash, loc: &Loc) -> Result<(), StoreError> {
         let Err(e) = self.read_one(hash, loc) else { return Ok(()) };

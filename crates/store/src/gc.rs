@@ -5,14 +5,18 @@ use std::collections::{HashMap, HashSet};
 
 use godwit_types::Hash;
 
+use crate::disk::PackWrite;
 use crate::encode::{Effort, Encoder};
 use crate::error::StoreError;
 use crate::index::Loc;
-use crate::pack::{HEAD, OpenPack, head};
+use crate::pack::{HEAD, Records};
+use crate::tier::{Tier, TierWrite};
 use crate::{Store, UNIT, lock};
 
 /// A pack of which less than this share is in use is written anew.
 const WORTH: f64 = 0.7;
+/// Bytes of records that are copied in one go.
+const COPIED: usize = 1 << 20;
 
 /// What a collection gave back.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -40,7 +44,13 @@ impl Store {
             // Held through the commit: a writer that pins a unit afterwards sees it gone.
             let pins = lock(&self.inner.pins);
             let pinned: HashSet<Hash> = pins.by_writer.values().flatten().copied().collect();
-            report.removed_units = self.inner.disk.index.sweep(&pinned)?;
+            // An owner that comes between the two holds only what was pinned.
+            let gone = self.inner.disk.index.unowned(&pinned)?;
+            if !gone.is_empty() {
+                self.inner.disk.remove(&gone)?;
+                self.inner.memory.remove(&gone)?;
+            }
+            report.removed_units = gone.len() as u64;
         }
         let mut used: HashMap<u32, Vec<(Hash, Loc)>> = HashMap::new();
         let mut bad = None;
@@ -70,56 +80,27 @@ impl Store {
         report: &mut GcReport,
     ) -> Result<(), StoreError> {
         units.sort_unstable_by_key(|(_, l)| l.offset);
-        let mut new = None;
-        let copied = self.copy_units(&units, &mut new);
-        let moved = match copied {
-            Ok(Some(moved)) => moved,
-            other => {
-                if let Some(p) = &new {
-                    self.inner.disk.packs.give_back(p, p.base);
-                }
-                // A damaged unit keeps its pack as it is.
-                return other.map(|_| ());
-            }
-        };
-        let target = new.as_ref().map(|p| (p.number, p.len));
-        if let Err(e) = self.inner.disk.index.relocate(&moved, target, &[pack]) {
-            if let Some(p) = &new
-                && let Ok(packs) = self.inner.disk.index.packs()
-            {
-                let n = packs.iter().find(|(n, _)| *n == p.number).map_or(0, |(_, len)| *len);
-                self.inner.disk.packs.give_back(p, n);
-            }
-            return Err(e);
-        }
-        let mut grown = 0;
-        if let Some(p) = new {
-            grown = p.len - p.base;
-            self.inner.disk.packs.give_back(&p, p.len);
-        }
+        // A damaged unit keeps its pack as it is.
+        let Some(copy) = self.copy_units(&units)? else { return Ok(()) };
+        let (moved, grown) = copy.added();
+        copy.relocate(pack)?;
         self.inner.disk.packs.remove(pack)?;
         report.packs += 1;
-        report.moved_units += moved.len() as u64;
+        report.moved_units += moved;
         report.freed_bytes += len.saturating_sub(grown);
         Ok(())
     }
 
-    /// Copies `units` into a pack, smaller where that is possible, and syncs it. `None` when one
-    /// of them is damaged.
-    fn copy_units(
-        &self,
-        units: &[(Hash, Loc)],
-        new: &mut Option<OpenPack>,
-    ) -> Result<Option<Vec<(Hash, Loc)>>, StoreError> {
+    /// Copies `units` into a pack, smaller where that is possible. `None` when one of them is
+    /// damaged.
+    fn copy_units(&self, units: &[(Hash, Loc)]) -> Result<Option<PackWrite>, StoreError> {
+        let mut copy = self.inner.disk.begin();
         if units.is_empty() {
-            return Ok(Some(Vec::new()));
+            return Ok(Some(copy));
         }
         self.room_for(units.iter().map(|(_, l)| HEAD as u64 + u64::from(l.body)).sum())?;
-        let pack = new.insert(self.inner.disk.packs.take()?);
-        let path = self.inner.disk.packs.path(pack.number);
         let mut encoder = Encoder::new(Effort::Small);
-        let mut moved = Vec::with_capacity(units.len());
-        let mut out = Vec::new();
+        let mut records = Records::default();
         let mut raw = [0; UNIT];
         for (hash, _) in units {
             let n = match self.get(hash, &mut raw) {
@@ -130,21 +111,13 @@ impl Store {
                 }
                 Err(e) => return Err(e),
             };
-            let at = out.len();
-            out.extend_from_slice(&[0; HEAD]);
-            let encoding = encoder.encode(&raw[..n], &mut out);
-            let body = (out.len() - at - HEAD) as u16;
-            out[at..at + HEAD].copy_from_slice(&head(*hash, encoding, n as u16, body));
-            let offset = pack.len + at as u64;
-            moved.push((*hash, Loc { pack: pack.number, offset, body, raw: n as u16, encoding }));
-            if out.len() > 1 << 20 {
-                pack.append(&out).map_err(StoreError::io("writing", &path))?;
-                out.clear();
+            records.encode(*hash, &raw[..n], &mut encoder);
+            if records.bytes() > COPIED {
+                copy.put(&records)?;
+                records.clear();
             }
         }
-        pack.append(&out).map_err(StoreError::io("writing", &path))?;
-        pack.file.sync_data().map_err(StoreError::io("syncing", &path))?;
-        moved.sort_unstable_by_key(|(h, _)| *h);
-        Ok(Some(moved))
+        copy.put(&records)?;
+        Ok(Some(copy))
     }
 }

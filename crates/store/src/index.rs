@@ -378,22 +378,30 @@ impl Index {
         })
     }
 
-    /// Removes every unit that no owner holds and `pinned` does not name; how many those were.
-    pub(crate) fn sweep(&self, pinned: &HashSet<Hash>) -> Result<u64, StoreError> {
-        let live = self.owned(None)?;
+    /// The units that no owner holds and `pinned` does not name.
+    pub(crate) fn unowned(&self, pinned: &HashSet<Hash>) -> Result<Vec<Hash>, StoreError> {
+        self.read("reading", |t| {
+            let owned = held(t, None)?;
+            let table = t.open_table(UNITS).map_err(boxed)?;
+            let mut found = Vec::new();
+            for row in table.iter().map_err(boxed)? {
+                let hash = Hash(*row.map_err(boxed)?.0.value());
+                if !owned.contains(&hash) && !pinned.contains(&hash) {
+                    found.push(hash);
+                }
+            }
+            Ok(found)
+        })
+    }
+
+    /// Removes units, whoever holds them.
+    pub(crate) fn remove(&self, hashes: &[Hash]) -> Result<(), StoreError> {
         self.write("sweeping", |t| {
-            // An owner may have come since the read above; it holds only what was pinned.
             let mut table = t.open_table(UNITS).map_err(boxed)?;
-            let mut gone = 0;
-            table
-                .retain(|k, _| {
-                    let hash = Hash(*k);
-                    let keep = live.contains(&hash) || pinned.contains(&hash);
-                    gone += u64::from(!keep);
-                    keep
-                })
-                .map_err(boxed)?;
-            Ok(gone)
+            for hash in hashes {
+                table.remove(&hash.0).map_err(boxed)?;
+            }
+            Ok(())
         })
     }
 

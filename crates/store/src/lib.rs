@@ -8,7 +8,7 @@
 //!   get:  hash -> memory tier -> index -> pack file -> decode -> hash again -> bytes
 //! ```
 //!
-//! Units are read from tiers (`tier`), the fastest first.
+//! Units are in tiers (`tier`): read from the fastest that has them, written to all, lasting in one.
 //!
 //! * **Disk tier**: append-only pack files (`packs/00000001.pack`) and an index (`index.redb`). A
 //!   pack is on the disk before the index names what is in it; what lies behind the length that
@@ -46,6 +46,8 @@ pub use error::{Damage, DamagedUnit, StoreError};
 pub use gc::GcReport;
 pub use mark::{CommitMark, Marked};
 pub use pagemap::{PageMap, PageMapError};
+use tier::Tier;
+
 pub use tier::EncodedUnit;
 pub use writer::{Stored, Writer};
 
@@ -126,8 +128,8 @@ pub struct Store {
 struct Inner {
     dir: PathBuf,
     options: StoreOptions,
-    memory: memory::MemoryTier,
-    disk: disk::PackTier,
+    memory: Arc<memory::MemoryTier>,
+    disk: Arc<disk::PackTier>,
     pins: Mutex<Pins>,
 }
 
@@ -159,8 +161,8 @@ impl Store {
             inner: Arc::new(Inner {
                 dir: dir.to_owned(),
                 options,
-                memory: memory::MemoryTier::new(options.memory_limit_bytes),
-                disk: disk::PackTier { index, packs, suspects: Mutex::default() },
+                memory: Arc::new(memory::MemoryTier::new(options.memory_limit_bytes)),
+                disk: Arc::new(disk::PackTier { index, packs, suspects: Mutex::default() }),
                 pins: Mutex::default(),
             }),
         })
@@ -193,8 +195,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::Index`].
     pub fn contains_many(&self, hashes: &[Hash]) -> Result<Vec<bool>, StoreError> {
-        let found = self.inner.disk.index.lookup(hashes)?;
-        Ok(hashes.iter().zip(found).map(|(h, f)| f.is_some() || *h == zero_hash()).collect())
+        let found = self.inner.disk.contains(hashes)?;
+        Ok(hashes.iter().zip(found).map(|(h, found)| found || *h == zero_hash()).collect())
     }
 
     /// The distinct units that `owner` holds.

@@ -17,10 +17,10 @@ use std::sync::{Arc, Mutex};
 use godwit_types::Hash;
 use rustix::fs::Advice;
 
-use crate::encode::Encoding;
+use crate::encode::{Encoder, Encoding};
 use crate::error::StoreError;
 use crate::index::Loc;
-use crate::lock;
+use crate::{UNIT, lock};
 
 /// Bytes before a record's body.
 pub(crate) const HEAD: usize = 44;
@@ -35,6 +35,76 @@ pub(crate) fn head(hash: Hash, encoding: Encoding, raw: u16, body: u16) -> [u8; 
     h[8..10].copy_from_slice(&body.to_le_bytes());
     h[12..].copy_from_slice(&hash.0);
     h
+}
+
+/// One of [`Records`], apart from its bytes.
+pub(crate) struct Record {
+    pub(crate) hash: Hash,
+    pub(crate) encoding: Encoding,
+    /// Bytes of the unit.
+    pub(crate) raw: u16,
+    /// Bytes of the body.
+    body: u16,
+}
+
+/// Encoded units, each with its head in front, one behind the other as they lie in a pack.
+#[derive(Default)]
+pub(crate) struct Records {
+    bytes: Vec<u8>,
+    records: Vec<Record>,
+}
+
+impl Records {
+    /// Room for `units` records of half a unit each.
+    pub(crate) fn with_capacity(units: usize) -> Self {
+        let bytes = Vec::with_capacity(units * (HEAD + UNIT / 2));
+        Self { bytes, records: Vec::with_capacity(units) }
+    }
+
+    /// Encodes a unit and adds it.
+    pub(crate) fn encode(&mut self, hash: Hash, unit: &[u8], encoder: &mut Encoder) {
+        let at = self.bytes.len();
+        self.bytes.extend_from_slice(&[0; HEAD]);
+        let encoding = encoder.encode(unit, &mut self.bytes);
+        let body = (self.bytes.len() - at - HEAD) as u16;
+        let raw = unit.len() as u16;
+        self.bytes[at..at + HEAD].copy_from_slice(&head(hash, encoding, raw, body));
+        self.records.push(Record { hash, encoding, raw, body });
+    }
+
+    /// Adds a unit of `raw` bytes that is encoded already.
+    pub(crate) fn push(&mut self, hash: Hash, encoding: Encoding, raw: u16, body: &[u8]) {
+        let len = body.len() as u16;
+        self.bytes.extend_from_slice(&head(hash, encoding, raw, len));
+        self.bytes.extend_from_slice(body);
+        self.records.push(Record { hash, encoding, raw, body: len });
+    }
+
+    /// How many units these are.
+    pub(crate) const fn units(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Bytes of all of them, heads included.
+    pub(crate) const fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Each with its body.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Record, &[u8])> {
+        let mut rest = &self.bytes[..];
+        self.records.iter().map(move |record| {
+            let (this, behind) = rest.split_at(HEAD + usize::from(record.body));
+            rest = behind;
+            (record, &this[HEAD..])
+        })
+    }
+
+    /// Makes it empty; its memory stays.
+    pub(crate) fn clear(&mut self) {
+        self.bytes.clear();
+        self.records.clear();
+    }
 }
 
 pub(crate) struct Packs {
@@ -69,10 +139,20 @@ pub(crate) struct OpenPack {
 const BEGIN: u64 = 8 << 20;
 
 impl OpenPack {
-    /// Appends `bytes`.
-    pub(crate) fn append(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.file.write_all_at(bytes, self.len)?;
-        self.len += bytes.len() as u64;
+    /// Appends `records` and adds where each lies to `places`.
+    pub(crate) fn append(
+        &mut self,
+        records: &Records,
+        places: &mut Vec<(Hash, Loc)>,
+    ) -> std::io::Result<()> {
+        self.file.write_all_at(&records.bytes, self.len)?;
+        let mut offset = self.len;
+        places.extend(records.records.iter().map(|&Record { hash, encoding, raw, body }| {
+            let loc = Loc { pack: self.number, offset, body, raw, encoding };
+            offset += HEAD as u64 + u64::from(body);
+            (hash, loc)
+        }));
+        self.len = offset;
         if let Some(more) = NonZeroU64::new(self.len - self.begun)
             && more.get() >= BEGIN
         {

@@ -49,14 +49,9 @@ impl Store {
         let zero = zero_hash();
         let (zeros, wanted): (Vec<Wanted>, Vec<Wanted>) =
             hashes.iter().copied().enumerate().partition(|(_, hash)| *hash == zero);
-        let uncached: Vec<Hash> = wanted
-            .par_iter()
-            .with_min_len(256)
-            .map(|(_, hash)| *hash)
-            .filter(|hash| !self.inner.memory.contains(hash))
-            .collect();
-        let found = self.contains_many(&uncached)?;
-        if let Some((hash, _)) = uncached.iter().zip(found).find(|(_, found)| !found) {
+        let named: Vec<Hash> = wanted.iter().map(|(_, hash)| *hash).collect();
+        let below = lacking(&*self.inner.memory, named)?;
+        if let Some(hash) = lacking(&*self.inner.disk, below)?.first() {
             return Err(StoreError::Missing(*hash).into());
         }
         zeros.par_iter().with_min_len(256).try_for_each(|(i, _)| each(*i, &[0; UNIT]))?;
@@ -67,4 +62,10 @@ impl Store {
             Some((_, hash)) => Err(StoreError::Missing(*hash).into()),
         }
     }
+}
+
+/// Those of `hashes` that `tier` does not hold.
+fn lacking(tier: &impl Tier, hashes: Vec<Hash>) -> Result<Vec<Hash>, StoreError> {
+    let held = tier.contains(&hashes)?;
+    Ok(hashes.into_iter().zip(held).filter(|(_, held)| !held).map(|(hash, _)| hash).collect())
 }

@@ -1,16 +1,16 @@
-//! Putting units in: hash, drop what is known, encode, append, commit.
+//! Putting units in: hash, drop what is known, encode, hand to each tier, commit.
 
 use std::collections::HashSet;
 
-use bytes::Bytes;
 use godwit_types::Hash;
 use rayon::prelude::*;
 
+use crate::disk::PackWrite;
 use crate::encode::{Effort, Encoder, Encoding, decode};
 use crate::error::StoreError;
-use crate::index::Loc;
-use crate::pack::{HEAD, OpenPack, head};
-use crate::tier::EncodedUnit;
+use crate::memory::MemoryWrite;
+use crate::pack::Records;
+use crate::tier::{Tier, TierWrite};
 use crate::{Owner, Store, UNIT, is_zero, lock, zero_hash};
 
 /// Bytes of units that are hashed, encoded and written in one go.
@@ -36,25 +36,49 @@ pub struct Writer {
     store: Store,
     owner: Option<Owner>,
     effort: Effort,
-    pack: Option<OpenPack>,
-    pin: u64,
+    // Given back before the pin ends.
+    disk: PackWrite,
+    memory: MemoryWrite,
+    pin: Pin,
     held: HashSet<Hash>,
     ahead: HashSet<Hash>,
-    new: Vec<(Hash, Loc)>,
-    fresh: Vec<(Hash, EncodedUnit)>,
-    fresh_bytes: u64,
-    stored: Stored,
+    units: u64,
 }
 
 impl std::fmt::Debug for Writer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Writer").field("stored", &self.stored).finish_non_exhaustive()
+        f.debug_struct("Writer").field("stored", &self.stored()).finish_non_exhaustive()
     }
 }
 
-struct Batch {
-    bytes: Vec<u8>,
-    units: Vec<(Hash, Encoding, u16, u16)>,
+/// Units that a writer relies on although no owner holds them yet; no sweep takes them.
+struct Pin {
+    store: Store,
+    number: u64,
+}
+
+impl Pin {
+    fn new(store: Store) -> Self {
+        let number = {
+            let mut pins = lock(&store.inner.pins);
+            pins.next += 1;
+            let number = pins.next;
+            pins.by_writer.insert(number, HashSet::new());
+            number
+        };
+        Self { store, number }
+    }
+
+    fn extend(&self, hashes: &[Hash]) {
+        let mut pins = lock(&self.store.inner.pins);
+        pins.by_writer.entry(self.number).or_default().extend(hashes);
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        lock(&self.store.inner.pins).by_writer.remove(&self.number);
+    }
 }
 
 impl Writer {
@@ -63,25 +87,16 @@ impl Writer {
         owner: Option<Owner>,
         effort: Effort,
     ) -> Result<Self, StoreError> {
-        let pin = {
-            let mut pins = lock(&store.inner.pins);
-            pins.next += 1;
-            let pin = pins.next;
-            pins.by_writer.insert(pin, HashSet::new());
-            pin
-        };
         Ok(Self {
-            store,
             owner,
             effort,
-            pack: None,
-            pin,
+            disk: store.inner.disk.begin(),
+            memory: store.inner.memory.begin(),
+            pin: Pin::new(store.clone()),
+            store,
             held: HashSet::new(),
             ahead: HashSet::new(),
-            new: Vec::new(),
-            fresh: Vec::new(),
-            fresh_bytes: 0,
-            stored: Stored::default(),
+            units: 0,
         })
     }
 
@@ -140,15 +155,13 @@ impl Writer {
         if Hash::of(&raw[..raw_len]) != hash {
             return Err(StoreError::BadUnit("does not have the hash it claims"));
         }
-        self.stored.units += 1;
+        self.units += 1;
         if self.unknown(&[hash])?.is_empty() {
             return Ok(());
         }
-        let mut bytes = Vec::with_capacity(HEAD + body.len());
-        bytes.extend_from_slice(&head(hash, encoding, raw_len as u16, body.len() as u16));
-        bytes.extend_from_slice(body);
-        let units = vec![(hash, encoding, raw_len as u16, body.len() as u16)];
-        self.append(vec![Batch { bytes, units }])
+        let mut records = Records::default();
+        records.push(hash, encoding, raw_len as u16, body);
+        self.append(&[records])
     }
 
     /// Holds units that the store has already, without their bytes. Returns those that it lacks.
@@ -180,16 +193,8 @@ impl Writer {
         if std::mem::take(&mut self.ahead).is_empty() {
             return;
         }
-        let (held, stored) = (&self.held, &mut self.stored);
-        self.new.retain(|(h, loc)| {
-            let kept = held.contains(h);
-            if !kept {
-                stored.new_units -= 1;
-                stored.new_bytes -= HEAD as u64 + u64::from(loc.body);
-            }
-            kept
-        });
-        self.fresh.retain(|(h, _)| held.contains(h));
+        self.disk.retain(&self.held);
+        self.memory.retain(&self.held);
     }
 
     /// The numbers of those of `hashes` that neither the store nor this writer has; all are held
@@ -205,95 +210,54 @@ impl Writer {
         if first.is_empty() {
             return Ok(first);
         }
-        {
-            let mut pins = lock(&self.store.inner.pins);
-            pins.by_writer.entry(self.pin).or_default().extend(first.iter().map(|i| hashes[*i]));
-        }
         let asked: Vec<Hash> = first.iter().map(|i| hashes[*i]).collect();
-        let found = self.store.inner.disk.index.lookup(&asked)?;
-        let suspects = lock(&self.store.inner.disk.suspects);
-        let has = |i: usize, loc: Option<Loc>| {
-            loc.is_some_and(|l| self.store.inner.disk.packs.reaches(&l))
-                && !suspects.contains(&hashes[i])
-        };
-        Ok(first.into_iter().zip(found).filter_map(|(i, f)| (!has(i, f)).then_some(i)).collect())
+        self.pin.extend(&asked);
+        let sound = self.store.inner.disk.is_sound(&asked)?;
+        Ok(first.into_iter().zip(sound).filter_map(|(i, sound)| (!sound).then_some(i)).collect())
     }
 
     fn write(&mut self, units: &[(Hash, &[u8])]) -> Result<(), StoreError> {
-        self.stored.units += units.len() as u64;
+        self.units += units.len() as u64;
         let hashes: Vec<Hash> = units.iter().map(|(h, _)| *h).collect();
         let new = self.unknown(&hashes)?;
         if new.is_empty() {
             return Ok(());
         }
         let effort = self.effort;
-        let batches: Vec<Batch> = new
+        let encoded: Vec<Records> = new
             .par_chunks(TASK)
             .map_init(
                 || Encoder::new(effort),
                 |encoder, chunk| {
-                    let mut b = Batch {
-                        bytes: Vec::with_capacity(chunk.len() * (HEAD + UNIT / 2)),
-                        units: Vec::with_capacity(chunk.len()),
-                    };
+                    let mut records = Records::with_capacity(chunk.len());
                     for &i in chunk {
                         let (hash, unit) = units[i];
-                        let at = b.bytes.len();
-                        b.bytes.extend_from_slice(&[0; HEAD]);
-                        let encoding = encoder.encode(unit, &mut b.bytes);
-                        let body = (b.bytes.len() - at - HEAD) as u16;
-                        let raw = unit.len() as u16;
-                        b.bytes[at..at + HEAD].copy_from_slice(&head(hash, encoding, raw, body));
-                        b.units.push((hash, encoding, raw, body));
+                        records.encode(hash, unit, encoder);
                     }
-                    b
+                    records
                 },
             )
             .collect();
-        self.append(batches)
+        self.append(&encoded)
     }
 
-    fn append(&mut self, batches: Vec<Batch>) -> Result<(), StoreError> {
-        let total: u64 = batches.iter().map(|b| b.bytes.len() as u64).sum();
-        let count: u64 = batches.iter().map(|b| b.units.len() as u64).sum();
-        self.store.room_for(total + (self.new.len() as u64 + count) * INDEX_BYTES)?;
-        if self.pack.is_none() {
-            self.pack = Some(self.store.inner.disk.packs.take()?);
+    /// Hands new units to each tier.
+    fn append(&mut self, encoded: &[Records]) -> Result<(), StoreError> {
+        let bytes: u64 = encoded.iter().map(|r| r.bytes() as u64).sum();
+        let units: u64 = encoded.iter().map(|r| r.units() as u64).sum();
+        self.store.room_for(bytes + (self.disk.added().0 + units) * INDEX_BYTES)?;
+        for records in encoded {
+            self.disk.put(records)?;
+            self.memory.put(records)?;
         }
-        let Some(pack) = &mut self.pack else { return Ok(()) };
-        for b in batches {
-            let mut at = pack.len;
-            let number = pack.number;
-            if let Err(e) = pack.append(&b.bytes) {
-                return Err(StoreError::io("writing", &self.store.inner.disk.packs.path(number))(
-                    e,
-                ));
-            }
-            let bytes = Bytes::from(b.bytes);
-            let mut from = 0;
-            for (hash, encoding, raw, body) in b.units {
-                let loc = Loc { pack: pack.number, offset: at, body, raw, encoding };
-                let end = from + HEAD + usize::from(body);
-                if self.fresh_bytes < self.store.inner.options.memory_limit_bytes {
-                    let body = Bytes::copy_from_slice(&bytes[from + HEAD..end]);
-                    self.fresh_bytes += body.len() as u64;
-                    let raw_len = usize::from(raw);
-                    self.fresh.push((hash, EncodedUnit { encoding, raw_len, body }));
-                }
-                self.new.push((hash, loc));
-                at += (end - from) as u64;
-                from = end;
-            }
-        }
-        self.stored.new_bytes += total;
-        self.stored.new_units += count;
         Ok(())
     }
 
     /// What has been put in so far.
     #[must_use]
     pub const fn stored(&self) -> Stored {
-        self.stored
+        let (new_units, new_bytes) = self.disk.added();
+        Stored { units: self.units, new_units, new_bytes }
     }
 
     /// Brings the packs to the disk and then makes everything visible at once.
@@ -302,57 +266,15 @@ impl Writer {
     /// [`StoreError::NoRoom`], [`StoreError::Io`], [`StoreError::Index`]; nothing was stored then.
     pub fn commit(mut self) -> Result<Stored, StoreError> {
         self.forget_wrong_guesses();
-        if let Some(pack) = &self.pack {
-            let path = self.store.inner.disk.packs.path(pack.number);
-            pack.file.sync_data().map_err(StoreError::io("syncing", &path))?;
-        }
-        self.new.sort_unstable_by_key(|(h, _)| *h);
+        let stored = self.stored();
         let mut held: Vec<Hash> = self.held.iter().copied().collect();
         held.sort_unstable();
         let held: Vec<u8> = held.iter().flat_map(|h| h.0).collect();
-        let replace = |h: &Hash, old: &Loc| {
-            !self.store.inner.disk.packs.reaches(old)
-                || lock(&self.store.inner.disk.suspects).contains(h)
-        };
-        let done = self.store.inner.disk.index.commit(
-            &self.new,
-            replace,
-            self.pack.as_ref().map(|p| (p.number, p.len)),
-            self.owner.map(|o| (o, &held[..])),
-        );
-        if let Err(e) = done {
-            // Whether the commit reached the disk is for the index to say.
-            if let Some(pack) = self.pack.take()
-                && let Ok(packs) = self.store.inner.disk.index.packs()
-            {
-                let n = packs.iter().find(|(n, _)| *n == pack.number).map_or(0, |(_, len)| *len);
-                self.store.inner.disk.packs.give_back(&pack, n);
-            }
-            return Err(e);
-        }
-        {
-            let mut suspects = lock(&self.store.inner.disk.suspects);
-            if !suspects.is_empty() {
-                suspects.retain(|h| !self.new.iter().any(|(n, _)| n == h));
-            }
-        }
-        for (hash, unit) in self.fresh.drain(..) {
-            self.store.inner.memory.put(hash, unit);
-        }
-        if let Some(mut pack) = self.pack.take() {
-            pack.base = pack.len;
-            self.store.inner.disk.packs.give_back(&pack, pack.len);
-        }
-        Ok(self.stored)
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if let Some(pack) = self.pack.take() {
-            self.store.inner.disk.packs.give_back(&pack, pack.base);
-        }
-        lock(&self.store.inner.pins).by_writer.remove(&self.pin);
+        let held = self.owner.map(|owner| (owner, &held[..]));
+        // What does not last comes after what does: nothing is in memory only.
+        self.disk.commit(held)?;
+        self.memory.commit(held)?;
+        Ok(stored)
     }
 }
 

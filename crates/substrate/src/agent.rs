@@ -62,8 +62,8 @@ pub(crate) async fn run_script(
         (None, Some(n)) => format!("signal {n}"),
         (None, None) => "unknown end".to_owned(),
     };
-    let said = String::from_utf8_lossy(&out.stderr);
-    let said: Vec<char> = said.trim().chars().filter(|c| !c.is_control()).collect();
-    let said = said[said.len().saturating_sub(400)..].iter().collect();
-    Err(SubstrateError::Script { script, how, said })
+    let output = String::from_utf8_lossy(&out.stderr);
+    let output: Vec<char> = output.trim().chars().filter(|c| !c.is_control()).collect();
+    let output = output[output.len().saturating_sub(400)..].iter().collect();
+    Err(SubstrateError::Script { script, how, output })
 }

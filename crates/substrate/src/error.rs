@@ -103,14 +103,14 @@ pub enum SubstrateError {
     )]
     NotGeneralised(#[source] Box<SubstrateError>),
     /// A script in the guest failed.
-    #[error("{script} in the guest failed ({how}): {said}")]
+    #[error("{script} in the guest failed ({how}): {output}")]
     Script {
         /// Its path.
         script: &'static str,
         /// Its end.
         how: String,
         /// The end of what it wrote, at most 400 characters.
-        said: String,
+        output: String,
     },
     /// The machine.
     #[error("{doing}")]

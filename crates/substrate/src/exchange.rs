@@ -228,18 +228,18 @@ fn take_units(
     from: &mut impl Read,
     control: &mut impl Write,
 ) -> Result<(), SubstrateError> {
-    let mut tell = |message: &TakerMsg| {
+    let mut send = |message: &TakerMsg| {
         control
             .write_all(&message.encode())
             .and_then(|()| control.flush())
             .map_err(SubstrateError::BrokeOff)
     };
     let lacking = import.lacking();
-    tell(&TakerMsg::Lacking { units: lacking.len() as u64, of: import.units() })?;
+    send(&TakerMsg::Lacking { units: lacking.len() as u64, of: import.units() })?;
     let mut wants = lacking.chunks(MAX_WANT);
     let mut asked = 0;
     for batch in wants.by_ref().take(UNDER_WAY) {
-        tell(&TakerMsg::Want(batch.to_vec()))?;
+        send(&TakerMsg::Want(batch.to_vec()))?;
         asked += batch.len();
     }
     let mut body = [0; UNIT];
@@ -258,7 +258,7 @@ fn take_units(
         if come % MAX_WANT == 0
             && let Some(batch) = wants.next()
         {
-            tell(&TakerMsg::Want(batch.to_vec()))?;
+            send(&TakerMsg::Want(batch.to_vec()))?;
             asked += batch.len();
         }
     }

@@ -52,11 +52,12 @@ impl PrivateMemory {
             )
         })?;
         let parent = pool.docked(id)?;
-        let told = || {
+        let of_parent = || {
             parent.substrate.fits(&substrate.machine)?;
             Ok((parent.pages()?, parent.state()?))
         };
-        let (pages, template) = told().map_err(|e: SubstrateError| e.of(&parent.substrate.name))?;
+        let (pages, template) =
+            of_parent().map_err(|e: SubstrateError| e.of(&parent.substrate.name))?;
         let reader = machine.memory().map_err(SubstrateError::machine("finding its memory"))?;
         Ok(Self { reader, sealed: path.to_owned(), parent: pages, template })
     }

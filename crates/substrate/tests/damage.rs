@@ -75,9 +75,9 @@ fn one_bit_flipped_in_anything_stored_is_named_mended_or_without_effect() {
         for at in places {
             flip(path, at as u64);
             let what = format!("{here} at {at}");
-            let told = check_and_use(&root, id, &image, &what);
+            let finding = check_and_use(&root, id, &image, &what);
             let short = here.replace(&id.to_string(), "ID");
-            seen.entry(short).or_default()[told as usize] += 1;
+            seen.entry(short).or_default()[finding as usize] += 1;
             restore(&root, &sound);
         }
     }
@@ -112,10 +112,10 @@ fn check_and_use(root: &Path, id: SubstrateId, image: &Image, what: &str) -> Fin
     let report = pool.check().expect("a check ends");
     let clean = report.is_clean();
     if !clean {
-        let said = format!("{report:?}");
+        let text = format!("{report:?}");
         assert!(
-            ["clean", "pack", "unit", &id.to_string()].iter().any(|w| said.contains(w)),
-            "{what}: {said}"
+            ["clean", "pack", "unit", &id.to_string()].iter().any(|w| text.contains(w)),
+            "{what}: {text}"
         );
         assert!(pool.damage(id).is_some() || report.broken.is_empty(), "{what}");
     }

@@ -154,9 +154,9 @@ fn a_file_is_public_only_if_its_machine_was_generalised() {
         let there = site(1 << 30);
         let id = SubstrateId::new();
         let mut bundle = bundle(id);
-        let mut said: Substrate = serde_json::from_slice(&bundle.json).expect("json");
-        said.generalised = generalised;
-        bundle.json = serde_json::to_vec(&said).expect("json");
+        let mut record: Substrate = serde_json::from_slice(&bundle.json).expect("json");
+        record.generalised = generalised;
+        bundle.json = serde_json::to_vec(&record).expect("json");
         let wants = ImportAs { not_public_as_it_was: true, ..ImportAs::default() };
         let import = Import::begin(&there.pool, bundle, wants).expect("begun");
         let kind = if generalised { SubstrateKind::Public } else { SubstrateKind::Restricted };

@@ -21,7 +21,7 @@ pub use keys::{
 };
 pub use link::{
     Endpoint, EndpointOptions, JoinError, JoinRefusal, Joined, Lane, LaneError, LaneReceiver,
-    LaneSender, Link, LinkError, LinkStats, PATIENCE, join,
+    LaneSender, Link, LinkError, PATIENCE, join,
 };
 pub use rpc::{Fault, Router, RpcError};
 pub use wire::{LaneKind, MAX_FRAME, Priority, Versions, WireError};

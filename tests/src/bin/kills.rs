@@ -89,8 +89,8 @@ fn main() {
                     .or_else(|| why.downcast_ref::<&str>().map(|s| (*s).to_owned()))
                     .unwrap_or_default();
                 println!("{n:4} BAD  {took:5.1} s  {why}");
-                println!("{}", end_of(&place.said(Daemon::Center)));
-                println!("{}", end_of(&place.said(Daemon::Ap)));
+                println!("{}", end_of(&place.log_text(Daemon::Center)));
+                println!("{}", end_of(&place.log_text(Daemon::Ap)));
             }
         }
     }

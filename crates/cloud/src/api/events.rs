@@ -504,8 +504,8 @@ mod tests {
             let mut s = p.follow(&path, header).await;
             let (id, kind, data) = parts(&frame(&mut s).await);
             assert_eq!((kind.as_str(), &id), (RESET, &p.registry.now().to_string()));
-            let said: Reset = serde_json::from_value(data).expect("reset");
-            assert_eq!(said, Reset { id, revision: p.registry.now().revision() });
+            let found: Reset = serde_json::from_value(data).expect("reset");
+            assert_eq!(found, Reset { id, revision: p.registry.now().revision() });
             p.check("hall");
             assert_eq!(parts(&frame(&mut s).await).2["name"], "hall", "and goes on from there");
         }

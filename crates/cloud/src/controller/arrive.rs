@@ -93,21 +93,21 @@ impl Moves {
         let sending = self.follow_source(op, m, first);
         let arriving = self.follow_destination(op, m);
         tokio::pin!(meeting, sending, arriving);
-        let mut told: Option<Fault> = None;
+        let mut lost: Option<Fault> = None;
         let mut met = false;
         loop {
             tokio::select! {
                 () = &mut meeting, if !met => met = true,
                 sent = &mut sending => {
                     let (sent, request) = sent?;
-                    if let Some(f) = told {
+                    if let Some(f) = lost {
                         // All of it had left, and the destination has failed all the same.
                         return Err(f);
                     }
                     let received = arriving.await?;
                     return Ok(report(m.from.as_str(), m.to.as_str(), &sent, &received, request));
                 }
-                received = &mut arriving, if told.is_none() => match received {
+                received = &mut arriving, if lost.is_none() => match received {
                     Ok(received) => {
                         let sent = tokio::time::timeout(LAST_WORD_WITHIN, sending).await;
                         let Ok(Ok((sent, request))) = sent else { return Ok(None) };
@@ -119,12 +119,12 @@ impl Moves {
                         // Its relay may be killed, and then the source's finds out late.
                         let request =
                             verbs::MigrateLost { migration: m.id, why: f.message.clone() };
-                        told = Some(f);
-                        let said = match self.sites.host(&m.from) {
+                        lost = Some(f);
+                        let sent = match self.sites.host(&m.from) {
                             Ok(src) => src.ask(request, Call::quiet()).await,
                             Err(f) => Err(f),
                         };
-                        if let Err(e) = said {
+                        if let Err(e) = sent {
                             tracing::info!(site = %m.from, error = %e, "not told of a loss");
                         }
                     }
@@ -477,11 +477,11 @@ impl Moves {
     pub(super) async fn release_source(&self, vm: &VmRecord) {
         let Some(a) = &vm.arriving else { return };
         let request = verbs::MigrateRelease { vm: vm.id, generation: vm.generation };
-        let told = match self.sites.host(&a.from) {
+        let sent = match self.sites.host(&a.from) {
             Ok(src) => src.ask(request, Call::quiet()).await,
             Err(f) => Err(f),
         };
-        if let Err(f) = told {
+        if let Err(f) = sent {
             tracing::warn!(vm = %vm.name, site = %a.from, error = %f, "not released");
         }
         let cleared = self.warrants.change_vm(vm, vm.generation, |v| {

@@ -188,8 +188,8 @@ impl Moves {
         };
         let src = self.sites.host(&vm.site)?;
         let stop = |generation| verbs::VmStop { vm: vm.id, generation, force: true };
-        let told = src.ask(stop(vm.generation), Call::quiet());
-        match tokio::time::timeout(FORCE_WITHIN, told).await {
+        let asked = src.ask(stop(vm.generation), Call::quiet());
+        match tokio::time::timeout(FORCE_WITHIN, asked).await {
             // A machine that is not there any more is as good as off.
             Ok(Err(f)) if f.code != Code::NotFound => return Err(f),
             Ok(_) => {}
@@ -217,7 +217,7 @@ impl Moves {
             Ok(())
         })?;
         match tokio::time::timeout(FORCE_WITHIN, src.ask(stop(generation), Call::quiet())).await {
-            Ok(told) => told?,
+            Ok(answer) => answer?,
             Err(_) => {
                 let words = format!("site '{}' does not end its part of the move", vm.site);
                 return Err(Fault::new(Code::TimedOut, words));

@@ -248,13 +248,13 @@ impl Moves {
             site.ask(hold, Call::quiet())
         });
         let asked = futures::future::join_all(asked);
-        let told = tokio::select! {
-            told = tokio::time::timeout(HOLD_WITHIN, asked) => told,
+        let answers = tokio::select! {
+            answers = tokio::time::timeout(HOLD_WITHIN, asked) => answers,
             () = op.cancel().cancelled() => return,
         };
-        match told {
-            Ok(told) => {
-                for refused in told.into_iter().filter_map(Result::err) {
+        match answers {
+            Ok(answers) => {
+                for refused in answers.into_iter().filter_map(Result::err) {
                     tracing::info!(vm = %m.vm.name, error = %refused, "moves without held memory");
                 }
             }
@@ -301,7 +301,7 @@ impl Moves {
         why: &Fault,
     ) -> Result<bool, Fault> {
         let deadline = tokio::time::Instant::now() + FATE_LIMIT;
-        let mut told = false;
+        let mut reported = false;
         let mut asked: Option<tokio::time::Instant> = None;
         loop {
             let abort = verbs::MigrateAbort { migration: m.id, vm: m.vm.id };
@@ -328,10 +328,10 @@ impl Moves {
                             Ok(()) => {}
                         }
                     }
-                    if told {
+                    if reported {
                         tokio::time::sleep(FATE_PAUSE).await;
                     }
-                    told = true;
+                    reported = true;
                 }
                 Ok(Err(f)) if f.code == Code::Conflict => return Ok(true),
                 // It runs where it was, and a destination that comes back is told then.
@@ -351,7 +351,7 @@ impl Moves {
             let tired = op.cancel().is_cancelled()
                 && asked.get_or_insert_with(tokio::time::Instant::now).elapsed() >= CANCEL_LIMIT;
             if tired || tokio::time::Instant::now() >= deadline {
-                return if told {
+                return if reported {
                     Ok(false)
                 } else {
                     Err(Fault::unavailable(format!(
@@ -392,11 +392,11 @@ impl Moves {
         let deadline = tokio::time::Instant::now() + FATE_LIMIT;
         let dead = loop {
             let abort = verbs::MigrateAbort { migration: m.id, vm: m.vm.id };
-            let said = match self.sites.host(&m.to) {
+            let outcome = match self.sites.host(&m.to) {
                 Ok(dst) => dst.ask(abort, Call::quiet()).await,
                 Err(f) => Err(f),
             };
-            match said {
+            match outcome {
                 Ok(()) => break true,
                 Err(f) if f.code == Code::Conflict => break false,
                 Err(error) if tokio::time::Instant::now() < deadline => {
@@ -410,11 +410,11 @@ impl Moves {
             }
         };
         let fate = verbs::MigrateFate { migration: m.id, dead };
-        let told = match self.sites.host(&m.from) {
+        let sent = match self.sites.host(&m.from) {
             Ok(src) => src.ask(fate, Call::quiet()).await,
             Err(f) => Err(f),
         };
-        if let Err(error) = told {
+        if let Err(error) = sent {
             tracing::warn!(vm = %m.vm.name, %error, "the source could not be told");
         }
     }

@@ -252,20 +252,20 @@ impl Settler {
 
     /// Takes over what a site says of its machines: one that ended by itself is marked, one that
     /// runs there under a newer generation is found there, and one of an older generation is
-    /// ended. Nothing is asked for while both sides say what they said before: `told` is the hash of
-    /// what the site would answer, and was told after the registry's revision `told_at`.
+    /// ended. Nothing is asked for while both sides report what they reported before: `list` is the
+    /// hash of what the site would answer, reported after the registry's revision `reported_at`.
     pub(super) async fn settle_machines(
         &self,
         host: &Arc<dyn SiteHost>,
-        told: Option<Hash>,
-        told_at: u64,
+        list: Option<Hash>,
+        reported_at: u64,
     ) -> Result<(), Fault> {
         self.end_visits(host).await?;
-        if told.is_some_and(|told| self.is_settled(host.name(), told)) {
+        if list.is_some_and(|list| self.is_settled(host.name(), list)) {
             return self
                 .registry
                 .sites()
-                .has_no_deleted(host.name(), told_at)
+                .has_no_deleted(host.name(), reported_at)
                 .map_err(registry_fault);
         }
         let asked_at = self.registry.revision();
@@ -341,10 +341,10 @@ impl Settler {
         Ok(())
     }
 
-    fn is_settled(&self, site: &Name, told: Hash) -> bool {
+    fn is_settled(&self, site: &Name, reported: Hash) -> bool {
         let all = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
         all.get(site).is_some_and(|(list, asked_at)| {
-            *list == told && self.registry.revision_at(site) <= *asked_at
+            *list == reported && self.registry.revision_at(site) <= *asked_at
         })
     }
 

@@ -31,9 +31,9 @@ impl Sites {
     /// Sends the list of revoked certificates to one site.
     pub(crate) async fn send_revocations(&self, host: &Arc<dyn SiteHost>, list: &Revocations) {
         let request = verbs::Revoke { list: list.clone() };
-        let told = tokio::time::timeout(ANSWER_WITHIN, host.ask(request, Call::quiet())).await;
-        let told = told.unwrap_or_else(|_| Err(Fault::unavailable("it did not answer")));
-        if let Err(error) = told {
+        let sent = tokio::time::timeout(ANSWER_WITHIN, host.ask(request, Call::quiet())).await;
+        let sent = sent.unwrap_or_else(|_| Err(Fault::unavailable("it did not answer")));
+        if let Err(error) = sent {
             tracing::warn!(site = %host.name(), %error, "not told of revoked certificates");
         }
     }

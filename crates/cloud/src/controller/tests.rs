@@ -584,8 +584,8 @@ async fn a_journal_of_a_later_release_is_refused_in_words_and_nothing_is_undone(
     assert_eq!(second.recover().expect("recovers"), 1);
     let end = second.ops().wait(op.id).await.expect("ends");
     assert_eq!((end.state, end.failure()), (OpState::Failed, Some(Code::Conflict)));
-    let said = end.error.expect("a failure").message;
-    assert!(said.contains("a step 'warm' that this version does not know"), "{said}");
+    let message = end.error.expect("a failure").message;
+    assert!(message.contains("a step 'warm' that this version does not know"), "{message}");
     assert_eq!(end.journal, op.journal, "kept as it was");
     assert_eq!(second.registry().vm("a").expect("there").state, VmState::Running);
 }

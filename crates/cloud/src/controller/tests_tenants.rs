@@ -468,7 +468,7 @@ async fn a_site_that_takes_a_substrate_learns_whose_pages_it_may_use() {
     held("foreign", "other", restricted, &[], "cafe");
     held("diary", "acme", private, &[], "cafe");
     held("elsewhere", "acme", restricted, &[], "center");
-    let told = async |s: &SubstrateRecord| {
+    let offered = async |s: &SubstrateRecord| {
         w.cafe.opened.lock().expect("lock").clear();
         let kind = OpKind::SubstrateCopy {
             substrate: s.id,
@@ -492,12 +492,12 @@ async fn a_site_that_takes_a_substrate_learns_whose_pages_it_may_use() {
     };
     let all = |all: &[&SubstrateRecord]| all.iter().map(|s| s.id).collect::<HashSet<_>>();
     let mine = held("mine", "acme", restricted, &[], "center");
-    assert_eq!(told(&mine).await, all(&[&public, &own, &granted]));
+    assert_eq!(offered(&mine).await, all(&[&public, &own, &granted]));
     // Whoever it is granted to reads it, too, and what is public everybody.
     let shared = held("shared", "acme", restricted, &["third"], "center");
-    assert_eq!(told(&shared).await, all(&[&public]));
+    assert_eq!(offered(&shared).await, all(&[&public]));
     let clean = held("clean", "default", SubstrateKind::Public, &[], "center");
-    assert_eq!(told(&clean).await, all(&[&public]));
+    assert_eq!(offered(&clean).await, all(&[&public]));
 }
 
 #[tokio::test]

@@ -175,7 +175,7 @@ impl Agent {
         let site = LocalSite::open(name.clone(), config.dirs, trust, options).await?;
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let (now, linked) = watch::channel(None);
-        let (told, connected) = watch::channel(false);
+        let (sender, connected) = watch::channel(false);
         let served = match config.api {
             Some(front) => {
                 let router = front::router(name.clone(), linked.clone());
@@ -183,7 +183,8 @@ impl Agent {
             }
             None => None,
         };
-        let work = stay_connected(endpoint.clone(), center, keys.clone(), site.clone(), now, told);
+        let work =
+            stay_connected(endpoint.clone(), center, keys.clone(), site.clone(), now, sender);
         tasks.spawn(stop.clone().run_until_cancelled_owned(work));
         let renewing = keep_certificate(endpoint.clone(), keys.join("identity"), linked);
         tasks.spawn(stop.clone().run_until_cancelled_owned(renewing));
@@ -202,10 +203,10 @@ impl Agent {
         &self.ready
     }
 
-    /// Tells each time that the center is reached or lost; returns when the agent ends.
-    pub async fn follow(&mut self, tell: impl Fn(bool)) {
+    /// Notifies each time that the center is reached or lost; returns when the agent ends.
+    pub async fn follow(&mut self, notify: impl Fn(bool)) {
         while self.connected.changed().await.is_ok() {
-            tell(*self.connected.borrow_and_update());
+            notify(*self.connected.borrow_and_update());
         }
     }
 
@@ -267,7 +268,7 @@ async fn stay_connected(
     keys: PathBuf,
     site: Arc<LocalSite>,
     now: watch::Sender<Option<Link>>,
-    told: watch::Sender<bool>,
+    sender: watch::Sender<bool>,
 ) {
     let mut pause = RETRY.0;
     loop {
@@ -282,11 +283,11 @@ async fn stay_connected(
                     }
                 }
                 now.send_replace(Some(link.clone()));
-                told.send_replace(true);
+                sender.send_replace(true);
                 pause = RETRY.0;
                 serve(link, &name, site.clone()).await;
                 now.send_replace(None);
-                told.send_replace(false);
+                sender.send_replace(false);
             }
             Err(error) => {
                 let center = &center.address;

@@ -49,11 +49,13 @@ impl CenterHost for BySite {
         let answer = self.router.clone().oneshot(request).await.unwrap_or_else(|e| match e {});
         let (head, body) = answer.into_parts();
         let headers = head.headers.iter().filter(|(name, _)| !OF_CONNECTION.contains(name));
-        let told = |(name, value): (&HeaderName, &HeaderValue)| {
+        let header = |(name, value): (&HeaderName, &HeaderValue)| {
             value.to_str().ok().map(|v| (name.to_string(), v.to_owned()))
         };
-        let answer =
-            ApiAnswer { status: head.status.as_u16(), headers: headers.filter_map(told).collect() };
+        let answer = ApiAnswer {
+            status: head.status.as_u16(),
+            headers: headers.filter_map(header).collect(),
+        };
         let cut = |e: axum::Error| Fault::internal(godwit_types::chain(&e));
         Ok((answer, body.into_data_stream().map(move |piece| piece.map_err(cut)).boxed()))
     }
@@ -101,7 +103,7 @@ impl HttpBody for Announced {
 }
 
 fn other_length(how: &str) -> io::Error {
-    let words = format!("the body of the request is {how} than was said");
+    let words = format!("the body of the request is {how} than was announced");
     io::Error::new(io::ErrorKind::InvalidData, words)
 }
 
@@ -152,14 +154,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_has_the_announced_length() {
-        for (said, comes, whole) in [(5, "12345", true), (4, "12345", false), (6, "12345", false)] {
+        for (announced, comes, whole) in
+            [(5, "12345", true), (4, "12345", false), (6, "12345", false)]
+        {
             let halves = [Ok::<_, io::Error>(&comes[..2]), Ok(&comes[2..])];
             let halves = halves.map(|piece| piece.map(|text| Bytes::from(text.to_owned())));
             let body = Body::from_stream(futures::stream::iter(halves));
-            let body = Body::new(Announced { body, left: said });
-            assert_eq!(body.size_hint().exact(), Some(said));
+            let body = Body::new(Announced { body, left: announced });
+            assert_eq!(body.size_hint().exact(), Some(announced));
             let all = axum::body::to_bytes(body, 100).await;
-            assert_eq!(all.is_ok(), whole, "{said}: {all:?}");
+            assert_eq!(all.is_ok(), whole, "{announced}: {all:?}");
         }
     }
 }

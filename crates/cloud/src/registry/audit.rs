@@ -8,13 +8,13 @@
 use std::sync::Arc;
 
 use godwit_types::{Hash, Name, OpState, UnixMs};
-use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use super::file::File;
 use super::tables::{Change, Tables};
 use super::{OpRecord, Result};
 use crate::principal::Principal;
+
+pub use super::rows::{AuditEnd, AuditEntry};
 
 /// Entries that are told at once.
 pub const MAX_AUDIT: usize = 1000;
@@ -24,56 +24,6 @@ pub const MAX_READ: usize = 100_000;
 
 /// The longest texts of an entry, in characters.
 const MAX_TEXT: usize = 160;
-
-/// One entry.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct AuditEntry {
-    /// Its number; the first is 1.
-    pub number: u64,
-    /// When.
-    pub when: UnixMs,
-    /// The tenant that it concerns.
-    pub tenant: Name,
-    /// Who.
-    pub user: Name,
-    /// What was done.
-    pub action: String,
-    /// With what.
-    pub object: String,
-    /// What came of it.
-    pub outcome: String,
-    /// It is about the cloud as a whole: for operators alone.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub cloud: bool,
-    /// The site that handed the request over; none where the center was asked itself.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub by: Option<Name>,
-    /// Hash of the entry before; of nothing for the first.
-    pub before: Hash,
-}
-
-impl AuditEntry {
-    /// Its hash.
-    #[must_use]
-    pub fn hash(&self) -> Hash {
-        Hash::of(&serde_json::to_vec(self).unwrap_or_default())
-    }
-}
-
-/// The end of the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct AuditEnd {
-    /// How many entries there are.
-    pub entries: u64,
-    /// Hash of the last.
-    pub last: Hash,
-}
-
-impl Default for AuditEnd {
-    fn default() -> Self {
-        Self { entries: 0, last: Hash::of(b"") }
-    }
-}
 
 /// What an entry tells.
 #[derive(Debug, Clone, Copy)]

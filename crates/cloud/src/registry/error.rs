@@ -19,7 +19,10 @@ pub enum RegistryError {
         source: Box<redb::Error>,
     },
     /// The file was written by a version with another layout.
-    #[error("the registry has format {found}, this version knows formats 1 to 3")]
+    #[error(
+        "the registry has format {found}, this version knows formats 1 to 3; run the version that \
+         wrote it, or bring back a copy from before"
+    )]
     Format {
         /// What the file says.
         found: String,

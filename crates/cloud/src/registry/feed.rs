@@ -570,8 +570,8 @@ fn event(
             };
             let new = new.as_ref();
             // That it went away is told when it does, not when that is written down.
-            let told = |r: &SiteRow| (r.kind, r.joined, r.revoked);
-            if old.zip(new).is_some_and(|(old, new)| told(old) == told(new)) {
+            let shown = |r: &SiteRow| (r.kind, r.joined, r.revoked);
+            if old.zip(new).is_some_and(|(old, new)| shown(old) == shown(new)) {
                 return None;
             }
             let side = |s| side_of(s, Summary::site, |_| Audience::All);

@@ -22,27 +22,14 @@ use serde::de::DeserializeOwned;
 
 use godwit_store::{CommitMark, Marked};
 
-use super::audit::AuditEntry;
 use super::feed::{Batch, Feed};
-use super::people::{TenantRecord, TokenRecord, UserRecord};
+use super::layout::{
+    AUDIT, DELETED, META, OPS, SITES, SUBSTRATES, TENANTS, TOKENS, Table, USERS, VMS,
+};
+use super::rows::{AuditEntry, TenantRecord, TokenRecord, UserRecord};
 use super::tables::{Change, SiteRow, Tables};
 use super::{RegistryError, Result, saved};
 
-type Table = TableDefinition<'static, &'static str, &'static [u8]>;
-
-pub(super) const META: Table = TableDefinition::new("meta");
-pub(super) const SITES: Table = TableDefinition::new("sites");
-pub(super) const SUBSTRATES: Table = TableDefinition::new("substrates");
-pub(super) const VMS: Table = TableDefinition::new("vms");
-pub(super) const OPS: Table = TableDefinition::new("ops");
-/// Came after format 2: a file without it has no such rows.
-pub(super) const DELETED: Table = TableDefinition::new("deleted-vms");
-/// Format 3, as the three below.
-pub(super) const TENANTS: Table = TableDefinition::new("tenants");
-pub(super) const USERS: Table = TableDefinition::new("users");
-pub(super) const TOKENS: Table = TableDefinition::new("api-tokens");
-/// By number, so that the order of keys is theirs.
-pub(super) const AUDIT: Table = TableDefinition::new("audit");
 /// Format 1: ids by name. Names are read from the rows since.
 const OLD_NAMES: [Table; 2] =
     [TableDefinition::new("substrate-names"), TableDefinition::new("vm-names")];

@@ -7,7 +7,6 @@
 //!
 //! The secret is drawn here and told once. 256 random bits need no slow hash.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use godwit_types::{Hash, Name, SubstrateKind, UnixMs};
@@ -16,73 +15,15 @@ use utoipa::ToSchema;
 
 use super::audit::Note;
 use super::file::File;
-use super::quota::Quota;
-use super::tables::{Change, Tables};
+use super::tables::{Change, PeopleTables, Tables};
 use super::{RegistryError, Result, missing};
 use crate::principal::{DEFAULT_TENANT, OPERATOR, Principal, Role, default_tenant, operator};
 use crate::token::{USER_TOKEN, checked};
 
+pub use super::rows::{TenantRecord, TokenRecord, UserRecord};
+
 /// Tokens that one user may have at once.
 pub const MAX_TOKENS: usize = 100;
-
-/// A tenant: people who own machines and substrates together.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct TenantRecord {
-    /// Its name.
-    pub name: Name,
-    /// When it was made.
-    pub created: UnixMs,
-    /// How much it may have.
-    #[serde(default)]
-    pub quota: Quota,
-    /// The first entry of the audit log that is its own: those before are of an earlier tenant of
-    /// that name.
-    #[serde(default)]
-    pub audit_from: u64,
-}
-
-impl TenantRecord {
-    /// One that is made now.
-    #[must_use]
-    pub fn new(name: Name) -> Self {
-        Self { name, created: UnixMs::now(), quota: Quota::default(), audit_from: 0 }
-    }
-}
-
-/// A user.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct UserRecord {
-    /// Its id: no other user ever has it.
-    pub id: Name,
-    /// Its tenant.
-    pub tenant: Name,
-    /// Its name; unique in its tenant.
-    pub name: Name,
-    /// What it is there.
-    pub role: Role,
-    /// When it was made.
-    pub created: UnixMs,
-}
-
-/// A token as it is kept: without its secret.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TokenRecord {
-    /// Which: 16 hex digits, also in its text.
-    pub id: String,
-    /// Id of its user.
-    pub user: Name,
-    /// What it allows, if its user still may as much.
-    pub role: Role,
-    /// When it was made.
-    pub created: UnixMs,
-    /// Its end.
-    pub expires: Option<UnixMs>,
-    /// BLAKE3 of its text.
-    pub hash: Hash,
-    /// Who made it, if that was somebody else: such a one may have kept it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub made_by: Option<Name>,
-}
 
 /// A token for people to see.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -141,16 +82,6 @@ fn user_id() -> Name {
 
 fn busy(words: String) -> RegistryError {
     RegistryError::Busy(words)
-}
-
-/// Tenants, users and tokens, in memory.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct PeopleTables {
-    pub(super) tenants: BTreeMap<Name, Arc<TenantRecord>>,
-    /// By their ids.
-    pub(super) users: BTreeMap<Name, Arc<UserRecord>>,
-    /// Tokens for the API, by their ids.
-    pub(super) tokens: BTreeMap<String, Arc<TokenRecord>>,
 }
 
 impl PeopleTables {

@@ -12,37 +12,12 @@ use utoipa::ToSchema;
 
 use super::audit::Note;
 use super::file::File;
-use super::people::TenantRecord;
+use super::rows::TenantRecord;
 use super::tables::{Change, Tables};
 use super::{RegistryError, Result, SubstrateRecord, VmRecord, missing};
 use crate::principal::Principal;
 
-/// The most that a tenant may have; what is left out has no limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Quota {
-    /// Machines, running or not.
-    #[serde(default)]
-    pub machines: Option<u64>,
-    /// vCPUs of the machines that are on.
-    #[serde(default)]
-    pub vcpus: Option<u64>,
-    /// Guest memory of the machines that are on, in MiB.
-    #[serde(default)]
-    pub memory_mib: Option<u64>,
-    /// Bytes of its machines' disks as their guests see them, running or not.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub disk_bytes: Option<u64>,
-    /// What its substrates hold of memory and disk, each in full whatever it shares with others, in
-    /// bytes: the most that they may take in the pool. A docking begins only
-    /// while there is room, those under way counted with their guests' memory; the one that fills
-    /// it ends.
-    #[serde(default)]
-    pub pool_bytes: Option<u64>,
-    /// Machines that move at once.
-    #[serde(default)]
-    pub moves: Option<u64>,
-}
+pub use super::rows::Quota;
 
 /// What a tenant has of what a [`Quota`] counts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

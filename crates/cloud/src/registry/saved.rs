@@ -4,7 +4,7 @@
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 
 use super::feed::{Batch, KEPT_BATCHES, Saved, Stored};
-use super::file::META;
+use super::layout::META;
 use super::{RegistryError, Result};
 
 /// The events of a transaction, by its number modulo [`KEPT_BATCHES`]: old ones are overwritten.

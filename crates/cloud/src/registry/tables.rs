@@ -6,8 +6,7 @@ use std::sync::Arc;
 use godwit_types::{Generation, Name, OpId, SiteKind, SubstrateId, UnixMs, VmId};
 use serde::{Deserialize, Serialize};
 
-use super::audit::{AuditEnd, AuditEntry};
-use super::people::{PeopleTables, TenantRecord, TokenRecord, UserRecord};
+use super::rows::{AuditEnd, AuditEntry, TenantRecord, TokenRecord, UserRecord};
 use super::{
     DeletedVm, OpRecord, RegistryError, Result, SubstrateRecord, VmRecord, missing, shown,
 };
@@ -55,6 +54,16 @@ pub(super) struct VmEntry {
 pub(super) struct DeletedEntry {
     pub(super) vm: Arc<DeletedVm>,
     pub(super) changed_by: u64,
+}
+
+/// Tenants, users and tokens, in memory.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct PeopleTables {
+    pub(super) tenants: BTreeMap<Name, Arc<TenantRecord>>,
+    /// By their ids.
+    pub(super) users: BTreeMap<Name, Arc<UserRecord>>,
+    /// Tokens for the API, by their ids.
+    pub(super) tokens: BTreeMap<String, Arc<TokenRecord>>,
 }
 
 /// All rows.

@@ -256,10 +256,14 @@ fn a_file_of_another_format_or_in_use_is_refused() {
     assert!(matches!(Registry::open(&path), Err(RegistryError::Open { .. })), "held");
     drop(reg);
     let db = redb::Database::create(&path).expect("closed");
-    put_raw(&db, file::META, "format", b"9");
+    put_raw(&db, layout::META, "format", b"9");
     drop(db);
     let e = Registry::open(&path).expect_err("format");
-    assert_eq!(e.to_string(), "the registry has format 9, this version knows formats 1 to 3");
+    assert_eq!(
+        e.to_string(),
+        "the registry has format 9, this version knows formats 1 to 3; run the version that wrote it, \
+         or bring back a copy from before"
+    );
 }
 
 pub(super) fn put_raw(
@@ -280,19 +284,19 @@ fn a_file_of_the_first_format_opens_and_is_brought_to_this_one() {
     let (v, s) = (vm("report"), substrate("abiword"));
     {
         let db = redb::Database::create(&path).expect("made");
-        put_raw(&db, file::META, "format", b"1");
+        put_raw(&db, layout::META, "format", b"1");
         let old = serde_json::json!({
             "name": "cafe", "kind": "ap", "joined": 5, "lease_until": 95_000, "revoked": true,
             "report": SiteReport { cpus: 7, ..SiteReport::default() },
         });
-        put_raw(&db, file::SITES, "cafe", old.to_string().as_bytes());
-        put_raw(&db, file::VMS, &v.id.to_string(), &serde_json::to_vec(&v).expect("json"));
-        put_raw(&db, file::SUBSTRATES, &s.id.to_string(), &serde_json::to_vec(&s).expect("json"));
+        put_raw(&db, layout::SITES, "cafe", old.to_string().as_bytes());
+        put_raw(&db, layout::VMS, &v.id.to_string(), &serde_json::to_vec(&v).expect("json"));
+        put_raw(&db, layout::SUBSTRATES, &s.id.to_string(), &serde_json::to_vec(&s).expect("json"));
         for names in ["substrate-names", "vm-names"] {
             put_raw(&db, redb::TableDefinition::new(names), "report", b"\"x\"");
         }
         let tx = db.begin_write().expect("transaction");
-        tx.open_table(file::OPS).expect("table");
+        tx.open_table(layout::OPS).expect("table");
         tx.commit().expect("commit");
     }
     for commits in [1, 0] {
@@ -316,7 +320,7 @@ fn an_entry_that_does_not_parse_is_named_and_the_rest_is_there() {
     reg.vm_add(&good, None).expect("add");
     drop(reg);
     let db = redb::Database::create(&path).expect("closed");
-    put_raw(&db, file::VMS, &bad.id.to_string(), b"{\"id\": 7}");
+    put_raw(&db, layout::VMS, &bad.id.to_string(), b"{\"id\": 7}");
     drop(db);
     let reg = Registry::open(&path).expect("opens");
     assert_eq!(reg.vms().expect("list"), [good]);
@@ -408,7 +412,7 @@ async fn a_change_does_not_hold_up_the_other_tasks_of_a_runtime() {
     let reader = std::thread::spawn(move || {
         durable.file.read(|_| {
             locked.send(()).expect("waits");
-            freed.recv().expect("told");
+            freed.recv().expect("reported");
         });
     });
     is_locked.recv().expect("locked");
@@ -507,27 +511,27 @@ fn kill_9_loses_nothing_that_was_acknowledged() {
         .stderr(Stdio::piped())
         .spawn()
         .expect("spawn");
-    let mut told = 0;
+    let mut acknowledged = 0;
     let mut ids = Vec::new();
     let mut lines = BufReader::new(child.stderr.take().expect("pipe")).lines();
     for line in lines.by_ref() {
         let line = line.expect("line");
         if let Some(n) = line.strip_prefix("in ") {
             let (n, id) = n.split_once(' ').expect("number and event");
-            told = n.parse::<usize>().expect("number") + 1;
+            acknowledged = n.parse::<usize>().expect("number") + 1;
             ids.push(id.parse().expect("id"));
-            if told == 20 {
+            if acknowledged == 20 {
                 break;
             }
         }
     }
     child.kill().expect("SIGKILL");
     child.wait().expect("reaped");
-    assert_eq!(told, 20);
+    assert_eq!(acknowledged, 20);
     let reg = Registry::open(&path).expect("opens again");
     let vms = reg.vms().expect("list");
-    assert!(vms.len() >= told, "{} of {told}", vms.len());
-    for i in 0..told {
+    assert!(vms.len() >= acknowledged, "{} of {acknowledged}", vms.len());
+    for i in 0..acknowledged {
         assert!(reg.vm(&format!("vm-{i}")).is_ok(), "vm-{i}");
     }
     // Whoever has read the tenth goes on with the eleventh.
@@ -575,9 +579,9 @@ fn a_full_disk_fails_a_change_whole_and_the_registry_goes_on() {
     std::fs::remove_file(&filler).expect("remove");
     reg.vm_add(&large, None).expect("room again");
     assert_eq!(reg.vms().expect("read").len(), 2);
-    let told: Vec<_> = std::iter::from_fn(|| watcher.read().expect("kept")).collect();
-    let told: Vec<_> = told.iter().map(|e| (e.id.revision(), e.what.name.as_str())).collect();
-    assert_eq!(told, [(1, "a"), (2, "b")], "what failed is not told and costs no number");
+    let events: Vec<_> = std::iter::from_fn(|| watcher.read().expect("kept")).collect();
+    let events: Vec<_> = events.iter().map(|e| (e.id.revision(), e.what.name.as_str())).collect();
+    assert_eq!(events, [(1, "a"), (2, "b")], "what failed is not told and costs no number");
 }
 
 #[test]
@@ -593,7 +597,7 @@ fn a_deleted_machine_is_remembered_until_every_site_was_seen_without_it() {
     }
     let asked = reg.revision();
     for n in ["center", "cafe"] {
-        reg.sites().has_no_deleted(&name(n), asked).expect("told");
+        reg.sites().has_no_deleted(&name(n), asked).expect("reported");
     }
     assert_eq!(reg.deleted_count(), 3);
     // What it answered before is no word on what was deleted after.
@@ -602,21 +606,21 @@ fn a_deleted_machine_is_remembered_until_every_site_was_seen_without_it() {
     reg.vm_remove(late.id, late.generation).expect("removed");
     assert!(reg.vms_deleted([late.id], asked).is_empty());
     assert_eq!(reg.vms_deleted([late.id, VmId::new()], reg.revision()).len(), 1);
-    reg.sites().has_no_deleted(&name("stolen"), asked).expect("told");
+    reg.sites().has_no_deleted(&name("stolen"), asked).expect("reported");
     assert_eq!(reg.deleted_count(), 1, "all have told of the first three");
     reg.sites().revoke(&name("stolen")).expect("revoked");
     for n in ["center", "cafe"] {
-        reg.sites().has_no_deleted(&name(n), reg.revision()).expect("told");
+        reg.sites().has_no_deleted(&name(n), reg.revision()).expect("reported");
     }
     assert_eq!(reg.deleted_count(), 1, "one that joins anew may have it");
     drop(reg);
     let reg = Registry::open(&dir.path().join("r.redb")).expect("open");
     assert_eq!(reg.vms_deleted([late.id], reg.revision())[0].name, name("late"));
     for n in ["center", "cafe"] {
-        reg.sites().has_no_deleted(&name(n), reg.revision()).expect("told");
+        reg.sites().has_no_deleted(&name(n), reg.revision()).expect("reported");
     }
     assert_eq!(reg.deleted_count(), 1, "one has not told since the center came back");
-    reg.sites().has_no_deleted(&name("stolen"), reg.revision()).expect("told");
+    reg.sites().has_no_deleted(&name("stolen"), reg.revision()).expect("reported");
     assert_eq!(reg.deleted_count(), 0);
 }
 

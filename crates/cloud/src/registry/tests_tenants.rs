@@ -24,14 +24,14 @@ fn of_format(format: &str, dir: &Path) -> (PathBuf, VmRecord, SubstrateRecord) {
         record.to_string().into_bytes()
     };
     let db = redb::Database::create(&path).expect("made");
-    put_raw(&db, file::META, "format", format.as_bytes());
+    put_raw(&db, layout::META, "format", format.as_bytes());
     if format == "1" {
         put_raw(&db, redb::TableDefinition::new("vm-names"), "report", v.id.to_string().as_bytes());
     }
-    put_raw(&db, file::VMS, &v.id.to_string(), &old(serde_json::to_value(&v).expect("json")));
+    put_raw(&db, layout::VMS, &v.id.to_string(), &old(serde_json::to_value(&v).expect("json")));
     let s_old = old(serde_json::to_value(&s).expect("json"));
-    put_raw(&db, file::SUBSTRATES, &s.id.to_string(), &s_old);
-    for table in [file::SITES, file::OPS, file::DELETED] {
+    put_raw(&db, layout::SUBSTRATES, &s.id.to_string(), &s_old);
+    for table in [layout::SITES, layout::OPS, layout::DELETED] {
         let tx = db.begin_write().expect("transaction");
         tx.open_table(table).expect("table");
         tx.commit().expect("commit");
@@ -43,7 +43,7 @@ fn format_of(path: &Path) -> Vec<u8> {
     use redb::ReadableDatabase;
     let db = redb::Database::create(path).expect("closed");
     let tx = db.begin_read().expect("transaction");
-    let meta = tx.open_table(file::META).expect("table");
+    let meta = tx.open_table(layout::META).expect("table");
     meta.get("format").expect("read").expect("there").value().to_vec()
 }
 
@@ -367,10 +367,10 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
     reg.ops().put(&op).expect("ended");
     reg.ops().put(&op).expect("again");
     let all = reg.audit().entries(100, 0, |_| true).expect("read");
-    let told: Vec<_> = all.iter().map(|e| (e.user.as_str(), e.action.as_str())).collect();
+    let found: Vec<_> = all.iter().map(|e| (e.user.as_str(), e.action.as_str())).collect();
     let operator = "operator";
     assert_eq!(
-        told,
+        found,
         [
             (operator, "tenant create"),
             (operator, "user create"),
@@ -403,11 +403,11 @@ fn the_audit_log_holds_each_change_and_shows_what_was_changed_or_taken_out() {
         entry.user = name("bob");
         let text = serde_json::to_vec(&entry).expect("json");
         match spoilt {
-            "changed" => put_raw(&db, file::AUDIT, &key(3), &text),
+            "changed" => put_raw(&db, layout::AUDIT, &key(3), &text),
             _ => {
                 let n = if spoilt == "taken out" { 3 } else { 1 };
                 let tx = db.begin_write().expect("transaction");
-                tx.open_table(file::AUDIT).expect("table").remove(key(n).as_str()).expect("gone");
+                tx.open_table(layout::AUDIT).expect("table").remove(key(n).as_str()).expect("gone");
                 tx.commit().expect("commit");
             }
         }
@@ -491,9 +491,9 @@ fn machines_of_private_substrates_become_their_owners_alone_in_an_upgrade() {
     private["kind"] = "private".into();
     let stands = VmRecord { id: VmId::new(), substrate: Some(s.id), ..vm("diary") };
     let db = redb::Database::create(&path).expect("closed");
-    put_raw(&db, file::SUBSTRATES, &s.id.to_string(), private.to_string().as_bytes());
+    put_raw(&db, layout::SUBSTRATES, &s.id.to_string(), private.to_string().as_bytes());
     let row = serde_json::to_vec(&stands).expect("json");
-    put_raw(&db, file::VMS, &stands.id.to_string(), &row);
+    put_raw(&db, layout::VMS, &stands.id.to_string(), &row);
     drop(db);
     for _ in 0..2 {
         let reg = Registry::open(&path).expect("opens");

@@ -6,13 +6,11 @@
 //! destination has; so the source relay adds requests for the nearest missing pages behind and
 //! before the wanted one. Nothing is sent that would not be sent anyway, only sooner.
 
-use std::collections::HashMap;
-
 use bytes::Bytes;
-use godwit_qemu::stream::{Discard, MemSize, ReturnMessage};
+use godwit_qemu::stream::ReturnMessage;
 use godwit_types::PAGE_SIZE;
 
-use super::pages::PageSet;
+use super::missing::Missing;
 
 /// How far away a neighbour may be, in pages: within the same 2 MiB.
 const REGION: u64 = 512;
@@ -22,58 +20,20 @@ const BEHIND: usize = 20;
 const BEFORE: usize = 4;
 /// Requests this near to each other become one; what lies between is skipped by QEMU.
 const JOIN: u64 = 8;
-/// The largest block that is followed, in pages: 1 TiB.
-const MAX_PAGES: u64 = 1 << 28;
-
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// Knows which pages of the machine's memory are still to come.
+/// Knows what else to ask for.
 #[derive(Debug, Default)]
 pub(crate) struct Around {
-    blocks: HashMap<Bytes, PageSet>,
+    pub(crate) missing: Missing,
     last: Option<Bytes>,
 }
 
 impl Around {
-    /// Learns the blocks.
-    pub(crate) fn begin(&mut self, list: &MemSize) {
-        for block in &list.blocks {
-            let pages = block.used / PAGE;
-            if pages <= MAX_PAGES {
-                self.blocks.insert(block.name.clone(), PageSet::new(pages));
-            }
-        }
-    }
-
-    /// The destination is told to forget `ranges` of `block`: they will be sent again.
-    pub(crate) fn discarded(&mut self, block: &Bytes, ranges: &[Discard]) {
-        let Some(missing) = self.blocks.get_mut(block) else { return };
-        for r in ranges {
-            let from = r.start / PAGE;
-            missing.insert_range(from, from.saturating_add(r.len / PAGE));
-        }
-    }
-
-    /// After a break: the destination says which pages of `block` it has, a bit each in
-    /// little-endian words. For a block of a multiple of 64 pages, as the machine's memory is.
-    pub(crate) fn received(&mut self, block: &Bytes, bitmap: &[u8]) {
-        let (words, _) = bitmap.as_chunks::<8>();
-        if words.len() as u64 * 64 <= MAX_PAGES {
-            self.blocks.insert(block.clone(), PageSet::not_in(words));
-        }
-    }
-
-    /// A page was sent.
-    pub(crate) fn sent(&mut self, block: &Bytes, offset: u64) {
-        if let Some(missing) = self.blocks.get_mut(block) {
-            missing.remove(offset / PAGE);
-        }
-    }
-
     /// Requests for those of `pages` (in order) of `block` that are missing, before anybody has
     /// asked for one; the first names the block.
     pub(crate) fn first(&mut self, block: &Bytes, pages: &[u64]) -> Vec<ReturnMessage> {
-        let Some(missing) = self.blocks.get_mut(block) else { return Vec::new() };
+        let Some(missing) = self.missing.of(block) else { return Vec::new() };
         let mut out = Vec::new();
         for page in pages {
             if *page < missing.pages() && missing.contains(*page) {
@@ -95,7 +55,7 @@ impl Around {
         if let Some(name) = block {
             self.last = Some(name.clone());
         }
-        let Some(missing) = self.last.as_ref().and_then(|n| self.blocks.get_mut(n)) else {
+        let Some(missing) = self.last.as_ref().and_then(|n| self.missing.of(n)) else {
             return Vec::new();
         };
         let page = start / PAGE;
@@ -131,18 +91,18 @@ impl Around {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use godwit_qemu::stream::RamBlock;
+    use godwit_qemu::stream::{Discard, MemSize, RamBlock};
 
     fn around(pages: u64, missing: &[(u64, u64)]) -> (Around, Bytes) {
         let name = Bytes::from_static(b"m0");
         let mut a = Around::default();
         let block = RamBlock { name: name.clone(), used: pages * PAGE, address: None };
-        a.begin(&MemSize { total: pages * PAGE, blocks: vec![block] });
+        a.missing.begin(&MemSize { total: pages * PAGE, blocks: vec![block] });
         let ranges: Vec<Discard> = missing
             .iter()
             .map(|(from, to)| Discard { start: from * PAGE, len: (to - from) * PAGE })
             .collect();
-        a.discarded(&name, &ranges);
+        a.missing.discarded(&name, &ranges);
         (a, name)
     }
 
@@ -191,7 +151,7 @@ mod tests {
         // Pages 70 and 71 of 128 are missing.
         let words = [u64::MAX, !(0b11 << 6)];
         let bitmap: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-        a.received(&m0, &bitmap);
+        a.missing.received(&m0, &bitmap);
         assert_eq!(pages(&a.asked(Some(&m0), 70 * PAGE)), [(71, 72)]);
         assert_eq!(pages(&a.asked(None, 127 * PAGE)), []);
     }
@@ -199,7 +159,7 @@ mod tests {
     #[test]
     fn what_was_sent_or_lies_elsewhere_is_not_asked_for() {
         let (mut a, m0) = around(20, &[(3, 6), (18, 40)]);
-        a.sent(&m0, 4 * PAGE);
+        a.missing.came(&m0, 4 * PAGE);
         assert_eq!(pages(&a.asked(Some(&m0), 3 * PAGE)), [(5, 6), (18, 20)]);
         assert_eq!(pages(&a.asked(None, 5 * PAGE)), []);
         assert_eq!(pages(&a.asked(None, u64::MAX)), []);

@@ -9,7 +9,8 @@ use godwit_transfer::codec::Packer;
 use super::core::{Channel, SourceCore};
 use super::frame::{Kind, open, seal};
 use super::known::{HeldHere, KnownMemory, expand};
-use super::waits::{Channel as Written, Waits};
+use super::passing::Reader;
+use super::waits::Waits;
 
 /// Both relays of a move, back to back.
 #[derive(Debug)]
@@ -17,6 +18,7 @@ pub struct BothRelays {
     source: SourceCore,
     packer: Packer,
     here: HeldHere,
+    reader: Reader,
     waits: Waits,
 }
 
@@ -32,7 +34,8 @@ impl BothRelays {
             source.refer_to(KnownMemory::new(at_source)?);
             here.memory = Some(KnownMemory::new(at_destination)?);
         }
-        Ok(Self { source, packer: Packer::new(), here, waits: Waits::new(false) })
+        let reader = Reader::new(Channel::Main, false);
+        Ok(Self { source, packer: Packer::new(), here, reader, waits: Waits::default() })
     }
 
     /// Takes bytes of QEMU's stream as the source's relay does, and gives the frames of its main
@@ -57,7 +60,8 @@ impl BothRelays {
             // Those are for machines whose own pages are known.
             Kind::Fill | Kind::Stale => return None,
         };
-        self.waits.written(Written::Main, &raw, Instant::now());
+        let passing = self.reader.read(&raw);
+        self.waits.written(&passing.pages, Instant::now());
         Some(raw)
     }
 }

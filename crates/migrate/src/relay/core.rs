@@ -242,7 +242,7 @@ impl SourceCore {
                         blocks: list.blocks.iter().map(name).collect(),
                     });
                     self.round.begin(list);
-                    self.around.begin(list);
+                    self.around.missing.begin(list);
                     self.begin_own(list);
                 }
                 Record::Page(page) => {
@@ -250,7 +250,7 @@ impl SourceCore {
                         continue;
                     }
                     self.count_page(&page.content);
-                    self.around.sent(&page.block, page.offset);
+                    self.around.missing.came(&page.block, page.offset);
                     self.last = Some(page.clone());
                     let over = self.round.sent(&page.block, page.offset);
                     if self.phase == RelayPhase::PreCopy && over && !self.sends_own() {
@@ -264,7 +264,7 @@ impl SourceCore {
                     if self.takes_for_unsent(*version, block, ranges) {
                         continue;
                     }
-                    self.around.discarded(block, ranges);
+                    self.around.missing.discarded(block, ranges);
                     self.counts.discarded_bytes += ranges.iter().map(|r| r.len).sum::<u64>();
                 }
                 Record::Command(Command::Packaged(_)) => {
@@ -398,7 +398,7 @@ impl SourceCore {
                 self.count_page(&page.content);
                 self.counts.demanded_pages += 1;
                 self.round.sent(&page.block, page.offset);
-                self.around.sent(&page.block, page.offset);
+                self.around.missing.came(&page.block, page.offset);
             }
             record.encode(&mut raw);
             if raw.len() >= BATCH {
@@ -516,7 +516,7 @@ impl SourceCore {
                     }
                 }
                 ReturnMessage::RecvBitmap { block, bitmap } if block == RAM_BLOCK => {
-                    self.around.received(&block, &bitmap);
+                    self.around.missing.received(&block, &bitmap);
                 }
                 ReturnMessage::ReqPages { block, start, .. } => {
                     self.counts.requests += 1;

@@ -1,8 +1,6 @@
 //! The relay at the destination.
 
 use std::fs::File;
-use std::io::ErrorKind;
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,15 +17,17 @@ use tokio::sync::{mpsc, watch};
 
 use super::commit::CommitFile;
 use super::control::Asked;
-use super::core::MAX_BITMAP;
+use super::core::{Channel, MAX_BITMAP};
 use super::disk::{self, Arrival};
+use super::due::Due;
 use super::fill::{Filler, PING_EMPTIED, Requests, Zeros, check_size, with_present};
 use super::frame::{Kind, open};
-use super::handed::{Handed, MainEnd};
 use super::known::{HeldHere, KnownMemory, ReferError, expand};
 use super::meet::meet;
+use super::passing::{Passing, Reader};
+use super::preempt::Preempt;
 use super::visit::{Arrived, Left, Visit};
-use super::waits::{Channel, Waits};
+use super::waits::Waits;
 use super::wire::{About, NEWEST, Note, REFERS, VISITS, recv_note, send_note};
 use super::{
     BlockDevice, Outcome, RelayCommand, RelayConfig, RelayDisk, RelayError, RelayPhase,
@@ -40,8 +40,6 @@ const READ: usize = 64 << 10;
 const FILLS_WAITING: usize = 1024;
 /// How long the other relay may take to hear that the migration ends.
 const GOODBYE: Duration = Duration::from_secs(2);
-/// How long QEMU may take to say what its end is, once it has shut a channel.
-const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// What is open already: the disk, the word on the commit point, what is known of memory, and what
 /// tells when QEMU listens.
@@ -223,12 +221,13 @@ async fn work(
 
     let (ack_tx, mut acks) = mpsc::channel(1024);
     let (back_lane, demand_lane) = (&mut demand.0, &mut demand.1);
-    let waits = Mutex::new(Waits::new(config.resume));
+    let (waits, due) = (Mutex::new(Waits::default()), Due::new(config.resume));
+    let preempt = Preempt::new(config.qemu.clone());
+    let beside = Beside { waits: &waits, arrived: &arrived, due: &due, preempt: &preempt };
     let (frames_tx, frames) = mpsc::channel(FILLS_WAITING);
     let (filled_tx, mut filled) = mpsc::channel(FILLS_WAITING);
     let (emptied_tx, emptied) = watch::channel(false);
     let (zeros_tx, mut zeros) = mpsc::channel(FILLS_WAITING);
-    let handed = Handed::new(memory.as_ref().and_then(|file| file.try_clone().ok()));
     let own = OwnHere {
         zeros: Zeros::default(),
         answers: zeros_tx,
@@ -239,7 +238,7 @@ async fn work(
     let fill = fill_memory(filler, frames, emptied, filled_tx);
     let back = async {
         match main_read {
-            Some(read) => back_path(read, back_lane, &waits, (commit, &own), status).await,
+            Some(read) => back_path(read, back_lane, &beside, (commit, &own), status).await,
             None => Ok(()),
         }
     };
@@ -248,14 +247,14 @@ async fn work(
             return Ok(());
         }
         let lane = (demand_lane, &mut zeros);
-        demand_channel(lane, &config.qemu, (&waits, &arrived, &handed), status).await
+        demand_channel(lane, &beside, status).await
     };
     let bulk = async {
         match main_write {
             Some(write) => {
-                let end = (MainEnd::new(config.resume), &handed);
+                let reader = Reader::new(Channel::Main, config.resume);
                 let lane = (bulk, here, &own);
-                bulk_channel(lane, write, (ack_tx, end), (&waits, &arrived), status).await
+                bulk_channel(lane, (reader, write), ack_tx, &beside, status).await
             }
             None => Ok(()),
         }
@@ -342,6 +341,36 @@ async fn work(
     }
 }
 
+/// What this relay knows of what passes to QEMU, and the channel beside the main one.
+struct Beside<'a> {
+    waits: &'a Mutex<Waits>,
+    arrived: &'a Mutex<Option<Arrived>>,
+    due: &'a Due,
+    preempt: &'a Preempt,
+}
+
+impl Beside<'_> {
+    /// Pages are about to be written to QEMU. Not afterwards: it may be the last that it needs, and say
+    /// so before this goes on.
+    fn mark(&self, channel: Channel, passing: &Passing) {
+        let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(arrived) = arrived.as_mut() {
+            arrived.passing(channel, passing);
+        }
+    }
+
+    /// Pages have been written to QEMU: whoever waited for one of them goes on.
+    fn written(&self, passing: &Passing, status: &watch::Sender<RelayStatus>) {
+        let mut waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = waits.micros();
+        waits.written(&passing.pages, Instant::now());
+        let after = waits.micros();
+        if before != after {
+            status.send_modify(|s| (s.counts.waited_us, s.counts.longest_wait_us) = after);
+        }
+    }
+}
+
 /// What this relay does for its QEMU's memory by itself.
 struct OwnHere {
     zeros: Zeros,
@@ -391,7 +420,7 @@ async fn fill_memory(
 async fn back_path(
     mut read: OwnedReadHalf,
     lane: &mut LaneSender,
-    waits: &Mutex<Waits>,
+    beside: &Beside<'_>,
     (commit, own): (&CommitFile, &OwnHere),
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
@@ -431,18 +460,19 @@ async fn back_path(
                     }
                 }
                 ReturnMessage::ReqPages { block, start, .. } => {
-                    waits.lock().unwrap_or_else(PoisonError::into_inner).asked(
+                    beside.waits.lock().unwrap_or_else(PoisonError::into_inner).asked(
                         block.as_ref(),
                         *start,
                         Instant::now(),
                     );
                     status.send_modify(|s| s.counts.requests += 1);
                 }
-                ReturnMessage::RecvBitmap { block, bitmap } if block == RAM_BLOCK => {
-                    if let Some(memory) = &own.memory {
+                ReturnMessage::RecvBitmap { block, bitmap } => {
+                    if let Some(memory) = own.memory.as_ref().filter(|_| block == RAM_BLOCK) {
                         let there = with_present(bitmap, memory);
                         *bitmap = there.map_err(RelayError::GuestMemory)?;
                     }
+                    beside.due.received(block, bitmap);
                 }
                 _ => {}
             }
@@ -498,36 +528,12 @@ fn account(status: &watch::Sender<RelayStatus>, kind: Kind, wire: usize) {
     });
 }
 
-/// Pages have been written to QEMU: whoever waited for one of them goes on.
-fn note_written(
-    waits: &Mutex<Waits>,
-    channel: Channel,
-    raw: &[u8],
-    status: &watch::Sender<RelayStatus>,
-) {
-    let mut waits = waits.lock().unwrap_or_else(PoisonError::into_inner);
-    let before = waits.micros();
-    waits.written(channel, raw, Instant::now());
-    let after = waits.micros();
-    if before != after {
-        status.send_modify(|s| (s.counts.waited_us, s.counts.longest_wait_us) = after);
-    }
-}
-
-/// Pages are about to be written to QEMU. Not afterwards: it may be the last that it needs, and say so
-/// before this goes on.
-fn mark(arrived: &Mutex<Option<Arrived>>, channel: Channel, raw: &[u8]) {
-    if let Some(arrived) = arrived.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-        arrived.stream(channel, raw);
-    }
-}
-
 /// From the bulk lane to QEMU's main channel; each frame is acknowledged when QEMU has taken it.
 async fn bulk_channel(
     (lane, mut here, own): (&mut LaneReceiver, HeldHere, &OwnHere),
-    mut write: OwnedWriteHalf,
-    (acks, (mut end, handed)): (mpsc::Sender<u32>, (MainEnd, &Handed)),
-    (waits, arrived): (&Mutex<Waits>, &Mutex<Option<Arrived>>),
+    (mut reader, mut write): (Reader, OwnedWriteHalf),
+    acks: mpsc::Sender<u32>,
+    beside: &Beside<'_>,
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
     while let Some(frame) =
@@ -566,15 +572,19 @@ async fn bulk_channel(
                 Bytes::new()
             }
         };
-        mark(arrived, Channel::Main, &raw);
-        if end.is_in(&raw) {
-            handed.are_in_memory().await?;
+        let passing = reader.read(&raw);
+        beside.mark(Channel::Main, &passing);
+        beside.due.passed(Channel::Main, &passing);
+        if passing.ends {
+            godwit_hold::at("relay.ending").await;
+            beside.due.all_passed().await?;
+            beside.preempt.taken().await?;
         }
         write.write_all(&raw).await.map_err(|source| RelayError::Qemu {
             what: "writing the destination QEMU's main channel",
             source,
         })?;
-        note_written(waits, Channel::Main, &raw, status);
+        beside.written(&passing, status);
         if acks.send(1).await.is_err() {
             return Ok(());
         }
@@ -582,28 +592,15 @@ async fn bulk_channel(
     Ok(())
 }
 
-/// What a failed write to the preempt channel means. QEMU shuts it as soon as it has all of memory,
-/// while the source's last word on it (which has no page in it any more) may still be on its way: so
-/// the return path says what happened, and this is the failure only if it says nothing.
-async fn preempt_ended(source: std::io::Error) -> RelayError {
-    if matches!(source.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) {
-        tokio::time::sleep(LAST_WORDS).await;
-    }
-    RelayError::Qemu { what: "writing the destination QEMU's preempt channel", source }
-}
-
-/// From the demand lane to QEMU's preempt channel, which is opened when the source's is. QEMU
-/// tells its channels apart by order, and the main one is open by then.
+/// From the demand lane to QEMU's preempt channel, which is opened when the source's is.
 async fn demand_channel(
     (lane, zeros): (&mut LaneReceiver, &mut mpsc::Receiver<Vec<u8>>),
-    qemu: &Path,
-    (waits, arrived, handed): (&Mutex<Waits>, &Mutex<Option<Arrived>>, &Handed),
+    beside: &Beside<'_>,
     status: &watch::Sender<RelayStatus>,
 ) -> Result<(), RelayError> {
-    let mut channel: Option<UnixStream> = None;
-    let mut over = false;
+    let (mut opened, mut over) = (false, false);
     loop {
-        let (opened, listens) = (channel.is_some(), !over);
+        let listens = !over;
         let raw = tokio::select! {
             frame = lane.recv(), if listens => {
                 let frame = frame.map_err(|source| {
@@ -621,49 +618,10 @@ async fn demand_channel(
             // The channel stays open until QEMU itself closes it at its end.
             else => return Ok(()),
         };
-        let write = match &mut channel {
-            Some(write) => write,
-            None => channel.insert(UnixStream::connect(qemu).await.map_err(|source| {
-                RelayError::Socket {
-                    what: "opening the preempt channel of the waiting QEMU at",
-                    path: qemu.to_owned(),
-                    source,
-                }
-            })?),
-        };
-        mark(arrived, Channel::Preempt, &raw);
-        handed.hand(&raw);
-        if let Err(error) = write.write_all(&raw).await {
-            return Err(preempt_ended(error).await);
-        }
-        note_written(waits, Channel::Preempt, &raw, status);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// As a move of an idle machine showed once in a thousand.
-    #[tokio::test(start_paused = true)]
-    async fn a_preempt_channel_that_qemu_has_shut_is_for_the_return_path_to_explain() {
-        let (mut near, far) = UnixStream::pair().expect("a pair");
-        drop(far);
-        let error = near.write_all(b"the last word").await.expect_err("shut");
-        let began = tokio::time::Instant::now();
-        let back = async { "all of memory has come" };
-        let first = tokio::select! {
-            biased;
-            why = preempt_ended(error) => panic!("the move ends with: {why}"),
-            back = back => back,
-        };
-        assert_eq!((first, began.elapsed()), ("all of memory has come", Duration::ZERO));
-        // A QEMU that says nothing does not hold the move up for good.
-        let error = preempt_ended(ErrorKind::BrokenPipe.into()).await;
-        assert!(error.in_full().contains("preempt channel"), "{}", error.in_full());
-        assert_eq!(began.elapsed(), LAST_WORDS);
-        let other = preempt_ended(ErrorKind::InvalidInput.into()).await;
-        assert!(other.in_full().contains("preempt channel"));
-        assert_eq!(began.elapsed(), LAST_WORDS);
+        let mark = |passing: &Passing| beside.mark(Channel::Preempt, passing);
+        let passing = beside.preempt.write(&raw, mark).await?;
+        opened = true;
+        beside.due.passed(Channel::Preempt, &passing);
+        beside.written(&passing, status);
     }
 }

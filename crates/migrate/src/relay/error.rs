@@ -105,11 +105,14 @@ pub enum RelayError {
     /// A message out of place.
     #[error("the other relay does not keep to the protocol: {0}")]
     Protocol(&'static str),
-    /// The destination's QEMU has left pages out that it was given.
-    #[error("the destination's QEMU does not put {missing} pages into memory that it was given")]
-    NotTaken {
+    /// The destination's QEMU leaves unread what it was given beside its main channel.
+    #[error("the destination's QEMU does not read the pages that it was given")]
+    NotTaken,
+    /// Memory ends at the source, but pages that it is still to send do not come.
+    #[error("memory ends, but {missing} of its pages do not come")]
+    Incomplete {
         /// How many.
-        missing: usize,
+        missing: u64,
     },
     /// The daemon of the destination has ended while it started the machine's QEMU.
     #[error("site '{site}' did not start the machine's QEMU: nobody there says that it listens")]
@@ -203,7 +206,8 @@ impl CodedError for RelayError {
             | Self::Qemu { .. }
             | Self::QemuClosed(_)
             | Self::NoQemu { .. }
-            | Self::NotTaken { .. }
+            | Self::NotTaken
+            | Self::Incomplete { .. }
             | Self::PeerAborted(_) => Code::Unavailable,
         }
     }

@@ -15,14 +15,15 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use godwit_qemu::RAM_BLOCK;
-use godwit_qemu::stream::{Content, Limits, Page, Record, StreamParser};
+use godwit_qemu::stream::{Content, Page};
 use godwit_types::{Generation, PAGE_SIZE, VmId};
 use serde::{Deserialize, Serialize};
 
+use super::core::Channel;
 use super::fill::present;
 use super::known::KnownMemory;
 use super::pages::PageSet;
-use super::waits::Channel;
+use super::passing::Passing;
 
 /// Bytes of a mark.
 const MARK: usize = 16;
@@ -120,8 +121,6 @@ pub(crate) struct Arrived {
     /// Pages that QEMU had asked for: those are as they were at STOP, whatever of before STOP still
     /// comes on the main channel.
     last: Vec<bool>,
-    main: StreamParser,
-    preempt: StreamParser,
     /// Something came that could not be read: nothing is known of what was there.
     lost: bool,
     to: File,
@@ -131,42 +130,14 @@ impl Arrived {
     /// None yet, of a machine whose list takes all of `to`.
     pub(crate) fn new(to: File) -> std::io::Result<Self> {
         let pages = (to.metadata()?.len() / MARK as u64).min(MOST_PAGES) as usize;
-        let limits = Limits::default();
-        Ok(Self {
-            marks: vec![NONE; pages],
-            last: vec![false; pages],
-            main: StreamParser::main(limits),
-            preempt: StreamParser::preempt(limits),
-            lost: false,
-            to,
-        })
+        Ok(Self { marks: vec![NONE; pages], last: vec![false; pages], lost: false, to })
     }
 
-    /// Bytes of a channel are about to be written to QEMU.
-    pub(crate) fn stream(&mut self, channel: Channel, bytes: &[u8]) {
-        if self.lost {
-            return;
-        }
-        let parser = match channel {
-            Channel::Main => &mut self.main,
-            Channel::Preempt => &mut self.preempt,
-        };
-        parser.push(bytes);
-        let mut pages = Vec::new();
-        loop {
-            match parser.next() {
-                Ok(Some(Record::Page(page))) => pages.push(page),
-                Ok(Some(_)) => {}
-                Ok(None) => break,
-                // QEMU reads it as well, and says what is wrong.
-                Err(_) => {
-                    self.lost = true;
-                    break;
-                }
-            }
-        }
-        for page in pages {
-            self.page(channel, &page);
+    /// This is about to be written to QEMU on a channel.
+    pub(crate) fn passing(&mut self, channel: Channel, passing: &Passing) {
+        self.lost |= passing.unread;
+        for page in &passing.pages {
+            self.page(channel, page);
         }
     }
 
@@ -239,6 +210,7 @@ mod tests {
 
     use super::super::frame::Kind;
     use super::super::known::{Batch, HeldHere, Put, ReferError, expand};
+    use super::super::passing::Reader;
     use super::*;
 
     const PAGES: u64 = 40;
@@ -405,11 +377,12 @@ mod tests {
         page(4, 9).encode(&mut preempt);
         let mut arrived = arrived();
         let (one, two) = preempt.split_at(1000);
-        arrived.stream(Channel::Preempt, one);
-        arrived.stream(Channel::Preempt, two);
+        let mut reader = Reader::new(Channel::Preempt, false);
+        arrived.passing(Channel::Preempt, &reader.read(one));
+        arrived.passing(Channel::Preempt, &reader.read(two));
         arrived.write().expect("written");
         assert!(Visited::read(&arrived.to).expect("read").has(4, &[9; PAGE_SIZE]));
-        arrived.stream(Channel::Main, &[0xff; 64]);
+        arrived.passing(Channel::Main, &Reader::new(Channel::Main, false).read(&[0xff; 64]));
         arrived.write().expect_err("something is not known");
     }
 

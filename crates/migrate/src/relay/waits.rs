@@ -8,23 +8,13 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use godwit_qemu::stream::{Limits, Record, StreamParser};
+use godwit_qemu::stream::Page;
 
 /// The most pages that are followed at once; a guest has far fewer vCPUs.
 const MAX_WAITING: usize = 4096;
 
-/// A channel on which pages come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Channel {
-    Main,
-    Preempt,
-}
-
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Waits {
-    /// What is read of each channel; none once it could not be.
-    main: Option<StreamParser>,
-    preempt: Option<StreamParser>,
     /// The block of the request before.
     block: Option<Bytes>,
     waiting: HashMap<(Bytes, u64), Instant>,
@@ -37,20 +27,6 @@ pub(crate) struct Waits {
 }
 
 impl Waits {
-    pub(crate) fn new(resumed: bool) -> Self {
-        let limits = Limits::default();
-        let main = if resumed { StreamParser::resumed(limits) } else { StreamParser::main(limits) };
-        Self {
-            main: Some(main),
-            preempt: Some(StreamParser::preempt(limits)),
-            block: None,
-            waiting: HashMap::new(),
-            spans: VecDeque::new(),
-            waited: Duration::ZERO,
-            longest: Duration::ZERO,
-        }
-    }
-
     /// QEMU has asked for the page at `start` of `block` (`None`: that of the request before).
     pub(crate) fn asked(&mut self, block: Option<&Bytes>, start: u64, now: Instant) {
         if let Some(name) = block {
@@ -62,31 +38,13 @@ impl Waits {
         }
     }
 
-    /// Bytes of a channel were written to QEMU.
-    pub(crate) fn written(&mut self, channel: Channel, bytes: &[u8], now: Instant) {
-        let parser = match channel {
-            Channel::Main => &mut self.main,
-            Channel::Preempt => &mut self.preempt,
-        };
-        let Some(reading) = parser else { return };
-        reading.push(bytes);
-        let mut came = Vec::new();
-        loop {
-            match reading.next() {
-                Ok(Some(Record::Page(page))) if !self.waiting.is_empty() => {
-                    came.push((page.block.clone(), page.offset));
-                }
-                Ok(Some(_)) => {}
-                Ok(None) => break,
-                // The source's relay and QEMU read it as well, and say what is wrong.
-                Err(_) => {
-                    *parser = None;
-                    break;
-                }
+    /// Pages were written to QEMU.
+    pub(crate) fn written(&mut self, pages: &[Page], now: Instant) {
+        for page in pages {
+            if self.waiting.is_empty() {
+                return;
             }
-        }
-        for page in came {
-            self.came(&page, now);
+            self.came(&(page.block.clone(), page.offset), now);
         }
     }
 
@@ -117,11 +75,13 @@ impl Waits {
 
 #[cfg(test)]
 mod tests {
+    use godwit_qemu::stream::Content;
+
     use super::*;
 
     #[test]
     fn time_counts_once_however_many_wait() {
-        let mut w = Waits::new(false);
+        let mut w = Waits::default();
         let t = Instant::now();
         let at = |ms| t + Duration::from_millis(ms);
         let m0 = Bytes::from_static(b"m0");
@@ -146,19 +106,16 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_both_channels_are_seen_and_nonsense_is_not_read() {
-        let mut w = Waits::new(true);
+    fn pages_that_were_written_end_the_wait_for_them() {
+        let mut w = Waits::default();
         let t = Instant::now();
         let m0 = Bytes::from_static(b"m0");
         w.asked(Some(&m0), 0x2000, t);
-        let mut raw = Vec::new();
-        // A zero page as QEMU writes it: address and flags, the block's name, the fill.
-        raw.extend_from_slice(&(0x2000u64 | 0x02).to_be_bytes());
-        raw.extend_from_slice(&[2, b'm', b'0', 0]);
-        w.written(Channel::Preempt, &raw, t + Duration::from_millis(35));
+        let page = |offset| {
+            let content = Content::Fill(0);
+            Page { block: m0.clone(), named: true, offset, content }
+        };
+        w.written(&[page(0x1000), page(0x2000), page(0x3000)], t + Duration::from_millis(35));
         assert_eq!(w.micros(), (35_000, 35_000));
-        w.written(Channel::Main, &[0xff; 64], t);
-        assert!(w.main.is_none());
-        w.written(Channel::Main, &[0xff; 64], t);
     }
 }

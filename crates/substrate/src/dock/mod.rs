@@ -167,8 +167,8 @@ async fn quiesce(
         _ => None,
     };
     let env: Vec<String> = may_stay.iter().map(|_| KEEP_CARD.to_owned()).collect();
-    let said = run_script(&mut agent, BEFORE_DOCK, &[], &env, SCRIPT_WITHIN).await?;
-    let inside = may_stay.filter(|_| said.lines().any(|l| l == CARD_KEPT));
+    let output = run_script(&mut agent, BEFORE_DOCK, &[], &env, SCRIPT_WITHIN).await?;
+    let inside = may_stay.filter(|_| output.lines().any(|l| l == CARD_KEPT));
     for nic in nics.iter().filter(|n| Some(n.port) != inside) {
         let unplugged = machine.unplug_nic(nic.port).await;
         unplugged.map_err(SubstrateError::machine("unplugging the NIC"))?;

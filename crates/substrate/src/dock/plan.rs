@@ -203,7 +203,7 @@ pub(super) struct Ahead {
 impl Ahead {
     pub(super) fn start(pool: &Pool, plan: &Plan) -> Self {
         let enough = Arc::new(AtomicBool::new(false));
-        let (told, pool, owner) = (Arc::clone(&enough), pool.clone(), plan.substrate.id.into());
+        let (stop, pool, owner) = (Arc::clone(&enough), pool.clone(), plan.substrate.id.into());
         let memory = plan.memory.clone();
         let work = tokio::task::spawn_blocking(move || {
             let mut writer = pool
@@ -212,9 +212,9 @@ impl Ahead {
                 .map_err(SubstrateError::store("opening the store"))?;
             let polite = polite()?;
             match &memory {
-                Held::File(path) => Self::put(&mut writer, path, &polite, &told)?,
+                Held::File(path) => Self::put(&mut writer, path, &polite, &stop)?,
                 Held::Private(memory) => {
-                    let go_on = || Ok(!told.load(Ordering::Relaxed));
+                    let go_on = || Ok(!stop.load(Ordering::Relaxed));
                     let _ = polite.install(|| memory.store(&mut writer, go_on))?;
                 }
             }

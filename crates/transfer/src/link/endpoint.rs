@@ -354,7 +354,7 @@ impl Shared {
         match decode_open("greeting", &answer).map_err(LinkError::Greeting)? {
             Greeting::Hello(theirs) => {
                 let version = agreed(&theirs, &peer, self.options.versions)?;
-                Ok(Link::start(connection, peer, theirs.boot, version, &self.trust))
+                Ok(Link::start(connection, peer, version, &self.trust))
             }
             Greeting::Refusal(words) => {
                 Err(LinkError::Refused(words.escape_debug().take(400).collect()))
@@ -380,7 +380,7 @@ impl Shared {
             .ok_or_else(|| greeting_error(LaneError::Ended))?;
         let checked = decode_open::<Hello>("greeting", &theirs)
             .map_err(LinkError::Greeting)
-            .and_then(|theirs| Ok((agreed(&theirs, &peer, self.options.versions)?, theirs.boot)));
+            .and_then(|theirs| agreed(&theirs, &peer, self.options.versions));
         let answer = match &checked {
             Ok(_) => Greeting::Hello(self.hello()),
             Err(LinkError::Greeting(why)) => Greeting::Refusal(why.to_string()),
@@ -389,9 +389,9 @@ impl Shared {
         let bytes = encode("greeting", &answer).map_err(LinkError::Greeting)?;
         lane.send_bytes(bytes).await.map_err(greeting_error)?;
         match checked {
-            Ok((version, boot)) => {
+            Ok(version) => {
                 lane.split().0.end();
-                Ok(Link::start(connection, peer, boot, version, &self.trust))
+                Ok(Link::start(connection, peer, version, &self.trust))
             }
             Err(why) => {
                 let _ = lane.finish().await;

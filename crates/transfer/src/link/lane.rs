@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use super::{LaneError, STOP_UNKNOWN, from_connection};
 use crate::link::error::STOP_PROTOCOL;
-use crate::wire::{FrameDecoder, LaneHeader, LaneKind, Priority, WireError, frame_head};
+use crate::wire::{FrameDecoder, LaneHeader, LaneKind, WireError, frame_head};
 
 /// How much is taken from QUIC at once, in bytes.
 const READ_CHUNK: usize = 64 << 10;
@@ -76,12 +76,6 @@ impl Lane {
     #[must_use]
     pub fn about(&self) -> &Bytes {
         &self.header.about
-    }
-
-    /// How it is scheduled.
-    #[must_use]
-    pub fn priority(&self) -> Priority {
-        self.header.priority
     }
 
     /// See [`LaneSender::send`].

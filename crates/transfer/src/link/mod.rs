@@ -40,27 +40,6 @@ const WAITING_CALLS: usize = 256;
 /// How long a peer may take to send a lane's first frame.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a link knows about its path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LinkStats {
-    /// Smoothed round-trip time.
-    pub rtt: Duration,
-    /// The smallest round-trip time seen.
-    pub min_rtt: Duration,
-    /// QUIC's congestion window in bytes.
-    pub cwnd: u64,
-    /// Bytes sent in UDP datagrams.
-    pub sent_bytes: u64,
-    /// Bytes received in UDP datagrams.
-    pub received_bytes: u64,
-    /// Packets that were lost and sent again.
-    pub lost_packets: u64,
-    /// Packets sent.
-    pub sent_packets: u64,
-    /// The largest UDP payload on the path, in bytes.
-    pub mtu: u16,
-}
-
 /// A connection to one other site. Clones share it; it closes, with all its lanes, when the last
 /// one goes.
 #[derive(Debug, Clone)]
@@ -72,7 +51,6 @@ pub struct Link {
 struct Inner {
     connection: quinn::Connection,
     peer: Peer,
-    peer_boot: u64,
     version: u16,
     lanes: Mutex<mpsc::Receiver<Lane>>,
     calls: Mutex<mpsc::Receiver<Lane>>,
@@ -93,7 +71,6 @@ impl Link {
     pub(crate) fn start(
         connection: quinn::Connection,
         peer: Peer,
-        peer_boot: u64,
         version: u16,
         trust: &Trust,
     ) -> Self {
@@ -108,7 +85,6 @@ impl Link {
             inner: Arc::new(Inner {
                 connection,
                 peer,
-                peer_boot,
                 version,
                 lanes: Mutex::new(lanes),
                 calls: Mutex::new(calls),
@@ -122,13 +98,6 @@ impl Link {
     #[must_use]
     pub fn peer(&self) -> &Peer {
         &self.inner.peer
-    }
-
-    /// The random number of the peer's endpoint; another one on a later link means that the site
-    /// was restarted.
-    #[must_use]
-    pub fn peer_boot(&self) -> u64 {
-        self.inner.peer_boot
     }
 
     /// The protocol version that both sides agreed on.
@@ -194,22 +163,6 @@ impl Link {
     #[must_use]
     pub fn rtt(&self) -> Duration {
         self.inner.connection.rtt()
-    }
-
-    /// What the link knows about its path.
-    #[must_use]
-    pub fn stats(&self) -> LinkStats {
-        let s = self.inner.connection.stats();
-        LinkStats {
-            rtt: s.path.rtt,
-            min_rtt: s.path.min_rtt,
-            cwnd: s.path.cwnd,
-            sent_bytes: s.udp_tx.bytes,
-            received_bytes: s.udp_rx.bytes,
-            lost_packets: s.path.lost_packets,
-            sent_packets: s.path.sent_packets,
-            mtu: s.path.current_mtu,
-        }
     }
 
     /// Closes the link at once: what is not delivered yet is lost. `why` is shown at the other

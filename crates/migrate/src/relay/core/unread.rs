@@ -223,7 +223,7 @@ impl SourceCore {
         self.out.push_back(Outgoing { channel: Channel::Main, kind: Kind::Stale, raw, meant });
         for discard in at_stop.discards {
             if let Command::RamDiscard { block, ranges, .. } = &discard {
-                self.around.discarded(block, ranges);
+                self.around.missing.discarded(block, ranges);
                 self.counts.discarded_bytes += ranges.iter().map(|r| r.len).sum::<u64>();
             }
             self.batch.record(&Record::Command(discard));
