@@ -93,7 +93,7 @@ pub struct Quota {
     pub moves: Option<u64>,
 }
 
-/// One entry of the audit log.
+/// One entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AuditEntry {
     /// Its number; the first is 1.
@@ -128,7 +128,7 @@ impl AuditEntry {
     }
 }
 
-/// The end of the audit log.
+/// The end of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AuditEnd {
     /// How many entries there are.
