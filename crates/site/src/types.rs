@@ -213,6 +213,10 @@ pub enum MemoryStatus {
     Partial,
     /// This end's QEMU is gone, or can give and take pages no more.
     Gone,
+    /// As [`MemoryStatus::Gone`], at a destination that was asked `MigrateFell`: it is written down
+    /// that the machine, which had not all of its memory, never runs there again under its
+    /// generation. Nobody hears this who has not asked that.
+    Fell,
 }
 
 /// How far a migration has come at one of its ends.

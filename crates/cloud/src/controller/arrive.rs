@@ -26,7 +26,7 @@ use godwit_site::{
 use godwit_types::{Code, Fault, MoveReport, Name, UnixMs, VmState, human_bytes};
 use tokio::time::Instant;
 
-use super::back::may_return;
+use super::back::{is_gone, may_return};
 use super::lifecycle::dry;
 use super::meet::{can_be_dialled, may_dial};
 use super::moves::{Move, measured};
@@ -342,7 +342,7 @@ impl Moves {
             Err(f) => return Err(f.into()),
         };
         let may_come = here.memory == MemoryStatus::Partial || there.over;
-        if may_come && here.memory != MemoryStatus::Gone && there.memory == MemoryStatus::Gone {
+        if may_come && !is_gone(here.memory) && there.memory == MemoryStatus::Gone {
             // What it had sent may still be arriving.
             tokio::time::sleep(SECOND_LOOK).await;
             here = move_status(&dst, m).await?;
@@ -352,7 +352,7 @@ impl Moves {
         }
         // Memory that is lost leaves the disk to be brought: the source has all of it yet.
         let lost = match here.memory {
-            MemoryStatus::Gone => {
+            MemoryStatus::Gone | MemoryStatus::Fell => {
                 let stays = match may_return(&here, &there, src.speaks().min(dst.speaks())) {
                     Ok(()) => match self.ask_fell(m, &dst).await? {
                         Some(fell) => return Err(Broken::Back(fell)),
@@ -372,7 +372,7 @@ impl Moves {
             MemoryStatus::Partial | MemoryStatus::Whole => None,
         };
         // A site of the release before brings no disk for a QEMU that has ended.
-        let too_old = here.memory == MemoryStatus::Gone && dst.speaks() < DISK_ALONE_SINCE;
+        let too_old = is_gone(here.memory) && dst.speaks() < DISK_ALONE_SINCE;
         if let Some(f) = &lost
             && (here.missing_blocks == Some(0) || there.over || too_old)
         {
@@ -394,7 +394,7 @@ impl Moves {
         }
         let after = move_status(&dst, m).await.unwrap_or(here);
         Err(Broken::Lost(match after.memory {
-            MemoryStatus::Gone => ended_there(m, &after),
+            MemoryStatus::Gone | MemoryStatus::Fell => ended_there(m, &after),
             MemoryStatus::Partial | MemoryStatus::Whole => memory_lost(m, &after, &there),
         }))
     }
@@ -408,7 +408,7 @@ impl Moves {
         let what = status.as_ref().map(missing);
         let what = what.unwrap_or_else(|| "part of its memory or disk".into());
         let state = match status {
-            Some(s) if s.memory == MemoryStatus::Gone => "has ended at",
+            Some(s) if is_gone(s.memory) => "has ended at",
             _ => "runs as far as it can at",
         };
         Fault::unavailable(format!(
@@ -430,8 +430,11 @@ impl Moves {
         };
         let known = match asked {
             Ok(()) => true,
-            // It is in no migration there any more.
-            Err(f) if f.code == Code::Conflict => true,
+            // It may be in no migration there any more, or not take that step.
+            Err(f) if f.code == Code::Conflict => match self.sites.host(&m.to) {
+                Ok(dst) => move_status(&dst, m).await.is_ok_and(|s| s.over),
+                Err(_) => false,
+            },
             Err(error) => {
                 tracing::warn!(vm = %m.vm.name, %error, "its site does not know that it is given up");
                 false

@@ -5,6 +5,8 @@
 //!   generation g+2, site A, failed, returning      (one change; from here on B has no say)
 //!   A: runs on, in no move any more
 //! running at A, with words of what is undone; B removes what is left
+//!   or: A's QEMU is dead, too, and B's disk is whole
+//!   -> generation g+3, site B, failed, to be started from that disk
 //! ```
 //!
 //! Nobody guesses that a machine is dead: a destination that is only out of reach keeps it.
@@ -21,7 +23,7 @@ use super::moves::Move;
 use super::{Accepted, MigrateVm, Mode, Moves};
 use crate::access::Principal;
 use crate::ops::{OpHandle, OpKind};
-use crate::registry::{Returning, StepKind, StepName, VmRecord, registry_fault};
+use crate::registry::{Arriving, Returning, StepKind, StepName, VmRecord, registry_fault};
 
 /// Why a machine that ended at its destination is not brought back to its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,19 +51,22 @@ impl Stays {
     }
 }
 
+/// Whether an end's QEMU is gone.
+pub(super) const fn is_gone(memory: MemoryStatus) -> bool {
+    matches!(memory, MemoryStatus::Gone | MemoryStatus::Fell)
+}
+
 /// Whether a machine is brought back that is `here` at its destination and `there` at its source.
 /// `speaks`: the older protocol of both sites.
 pub(super) fn may_return(here: &MoveStatus, there: &MoveStatus, speaks: u16) -> Result<(), Stays> {
-    if here.memory != MemoryStatus::Gone {
-        return Err(Stays::Lives);
+    match here.memory {
+        MemoryStatus::Whole | MemoryStatus::Partial => return Err(Stays::Lives),
+        MemoryStatus::Gone if !here.runs => return Err(Stays::NeverRan),
+        MemoryStatus::Gone if here.missing_pages == 0 => return Err(Stays::Independent),
+        // What was given up once is, whatever is found of it now.
+        MemoryStatus::Gone | MemoryStatus::Fell => {}
     }
-    if !here.runs {
-        return Err(Stays::NeverRan);
-    }
-    if here.missing_pages == 0 {
-        return Err(Stays::Independent);
-    }
-    if there.over || there.memory == MemoryStatus::Gone {
+    if there.over || is_gone(there.memory) {
         return Err(Stays::SourceGone);
     }
     if speaks < verbs::MigrateFell::SINCE.max(verbs::MigrateTakeBack::SINCE) {
@@ -98,7 +103,8 @@ impl Moves {
         let request = verbs::MigrateFell { migration: m.id, vm: m.vm.id, generation };
         match dst.ask(request, Call::quiet()).await {
             Ok(fell) => Ok(Some(fell)),
-            Err(f) if f.code == Code::Conflict => {
+            // Fenced: it is known there under a newer generation, so its disk at least is brought.
+            Err(f) if matches!(f.code, Code::Conflict | Code::Fenced) => {
                 tracing::info!(vm = %m.vm.name, error = %f, "is not brought back to its source");
                 Ok(None)
             }
@@ -120,7 +126,8 @@ impl Moves {
             v.reach(next);
             v.site = m.from.clone();
             v.arriving = None;
-            v.returning = Some(Returning { migration: m.id, from: m.to.clone(), undone });
+            let from = m.to.clone();
+            v.returning = Some(Returning { migration: m.id, from, generation: next, undone });
             Ok(())
         })
     }
@@ -145,8 +152,8 @@ impl Moves {
         loop {
             show(op, 0, format!("bringing it back to '{}'", vm.site));
             let Err(f) = self.take_back(op, vm).await else { break };
-            let last =
-                matches!(f.code, Code::Damaged | Code::Conflict | Code::Fenced | Code::NotFound);
+            // Whatever else its source says, it may say otherwise later, and both copies are kept.
+            let last = f.code == Code::Damaged;
             if last || begun.elapsed() >= self.patience {
                 return Err(self.not_back(vm, &back, f, last).await?);
             }
@@ -159,8 +166,7 @@ impl Moves {
             if v.state != VmState::Running {
                 v.become_state(VmState::Running, UnixMs::now())?;
             }
-            v.reason = Some(back.undone.clone());
-            v.returning = None;
+            v.is_back();
             Ok(())
         })?;
         self.remove_rest(vm, &back.from).await;
@@ -179,8 +185,9 @@ impl Moves {
         src.ask(request, Call::quiet()).await
     }
 
-    /// A machine that fell does not run at its source either. `for_good`: it never will, but from its
-    /// disk.
+    /// A machine that fell does not run at its source either. `for_good`: it never will, but from a
+    /// disk: the one where it died, if that is whole, or the one that it left with. Neither is removed
+    /// before it runs from the other.
     async fn not_back(
         &self,
         vm: &VmRecord,
@@ -193,21 +200,63 @@ impl Moves {
             true => format!("died at '{}': {}", back.from, why.message),
             false => format!("{words}: {}", why.message),
         };
+        let has_disk = for_good && self.has_whole_disk(vm, back, &words).await;
         self.warrants.change_vm(vm, vm.generation, |v| {
             v.reason = Some(words.clone());
-            if for_good {
+            if has_disk {
+                let next = v.next_generation();
+                v.reach(next);
                 v.returning = None;
+                let (migration, from) = (back.migration, v.site.clone());
+                v.arriving = Some(Arriving { migration, from, note: None });
+                v.site = back.from.clone();
             }
             Ok(())
         })?;
-        if for_good {
-            self.remove_rest(vm, &back.from).await;
-        }
-        let out = match for_good {
-            true => format!("boot it from its disk as it left: godwit vm start {}", vm.name),
-            false => format!("try again with: godwit vm migrate {}", vm.name),
+        let out = match (for_good, has_disk) {
+            (true, true) => {
+                format!("its disk is whole at '{}': godwit vm start {}", back.from, vm.name)
+            }
+            (true, false) => {
+                format!("boot it from its disk as it left: godwit vm start {}", vm.name)
+            }
+            (false, _) => format!("try again with: godwit vm migrate {}", vm.name),
         };
         Ok(Fault { message: format!("machine '{}' {words}", vm.name), ..why }.hint(out))
+    }
+
+    /// Whether a machine may be started from its disk at the site where it died, which is told so.
+    async fn has_whole_disk(&self, vm: &VmRecord, back: &Returning, why: &str) -> bool {
+        let (migration, id) = (back.migration, vm.id);
+        let asked = async {
+            let dst = self.sites.host(&back.from)?;
+            let status = verbs::MigrateStatus { migration, vm: id };
+            let here = dst.ask(status, Call::quiet()).await?;
+            if here.over || here.missing_blocks != Some(0) {
+                return Ok(false);
+            }
+            let request = verbs::MigrateGiveUp { migration, vm: id, why: why.into() };
+            dst.ask(request, Call::quiet()).await?;
+            Ok::<_, Fault>(true)
+        };
+        asked.await.unwrap_or_else(|error| {
+            tracing::warn!(vm = %vm.name, site = %back.from, %error, "its disk there is not known");
+            false
+        })
+    }
+
+    /// A machine was started from its disk at its source instead of being brought back: what is left
+    /// where it died is of no use now.
+    pub(super) async fn release_fallen(&self, vm: &VmRecord) {
+        let Some(back) = &vm.returning else { return };
+        let closed = self.warrants.change_vm(vm, vm.generation, |v| {
+            v.is_back();
+            Ok(())
+        });
+        if let Err(error) = closed {
+            tracing::debug!(vm = %vm.name, %error, "it has gone on meanwhile");
+        }
+        self.remove_rest(vm, &back.from).await;
     }
 
     /// Has the site at which a machine fell remove what is left of it; a site that is away is told
@@ -252,6 +301,14 @@ impl Moves {
             to: vm.site.clone(),
             generation: vm.generation,
         };
+        // It may have been tried to start it from its disk since.
+        let vm = self.warrants.change_vm(&vm, vm.generation, |v| {
+            let generation = v.generation;
+            if let Some(back) = &mut v.returning {
+                back.generation = generation;
+            }
+            Ok(())
+        })?;
         let (me, name) = (Arc::clone(self), vm.name.to_string());
         let job = |op: OpHandle| async move {
             op.begin(StepKind::Send { migration: back.migration, from: back.from })?;

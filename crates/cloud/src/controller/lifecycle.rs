@@ -329,6 +329,11 @@ impl Controller {
         let vm = self.finder.vm_for(who, Action::Use, key)?;
         let who = &who.at(&vm.tenant);
         vm.state.to(VmState::Starting).map_err(|e| state_fault(&vm, &e))?;
+        // What brings the rest of it, or brings it back, would be cut off.
+        let from = vm.arriving.as_ref().map(|a| &a.from);
+        if let Some(from) = from.or(vm.returning.as_ref().map(|r| &r.from)) {
+            self.moves.no_move_goes_on(&vm, from)?;
+        }
         let host = self.sites.host(&vm.site)?;
         let plan = format!("start '{}' at {}", vm.name, vm.site);
         if mode == Mode::DryRun {
@@ -348,6 +353,7 @@ impl Controller {
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
             me.moves.release_source(&vm).await;
+            me.moves.release_fallen(&vm).await;
             Ok(json!({}))
         })
     }
@@ -387,6 +393,12 @@ impl Controller {
         let (name, state) = (&vm.name, vm.state);
         if let Some(a) = vm.arriving.as_ref().filter(|_| state != VmState::Moving) {
             return Err(half_here(vm, &a.from));
+        }
+        if let Some(back) = vm.returning.as_ref().filter(|_| state == VmState::Failed) {
+            let words = format!("machine '{name}' died at '{}' and is brought back", back.from);
+            return Err(Fault::conflict(words).hint(format!(
+                "wait for that: godwit op list; or delete it: godwit vm delete {name}"
+            )));
         }
         // Not at once: an operation that is about to begin is not there yet.
         let forsaken = UnixMs::now().since(vm.changed) > FORSAKEN_AFTER;
@@ -460,6 +472,7 @@ impl Controller {
                     _ => {}
                 }
                 me.moves.release_source(&vm).await;
+                me.moves.release_fallen(&vm).await;
                 me.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
                 op.done(StepName::Delete)?;
                 Ok(json!({}))

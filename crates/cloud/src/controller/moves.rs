@@ -109,6 +109,10 @@ impl Moves {
             allow(who, Action::Use, &Object::Site, ("site", site.as_str()))?;
         }
         let who = &who.at(&vm.tenant);
+        if vm.state == VmState::Starting {
+            // Also of one that did not come whole: it is started from its disk.
+            vm.state.to(VmState::Moving).map_err(|e| state_fault(&vm, &e))?;
+        }
         if vm.arriving.is_some() {
             return self.migrate_on(who, vm, &want, mode);
         }

@@ -213,6 +213,9 @@ impl Settler {
                             v.become_state(m.state, now)?;
                             v.reason = m.reason;
                         }
+                        if v.state == VmState::Running {
+                            v.is_back();
+                        }
                     }
                     None if asked_all => {
                         v.become_state(VmState::Failed, now)?;
@@ -315,6 +318,10 @@ impl Settler {
                             v.become_state(m.state, UnixMs::now())?;
                         }
                         v.reason.clone_from(&m.reason);
+                        // Brought back, and its operation did not live to hear of it.
+                        if v.state == VmState::Running {
+                            v.is_back();
+                        }
                         Ok(())
                     })?;
                 }
@@ -434,7 +441,9 @@ impl Settler {
                 }
             }
             Some(m) if &vm.site != site => {
-                let old = m.generation < vm.generation && settled(vm.state);
+                // Until a machine that died there runs elsewhere, it may be started there after all.
+                let kept = vm.returning.as_ref().is_some_and(|r| &r.from == site);
+                let old = m.generation < vm.generation && settled(vm.state) && !kept;
                 if old { Verdict::End } else { Verdict::Fine }
             }
             Some(m) if m.generation == vm.generation => {

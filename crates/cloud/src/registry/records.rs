@@ -163,6 +163,8 @@ pub struct Returning {
     pub migration: MigrationId,
     /// The site where it died.
     pub from: Name,
+    /// The generation under which its source runs it on.
+    pub generation: Generation,
     /// What of its work is undone then, in words.
     pub undone: String,
 }
@@ -185,10 +187,18 @@ impl VmRecord {
 
     /// From now on the machine has this generation; what is below it needs no mention any more.
     pub fn reach(&mut self, generation: Generation) {
-        // What was under way for another generation is over.
-        self.returning.take_if(|_| self.generation != generation);
         self.generation = generation;
         self.voided.retain(|_, g| *g > generation);
+    }
+
+    /// It runs where the registry has it: a way back is over. What is undone is said of a machine that
+    /// was brought back; one that was started from its disk instead is told of nothing.
+    pub fn is_back(&mut self) {
+        if let Some(back) = self.returning.take()
+            && back.generation == self.generation
+        {
+            self.reason = Some(back.undone);
+        }
     }
 
     /// Changes the state by the table of [`VmState`].

@@ -56,15 +56,12 @@ impl Arrivals {
                 now.record.name, self.parts.name
             )));
         }
-        let all = !migration.fell() && self.has_had_all_memory(&now.record);
-        if all || self.missing_pages(&now.record) == 0 {
-            return Err(Fault::conflict(format!(
-                "machine '{}' had all its memory at '{}'",
-                now.record.name, self.parts.name
-            )));
+        let known = migration.fell();
+        if let Some(why) = stays(known, self.had_all_memory(&now.record)) {
+            let (name, site) = (&now.record.name, &self.parts.name);
+            return Err(Fault::conflict(format!("machine '{name}' {why} at '{site}'")));
         }
         let died = clock::now();
-        let known = migration.fell();
         let parts = Arc::clone(&self.parts);
         let record = owner.ask(Falls { parts, id, generation }).await?;
         godwit_hold::at("back.fell").await;
@@ -78,6 +75,19 @@ impl Arrivals {
             // Who asks again asks later.
             ran_ms: ran.filter(|_| !known).and_then(|d| u64::try_from(d.as_millis()).ok()),
         })
+    }
+}
+
+/// Why a machine that is dead at its destination does not go back. `fell`: it was given up before;
+/// `had_all`: what is written down of its memory.
+fn stays(fell: bool, had_all: Option<bool>) -> Option<&'static str> {
+    match (fell, had_all) {
+        (true, _) | (false, Some(false)) => None,
+        (false, Some(true)) => Some("had all its memory"),
+        // Nobody goes back an hour on a guess.
+        (false, None) => {
+            Some("came by a relay that has not written down how much of its memory came")
+        }
     }
 }
 
@@ -110,13 +120,8 @@ impl Ask for Falls {
         let Self { parts, id, generation } = self;
         let site = &parts.name;
         let migration = in_move(&e.record, id, End::Destination, site)?.clone();
-        if e.record.generation != generation {
-            let (machine, seen) = (e.record.name.clone(), e.record.generation);
-            return Err(Refusal::Fenced { machine, seen, given: generation }.into());
-        }
-        if migration.fell() {
-            return Ok(e.record.clone());
-        }
+        // A center that has raised it since, to start the machine here, has not started it.
+        e.state(site).fence(generation)?;
         match &e.machine {
             Some(_) if life_of(e).await != Some(Life::Exited) => {
                 let machine = e.record.name.clone();
@@ -131,6 +136,8 @@ impl Ask for Falls {
             }
             None => {}
         }
+        // One that has only hung up is dead, too, before anything is read into that.
+        end_strays(&parts.dirs, e.record.vm).await;
         let _ = found_exited(e).await;
         if e.record.desired != DesiredState::Running {
             e.save()?;
@@ -139,7 +146,13 @@ impl Ask for Falls {
                 e.record.name
             )));
         }
-        end_strays(&parts.dirs, e.record.vm).await;
+        if !migration.fell() && !e.saw_end {
+            return Err(Fault::conflict(format!(
+                "nobody saw how the QEMU of machine '{}' ended at '{site}': its guest may have powered \
+                 itself off",
+                e.record.name
+            )));
+        }
         let next = migration.after(Step::Fell).map_err(into_fault)?;
         e.record.migration = Some(next);
         if let Err(f) = e.save() {
@@ -165,12 +178,21 @@ impl Departures {
         let owner = self.parts.machines.owner(vm).await?;
         let now = owner.ask(Look { needs: None }).await?;
         now.state(&self.parts.name).fence(generation)?;
-        let back = now.record.generation == generation && now.record.migration.is_none();
-        if back && runs(now.machine.as_ref()).await {
-            return Ok(());
+        let (has, site) = (now.record.warrant.as_ref(), &self.parts.name);
+        let same = now.record.generation == generation
+            && has.is_some_and(|w| w.is_for(vm, generation, site));
+        if same && now.record.migration.is_none() {
+            // It was brought back; what it has done since is its own.
+            let dead = now.machine.is_none() && now.record.desired == DesiredState::Running;
+            return if dead { Err(self.no_way_back(&now.record).await) } else { Ok(()) };
         }
         let migration = in_move(&now.record, id, End::Source, &self.parts.name)?.clone();
-        end_all_below(&MovePaths::of(&self.parts.dirs.run, &migration).dir).await;
+        if !end_all_below(&MovePaths::of(&self.parts.dirs.run, &migration).dir).await {
+            return Err(Fault::unavailable(format!(
+                "a relay of machine '{}' does not end at '{}'",
+                now.record.name, self.parts.name
+            )));
+        }
         self.end_drive(id).await?;
         let parts = Arc::clone(&self.parts);
         let (record, machine) = owner.ask(Returns { parts, id, generation, warrant }).await?;
@@ -300,5 +322,20 @@ impl Ask for Returns {
             return Err(f);
         }
         Ok((e.record.clone(), Some(machine)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::stays;
+
+    #[test]
+    fn only_what_is_known_to_lack_memory_goes_back() {
+        assert_eq!(stays(false, Some(false)), None);
+        assert!(stays(false, Some(true)).is_some_and(|why| why.contains("had all")));
+        assert!(stays(false, None).is_some_and(|why| why.contains("not written down")));
+        for had_all in [None, Some(false), Some(true)] {
+            assert_eq!(stays(true, had_all), None, "what was answered once holds");
+        }
     }
 }

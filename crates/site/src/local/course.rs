@@ -6,7 +6,8 @@
 //!               | abandoned          | abandoned
 //!               v                    v
 //!             Abandoned -resumed-> Coming, or Running if it has run
-//!             (of whatever has run: fell -> Fell, which nothing changes)
+//!             (of whatever has run: fell -> Fell, which only the center's word changes:
+//!              abandoned -> Abandoned, which may be started from its disk, -resumed, fell-> Fell)
 //!
 //! departure:  Leaving ---ran---> Away ---ran on---> RanOn
 //!             (ran: the machine runs at its destination)
@@ -43,11 +44,14 @@ pub(crate) enum Arrival {
     Abandoned {
         /// It has run here.
         ran: bool,
+        /// Its QEMU died here, as of [`Arrival::Fell`].
+        fell: bool,
         /// Why it is not waited for.
         why: String,
     },
     /// It has run here and its QEMU died before its memory was all here: it never runs here again
-    /// under this generation, and the center is told so.
+    /// under this generation, and the center is told so. Only the center knows whether its source
+    /// runs it on, so nothing but its word leads out of this.
     Fell,
 }
 
@@ -133,19 +137,29 @@ impl Arrival {
         }
     }
 
+    /// Whether its QEMU died here before its memory was all here.
+    pub(crate) const fn fell(&self) -> bool {
+        match self {
+            Self::Coming | Self::Running => false,
+            Self::Fell => true,
+            Self::Abandoned { fell, .. } => *fell,
+        }
+    }
+
     /// What it is after a step.
     fn after(&self, step: Step) -> Result<Self, NoStep> {
         Ok(match (self, step) {
             (Self::Fell, Step::Ran) => Self::Fell,
             (_, Step::Fell) if self.has_run() => Self::Fell,
-            (Self::Fell, step @ (Step::Abandoned(_) | Step::Resumed)) => {
-                return Err(step.not_from(self.name()));
-            }
             (Self::Coming | Self::Running, Step::Ran) => Self::Running,
-            (Self::Abandoned { why, .. }, Step::Ran) => {
-                Self::Abandoned { ran: true, why: why.clone() }
+            (Self::Abandoned { fell, why, .. }, Step::Ran) => {
+                Self::Abandoned { ran: true, fell: *fell, why: why.clone() }
             }
-            (_, Step::Abandoned(why)) => Self::Abandoned { ran: self.has_run(), why },
+            (_, Step::Abandoned(why)) => {
+                Self::Abandoned { ran: self.has_run(), fell: self.fell(), why }
+            }
+            // Its disk is brought; that its QEMU is dead stays so.
+            (_, Step::Resumed) if self.fell() => Self::Fell,
             (_, Step::Resumed) if self.has_run() => Self::Running,
             (_, Step::Resumed) => Self::Coming,
             (_, step @ (Step::RanOn | Step::Returns | Step::Fell)) => {
@@ -245,7 +259,10 @@ impl Migration {
 
     /// Whether its QEMU died here before its memory was all here.
     pub(crate) const fn fell(&self) -> bool {
-        matches!(self.course, Course::Arrival(Arrival::Fell))
+        match &self.course {
+            Course::Departure { .. } => false,
+            Course::Arrival(arrival) => arrival.fell(),
+        }
     }
 
     /// Whether it is brought back here from a destination at which it died.
@@ -301,7 +318,7 @@ struct Kept {
     ran_on: bool,
     #[serde(default)]
     next: Option<Generation>,
-    /// Of an arrival: [`Arrival::Fell`]; of a departure: [`Departure::Returning`].
+    /// Of an arrival: as of [`Arrival::Fell`]; of a departure: [`Departure::Returning`].
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     fell: bool,
 }
@@ -309,10 +326,10 @@ struct Kept {
 impl From<Kept> for Migration {
     fn from(kept: Kept) -> Self {
         let course = match (kept.end, kept.given_up) {
-            (End::Destination, _) if kept.fell => Course::Arrival(Arrival::Fell),
             (End::Destination, Some(why)) => {
-                Course::Arrival(Arrival::Abandoned { ran: kept.runs, why })
+                Course::Arrival(Arrival::Abandoned { ran: kept.runs, fell: kept.fell, why })
             }
+            (End::Destination, None) if kept.fell => Course::Arrival(Arrival::Fell),
             (End::Destination, None) if kept.runs => Course::Arrival(Arrival::Running),
             (End::Destination, None) => Course::Arrival(Arrival::Coming),
             (End::Source, _) => {
@@ -432,9 +449,10 @@ mod tests {
         Name::new("cafe").expect("name")
     }
 
-    fn arrivals() -> [Arrival; 5] {
-        let gone = |ran| Arrival::Abandoned { ran, why: "lost".into() };
-        [Arrival::Coming, Arrival::Running, gone(false), gone(true), Arrival::Fell]
+    fn arrivals() -> [Arrival; 6] {
+        let gone = |ran, fell| Arrival::Abandoned { ran, fell, why: "lost".into() };
+        let [lost, ran, fell] = [gone(false, false), gone(true, false), gone(true, true)];
+        [Arrival::Coming, Arrival::Running, lost, ran, Arrival::Fell, fell]
     }
 
     fn steps() -> [Step; 6] {
@@ -453,7 +471,8 @@ mod tests {
     #[test]
     fn every_step_of_every_state() {
         let of_arrivals = table(&arrivals(), |s, step| match s.after(step) {
-            Ok(Arrival::Abandoned { ran, why }) => format!("Abandoned({ran} {why})"),
+            Ok(Arrival::Abandoned { ran, fell: false, why }) => format!("Abandoned({ran} {why})"),
+            Ok(Arrival::Abandoned { fell: true, why, .. }) => format!("Abandoned(fell {why})"),
             Ok(next) => format!("{next:?}"),
             Err(_) => "-".into(),
         });
@@ -461,9 +480,10 @@ mod tests {
             of_arrivals,
             "Coming: Running, -, Abandoned(false late), Coming, -, -\n\
              Running: Running, -, Abandoned(true late), Running, Fell, -\n\
-             Abandoned { ran: false, why: \"lost\" }: Abandoned(true lost), -, Abandoned(false late), Coming, -, -\n\
-             Abandoned { ran: true, why: \"lost\" }: Abandoned(true lost), -, Abandoned(true late), Running, Fell, -\n\
-             Fell: Fell, -, -, -, Fell, -"
+             Abandoned { ran: false, fell: false, why: \"lost\" }: Abandoned(true lost), -, Abandoned(false late), Coming, -, -\n\
+             Abandoned { ran: true, fell: false, why: \"lost\" }: Abandoned(true lost), -, Abandoned(true late), Running, Fell, -\n\
+             Fell: Fell, -, Abandoned(fell late), Fell, Fell, -\n\
+             Abandoned { ran: true, fell: true, why: \"lost\" }: Abandoned(fell lost), -, Abandoned(fell late), Fell, Fell, -"
         );
         let departures =
             [Departure::Leaving, Departure::Away, Departure::RanOn, Departure::Returning];
@@ -526,6 +546,8 @@ mod tests {
              'next':8}",
             "'end':'destination','peer':'cafe','attempt':0,'runs':true,'given_up':null,\
              'ran_on':false,'next':null,'fell':true}",
+            "'end':'destination','peer':'cafe','attempt':0,'runs':true,'given_up':'its source is \
+             gone','ran_on':false,'next':null,'fell':true}",
             "'end':'source','peer':'cafe','attempt':0,'runs':true,'given_up':null,'ran_on':false,\
              'next':8,'fell':true}",
         ];

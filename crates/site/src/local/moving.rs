@@ -100,8 +100,9 @@ impl Moves {
                 dir.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"mig-"));
             if move_of && !wanted.contains(&dir) {
                 info!(dir = %dir.display(), "a move that is over left this behind");
-                super::relays::end_all_below(&dir).await;
-                let _ = std::fs::remove_dir_all(&dir);
+                if super::relays::end_all_below(&dir).await {
+                    let _ = std::fs::remove_dir_all(&dir);
+                }
             }
         }
     }

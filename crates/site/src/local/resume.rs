@@ -36,6 +36,7 @@ use super::filling::MID;
 use super::moving::{Moves, memory_status};
 use super::owner::{Look, Needs};
 use super::progress::runs;
+use super::ran;
 use super::record::{DiskBase, MachineRecord};
 use super::relays::{GuestMemory, MovePaths, Part};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
@@ -249,6 +250,7 @@ impl Moves {
             None if Machine::recorded(&self.parts.dirs.vm_run(vm)).is_some() => {
                 (MemoryStatus::Partial, None)
             }
+            None if migration.fell() => (MemoryStatus::Fell, record.reason.clone()),
             None => (MemoryStatus::Gone, record.reason.clone()),
             Some(m) => memory_status(m, migration.end()).await,
         };
@@ -273,14 +275,10 @@ impl Arrivals {
         record.memory.bytes().saturating_sub(there).div_ceil(4096)
     }
 
-    /// Whether all of its memory had come to a machine whose QEMU is gone, as its relay has told this
-    /// daemon.
-    pub(super) fn has_had_all_memory(&self, record: &MachineRecord) -> bool {
-        let Some(coming) = record.migration.as_ref().and_then(|m| self.drives.get(m.id)) else {
-            return false;
-        };
-        let relay = coming.shown.borrow().clone();
-        relay.is_some_and(|s| s.borrow().phase >= RelayPhase::MemoryDone)
+    /// Whether all of its memory had come to a machine whose QEMU is gone, as its relay has written
+    /// down; `None` where a relay of a release before had it come.
+    pub(super) fn had_all_memory(&self, record: &MachineRecord) -> Option<bool> {
+        ran::had_all_memory(&self.parts.dirs.vm(record.vm))
     }
 
     /// Pages and blocks that a destination lacks.
@@ -290,10 +288,16 @@ impl Arrivals {
         memory: MemoryStatus,
     ) -> Result<(u64, Option<u64>), Fault> {
         let pages = match memory {
-            MemoryStatus::Whole => 0,
+            MemoryStatus::Whole => {
+                // Its relay may have been lost before it could.
+                ran::note_all_memory(&self.parts.dirs.vm(record.vm))?;
+                0
+            }
             // Pages that are zero may be holes as well.
-            MemoryStatus::Gone if self.has_had_all_memory(record) => 0,
+            MemoryStatus::Gone if self.had_all_memory(record) == Some(true) => 0,
             MemoryStatus::Gone | MemoryStatus::Partial => self.missing_pages(record),
+            // What was written down counts, whatever the file looks like.
+            MemoryStatus::Fell => self.missing_pages(record).max(1),
         };
         let image = self.parts.images.of(record)?;
         if image.disk_path().is_none() || record.disk_base == DiskBase::Mid {
@@ -362,6 +366,7 @@ impl Arrivals {
                 recover_incoming(&machine, &paths.qemu).await.map_err(into_fault)?;
                 whole = Some(machine);
             } else if memory_status(&machine, End::Destination).await.0 == MemoryStatus::Whole {
+                ran::note_all_memory(&self.parts.dirs.vm(vm))?;
                 whole = Some(machine);
             }
         }
