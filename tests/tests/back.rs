@@ -222,6 +222,112 @@ fn a_machine_comes_back_whichever_daemon_is_killed_on_the_way() {
     story.go();
 }
 
+impl Story {
+    /// Switches it, kills its QEMU there, and stops the way back at `step`; gives the operation.
+    fn stopped_at(&mut self, step: &str) -> String {
+        let op = self.switch();
+        self.cloud.hold(step);
+        self.kill_there();
+        let _ = self.cloud.held(step);
+        op
+    }
+
+    /// Its QEMU here dies, too.
+    fn kill_here(&self, vm: &Value) {
+        kill(self.cloud.qemu(vm, self.at).expect("its QEMU"));
+    }
+
+    /// Its way back has failed: it is started from a disk, and only that is left of it.
+    fn starts_from_a_disk(&mut self, op: &str) {
+        self.rate(RATE);
+        let end = self.ended(op);
+        assert_eq!(end["state"], "failed", "{end}");
+        eprintln!("{}", end["error"]["message"]);
+        let vm = self.cloud.vm(&self.name);
+        assert_eq!(vm["state"], "failed", "{vm}");
+        let _ = self.cloud.ok(&["vm", "start", &self.name]);
+        let guest = self.cloud.guest(&self.name);
+        guest.answers();
+        assert_eq!(guest.sh("md5sum </data/ballast"), self.sum);
+        let vm = self.cloud.vm(&self.name);
+        assert!(vm["arriving"].is_null() && vm["returning"].is_null(), "{vm}");
+        let free = if vm["site"] == self.at.site() { other(self.at) } else { self.at };
+        self.is_free(&vm, free);
+    }
+
+    fn is_free(&self, vm: &Value, site: Daemon) {
+        within(Duration::from_secs(30), "the other site to be free of it", || {
+            let free = self.cloud.qemu(vm, site).is_none() && !self.cloud.vm_dir(vm, site).exists();
+            free.then_some(())
+        });
+    }
+}
+
+#[test]
+fn a_machine_that_fell_and_whose_source_died_is_started_from_a_disk() {
+    let mut story = Story::begin();
+    let vm = story.cloud.vm(&story.name);
+    let op = story.stopped_at(FELL);
+    // What was written down there is not heard by whoever asked, and its source cannot run it.
+    story.cloud.kill(Daemon::Center);
+    story.kill_here(&vm);
+    story.cloud.let_go(FELL);
+    story.rate(RATE);
+    story.cloud.restart(Daemon::Center);
+    story.starts_from_a_disk(&op);
+}
+
+#[test]
+fn a_machine_whose_source_dies_on_the_way_back_is_started_from_a_disk() {
+    for step in [RAISED, RETURNING] {
+        let mut story = Story::begin();
+        let vm = story.cloud.vm(&story.name);
+        let op = story.stopped_at(step);
+        story.kill_here(&vm);
+        story.cloud.let_go(step);
+        story.starts_from_a_disk(&op);
+    }
+}
+
+#[test]
+fn a_machine_is_not_started_and_can_be_deleted_on_its_way_back() {
+    let mut story = Story::begin();
+    let op = story.stopped_at(RETURNING);
+    let vm = story.cloud.vm(&story.name);
+    let refused = story.cloud.refused(&["vm", "start", &story.name], 5);
+    assert!(refused.contains("is still moving"), "{refused}");
+    let _ = story.cloud.ok(&["vm", "delete", &story.name]);
+    story.cloud.let_go(RETURNING);
+    story.rate(RATE);
+    let end = story.ended(&op);
+    assert_eq!(end["state"], "failed", "{end}");
+    for site in [Daemon::Center, Daemon::Ap] {
+        story.is_free(&vm, site);
+    }
+}
+
+#[test]
+fn a_machine_whose_end_nobody_saw_is_not_brought_back() {
+    let mut story = Story::begin();
+    let generation = story.generation();
+    let op = story.switch();
+    let vm = story.cloud.vm(&story.name);
+    let pid = story.cloud.qemu(&vm, Daemon::Ap).expect("its QEMU");
+    story.cloud.kill(Daemon::Ap);
+    kill(pid);
+    story.rate(RATE);
+    story.cloud.restart(Daemon::Ap);
+    let end = story.ended(&op);
+    let words = end["error"]["message"].as_str().unwrap_or_default();
+    assert!(end["state"] == "failed" && !words.contains("undone"), "{end}");
+    assert_eq!(story.generation(), generation + 1);
+    let _ = story.cloud.ok(&["vm", "start", &story.name]);
+    story.at = Daemon::Ap;
+    let guest = story.cloud.guest(&story.name);
+    guest.answers();
+    assert_eq!(guest.sh("md5sum </data/ballast"), story.sum);
+}
+
 #[test]
 fn a_machine_that_had_all_its_memory_is_started_from_its_disk_where_it_died() {
     let story = Story::begin();

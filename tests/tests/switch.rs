@@ -186,9 +186,10 @@ impl Story {
                 self.ended_with_its_qemu(&end, KILLED, None);
             }
             // What was held may have had all of its memory, and then it is started from its disk there.
-            Victim::FarHost | Victim::FarQemu if beyond && words.contains("are undone") => {
+            Victim::FarQemu if beyond && words.contains("are undone") => {
                 self.is_back(&end, &before, written.as_deref());
             }
+            // No daemon saw how its QEMU ended: its guest may have powered itself off.
             Victim::FarHost if beyond => {
                 self.ended_with_its_qemu(&end, "its QEMU is gone", written.as_deref());
             }

@@ -259,9 +259,7 @@ impl SiteHost for Paper {
                 Ok(SiteReply::Done(()))
             }
             SiteRequest::MigrateFollow(_) => Err(Fault::not_found("no migration on paper")),
-            SiteRequest::MigrateLost(_)
-            | SiteRequest::MigrateFate(_)
-            | SiteRequest::MigrateGiveUp(_) => Ok(SiteReply::Done(())),
+            SiteRequest::MigrateLost(_) | SiteRequest::MigrateFate(_) => Ok(SiteReply::Done(())),
             SiteRequest::MigrateStatus(_) => {
                 if self.silent.load(SeqCst) {
                     return Err(Fault::unavailable("nobody answers"));
@@ -354,9 +352,10 @@ impl SiteHost for Paper {
                     ..Sent::default()
                 })))
             }
-            SiteRequest::MigrateFell(_) | SiteRequest::MigrateTakeBack(_) => {
-                self.goes_back(request)
-            }
+            SiteRequest::VmStart(_)
+            | SiteRequest::MigrateGiveUp(_)
+            | SiteRequest::MigrateFell(_)
+            | SiteRequest::MigrateTakeBack(_) => self.goes_back(request),
             other => Err(Fault::invalid(format!("'{}' on paper", other.name()))),
         }
     }

@@ -2,13 +2,14 @@
 
 use std::sync::Mutex;
 
-use godwit_site::verbs::{MigrateFell, MigrateTakeBack};
+use godwit_site::verbs::{MigrateFell, MigrateTakeBack, VmStart};
 use godwit_site::{Fell, MemoryStatus, MoveStatus, SiteReply, SiteRequest};
-use godwit_types::{Code, Fault, Generation, VmState};
+use godwit_types::{Code, Fault, Generation, OpState, VmState};
 
 use super::back::{Stays, may_return};
 use super::tests::*;
 use super::*;
+use crate::registry::VmRecord;
 
 /// What a site on paper says and was asked of a machine that goes back.
 #[derive(Default)]
@@ -17,10 +18,27 @@ pub(super) struct Back {
     refuses: Mutex<Vec<Fault>>,
     /// The generations under which it was asked to give a machine up, or to run it on.
     asked: Mutex<Vec<Generation>>,
+    /// What it says when it is told that what is missing is not waited for.
+    on_give_up: Mutex<Option<Fault>>,
+    /// How often it was told.
+    given_up: Mutex<usize>,
 }
 
 impl Paper {
     pub(super) fn goes_back(&self, request: SiteRequest) -> Result<SiteReply, Fault> {
+        if let SiteRequest::MigrateGiveUp(_) = request {
+            *self.back.given_up.lock().expect("lock") += 1;
+            let says = self.back.on_give_up.lock().expect("lock").clone();
+            return says.map_or(Ok(SiteReply::Done(())), Err);
+        }
+        if let SiteRequest::VmStart(VmStart { vm, generation, .. }) = request {
+            let mut all = self.machines.lock().expect("lock");
+            let Some(m) = all.iter_mut().find(|m| m.vm == vm) else {
+                return Err(Fault::not_found("not on paper"));
+            };
+            (m.state, m.generation) = (VmState::Running, generation);
+            return Ok(SiteReply::Machine(m.clone()));
+        }
         let refused = self.back.refuses.lock().expect("lock").pop();
         match request {
             SiteRequest::MigrateFell(MigrateFell { generation, .. }) => {
@@ -53,7 +71,7 @@ const fn status(memory: MemoryStatus, missing_pages: u64) -> MoveStatus {
 
 #[test]
 fn only_what_is_dead_and_lacks_memory_that_its_source_has_goes_back() {
-    use MemoryStatus::{Gone, Partial, Whole};
+    use MemoryStatus::{Fell, Gone, Partial, Whole};
     let (old, new) = (5, 6);
     let over = MoveStatus { over: true, ..status(Partial, 0) };
     let never = MoveStatus { runs: false, ..status(Gone, 9) };
@@ -65,8 +83,12 @@ fn only_what_is_dead_and_lacks_memory_that_its_source_has_goes_back() {
         (never, status(Partial, 0), new, Err(Stays::NeverRan)),
         (status(Gone, 0), status(Whole, 0), new, Err(Stays::Independent)),
         (status(Gone, 9), status(Gone, 0), new, Err(Stays::SourceGone)),
-        (status(Gone, 9), over, new, Err(Stays::SourceGone)),
+        (status(Gone, 9), over.clone(), new, Err(Stays::SourceGone)),
         (status(Gone, 9), status(Partial, 0), old, Err(Stays::TooOld)),
+        (status(Fell, 1), status(Partial, 0), new, Ok(())),
+        (status(Fell, 0), status(Whole, 0), new, Ok(())),
+        (status(Fell, 1), status(Gone, 0), new, Err(Stays::SourceGone)),
+        (status(Fell, 1), over, new, Err(Stays::SourceGone)),
     ] {
         assert_eq!(may_return(&here, &there, speaks), due, "{here:?} {there:?} {speaks}");
     }
@@ -74,7 +96,12 @@ fn only_what_is_dead_and_lacks_memory_that_its_source_has_goes_back() {
 
 /// A move whose machine dies at the destination; how its operation ends.
 async fn dies(w: &World) -> crate::registry::OpRecord {
-    *w.cafe.says.lock().expect("lock") = Some(Ok(status(MemoryStatus::Gone, 9)));
+    dies_as(w, status(MemoryStatus::Gone, 9)).await
+}
+
+/// The same, where the destination says so much of it.
+async fn dies_as(w: &World, says: MoveStatus) -> crate::registry::OpRecord {
+    *w.cafe.says.lock().expect("lock") = Some(Ok(says));
     let op =
         w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
     w.c.ops().wait(op).await.expect("ends")
@@ -125,8 +152,48 @@ async fn a_source_that_does_not_answer_at_once_is_asked_again() {
     assert_eq!(asked(&w.center), [3, 3], "under the same generation");
 }
 
+/// Starts a machine; how that ends.
+async fn starts(w: &World) -> VmRecord {
+    let op = w.c.start(&me(), "a", Mode::Act).expect("accepted").op.expect("op");
+    let end = w.c.ops().wait(op).await.expect("ends");
+    assert_eq!(end.state, OpState::Done, "{end:?}");
+    w.c.registry().vm("a").expect("there")
+}
+
 #[tokio::test]
 async fn a_machine_that_is_dead_at_both_ends_is_started_from_its_disk_at_its_source() {
+    let w = world(Send::BreaksAfter).await;
+    running(&w, "a").await;
+    let dead = Fault::new(Code::Damaged, "cannot be brought back: its QEMU is gone");
+    w.center.back.refuses.lock().expect("lock").push(dead);
+    let end = dies_as(&w, lacking(3)).await;
+    assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "center"));
+    assert!(vm.reason.clone().expect("a reason").contains("its QEMU is gone"));
+    settles(&w).await;
+    assert!(!w.cafe.all().is_empty(), "kept until it runs from the other disk");
+    let vm = starts(&w).await;
+    assert_eq!((vm.state, vm.site.as_str(), &vm.returning), (VmState::Running, "center", &None));
+    assert_eq!((vm.reason, vm.generation), (None, Generation(4)), "nothing was brought back");
+    assert!(w.cafe.all().is_empty());
+}
+
+/// What is said of a dead machine whose disk is not all there.
+const fn lacking(blocks: u64) -> MoveStatus {
+    MoveStatus { missing_blocks: Some(blocks), ..status(MemoryStatus::Gone, 9) }
+}
+
+/// Both sites report.
+async fn settles(w: &World) {
+    for site in [&w.center, &w.cafe] {
+        let host: Arc<dyn SiteHost> = Arc::clone(site) as _;
+        w.c.settler.settle_machines(&host, None, 0).await.expect("settled");
+    }
+}
+
+#[tokio::test]
+async fn a_machine_that_is_dead_at_both_ends_goes_on_from_the_whole_disk_where_it_died() {
     let w = world(Send::BreaksAfter).await;
     running(&w, "a").await;
     let dead = Fault::new(Code::Damaged, "cannot be brought back: its QEMU is gone");
@@ -134,10 +201,113 @@ async fn a_machine_that_is_dead_at_both_ends_is_started_from_its_disk_at_its_sou
     let end = dies(&w).await;
     assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
     let vm = w.c.registry().vm("a").expect("there");
-    assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "center"));
-    assert_eq!(vm.returning, None);
-    assert!(vm.reason.expect("a reason").contains("its QEMU is gone"));
-    assert!(w.cafe.all().is_empty());
+    let at = (vm.state, vm.site.as_str(), vm.generation, &vm.returning);
+    assert_eq!(at, (VmState::Failed, "cafe", Generation(4), &None));
+    assert_eq!(vm.arriving.map(|a| a.from), Some(name("center")));
+    assert_eq!(*w.cafe.back.given_up.lock().expect("lock"), 1, "it may be started there");
+    settles(&w).await;
+    assert!(!w.center.all().is_empty(), "kept until it runs from the other disk");
+    let vm = starts(&w).await;
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "cafe"));
+    assert!(w.center.all().is_empty() && !w.cafe.all().is_empty());
+}
+
+#[tokio::test]
+async fn a_machine_that_fell_and_whose_source_is_gone_is_started_from_its_disk() {
+    let w = world(Send::BreaksAfter).await;
+    running(&w, "a").await;
+    let over = MoveStatus { over: true, ..status(MemoryStatus::Gone, 0) };
+    *w.center.says.lock().expect("lock") = Some(Ok(over));
+    let end = dies_as(&w, status(MemoryStatus::Fell, 1)).await;
+    assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
+    assert!(asked(&w.cafe).is_empty() && asked(&w.center).is_empty(), "nobody can run it on");
+    assert_eq!(*w.cafe.back.given_up.lock().expect("lock"), 1);
+    let vm = starts(&w).await;
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "cafe"));
+}
+
+#[tokio::test]
+async fn a_machine_that_fell_is_given_back_also_by_a_center_that_did_not_hear_of_it() {
+    let w = world(Send::BreaksAfter).await;
+    running(&w, "a").await;
+    // Whatever is found of its memory now.
+    dies_as(&w, status(MemoryStatus::Fell, 0)).await;
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "center"));
+    assert_eq!((asked(&w.cafe), asked(&w.center)), (vec![2], vec![3]));
+}
+
+#[tokio::test]
+async fn a_source_is_not_released_for_a_destination_that_refuses_to_be_started() {
+    let w = world(Send::BreaksAfter).await;
+    running(&w, "a").await;
+    *w.cafe.back.on_give_up.lock().expect("lock") = Some(Fault::conflict("no such step"));
+    dies_as(&w, status(MemoryStatus::Gone, 0)).await;
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
+    assert!(vm.arriving.is_some() && !w.center.all().is_empty(), "its source has all of it");
+}
+
+#[tokio::test]
+async fn a_destination_that_knows_of_a_newer_generation_has_its_disk_brought() {
+    let w = world(Send::BreaksAfter).await;
+    running(&w, "a").await;
+    let fenced = Fault::new(Code::Fenced, "it is at generation 3");
+    w.cafe.back.refuses.lock().expect("lock").push(fenced);
+    let end = dies_as(&w, lacking(3)).await;
+    assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
+    assert_eq!(*w.cafe.resumed.lock().expect("lock"), [false], "its disk, and no memory");
+}
+
+#[tokio::test]
+async fn what_a_source_refuses_for_now_is_asked_again() {
+    for code in [Code::Conflict, Code::Fenced, Code::NotFound] {
+        let w = world(Send::BreaksAfter).await;
+        running(&w, "a").await;
+        w.center.back.refuses.lock().expect("lock").push(Fault::new(code, "not now"));
+        dies(&w).await;
+        let vm = w.c.registry().vm("a").expect("there");
+        assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "center"), "{code:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_machine_on_its_way_back_is_not_started_from_its_disk() {
+    let w = world(Send::BreaksAfter).await;
+    running(&w, "a").await;
+    *w.center.back.refuses.lock().expect("lock") = vec![Fault::unavailable("not yet"); 3];
+    let refused = async {
+        while w.c.registry().vm("a").expect("there").returning.is_none() {
+            tokio::task::yield_now().await;
+        }
+        let e = w.c.start(&me(), "a", Mode::Act).expect_err("it would end what it goes on with");
+        assert_eq!(e.code, Code::Conflict, "{e}");
+        let e = w.c.stop(&me(), "a", true, Mode::Act).expect_err("nothing runs");
+        assert!(e.hint.is_some_and(|h| h.contains("godwit vm delete a")));
+    };
+    let (end, ()) = tokio::join!(dies(&w), refused);
+    assert_eq!(end.failure(), Some(Code::Unavailable), "{end:?}");
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "center"));
+}
+
+#[tokio::test]
+async fn a_machine_that_came_back_after_its_operation_gave_up_says_what_is_undone() {
+    let w = world_with(Send::BreaksAfter, Duration::ZERO).await;
+    let before = running(&w, "a").await;
+    w.center.back.refuses.lock().expect("lock").push(Fault::unavailable("the answer is lost"));
+    dies(&w).await;
+    assert!(w.c.registry().vm("a").expect("there").returning.is_some());
+    for m in w.center.machines.lock().expect("lock").iter_mut().filter(|m| m.vm == before.id) {
+        (m.state, m.generation) = (VmState::Running, Generation(3));
+    }
+    settles(&w).await;
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.site.as_str(), &vm.returning), (VmState::Running, "center", &None));
+    assert!(vm.reason.is_some_and(|r| r.contains("are undone")));
+    assert!(w.cafe.all().is_empty(), "what is left where it died goes then");
 }
 
 #[tokio::test]

@@ -59,6 +59,8 @@ mod warrant;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_back;
+#[cfg(test)]
 mod tests_owner;
 
 use std::path::PathBuf;
