@@ -224,7 +224,7 @@ fn a_machine_comes_back_whichever_daemon_is_killed_on_the_way() {
 
 impl Story {
     /// Switches it, kills its QEMU there, and stops the way back at `step`; gives the operation.
-    fn stopped_at(&mut self, step: &str) -> String {
+    fn stopped_at(&self, step: &str) -> String {
         let op = self.switch();
         self.cloud.hold(step);
         self.kill_there();
@@ -238,7 +238,7 @@ impl Story {
     }
 
     /// Its way back has failed: it is started from a disk, and only that is left of it.
-    fn starts_from_a_disk(&mut self, op: &str) {
+    fn starts_from_a_disk(&self, op: &str) {
         self.rate(RATE);
         let end = self.ended(op);
         assert_eq!(end["state"], "failed", "{end}");
@@ -265,7 +265,7 @@ impl Story {
 
 #[test]
 fn a_machine_that_fell_and_whose_source_died_is_started_from_a_disk() {
-    let mut story = Story::begin();
+    let story = Story::begin();
     let vm = story.cloud.vm(&story.name);
     let op = story.stopped_at(FELL);
     // What was written down there is not heard by whoever asked, and its source cannot run it.
@@ -280,7 +280,7 @@ fn a_machine_that_fell_and_whose_source_died_is_started_from_a_disk() {
 #[test]
 fn a_machine_whose_source_dies_on_the_way_back_is_started_from_a_disk() {
     for step in [RAISED, RETURNING] {
-        let mut story = Story::begin();
+        let story = Story::begin();
         let vm = story.cloud.vm(&story.name);
         let op = story.stopped_at(step);
         story.kill_here(&vm);
@@ -291,7 +291,7 @@ fn a_machine_whose_source_dies_on_the_way_back_is_started_from_a_disk() {
 
 #[test]
 fn a_machine_is_not_started_and_can_be_deleted_on_its_way_back() {
-    let mut story = Story::begin();
+    let story = Story::begin();
     let op = story.stopped_at(RETURNING);
     let vm = story.cloud.vm(&story.name);
     let refused = story.cloud.refused(&["vm", "start", &story.name], 5);
@@ -308,7 +308,7 @@ fn a_machine_is_not_started_and_can_be_deleted_on_its_way_back() {
 
 #[test]
 fn a_machine_whose_end_nobody_saw_is_not_brought_back() {
-    let mut story = Story::begin();
+    let story = Story::begin();
     let generation = story.generation();
     let op = story.switch();
     let vm = story.cloud.vm(&story.name);
@@ -322,7 +322,6 @@ fn a_machine_whose_end_nobody_saw_is_not_brought_back() {
     assert!(end["state"] == "failed" && !words.contains("undone"), "{end}");
     assert_eq!(story.generation(), generation + 1);
     let _ = story.cloud.ok(&["vm", "start", &story.name]);
-    story.at = Daemon::Ap;
     let guest = story.cloud.guest(&story.name);
     guest.answers();
     assert_eq!(guest.sh("md5sum </data/ballast"), story.sum);

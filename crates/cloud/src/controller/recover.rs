@@ -120,8 +120,10 @@ impl Controller {
                     return Err(self.moves.bring_back(handle, record).await);
                 }
                 let m = Move::found(&record, from.clone(), to.clone(), *generation, id);
-                if record.generation > *generation && record.site == *from {
-                    // It was brought back, and the operation's end was not written.
+                // It was brought back, or is to be started from its disk where it died, and the
+                // operation's end was not written.
+                let given_up = record.arriving.as_ref().is_some_and(|a| a.migration == id);
+                if record.generation > *generation && (record.site == *from || given_up) {
                     let why = record.reason.unwrap_or_else(|| "is where it was".into());
                     return Err(Fault::unavailable(format!("machine '{}' {why}", record.name)));
                 }

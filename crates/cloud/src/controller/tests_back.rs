@@ -1,6 +1,7 @@
 //! A machine that dies at its destination before all of it is there.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use godwit_site::verbs::{MigrateFell, MigrateTakeBack, VmStart};
 use godwit_site::{Fell, MemoryStatus, MoveStatus, SiteReply, SiteRequest};
@@ -21,13 +22,13 @@ pub(super) struct Back {
     /// What it says when it is told that what is missing is not waited for.
     on_give_up: Mutex<Option<Fault>>,
     /// How often it was told.
-    given_up: Mutex<usize>,
+    given_up: AtomicUsize,
 }
 
 impl Paper {
     pub(super) fn goes_back(&self, request: SiteRequest) -> Result<SiteReply, Fault> {
         if let SiteRequest::MigrateGiveUp(_) = request {
-            *self.back.given_up.lock().expect("lock") += 1;
+            self.back.given_up.fetch_add(1, SeqCst);
             let says = self.back.on_give_up.lock().expect("lock").clone();
             return says.map_or(Ok(SiteReply::Done(())), Err);
         }
@@ -180,14 +181,14 @@ async fn a_machine_that_is_dead_at_both_ends_is_started_from_its_disk_at_its_sou
 }
 
 /// What is said of a dead machine whose disk is not all there.
-const fn lacking(blocks: u64) -> MoveStatus {
+fn lacking(blocks: u64) -> MoveStatus {
     MoveStatus { missing_blocks: Some(blocks), ..status(MemoryStatus::Gone, 9) }
 }
 
 /// Both sites report.
 async fn settles(w: &World) {
     for site in [&w.center, &w.cafe] {
-        let host: Arc<dyn SiteHost> = Arc::clone(site) as _;
+        let host: Arc<dyn SiteHost> = site.clone();
         w.c.settler.settle_machines(&host, None, 0).await.expect("settled");
     }
 }
@@ -204,7 +205,7 @@ async fn a_machine_that_is_dead_at_both_ends_goes_on_from_the_whole_disk_where_i
     let at = (vm.state, vm.site.as_str(), vm.generation, &vm.returning);
     assert_eq!(at, (VmState::Failed, "cafe", Generation(4), &None));
     assert_eq!(vm.arriving.map(|a| a.from), Some(name("center")));
-    assert_eq!(*w.cafe.back.given_up.lock().expect("lock"), 1, "it may be started there");
+    assert_eq!(w.cafe.back.given_up.load(SeqCst), 1, "it may be started there");
     settles(&w).await;
     assert!(!w.center.all().is_empty(), "kept until it runs from the other disk");
     let vm = starts(&w).await;
@@ -223,7 +224,7 @@ async fn a_machine_that_fell_and_whose_source_is_gone_is_started_from_its_disk()
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Failed, "cafe"));
     assert!(asked(&w.cafe).is_empty() && asked(&w.center).is_empty(), "nobody can run it on");
-    assert_eq!(*w.cafe.back.given_up.lock().expect("lock"), 1);
+    assert_eq!(w.cafe.back.given_up.load(SeqCst), 1);
     let vm = starts(&w).await;
     assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "cafe"));
 }

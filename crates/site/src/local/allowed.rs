@@ -302,7 +302,7 @@ fn phase(record: &MachineRecord, doing: Activity) -> Phase {
                     Phase::Leaving(peer)
                 }
                 Course::Arrival(Arrival::Abandoned { .. }) => Phase::Stranded(peer),
-                // One that fell is started nowhere but at its source; its record refuses the rest.
+                // One that fell is its source's, until the center's word makes it a stranded one.
                 Course::Arrival(Arrival::Running | Arrival::Fell) => Phase::Arrived(peer),
                 Course::Arrival(Arrival::Coming) => Phase::Arriving(peer),
             }

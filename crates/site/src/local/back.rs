@@ -80,7 +80,7 @@ impl Arrivals {
 
 /// Why a machine that is dead at its destination does not go back. `fell`: it was given up before;
 /// `had_all`: what is written down of its memory.
-fn stays(fell: bool, had_all: Option<bool>) -> Option<&'static str> {
+const fn stays(fell: bool, had_all: Option<bool>) -> Option<&'static str> {
     match (fell, had_all) {
         (true, _) | (false, Some(false)) => None,
         (false, Some(true)) => Some("had all its memory"),
@@ -181,10 +181,17 @@ impl Departures {
         let (has, site) = (now.record.warrant.as_ref(), &self.parts.name);
         let same = now.record.generation == generation
             && has.is_some_and(|w| w.is_for(vm, generation, site));
-        if same && now.record.migration.is_none() {
+        if now.record.migration.is_none() {
+            let gone =
+                now.machine.is_none() && Machine::recorded(&self.parts.dirs.vm_run(vm)).is_none();
+            // Also when this was found before, and whoever asked did not hear of it.
+            if gone && now.record.desired == DesiredState::Running {
+                return Err(self.no_way_back(&now.record).await);
+            }
             // It was brought back; what it has done since is its own.
-            let dead = now.machine.is_none() && now.record.desired == DesiredState::Running;
-            return if dead { Err(self.no_way_back(&now.record).await) } else { Ok(()) };
+            if same {
+                return Ok(());
+            }
         }
         let migration = in_move(&now.record, id, End::Source, &self.parts.name)?.clone();
         if !end_all_below(&MovePaths::of(&self.parts.dirs.run, &migration).dir).await {

@@ -233,8 +233,11 @@ impl Relays {
         };
         let commit = match (migration.end(), part) {
             (End::Destination, Part::Whole) => Some(ran::open(&self.dirs.vm(record.vm))?),
-            // It runs there already, and the file of an earlier release would be of no use.
-            (End::Destination, Part::Rest) => ran::open(&self.dirs.vm(record.vm)).ok(),
+            // It runs there already, and the rest of its memory is awaited.
+            (End::Destination, Part::Rest) => {
+                let dir = self.dirs.vm(record.vm);
+                ran::says(&dir).map(|_| ran::open(&dir)).transpose()?
+            }
             (End::Destination, Part::Disk) | (End::Source, _) => None,
         };
         let held = match part {

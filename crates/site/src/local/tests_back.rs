@@ -108,6 +108,12 @@ async fn a_machine_that_was_brought_back_is_so_whatever_its_guest_does() {
     let again = async || me.moves.departures.bring_back(id, vm, generation, warrant()).await;
     let f = again().await.expect_err("its QEMU died since");
     assert_eq!(f.code, Code::Damaged, "{f}");
-    owner.ask(Do(|e: &mut Owned| e.record.desired = DesiredState::Stopped)).await.expect("asked");
+    owner.ask(Do(|e: &mut Owned| e.record.generation = Generation(2))).await.expect("asked");
+    let f = again().await.expect_err("its QEMU had died before, which nobody heard");
+    assert_eq!(f.code, Code::Damaged, "{f}");
+    let off = |e: &mut Owned| {
+        (e.record.generation, e.record.desired) = (Generation(3), DesiredState::Stopped);
+    };
+    owner.ask(Do(off)).await.expect("asked");
     again().await.expect("its guest powered itself off since");
 }
