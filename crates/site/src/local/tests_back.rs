@@ -42,8 +42,7 @@ fn kept(place: &Place, record: &MachineRecord) -> super::course::Migration {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_fell_is_given_up_under_a_newer_generation_and_leads_to_its_disk_by_the_centers_word()
-{
+async fn what_fell_is_given_up_and_led_to_its_disk_by_the_centers_word() {
     let place = site(Mib(4096)).await;
     let (record, owner) = dead(&place).await;
     let id = record.migration.as_ref().expect("its move").id;
