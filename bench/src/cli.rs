@@ -37,6 +37,8 @@ enum What {
     IdleMoves(IdleMovesArgs),
     /// Activate many machines of one substrate at once.
     Burst(BurstArgs),
+    /// Fill links that lose packets, with each congestion control.
+    LinkRates(LinkRatesArgs),
     /// Fill a pool with substrates that differ, and activate each again.
     PoolFill(PoolFillArgs),
     /// Co-scheduling of sibling vCPUs: the dissertation's tables and figures in the simulator, and
@@ -371,6 +373,39 @@ impl PoolFillArgs {
     }
 }
 
+#[derive(Debug, Args)]
+struct LinkRatesArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Rate of the link each way in Mbit/s.
+    #[arg(long, default_value_t = 100.0)]
+    rate: f64,
+    /// One-way delay of the link in ms.
+    #[arg(long, default_value_t = 17.5)]
+    delay: f64,
+    /// Shares of packets that are lost, each way.
+    #[arg(long, value_delimiter = ',', default_values_t = [0.0, 0.01, 0.05])]
+    loss: Vec<f64>,
+    /// How long each is measured, in seconds.
+    #[arg(long, default_value_t = 8)]
+    seconds: u64,
+}
+
+impl LinkRatesArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let trial = suites::trials::LinkRates {
+            rate_mbit: self.rate,
+            delay_ms: self.delay,
+            losses: self.loss,
+            time: std::time::Duration::from_secs(self.seconds),
+            rounds: self.run.rounds.unwrap_or(if self.run.quick { 1 } else { 3 }),
+        };
+        suite("link-rates", self.run.quick, &self.run.out, async |r| {
+            suites::trials::link_rates(&trial, r).await
+        })
+    }
+}
+
 impl BurstArgs {
     fn run(self) -> anyhow::Result<()> {
         let program = program_or_sibling(self.program)?;
@@ -452,6 +487,7 @@ pub(crate) fn main() -> ExitCode {
         What::Spec(args) => args.run(),
         What::IdleMoves(args) => args.run(),
         What::Burst(args) => args.run(),
+        What::LinkRates(args) => args.run(),
         What::PoolFill(args) => args.run(),
         What::Sched(args) => {
             suite("sched", args.run.quick, &args.run.out, async |r| args.measure(r))

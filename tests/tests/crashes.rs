@@ -136,7 +136,10 @@ fn a_source_that_ends_in_a_move_can_be_started_and_deleted() {
         let reason = vm["reason"].as_str().unwrap_or_default();
         assert!(reason.len() < 200 && (state == "stopped") == reason.is_empty(), "{vm}");
         let _ = cloud.ok(&["vm", "start", "m"]);
-        cloud.runs_at("m", "center");
+        // QEMU may have written its device state before it was killed at the last step: then the machine
+        // had left, and all but its memory with it.
+        let left = step == "relay.stopped" && vm["site"] == "cafe";
+        cloud.runs_at("m", if left { "cafe" } else { "center" });
         let guest = cloud.guest("m");
         guest.answers();
         // Every line that was written is on the disk, which is whole.
@@ -145,6 +148,10 @@ fn a_source_that_ends_in_a_move_can_be_started_and_deleted() {
         assert!(check["ok"] == true && check["lines"].as_u64() >= Some(lines), "{check}");
         guest.start_witness();
         lines = guest.intact(lines);
+        if left {
+            let _ = cloud.ok(&["vm", "migrate", "m", "--to", "center"]);
+            cloud.runs_at("m", "center");
+        }
     }
     let (op, _) = harmed(&mut cloud, "m", "move.precopy", kill_qemu);
     let vm = cloud.vm("m");

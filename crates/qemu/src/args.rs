@@ -219,7 +219,9 @@ fn memory_object(spec: &MachineSpec, memory: &MemorySource) -> Value {
     });
     let more = match memory {
         MemorySource::Shared { .. } => json!({"share": true}),
-        MemorySource::PrivateOf { .. } => json!({"share": false, "readonly": true, "rom": "off"}),
+        // Opened to be read alone (`discard`); said to QEMU, that would keep it from giving memory
+        // back.
+        MemorySource::PrivateOf { .. } => json!({"share": false}),
     };
     if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
         object.extend(more);

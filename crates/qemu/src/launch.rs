@@ -14,6 +14,7 @@ use uuid::Uuid;
 use crate::accel::Accel;
 use crate::args::Inherited;
 use crate::confine::{self, Cell, Claim, Confine};
+use crate::discard::{DiscardSwitch, Preload};
 use crate::disk::{DiskChain, Layer};
 use crate::error::QemuError;
 use crate::group::{MemoryGroup, MemoryGroups};
@@ -189,7 +190,7 @@ impl Launch {
         if let (Err(_), Some(group)) = (&started, &self.group) {
             group.remove();
         }
-        let (child, process) = started?;
+        let (child, process, discards) = started?;
         // From here on its uid is that of a process.
         drop(claim);
         godwit_hold::at("qemu.started").await;
@@ -198,7 +199,7 @@ impl Launch {
             record.process.kill();
             return Err(e);
         }
-        Machine::connect_new(record, paths, child).await
+        Machine::connect_new(record, paths, child, discards).await
     }
 
     fn check(&self) -> Result<(), QemuError> {
@@ -322,7 +323,10 @@ impl Launch {
         Ok(cell)
     }
 
-    fn start_process(&self, paths: &RunPaths) -> Result<(Child, Process), QemuError> {
+    fn start_process(
+        &self,
+        paths: &RunPaths,
+    ) -> Result<(Child, Process, Option<DiscardSwitch>), QemuError> {
         let program = self.binaries.of(self.spec.arch);
         let log = std::fs::OpenOptions::new()
             .create(true)
@@ -340,7 +344,7 @@ impl Launch {
                     .map_err(QemuError::file("listening on the control socket", path))?,
             );
         }
-        let fds: Vec<i32> = listeners.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut fds: Vec<i32> = listeners.iter().map(AsRawFd::as_raw_fd).collect();
         let inherited = match fds[..] {
             [qmp0, qmp1, console, agent] => Inherited { qmp: [qmp0, qmp1], console, agent },
             _ => unreachable!("one for each path"),
@@ -349,6 +353,11 @@ impl Launch {
             (Some(confine), Some(uid)) => Some(self.cell(confine, uid)?),
             _ => None,
         };
+        let preload = match &self.memory {
+            MemorySource::PrivateOf { .. } => Some(Preload::new()?),
+            MemorySource::Shared { .. } => None,
+        };
+        fds.extend(preload.iter().flat_map(Preload::descriptors));
         let door = self.group.as_ref().map(MemoryGroup::door).transpose()?;
         let mut command = Command::new(program);
         command
@@ -356,13 +365,14 @@ impl Launch {
             .env_clear()
             .envs(kept_environment())
             .env(MACHINE_VARIABLE, self.name.as_str())
+            .envs(preload.iter().flat_map(|p| p.environment(self.memory.path())))
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(err_log)
             .kill_on_drop(false);
         // SAFETY: between fork and exec nothing but system calls is made, with what was allocated
-        // before, on descriptors that `listeners` keeps open until after the spawn.
+        // before, on descriptors that `listeners` and `preload` keep open until after the spawn.
         unsafe {
             command.pre_exec(move || {
                 rustix::process::setsid()?;
@@ -384,7 +394,7 @@ impl Launch {
         drop(listeners);
         let pid = child.id().and_then(|id| i32::try_from(id).ok()).unwrap_or(0);
         let process = Process::of(pid).map_err(start)?;
-        Ok((child, process))
+        Ok((child, process, preload.map(Preload::into_switch)))
     }
 }
 

@@ -33,6 +33,7 @@ mod agent;
 mod args;
 mod companion;
 mod confine;
+mod discard;
 mod disk;
 pub mod doctor;
 mod error;

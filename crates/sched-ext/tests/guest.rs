@@ -344,18 +344,25 @@ fn cpu_comes_and_goes(guest: &mut Guest) {
 /// Threads that call themselves vCPUs get no more than others do. Both kinds are counted over the
 /// same seconds: neither has its first or its last moments alone.
 fn self_named(guest: &mut Guest) {
+    const RUNS: i64 = 2;
     for mode in ["adaptive", "sbco", "strict", "bal"] {
         guest.load(&format!("--mode {mode}"));
         let run = "sched-ext-vm run --seconds 3 --kind cpu --from $from";
-        let work = guest.ok(&format!(
-            "from=$(( $(cut -d. -f1 /proc/uptime) + 3 )); \
-             {run} >/tmp/plain & {run} --named >/tmp/named & wait; cat /tmp/plain /tmp/named"
-        ));
-        let got: Vec<f64> = machines(&work).iter().filter_map(|m| m["cpu_ms"].as_f64()).collect();
-        let [plain, named] = got[..] else { panic!("{work}") };
+        let (mut plain, mut named) = (0.0, 0.0);
+        // A host that gives this guest's CPUs unequal time for a moment shifts one run, not both.
+        for _ in 0..RUNS {
+            let work = guest.ok(&format!(
+                "from=$(( $(cut -d. -f1 /proc/uptime) + 3 )); \
+                 {run} >/tmp/plain & {run} --named >/tmp/named & wait; cat /tmp/plain /tmp/named"
+            ));
+            let got: Vec<f64> =
+                machines(&work).iter().filter_map(|m| m["cpu_ms"].as_f64()).collect();
+            let [p, n] = got[..] else { panic!("{work}") };
+            (plain, named) = (plain + p, named + n);
+        }
         assert!(named < plain * 1.15, "{mode}: {named} ms against {plain} ms");
         let end = guest.stop("TERM");
-        assert_eq!(end.counters.get("vms_new"), 1, "{mode}");
+        assert_eq!(end.counters.get("vms_new"), RUNS, "{mode}");
     }
 }
 

@@ -6,7 +6,8 @@
 //! idle  --- the budget is exceeded, or tmpfs is full ---> dropped --- activation ---> made again
 //! ```
 //!
-//! The budget bounds what is idle: memory that is in use is never taken away, and counts.
+//! The budget bounds what is idle: memory that is in use is never taken away, and counts. What clones
+//! have filled of its holes, which reads as zeros with it and without it, goes before anything idle.
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
@@ -16,6 +17,8 @@ use std::sync::{Arc, Mutex, TryLockError};
 use godwit_types::{PAGE_SIZE, SubstrateId};
 
 use crate::error::SubstrateError;
+use crate::manifest::Substrate;
+use crate::memory::SealedMemory;
 use crate::pool::{Pool, Spare, lock};
 
 /// Which sealed memory was used when, and what is in use now.
@@ -141,6 +144,7 @@ impl Pool {
     /// `bytes` are free; how many came free.
     pub fn reclaim(&self, bytes: u64) -> u64 {
         let freed = self.free_spare(bytes);
+        let freed = freed + self.free_filled(bytes.saturating_sub(freed));
         freed + self.drop_idle(bytes.saturating_sub(freed), None)
     }
 
@@ -194,8 +198,41 @@ impl Pool {
             .map_or(u64::MAX, |s| s.f_bavail.saturating_mul(s.f_frsize));
         let lacking = more.saturating_sub(free);
         let lacking = lacking.saturating_sub(self.free_spare(lacking));
-        self.drop_idle(over.max(lacking), Some(id));
+        let needed = over.max(lacking);
+        self.drop_idle(needed.saturating_sub(self.free_filled(needed)), Some(id));
         Room { cache, id }
+    }
+
+    /// Frees the zero pages that clones have filled in sealed memory, most first, until `bytes` are
+    /// free; how many came free. A file that was touched so is read again before its next use.
+    fn free_filled(&self, bytes: u64) -> u64 {
+        if bytes == 0 {
+            return 0;
+        }
+        let filled = |s: Sealed| {
+            let docked = self.docked(s.id).ok()?;
+            let more = s.bytes.saturating_sub(docked.substrate.sizes.memory_bytes);
+            (more > 0).then_some((more, docked))
+        };
+        let mut all: Vec<_> = self.sealed().into_iter().filter_map(filled).collect();
+        all.sort_by_key(|(more, _)| std::cmp::Reverse(*more));
+        let mut freed = 0;
+        for (more, docked) in all {
+            if freed >= bytes {
+                break;
+            }
+            let Substrate { id, shape, .. } = docked.substrate;
+            let memory = SealedMemory::find(&self.memory_path(id), shape.memory.bytes());
+            let Some(memory) = memory else { continue };
+            match docked.pages().and_then(|pages| memory.free_filled(&pages)) {
+                Ok(()) => {
+                    tracing::info!(%id, bytes = more, "zero pages of sealed memory freed");
+                    freed += more;
+                }
+                Err(error) => tracing::warn!(%id, %error, "its zero pages were not freed"),
+            }
+        }
+        freed
     }
 
     fn drop_idle(&self, bytes: u64, but: Option<SubstrateId>) -> u64 {

@@ -145,18 +145,18 @@ impl SealedMemory {
             .write(true)
             .open(ram)
             .map_err(SubstrateError::io("opening", ram))?;
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let mut next = 0;
-        let ends = map.entries().iter().map(|(n, _)| *n).chain([map.units()]);
-        for number in ends {
-            if number > next {
-                let (at, len) = (next * PAGE_SIZE as u64, (number - next) * PAGE_SIZE as u64);
-                rustix::fs::fallocate(&file, punch, at, len)
-                    .map_err(|e| SubstrateError::io("freeing zero pages of", ram)(e.into()))?;
-            }
-            next = number + 1;
-        }
+        free_zero_pages(&file, map, ram)?;
         Self::seal(&file, ram, path)
+    }
+
+    /// Frees the zero pages that clones have read or written into being: what they wrote is a copy
+    /// of their own. No byte that anybody reads changes.
+    pub(crate) fn free_filled(&self, map: &PageMap) -> Result<(), SubstrateError> {
+        let file = OpenOptions::new()
+            .write(true)
+            .open(&self.path)
+            .map_err(SubstrateError::io("opening", &self.path))?;
+        free_zero_pages(&file, map, &self.path)
     }
 
     fn seal(file: &File, from: &Path, path: &Path) -> Result<Self, SubstrateError> {
@@ -169,6 +169,22 @@ impl SealedMemory {
         std::fs::rename(from, path).map_err(SubstrateError::io("renaming to", path))?;
         Ok(Self { path: path.to_owned() })
     }
+}
+
+/// Makes a hole of every page of the memory file at `path` that `map` has not.
+fn free_zero_pages(file: &File, map: &PageMap, path: &Path) -> Result<(), SubstrateError> {
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let mut next = 0;
+    let ends = map.entries().iter().map(|(n, _)| *n).chain([map.units()]);
+    for number in ends {
+        if number > next {
+            let (at, len) = (next * PAGE_SIZE as u64, (number - next) * PAGE_SIZE as u64);
+            rustix::fs::fallocate(file, punch, at, len)
+                .map_err(|e| SubstrateError::io("freeing zero pages of", path)(e.into()))?;
+        }
+        next = number + 1;
+    }
+    Ok(())
 }
 
 /// Refuses when the file system of `dir` has less than `bytes` free for `what`.

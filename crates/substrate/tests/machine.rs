@@ -263,6 +263,24 @@ async fn a_docked_machine_comes_to_life_four_times_at_once_each_with_an_identity
     assert_intact(&third.machine).await;
     sh(&third.machine, "md5sum /tmp/own | cmp - /tmp/sum").await;
 
+    // What clones wrote where their parent has zeros took room in its memory, too, which comes free
+    // on demand; the clones keep what they wrote.
+    let fill = "head -c 20000000 /dev/urandom >/tmp/fill; md5sum /tmp/fill >/tmp/filled";
+    sh(&clones[0].machine, fill).await;
+    let own = substrate.sizes.memory_bytes;
+    let more = held() * 1024 - own;
+    assert!(more > 16 << 20, "{more} bytes of zeros");
+    let freed = site.pool.reclaim(1);
+    assert!(freed > 16 << 20, "{freed} bytes came free");
+    let left = (held() * 1024).saturating_sub(own);
+    eprintln!("sealed memory: {own} bytes, {more} of zeros, then {left}");
+    assert!(left < more / 4, "{left} of {more} bytes of zeros are left");
+    for clone in &clones {
+        assert_intact(&clone.machine).await;
+    }
+    sh(&clones[0].machine, "md5sum /tmp/fill | cmp - /tmp/filled").await;
+    assert!(site.pool.check().expect("check").is_clean());
+
     shells.close().await;
     for a in clones.into_iter().chain([warm, third]) {
         a.machine.kill().await;

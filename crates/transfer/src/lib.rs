@@ -20,8 +20,8 @@ pub use keys::{
     Revocations, Serial, Trust, Warrant, unix_now,
 };
 pub use link::{
-    Endpoint, EndpointOptions, JoinError, JoinRefusal, Joined, Lane, LaneError, LaneReceiver,
-    LaneSender, Link, LinkError, PATIENCE, join,
+    Congestion, Endpoint, EndpointOptions, JoinError, JoinRefusal, Joined, Lane, LaneError,
+    LaneReceiver, LaneSender, Link, LinkError, PATIENCE, join,
 };
 pub use rpc::{Fault, Router, RpcError};
 pub use wire::{LaneKind, MAX_FRAME, Priority, Versions, WireError};

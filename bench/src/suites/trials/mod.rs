@@ -4,10 +4,12 @@
 mod burst;
 mod cpu;
 mod idle_moves;
+mod link_rates;
 mod pool_fill;
 
 pub use burst::{Burst, burst};
 pub use idle_moves::{IdleMoves, idle_moves};
+pub use link_rates::{LinkRates, link_rates};
 pub use pool_fill::{PoolFill, pool_fill};
 
 use std::time::Duration;

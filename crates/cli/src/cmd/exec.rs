@@ -51,6 +51,7 @@ impl Exec {
     pub(crate) async fn run(self, client: &Client, format: Format) -> Result {
         let vm = self.vm;
         let until = Instant::now() + Duration::from_secs(u64::from(self.within));
+        let mut interrupt = Interrupt::listen()?;
         let pid = match self.pid {
             Some(pid) => pid,
             None => {
@@ -65,11 +66,19 @@ impl Exec {
                     detach: true,
                 };
                 let path = format!("/v1/vms/{vm}/exec", vm = vm.path());
-                let started: ExecReply = client.ask(Method::POST, &path, Some(&program)).await?;
-                started.pid
+                let started = client.ask::<_, ExecReply>(Method::POST, &path, Some(&program));
+                tokio::select! {
+                    started = started => started?.pid,
+                    () = interrupt.pressed() => {
+                        return Err(Failure::new(
+                            Code::Cancelled,
+                            "no longer waiting; whether the program was started is not known",
+                        )
+                        .hint(format!("look for it in the guest: godwit vm exec {vm} /bin/ps")));
+                    }
+                }
             }
         };
-        let mut interrupt = Interrupt::listen()?;
         let wait_on = format!("wait on for its result with: godwit vm exec {vm} --pid {pid}");
         let done = tokio::select! {
             done = result(client, &vm, pid, until) => match done {

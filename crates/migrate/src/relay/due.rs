@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use godwit_qemu::RAM_BLOCK;
+use godwit_qemu::stream::Page;
 use tokio::sync::Notify;
 
 use super::RelayError;
@@ -18,8 +19,8 @@ use super::core::Channel;
 use super::missing::Missing;
 use super::passing::Passing;
 
-/// How long no page may come while memory is to end. A link that breaks says so sooner.
-const STILL: Duration = Duration::from_secs(30);
+/// How long no page may come while memory is to end: longer than a link of the usual patience is silent.
+const STILL: Duration = Duration::from_secs(60);
 
 /// The pages that are still to be given to QEMU.
 #[derive(Debug)]
@@ -56,12 +57,13 @@ impl Due {
         if let Some(sizes) = &passing.sizes {
             missing.begin(sizes);
         }
-        for (block, ranges) in &passing.discards {
+        let mut seen = 0;
+        for (before, block, ranges) in &passing.discards {
+            come(missing, &passing.pages[seen..*before]);
             missing.discarded(block, ranges);
+            seen = *before;
         }
-        for page in &passing.pages {
-            missing.came(&page.block, page.offset);
-        }
+        come(missing, &passing.pages[seen..]);
         match channel {
             Channel::Main => {
                 *switched |= passing.state;
@@ -102,6 +104,12 @@ impl Due {
                 return Err(RelayError::Incomplete { missing });
             }
         }
+    }
+}
+
+fn come(missing: &mut Missing, pages: &[Page]) {
+    for page in pages {
+        missing.came(&page.block, page.offset);
     }
 }
 
@@ -155,6 +163,19 @@ mod tests {
         due.passed(Channel::Main, &main.read(&encoded(&records)));
         due.passed(Channel::Preempt, &preempt.read(&encoded(&[page(RAM_BLOCK, 4)])));
         due.all_passed().await.expect("all have come");
+    }
+
+    /// As those at the end of the pass that are written to once more before the machine stops.
+    #[tokio::test(start_paused = true)]
+    async fn a_page_that_is_forgotten_behind_its_first_content_is_waited_for() {
+        let (due, mut main) = (Due::new(false), Reader::new(Channel::Main, false));
+        let mut records = forgetting(RAM_BLOCK, 3, 5);
+        let forget = records.pop().expect("the last one");
+        records.extend([Record::SectionPart { id: 2 }, page(RAM_BLOCK, 3), Record::Eos]);
+        records.extend([Record::Footer { id: 2 }, forget]);
+        due.passed(Channel::Main, &main.read(&encoded(&records)));
+        let missing = due.all_passed().await.expect_err("they do not come");
+        assert!(matches!(missing, RelayError::Incomplete { missing: 2 }), "{missing}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -20,8 +20,9 @@ pub(crate) struct Missing {
 }
 
 impl Missing {
-    /// Learns the blocks.
+    /// Learns the blocks; of those that it knew before it knows nothing more.
     pub(crate) fn begin(&mut self, list: &MemSize) {
+        self.blocks.clear();
         let mut left = MAX_PAGES;
         for block in &list.blocks {
             let pages = block.used / PAGE;

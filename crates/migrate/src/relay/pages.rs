@@ -54,8 +54,13 @@ impl PageSet {
 
     /// All from `from` on that lie below `to`.
     pub(crate) fn insert_range(&mut self, from: u64, to: u64) {
-        for page in from..to.min(self.pages) {
-            self.words[(page / 64) as usize] |= 1 << (page % 64);
+        let to = to.min(self.pages);
+        let mut page = from;
+        while page < to {
+            // Whole words at once: a range may be as long as the set.
+            let (first, count) = (page % 64, (64 - page % 64).min(to - page));
+            self.words[(page / 64) as usize] |= (u64::MAX >> (64 - count)) << first;
+            page += count;
         }
     }
 

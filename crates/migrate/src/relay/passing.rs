@@ -19,8 +19,8 @@ pub(crate) struct Passing {
     pub(crate) pages: Vec<Page>,
     /// The list of the blocks of memory.
     pub(crate) sizes: Option<MemSize>,
-    /// What QEMU is told to forget, by block.
-    pub(crate) discards: Vec<(Bytes, Vec<Discard>)>,
+    /// What QEMU is told to forget, by block, and how many of the pages come before.
+    pub(crate) discards: Vec<(usize, Bytes, Vec<Discard>)>,
     /// The machine's device state, behind which nothing is forgotten.
     pub(crate) state: bool,
     /// The channel ends.
@@ -59,7 +59,7 @@ impl Reader {
                 Ok(Some(Record::Page(page))) => passing.pages.push(page),
                 Ok(Some(Record::MemSize(sizes))) => passing.sizes = Some(sizes),
                 Ok(Some(Record::Command(Command::RamDiscard { block, ranges, .. }))) => {
-                    passing.discards.push((block, ranges));
+                    passing.discards.push((passing.pages.len(), block, ranges));
                 }
                 Ok(Some(Record::Command(Command::Packaged(_)))) => passing.state = true,
                 Ok(Some(Record::Eof)) => passing.ends = true,

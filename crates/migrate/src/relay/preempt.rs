@@ -4,12 +4,14 @@
 //! once its socket is empty, all that was written is in that buffer or done with; and the next byte
 //! that is written leaves the socket only when the thread has done with all before it. Every record
 //! begins with the same byte, the highest of an address: it is written ahead, and left out of the record
-//! that follows, if there is one.
+//! that follows, if there is one. The source's last word on the channel would end that thread, and is not
+//! passed on: at the end of the main channel QEMU ends it itself.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use godwit_qemu::stream::flags;
 use rustix::ioctl;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
@@ -27,6 +29,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 const LAST_WORDS: Duration = Duration::from_secs(10);
 /// The first byte of every record: addresses are below 2^56.
 const BEGIN: u8 = 0;
+/// The source's last word: a record that ends the channel (`RAM_SAVE_FLAG_EOS`).
+const END: [u8; 8] = (flags::EOS as u64).to_be_bytes();
 
 /// The channel. QEMU tells its channels apart by order, and the main one is open by then.
 #[derive(Debug)]
@@ -43,8 +47,6 @@ struct Open {
     begun: bool,
     /// A page was written: before the switch there is none, and QEMU does not read.
     pages: bool,
-    /// QEMU was told that nothing more comes.
-    over: bool,
 }
 
 impl Preempt {
@@ -75,7 +77,7 @@ impl Preempt {
                     source,
                 })?;
                 let reader = Reader::new(Channel::Preempt, false);
-                open.insert(Open { stream, reader, begun: false, pages: false, over: false })
+                open.insert(Open { stream, reader, begun: false, pages: false })
             }
         };
         let passing = open.reader.read(raw);
@@ -85,8 +87,11 @@ impl Preempt {
             open.pages = true;
         }
         let mut left = raw;
+        if passing.ends {
+            left = raw.strip_suffix(&END).ok_or(RelayError::Protocol("pages behind their end"))?;
+        }
         if open.begun
-            && let [first, rest @ ..] = raw
+            && let [first, rest @ ..] = left
         {
             if *first != BEGIN {
                 return Err(RelayError::Protocol("a page beyond the end of all memory"));
@@ -96,7 +101,6 @@ impl Preempt {
         if let Err(error) = open.stream.write_all(left).await {
             return Err(ended(error).await);
         }
-        open.over |= passing.ends;
         Ok(passing)
     }
 
@@ -105,12 +109,12 @@ impl Preempt {
     /// # Errors
     /// [`RelayError::NotTaken`] when it does not read; [`RelayError::Qemu`].
     pub(crate) async fn taken(&self) -> Result<(), RelayError> {
-        let mut open = self.open.lock().await;
-        let Some(open) = open.as_mut().filter(|open| open.pages) else { return Ok(()) };
         let all = async {
+            // Whoever writes waits for QEMU, too.
+            let mut open = self.open.lock().await;
+            let Some(open) = open.as_mut().filter(|open| open.pages) else { return Ok(()) };
             empty(&open.stream).await?;
-            // Behind its last word the thread has ended, and reads no more.
-            if !open.over && !open.begun && open.reader.is_between_records() {
+            if !open.begun && open.reader.is_between_records() {
                 open.stream.write_all(&[BEGIN]).await?;
                 open.begun = true;
                 empty(&open.stream).await?;
@@ -209,14 +213,28 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn behind_the_last_word_nothing_more_is_written() {
-        let last = encoded(&[page("m0", 3), Record::Eos]);
-        let (_dir, preempt, mut qemu) = channel(&last).await;
-        let mut read = vec![0; last.len()];
+    async fn the_last_word_does_not_end_the_thread_that_is_still_at_work() {
+        let record = encoded(&[page("m0", 3)]);
+        let (_dir, preempt, mut qemu) = channel(&encoded(&[page("m0", 3), Record::Eos])).await;
+        let mut taken = Box::pin(preempt.taken());
+        let mut read = vec![0; record.len()];
         qemu.read_exact(&mut read).await.expect("read");
-        preempt.taken().await.expect("all is read");
+        tokio::select! {
+            _ = &mut taken => panic!("it may be at work on it"),
+            () = tokio::time::sleep(Duration::from_millis(50)) => {}
+        }
+        qemu.read_exact(&mut read[..1]).await.expect("read");
+        taken.await.expect("done");
         drop(preempt);
-        assert_eq!(qemu.read(&mut read).await.expect("read"), 0);
+        assert_eq!(qemu.read(&mut read).await.expect("read"), 0, "nothing more was written");
+    }
+
+    #[tokio::test]
+    async fn pages_behind_the_last_word_are_refused() {
+        let (_dir, preempt, _qemu) = channel(&encoded(&[page("m0", 3)])).await;
+        let wrong = encoded(&[Record::Eos, page("m0", 4)]);
+        let error = preempt.write(&wrong, |_| {}).await.expect_err("refused");
+        assert!(matches!(error, RelayError::Protocol(_)), "{error}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -303,7 +303,11 @@ impl Machine {
         }
         .await;
         place.clear();
-        loaded
+        loaded?;
+        if let Err(e) = self.let_free_memory_go().await {
+            tracing::warn!(error = %e, "a clone keeps the memory that its guest frees");
+        }
+        Ok(())
     }
 
     /// Waits for a connection on the unix socket at `path` and takes the state that comes over it

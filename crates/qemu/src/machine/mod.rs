@@ -30,6 +30,7 @@ pub use run_dir::{RunPaths, bound_log};
 
 use crate::agent::Agent;
 use crate::confine;
+use crate::discard::DiscardSwitch;
 use crate::error::QemuError;
 use crate::group::MemoryGroup;
 use crate::launch::{Launch, MemorySource, Start};
@@ -62,6 +63,8 @@ struct Inner {
     exit: watch::Receiver<Option<Exit>>,
     /// One change of the block graph or of the devices at a time.
     changing: tokio::sync::Mutex<()>,
+    /// Of a clone that was started by this process and has no state yet.
+    discards: Mutex<Option<DiscardSwitch>>,
 }
 
 impl Machine {
@@ -69,6 +72,7 @@ impl Machine {
         record: Record,
         paths: RunPaths,
         child: Child,
+        discards: Option<DiscardSwitch>,
     ) -> Result<Self, QemuError> {
         let home = Home::new(Mutex::new(paths.clone()));
         let exit = watch_child(child, Arc::clone(&home), record.launch.group.clone());
@@ -76,7 +80,7 @@ impl Machine {
         let process = record.process.clone();
         let name = record.launch.name.to_string();
         let connected = async {
-            let machine = Self::connect(record, home, exit.clone()).await?;
+            let machine = Self::connect(record, home, exit.clone(), discards).await?;
             machine.enable_migration_events().await?;
             machine.take_display()?;
             if start == Start::Boot {
@@ -102,6 +106,7 @@ impl Machine {
         record: Record,
         home: Home,
         exit: watch::Receiver<Option<Exit>>,
+        discards: Option<DiscardSwitch>,
     ) -> Result<Self, QemuError> {
         let paths = now_of(&home);
         let [first, second] = &paths.qmp;
@@ -126,6 +131,7 @@ impl Machine {
             agent,
             exit,
             changing: tokio::sync::Mutex::default(),
+            discards: Mutex::new(discards),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -150,7 +156,7 @@ impl Machine {
         let group = record.launch.group.clone();
         let exit = watch_stranger(record.process.clone(), Arc::clone(&home), group);
         info!(pid = record.process.pid, dir = %run_dir.display(), "a running machine is adopted");
-        Self::connect(record, home, exit).await
+        Self::connect(record, home, exit, None).await
     }
 
     /// The process that the record in `run_dir` names, if it lives; it may not answer.
@@ -232,6 +238,10 @@ impl Machine {
 
     fn launched(&self) -> MutexGuard<'_, Launch> {
         self.inner.launch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn take_discard_switch(&self) -> Option<DiscardSwitch> {
+        self.inner.discards.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Changes the record of what runs and writes it down for an adoption.
@@ -349,7 +359,7 @@ impl Machine {
         Ok(life)
     }
 
-    async fn qmp(&self, command: &str, arguments: Value) -> Result<Value, QemuError> {
+    pub(crate) async fn qmp(&self, command: &str, arguments: Value) -> Result<Value, QemuError> {
         Ok(self.inner.qmp.execute(command, arguments).await?)
     }
 

@@ -9,6 +9,7 @@ use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::danger::ServerCertVerifier;
 use tokio::sync::{Mutex, Semaphore, mpsc};
 
+use super::congestion::{FIRST_WINDOW, ModelConfig};
 use super::error::{Attempt, CLOSE_NO_CERTIFICATE, CLOSE_REFUSED};
 use super::lane::Lane;
 use super::{LaneError, Link, LinkError, from_connection, join};
@@ -26,12 +27,23 @@ const MAX_HANDSHAKES: usize = 64;
 const WAITING_LINKS: usize = 64;
 
 /// Bytes that the socket holds for a process that waits for a processor. With the system's usual
-/// 208 KiB a busy host drops packets there at 100 Mbit/s, and QUIC takes that for a full link.
+/// 208 KiB a busy host drops packets there at 100 Mbit/s, and that looks like a full link.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
 /// How long a silent link is kept unless something else is asked for: an outage of 5 s is survived
 /// with room for QUIC's doubled time-outs.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What decides how much is on its way at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Congestion {
+    /// A model of the path's rate and length: losses by chance do not throttle it, and it lets no
+    /// queue grow (`congestion.rs`).
+    #[default]
+    Model,
+    /// RFC 9438: every loss is taken for a full path, and queues are filled.
+    Cubic,
+}
 
 /// What can be chosen about an endpoint.
 #[derive(Debug, Clone)]
@@ -45,6 +57,8 @@ pub struct EndpointOptions {
     pub versions: Versions,
     /// The authority that lets sites join here; the center's endpoint has one.
     pub authority: Option<Arc<Authority>>,
+    /// What decides how much is on its way at once.
+    pub congestion: Congestion,
 }
 
 impl Default for EndpointOptions {
@@ -54,6 +68,7 @@ impl Default for EndpointOptions {
             keep_alive: Duration::from_secs(2),
             versions: Versions::OURS,
             authority: None,
+            congestion: Congestion::default(),
         }
     }
 }
@@ -71,11 +86,17 @@ impl EndpointOptions {
 ///
 /// Sized for 100 Mbit/s at 200 ms (2.5 MB in flight) with room to spare: one stream may use
 /// 8 MiB, all together 24 MiB. The send window is the same, since what waits there can still be
-/// overtaken by a lane of higher priority. CUBIC stays QUIC's congestion control; its first window
-/// is 64 KiB, so that a demanded page does not wait for slow start.
+/// overtaken by a lane of higher priority.
 fn transport(options: &EndpointOptions) -> quinn::TransportConfig {
-    let mut cubic = quinn::congestion::CubicConfig::default();
-    cubic.initial_window(64 << 10);
+    let congestion: Arc<dyn quinn::congestion::ControllerFactory + Send + Sync> =
+        match options.congestion {
+            Congestion::Model => Arc::new(ModelConfig),
+            Congestion::Cubic => {
+                let mut cubic = quinn::congestion::CubicConfig::default();
+                cubic.initial_window(FIRST_WINDOW);
+                Arc::new(cubic)
+            }
+        };
     let mut transport = quinn::TransportConfig::default();
     transport
         .keep_alive_interval(Some(options.keep_alive))
@@ -88,7 +109,7 @@ fn transport(options: &EndpointOptions) -> quinn::TransportConfig {
         .max_concurrent_bidi_streams(1024u32.into())
         .max_concurrent_uni_streams(0u32.into())
         .datagram_receive_buffer_size(None)
-        .congestion_controller_factory(Arc::new(cubic));
+        .congestion_controller_factory(congestion);
     transport
 }
 

@@ -10,6 +10,7 @@
 //! A link survives an outage shorter than its idle time-out (30 s): QUIC sends again what was
 //! lost. After that it is closed, and whoever opened it connects anew.
 
+mod congestion;
 mod endpoint;
 mod error;
 mod join;
@@ -25,7 +26,7 @@ use tokio::sync::{Mutex, mpsc};
 use crate::keys::{Peer, Trust, unix_now};
 use crate::wire::{LaneHeader, LaneKind, MAX_ABOUT, Priority, WireError, encode};
 
-pub use endpoint::{Endpoint, EndpointOptions, PATIENCE};
+pub use endpoint::{Congestion, Endpoint, EndpointOptions, PATIENCE};
 pub(crate) use error::{
     CLOSE_DONE, CLOSE_ENDED, CLOSE_REVOKED, STOP_BUSY, STOP_UNKNOWN, from_connection,
 };

@@ -94,6 +94,9 @@ pub struct Forwarder {
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
+/// What the forwarder's queue holds at most, as time on the link.
+const QUEUE: Duration = Duration::from_millis(100);
+
 impl Forwarder {
     pub async fn start(to: SocketAddr, mbit: f64, one_way: Duration) -> Self {
         let front = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("bind"));
@@ -146,6 +149,11 @@ impl Forwarder {
                             }
                             if cut.load(Ordering::SeqCst) {
                                 dropped.fetch_add(1, Ordering::SeqCst);
+                                continue;
+                            }
+                            // As a router does whose queue is full; without it nothing is ever lost, and
+                            // what is in flight grows and grows.
+                            if free_at > Instant::now() + QUEUE {
                                 continue;
                             }
                             let cost = Duration::from_secs_f64(n as f64 * 8e-6 / mbit);
