@@ -265,7 +265,7 @@ impl Story {
 
 #[test]
 fn a_machine_that_fell_and_whose_source_died_is_started_from_a_disk() {
-    let story = Story::begin();
+    let mut story = Story::begin();
     let vm = story.cloud.vm(&story.name);
     let op = story.stopped_at(FELL);
     // What was written down there is not heard by whoever asked, and its source cannot run it.
@@ -308,7 +308,7 @@ fn a_machine_is_not_started_and_can_be_deleted_on_its_way_back() {
 
 #[test]
 fn a_machine_whose_end_nobody_saw_is_not_brought_back() {
-    let story = Story::begin();
+    let mut story = Story::begin();
     let generation = story.generation();
     let op = story.switch();
     let vm = story.cloud.vm(&story.name);
