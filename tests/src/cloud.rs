@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::api::Api;
 use crate::archive;
 use crate::guest::Guest;
+use crate::networks::end_networks;
 use crate::run::{Answer, Followed, run};
 use crate::setup::{Setup, Use};
 
@@ -696,6 +697,8 @@ impl Drop for Cloud {
         while !mine().is_empty() && begun.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(20));
         }
+        let sites = [Daemon::Center, Daemon::Ap].map(|site| self.site_dir(site).join("data"));
+        end_networks(&sites);
         self.mounts.clear();
         if std::thread::panicking() {
             for which in [Daemon::Center, Daemon::Ap] {

@@ -15,6 +15,7 @@ mod cloud;
 mod guest;
 #[cfg(test)]
 mod house;
+mod networks;
 mod run;
 mod setup;
 

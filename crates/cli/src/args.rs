@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Op(cmd::op::CommandArgs),
     /// Tenants: people who own machines and substrates together
     Tenant(cmd::people::Tenants),
+    /// Networks that machines are in
+    Network(cmd::network::CommandArgs),
     /// Users of a tenant
     User(cmd::people::Users),
     /// Tokens by which users reach this API (those by which sites join: `godwit site token`)
@@ -364,6 +366,8 @@ mod tests {
             "vm migrate acme/web --to cafe",
             "vm activate default/clean --name a",
             "tenant create acme",
+            "network create lab --kind private --prefix 10.9.0.0/24",
+            "vm activate clean --network default",
             "grant create abiword acme",
             "audit list --limit 10 -o json",
             "audit verify",
@@ -392,6 +396,8 @@ mod tests {
             "vm exec a",
             "vm get acme/web/x",
             "vm get /web",
+            "network create lab --prefix 10.9.0.1/24",
+            "network create lab --kind bridged",
             "user create ann --role root",
             "quota set acme --machines many",
             "token delete x",

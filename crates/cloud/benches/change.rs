@@ -32,6 +32,7 @@ fn record(i: usize) -> VmRecord {
         private_of: None,
         arriving: None,
         returning: None,
+        network: None,
         voided: std::collections::BTreeMap::new(),
     }
 }

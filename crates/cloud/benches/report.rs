@@ -72,6 +72,7 @@ fn record(i: usize, site: &Name) -> VmRecord {
         private_of: None,
         arriving: None,
         returning: None,
+        network: None,
         voided: std::collections::BTreeMap::new(),
     }
 }

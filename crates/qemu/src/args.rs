@@ -12,12 +12,19 @@ use crate::launch::{Launch, MemorySource, Start, VmGenId};
 use crate::machine::{RAM_BLOCK, RunPaths};
 use crate::spec::{MachineSpec, Nic, NicBackend};
 
-/// Listening sockets that QEMU inherits, by number.
-#[derive(Debug, Clone, Copy)]
+/// Listening sockets and TAPs that QEMU inherits, by number.
+#[derive(Debug, Clone)]
 pub(crate) struct Inherited {
     pub(crate) qmp: [i32; 2],
     pub(crate) console: i32,
     pub(crate) agent: i32,
+    /// TAPs, each with the port of its NIC.
+    pub(crate) taps: Vec<(u8, i32)>,
+}
+
+/// The name under which QEMU is handed the TAP of a NIC that is plugged while it runs.
+pub(crate) fn tap_fd_name(port: u8) -> String {
+    format!("tap{port}")
 }
 
 /// First slot of the spare NIC ports on the root bus.
@@ -107,8 +114,8 @@ pub(crate) fn device_shape(spec: &MachineSpec) -> Vec<String> {
         .collect()
 }
 
-/// The `netdev` and the `device` of a NIC.
-pub(crate) fn nic(nic: &Nic) -> (Value, Value) {
+/// The `netdev` and the `device` of a NIC; `tap` is what QEMU knows the descriptor of its TAP by.
+pub(crate) fn nic(nic: &Nic, tap: &str) -> (Value, Value) {
     let id = format!("net{}", nic.port);
     let netdev = match &nic.backend {
         // Routers that lead nowhere are nothing to tell a guest of.
@@ -116,9 +123,7 @@ pub(crate) fn nic(nic: &Nic) -> (Value, Value) {
             json!({ "type": "user", "id": id, "restrict": true, "ipv6": false })
         }
         NicBackend::User => json!({ "type": "user", "id": id }),
-        NicBackend::Tap(ifname) => json!({
-            "type": "tap", "id": id, "ifname": ifname, "script": "no", "downscript": "no",
-        }),
+        NicBackend::Tap(_) => json!({ "type": "tap", "id": id, "fd": tap, "vhost": false }),
     };
     let device = json!({
         "driver": "virtio-net-pci", "id": format!("nic{}", nic.port), "netdev": id,
@@ -135,7 +140,7 @@ fn escaped(path: &Path) -> String {
 
 /// The whole command line of `launch`, without the program.
 ///
-/// `fds` are listening sockets that QEMU inherits.
+/// `fds` are listening sockets and TAPs that QEMU inherits.
 pub(crate) fn command_line(launch: &Launch, paths: &RunPaths, fds: &Inherited) -> Vec<String> {
     let spec = &launch.spec;
     let mut args: Vec<String> = Vec::new();
@@ -186,7 +191,8 @@ pub(crate) fn command_line(launch: &Launch, paths: &RunPaths, fds: &Inherited) -
         push("-device", device.to_string());
     }
     for plugged in &launch.nics {
-        let (netdev, device) = nic(plugged);
+        let tap = fds.taps.iter().find(|(port, _)| *port == plugged.port);
+        let (netdev, device) = nic(plugged, &tap.map_or(String::new(), |(_, fd)| fd.to_string()));
         push("-netdev", netdev.to_string());
         push("-device", device.to_string());
     }
@@ -236,7 +242,7 @@ mod tests {
     use crate::spec::MacAddress;
     use crate::spec::tests::spec;
 
-    const FDS: Inherited = Inherited { qmp: [7, 8], console: 9, agent: 10 };
+    const FDS: Inherited = Inherited { qmp: [7, 8], console: 9, agent: 10, taps: Vec::new() };
 
     fn launch() -> Launch {
         Launch {
@@ -293,7 +299,7 @@ mod tests {
     fn a_nic_is_described_alike_for_hot_plug_and_for_the_command_line() {
         let n =
             Nic { port: 1, mac: MacAddress([0x52, 1, 2, 3, 4, 5]), backend: NicBackend::Isolated };
-        let (netdev, device) = nic(&n);
+        let (netdev, device) = nic(&n, "");
         assert_eq!(netdev["restrict"], true);
         assert_eq!(device["bus"], "nicport1");
         assert_eq!(device["mac"], "52:01:02:03:04:05");

@@ -1,6 +1,6 @@
 //! Starting a QEMU.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,7 @@ use crate::machine::{Machine, Record, RunPaths};
 use crate::memory::MemoryFile;
 use crate::process::Process;
 use crate::spec::{MachineSpec, Nic, NicBackend};
+use crate::tap::Tap;
 
 /// What QEMU has in its environment when it was started here: the name of its machine. Tells this
 /// host's other programs whose machine it is.
@@ -225,13 +226,8 @@ impl Launch {
                 Layer::Nbd { socket } => socket.as_path(),
             }));
         }
-        if self.confine.is_some() {
-            if self.memory.path().starts_with("/proc") {
-                return refuse("the memory of a confined machine is a file of its own".into());
-            }
-            if self.nics.iter().any(|n| matches!(n.backend, NicBackend::Tap(_))) {
-                return refuse("a confined machine cannot open an interface of the host".into());
-            }
+        if self.confine.is_some() && self.memory.path().starts_with("/proc") {
+            return refuse("the memory of a confined machine is a file of its own".into());
         }
         match files.iter().find(|p| !p.is_absolute() || p.to_str().is_none()) {
             Some(p) => refuse(format!("{} is not an absolute path in UTF-8", p.display())),
@@ -323,6 +319,15 @@ impl Launch {
         Ok(cell)
     }
 
+    /// Opens the TAPs of its NICs; gives each with its port.
+    fn open_taps(&self) -> Result<Vec<(u8, OwnedFd)>, QemuError> {
+        let taps = self.nics.iter().filter_map(|nic| match &nic.backend {
+            NicBackend::Tap(tap) => Some(open_tap(&self.name, tap).map(|fd| (nic.port, fd))),
+            NicBackend::Isolated | NicBackend::User => None,
+        });
+        taps.collect()
+    }
+
     fn start_process(
         &self,
         paths: &RunPaths,
@@ -345,10 +350,17 @@ impl Launch {
             );
         }
         let mut fds: Vec<i32> = listeners.iter().map(AsRawFd::as_raw_fd).collect();
+        let taps = self.open_taps()?;
         let inherited = match fds[..] {
-            [qmp0, qmp1, console, agent] => Inherited { qmp: [qmp0, qmp1], console, agent },
+            [qmp0, qmp1, console, agent] => Inherited {
+                qmp: [qmp0, qmp1],
+                console,
+                agent,
+                taps: taps.iter().map(|(port, fd)| (*port, fd.as_raw_fd())).collect(),
+            },
             _ => unreachable!("one for each path"),
         };
+        fds.extend(taps.iter().map(|(_, fd)| fd.as_raw_fd()));
         let cell = match (&self.confine, self.user) {
             (Some(confine), Some(uid)) => Some(self.cell(confine, uid)?),
             _ => None,
@@ -372,7 +384,8 @@ impl Launch {
             .stderr(err_log)
             .kill_on_drop(false);
         // SAFETY: between fork and exec nothing but system calls is made, with what was allocated
-        // before, on descriptors that `listeners` and `preload` keep open until after the spawn.
+        // before, on descriptors that `listeners`, `taps` and `preload` keep open until after
+        // the spawn.
         unsafe {
             command.pre_exec(move || {
                 rustix::process::setsid()?;
@@ -391,7 +404,7 @@ impl Launch {
         }
         let start = |source| QemuError::Start { program: program.to_owned(), source };
         let child = command.spawn().map_err(start)?;
-        drop(listeners);
+        drop((listeners, taps));
         let pid = child.id().and_then(|id| i32::try_from(id).ok()).unwrap_or(0);
         let process = Process::of(pid).map_err(start)?;
         Ok((child, process, preload.map(Preload::into_switch)))
@@ -403,12 +416,16 @@ pub(crate) fn check_nic(nic: &Nic, spec: &MachineSpec) -> Result<(), String> {
     if nic.port >= spec.nic_ports {
         return Err(format!("NIC port {} of a machine with {}", nic.port, spec.nic_ports));
     }
-    if let NicBackend::Tap(name) = &nic.backend {
-        let ok = (1..16).contains(&name.len())
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-        if !ok {
-            return Err(format!("'{}' is not an interface name", name.escape_debug()));
-        }
+    match &nic.backend {
+        NicBackend::Tap(tap) => tap.check(),
+        NicBackend::Isolated | NicBackend::User => Ok(()),
     }
-    Ok(())
+}
+
+/// Opens the TAP of a NIC of machine `name`.
+pub(crate) fn open_tap(name: &Name, tap: &Tap) -> Result<OwnedFd, QemuError> {
+    tap.open().map_err(|e| QemuError::Launch {
+        name: name.to_string(),
+        why: format!("opening interface {} in {}: {e}", tap.interface, tap.namespace),
+    })
 }

@@ -47,6 +47,7 @@ mod process;
 pub mod qmp;
 mod spec;
 pub mod stream;
+mod tap;
 
 pub use accel::Accel;
 pub use agent::{Agent, AgentError, AgentSession, ExecOutput, GuestCommand, Vcpus};
@@ -66,3 +67,4 @@ pub use memory::{MemoryFile, MemoryReader};
 pub use process::{Exit, Process, started_below};
 pub use qmp::{Event, EventCursor, Qmp, QmpError};
 pub use spec::{BootFile, MacAddress, MachineSpec, Nic, NicBackend, SpecError};
+pub use tap::Tap;

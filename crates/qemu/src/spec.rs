@@ -8,6 +8,8 @@ use std::str::FromStr;
 use godwit_types::{Arch, Code, CodedError, Hash, Mib};
 use serde::{Deserialize, Serialize};
 
+use crate::tap::Tap;
+
 /// A kernel or an initramfs: where it is here, and what it is everywhere.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootFile {
@@ -205,8 +207,8 @@ pub enum NicBackend {
     Isolated,
     /// QEMU's user-mode network with the way out through the host open.
     User,
-    /// An existing TAP interface of this name.
-    Tap(String),
+    /// An existing TAP interface; QEMU is handed a descriptor of it.
+    Tap(Tap),
 }
 
 #[cfg(test)]

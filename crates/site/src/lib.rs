@@ -44,6 +44,8 @@ use tokio_util::sync::CancellationToken;
 pub use center::{
     API_AT_ONCE, ApiAnswer, ApiRequest, CenterHost, CenterRequest, Pieces, ask_center, serve_site,
 };
+pub use godwit_net::lacking as networks_lack;
+pub use godwit_net::{Attachment, MacAddress, Network, NetworkKind, Prefix};
 pub use local::{
     LocalSite, MACHINE_OVERHEAD_MIB, SiteDirs, SiteOptions, Uids, image_info, images_of, in_use,
 };

@@ -7,6 +7,7 @@
 
 use std::net::SocketAddr;
 
+use godwit_net::Attachment;
 use godwit_transfer::{Revocations, Warrant};
 use godwit_types::{Fault, Generation, Hash, MigrationId, Name, SubstrateId, SubstrateKind, VmId};
 use serde::{Deserialize, Serialize};
@@ -554,5 +555,29 @@ verbs! {
         generation: Generation,
         /// The center's word for that.
         warrant: Warrant,
+    }
+    /// As `VmNew`, a machine in a network.
+    VmNewOn "vm new on a network" since 6 => Machine {
+        /// Which, and what from.
+        machine: NewMachine,
+        /// Its place in the network.
+        attachment: Attachment,
+    }
+    /// As `MigratePrepare`, for a machine in a network.
+    MigratePrepareOn "migrate prepare on a network" since 6 => Incoming {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine, as the source has it.
+        machine: MachineStatus,
+        /// Its generation here.
+        generation: Generation,
+        /// The center's word that it may run here.
+        warrant: Warrant,
+        /// The site it comes from, as in its certificate.
+        from: Name,
+        /// What the migrate rooms of both sites must agree on, opaque to the center.
+        manifest: Vec<u8>,
+        /// Its place in the network.
+        attachment: Attachment,
     }
 }

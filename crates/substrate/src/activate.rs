@@ -28,6 +28,7 @@ use crate::async_pool::{AsyncPool, on_thread};
 use crate::error::SubstrateError;
 use crate::identity::{Identity, environment, fresh_mac};
 use crate::manifest::{STATE, Substrate};
+use crate::network::{GuestNetwork, set_network};
 use crate::ready::Ready;
 use crate::shells::Shells;
 
@@ -66,6 +67,8 @@ pub struct ActivateRequest {
     pub identity: Option<Identity>,
     /// What its NIC is joined to.
     pub nic: Option<NicBackend>,
+    /// The network that its NIC is in, if it is to be told of one.
+    pub network: Option<GuestNetwork>,
     /// The accelerator.
     pub accel: Accel,
     /// Fires when it is not wanted any more; nothing is left then.
@@ -345,7 +348,9 @@ async fn bring_up(
     phases.end("run");
     godwit_hold::at("activate.running").await;
     let running_ms = phases.elapsed().as_secs_f64() * 1e3;
-    let set = environment(identity.as_ref(), inside.is_some())?;
+    let mut set = environment(identity.as_ref(), inside.is_some())?;
+    // A card that comes later is brought up with it.
+    set.extend(request.network.iter().flat_map(GuestNetwork::settings));
     let asked = machine.agent().renew(&set, RENEW_WITHIN).await;
     let agent = asked.map_err(|e| SubstrateError::machine("renewing the identity")(e.into()))?;
     let first_answer_ms = phases.elapsed().as_secs_f64() * 1e3;
@@ -360,6 +365,7 @@ async fn bring_up(
         return Ok((identity, running_ms, first_answer_ms));
     }
     let (port, mac) = nic_of(identity.as_ref(), &substrate.macs);
+    let mac = request.network.as_ref().map_or(mac, |network| network.mac);
     if inside.is_some() {
         let unplugged = machine.unplug_nic(port).await;
         unplugged.map_err(SubstrateError::machine("unplugging the NIC"))?;
@@ -372,7 +378,11 @@ async fn bring_up(
             .await
             .map_err(SubstrateError::machine("plugging the NIC"))?;
     }
+    if let Some(network) = &request.network {
+        set_network(machine, network, None).await?;
+    }
     phases.end("nic");
+    let identity = identity.map(|i| Identity { mac, ..i });
     Ok((identity, running_ms, first_answer_ms))
 }
 

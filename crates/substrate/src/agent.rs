@@ -15,6 +15,9 @@ pub(crate) const CARD_KEPT: &str = "card kept";
 /// Renews its identity and lets it go on.
 pub(crate) const AFTER_ACTIVATE: &str = "/usr/lib/godwit/after-activate";
 
+/// How long a script in the guest may take.
+pub(crate) const SCRIPT_WITHIN: Duration = Duration::from_secs(120);
+
 /// The guest's shell.
 pub(crate) const SHELL: &str = "/bin/sh";
 /// Its arguments that end a [`BEFORE_DOCK`] of which nobody waits for the end.

@@ -99,6 +99,7 @@ impl Site {
             name: name(as_name),
             identity: None,
             nic: Some(NicBackend::Isolated),
+            network: None,
             accel: Accel::Tcg,
             cancel: CancellationToken::default(),
         }

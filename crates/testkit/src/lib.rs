@@ -17,6 +17,7 @@ pub mod process;
 mod sites;
 mod tmpfs;
 mod wait;
+mod world;
 
 #[cfg(feature = "guests")]
 pub use guest::{Guarded, Guest, LONG, RESEEDED, console, guest, incoming, sh, start, tiny, up};
@@ -28,6 +29,7 @@ pub use place::{Place, qemu_img, serve};
 pub use sites::{Relay, Sites, give};
 pub use tmpfs::Tmpfs;
 pub use wait::within;
+pub use world::World;
 
 use std::path::PathBuf;
 

@@ -47,6 +47,10 @@ id!(
     SubstrateId
 );
 id!(
+    /// A network of machines.
+    NetworkId
+);
+id!(
     /// A long job.
     OpId
 );

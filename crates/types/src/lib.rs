@@ -18,7 +18,7 @@ pub use clock::UnixMs;
 pub use error::{Code, CodedError};
 pub use fault::{Fault, chain};
 pub use hash::{Hash, HashParseError};
-pub use ids::{MigrationId, OpId, SubstrateId, VmId};
+pub use ids::{MigrationId, NetworkId, OpId, SubstrateId, VmId};
 pub use measure::{
     ActivateReport, BytesMoved, ClockOffset, DockReport, LinkReport, MovePhase, MoveReport,
     PagesMoved, PhaseSpan, Phases,

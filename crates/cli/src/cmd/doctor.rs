@@ -58,7 +58,8 @@ impl Doctor {
         };
         // What is found now counts, not what an earlier probe found.
         let _ = std::fs::remove_file(&subject.probe_cache);
-        let found = check(&subject).await;
+        let mut found = check(&subject).await;
+        found.push(networks());
         let _ = std::fs::remove_file(&subject.probe_cache);
         out::list(self.output, &found)?;
         if self.output == Format::Table {
@@ -71,6 +72,19 @@ impl Doctor {
         let missing = found.iter().any(|c| c.verdict == Verdict::Missing);
         Ok(if missing { Outcome::Found } else { Outcome::Done })
     }
+}
+
+/// Whether machines here can be in networks; without, they are where QEMU's own network is.
+fn networks() -> Check {
+    let lacks = godwit_site::networks_lack();
+    let verdict = if lacks.is_empty() { Verdict::Good } else { Verdict::Limited };
+    let found = match lacks.is_empty() {
+        true => "nftables, dnsmasq, TAP interfaces".to_owned(),
+        false => lacks.join("; "),
+    };
+    let advice = "machines of this host can be in no network: run scripts/setup as root";
+    let advice = (!lacks.is_empty()).then(|| advice.to_owned());
+    Check { name: "networks".into(), verdict, found, advice }
 }
 
 fn tempfile_dir() -> PathBuf {

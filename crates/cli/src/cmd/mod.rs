@@ -3,6 +3,7 @@
 pub(crate) mod doctor;
 pub(crate) mod exec;
 pub(crate) mod image;
+pub(crate) mod network;
 pub(crate) mod op;
 pub(crate) mod people;
 pub(crate) mod pool;
@@ -29,6 +30,7 @@ pub(crate) async fn run(cli: Cli) -> Result {
         Command::Image(c) => c.run().await,
         Command::Site(c) => c.run().await,
         Command::Op(c) => c.run().await,
+        Command::Network(c) => c.run().await,
         Command::Tenant(c) => c.run().await,
         Command::User(c) => c.run().await,
         Command::Token(c) => c.run().await,

@@ -236,7 +236,12 @@ impl Audit {
     }
 }
 
-async fn remove(client_args: &ClientArgs, client: &Client, path: &str, name: &str) -> Result {
+pub(super) async fn remove(
+    client_args: &ClientArgs,
+    client: &Client,
+    path: &str,
+    name: &str,
+) -> Result {
     client.ask::<(), ()>(Method::DELETE, path, EMPTY).await?;
     out::action(
         client_args.output,

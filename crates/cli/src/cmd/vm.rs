@@ -108,6 +108,9 @@ struct Create {
     /// vCPUs, 1 to 64, if not the image's own
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     vcpus: Option<u8>,
+    /// The network that it is in; none when left out
+    #[arg(long, value_name = "NETWORK")]
+    network: Option<Named>,
     #[command(flatten)]
     how: Change,
 }
@@ -122,6 +125,9 @@ struct Activate {
     /// Where; the center places it when left out
     #[arg(long)]
     site: Option<Name>,
+    /// The network that it is in; none when left out
+    #[arg(long, value_name = "NETWORK")]
+    network: Option<Named>,
     #[command(flatten)]
     how: Change,
 }
@@ -286,6 +292,7 @@ impl Site {
             site: c.site,
             memory_mib: c.memory,
             vcpus: c.vcpus,
+            network: c.network.map(|n| n.to_string()),
             ..CreateVm::default()
         };
         self.made(&body, &c.how).await
@@ -296,6 +303,7 @@ impl Site {
             name: c.name,
             substrate: Some(c.substrate.to_string()),
             site: c.site,
+            network: c.network.map(|n| n.to_string()),
             ..CreateVm::default()
         };
         self.made(&body, &c.how).await

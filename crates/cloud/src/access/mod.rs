@@ -21,7 +21,7 @@ use std::collections::BTreeSet;
 use godwit_types::{Name, SubstrateKind};
 
 pub use crate::principal::{DEFAULT_TENANT, OPERATOR, Principal, Role, default_tenant, operator};
-use crate::registry::{OpRecord, SubstrateRecord, VmRecord};
+use crate::registry::{NetworkRecord, OpRecord, SubstrateRecord, VmRecord};
 
 /// What is done with an [`Object`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +66,11 @@ pub enum Object<'a> {
         tenant: &'a Name,
         /// The user of that tenant whose alone it is: it stands on a private substrate.
         private_of: Option<&'a Name>,
+    },
+    /// A network.
+    Network {
+        /// Whose.
+        tenant: &'a Name,
     },
     /// A substrate.
     Substrate {
@@ -126,6 +131,12 @@ impl<'a> Object<'a> {
         Self::Machine { tenant: &vm.tenant, private_of: vm.private_of.as_ref() }
     }
 
+    /// A network.
+    #[must_use]
+    pub const fn network(network: &'a NetworkRecord) -> Self {
+        Self::Network { tenant: &network.tenant }
+    }
+
     /// A substrate.
     #[must_use]
     pub const fn substrate(s: &'a SubstrateRecord) -> Self {
@@ -145,6 +156,7 @@ impl<'a> Object<'a> {
         match self {
             Self::Machine { private_of: Some(_), .. } => "this private machine",
             Self::Machine { private_of: None, .. } => "machines",
+            Self::Network { .. } => "networks",
             Self::Substrate { .. } => "this substrate",
             Self::Operation { .. } | Self::CloudOperation => "operations",
             Self::Image => "images",
@@ -196,6 +208,7 @@ pub fn forbidden(who: &Principal, action: Action, object: &Object<'_>) -> String
 fn sees(who: &Principal, object: &Object<'_>) -> bool {
     match *object {
         Object::Machine { tenant, .. }
+        | Object::Network { tenant }
         | Object::Operation { tenant }
         | Object::Audit { tenant }
         | Object::User { tenant, .. } => *tenant == who.tenant,
@@ -232,6 +245,8 @@ fn needed(who: &Principal, action: Action, object: &Object<'_>) -> Option<Role> 
         }
         (Object::Machine { .. }, Look) => Some(Viewer),
         (Object::Machine { .. }, Use | Create | Change) => Some(Member),
+        (Object::Network { .. }, See) => Some(Viewer),
+        (Object::Network { .. }, Use | Create | Change) => Some(Member),
         (Object::Operation { .. }, See) => Some(Viewer),
         (Object::Operation { .. }, Change) => Some(Member),
         (Object::Substrate { .. } | Object::Image, See) => Some(Viewer),
@@ -261,6 +276,7 @@ fn needed(who: &Principal, action: Action, object: &Object<'_>) -> Option<Role> 
         (Object::Operation { .. } | Object::Substrate { .. } | Object::Image, _)
         | (
             Object::Audit { .. }
+            | Object::Network { .. }
             | Object::Site
             | Object::Tenant { .. }
             | Object::User { .. }

@@ -72,6 +72,12 @@ fn each_role_may_what_the_table_says_and_nothing_else() {
             Object::Operation { tenant: &acme },
             ["viewer", "-", "-", "-", "member", "-"],
         ),
+        (
+            "network",
+            Object::Network { tenant: &acme },
+            ["viewer", "-", "member", "member", "member", "-"],
+        ),
+        ("foreign network", Object::Network { tenant: &other }, ["x"; 6]),
         ("foreign operation", Object::Operation { tenant: &other }, ["x"; 6]),
         (
             "own restricted",

@@ -11,6 +11,7 @@ mod events;
 mod exec;
 mod images;
 mod meta;
+mod networks;
 mod operations;
 mod people;
 mod routes;
@@ -435,6 +436,10 @@ pub(crate) fn name(text: &str) -> Result<Name, Fault> {
         sites::tokens,
         sites::withdraw,
         people::tenants,
+        networks::list,
+        networks::create,
+        networks::one,
+        networks::delete,
         people::tenant_create,
         people::tenant_delete,
         people::quota,

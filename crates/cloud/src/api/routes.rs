@@ -8,7 +8,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router, middleware};
 
 use super::{
-    Api, HttpFault, authenticate, events, exec, images, meta, operations, people, sites,
+    Api, HttpFault, authenticate, events, exec, images, meta, networks, operations, people, sites,
     substrates, vms,
 };
 use godwit_types::Fault;
@@ -75,6 +75,8 @@ impl Api {
             .route("/v1/tokens/{id}", delete(sites::withdraw))
             .route("/v1/tenants", get(people::tenants).post(people::tenant_create))
             .route("/v1/tenants/{tenant}", delete(people::tenant_delete))
+            .route("/v1/networks", get(networks::list).post(networks::create))
+            .route("/v1/networks/{network}", get(networks::one).delete(networks::delete))
             .route("/v1/users", get(people::users).post(people::user_create))
             .route("/v1/users/{user}", delete(people::user_delete))
             .route("/v1/api-tokens", get(people::tokens).post(people::token_create))

@@ -4,15 +4,17 @@ use axum::Router;
 use std::collections::{BTreeMap, BTreeSet};
 
 use axum::http::Method;
-use godwit_site::{ByteStream, Call, SiteHost, SiteReply, SiteRequest, StreamRequest};
-use godwit_types::{Mib, SubstrateId, SubstrateKind, VmState};
+use godwit_site::{
+    ByteStream, Call, NetworkKind, Prefix, SiteHost, SiteReply, SiteRequest, StreamRequest,
+};
+use godwit_types::{Mib, NetworkId, SubstrateId, SubstrateKind, UnixMs, VmState};
 
 use super::tests::{NoGate, fault, send_as};
 use super::*;
 use crate::access::{Role, default_tenant};
 use crate::controller::tests::{Send, World, name, world};
 use crate::ops::OpKind;
-use crate::registry::{Drawn, OpRecord, SubstrateRecord, TenantRecord, VmRecord};
+use crate::registry::{Drawn, NetworkRecord, OpRecord, SubstrateRecord, TenantRecord, VmRecord};
 
 /// What a path is about, and so what a foreigner and a viewer of the own tenant may expect.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,6 +58,10 @@ fn paths() -> BTreeMap<(&'static str, &'static str), (About, &'static str)> {
         (("delete", "/v1/tenants/{tenant}"), (Tenant, "")),
         (("get", "/v1/tenants/{tenant}/quota"), (TenantSeen, "")),
         (("put", "/v1/tenants/{tenant}/quota"), (Tenant, "{}")),
+        (("get", "/v1/networks"), (List, "")),
+        (("post", "/v1/networks"), (Make, r#"{"name":"mine"}"#)),
+        (("get", "/v1/networks/{network}"), (reads, "")),
+        (("delete", "/v1/networks/{network}"), (changes, "")),
         (("get", "/v1/users"), (List, "")),
         (("post", "/v1/users"), (Make, r#"{"name":"zoe"}"#)),
         (("delete", "/v1/users/{user}"), (changes, "")),
@@ -103,6 +109,7 @@ fn paths() -> BTreeMap<(&'static str, &'static str), (About, &'static str)> {
 
 /// What a tenant has.
 struct Has {
+    network: NetworkRecord,
     vm: VmRecord,
     substrate: SubstrateRecord,
     op: OpRecord,
@@ -152,7 +159,16 @@ fn furnish(w: &World, tenant: &str, prefix: &str) -> Has {
     reg.substrate_add(&substrate).expect("substrate");
     let drawn = Drawn::new(user.id, Role::Member, None);
     reg.people().token_add(&me, &drawn.record).expect("token");
-    Has { vm, substrate, op, token: drawn.record.id, user: user.name }
+    let network = NetworkRecord {
+        id: NetworkId::new(),
+        name: name(&format!("{prefix}-net")),
+        tenant,
+        kind: NetworkKind::Nat,
+        prefix: Prefix::DEFAULT,
+        created: UnixMs::now(),
+    };
+    reg.networks().add(&of, &network).expect("network");
+    Has { network, vm, substrate, op, token: drawn.record.id, user: user.name }
 }
 
 impl Has {
@@ -166,6 +182,13 @@ impl Has {
             Some("substrates") => {
                 let s = &self.substrate;
                 vec![s.id.to_string(), s.name.to_string(), full(&s.name)]
+            }
+            Some("networks") => {
+                vec![
+                    self.network.id.to_string(),
+                    self.network.name.to_string(),
+                    full(&self.network.name),
+                ]
             }
             Some("ops") => vec![self.op.id.to_string()],
             Some("users") => vec![self.user.to_string(), full(&self.user)],
@@ -209,7 +232,7 @@ fn all(w: &World) -> String {
         "{vms:?}{substrates:?}{ops:?}{:?}{:?}{:?}",
         r.people().tenants(),
         r.people().users(),
-        r.people().tokens()
+        (r.people().tokens(), r.networks().all())
     )
 }
 

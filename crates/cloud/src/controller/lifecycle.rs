@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 
-use godwit_site::{Call, GENERALISES, NewMachine, News, Origin, SiteHost, verbs};
+use godwit_site::{Attachment, Call, GENERALISES, NewMachine, News, Origin, SiteHost, verbs};
 use godwit_types::{
     Arch, Code, Fault, Generation, Mib, Name, SubstrateId, SubstrateKind, UnixMs, VmId, VmState,
 };
@@ -179,6 +179,8 @@ impl Controller {
             ),
             None => format!("boot '{name}' from image '{}' at {}", shape.image, placed.site),
         };
+        let network = want.network.as_deref();
+        let network = network.map(|key| self.networks.find(who, Action::Use, key)).transpose()?;
         self.once(who, shape.substrate.as_ref())?;
         if mode == Mode::DryRun {
             return Ok((Accepted { op: None, plan, target: Some(name.to_string()) }, None));
@@ -195,7 +197,7 @@ impl Controller {
             // A name says who that is in its tenant alone.
             false => self.finder.owner_for(who),
         });
-        let vm = VmRecord {
+        let mut vm = VmRecord {
             id: VmId::new(),
             name: name.clone(),
             tenant: who.tenant.clone(),
@@ -215,6 +217,7 @@ impl Controller {
             private_of,
             arriving: None,
             returning: None,
+            network: None,
             voided: std::collections::BTreeMap::new(),
         };
         let warrant = self.warrants.warrant(&vm, vm.generation, &vm.site)?;
@@ -232,14 +235,18 @@ impl Controller {
             vcpus: want.vcpus,
             content: None,
         };
-        let (me, record) = (self.clone(), vm.clone());
         let substrate = shape.substrate;
+        let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
+        let networks = self.registry.networks();
+        let place = network.map(|n| networks.place(&n, vm.id)).transpose();
+        vm.network = place.map_err(registry_fault)?;
+        let attachment = networks.attachment(&vm).map_err(registry_fault)?;
+        let (me, record) = (self.clone(), vm.clone());
         let bring = substrate.clone().filter(|_| !placed.holds);
         let job = |op: OpHandle| async move {
-            let outcome = me.run_create(&op, host, new, bring).await;
+            let outcome = me.run_create(&op, host, (new, attachment), bring).await;
             me.end_create(&op, &record, outcome).await
         };
-        let _one = self.entering.lock().unwrap_or_else(PoisonError::into_inner);
         self.once(who, substrate.as_ref())?;
         let op = self.ops.start_new(who, &vm, kind, job).map_err(registry_fault)?;
         Ok((Accepted { op: Some(op), plan, target: Some(name.to_string()) }, Some(vm)))
@@ -249,7 +256,7 @@ impl Controller {
         &self,
         op: &OpHandle,
         mut host: Arc<dyn SiteHost>,
-        mut new: NewMachine,
+        (mut new, attachment): (NewMachine, Option<Attachment>),
         bring: Option<SubstrateRecord>,
     ) -> Result<serde_json::Value, Fault> {
         if let Some(s) = bring {
@@ -261,7 +268,13 @@ impl Controller {
         }
         op.check()?;
         op.begin(StepKind::Start { site: host.name().clone() })?;
-        let status = host.ask(verbs::VmNew { machine: new }, call_of(op)).await?;
+        let status = match attachment {
+            Some(attachment) => {
+                let request = verbs::VmNewOn { machine: new, attachment };
+                host.ask(request, call_of(op)).await?
+            }
+            None => host.ask(verbs::VmNew { machine: new }, call_of(op)).await?,
+        };
         op.done(StepName::Start)?;
         Ok(json!({ "site": host.name(), "activate": status.activate }))
     }

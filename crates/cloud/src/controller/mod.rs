@@ -36,6 +36,7 @@ mod exec;
 pub(crate) mod lifecycle;
 mod meet;
 mod moves;
+mod networks;
 mod origin;
 mod people;
 mod pool;
@@ -71,6 +72,7 @@ use authorize::Finder;
 pub(crate) use bring::Exchange;
 use exec::Programs;
 use moves::Moves;
+use networks::NetworkDesk;
 use people::Accounts;
 use pool::Pool;
 use recover::Settler;
@@ -78,6 +80,7 @@ use sites::Sites;
 use warrants::Warrants;
 
 pub use exec::GuestProcess;
+pub use networks::NewNetwork;
 pub use people::{ApiToken, NewApiToken, NewTenant, NewUser};
 
 use crate::clock::Moment;
@@ -109,6 +112,9 @@ pub struct CreateVm {
     pub memory_mib: Option<Mib>,
     /// vCPUs, for a cold boot.
     pub vcpus: Option<u8>,
+    /// The network that it is in (name or id); none when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
 }
 
 /// How a machine becomes a substrate.
@@ -165,6 +171,7 @@ pub struct Controller {
     pub(crate) finder: Arc<Finder>,
     /// Who there is, and what each has done.
     pub(crate) accounts: Arc<Accounts>,
+    pub(crate) networks: NetworkDesk,
     /// Programs in guests.
     pub(crate) programs: Arc<Programs>,
     /// Substrates, wherever they are.
@@ -253,6 +260,7 @@ impl Controller {
             finder: finder.clone(),
             accounts: accounts.clone(),
         });
+        let networks = NetworkDesk { registry: registry.clone() };
         Arc::new(Self {
             registry,
             ops,
@@ -260,6 +268,7 @@ impl Controller {
             warrants,
             finder,
             accounts,
+            networks,
             programs,
             exchange,
             moves,

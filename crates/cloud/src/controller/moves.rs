@@ -218,15 +218,33 @@ impl Moves {
         op.check()?;
         op.begin(StepKind::Prepare { migration: m.id, at: m.to.clone() })?;
         let warrant = self.warrants.warrant(&m.vm, m.generation, &m.to)?;
-        let request = verbs::MigratePrepare {
-            migration: m.id,
-            machine: status_of(&m.vm),
-            generation: m.generation,
-            warrant,
-            from: m.from.clone(),
-            manifest,
+        let (migration, machine, next) = (m.id, status_of(&m.vm), m.generation);
+        let from = m.from.clone();
+        let to = match self.registry.networks().attachment(&m.vm).map_err(registry_fault)? {
+            Some(attachment) => {
+                let request = verbs::MigratePrepareOn {
+                    migration,
+                    machine,
+                    generation: next,
+                    warrant,
+                    from,
+                    manifest,
+                    attachment,
+                };
+                dst.ask(request, call_of(op)).await?
+            }
+            None => {
+                let request = verbs::MigratePrepare {
+                    migration,
+                    machine,
+                    generation: next,
+                    warrant,
+                    from,
+                    manifest,
+                };
+                dst.ask(request, call_of(op)).await?
+            }
         };
-        let to = dst.ask(request, call_of(op)).await?;
         can_be_dialled(&src, &to)?;
         op.done(StepName::Prepare)?;
         op.check()?;

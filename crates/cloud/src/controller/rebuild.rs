@@ -131,6 +131,7 @@ impl Controller {
             private_of,
             arriving: None,
             returning: None,
+            network: None,
             voided: std::collections::BTreeMap::new(),
         };
         let warrant = self.warrants.warrant(&vm, vm.generation, &vm.site)?;

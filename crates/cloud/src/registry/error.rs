@@ -20,7 +20,7 @@ pub enum RegistryError {
     },
     /// The file was written by a version with another layout.
     #[error(
-        "the registry has format {found}, this version knows formats 1 to 3; run the version that \
+        "the registry has format {found}, this version knows formats 1 to 4; run the version that \
          wrote it, or bring back a copy from before"
     )]
     Format {
@@ -96,6 +96,14 @@ pub enum RegistryError {
         /// The most there may be.
         limit: u64,
     },
+    /// All addresses of a network are taken.
+    #[error("network '{network}' has no address left in {prefix}")]
+    NoAddress {
+        /// The network.
+        network: Name,
+        /// Its addresses.
+        prefix: String,
+    },
     /// A site holds something else under a substrate's id.
     #[error("site '{site}' holds {found} under the id of substrate '{name}', which is {wanted}")]
     OtherContent {
@@ -132,7 +140,7 @@ impl CodedError for RegistryError {
             | Self::Damaged { .. }
             | Self::FellBack { .. }
             | Self::OtherContent { .. } => Code::Damaged,
-            Self::OverQuota { .. } => Code::NoRoom,
+            Self::OverQuota { .. } | Self::NoAddress { .. } => Code::NoRoom,
             Self::NotFound { .. } => Code::NotFound,
             Self::Exists { .. } => Code::Exists,
             Self::Fenced { .. } => Code::Fenced,
@@ -195,6 +203,12 @@ pub(crate) fn registry_fault(e: RegistryError) -> Fault {
         RegistryError::NotFound { what: "tenant", .. } => {
             fault.hint("see the tenants with: godwit tenant list")
         }
+        RegistryError::NotFound { what: "network", .. } => {
+            fault.hint("see the networks with: godwit network list")
+        }
+        RegistryError::NoAddress { .. } => fault.hint(
+            "delete machines that are in it, or make another: godwit network create NAME --prefix P",
+        ),
         RegistryError::NotFound { what: "token", .. } => {
             fault.hint("see the tokens with: godwit token list")
         }

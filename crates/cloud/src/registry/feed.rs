@@ -495,6 +495,7 @@ const fn key(change: &Change) -> Key<'_> {
         | Change::Tenant(..)
         | Change::User(..)
         | Change::Token(..)
+        | Change::Network(..)
         | Change::Audit(_) => Key::Other,
     }
 }
@@ -581,6 +582,7 @@ fn event(
         | Change::Tenant(..)
         | Change::User(..)
         | Change::Token(..)
+        | Change::Network(..)
         | Change::Audit(_) => None,
     }
 }

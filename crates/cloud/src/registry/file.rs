@@ -24,7 +24,7 @@ use godwit_store::{CommitMark, Marked};
 
 use super::feed::{Batch, Feed};
 use super::layout::{
-    AUDIT, DELETED, META, OPS, SITES, SUBSTRATES, TENANTS, TOKENS, Table, USERS, VMS,
+    AUDIT, DELETED, META, NETWORKS, OPS, SITES, SUBSTRATES, TENANTS, TOKENS, Table, USERS, VMS,
 };
 use super::rows::{AuditEntry, TenantRecord, TokenRecord, UserRecord};
 use super::tables::{Change, SiteRow, Tables};
@@ -39,8 +39,8 @@ const LAST: &str = "last-commit";
 
 /// Version of the layout. 1: the first, with each site's last report in its row and tables of
 /// names. 2: what sites report is not written down. 3: everything belongs to a tenant; what does not
-/// say to which belongs to the default one.
-const FORMAT: &[u8] = b"3";
+/// say to which belongs to the default one. 4: networks; each tenant has one from the start.
+const FORMAT: &[u8] = b"4";
 
 /// A row as it is written.
 struct Row {
@@ -246,6 +246,7 @@ fn row(change: &Change) -> Result<Row> {
         Change::Tenant(name, v) => made(TENANTS, name.to_string(), v.as_ref()),
         Change::User(id, v) => made(USERS, id.to_string(), v.as_ref()),
         Change::Token(id, v) => made(TOKENS, id.clone(), v.as_ref()),
+        Change::Network(id, v) => made(NETWORKS, id.to_string(), v.as_ref()),
         Change::Audit(e) => made(AUDIT, format!("{:020}", e.number), Some(e)),
     }
 }
@@ -466,7 +467,7 @@ fn prepare(db: &Database) -> Result<bool> {
     };
     match found.as_deref() {
         Some(FORMAT) => return own_private_now(db),
-        None | Some(b"1" | b"2") => {}
+        None | Some(b"1" | b"2" | b"3") => {}
         Some(other) => {
             return Err(RegistryError::Format {
                 found: String::from_utf8_lossy(other).escape_debug().to_string(),
@@ -474,17 +475,18 @@ fn prepare(db: &Database) -> Result<bool> {
         }
     }
     let tx = db.begin_write()?;
-    for t in [SITES, SUBSTRATES, VMS, OPS, DELETED, TENANTS, USERS, TOKENS, AUDIT] {
+    for t in [SITES, SUBSTRATES, VMS, OPS, DELETED, TENANTS, USERS, TOKENS, AUDIT, NETWORKS] {
         tx.open_table(t)?;
     }
-    {
+    if found.as_deref() != Some(b"3") {
         let all = TenantRecord::new(crate::principal::default_tenant());
         let key = all.name.to_string();
         let bytes = serde_json::to_vec(&all)
             .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;
         tx.open_table(TENANTS)?.insert(key.as_str(), bytes.as_slice())?;
     }
-    if found.as_deref() != Some(b"2") {
+    default_networks(&tx)?;
+    if !matches!(found.as_deref(), Some(b"2" | b"3")) {
         let mut sites = tx.open_table(SITES)?;
         let mut rows = Vec::new();
         for entry in sites.iter()? {
@@ -511,6 +513,22 @@ fn prepare(db: &Database) -> Result<bool> {
     godwit_hold::at_blocking("registry.upgrading");
     tx.commit()?;
     Ok(true)
+}
+
+/// Gives each tenant the network that it has from the start.
+fn default_networks(tx: &WriteTransaction) -> Result<()> {
+    let (tenants, mut networks) = (tx.open_table(TENANTS)?, tx.open_table(NETWORKS)?);
+    for entry in tenants.iter()? {
+        // One that does not parse is named when it is loaded.
+        if let Ok(t) = serde_json::from_slice::<TenantRecord>(entry?.1.value()) {
+            let network = super::NetworkRecord::default_of(&t.name);
+            let key = network.id.to_string();
+            let bytes = serde_json::to_vec(&network)
+                .map_err(|source| RegistryError::Damaged { key: key.clone(), source })?;
+            networks.insert(key.as_str(), bytes.as_slice())?;
+        }
+    }
+    Ok(())
 }
 
 /// Machines of private substrates that do not say whose they are, with those owners: no machine said
@@ -603,6 +621,7 @@ fn load(db: &Database) -> Result<Tables> {
     rows(&tx, SUBSTRATES, &mut t, |r: Arc<super::SubstrateRecord>| {
         Change::Substrate(r.id, Some(r))
     })?;
+    rows(&tx, NETWORKS, &mut t, |r: Arc<super::NetworkRecord>| Change::Network(r.id, Some(r)))?;
     rows(&tx, VMS, &mut t, |r: Arc<super::VmRecord>| Change::Vm(r.id, Some(r)))?;
     rows(&tx, OPS, &mut t, |r: Arc<super::OpRecord>| Change::Op(r.id, Some(r)))?;
     rows(&tx, DELETED, &mut t, |r: Arc<super::DeletedVm>| Change::Deleted(r.vm, Some(r)))?;

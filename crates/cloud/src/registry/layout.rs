@@ -16,5 +16,7 @@ pub(super) const DELETED: Table = TableDefinition::new("deleted-vms");
 pub(super) const TENANTS: Table = TableDefinition::new("tenants");
 pub(super) const USERS: Table = TableDefinition::new("users");
 pub(super) const TOKENS: Table = TableDefinition::new("api-tokens");
+/// Format 4.
+pub(super) const NETWORKS: Table = TableDefinition::new("networks");
 /// By number, so that the order of keys is theirs.
 pub(super) const AUDIT: Table = TableDefinition::new("audit");

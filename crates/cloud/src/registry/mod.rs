@@ -25,6 +25,7 @@ mod file;
 mod journal;
 mod layout;
 mod live;
+mod networks;
 mod operations;
 pub(crate) mod people;
 mod quota;
@@ -57,6 +58,7 @@ pub use error::RegistryError;
 pub(crate) use error::registry_fault;
 pub use feed::{Event, EventId, EventKind, Forgotten, NoEventId, Object, Summary, Watcher, What};
 pub use journal::{MoveReached, Step, StepKind, StepName, StepState, all_known, move_reached};
+pub use networks::{DEFAULT_NETWORK, NetworkRecord, Networks, VmNetwork};
 pub use operations::{KEPT_OPS, Operations};
 pub use people::{Drawn, MAX_TOKENS, People, TenantRecord, TokenInfo, TokenRecord, UserRecord};
 pub use quota::{Quota, Quotas, TenantQuota, Usage};
@@ -79,6 +81,7 @@ pub struct Registry {
     ops: Operations,
     people: People,
     quotas: Quotas,
+    networks: Networks,
     audit: AuditLog,
 }
 
@@ -99,6 +102,7 @@ impl Registry {
             ops: Operations::new(file.clone()),
             people: People::new(file.clone()),
             quotas: Quotas::new(file.clone()),
+            networks: Networks::new(file.clone()),
             audit: AuditLog::new(file.clone()),
             file,
             live,
@@ -121,6 +125,12 @@ impl Registry {
     #[must_use]
     pub const fn people(&self) -> &People {
         &self.people
+    }
+
+    /// Its networks.
+    #[must_use]
+    pub const fn networks(&self) -> &Networks {
+        &self.networks
     }
 
     /// How much each tenant may have.
@@ -530,6 +540,7 @@ impl Registry {
             if t.vm_named(&vm.tenant, &vm.name).is_some() {
                 return Err(RegistryError::Exists { what: "machine", key: vm.name.to_string() });
             }
+            t.has_place(vm)?;
             t.has_room(None, vm)?;
             changes.push(Change::Vm(vm.id, Some(Arc::new(vm.clone()))));
             changes.extend(op.and_then(|op| t.audited_op(op)));

@@ -175,6 +175,7 @@ impl People {
             let note = Note::of(who, "tenant create", name.as_str());
             changes.push(t.audited(Note { tenant: name, ..note }));
             changes.push(Change::Tenant(name.clone(), Some(Arc::new(tenant.clone()))));
+            changes.push(Tables::default_network(name));
             Ok(tenant)
         })
     }
@@ -215,6 +216,7 @@ impl People {
             }
             let note = Note::of(who, "tenant delete", name.as_str());
             changes.push(t.audited(Note { tenant: name, ..note }));
+            changes.extend(t.forget_networks(name));
             changes.push(Change::Tenant(name.clone(), None));
             Ok(())
         })

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::journal::Step;
+use super::networks::VmNetwork;
 use crate::op_kind::OpKind;
 use crate::principal::{Principal, default_tenant, operator};
 
@@ -129,6 +130,9 @@ pub struct VmRecord {
     /// The user of its tenant whose alone it is: it was made of that user's private substrate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub private_of: Option<Name>,
+    /// Its place in a network, if it is in one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<VmNetwork>,
     /// Part of it is still at the site that it moved from.
     #[serde(default)]
     pub arriving: Option<Arriving>,

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use godwit_types::{Generation, Name, OpId, SiteKind, SubstrateId, UnixMs, VmId};
+use godwit_types::{Generation, Name, NetworkId, OpId, SiteKind, SubstrateId, UnixMs, VmId};
 use serde::{Deserialize, Serialize};
 
+use super::networks::NetworkRecord;
 use super::rows::{AuditEnd, AuditEntry, TenantRecord, TokenRecord, UserRecord};
 use super::{
     DeletedVm, OpRecord, RegistryError, Result, SubstrateRecord, VmRecord, missing, shown,
@@ -38,6 +39,7 @@ pub(super) enum Change {
     Tenant(Name, Option<Arc<TenantRecord>>),
     User(Name, Option<Arc<UserRecord>>),
     Token(String, Option<Arc<TokenRecord>>),
+    Network(NetworkId, Option<Arc<NetworkRecord>>),
     /// Only ever added.
     Audit(Arc<AuditEntry>),
 }
@@ -78,6 +80,7 @@ pub(super) struct Tables {
     /// The same by the change that made them so.
     pub(super) deleted_by: BTreeSet<(u64, VmId)>,
     pub(super) people: PeopleTables,
+    pub(super) networks: BTreeMap<NetworkId, Arc<NetworkRecord>>,
     /// Where the audit log ends; its entries are read from the file.
     pub(super) audit: AuditEnd,
     /// Entries that do not parse, by key: what the parser said.
@@ -134,6 +137,7 @@ impl Tables {
             Change::Tenant(name, row) => put(&mut self.people.tenants, name, row.as_ref()),
             Change::User(id, row) => put(&mut self.people.users, id, row.as_ref()),
             Change::Token(id, row) => put(&mut self.people.tokens, id, row.as_ref()),
+            Change::Network(id, row) => put(&mut self.networks, id, row.as_ref()),
             Change::Audit(e) => self.audit = AuditEnd { entries: e.number, last: e.hash() },
             Change::Op(id, row) => {
                 if let Some(old) = self.ops.get(id) {

@@ -44,6 +44,7 @@ pub(crate) fn vm(n: &str) -> VmRecord {
         private_of: None,
         arriving: None,
         returning: None,
+        network: None,
         voided: Default::default(),
     }
 }
@@ -261,7 +262,7 @@ fn a_file_of_another_format_or_in_use_is_refused() {
     let e = Registry::open(&path).expect_err("format");
     assert_eq!(
         e.to_string(),
-        "the registry has format 9, this version knows formats 1 to 3; run the version that wrote it, \
+        "the registry has format 9, this version knows formats 1 to 4; run the version that wrote it, \
          or bring back a copy from before"
     );
 }
@@ -681,4 +682,42 @@ fn a_flip_anywhere_in_the_head_of_the_file_loses_no_change_unsaid() {
     std::fs::write(&path, &sound).expect("written");
     std::fs::remove_file(&mark).expect("removed");
     assert!(Registry::open(&path).expect("open").vm("last").is_ok());
+}
+
+#[test]
+fn an_address_is_one_machines_and_a_network_in_use_stays() {
+    use super::{NetworkRecord, Networks};
+    let dir = tempfile::tempdir().expect("dir");
+    let reg = Registry::open(&dir.path().join("r")).expect("open");
+    let (who, tenant) = (Principal::operator(), crate::principal::default_tenant());
+    let networks: &Networks = reg.networks();
+    let there = networks.get(&tenant, "default").expect("from the start");
+    let lab = NetworkRecord {
+        id: godwit_types::NetworkId::new(),
+        name: name("lab"),
+        prefix: "10.9.0.0/29".parse().expect("prefix"),
+        ..there.clone()
+    };
+    networks.add(&who, &lab).expect("made");
+    let mut first = None;
+    for n in 0..5 {
+        let mut vm = vm(&format!("vm-{n}"));
+        vm.network = Some(networks.place(&lab, vm.id).expect("a place"));
+        reg.vm_add(&vm, None).expect("added");
+        first.get_or_insert(vm);
+    }
+    let full = networks.place(&lab, VmId::new()).expect_err("none is left");
+    assert_eq!(full.to_string(), "network 'lab' has no address left in 10.9.0.0/29");
+    let first = first.expect("one");
+    let mut twice = vm("twice");
+    twice.network = first.network.clone();
+    let taken = reg.vm_add(&twice, None).expect_err("taken");
+    assert!(taken.to_string().contains("is not free"), "{taken}");
+    let used = networks.remove(&who, lab.id).expect_err("in use");
+    assert!(used.to_string().contains("in use by machine"), "{used}");
+    let kept = networks.remove(&who, there.id).expect_err("as long as its tenant");
+    assert!(kept.to_string().contains("as long as its tenant"), "{kept}");
+    reg.vm_remove(first.id, first.generation).expect("removed");
+    let place = networks.place(&lab, twice.id).expect("free again");
+    assert_eq!(Some(place.address), first.network.map(|n| n.address));
 }

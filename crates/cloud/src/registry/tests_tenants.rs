@@ -67,7 +67,38 @@ fn is_brought_to_tenants(format: &str) {
         assert_eq!(names, [default_tenant()]);
     }
     // A program from before knows formats 1 and 2, and refuses what it does not know.
-    assert_eq!(format_of(&path), b"3");
+    assert_eq!(format_of(&path), b"4");
+}
+
+#[test]
+fn a_registry_from_before_networks_gives_each_tenant_the_one_that_it_has_from_the_start() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("registry");
+    let quota = Quota { machines: Some(3), ..Quota::default() };
+    {
+        let reg = Registry::open(&path).expect("opens");
+        let who = Principal::operator();
+        reg.people().tenant_add(&who, &TenantRecord::new(name("acme"))).expect("tenant");
+        reg.quotas().set(&who, &default_tenant(), quota).expect("quota");
+    }
+    {
+        let db = redb::Database::create(&path).expect("closed");
+        let tx = db.begin_write().expect("transaction");
+        tx.delete_table(layout::NETWORKS).expect("deleted");
+        let mut meta = tx.open_table(layout::META).expect("table");
+        meta.insert("format", b"3".as_slice()).expect("written");
+        drop(meta);
+        tx.commit().expect("committed");
+    }
+    for commits in [1, 0] {
+        let reg = Registry::open(&path).expect("opens");
+        assert_eq!(reg.commits(), commits, "it is rewritten once");
+        let all = reg.networks().all();
+        let all: Vec<_> = all.iter().map(|n| (n.tenant.as_str(), n.name.as_str())).collect();
+        assert_eq!(all, [("acme", "default"), ("default", "default")]);
+        assert_eq!(reg.quotas().of(&default_tenant()).expect("there").quota, quota);
+    }
+    assert_eq!(format_of(&path), b"4");
 }
 
 /// The child of the test below: it is killed while it brings a registry to the new format.
@@ -109,7 +140,7 @@ fn is_killed_in_an_upgrade(format: &str) {
     let reg = Registry::open(&path).expect("opens");
     assert_eq!(reg.vm("report").expect("there"), v);
     drop(reg);
-    assert_eq!(format_of(&path), b"3");
+    assert_eq!(format_of(&path), b"4");
 }
 
 #[test]

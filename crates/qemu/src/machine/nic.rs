@@ -9,9 +9,9 @@ use super::Machine;
 use super::life::Action;
 use crate::args;
 use crate::error::QemuError;
-use crate::launch::check_nic;
+use crate::launch::{check_nic, open_tap};
 use crate::qmp::QmpError;
-use crate::spec::Nic;
+use crate::spec::{Nic, NicBackend};
 
 /// How long a guest may take to let a NIC go.
 const UNPLUG_WITHIN: Duration = Duration::from_secs(30);
@@ -25,8 +25,13 @@ impl Machine {
         let _one = self.inner.changing.lock().await;
         self.allowed(Action::Change).await?;
         self.check_port(&nic)?;
-        let (netdev, device) = args::nic(&nic);
+        let tap = args::tap_fd_name(nic.port);
+        let (netdev, device) = args::nic(&nic, &tap);
         let id = netdev["id"].clone();
+        if let NicBackend::Tap(of) = &nic.backend {
+            let fd = open_tap(&self.launched().name, of)?;
+            self.inner.qmp.hand(&tap, &fd).await?;
+        }
         self.qmp("netdev_add", netdev).await?;
         if let Err(e) = self.qmp("device_add", device).await {
             if let Err(also) = self.qmp("netdev_del", json!({ "id": id })).await {

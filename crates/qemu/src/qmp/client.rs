@@ -1,6 +1,8 @@
 //! The async skin over [`super::proto`].
 
 use std::collections::HashMap;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,7 +10,7 @@ use std::time::Duration;
 
 use godwit_types::{Code, CodedError};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
@@ -245,6 +247,15 @@ impl Qmp {
         self.exchange(command, arguments, false, within).await
     }
 
+    /// Hands QEMU a descriptor, which it keeps under `name` until a command takes it.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub async fn hand(&self, name: &str, fd: &OwnedFd) -> Result<(), QmpError> {
+        let arguments = json!({ "fdname": name });
+        self.exchange_with("getfd", arguments, (false, Some(fd)), Self::PATIENCE).await.map(drop)
+    }
+
     /// Executes `command` out of band: it is done even while QEMU's main loop is busy.
     ///
     /// # Errors
@@ -258,6 +269,16 @@ impl Qmp {
         command: &str,
         arguments: Value,
         oob: bool,
+        within: Duration,
+    ) -> Result<Value, QmpError> {
+        self.exchange_with(command, arguments, (oob, None), within).await
+    }
+
+    async fn exchange_with(
+        &self,
+        command: &str,
+        arguments: Value,
+        (oob, fd): (bool, Option<&OwnedFd>),
         within: Duration,
     ) -> Result<Value, QmpError> {
         let closed = || QmpError::Closed { command: command.to_owned() };
@@ -285,7 +306,10 @@ impl Qmp {
                 }
                 waiting.in_band.insert(id, place);
             }
-            let written = write.write_all(&line).await;
+            let written = match fd {
+                Some(fd) => write_with(&mut write, &line, fd).await,
+                None => write.write_all(&line).await,
+            };
             drop(write);
             if let Err(source) = written {
                 return Err(QmpError::Io { command: command.to_owned(), source });
@@ -306,6 +330,30 @@ impl Qmp {
             }
         }
     }
+}
+
+/// Writes `line`, the descriptor beside its first byte.
+async fn write_with(write: &mut OwnedWriteHalf, line: &[u8], fd: &OwnedFd) -> std::io::Result<()> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let sent = loop {
+        let stream: &UnixStream = write.as_ref();
+        stream.writable().await?;
+        let fds = [fd.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut beside = SendAncillaryBuffer::new(&mut space);
+        if !beside.push(SendAncillaryMessage::ScmRights(&fds)) {
+            return Err(std::io::Error::other("no space for a descriptor"));
+        }
+        let line = [std::io::IoSlice::new(line)];
+        let sent = stream.try_io(Interest::WRITABLE, || {
+            Ok(sendmsg(stream, &line, &mut beside, SendFlags::NOSIGNAL)?)
+        });
+        match sent {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            sent => break sent?,
+        }
+    };
+    write.write_all(&line[sent..]).await
 }
 
 async fn read_some(

@@ -181,6 +181,7 @@ impl LocalSite {
             migration: None,
             reason: Some(format!("its record is damaged: {why}")),
             unfinished: None,
+            attachment: None,
         };
         self.parts.machines.insert(vm, Entry::new(record, machine)).await;
     }

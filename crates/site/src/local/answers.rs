@@ -5,15 +5,16 @@ use godwit_types::Fault;
 use super::LocalSite;
 use super::allowed::Action;
 use super::dock::Dock;
+use super::moves::Comes;
 use super::neighbours::Offered;
 use crate::verbs::{
     Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
     MigrateFell, MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateHold, MigrateListening,
-    MigrateLost, MigrateManifest, MigratePrepare, MigrateReceived, MigrateRelease, MigrateResumeIn,
-    MigrateResumeOut, MigrateSend, MigrateStatus, MigrateTakeBack, Ping, Pool, PoolCheck, Report,
-    Request, Revoke, SiteReply, SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer,
-    SubstrateUsers, Substrates, Visits, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew,
-    VmScreenshot, VmStart, VmStatus, VmStop, VmType,
+    MigrateLost, MigrateManifest, MigratePrepare, MigratePrepareOn, MigrateReceived,
+    MigrateRelease, MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus, MigrateTakeBack,
+    Ping, Pool, PoolCheck, Report, Request, Revoke, SiteReply, SiteRequest, SubstrateDelete,
+    SubstrateFetch, SubstrateOffer, SubstrateUsers, Substrates, Visits, VmConsole, VmDelete,
+    VmDock, VmExec, VmExecWait, VmNew, VmNewOn, VmScreenshot, VmStart, VmStatus, VmStop, VmType,
 };
 use crate::{Call, ConsoleTail};
 
@@ -41,15 +42,20 @@ impl LocalSite {
                 self.parts.images.remove(name, &users).await?
             };
             Machines {} => self.parts.machines.list(&self.parts.room).await;
-            VmNew { machine } => self.starts.create(machine, call).await?;
+            VmNew { machine } => self.starts.create(machine, None, call).await?;
             VmStart { vm, generation, warrant } => {
                 self.restart(vm, generation, warrant, call).await?
             };
             VmStop { vm, generation, force } => self.power_off(vm, generation, force, call).await?;
-            VmDelete { vm, generation } => self.remove(vm, generation).await?;
+            VmDelete { vm, generation } => {
+                self.remove(vm, generation).await?;
+                self.parts.networks.tidy(&self.parts.machines).await
+            };
             VmDock { vm, generation, substrate, name, kind, owner } => {
                 let want = Dock { vm, generation, substrate, name, kind, owner };
-                self.docks.dock(want, call).await?
+                let docked = self.docks.dock(want, call).await?;
+                self.parts.networks.tidy(&self.parts.machines).await;
+                docked
             };
             VmStatus { vm } => self.parts.machines.status(&self.parts.room, vm).await?;
             VmConsole { vm, max_bytes } => {
@@ -70,7 +76,8 @@ impl LocalSite {
             MigrateManifest { vm, generation } => self.moves.departures.manifest(vm, generation).await?;
             MigratePrepare { migration, machine, generation, warrant, from, manifest } => {
                 let arrivals = &self.moves.arrivals;
-                arrivals.prepare(migration, machine, generation, warrant, from, &manifest).await?
+                let comes = Comes { migration, machine, generation, warrant, from, attachment: None };
+                arrivals.prepare(comes, &manifest).await?
             };
             MigrateSend { vm, generation, next, to, scheme } => {
                 if scheme != godwit_migrate::hybrid::SCHEME {
@@ -95,9 +102,13 @@ impl LocalSite {
             MigrateReceived { migration } => self.moves.received(migration).await?;
             MigrateRelease { vm, generation } => {
                 self.moves.departures.release(vm, generation).await?;
-                self.remove_left(vm, generation).await?
+                self.remove_left(vm, generation).await?;
+                self.parts.networks.tidy(&self.parts.machines).await
             };
-            MigrateAbort { migration, vm } => self.moves.abort(migration, vm).await?;
+            MigrateAbort { migration, vm } => {
+                self.moves.abort(migration, vm).await?;
+                self.parts.networks.tidy(&self.parts.machines).await
+            };
             Substrates {} => self.parts.substrates.list().await?;
             SubstrateUsers { id } => self.parts.machines.substrate_users(id).await;
             SubstrateDelete { id } => self.parts.substrates.delete(id).await?;
@@ -126,6 +137,14 @@ impl LocalSite {
             MigrateTakeBack { migration, vm, generation, warrant } => {
                 let departures = &self.moves.departures;
                 departures.bring_back(migration, vm, generation, warrant).await?
+            };
+            VmNewOn { machine, attachment } => {
+                self.starts.create(machine, Some(attachment), call).await?
+            };
+            MigratePrepareOn { migration, machine, generation, warrant, from, manifest, attachment } => {
+                let attachment = Some(attachment);
+                let comes = Comes { migration, machine, generation, warrant, from, attachment };
+                self.moves.arrivals.prepare(comes, &manifest).await?
             };
         })
     }

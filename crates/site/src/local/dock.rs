@@ -21,6 +21,7 @@ use godwit_types::{Code, Fault, Generation, Name, SubstrateId, SubstrateKind, Vm
 
 use super::allowed::{Action, First, Refusal};
 use super::faults::{into_fault, join_error};
+use super::net::tell_guest;
 use super::owner::{Ask, Look, Needs, Owned, Owner};
 use super::parts::Parts;
 use super::record::{DesiredState, Unfinished};
@@ -354,6 +355,10 @@ impl Docks {
             tokio::time::sleep(RUN_ON_AGAIN).await;
         }
         if ended.is_none() {
+            let attachment = owner.now().record.attachment;
+            if let Err(error) = tell_guest(&machine, attachment.as_ref(), None).await {
+                tracing::warn!(%vm, %error, "its guest does not know its network");
+            }
             tracing::info!(%vm, "runs on: it was not docked");
         }
         owner.ask(Undone { substrate, ended }).await

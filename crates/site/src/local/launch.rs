@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use godwit_image::Image;
 use godwit_qemu::{
     Accel, BootFile, Confine, DiskChain, Launch, Layer, MachineSpec, MemoryGroups, MemorySource,
-    Nic, NicBackend, Start,
+    Nic, Start,
 };
 use godwit_substrate::{AsyncPool, Pool};
 use godwit_types::{Arch, Fault, Name};
@@ -15,6 +16,7 @@ use super::SiteDirs;
 use super::dirs::TOP;
 use super::faults::into_fault;
 use super::filling::MID;
+use super::net::SiteNetworks;
 use super::record::{DiskBase, MachineRecord};
 
 /// What every machine of one site is started with.
@@ -22,6 +24,7 @@ pub(super) struct Launcher {
     site: Name,
     dirs: SiteDirs,
     pool: AsyncPool,
+    networks: Arc<SiteNetworks>,
     /// The version of QEMU.
     pub(super) qemu: String,
     accel: BTreeMap<&'static str, Accel>,
@@ -42,6 +45,7 @@ impl Launcher {
         site: Name,
         dirs: SiteDirs,
         pool: AsyncPool,
+        networks: Arc<SiteNetworks>,
         (confine, groups): (Option<Confine>, Option<MemoryGroups>),
     ) -> Result<Self, Fault> {
         let binaries = godwit_qemu::Binaries::default();
@@ -58,7 +62,7 @@ impl Launcher {
                 Err(e) => tracing::info!(%arch, error = %e, "guests of this kind cannot run here"),
             }
         }
-        Ok(Self { site, dirs, pool, qemu, accel, confine, groups })
+        Ok(Self { site, dirs, pool, networks, qemu, accel, confine, groups })
     }
 
     /// How guests of that kind are run.
@@ -126,7 +130,8 @@ impl Launcher {
             ..c
         });
         launch.accel = self.accel(image.arch)?;
-        launch.nics = vec![Nic { port: 0, mac: record.mac, backend: NicBackend::Isolated }];
+        let backend = self.networks.backend(record.vm, record.attachment.as_ref());
+        launch.nics = vec![Nic { port: 0, mac: record.mac, backend }];
         Ok(launch)
     }
 }

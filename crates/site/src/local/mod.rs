@@ -30,6 +30,7 @@ mod meet;
 mod moves;
 mod moving;
 mod neighbours;
+mod net;
 mod owner;
 mod parts;
 mod pool;
@@ -198,15 +199,22 @@ impl LocalSite {
         let how = (&confine, &groups);
         let relays = relays::Relays::new(&dirs, &trust, &options, how, (held, visits));
         let reach = meet::Reach::new(name.clone(), options.relay_address, options.behind_nat);
-        let launcher =
-            launch::Launcher::probe(name.clone(), dirs.clone(), pool.clone(), (confine, groups))
-                .await?;
+        let networks = Arc::new(net::SiteNetworks::of(&dirs.data));
+        let launcher = launch::Launcher::probe(
+            name.clone(),
+            dirs.clone(),
+            pool.clone(),
+            Arc::clone(&networks),
+            (confine, groups),
+        )
+        .await?;
         let warrants = warrant::Warrants::new(name.clone(), trust.clone());
         let parts = Arc::new(parts::Parts {
             name: name.clone(),
             dirs,
             images,
             launcher,
+            networks,
             machines,
             room,
             substrates,
@@ -232,6 +240,7 @@ impl LocalSite {
         site.adopt_all().await?;
         site.sweep_strays().await;
         scrub::start(&site, site.options.scrub_every);
+        net::start(&site);
         logs::start(&site);
         Ok(site)
     }

@@ -23,6 +23,7 @@ use godwit_migrate::hybrid::{
     Sent, prepare_incoming, receive,
 };
 use godwit_migrate::relay::{Meeting, RelayCommand, RelayDisk};
+use godwit_net::Attachment;
 use godwit_qemu::{
     DiskChain, DiskLayer, Layer, Machine, Manifest, MemorySource, Node, Start, VmGenId,
 };
@@ -66,11 +67,49 @@ pub(super) struct MoveManifest {
     disk_bytes: Option<u64>,
     /// Bytes that its layers above the base image take: what the destination needs room for.
     layer_bytes: u64,
+    /// What its NIC is joined to: the state of the one does not fit the other. In a manifest of format
+    /// 2 alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    nic: Option<NicJoins>,
     /// Its generation GUID, which it keeps: a guest that only moves has no reason to reseed.
     generation_id: Option<uuid::Uuid>,
 }
 
+/// The form of a manifest of a machine in no network, as every release reads it.
 const FORMAT: u32 = 1;
+/// That of one in a network.
+const FORMAT_NETWORK: u32 = 2;
+
+/// What the NIC of a machine that moves is joined to, where that is not QEMU's own network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum NicJoins {
+    /// A TAP in a network of the site.
+    Tap,
+}
+
+/// Refuses a machine whose NIC is not joined to what the center says that it is in.
+fn fits(
+    nic: Option<NicJoins>,
+    mac: godwit_qemu::MacAddress,
+    attachment: Option<&Attachment>,
+) -> Result<(), Fault> {
+    match (nic, attachment) {
+        (None, None) => Ok(()),
+        (Some(NicJoins::Tap), Some(a)) if a.mac == mac => a.check().map_err(Fault::invalid),
+        _ => Err(Fault::conflict("its source and the center do not agree on its network")),
+    }
+}
+
+/// A machine that is to come, as the center tells it.
+pub(super) struct Comes {
+    pub(super) migration: MigrationId,
+    pub(super) machine: MachineStatus,
+    pub(super) generation: Generation,
+    pub(super) warrant: Warrant,
+    pub(super) from: Name,
+    pub(super) attachment: Option<Attachment>,
+}
 
 impl Departures {
     /// The manifest of a machine that is to move.
@@ -88,7 +127,8 @@ impl Departures {
             None => None,
         };
         let manifest = MoveManifest {
-            format: FORMAT,
+            format: if e.record.attachment.is_some() { FORMAT_NETWORK } else { FORMAT },
+            nic: e.record.attachment.as_ref().map(|_| NicJoins::Tap),
             image_hash: e.record.image_hash,
             substrate: e.record.substrate,
             machine: machine.manifest(),
@@ -106,15 +146,13 @@ impl Arrivals {
     /// When that does not start the relay tells the source.
     pub(super) async fn prepare(
         self: &Arc<Self>,
-        id: MigrationId,
-        machine: MachineStatus,
-        generation: Generation,
-        warrant: Warrant,
-        from: Name,
+        comes: Comes,
         manifest: &[u8],
     ) -> Result<Incoming, Fault> {
+        let Comes { migration: id, machine, generation, warrant, from, attachment } = comes;
         self.parts.warrants.check(machine.vm, generation, &warrant)?;
         let manifest = parse_manifest(manifest)?;
+        fits(manifest.nic, manifest.mac, attachment.as_ref())?;
         if let Err(full) = self.parts.room.check_memory(machine.memory).await {
             // What only saves time gives way to the machine itself.
             drop(self.parts.relays.held.take(id).ok_or(full)?);
@@ -138,6 +176,7 @@ impl Arrivals {
             migration: Some(Migration::arrival(id, from)),
             reason: None,
             unfinished: None,
+            attachment,
         };
         self.supersede(&record).await?;
         let image = self.parts.images.sound(&record).await?;
@@ -249,6 +288,7 @@ impl Arrivals {
         has_disk: bool,
     ) -> Result<Machine, Fault> {
         let paths = MovePaths::of(&self.parts.dirs.run, record.in_migration()?);
+        self.parts.networks.ready_for(&self.parts.machines, record).await?;
         let mut launch = self.parts.launcher.launch(record, image).await?;
         launch.start = Start::Incoming;
         if let Some(id) = manifest.generation_id {
@@ -525,7 +565,8 @@ fn parse_manifest(bytes: &[u8]) -> Result<MoveManifest, Fault> {
         return Err(bad(format!("it has more than {MAX_MANIFEST} bytes")));
     }
     let manifest: MoveManifest = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
-    if manifest.format != FORMAT {
+    let format = if manifest.nic.is_some() { FORMAT_NETWORK } else { FORMAT };
+    if manifest.format != format {
         return Err(bad(format!("form {} is not known here", manifest.format)));
     }
     Ok(manifest)
@@ -542,5 +583,31 @@ mod tests {
             parse_manifest(&vec![b' '; MAX_MANIFEST + 1]).expect_err("long").code,
             Code::Damaged
         );
+    }
+
+    #[test]
+    fn the_center_alone_says_which_network_a_machine_comes_into() {
+        use godwit_net::{Network, NetworkKind, Prefix};
+        let mac = godwit_qemu::MacAddress([0x52, 0, 0, 0, 0, 1]);
+        let network = Network {
+            id: godwit_types::NetworkId::new(),
+            name: Name::new("lab").expect("name"),
+            kind: NetworkKind::Nat,
+            prefix: Prefix::DEFAULT,
+        };
+        let address = std::net::Ipv4Addr::new(10, 80, 0, 2);
+        let place = Attachment { network, mac, address };
+        let other =
+            Attachment { mac: godwit_qemu::MacAddress([0x52, 0, 0, 0, 0, 2]), ..place.clone() };
+        let outside =
+            Attachment { address: std::net::Ipv4Addr::new(10, 80, 0, 1), ..place.clone() };
+        let tap = Some(NicJoins::Tap);
+        assert_eq!(fits(tap, mac, Some(&place)), Ok(()));
+        assert_eq!(fits(None, mac, None), Ok(()));
+        for (nic, place) in
+            [(tap, None), (None, Some(&place)), (tap, Some(&other)), (tap, Some(&outside))]
+        {
+            let _ = fits(nic, mac, place).expect_err("refused");
+        }
     }
 }

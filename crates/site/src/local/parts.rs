@@ -8,6 +8,7 @@ use super::SiteDirs;
 use super::images::Images;
 use super::launch::Launcher;
 use super::meet::Reach;
+use super::net::SiteNetworks;
 use super::record::MachineRecord;
 use super::relays::Relays;
 use super::room::Room;
@@ -21,6 +22,7 @@ pub(super) struct Parts {
     pub(super) dirs: SiteDirs,
     pub(super) images: Arc<Images>,
     pub(super) launcher: Launcher,
+    pub(super) networks: Arc<SiteNetworks>,
     pub(super) machines: Machines,
     pub(super) room: Room,
     pub(super) substrates: Substrates,

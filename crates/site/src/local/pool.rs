@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use godwit_qemu::NicBackend;
+use godwit_net::Attachment;
 use godwit_substrate::{ActivateRequest, Identity, Place, Substrate, SubstrateError, activate};
 use godwit_types::{Fault, Name, SubstrateId, SubstrateKind};
 use tokio_util::sync::CancellationToken;
 
 use super::LocalSite;
 use super::faults::{into_fault, join_error};
+use super::net::guest_network;
 use super::record::{DesiredState, DiskBase, MachineRecord, Unfinished, mac_seed};
 use super::starts::{Booting, Starts};
 use crate::Progress;
@@ -23,6 +24,7 @@ impl Starts {
         &self,
         new: NewMachine,
         id: SubstrateId,
+        attachment: Option<Attachment>,
         call: Call,
     ) -> Result<MachineStatus, Fault> {
         let substrate = self.parts.substrates.get(id).await?;
@@ -34,7 +36,8 @@ impl Starts {
                 found,
             }));
         }
-        let mac = godwit_qemu::MacAddress::from_seed(mac_seed(new.vm));
+        let own = || godwit_qemu::MacAddress::from_seed(mac_seed(new.vm));
+        let mac = attachment.as_ref().map_or_else(own, |a| a.mac);
         let record = MachineRecord {
             vm: new.vm,
             name: new.name.clone(),
@@ -52,6 +55,7 @@ impl Starts {
             migration: None,
             reason: None,
             unfinished: Some(Unfinished::Activating),
+            attachment,
         };
         self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
         self.parts.room.check_memory(record.memory).await?;
@@ -76,7 +80,9 @@ impl Starts {
             };
             let machine = activated.machine;
             let accel = machine.launch().accel;
-            let mac = activated.identity.map_or(record.mac, |identity| identity.mac);
+            let given = record.attachment.as_ref().map(|a| a.mac);
+            let own = || activated.identity.map_or(record.mac, |identity| identity.mac);
+            let mac = given.unwrap_or_else(own);
             let there = Booting::activated(machine.clone(), &wanted, mac);
             if let Err(f) = owner.ask(there).await {
                 machine.kill().await;
@@ -114,6 +120,7 @@ impl Starts {
         });
         recording.await.map_err(join_error)??;
         godwit_hold::at("activate.recorded").await;
+        self.parts.networks.ready_for(&self.parts.machines, record).await?;
         let identity = match substrate.kind {
             SubstrateKind::Private => None,
             SubstrateKind::Public | SubstrateKind::Restricted => {
@@ -133,7 +140,8 @@ impl Starts {
             },
             name: record.name.clone(),
             identity,
-            nic: Some(NicBackend::Isolated),
+            nic: Some(self.parts.networks.backend(record.vm, record.attachment.as_ref())),
+            network: record.attachment.as_ref().map(guest_network),
             accel: self.parts.launcher.accel(record.arch)?,
             cancel,
         };

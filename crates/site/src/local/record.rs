@@ -4,6 +4,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use godwit_net::Attachment;
 use godwit_qemu::{MacAddress, Nic};
 use godwit_transfer::Warrant;
 use godwit_types::{Arch, Fault, Generation, Hash, Mib, Name, SubstrateId, VmId};
@@ -82,6 +83,9 @@ pub(crate) struct MachineRecord {
     pub(crate) reason: Option<String>,
     #[serde(default)]
     pub(crate) unfinished: Option<Unfinished>,
+    /// Its place in a network, if it is in one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) attachment: Option<Attachment>,
 }
 
 /// How a record file begins. What lies between this, 64 hex digits and [`BODY`], and the last brace
@@ -208,6 +212,7 @@ mod tests {
             migration: None,
             reason: None,
             unfinished: Some(Unfinished::Activating),
+            attachment: None,
         }
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use godwit_disk::image::{Backing, check_base, create_overlay};
 use godwit_image::Image;
+use godwit_net::Attachment;
 use godwit_qemu::{MacAddress, Machine};
 use godwit_types::{Code, Fault};
 use tokio::sync::Semaphore;
@@ -15,6 +16,7 @@ use super::allowed::First;
 use super::dirs::{TOP, remove_file};
 use super::faults::{into_fault, join_error};
 use super::machines::LOOK_EVERY;
+use super::net::tell_guest;
 use super::owner::{Ask, Owned, Owner};
 use super::parts::Parts;
 use super::record::{DesiredState, DiskBase, MachineRecord, mac_seed};
@@ -42,16 +44,27 @@ impl Starts {
     }
 
     /// Makes a machine of what it is to be made of, and starts it.
-    pub(super) async fn create(&self, new: NewMachine, call: Call) -> Result<MachineStatus, Fault> {
+    pub(super) async fn create(
+        &self,
+        new: NewMachine,
+        attachment: Option<Attachment>,
+        call: Call,
+    ) -> Result<MachineStatus, Fault> {
         self.parts.warrants.check(new.vm, new.generation, &new.warrant)?;
+        if let Some(attachment) = &attachment {
+            attachment.check().map_err(Fault::invalid)?;
+        }
         let image = match &new.origin {
             Origin::Image(image) => image,
             Origin::Substrate(id) => {
                 let id = *id;
-                return self.activate(new, id, call).await;
+                return self.activate(new, id, attachment, call).await;
             }
             Origin::StoredDisk(id) => {
                 let id = *id;
+                if attachment.is_some() {
+                    return Err(Fault::invalid("a substrate's disk is booted without a network"));
+                }
                 return self.boot_stored(new, id, call).await;
             }
         };
@@ -68,11 +81,14 @@ impl Starts {
             arch: image.arch,
             memory: new.memory.unwrap_or(image.memory),
             vcpus: new.vcpus.unwrap_or(image.vcpus),
-            mac: MacAddress::from_seed(mac_seed(new.vm)),
+            mac: attachment
+                .as_ref()
+                .map_or_else(|| MacAddress::from_seed(mac_seed(new.vm)), |a| a.mac),
             disk_base: DiskBase::Image,
             migration: None,
             reason: None,
             unfinished: None,
+            attachment,
         };
         self.parts.room.check_memory(record.memory).await?;
         let (owner, wanted) = self.parts.machines.register_starting(record.clone()).await?;
@@ -153,6 +169,7 @@ impl Starts {
     ) -> Result<(), Fault> {
         // Memory of an earlier run is of no use to a boot.
         remove_file(&self.parts.dirs.vm_memory(record.vm))?;
+        self.parts.networks.ready_for(&self.parts.machines, record).await?;
         let machine =
             self.parts.launcher.launch(record, image).await?.spawn().await.map_err(into_fault)?;
         if let Err(f) = owner.ask(Booting::new(machine.clone(), wanted)).await {
@@ -188,6 +205,10 @@ impl Starts {
                     )),
                 },
             }
+        };
+        let outcome = match outcome {
+            Ok(()) => tell_guest(&machine, record.attachment.as_ref(), Some(&record.name)).await,
+            Err(f) => Err(f),
         };
         if outcome.is_err() {
             machine.kill().await;

@@ -54,6 +54,7 @@ impl Starts {
             migration: None,
             reason: None,
             unfinished: None,
+            attachment: None,
         };
         self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
         self.parts.room.check_memory(record.memory).await?;

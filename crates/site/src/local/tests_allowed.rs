@@ -57,6 +57,7 @@ fn record() -> MachineRecord {
         migration: None,
         reason: None,
         unfinished: None,
+        attachment: None,
     }
 }
 

@@ -32,7 +32,7 @@ use godwit_types::{DockReport, Name, Phases, SubstrateId, SubstrateKind};
 
 use crate::agent::{
     AFTER_ACTIVATE, BEFORE_DOCK, CARD_KEPT, END_BEFORE_DOCK, GENERALISE, IS_NOBODY, KEEP_CARD,
-    SHELL, run_script,
+    SCRIPT_WITHIN, SHELL, run_script,
 };
 use crate::async_pool::{AsyncPool, on_thread};
 use crate::error::SubstrateError;
@@ -45,8 +45,6 @@ use steps::Docking;
 
 /// How long the agent may take to answer at all before the machine counts as not dockable.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
-/// How long the guest may take to come to rest, and to wake again.
-const SCRIPT_WITHIN: Duration = Duration::from_secs(120);
 
 /// What a machine is to become.
 #[derive(Debug, Clone)]
