@@ -56,7 +56,7 @@ impl Server {
     }
 
     /// Its process, if it runs.
-    fn pid(&self) -> Option<rustix::process::Pid> {
+    pub(crate) fn pid(&self) -> Option<rustix::process::Pid> {
         let pid: i32 = std::fs::read_to_string(self.path("pid")).ok()?.trim().parse().ok()?;
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let ours = format!("--conf-file={}", self.path("conf").display());

@@ -156,8 +156,18 @@ impl Networks {
         listed: &mut BTreeMap<String, String>,
     ) -> Result<(), NetError> {
         if !self.namespaces().contains(namespace) {
-            run(&["ip", "netns", "add", namespace], "").await?;
-            listed.remove(namespace);
+            match Server::of(namespace).pid() {
+                // Somebody took its name away; its server still is in it, and so are its machines.
+                Some(pid) => {
+                    warn!(namespace, "somebody else removed a network's namespace: it is put back");
+                    let pid = pid.as_raw_nonzero().to_string();
+                    run(&["ip", "netns", "attach", namespace, &pid], "").await?;
+                }
+                None => {
+                    run(&["ip", "netns", "add", namespace], "").await?;
+                    listed.remove(namespace);
+                }
+            }
         }
         // Frames between ports are judged by the bridge's rules alone.
         const SWITCHES: &str = "cd /proc/sys/net && echo 1 >ipv4/ip_forward && \

@@ -194,6 +194,9 @@ async fn machines_reach_each_other_and_the_world_and_networks_keep_apart() {
         site.networks = Networks::of(site.dir.path());
         rt.block_on(site.networks.apply(&members)).unwrap();
         assert!(ping.wait().unwrap().success());
+        ok(&format!("ip netns del {of}"));
+        rt.block_on(site.networks.apply(&members)).unwrap();
+        assert!(fetches(&a) && a.pings("10.80.0.3"), "its namespace is the same");
         ok(&format!("ip netns exec {of} nft flush ruleset"));
         ok(&format!("kill -9 $(cat /run/godwit-net/{of}/pid)"));
         rt.block_on(site.networks.apply(&members)).unwrap();
