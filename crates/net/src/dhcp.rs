@@ -45,14 +45,26 @@ impl Server {
         let leases = self.write("leases-by-mac", &fixed_leases(members))?;
         match self.pid() {
             Some(_) if !conf && !hosts && !leases => return Ok(()),
-            Some(pid) if !conf => {
+            Some(pid) if !conf && !leases => {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::HUP);
                 return Ok(());
             }
             _ => self.end().await,
         }
+        self.forget_leases(members)?;
         let conf = format!("--conf-file={}", self.path("conf").display());
         run_in(namespace, &["dnsmasq", &conf], "").await.map(drop)
+    }
+
+    /// Takes out the leases of machines that are gone: their addresses may be others' now.
+    fn forget_leases(&self, members: &[Member]) -> Result<(), NetError> {
+        let path = self.path("leases");
+        let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
+        let macs: Vec<String> = members.iter().map(|m| m.attachment.mac.to_string()).collect();
+        let kept =
+            |line: &&str| line.split(' ').nth(1).is_some_and(|mac| macs.iter().any(|m| m == mac));
+        let kept: String = text.lines().filter(kept).map(|line| format!("{line}\n")).collect();
+        std::fs::write(&path, kept).map_err(NetError::io("writing", &path))
     }
 
     /// Its process, if it runs.
@@ -137,7 +149,13 @@ fn hosts(network: &Network, members: &[Member]) -> String {
 
 /// Which MAC address gets which address.
 fn fixed_leases(members: &[Member]) -> String {
-    let line = |m: &Member| format!("{},{},{}\n", m.attachment.mac, m.attachment.address, m.name);
+    let line = |m: &Member| {
+        let (mac, address, name) = (m.attachment.mac, m.attachment.address, m.name.as_str());
+        // What it would take for a time or a word of its own; such a machine knows its name itself.
+        let is_word = name.starts_with(|c: char| c.is_ascii_digit())
+            || ["ignore", "infinite"].contains(&name);
+        if is_word { format!("{mac},{address}\n") } else { format!("{mac},{address},{name}\n") }
+    };
     members.iter().map(line).collect()
 }
 

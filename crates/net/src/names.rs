@@ -12,6 +12,9 @@ pub(crate) const BRIDGE: &str = "br0";
 /// The end of the veth pair in a namespace.
 pub(crate) const UPLINK: &str = "up0";
 
+/// How the names of all sites' veths begin, on the host.
+pub(crate) const VETHS: &str = "gdw";
+
 /// The mark of one site.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SiteMark(String);
@@ -21,7 +24,7 @@ impl SiteMark {
     pub(crate) fn of(data: &Path) -> Self {
         let data = std::fs::canonicalize(data).unwrap_or_else(|_| data.to_owned());
         let hash = blake3::hash(data.as_os_str().as_encoded_bytes());
-        Self(hash.to_hex().chars().take(6).collect())
+        Self(hash.to_hex().chars().take(5).collect())
     }
 
     /// How the names of its namespaces begin.
@@ -36,12 +39,12 @@ impl SiteMark {
 
     /// How the names of its veths begin, on the host.
     pub(crate) fn veths(&self) -> String {
-        format!("gw{}", self.0)
+        format!("{VETHS}{}", self.0)
     }
 
     /// The host's end of the veth pair of a namespace.
     pub(crate) fn veth(&self, namespace: &str) -> String {
-        format!("{}{}", self.veths(), tail(namespace, 6))
+        format!("{}{}", self.veths(), tail(namespace, 7))
     }
 
     /// The table of rules on the host.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use godwit_qemu::Tap;
 use godwit_types::{Name, NetworkId, VmId};
@@ -40,12 +41,34 @@ impl Member {
     }
 }
 
+/// With what something is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum With {
+    /// The host: no network is as it should be.
+    Host,
+    /// One network.
+    Network(NetworkId),
+    /// What is left in this namespace of a network that no machine here is in any more.
+    Gone(String),
+}
+
+/// What is wrong with the networks of a site.
+#[derive(Debug)]
+pub struct Trouble {
+    /// With what.
+    pub with: With,
+    /// What.
+    pub error: NetError,
+}
+
 /// The networks of one site. One caller at a time changes them.
 #[derive(Debug)]
 pub struct Networks {
     mark: SiteMark,
     /// The rules as the kernel lists them once they were set, by namespace; the host's under "".
     listed: tokio::sync::Mutex<BTreeMap<String, String>>,
+    /// Whether this process has looked after them before.
+    looked: AtomicBool,
 }
 
 /// What is lacking for networks on this host, in words.
@@ -75,7 +98,8 @@ impl Networks {
     /// Those of the site whose things are in `data`.
     #[must_use]
     pub fn of(data: &Path) -> Self {
-        Self { mark: SiteMark::of(data), listed: tokio::sync::Mutex::default() }
+        let listed = tokio::sync::Mutex::default();
+        Self { mark: SiteMark::of(data), listed, looked: AtomicBool::default() }
     }
 
     /// The TAP of a machine in a network.
@@ -87,10 +111,10 @@ impl Networks {
     /// Has the site's networks be those of `members`, each with these machines and no others. What
     /// is right already is not touched: connections go on.
     ///
-    /// # Errors
-    /// [`NetError::Lacking`] on a host that cannot have any; what a program refuses.
-    pub async fn apply(&self, members: &[Member]) -> Result<(), NetError> {
+    /// One network that cannot be made right keeps no other from it: what is wrong is given.
+    pub async fn apply(&self, members: &[Member]) -> Vec<Trouble> {
         let mut listed = self.listed.lock().await;
+        let mut troubles = Vec::new();
         let mut wanted: BTreeMap<String, (Network, Vec<Member>)> = BTreeMap::new();
         for m in members {
             let network = &m.attachment.network;
@@ -98,31 +122,46 @@ impl Networks {
             entry.or_insert_with(|| (network.clone(), Vec::new())).1.push(m.clone());
         }
         let there = self.namespaces();
-        if wanted.is_empty() && there.is_empty() {
-            return Ok(());
+        let first = !self.looked.swap(true, Ordering::Relaxed);
+        if wanted.is_empty() && there.is_empty() && !first {
+            return troubles;
         }
         for gone in there.iter().filter(|n| !wanted.contains_key(*n)) {
-            self.remove(gone).await?;
-            listed.remove(gone);
-        }
-        if wanted.is_empty() {
-            listed.clear();
-            return run(&["nft", "-f", "-"], &rules::none_on_host(&self.mark.table()))
-                .await
-                .map(drop);
+            match self.remove(gone).await {
+                Ok(()) => drop(listed.remove(gone)),
+                Err(error) => troubles.push(Trouble { with: With::Gone(gone.clone()), error }),
+            }
         }
         let lacks = lacking();
-        if !lacks.is_empty() {
-            return Err(NetError::Lacking(lacks.join("; ")));
+        if wanted.is_empty() {
+            listed.clear();
+            // The one before may have ended between its last network and its rules; a host that
+            // can have no networks has no rules either.
+            if lacks.is_empty() {
+                let none = rules::none_on_host(&self.mark.table());
+                if let Err(error) = run(&["nft", "-f", "-"], &none).await {
+                    troubles.push(Trouble { with: With::Host, error });
+                }
+            }
+            return troubles;
         }
-        self.host_rules(&mut listed).await?;
+        let host = match lacks.is_empty() {
+            true => self.host_rules(&mut listed, &wanted).await,
+            false => Err(NetError::Lacking(lacks.join("; "))),
+        };
+        if let Err(error) = host {
+            troubles.push(Trouble { with: With::Host, error });
+            return troubles;
+        }
         for (namespace, (network, members)) in &wanted {
-            self.network(namespace, network, members, &mut listed).await?;
+            if let Err(error) = self.network(namespace, network, members, &mut listed).await {
+                troubles.push(Trouble { with: With::Network(network.id), error });
+            }
         }
-        Ok(())
+        troubles
     }
 
-    /// The namespaces that the site has.
+    /// The namespaces that the site has, whole or not.
     fn namespaces(&self) -> BTreeSet<String> {
         let begin = self.mark.namespaces();
         let list = std::fs::read_dir(NAMESPACES).into_iter().flatten().flatten();
@@ -133,19 +172,31 @@ impl Networks {
 
     async fn remove(&self, namespace: &str) -> Result<(), NetError> {
         Server::of(namespace).remove().await;
-        run(&["ip", "netns", "del", namespace], "").await?;
+        let path = Path::new(NAMESPACES).join(namespace);
+        if is_namespace(&path) {
+            run(&["ip", "netns", "del", namespace], "").await?;
+        } else {
+            std::fs::remove_file(&path).map_err(NetError::io("removing", &path))?;
+        }
         // It goes with its other end, a moment later: the next network may want its name.
         let _ = run(&["ip", "link", "del", &self.mark.veth(namespace)], "").await;
         info!(namespace, "a network without machines here is removed");
         Ok(())
     }
 
-    async fn host_rules(&self, listed: &mut BTreeMap<String, String>) -> Result<(), NetError> {
+    async fn host_rules(
+        &self,
+        listed: &mut BTreeMap<String, String>,
+        wanted: &BTreeMap<String, (Network, Vec<Member>)>,
+    ) -> Result<(), NetError> {
         let text = rules::on_host(&self.mark.table(), &self.mark.veths());
         let table = self.mark.table();
         let list = ["nft", "-s", "list", "table", "inet", &table];
         set_rules(&["nft"], &list, &text, ("", listed)).await?;
-        set_sysctl("/proc/sys/net/ipv4/ip_forward", "1")
+        match wanted.values().any(|(network, _)| network.kind == NetworkKind::Nat) {
+            true => set_sysctl("/proc/sys/net/ipv4/ip_forward", "1"),
+            false => Ok(()),
+        }
     }
 
     async fn network(
@@ -155,7 +206,13 @@ impl Networks {
         members: &[Member],
         listed: &mut BTreeMap<String, String>,
     ) -> Result<(), NetError> {
-        if !self.namespaces().contains(namespace) {
+        let path = Path::new(NAMESPACES).join(namespace);
+        // Where one is kept, but none was put there: its making was cut short.
+        if path.exists() && !is_namespace(&path) {
+            warn!(namespace, "a network's namespace was not finished: it is made anew");
+            std::fs::remove_file(&path).map_err(NetError::io("removing", &path))?;
+        }
+        if !path.exists() {
             match Server::of(namespace).pid() {
                 // Somebody took its name away; its server still is in it, and so are its machines.
                 Some(pid) => {
@@ -230,7 +287,7 @@ impl Networks {
             run(&["ip", "link", "del", &veth], "").await?;
         }
         let used: BTreeSet<Ipv4Addr> = host.values().flatten().copied().collect();
-        let hint = u32::from_str_radix(veth.get(8..14).unwrap_or_default(), 16).unwrap_or(0);
+        let hint = u32::from_str_radix(veth.get(8..).unwrap_or_default(), 16).unwrap_or(0);
         let link = known.or_else(|| Link::free(hint, &used));
         let link = link.ok_or(NetError::NoLink(crate::links::RANGE))?;
         let mut outside = Vec::new();
@@ -249,6 +306,11 @@ impl Networks {
         ];
         batch(Some(namespace), &inside).await
     }
+}
+
+/// Whether a namespace is kept at a path (`NSFS_MAGIC` of `linux/magic.h`).
+fn is_namespace(path: &Path) -> bool {
+    rustix::fs::statfs(path).is_ok_and(|s| s.f_type as u64 == 0x6e73_6673)
 }
 
 /// Has a table of rules be what `text` says, unless it is.

@@ -3,9 +3,12 @@
 use std::fmt::Write as _;
 
 use crate::links::RANGE;
-use crate::names::{BRIDGE, UPLINK};
+use crate::names::{BRIDGE, UPLINK, VETHS};
 use crate::networks::Member;
 use crate::types::{Network, NetworkKind};
+
+/// What is no place in the world: this host, the link (where clouds keep their hosts' keys), groups.
+const NOWHERE: &str = "0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/3";
 
 /// The rules in the namespace of a network.
 pub(crate) fn in_namespace(network: &Network, members: &[Member]) -> String {
@@ -25,7 +28,7 @@ pub(crate) fn in_namespace(network: &Network, members: &[Member]) -> String {
     let out = match network.kind {
         NetworkKind::Nat => format!(
             "    ct state established,related accept\n    \
-             iifname \"{BRIDGE}\" oifname \"{UPLINK}\" ip daddr != {RANGE} accept\n"
+             iifname \"{BRIDGE}\" oifname \"{UPLINK}\" ip daddr != {{ {RANGE}, {NOWHERE} }} accept\n"
         ),
         NetworkKind::Private => String::new(),
     };
@@ -81,7 +84,7 @@ table inet godwit {{
 }
 
 /// The rules on the host: what comes from the networks of a site leaves the host, and reaches
-/// neither the host itself nor another network.
+/// neither the host itself, nor what it publishes for others, nor another network.
 pub(crate) fn on_host(table: &str, veths: &str) -> String {
     format!(
         r#"table inet {table}
@@ -93,13 +96,14 @@ table inet {table} {{
   }}
   chain forward {{
     type filter hook forward priority -10; policy accept;
-    iifname "{veths}*" oifname "gw*" drop
+    iifname "{veths}*" oifname "{VETHS}*" drop
+    iifname "{veths}*" ct status dnat drop
     oifname "{veths}*" ct state established,related accept
     oifname "{veths}*" drop
   }}
   chain postrouting {{
     type nat hook postrouting priority 100; policy accept;
-    ip saddr {RANGE} oifname != "gw*" masquerade
+    ip saddr {RANGE} oifname != "{VETHS}*" masquerade
   }}
 }}
 "#

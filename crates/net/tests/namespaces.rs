@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use godwit_net::{Attachment, Member, Network, NetworkKind, Networks, Prefix};
+use godwit_net::{Attachment, Member, Network, NetworkKind, Networks, Prefix, With};
 use godwit_qemu::MacAddress;
 use godwit_testkit::World;
 use godwit_types::{Name, NetworkId, VmId};
@@ -56,6 +56,12 @@ impl Site {
         Guest { namespace }
     }
 
+    /// Has the site's networks be those of `members`.
+    fn has(&self, rt: &tokio::runtime::Handle, members: &[Member]) {
+        let troubles = rt.block_on(self.networks.apply(members));
+        assert!(troubles.is_empty(), "{troubles:?}");
+    }
+
     fn namespace(&self, member: &Member) -> String {
         self.networks.tap(member.attachment.network.id, VmId::new()).namespace
     }
@@ -68,9 +74,7 @@ impl Drop for Site {
         }
         let networks = Networks::of(self.dir.path());
         let done = tokio::runtime::Runtime::new().unwrap().block_on(networks.apply(&[]));
-        if !std::thread::panicking() {
-            done.unwrap();
-        }
+        assert!(done.is_empty() || std::thread::panicking(), "{done:?}");
     }
 }
 
@@ -127,6 +131,33 @@ fn taken(listens: std::process::Child) -> Vec<u8> {
     text.lines().filter_map(|l| l.parse().ok()).collect()
 }
 
+/// Fetches a page from there.
+fn fetch(address: &str) -> String {
+    format!("busybox wget -q -T 3 -O - http://{address}/hostname")
+}
+
+/// A port of this host that leads on to a web server, as containers publish theirs.
+struct Publishes(String);
+
+impl Publishes {
+    const PORT: u16 = 8093;
+
+    fn new(to: &str) -> Self {
+        let table = format!("gwtest_{}", std::process::id());
+        let rule = format!("tcp dport {} dnat ip to {to}:80", Self::PORT);
+        ok(&format!(
+            "nft 'table inet {table} {{ chain pre {{ type nat hook prerouting priority -100; {rule}; }}; }}'"
+        ));
+        Self(table)
+    }
+}
+
+impl Drop for Publishes {
+    fn drop(&mut self) {
+        let _ = sh(&format!("nft delete table inet {}", self.0));
+    }
+}
+
 fn network(name: &str, kind: NetworkKind, prefix: &str) -> Network {
     let prefix: Prefix = prefix.parse().unwrap();
     Network { id: NetworkId::new(), name: Name::new(name).unwrap(), kind, prefix }
@@ -153,10 +184,10 @@ async fn machines_reach_each_other_and_the_world_and_networks_keep_apart() {
         // Both networks have the same prefix, and two of their machines the same address.
         let members =
             [member(&one, "a", 0), member(&one, "b", 1), member(&two, "c", 2), member(&alone, "d", 0)];
-        rt.block_on(site.networks.apply(&members)).unwrap();
+        site.has(&rt, &members);
         let [a, b, c, d] = [0, 1, 2, 3].map(|n| site.plug(&members[n]));
         let fetches = |g: &Guest| {
-            let got = g.run(&format!("curl -sfm 3 http://{}/hostname", world.address));
+            let got = g.run(&fetch(&world.address));
             got.status.success() && !got.stdout.is_empty()
         };
         assert!(a.pings("10.80.0.3") && b.pings("10.80.0.2") && a.pings("10.80.0.1"));
@@ -172,6 +203,17 @@ async fn machines_reach_each_other_and_the_world_and_networks_keep_apart() {
             let tried = a.run(&format!("busybox nc -w 1 {address} {port} </dev/null"));
             assert!(!tried.status.success() && !a.pings(address), "{address} answers");
         }
+        // Nor what is no place in the world, though the host reaches it there: clouds keep keys so.
+        world.also_at("169.254.77.77");
+        assert!(!ok(&fetch("169.254.77.77")).is_empty(), "it is there");
+        assert!(!a.run(&fetch("169.254.77.77")).status.success(), "the link's addresses answer");
+        // Nor what the host publishes for others at its own address.
+        let publishes = Publishes::new(&world.address);
+        for address in addresses.lines().filter(|a| *a != "127.0.0.1") {
+            let tried = a.run(&fetch(&format!("{address}:{}", Publishes::PORT)));
+            assert!(!tried.status.success(), "{address} publishes for guests");
+        }
+        drop(publishes);
         // The gateway offers names and addresses, and nothing else.
         let scan = a.run(
             "for p in 22 80 443 7700 8080; do busybox nc -w 1 10.80.0.1 $p </dev/null && echo $p; done",
@@ -192,22 +234,73 @@ async fn machines_reach_each_other_and_the_world_and_networks_keep_apart() {
             .spawn()
             .unwrap();
         site.networks = Networks::of(site.dir.path());
-        rt.block_on(site.networks.apply(&members)).unwrap();
+        site.has(&rt, &members);
         assert!(ping.wait().unwrap().success());
         ok(&format!("ip netns del {of}"));
-        rt.block_on(site.networks.apply(&members)).unwrap();
+        site.has(&rt, &members);
         assert!(fetches(&a) && a.pings("10.80.0.3"), "its namespace is the same");
         ok(&format!("ip netns exec {of} nft flush ruleset"));
         ok(&format!("kill -9 $(cat /run/godwit-net/{of}/pid)"));
-        rt.block_on(site.networks.apply(&members)).unwrap();
+        site.has(&rt, &members);
         assert!(ok(&format!("ip netns exec {of} nft list ruleset")).contains("policy drop"));
         assert!(fetches(&a), "put right");
         let named = a.run("busybox nslookup b.one.internal 10.80.0.1");
         assert!(String::from_utf8_lossy(&named.stdout).contains("10.80.0.3"), "{named:?}");
 
         // A network whose last machine goes leaves nothing.
-        rt.block_on(site.networks.apply(&members[3..])).unwrap();
+        site.has(&rt, &members[3..]);
         assert!(!ok("ip netns list").contains(&of) && !Path::new("/run/godwit-net").join(&of).exists());
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_broken_network_keeps_no_other_from_being_there() {
+    tokio::task::spawn_blocking(|| {
+        let rt = tokio::runtime::Handle::current();
+        let mut site = Site::new();
+        let (one, two) = (
+            network("one", NetworkKind::Private, "10.83.0.0/24"),
+            network("two", NetworkKind::Private, "10.83.0.0/24"),
+        );
+        let members = [member(&one, "a", 0), member(&two, "b", 0)];
+        let [cut, broken] = [0, 1].map(|n| site.namespace(&members[n]));
+        // The making of one's namespace was cut short; the files of the other's server have no room.
+        std::fs::create_dir_all("/run/netns").unwrap();
+        std::fs::write(Path::new("/run/netns").join(cut), "").unwrap();
+        let files = Path::new("/run/godwit-net").join(broken);
+        std::fs::create_dir_all("/run/godwit-net").unwrap();
+        std::fs::write(&files, "").unwrap();
+        let troubles = rt.block_on(site.networks.apply(&members));
+        std::fs::remove_file(&files).unwrap();
+        assert_eq!(troubles.len(), 1, "{troubles:?}");
+        assert_eq!(troubles[0].with, With::Network(two.id));
+        let a = site.plug(&members[0]);
+        assert!(a.pings("10.83.0.1"));
+        site.has(&rt, &members);
+        let b = site.plug(&members[1]);
+        assert!(b.pings("10.83.0.1"));
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_is_the_next_machines_at_once() {
+    tokio::task::spawn_blocking(|| {
+        let rt = tokio::runtime::Handle::current();
+        let mut site = Site::new();
+        let net = network("one", NetworkKind::Private, "10.84.0.0/24");
+        // Each asks by DHCP alone; names that a server would take for words are none.
+        let [old, new] = ["ignore", "30m"].map(|name| member(&net, name, 1));
+        let stays = member(&net, "stays", 0);
+        for one in [old, new] {
+            site.has(&rt, &[stays.clone(), one.clone()]);
+            let asks = "busybox udhcpc -i eth0 -n -q -f -t 5 -T 1 -s /bin/true 2>&1";
+            let lease = site.plug(&one).run(asks);
+            assert!(String::from_utf8_lossy(&lease.stdout).contains("10.84.0.3"), "{lease:?}");
+        }
     })
     .await
     .unwrap();
@@ -220,7 +313,7 @@ async fn what_a_guest_forges_reaches_nobody() {
         let mut site = Site::new();
         let net = network("one", NetworkKind::Nat, "10.82.0.0/24");
         let members = [member(&net, "bad", 0), member(&net, "victim", 1)];
-        rt.block_on(site.networks.apply(&members)).unwrap();
+        site.has(&rt, &members);
         let [bad, victim] = [0, 1].map(|n| site.plug(&members[n]));
         assert!(bad.pings("10.82.0.3"));
         let [own, to] = [0, 1].map(|n| members[n].attachment.mac.0);

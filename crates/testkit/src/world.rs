@@ -52,6 +52,17 @@ impl World {
     }
 }
 
+impl World {
+    /// Has it be reached from this host at another address, too, for as long as it is there.
+    pub fn also_at(&self, address: &str) {
+        let made = works(&format!(
+            "ip -n {} addr add {address}/32 dev lo && ip route add {address} via {}",
+            self.namespace, self.address
+        ));
+        assert!(made, "a second address for the world");
+    }
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         let _ = self.server.kill();

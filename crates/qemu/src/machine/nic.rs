@@ -32,7 +32,13 @@ impl Machine {
             let fd = open_tap(&self.launched().name, of)?;
             self.inner.qmp.hand(&tap, &fd).await?;
         }
-        self.qmp("netdev_add", netdev).await?;
+        if let Err(e) = self.qmp("netdev_add", netdev).await {
+            if matches!(nic.backend, NicBackend::Tap(_)) {
+                // It would keep the TAP from the next try.
+                let _ = self.qmp("closefd", json!({ "fdname": tap })).await;
+            }
+            return Err(e);
+        }
         if let Err(e) = self.qmp("device_add", device).await {
             if let Err(also) = self.qmp("netdev_del", json!({ "id": id })).await {
                 warn!(error = %also, "the host side of a NIC stays");

@@ -7,7 +7,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use godwit_net::{Attachment, Member, Networks};
+use godwit_net::{Attachment, Member, Networks, Trouble, With};
 use godwit_qemu::{Machine, NicBackend};
 use godwit_substrate::{GuestNetwork, set_network};
 use godwit_types::{Fault, Name, VmId};
@@ -33,34 +33,35 @@ impl SiteNetworks {
         Self { networks: Networks::of(data), one: tokio::sync::Mutex::default() }
     }
 
-    /// Has them be those of the machines that are here.
-    pub(super) async fn follow(&self, machines: &Machines) -> Result<(), Fault> {
+    /// Has them be those of the machines that are here; what is wrong with them.
+    async fn follow(&self, machines: &Machines) -> Vec<Trouble> {
         let _one = self.one.lock().await;
         let member = |r: MachineRecord| Some(Member::new(r.vm, r.name, r.attachment?));
         let members: Vec<Member> =
             machines.records().await.into_iter().filter_map(member).collect();
-        self.networks.apply(&members).await.map_err(|e| {
-            Fault::of(&e)
-                .hint("see what is missing with: godwit doctor; or make it without a network")
-        })
+        self.networks.apply(&members).await
     }
 
-    /// As [`SiteNetworks::follow`], for a machine that is about to start, if it is in a network.
+    /// Has the network be there of a machine that is about to start, if it is in one.
     pub(super) async fn ready_for(
         &self,
         machines: &Machines,
         record: &MachineRecord,
     ) -> Result<(), Fault> {
-        match &record.attachment {
-            Some(_) => self.follow(machines).await,
+        let Some(attachment) = &record.attachment else { return Ok(()) };
+        let own = [With::Host, With::Network(attachment.network.id)];
+        let mut troubles = self.follow(machines).await.into_iter();
+        match troubles.find(|t| own.contains(&t.with)) {
+            Some(t) => Err(Fault::of(&t.error)
+                .hint("see what is missing with: godwit doctor; or make it without a network")),
             None => Ok(()),
         }
     }
 
-    /// As [`SiteNetworks::follow`], after a machine went: what stays is removed by the next look.
+    /// Puts all of them right, also after a machine went: what stays is removed by the next look.
     pub(super) async fn tidy(&self, machines: &Machines) {
-        if let Err(error) = self.follow(machines).await {
-            tracing::warn!(%error, "the networks of this site are not as they should be");
+        for Trouble { with, error } in self.follow(machines).await {
+            tracing::warn!(?with, %error, "the networks of this site are not as they should be");
         }
     }
 

@@ -207,7 +207,14 @@ impl Starts {
             }
         };
         let outcome = match outcome {
-            Ok(()) => tell_guest(&machine, record.attachment.as_ref(), Some(&record.name)).await,
+            Ok(()) => {
+                let (network, name) = (record.attachment.as_ref(), Some(&record.name));
+                if let Err(error) = tell_guest(&machine, network, name).await {
+                    // One whose scripts do not run asks by DHCP.
+                    tracing::warn!(vm = %record.name, %error, "its guest was not told its network");
+                }
+                Ok(())
+            }
             Err(f) => Err(f),
         };
         if outcome.is_err() {
