@@ -19,7 +19,10 @@ fn end_each(sites: &[PathBuf]) -> Result<(), String> {
     let runtime = runtime.map_err(|e| e.to_string())?;
     for data in sites {
         let networks = godwit_net::Networks::of(data);
-        runtime.block_on(networks.apply(&[])).map_err(|e| e.to_string())?;
+        let troubles = runtime.block_on(networks.apply(&[]));
+        if !troubles.is_empty() {
+            return Err(format!("{troubles:?}"));
+        }
     }
     Ok(())
 }

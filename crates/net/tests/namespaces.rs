@@ -133,7 +133,8 @@ fn taken(listens: std::process::Child) -> Vec<u8> {
 
 /// Fetches a page from there.
 fn fetch(address: &str) -> String {
-    format!("busybox wget -q -T 3 -O - http://{address}/hostname")
+    let get = format!("u.urlopen('http://{address}/hostname', timeout=3).read().decode()");
+    format!("python3 -c \"import urllib.request as u; print({get})\"")
 }
 
 /// A port of this host that leads on to a web server, as containers publish theirs.
