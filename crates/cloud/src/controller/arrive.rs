@@ -32,7 +32,7 @@ use super::meet::{can_be_dialled, may_dial};
 use super::moves::{Move, measured};
 use super::{Accepted, MigrateVm, Mode, Moves};
 use crate::access::Principal;
-use crate::ops::{OpHandle, OpKind};
+use crate::ops::{OpHandle, OpKind, Ops};
 use crate::registry::{StepKind, VmRecord, registry_fault};
 
 /// The stage that an operation shows while a broken migration is taken up again.
@@ -283,8 +283,8 @@ impl Moves {
                     return Err(f);
                 }
                 Err(Broken::Back(fell)) => {
-                    let vm = self.give_back(m, &fell)?;
-                    return Err(self.bring_back(op, vm).await);
+                    let vm = self.way_back.give_back(m, &fell)?;
+                    return Err(self.way_back.bring_back(op, vm).await);
                 }
                 Err(Broken::Again(f)) => why = f,
             }
@@ -354,7 +354,7 @@ impl Moves {
         let lost = match here.memory {
             MemoryStatus::Gone | MemoryStatus::Fell => {
                 let stays = match may_return(&here, &there, src.speaks().min(dst.speaks())) {
-                    Ok(()) => match self.ask_fell(m, &dst).await? {
+                    Ok(()) => match self.way_back.ask_fell(m, &dst).await? {
                         Some(fell) => return Err(Broken::Back(fell)),
                         None => None,
                     },
@@ -496,20 +496,6 @@ impl Moves {
         }
     }
 
-    /// Refuses what an operation does already: a move of `vm`, of which part is at `from`.
-    pub(super) fn no_move_goes_on(&self, vm: &VmRecord, from: &Name) -> Result<(), Fault> {
-        let going = self.ops.list().map_err(registry_fault)?.into_iter().find(|o| {
-            !o.state.is_final() && matches!(&o.kind, OpKind::VmMigrate { vm: v, .. } if *v == vm.id)
-        });
-        going.map_or(Ok(()), |op| {
-            Err(Fault::conflict(format!(
-                "machine '{}' is still moving to '{}': part of it is at '{from}'",
-                vm.name, vm.site
-            ))
-            .hint(format!("wait for it: godwit op wait {}", op.id)))
-        })
-    }
-
     /// Takes up a migration again that was given up beyond its switch.
     pub(super) fn migrate_on(
         self: &Arc<Self>,
@@ -521,7 +507,7 @@ impl Moves {
         let Some(arriving) = vm.arriving.clone() else {
             return Err(Fault::internal("a machine that does not arrive"));
         };
-        self.no_move_goes_on(&vm, &arriving.from)?;
+        no_move_goes_on(&self.ops, &vm, &arriving.from)?;
         if want.to.as_ref().is_some_and(|to| *to != vm.site) {
             return Err(Fault::conflict(format!(
                 "machine '{}' is not whole at '{}': part of it is at '{}'",
@@ -570,6 +556,20 @@ pub(super) fn show(op: &OpHandle, attempt: u64, note: String) {
 async fn move_status(host: &Arc<dyn SiteHost>, m: &Move) -> Result<MoveStatus, Fault> {
     let request = verbs::MigrateStatus { migration: m.id, vm: m.vm.id };
     host.ask(request, Call::quiet()).await
+}
+
+/// Refuses what an operation does already: a move of `vm`, of which part is at `from`.
+pub(super) fn no_move_goes_on(ops: &Ops, vm: &VmRecord, from: &Name) -> Result<(), Fault> {
+    let going = ops.list().map_err(registry_fault)?.into_iter().find(|o| {
+        !o.state.is_final() && matches!(&o.kind, OpKind::VmMigrate { vm: v, .. } if *v == vm.id)
+    });
+    going.map_or(Ok(()), |op| {
+        Err(Fault::conflict(format!(
+            "machine '{}' is still moving to '{}': part of it is at '{from}'",
+            vm.name, vm.site
+        ))
+        .hint(format!("wait for it: godwit op wait {}", op.id)))
+    })
 }
 
 /// What a destination lacks, in words.

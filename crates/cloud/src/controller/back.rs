@@ -12,17 +12,19 @@
 //! Nobody guesses that a machine is dead: a destination that is only out of reach keeps it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use godwit_site::{Call, Fell, MemoryStatus, MoveStatus, Request as _, SiteHost, verbs};
 use godwit_types::{Code, Fault, Name, UnixMs, VmState};
 use tokio::time::Instant;
 
-use super::arrive::{PAUSE, show};
+use super::arrive::{PAUSE, no_move_goes_on, show};
 use super::lifecycle::dry;
 use super::moves::Move;
-use super::{Accepted, MigrateVm, Mode, Moves};
+use super::{Accepted, MigrateVm, Mode, Sites, Warrants};
 use crate::access::Principal;
-use crate::ops::{OpHandle, OpKind};
+use crate::ops::{OpHandle, OpKind, Ops};
+use crate::registry::Registry;
 use crate::registry::{Arriving, Returning, StepKind, StepName, VmRecord, registry_fault};
 
 /// Why a machine that ended at its destination is not brought back to its source.
@@ -91,7 +93,17 @@ pub(super) fn undone(m: &Move, fell: &Fell) -> String {
     )
 }
 
-impl Moves {
+/// Machines that died where they moved to.
+pub(super) struct WayBack {
+    pub(super) registry: Arc<Registry>,
+    pub(super) ops: Arc<Ops>,
+    pub(super) sites: Arc<Sites>,
+    pub(super) warrants: Arc<Warrants>,
+    /// How long a site that is away is waited for.
+    pub(super) patience: Duration,
+}
+
+impl WayBack {
     /// Has the destination of a move give its dead machine up; `None` where it says that this machine
     /// is none to be brought back.
     pub(super) async fn ask_fell(
@@ -176,7 +188,10 @@ impl Moves {
     async fn take_back(&self, op: &OpHandle, vm: &VmRecord) -> Result<(), Fault> {
         let src = match self.sites.host(&vm.site) {
             Ok(src) => src,
-            Err(_) => self.await_site(op, &vm.site).await?,
+            Err(_) => {
+                show(op, 0, format!("waiting for site '{}' to come back", vm.site));
+                self.sites.await_host(&vm.site, self.patience).await?
+            }
         };
         let Some(back) = &vm.returning else { return Ok(()) };
         let warrant = self.warrants.warrant(vm, vm.generation, &vm.site)?;
@@ -282,7 +297,7 @@ impl Moves {
     ) -> Result<Accepted, Fault> {
         let back = vm.returning.clone();
         let back = back.ok_or_else(|| Fault::internal("a machine that is not brought back"))?;
-        self.no_move_goes_on(&vm, &back.from)?;
+        no_move_goes_on(&self.ops, &vm, &back.from)?;
         if want.to.as_ref().is_some_and(|to| *to != vm.site) {
             return Err(Fault::conflict(format!(
                 "machine '{}' died at '{}' and does not run at '{}' yet",

@@ -9,6 +9,7 @@ use godwit_types::{
 };
 use serde_json::json;
 
+use super::arrive::no_move_goes_on;
 use super::authorize::{allow, name_at_sites};
 use super::depart::{Wanted, half_here};
 use super::disks::DiskOf;
@@ -345,7 +346,7 @@ impl Controller {
         // What brings the rest of it, or brings it back, would be cut off.
         let from = vm.arriving.as_ref().map(|a| &a.from);
         if let Some(from) = from.or(vm.returning.as_ref().map(|r| &r.from)) {
-            self.moves.no_move_goes_on(&vm, from)?;
+            no_move_goes_on(&self.ops, &vm, from)?;
         }
         let host = self.sites.host(&vm.site)?;
         let plan = format!("start '{}' at {}", vm.name, vm.site);
@@ -366,7 +367,7 @@ impl Controller {
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
             me.moves.release_source(&vm).await;
-            me.moves.release_fallen(&vm).await;
+            me.moves.way_back.release_fallen(&vm).await;
             Ok(json!({}))
         })
     }
@@ -485,7 +486,7 @@ impl Controller {
                     _ => {}
                 }
                 me.moves.release_source(&vm).await;
-                me.moves.release_fallen(&vm).await;
+                me.moves.way_back.release_fallen(&vm).await;
                 me.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
                 op.done(StepName::Delete)?;
                 Ok(json!({}))

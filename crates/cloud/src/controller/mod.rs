@@ -251,6 +251,13 @@ impl Controller {
             warrants: warrants.clone(),
             finder: finder.clone(),
             settler: settler.clone(),
+            way_back: Arc::new(back::WayBack {
+                registry: registry.clone(),
+                ops: ops.clone(),
+                sites: sites.clone(),
+                warrants: warrants.clone(),
+                patience,
+            }),
             patience,
         });
         let pool = Arc::new(Pool {

@@ -10,6 +10,7 @@ use godwit_types::{Code, Fault, Generation, MigrationId, MoveReport, Name, UnixM
 use serde_json::json;
 
 use super::authorize::allow;
+use super::back::WayBack;
 use super::lifecycle::{call_of, dry, state_fault};
 use super::meet::can_be_dialled;
 use super::{Accepted, Finder, MigrateVm, Mode, Settler, Sites, Warrants};
@@ -87,6 +88,7 @@ pub(crate) struct Moves {
     pub(super) warrants: Arc<Warrants>,
     pub(super) finder: Arc<Finder>,
     pub(super) settler: Arc<Settler>,
+    pub(super) way_back: Arc<WayBack>,
     /// How long a machine is waited for that lacks something of a site that is away.
     pub(super) patience: Duration,
 }
@@ -117,7 +119,7 @@ impl Moves {
             return self.migrate_on(who, vm, &want, mode);
         }
         if vm.returning.is_some() {
-            return self.migrate_back(who, vm, &want, mode);
+            return self.way_back.migrate_back(who, vm, &want, mode);
         }
         vm.state.to(VmState::Moving).map_err(|e| state_fault(&vm, &e))?;
         let scheme = want.scheme.unwrap_or_else(|| SCHEME.into());

@@ -117,7 +117,7 @@ impl Controller {
                     }
                 };
                 if record.returning.as_ref().is_some_and(|r| r.migration == id) {
-                    return Err(self.moves.bring_back(handle, record).await);
+                    return Err(self.moves.way_back.bring_back(handle, record).await);
                 }
                 let m = Move::found(&record, from.clone(), to.clone(), *generation, id);
                 // It was brought back, or is to be started from its disk where it died, and the
