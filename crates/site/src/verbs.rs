@@ -532,30 +532,6 @@ verbs! {
     }
     /// The machines that have left a site and of which it keeps memory.
     Visits "visits" since 5 => Visits {}
-    /// To a destination whose QEMU has died while part of the machine's memory was at the source: it
-    /// gives the machine up. When it answers, it is written down there that the machine never runs
-    /// there again under this generation. Refused as a conflict where the machine runs, was powered
-    /// off by its guest, or had all its memory.
-    MigrateFell "migrate fell" since 6 => Fell {
-        /// The migration.
-        migration: MigrationId,
-        /// The machine.
-        vm: VmId,
-        /// Its generation there.
-        generation: Generation,
-    }
-    /// To a source, once its destination has answered `MigrateFell`: the machine runs on there as it
-    /// was when it left. May be asked again after any failure.
-    MigrateTakeBack "migrate take back" since 6 => Done {
-        /// The migration.
-        migration: MigrationId,
-        /// The machine.
-        vm: VmId,
-        /// Its generation from now on.
-        generation: Generation,
-        /// The center's word for that.
-        warrant: Warrant,
-    }
     /// As `VmNew`, a machine in a network.
     VmNewOn "vm new on a network" since 6 => Machine {
         /// Which, and what from.
@@ -579,5 +555,29 @@ verbs! {
         manifest: Vec<u8>,
         /// Its place in the network.
         attachment: Attachment,
+    }
+    /// To a destination whose QEMU has died while part of the machine's memory was at the source: it
+    /// gives the machine up. When it answers, it is written down there that the machine never runs
+    /// there again under this generation. Refused as a conflict where the machine runs, was powered
+    /// off by its guest, or had all its memory.
+    MigrateFell "migrate fell" since 7 => Fell {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+        /// Its generation there.
+        generation: Generation,
+    }
+    /// To a source, once its destination has answered `MigrateFell`: the machine runs on there as it
+    /// was when it left. May be asked again after any failure.
+    MigrateTakeBack "migrate take back" since 7 => Done {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+        /// Its generation from now on.
+        generation: Generation,
+        /// The center's word for that.
+        warrant: Warrant,
     }
 }

@@ -155,7 +155,7 @@ pub struct Versions {
 
 impl Versions {
     /// What this build speaks.
-    pub const OURS: Self = Self { min: 1, max: 6 };
+    pub const OURS: Self = Self { min: 1, max: 7 };
 
     /// The version that both sides use: the highest common one.
     ///

@@ -73,7 +73,7 @@ const fn status(memory: MemoryStatus, missing_pages: u64) -> MoveStatus {
 #[test]
 fn only_what_is_dead_and_lacks_memory_that_its_source_has_goes_back() {
     use MemoryStatus::{Fell, Gone, Partial, Whole};
-    let (old, new) = (5, 6);
+    let (old, new) = (6, 7);
     let over = MoveStatus { over: true, ..status(Partial, 0) };
     let never = MoveStatus { runs: false, ..status(Gone, 9) };
     for (here, there, speaks, due) in [
