@@ -19,7 +19,7 @@ fn end_each(sites: &[PathBuf]) -> Result<(), String> {
     let runtime = runtime.map_err(|e| e.to_string())?;
     for data in sites {
         let networks = godwit_net::Networks::of(data);
-        let troubles = runtime.block_on(networks.apply(&[]));
+        let troubles = runtime.block_on(networks.apply(&[], godwit_net::Rest::Goes));
         if !troubles.is_empty() {
             return Err(format!("{troubles:?}"));
         }

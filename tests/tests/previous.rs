@@ -3,10 +3,10 @@
 //!
 //! The other builds are not made here, so this runs only when it is asked for, with their programs in
 //! `GODWIT_PREVIOUS`, one or several, as `PATH` is written. As root, from the root of the repository, for
-//! the last commit that spoke each protocol (1, 2, 3 and 4):
+//! the last commit that spoke each protocol (1 to 5):
 //!
 //! ```sh
-//! for c in 7780577 f228b30 b051ebf f95ae04; do
+//! for c in 7780577 f228b30 b051ebf f95ae04 9df9269; do
 //!     git worktree add --detach /tmp/previous/$c $c
 //!     (cd /tmp/previous/$c && cargo build --locked -p godwit --target-dir /tmp/previous/target)
 //!     cp /tmp/previous/target/debug/godwit /tmp/previous/godwit-$c

@@ -23,5 +23,5 @@ mod types;
 
 pub use command::NetError;
 pub use godwit_qemu::MacAddress;
-pub use networks::{Member, Networks, Trouble, With, lacking};
+pub use networks::{Member, Networks, Rest, Trouble, With, lacking};
 pub use types::{Attachment, Network, NetworkKind, Prefix, PrefixError};

@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use godwit_qemu::MacAddress;
 use godwit_types::{NetworkId, VmId};
 
 /// The bridge of a namespace.
@@ -56,6 +57,12 @@ impl SiteMark {
 /// The TAP of a machine.
 pub(crate) fn tap(vm: VmId) -> String {
     format!("t{}", tail(&vm.0.simple().to_string(), 12))
+}
+
+/// The MAC address of a network's gateway.
+pub(crate) fn gateway_mac(network: NetworkId) -> MacAddress {
+    let id = network.0.into_bytes();
+    MacAddress([0x02, id[11], id[12], id[13], id[14], id[15]])
 }
 
 fn tail(text: &str, n: usize) -> &str {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use godwit_qemu::Tap;
 use godwit_types::{Name, NetworkId, VmId};
@@ -18,7 +19,9 @@ use crate::rules;
 use crate::types::{Attachment, Network, NetworkKind};
 
 /// What guards the choice of addresses between the sites of a host.
-const LOCK: &str = "/run/godwit-net.lock";
+const LOCK: &str = "/run/godwit-links.lock";
+/// How long another site of the host may take to choose.
+const LOCK_WITHIN: Duration = Duration::from_secs(5);
 /// Where `ip netns` keeps namespaces.
 const NAMESPACES: &str = "/run/netns";
 
@@ -39,6 +42,15 @@ impl Member {
     pub fn new(vm: VmId, name: Name, attachment: Attachment) -> Self {
         Self { tap: names::tap(vm), name, attachment }
     }
+}
+
+/// What becomes of what the site has of machines that are not named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rest {
+    /// It is removed.
+    Goes,
+    /// It is left as it is.
+    Stays,
 }
 
 /// With what something is wrong.
@@ -108,11 +120,12 @@ impl Networks {
         Tap { namespace: self.mark.namespace(network), interface: names::tap(vm) }
     }
 
-    /// Has the site's networks be those of `members`, each with these machines and no others. What
+    /// Has the site's networks be those of `members`, each with these machines and, unless the `rest`
+    /// stays, no others. What
     /// is right already is not touched: connections go on.
     ///
     /// One network that cannot be made right keeps no other from it: what is wrong is given.
-    pub async fn apply(&self, members: &[Member]) -> Vec<Trouble> {
+    pub async fn apply(&self, members: &[Member], rest: Rest) -> Vec<Trouble> {
         let mut listed = self.listed.lock().await;
         let mut troubles = Vec::new();
         let mut wanted: BTreeMap<String, (Network, Vec<Member>)> = BTreeMap::new();
@@ -126,13 +139,17 @@ impl Networks {
         if wanted.is_empty() && there.is_empty() && !first {
             return troubles;
         }
-        for gone in there.iter().filter(|n| !wanted.contains_key(*n)) {
+        let gone = there.iter().filter(|n| rest == Rest::Goes && !wanted.contains_key(*n));
+        for gone in gone {
             match self.remove(gone).await {
                 Ok(()) => drop(listed.remove(gone)),
                 Err(error) => troubles.push(Trouble { with: With::Gone(gone.clone()), error }),
             }
         }
         let lacks = lacking();
+        if wanted.is_empty() && rest == Rest::Stays {
+            return troubles;
+        }
         if wanted.is_empty() {
             listed.clear();
             // The one before may have ended between its last network and its rules; a host that
@@ -154,7 +171,8 @@ impl Networks {
             return troubles;
         }
         for (namespace, (network, members)) in &wanted {
-            if let Err(error) = self.network(namespace, network, members, &mut listed).await {
+            if let Err(error) = self.network(namespace, network, (members, rest), &mut listed).await
+            {
                 troubles.push(Trouble { with: With::Network(network.id), error });
             }
         }
@@ -203,7 +221,7 @@ impl Networks {
         &self,
         namespace: &str,
         network: &Network,
-        members: &[Member],
+        (members, rest): (&[Member], Rest),
         listed: &mut BTreeMap<String, String>,
     ) -> Result<(), NetError> {
         let path = Path::new(NAMESPACES).join(namespace);
@@ -239,7 +257,10 @@ impl Networks {
         let there = links(Some(namespace)).await?;
         let mut todo = Vec::new();
         if !there.contains_key(BRIDGE) {
-            todo.push(format!("link add {BRIDGE} type bridge stp_state 0 forward_delay 0"));
+            // One at every site, so that whoever moves finds the gateway where it was.
+            let mac = names::gateway_mac(network.id);
+            let kind = "type bridge stp_state 0 forward_delay 0";
+            todo.push(format!("link add {BRIDGE} address {mac} {kind}"));
         }
         let gateway = network.prefix.gateway();
         todo.push(format!("addr replace {gateway}/{} dev {BRIDGE}", network.prefix.bits()));
@@ -252,7 +273,7 @@ impl Networks {
             }
             todo.push(format!("link set {tap} master {BRIDGE} up"));
         }
-        let is_known = |name: &str| members.iter().any(|m| m.tap == name);
+        let is_known = |name: &str| rest == Rest::Stays || members.iter().any(|m| m.tap == name);
         for tap in there.keys().filter(|n| n.starts_with('t') && n.len() == 13 && !is_known(n)) {
             todo.push(format!("link del {tap}"));
         }
@@ -271,15 +292,7 @@ impl Networks {
         there: &BTreeMap<String, Vec<Ipv4Addr>>,
     ) -> Result<(), NetError> {
         let veth = self.mark.veth(namespace);
-        // Two sites of one host would choose the same addresses.
-        let lock = Path::new(LOCK);
-        let file = std::fs::File::create(lock).map_err(NetError::io("opening", lock))?;
-        let locking = tokio::task::spawn_blocking(move || {
-            rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)?;
-            Ok(file)
-        });
-        let locked = locking.await.map_err(std::io::Error::other).and_then(|locked| locked);
-        let _locked = locked.map_err(NetError::io("locking", lock))?;
+        let _locked = lock().await?;
         let host = links(None).await?;
         let is_whole = host.contains_key(&veth) && there.contains_key(UPLINK);
         let known = host.get(&veth).and_then(|a| a.iter().find_map(|a| Link::with_host_end(*a)));
@@ -305,6 +318,28 @@ impl Networks {
             format!("route replace default via {}", link.host),
         ];
         batch(Some(namespace), &inside).await
+    }
+}
+
+/// Takes the lock: two sites of one host would choose the same addresses.
+async fn lock() -> Result<std::fs::File, NetError> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = Path::new(LOCK);
+    // Nobody else may open it, and so hold it.
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+    let file = options.open(path).map_err(NetError::io("opening", path))?;
+    let begun = tokio::time::Instant::now();
+    loop {
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_WITHIN => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            locked => {
+                return locked.map(|()| file).map_err(|e| NetError::io("locking", path)(e.into()));
+            }
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use godwit_net::{Attachment, Member, Network, NetworkKind, Networks, Prefix, With};
+use godwit_net::{Attachment, Member, Network, NetworkKind, Networks, Prefix, Rest, With};
 use godwit_qemu::MacAddress;
 use godwit_testkit::World;
 use godwit_types::{Name, NetworkId, VmId};
@@ -58,7 +58,7 @@ impl Site {
 
     /// Has the site's networks be those of `members`.
     fn has(&self, rt: &tokio::runtime::Handle, members: &[Member]) {
-        let troubles = rt.block_on(self.networks.apply(members));
+        let troubles = rt.block_on(self.networks.apply(members, Rest::Goes));
         assert!(troubles.is_empty(), "{troubles:?}");
     }
 
@@ -73,7 +73,8 @@ impl Drop for Site {
             let _ = sh(&format!("ip netns del {guest}"));
         }
         let networks = Networks::of(self.dir.path());
-        let done = tokio::runtime::Runtime::new().unwrap().block_on(networks.apply(&[]));
+        let done =
+            tokio::runtime::Runtime::new().unwrap().block_on(networks.apply(&[], Rest::Goes));
         assert!(done.is_empty() || std::thread::panicking(), "{done:?}");
     }
 }
@@ -273,7 +274,7 @@ async fn one_broken_network_keeps_no_other_from_being_there() {
         let files = Path::new("/run/godwit-net").join(broken);
         std::fs::create_dir_all("/run/godwit-net").unwrap();
         std::fs::write(&files, "").unwrap();
-        let troubles = rt.block_on(site.networks.apply(&members));
+        let troubles = rt.block_on(site.networks.apply(&members, Rest::Goes));
         std::fs::remove_file(&files).unwrap();
         assert_eq!(troubles.len(), 1, "{troubles:?}");
         assert_eq!(troubles[0].with, With::Network(two.id));

@@ -20,6 +20,8 @@ pub(crate) struct Inherited {
     pub(crate) agent: i32,
     /// TAPs, each with the port of its NIC.
     pub(crate) taps: Vec<(u8, i32)>,
+    /// And a library that lets it give memory back though it may only read the file (`discard`).
+    pub(crate) discards: bool,
 }
 
 /// The name under which QEMU is handed the TAP of a NIC that is plugged while it runs.
@@ -152,7 +154,7 @@ pub(crate) fn command_line(launch: &Launch, paths: &RunPaths, fds: &Inherited) -
     push("-accel", launch.accel.option().to_owned());
     push("-m", format!("size={}M", spec.memory.0));
     push("-smp", format!("cpus={n},maxcpus={n}", n = spec.vcpus));
-    push("-object", memory_object(spec, &launch.memory).to_string());
+    push("-object", memory_object(spec, &launch.memory, fds.discards).to_string());
     push(
         "-object",
         json!({"qom-type": "rng-random", "id": "entropy0", "filename": "/dev/urandom"}).to_string(),
@@ -218,16 +220,16 @@ pub(crate) fn command_line(launch: &Launch, paths: &RunPaths, fds: &Inherited) -
     args
 }
 
-fn memory_object(spec: &MachineSpec, memory: &MemorySource) -> Value {
+fn memory_object(spec: &MachineSpec, memory: &MemorySource, discards: bool) -> Value {
     let mut object = json!({
         "qom-type": "memory-backend-file", "id": RAM_BLOCK, "size": spec.memory.bytes(),
         "mem-path": memory.path().to_string_lossy(), "dump": false, "merge": false,
     });
     let more = match memory {
         MemorySource::Shared { .. } => json!({"share": true}),
-        // Opened to be read alone (`discard`); said to QEMU, that would keep it from giving memory
-        // back.
-        MemorySource::PrivateOf { .. } => json!({"share": false}),
+        // Said to QEMU, read-only keeps it from giving memory back; the library opens it so.
+        MemorySource::PrivateOf { .. } if discards => json!({"share": false}),
+        MemorySource::PrivateOf { .. } => json!({"share": false, "readonly": true, "rom": "off"}),
     };
     if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
         object.extend(more);
@@ -242,7 +244,8 @@ mod tests {
     use crate::spec::MacAddress;
     use crate::spec::tests::spec;
 
-    const FDS: Inherited = Inherited { qmp: [7, 8], console: 9, agent: 10, taps: Vec::new() };
+    const FDS: Inherited =
+        Inherited { qmp: [7, 8], console: 9, agent: 10, taps: Vec::new(), discards: true };
 
     fn launch() -> Launch {
         Launch {

@@ -16,11 +16,16 @@ use serde_json::json;
 
 use crate::error::QemuError;
 use crate::machine::Machine;
+use crate::process::Process;
 
 /// The library, as `build.rs` compiles it.
 const LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/discard.so"));
+/// Its name in memory.
+const NAME: &str = "godwit-discard.so";
 /// How QEMU names the balloon's feature with which a guest asks for certain content in free pages.
 const POISON: &str = "VIRTIO_BALLOON_F_PAGE_POISON";
+/// The same of reports of free pages.
+const REPORTING: &str = "VIRTIO_BALLOON_F_REPORTING";
 const BALLOON: &str = "/machine/peripheral/balloon0/virtio-backend";
 
 /// Lets a QEMU drop its copies of free pages. Held by who started it; what QEMU has of it is the
@@ -42,17 +47,26 @@ pub(crate) struct Preload {
 }
 
 impl Preload {
-    /// Makes both, in memory.
-    pub(crate) fn new() -> Result<Self, QemuError> {
-        let make = |name: &str| rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC);
+    /// Makes both, in memory; none where a host lets nothing in memory be run: a clone keeps what its
+    /// guest frees then.
+    pub(crate) fn new() -> Option<Self> {
+        let never = std::fs::read_to_string("/proc/sys/vm/memfd_noexec");
+        if never.is_ok_and(|level| level.trim() == "2") {
+            return None;
+        }
+        let make = |name: &str, more| rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | more);
         let both = || {
-            let mut library = File::from(make("godwit-discard.so")?);
+            let library = match make(NAME, MemfdFlags::EXEC) {
+                // A kernel before 6.3, where all may be run.
+                Err(rustix::io::Errno::INVAL) => make(NAME, MemfdFlags::empty()),
+                made => made,
+            };
+            let mut library = File::from(library?);
             library.write_all(LIBRARY)?;
-            Ok::<_, std::io::Error>((library, File::from(make("godwit-discards")?)))
+            let switch = File::from(make("godwit-discards", MemfdFlags::empty())?);
+            Ok::<_, std::io::Error>(Self { library: library.into(), switch })
         };
-        let (library, switch) =
-            both().map_err(QemuError::file("making in memory", Path::new("discard.so")))?;
-        Ok(Self { library: library.into(), switch })
+        both().inspect_err(|error| tracing::warn!(%error, "clones keep what guests free")).ok()
     }
 
     /// What QEMU inherits.
@@ -76,25 +90,32 @@ impl Preload {
     }
 }
 
+/// Whether the library is loaded into a process.
+pub(crate) fn is_loaded(process: &Process) -> bool {
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", process.pid)).unwrap_or_default();
+    maps.contains(NAME)
+}
+
 impl Machine {
     /// Lets QEMU drop a clone's copies of pages that its guest reports as free, unless the guest
     /// counts on what is in them. Does nothing for a machine that is no clone.
     pub(crate) async fn let_free_memory_go(&self) -> Result<(), QemuError> {
         let Some(mut switch) = self.take_discard_switch() else { return Ok(()) };
         let status = self.qmp("x-query-virtio-status", json!({ "path": BALLOON })).await?;
-        if !asks_for_content(&status)? {
+        if takes_any_content(&status)? {
             switch.turn_on().map_err(QemuError::file("writing to", Path::new("discards")))?;
         }
         Ok(())
     }
 }
 
-/// Whether a guest whose balloon has `status` counts on what is in a free page.
-fn asks_for_content(status: &serde_json::Value) -> Result<bool, QemuError> {
+/// Whether a guest whose balloon has `status` reports free pages, and counts on nothing in them.
+fn takes_any_content(status: &serde_json::Value) -> Result<bool, QemuError> {
     let features = status["guest-features"]["dev-features"].as_array();
     let features = features.ok_or_else(|| QemuError::Unexpected {
         what: "what QEMU says of the balloon",
         why: "it names no features of the guest".to_owned(),
     })?;
-    Ok(features.iter().filter_map(|f| f.as_str()).any(|f| f.starts_with(POISON)))
+    let has = |name| features.iter().filter_map(|f| f.as_str()).any(|f| f.starts_with(name));
+    Ok(has(REPORTING) && !has(POISON))
 }

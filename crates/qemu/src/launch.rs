@@ -5,6 +5,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use godwit_types::{Arch, Name};
 use serde::{Deserialize, Serialize};
@@ -14,7 +15,7 @@ use uuid::Uuid;
 use crate::accel::Accel;
 use crate::args::Inherited;
 use crate::confine::{self, Cell, Claim, Confine};
-use crate::discard::{DiscardSwitch, Preload};
+use crate::discard::{self, DiscardSwitch, Preload};
 use crate::disk::{DiskChain, Layer};
 use crate::error::QemuError;
 use crate::group::{MemoryGroup, MemoryGroups};
@@ -27,6 +28,9 @@ use crate::tap::Tap;
 /// What QEMU has in its environment when it was started here: the name of its machine. Tells this
 /// host's other programs whose machine it is.
 pub const MACHINE_VARIABLE: &str = "GODWIT_MACHINE";
+
+/// Whether a QEMU has started on this host only without the library of [`discard`].
+static LOADS_NOTHING: AtomicBool = AtomicBool::new(false);
 
 /// What QEMU keeps of this process's environment: where programs are. It may hold secrets, and
 /// whoever breaks out of a guest reads it.
@@ -179,7 +183,35 @@ impl Launch {
     /// # Errors
     /// A launch that does not fit its spec, a living machine in the same directory, or a QEMU that
     /// ends at once (with its last words).
-    pub async fn spawn(mut self) -> Result<Machine, QemuError> {
+    pub async fn spawn(self) -> Result<Machine, QemuError> {
+        let preload = match &self.memory {
+            MemorySource::PrivateOf { .. } if !LOADS_NOTHING.load(Ordering::Relaxed) => {
+                Preload::new()
+            }
+            _ => None,
+        };
+        if preload.is_none() {
+            return Box::pin(self.spawn_with(None)).await;
+        }
+        let again = self.clone();
+        let failed = match Box::pin(self.spawn_with(preload)).await {
+            Ok(machine) if discard::is_loaded(machine.process()) => return Ok(machine),
+            // It would write to what all clones share.
+            Ok(machine) => {
+                machine.kill().await;
+                None
+            }
+            Err(e @ (QemuError::Exited { .. } | QemuError::Qmp(_))) => Some(e),
+            Err(e) => return Err(e),
+        };
+        let machine = Box::pin(again.spawn_with(None)).await;
+        let machine = machine.map_err(|e| failed.unwrap_or(e))?;
+        tracing::warn!("QEMU loads no library on this host: clones keep what their guests free");
+        LOADS_NOTHING.store(true, Ordering::Relaxed);
+        Ok(machine)
+    }
+
+    async fn spawn_with(mut self, preload: Option<Preload>) -> Result<Machine, QemuError> {
         self.check()?;
         let paths = RunPaths::of(&self.run_dir);
         paths.check(&self.name)?;
@@ -187,7 +219,7 @@ impl Launch {
         self.user = claim.as_ref().map(|c| c.uid);
         let groups = self.groups.as_ref();
         self.group = groups.map(|g| g.make(&self.spec, &self.memory, self.accel)).transpose()?;
-        let started = self.start_process(&paths);
+        let started = self.start_process(&paths, preload);
         if let (Err(_), Some(group)) = (&started, &self.group) {
             group.remove();
         }
@@ -331,6 +363,7 @@ impl Launch {
     fn start_process(
         &self,
         paths: &RunPaths,
+        preload: Option<Preload>,
     ) -> Result<(Child, Process, Option<DiscardSwitch>), QemuError> {
         let program = self.binaries.of(self.spec.arch);
         let log = std::fs::OpenOptions::new()
@@ -357,6 +390,7 @@ impl Launch {
                 console,
                 agent,
                 taps: taps.iter().map(|(port, fd)| (*port, fd.as_raw_fd())).collect(),
+                discards: preload.is_some(),
             },
             _ => unreachable!("one for each path"),
         };
@@ -364,10 +398,6 @@ impl Launch {
         let cell = match (&self.confine, self.user) {
             (Some(confine), Some(uid)) => Some(self.cell(confine, uid)?),
             _ => None,
-        };
-        let preload = match &self.memory {
-            MemorySource::PrivateOf { .. } => Some(Preload::new()?),
-            MemorySource::Shared { .. } => None,
         };
         fds.extend(preload.iter().flat_map(Preload::descriptors));
         let door = self.group.as_ref().map(MemoryGroup::door).transpose()?;

@@ -1,18 +1,23 @@
 //! What the guests of clones free.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test tells its figures")]
 
-use godwit_qemu::{DiskLayer, Launch, Layer, Machine, MemorySource, Node};
+use godwit_qemu::{Binaries, DiskLayer, Launch, Layer, Machine, MemorySource, Node};
 use godwit_testkit::{Guest, LONG, Place, incoming, sh, tiny, up};
 
 /// Docks a machine of `guest` and activates a clone of it.
 async fn clone_of(place: &Place, guest: &Guest) -> Machine {
+    clone_by(place, guest, Binaries::default()).await
+}
+
+/// The same, the clone's QEMU being one of these.
+async fn clone_by(place: &Place, guest: &Guest, binaries: Binaries) -> Machine {
     let machine = place.launch("orig", guest).spawn().await.unwrap();
     up(&machine).await;
     let state = place.memory("state");
     machine.save_state(&state).await.unwrap();
     machine.quit().await.unwrap();
     let memory = MemorySource::PrivateOf { path: place.memory("orig") };
-    let mut launch = Launch { memory, ..incoming(place.launch("clone", guest)) };
+    let mut launch = Launch { memory, binaries, ..incoming(place.launch("clone", guest)) };
     launch.disk.as_mut().unwrap().layers.push(DiskLayer {
         node: Node::Layer(0),
         layer: Layer::Qcow2 { path: place.path("orig.qcow2") },
@@ -77,4 +82,21 @@ async fn a_guest_that_counts_on_zeros_in_what_it_freed_keeps_its_memory() {
             std::fs::remove_file(place.memory(file)).unwrap();
         }
     }
+}
+
+#[tokio::test]
+async fn where_nothing_is_loaded_clones_start_all_the_same_and_only_read_what_they_share() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    let guest = tiny();
+    let program = place.path("qemu");
+    std::fs::write(&program, "#!/bin/sh\nunset LD_PRELOAD\nexec qemu-system-x86_64 \"$@\"\n")
+        .unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let binaries = Binaries { x86_64: program, ..Binaries::default() };
+    let clone = clone_by(&place, &guest, binaries).await;
+    let pid = clone.process().pid;
+    let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+    assert!(line.contains("\"readonly\":true"), "{line}");
+    clone.quit().await.unwrap();
 }

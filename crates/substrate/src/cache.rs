@@ -20,6 +20,10 @@ use crate::error::SubstrateError;
 use crate::manifest::Substrate;
 use crate::memory::SealedMemory;
 use crate::pool::{Pool, Spare, lock};
+use crate::stamp::Stamp;
+
+/// The part of its own size by which sealed memory has grown before that is worth to be freed.
+const WORTH: u64 = 8;
 
 /// Which sealed memory was used when, and what is in use now.
 #[derive(Debug)]
@@ -144,7 +148,7 @@ impl Pool {
     /// `bytes` are free; how many came free.
     pub fn reclaim(&self, bytes: u64) -> u64 {
         let freed = self.free_spare(bytes);
-        let freed = freed + self.free_filled(bytes.saturating_sub(freed));
+        let freed = freed + self.free_filled(bytes.saturating_sub(freed), None);
         freed + self.drop_idle(bytes.saturating_sub(freed), None)
     }
 
@@ -199,22 +203,24 @@ impl Pool {
         let lacking = more.saturating_sub(free);
         let lacking = lacking.saturating_sub(self.free_spare(lacking));
         let needed = over.max(lacking);
-        self.drop_idle(needed.saturating_sub(self.free_filled(needed)), Some(id));
+        let filled = self.free_filled(needed, Some(id));
+        self.drop_idle(needed.saturating_sub(filled), Some(id));
         Room { cache, id }
     }
 
     /// Frees the zero pages that clones have filled in sealed memory, most first, until `bytes` are
-    /// free; how many came free. A file that was touched so is read again before its next use.
-    fn free_filled(&self, bytes: u64) -> u64 {
+    /// free; how many came free. A file of which little would come is left alone.
+    fn free_filled(&self, bytes: u64, but: Option<SubstrateId>) -> u64 {
         if bytes == 0 {
             return 0;
         }
         let filled = |s: Sealed| {
             let docked = self.docked(s.id).ok()?;
             let more = s.bytes.saturating_sub(docked.substrate.sizes.memory_bytes);
-            (more > 0).then_some((more, docked))
+            (more > docked.substrate.sizes.memory_bytes / WORTH).then_some((more, docked))
         };
-        let mut all: Vec<_> = self.sealed().into_iter().filter_map(filled).collect();
+        let others = self.sealed().into_iter().filter(|s| Some(s.id) != but);
+        let mut all: Vec<_> = others.filter_map(filled).collect();
         all.sort_by_key(|(more, _)| std::cmp::Reverse(*more));
         let mut freed = 0;
         for (more, docked) in all {
@@ -222,10 +228,15 @@ impl Pool {
                 break;
             }
             let Substrate { id, shape, .. } = docked.substrate;
-            let memory = SealedMemory::find(&self.memory_path(id), shape.memory.bytes());
-            let Some(memory) = memory else { continue };
+            let path = self.memory_path(id);
+            let Some(memory) = SealedMemory::find(&path, shape.memory.bytes()) else { continue };
+            let known = self.inner.verified.knows(&path);
             match docked.pages().and_then(|pages| memory.free_filled(&pages)) {
                 Ok(()) => {
+                    // What was sound is: no byte is another.
+                    if known && let Ok(now) = Stamp::of(&path) {
+                        self.inner.verified.note(&path, now);
+                    }
                     tracing::info!(%id, bytes = more, "zero pages of sealed memory freed");
                     freed += more;
                 }

@@ -12,7 +12,7 @@ use godwit_transfer::{
 use godwit_types::{Name, SiteKind};
 
 use super::quantile;
-use crate::harness::{Better, Experiment, Results, Table};
+use crate::harness::{Better, Experiment, LinkInfo, Results, Table};
 use crate::link::{LaneSpec, Link as Emulated, LinkHandle, LinkSpec, Side};
 
 /// What is to be tried.
@@ -93,6 +93,8 @@ pub async fn link_rates(trial: &LinkRates, results: &mut Results) -> anyhow::Res
             format!("{:.0} ms", median(|r| r.echo_ms[1])),
         ]);
     }
+    let link = LinkSpec::new(Name::new("rates")?, trial.rate_mbit, trial.delay_ms);
+    results.link = Some(LinkInfo::from(&link));
     results.tables.push(Table {
         name: "link-rates".into(),
         about: format!(

@@ -7,6 +7,7 @@ use super::allowed::Action;
 use super::dock::Dock;
 use super::moves::Comes;
 use super::neighbours::Offered;
+use super::net;
 use crate::verbs::{
     Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
     MigrateFell, MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateHold, MigrateListening,
@@ -48,13 +49,15 @@ impl LocalSite {
             };
             VmStop { vm, generation, force } => self.power_off(vm, generation, force, call).await?;
             VmDelete { vm, generation } => {
+                let had = net::is_in_one(&self.parts, vm).await;
                 self.remove(vm, generation).await?;
-                self.parts.networks.tidy(&self.parts.machines).await
+                net::tidy_after(&self.parts, had).await
             };
             VmDock { vm, generation, substrate, name, kind, owner } => {
                 let want = Dock { vm, generation, substrate, name, kind, owner };
+                let had = net::is_in_one(&self.parts, vm).await;
                 let docked = self.docks.dock(want, call).await?;
-                self.parts.networks.tidy(&self.parts.machines).await;
+                net::tidy_after(&self.parts, had).await;
                 docked
             };
             VmStatus { vm } => self.parts.machines.status(&self.parts.room, vm).await?;
@@ -101,13 +104,15 @@ impl LocalSite {
             MigrateGiveUp { migration, vm, why } => self.moves.arrivals.abandon(migration, vm, why).await?;
             MigrateReceived { migration } => self.moves.received(migration).await?;
             MigrateRelease { vm, generation } => {
+                let had = net::is_in_one(&self.parts, vm).await;
                 self.moves.departures.release(vm, generation).await?;
                 self.remove_left(vm, generation).await?;
-                self.parts.networks.tidy(&self.parts.machines).await
+                net::tidy_after(&self.parts, had).await
             };
             MigrateAbort { migration, vm } => {
+                let had = net::is_in_one(&self.parts, vm).await;
                 self.moves.abort(migration, vm).await?;
-                self.parts.networks.tidy(&self.parts.machines).await
+                net::tidy_after(&self.parts, had).await
             };
             Substrates {} => self.parts.substrates.list().await?;
             SubstrateUsers { id } => self.parts.machines.substrate_users(id).await;

@@ -271,7 +271,7 @@ impl Docks {
             stop: DockStop::default(),
         };
         let stop = request.stop.clone();
-        let (generation, substrate) = (want.generation, want.substrate);
+        let (vm, generation, substrate) = (want.vm, want.generation, want.substrate);
         let mark = Mark { generation, substrate, stop: stop.clone() };
         let (marked, machine) = Marked::new(Arc::clone(self), &owner, mark).await?;
         godwit_hold::at("dock.marked").await;
@@ -300,6 +300,10 @@ impl Docks {
                 Err(into_fault(error))
             }
             Err(error) => {
+                let attachment = owner.now().record.attachment;
+                if let Err(error) = tell_guest(&machine, attachment.as_ref(), None).await {
+                    tracing::warn!(%vm, %error, "its guest does not know its network");
+                }
                 marked.undone().await;
                 Err(into_fault(error))
             }

@@ -7,18 +7,27 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use godwit_net::{Attachment, Member, Networks, Trouble, With};
+use godwit_net::{Attachment, Member, Networks, Rest, Trouble, With};
 use godwit_qemu::{Machine, NicBackend};
 use godwit_substrate::{GuestNetwork, set_network};
-use godwit_types::{Fault, Name, VmId};
+use godwit_types::{Code, Fault, Name, VmId};
 
 use super::LocalSite;
 use super::faults::into_fault;
+use super::parts::Parts;
 use super::record::MachineRecord;
 use super::table::Machines;
+use crate::UNKNOWN_GENERATION;
 
 /// How often what is in the kernel is compared with the records.
 const EVERY: Duration = Duration::from_secs(10);
+
+/// How long an answer waits until the network of a machine that went is tidied.
+const TIDY_WITHIN: Duration = Duration::from_secs(2);
+/// How long a machine that is to start waits for its network.
+const READY_WITHIN: Duration = Duration::from_secs(30);
+/// How long a guest may take to do what it is told of its network.
+const TELL_WITHIN: Duration = Duration::from_secs(30);
 
 /// The networks of one site.
 pub(super) struct SiteNetworks {
@@ -36,10 +45,15 @@ impl SiteNetworks {
     /// Has them be those of the machines that are here; what is wrong with them.
     async fn follow(&self, machines: &Machines) -> Vec<Trouble> {
         let _one = self.one.lock().await;
+        let records = machines.records().await;
+        // Nobody knows in which network a machine is whose record is damaged: nothing goes.
+        let rest = match records.iter().any(|r| r.generation == UNKNOWN_GENERATION) {
+            true => Rest::Stays,
+            false => Rest::Goes,
+        };
         let member = |r: MachineRecord| Some(Member::new(r.vm, r.name, r.attachment?));
-        let members: Vec<Member> =
-            machines.records().await.into_iter().filter_map(member).collect();
-        self.networks.apply(&members).await
+        let members: Vec<Member> = records.into_iter().filter_map(member).collect();
+        self.networks.apply(&members, rest).await
     }
 
     /// Has the network be there of a machine that is about to start, if it is in one.
@@ -50,8 +64,13 @@ impl SiteNetworks {
     ) -> Result<(), Fault> {
         let Some(attachment) = &record.attachment else { return Ok(()) };
         let own = [With::Host, With::Network(attachment.network.id)];
-        let mut troubles = self.follow(machines).await.into_iter();
-        match troubles.find(|t| own.contains(&t.with)) {
+        let looked = tokio::time::timeout(READY_WITHIN, self.follow(machines)).await;
+        let looked = looked.map_err(|_| {
+            let name = &attachment.network.name;
+            let message = format!("network '{name}' was not made within {READY_WITHIN:?}");
+            Fault::new(Code::TimedOut, message).hint("see the log of this site, and try again")
+        })?;
+        match looked.into_iter().find(|t| own.contains(&t.with)) {
             Some(t) => Err(Fault::of(&t.error)
                 .hint("see what is missing with: godwit doctor; or make it without a network")),
             None => Ok(()),
@@ -70,6 +89,24 @@ impl SiteNetworks {
         attachment
             .map_or(NicBackend::Isolated, |a| NicBackend::Tap(self.networks.tap(a.network.id, vm)))
     }
+}
+
+/// Whether a machine that is here is in a network, which may have to go with it.
+pub(super) async fn is_in_one(parts: &Parts, vm: VmId) -> bool {
+    let owner = parts.machines.owner_if_here(vm).await;
+    owner.is_some_and(|owner| owner.now().record.attachment.is_some())
+}
+
+/// Puts the networks right after a machine went; `had`: it was in one. What takes longer than a
+/// moment goes on by itself, so that no answer waits for a network.
+pub(super) async fn tidy_after(parts: &Arc<Parts>, had: bool) {
+    if !had {
+        return;
+    }
+    let parts = Arc::clone(parts);
+    let tidied = tokio::spawn(async move { parts.networks.tidy(&parts.machines).await });
+    // What breaks off there is made up for by the next look.
+    let _ = tokio::time::timeout(TIDY_WITHIN, tidied).await;
 }
 
 /// What a guest is told of its place in a network.
@@ -92,7 +129,11 @@ pub(super) async fn tell_guest(
     hostname: Option<&Name>,
 ) -> Result<(), Fault> {
     let Some(attachment) = attachment else { return Ok(()) };
-    set_network(machine, &guest_network(attachment), hostname).await.map_err(into_fault)
+    let network = guest_network(attachment);
+    match tokio::time::timeout(TELL_WITHIN, set_network(machine, &network, hostname)).await {
+        Ok(told) => told.map_err(into_fault),
+        Err(_) => Err(Fault::new(Code::TimedOut, "the guest did not take its network in time")),
+    }
 }
 
 /// Looks after the site's networks for as long as it is there.

@@ -65,6 +65,8 @@ struct Sent {
     delivered_at: Instant,
     /// When the packet was sent that came through last.
     first_sent: Instant,
+    /// There was not enough to send: a low rate then is not the path's.
+    limited: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -85,8 +87,11 @@ pub(super) struct Model {
     first_sent: Instant,
     in_flight: u64,
     sent: VecDeque<Sent>,
-    /// The newest packet of this batch of acknowledgements.
-    newest: Option<Sent>,
+    /// The newest packet of this batch of acknowledgements, and when it was sent.
+    newest: Option<(Sent, Instant)>,
+    /// What was sent before more than this had come through was sent for want of more.
+    limited_until: u64,
+    /// Rounds with enough to send; others tell nothing new of the path.
     round: u64,
     /// The round ends when a packet comes through that was sent beyond this.
     round_ends: u64,
@@ -101,8 +106,10 @@ pub(super) struct Model {
     /// The shortest round trip of this round, and since the last cycle began.
     low_in_round: Option<Duration>,
     low_in_cycle: Option<Duration>,
-    /// Somebody else fills the queue.
+    /// Somebody else fills the queue, for how many cycles, and what came through in the first.
     shared: bool,
+    shared_cycles: u8,
+    shared_rate: f64,
     phase: Phase,
     window: u64,
 }
@@ -117,6 +124,7 @@ impl Model {
             in_flight: 0,
             sent: VecDeque::new(),
             newest: None,
+            limited_until: 0,
             round: 0,
             round_ends: 0,
             acked_in_round: 0,
@@ -129,6 +137,8 @@ impl Model {
             low_in_round: None,
             low_in_cycle: None,
             shared: false,
+            shared_cycles: 0,
+            shared_rate: 0.0,
             phase: Phase::Startup { best: 0.0, flat: 0 },
             window: FIRST_WINDOW,
         }
@@ -177,6 +187,7 @@ impl Model {
                 delivered,
                 delivered_at,
                 first_sent: self.first_sent,
+                limited: self.delivered <= self.limited_until,
             });
         }
     }
@@ -187,26 +198,31 @@ impl Model {
         self.acked_in_round += bytes;
         let at = self.sent.partition_point(|s| s.at <= sent);
         let Some(packet) = at.checked_sub(1).map(|i| self.sent[i]) else { return };
-        if self.newest.is_none_or(|n| n.at < packet.at) {
-            self.newest = Some(packet);
+        if self.newest.is_none_or(|(_, at)| at < sent) {
+            self.newest = Some((packet, sent));
         }
     }
 
     fn batch_ends(&mut self, now: Instant, in_flight: u64, app_limited: bool) {
         self.in_flight = in_flight;
-        let Some(packet) = self.newest.take() else { return };
+        if app_limited {
+            self.limited_until = self.delivered + in_flight;
+        }
+        let Some((packet, sent)) = self.newest.take() else { return };
         // Those before it that are still out are late by the length of a round; their own state is
         // near enough to what is kept.
         let gone = self.sent.partition_point(|s| s.at + 8 * self.span() < packet.at);
         self.sent.drain(..gone);
-        let trip = now.saturating_duration_since(packet.at);
+        let trip = now.saturating_duration_since(sent);
         self.first_sent = self.first_sent.max(packet.at);
         let took = now
             .saturating_duration_since(packet.delivered_at)
             .max(packet.at.saturating_duration_since(packet.first_sent));
         let rate = (self.delivered - packet.delivered) as f64 / took.as_secs_f64().max(1e-6);
-        // Two acknowledgements that came together tell of no rate.
-        if took >= self.trip.unwrap_or_default() && (!app_limited || rate > self.rate()) {
+        // Two acknowledgements that came together tell of no rate, nor does a silence.
+        let idle = packet.at.saturating_duration_since(packet.delivered_at) > self.span();
+        let limited = app_limited || packet.limited || idle;
+        if took >= self.trip.unwrap_or_default() && (!limited || rate > self.rate()) {
             self.note_rate(rate);
             self.best_in_round = self.best_in_round.max(rate);
         }
@@ -219,7 +235,7 @@ impl Model {
         }
         if packet.delivered >= self.round_ends {
             self.round_ends = self.delivered;
-            self.round += 1;
+            self.round += u64::from(!limited);
             self.round_over(now, app_limited);
         }
         self.step(now);
@@ -268,18 +284,18 @@ impl Model {
         (self.lost_in_round, self.acked_in_round, self.best_in_round) = (0, 0, 0.0);
         let rate = self.rate();
         self.phase = match self.phase {
-            Phase::Startup { .. } if heavy || queued || marked => Phase::Settle { rounds: 0 },
+            Phase::Startup { .. } if heavy => Phase::Settle { rounds: 0 },
+            // What little is sent tells nothing of the path, nor does an answer that is late.
             Phase::Startup { best, flat } if app_limited => Phase::Startup { best, flat },
+            Phase::Startup { .. } if queued || marked => Phase::Settle { rounds: 0 },
             Phase::Startup { best, .. } if rate >= best * 1.25 => {
                 Phase::Startup { best: rate, flat: 0 }
             }
             Phase::Startup { flat, .. } if flat + 1 >= FLAT_ROUNDS => Phase::Settle { rounds: 0 },
             Phase::Startup { best, flat } => Phase::Startup { best, flat: flat + 1 },
             Phase::Settle { rounds } if rounds + 1 < 2 => Phase::Settle { rounds: rounds + 1 },
-            Phase::Settle { .. } => {
-                self.cycle_over();
-                Phase::Cruise { rounds: 0 }
-            }
+            Phase::Settle { .. } => self.cycle_over(now),
+            Phase::Cruise { .. } if marked => Phase::Settle { rounds: 0 },
             Phase::Cruise { rounds } if rounds + 1 < CRUISE_ROUNDS || app_limited => {
                 Phase::Cruise { rounds: rounds.saturating_add(1).min(CRUISE_ROUNDS) }
             }
@@ -297,11 +313,26 @@ impl Model {
         };
     }
 
-    fn cycle_over(&mut self) {
+    fn cycle_over(&mut self, now: Instant) -> Phase {
         let low = self.low_in_cycle.take();
         if let (Some(low), Some(trip)) = (low, self.trip) {
             self.shared = low > trip + (trip / 4).max(Duration::from_millis(5));
         }
+        if !self.shared {
+            self.shared_cycles = 0;
+            return Phase::Cruise { rounds: 0 };
+        }
+        let rate = self.rate();
+        if self.shared_cycles == 0 {
+            self.shared_rate = rate;
+        }
+        self.shared_cycles = self.shared_cycles.saturating_add(1);
+        // Less and less comes through, and no queue ends: it is the way that has become longer.
+        if self.shared_cycles >= 2 && rate < self.shared_rate * 0.8 {
+            self.shared_cycles = 0;
+            return Phase::Empty { until: now + EMPTY_FOR + self.span() };
+        }
+        Phase::Cruise { rounds: 0 }
     }
 
     fn step(&mut self, now: Instant) {
@@ -328,6 +359,9 @@ impl Model {
         self.lost_in_round += bytes;
         if is_persistent {
             self.rates.clear();
+            // It may be another path.
+            (self.trip, self.low_in_round, self.low_in_cycle) = (None, None, None);
+            (self.shared, self.shared_cycles) = (false, 0);
             self.phase = Phase::Startup { best: 0.0, flat: 0 };
             self.window = self.least();
         } else if bytes == 0 {

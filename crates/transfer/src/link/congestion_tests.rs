@@ -177,11 +177,67 @@ fn a_path_that_carries_less_or_more_is_found() {
     run(&mut now, &mut path, &mut flows, 6);
     let (got, trip) = run(&mut now, &mut path, &mut flows, 10)[0];
     assert!(got > 85.0 && trip < 60 * MS, "after a rise {got:.1} Mbit/s, {trip:?}");
-    // A longer way is believed once the shorter one was not seen for a while.
+    // A longer way is found by what comes through less and less.
     path.trip = 120 * MS;
-    run(&mut now, &mut path, &mut flows, 25);
+    run(&mut now, &mut path, &mut flows, 8);
     let (got, _) = run(&mut now, &mut path, &mut flows, 10)[0];
     assert!(got > 80.0, "on a longer way {got:.1} Mbit/s");
+}
+
+#[test]
+fn small_messages_whose_answers_are_late_teach_nothing() {
+    let mut now = Instant::now();
+    let mut flow = Flow::new(now);
+    for n in 0..200u32 {
+        flow.model.sent(now, 200);
+        // Every other one is acknowledged when the other end's timer says so.
+        let back = now + (35 + 25 * (n % 2)) * MS;
+        flow.model.acked(back, now, 200);
+        flow.model.batch_ends(back, 0, true);
+        now += 100 * MS;
+    }
+    assert!(flow.model.window >= FIRST_WINDOW, "{} bytes", flow.model.window);
+    let mut path = Path::new(now, 100.0, 35 * MS, 0.0);
+    let mut flows = [flow];
+    run(&mut now, &mut path, &mut flows, 1);
+    let (got, _) = run(&mut now, &mut path, &mut flows, 3)[0];
+    assert!(got > 85.0, "{got:.1} Mbit/s");
+}
+
+#[test]
+fn what_was_seen_of_a_path_lasts_through_an_idle_time() {
+    let mut now = Instant::now();
+    let mut path = Path::new(now, 100.0, 35 * MS, 0.0);
+    let mut flows = [Flow::new(now)];
+    run(&mut now, &mut path, &mut flows, 5);
+    let [flow] = &mut flows;
+    flow.out.clear();
+    flow.in_flight = 0;
+    for n in 0..200u32 {
+        flow.model.sent(now, 200);
+        let back = now + (35 + 25 * (n % 2)) * MS;
+        flow.model.acked(back, now, 200);
+        flow.model.batch_ends(back, 0, n % 3 > 0);
+        now += 100 * MS;
+    }
+    let window = flow.model.window;
+    assert!(window > 300_000, "{window} bytes");
+    let (got, _) = run(&mut now, &mut path, &mut flows, 1)[0];
+    assert!(got > 75.0, "{got:.1} Mbit/s in the first second");
+}
+
+#[test]
+fn after_an_outage_a_longer_way_is_as_good() {
+    let mut now = Instant::now();
+    let mut path = Path::new(now, 100.0, 35 * MS, 0.0);
+    let mut flows = [Flow::new(now)];
+    run(&mut now, &mut path, &mut flows, 3);
+    path.loss = 1.0;
+    run(&mut now, &mut path, &mut flows, 5);
+    (path.loss, path.trip) = (0.0, 120 * MS);
+    run(&mut now, &mut path, &mut flows, 4);
+    let (got, _) = run(&mut now, &mut path, &mut flows, 5)[0];
+    assert!(got > 80.0, "{got:.1} Mbit/s");
 }
 
 #[test]
