@@ -53,7 +53,7 @@ pub use remote::{RemoteSite, serve};
 pub use types::{
     CheckReport, ConsoleTail, Fell, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
     MachineStatus, MemoryStatus, MoveStatus, NewMachine, News, Origin, PoolReport, Progress,
-    SiteReport, StreamRequest, SubstrateInfo, TakeAmong, UNKNOWN_GENERATION, Upload,
+    SiteReport, StreamRequest, SubstrateInfo, TakeAmong, TookBack, UNKNOWN_GENERATION, Upload,
 };
 pub use verbs::{Asking, Request, SiteEvent, SiteReply, SiteRequest};
 

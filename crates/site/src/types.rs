@@ -215,7 +215,7 @@ pub enum MemoryStatus {
     Gone,
     /// As [`MemoryStatus::Gone`], at a destination that was asked `MigrateFell`: it is written down
     /// that the machine, which had not all of its memory, never runs there again under its
-    /// generation. Nobody hears this who has not asked that.
+    /// generation. A center that does not speak that hears [`MemoryStatus::Gone`].
     Fell,
 }
 
@@ -244,6 +244,18 @@ pub struct Fell {
     pub why: String,
     /// Milliseconds from its first instant there until it was found dead, where both are known.
     pub ran_ms: Option<u64>,
+}
+
+/// What became of a machine that its source was asked to take back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TookBack {
+    /// It runs there under the generation that was asked, or has run.
+    Runs,
+    /// Its QEMU there is gone: it never runs there as it left, but from its disk.
+    Never {
+        /// How its QEMU ended.
+        why: String,
+    },
 }
 
 /// The last part of a console's log.

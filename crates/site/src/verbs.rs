@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::types::{
     CheckReport, ConsoleTail, Fell, GuestExec, GuestProgram, ImageInfo, Incoming, MachineStatus,
-    MoveStatus, NewMachine, News, Origin, PoolReport, SubstrateInfo,
+    MemoryStatus, MoveStatus, NewMachine, News, Origin, PoolReport, SubstrateInfo, TookBack,
 };
 use crate::SiteReport;
 
@@ -180,6 +180,20 @@ macro_rules! verbs {
     };
 }
 
+impl SiteReply {
+    /// As a center hears it that speaks so much of the protocol: what came later is told in words
+    /// that it knows.
+    pub(super) fn told_to(mut self, speaks: u16) -> Self {
+        if let Self::MoveStatus(status) = &mut self
+            && status.memory == MemoryStatus::Fell
+            && speaks < MigrateFell::SINCE
+        {
+            status.memory = MemoryStatus::Gone;
+        }
+        self
+    }
+}
+
 verbs! {
     replies {
         /// It was done.
@@ -231,6 +245,8 @@ verbs! {
         Visits(Vec<VmId>),
         /// To `MigrateFell`.
         Fell(Fell),
+        /// To `MigrateTakeBack`.
+        TookBack(TookBack),
     }
 
     /// Resources and holdings.
@@ -569,8 +585,8 @@ verbs! {
         generation: Generation,
     }
     /// To a source, once its destination has answered `MigrateFell`: the machine runs on there as it
-    /// was when it left. May be asked again after any failure.
-    MigrateTakeBack "migrate take back" since 7 => Done {
+    /// was when it left. May be asked again at any time; what was answered once holds.
+    MigrateTakeBack "migrate take back" since 7 => TookBack {
         /// The migration.
         migration: MigrationId,
         /// The machine.

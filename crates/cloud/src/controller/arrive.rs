@@ -525,6 +525,7 @@ impl Moves {
             from: arriving.from.clone(),
             to: vm.site.clone(),
             generation: vm.generation,
+            back: false,
         };
         let name = vm.name.to_string();
         let m = Move::beyond(&vm, arriving.from, arriving.migration);

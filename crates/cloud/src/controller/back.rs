@@ -9,12 +9,13 @@
 //!   -> generation g+3, site B, failed, to be started from that disk
 //! ```
 //!
-//! Nobody guesses that a machine is dead: a destination that is only out of reach keeps it.
+//! Nobody guesses that a machine is dead: a destination that is only out of reach keeps it. Nor that it
+//! cannot be brought back: only what its source itself says of its QEMU, its record or that move.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_site::{Call, Fell, MemoryStatus, MoveStatus, Request as _, SiteHost, verbs};
+use godwit_site::{Call, Fell, MemoryStatus, MoveStatus, Request as _, SiteHost, TookBack, verbs};
 use godwit_types::{Code, Fault, Name, UnixMs, VmState};
 use tokio::time::Instant;
 
@@ -163,13 +164,18 @@ impl WayBack {
         let (begun, mut pause) = (Instant::now(), PAUSE.0);
         loop {
             show(op, 0, format!("bringing it back to '{}'", vm.site));
-            let Err(f) = self.take_back(op, vm).await else { break };
-            // Whatever else its source says, it may say otherwise later, and both copies are kept.
-            let last = f.code == Code::Damaged;
-            if last || begun.elapsed() >= self.patience {
-                return Err(self.not_back(vm, &back, f, last).await?);
+            let why = match self.take_back(op, vm).await {
+                Ok(TookBack::Runs) => break,
+                Ok(TookBack::Never { why }) => {
+                    return Err(self.lost_there(vm, &back, &why).await?);
+                }
+                Err(f) => f,
+            };
+            // Whatever its source says, it may say otherwise later, and both copies are kept.
+            if begun.elapsed() >= self.patience {
+                return Err(self.not_yet(vm, &back, why)?);
             }
-            tracing::warn!(vm = %vm.name, site = %vm.site, error = %f, "not brought back yet");
+            tracing::warn!(vm = %vm.name, site = %vm.site, error = %why, "not brought back yet");
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE.1);
         }
@@ -185,7 +191,7 @@ impl WayBack {
         Ok(back.undone)
     }
 
-    async fn take_back(&self, op: &OpHandle, vm: &VmRecord) -> Result<(), Fault> {
+    async fn take_back(&self, op: &OpHandle, vm: &VmRecord) -> Result<TookBack, Fault> {
         let src = match self.sites.host(&vm.site) {
             Ok(src) => src,
             Err(_) => {
@@ -193,71 +199,112 @@ impl WayBack {
                 self.sites.await_host(&vm.site, self.patience).await?
             }
         };
-        let Some(back) = &vm.returning else { return Ok(()) };
+        let Some(back) = &vm.returning else { return Ok(TookBack::Runs) };
         let warrant = self.warrants.warrant(vm, vm.generation, &vm.site)?;
         let (migration, generation) = (back.migration, vm.generation);
         let request = verbs::MigrateTakeBack { migration, vm: vm.id, generation, warrant };
-        src.ask(request, Call::quiet()).await
+        match src.ask(request, Call::quiet()).await {
+            // It has no such machine, or that has been in no such move since: it says so itself.
+            Err(f) if f.code == Code::NotFound => Ok(TookBack::Never { why: f.message }),
+            Err(f) if f.code == Code::Conflict => {
+                let status = verbs::MigrateStatus { migration, vm: vm.id };
+                match src.ask(status, Call::quiet()).await {
+                    Ok(there) if there.over => Ok(TookBack::Never { why: f.message }),
+                    _ => Err(f),
+                }
+            }
+            took => took,
+        }
     }
 
-    /// A machine that fell does not run at its source either. `for_good`: it never will, but from a
-    /// disk: the one where it died, if that is whole, or the one that it left with. Neither is removed
-    /// before it runs from the other.
-    async fn not_back(
-        &self,
-        vm: &VmRecord,
-        back: &Returning,
-        why: Fault,
-        for_good: bool,
-    ) -> Result<Fault, Fault> {
-        let words = format!("died at '{}', and does not run at '{}' yet", back.from, vm.site);
-        let words = match for_good {
-            true => format!("died at '{}': {}", back.from, why.message),
-            false => format!("{words}: {}", why.message),
-        };
-        let has_disk = for_good && self.has_whole_disk(vm, back, &words).await;
+    /// A machine that fell does not run at its source yet: it is asked again by whoever wants it.
+    fn not_yet(&self, vm: &VmRecord, back: &Returning, why: Fault) -> Result<Fault, Fault> {
+        let words = format!(
+            "died at '{}', and does not run at '{}' yet: {}",
+            back.from, vm.site, why.message
+        );
         self.warrants.change_vm(vm, vm.generation, |v| {
             v.reason = Some(words.clone());
-            if has_disk {
-                let next = v.next_generation();
-                v.reach(next);
-                v.returning = None;
-                let (migration, from) = (back.migration, v.site.clone());
-                v.arriving = Some(Arriving { migration, from, note: None });
-                v.site = back.from.clone();
-            }
             Ok(())
         })?;
-        let out = match (for_good, has_disk) {
-            (true, true) => {
-                format!("its disk is whole at '{}': godwit vm start {}", back.from, vm.name)
+        let (name, from) = (&vm.name, &back.from);
+        let mut out = format!("try again with: godwit vm migrate {name}");
+        if self.sites.host(&vm.site).is_err() {
+            out = format!(
+                "{out}; or, where '{}' never comes back, give up what it has: godwit vm migrate \
+                 {name} --to {from}",
+                vm.site
+            );
+        }
+        Ok(Fault { message: format!("machine '{name}' {words}"), ..why }.hint(out))
+    }
+
+    /// A machine that fell never runs at its source either, but from a disk: the one where it died, if
+    /// that is whole, or the one that it left with. Neither is removed before it runs from the other.
+    async fn lost_there(&self, vm: &VmRecord, back: &Returning, why: &str) -> Result<Fault, Fault> {
+        let (name, from, site) = (&vm.name, &back.from, &vm.site);
+        let words = format!("died at '{from}', and cannot be brought back to '{site}': {why}");
+        let as_it_left = format!("boot it from its disk as it left: godwit vm start {name}");
+        let out = match self.disk_there(vm, back, &words).await {
+            Ok(true) => {
+                self.start_there(vm, back, &words)?;
+                format!("its disk is whole at '{from}': godwit vm start {name}")
             }
-            (true, false) => {
-                format!("boot it from its disk as it left: godwit vm start {}", vm.name)
+            Ok(false) => {
+                self.warrants.change_vm(vm, vm.generation, |v| {
+                    v.reason = Some(words.clone());
+                    Ok(())
+                })?;
+                as_it_left
             }
-            (false, _) => format!("try again with: godwit vm migrate {}", vm.name),
+            Err(f) => {
+                tracing::warn!(vm = %name, site = %from, error = %f, "its disk there is not known");
+                self.warrants.change_vm(vm, vm.generation, |v| {
+                    v.reason = Some(words.clone());
+                    Ok(())
+                })?;
+                format!(
+                    "'{from}' may have its disk whole, and does not say: once it does, godwit vm \
+                     migrate {name}; or {as_it_left}"
+                )
+            }
         };
-        Ok(Fault { message: format!("machine '{}' {words}", vm.name), ..why }.hint(out))
+        Ok(Fault::new(Code::Damaged, format!("machine '{name}' {words}")).hint(out))
+    }
+
+    /// Enters that a machine is to be started from its disk at the site where it died; its source has
+    /// no say from here on.
+    fn start_there(&self, vm: &VmRecord, back: &Returning, why: &str) -> Result<VmRecord, Fault> {
+        self.warrants.change_vm(vm, vm.generation, |v| {
+            v.reason = Some(why.into());
+            let next = v.next_generation();
+            v.reach(next);
+            v.returning = None;
+            let (migration, from) = (back.migration, v.site.clone());
+            v.arriving = Some(Arriving { migration, from, note: None });
+            v.site = back.from.clone();
+            Ok(())
+        })
     }
 
     /// Whether a machine may be started from its disk at the site where it died, which is told so.
-    async fn has_whole_disk(&self, vm: &VmRecord, back: &Returning, why: &str) -> bool {
+    ///
+    /// # Errors
+    /// Where that site does not answer.
+    async fn disk_there(&self, vm: &VmRecord, back: &Returning, why: &str) -> Result<bool, Fault> {
         let (migration, id) = (back.migration, vm.id);
-        let asked = async {
-            let dst = self.sites.host(&back.from)?;
-            let status = verbs::MigrateStatus { migration, vm: id };
-            let here = dst.ask(status, Call::quiet()).await?;
-            if here.over || here.missing_blocks != Some(0) {
-                return Ok(false);
-            }
-            let request = verbs::MigrateGiveUp { migration, vm: id, why: why.into() };
-            dst.ask(request, Call::quiet()).await?;
-            Ok::<_, Fault>(true)
+        let dst = self.sites.host(&back.from)?;
+        let status = verbs::MigrateStatus { migration, vm: id };
+        let here = match dst.ask(status, Call::quiet()).await {
+            Err(f) if f.code == Code::NotFound => return Ok(false),
+            here => here?,
         };
-        asked.await.unwrap_or_else(|error| {
-            tracing::warn!(vm = %vm.name, site = %back.from, %error, "its disk there is not known");
-            false
-        })
+        if here.over || here.missing_blocks != Some(0) {
+            return Ok(false);
+        }
+        let request = verbs::MigrateGiveUp { migration, vm: id, why: why.into() };
+        dst.ask(request, Call::quiet()).await?;
+        Ok(true)
     }
 
     /// A machine was started from its disk at its source instead of being brought back: what is left
@@ -287,7 +334,9 @@ impl WayBack {
         }
     }
 
-    /// Takes up the way back of a machine that was given up before it ran at its source.
+    /// Takes up the way back of a machine that was given up before it ran at its source; or, to where
+    /// it died and only while its source is away, gives up what that has: the machine is started from
+    /// its disk then.
     pub(super) fn migrate_back(
         self: &Arc<Self>,
         who: &Principal,
@@ -298,23 +347,31 @@ impl WayBack {
         let back = vm.returning.clone();
         let back = back.ok_or_else(|| Fault::internal("a machine that is not brought back"))?;
         no_move_goes_on(&self.ops, &vm, &back.from)?;
-        if want.to.as_ref().is_some_and(|to| *to != vm.site) {
+        let gives_up = want.to.as_ref() == Some(&back.from) && self.sites.host(&vm.site).is_err();
+        if !gives_up && want.to.as_ref().is_some_and(|to| *to != vm.site) {
             return Err(Fault::conflict(format!(
                 "machine '{}' died at '{}' and does not run at '{}' yet",
                 vm.name, back.from, vm.site
             ))
             .hint(format!("bring it back first: godwit vm migrate {}", vm.name)));
         }
-        let plan = format!("bring '{}' back to {} from where it died", vm.name, vm.site);
+        let (name, site, from) = (&vm.name, &vm.site, &back.from);
+        let plan = match gives_up {
+            false => format!("bring '{name}' back to {site} from where it died"),
+            true => format!(
+                "give up what {site}, which is away, has of '{name}', for its disk at {from}"
+            ),
+        };
         if mode == Mode::DryRun {
             return Ok(dry(plan, &vm));
         }
         let kind = OpKind::VmMigrate {
             vm: vm.id,
-            name: vm.name.clone(),
-            from: back.from.clone(),
-            to: vm.site.clone(),
+            name: name.clone(),
+            from: from.clone(),
+            to: if gives_up { from.clone() } else { site.clone() },
             generation: vm.generation,
+            back: true,
         };
         // It may have been tried to start it from its disk since.
         let vm = self.warrants.change_vm(&vm, vm.generation, |v| {
@@ -324,12 +381,36 @@ impl WayBack {
             }
             Ok(())
         })?;
-        let (me, name) = (Arc::clone(self), vm.name.to_string());
-        let job = |op: OpHandle| async move {
+        let (me, target) = (Arc::clone(self), vm.name.to_string());
+        let job = move |op: OpHandle| async move {
+            if gives_up {
+                return me.give_source_up(&op, &vm, &back).await;
+            }
             op.begin(StepKind::Send { migration: back.migration, from: back.from })?;
             Err(me.bring_back(&op, vm).await)
         };
         let op = self.ops.start(who, kind, job).map_err(registry_fault)?;
-        Ok(Accepted { op: Some(op), plan, target: Some(name) })
+        Ok(Accepted { op: Some(op), plan, target: Some(target) })
+    }
+
+    /// A machine whose source does not come back is to be started from its disk where it died.
+    async fn give_source_up(
+        &self,
+        op: &OpHandle,
+        vm: &VmRecord,
+        back: &Returning,
+    ) -> Result<serde_json::Value, Fault> {
+        let (name, from, site) = (&vm.name, &back.from, &vm.site);
+        show(op, 0, format!("asking '{from}' whether its disk is whole"));
+        let words = format!("died at '{from}', and what '{site}' has of it was given up");
+        if !self.disk_there(vm, back, &words).await? {
+            return Err(Fault::new(
+                Code::Damaged,
+                format!("machine '{name}' died at '{from}', and its disk there is not whole"),
+            )
+            .hint(format!("wait for '{site}', and then: godwit vm migrate {name}")));
+        }
+        let vm = self.start_there(vm, back, &words)?;
+        Ok(serde_json::json!({ "site": vm.site, "next": format!("godwit vm start {}", vm.name) }))
     }
 }

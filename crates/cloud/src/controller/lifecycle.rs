@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::arrive::no_move_goes_on;
 use super::authorize::{allow, name_at_sites};
-use super::depart::{Wanted, half_here};
+use super::depart::{Wanted, comes_back, half_here};
 use super::disks::DiskOf;
 use super::recover::FORSAKEN_AFTER;
 use super::{Accepted, Controller, CreateVm, DockVm, Exchange, Mode};
@@ -409,10 +409,7 @@ impl Controller {
             return Err(half_here(vm, &a.from));
         }
         if let Some(back) = vm.returning.as_ref().filter(|_| state == VmState::Failed) {
-            let words = format!("machine '{name}' died at '{}' and is brought back", back.from);
-            return Err(Fault::conflict(words).hint(format!(
-                "wait for that: godwit op list; or delete it: godwit vm delete {name}"
-            )));
+            return Err(comes_back(vm, back));
         }
         // Not at once: an operation that is about to begin is not there yet.
         let forsaken = UnixMs::now().since(vm.changed) > FORSAKEN_AFTER;

@@ -154,6 +154,7 @@ impl Moves {
             from: vm.site.clone(),
             to: to.clone(),
             generation: vm.next_generation(),
+            back: false,
         };
         let name = vm.name.to_string();
         let (me, back) = (self.clone(), vm.clone());

@@ -100,6 +100,15 @@ impl Controller {
             OpKind::SubstrateRebuild { vm, old, new, .. } => {
                 self.resume_rebuild((*vm, *old, *new), again()).await
             }
+            OpKind::VmMigrate { vm, back: true, from, to, .. } => {
+                let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
+                match &record.returning {
+                    None => Err(is_where_it_is(record)),
+                    // What its source has was to be given up, and is not.
+                    Some(_) if from == to => Err(again()),
+                    Some(_) => Err(self.moves.way_back.bring_back(handle, record).await),
+                }
+            }
             OpKind::VmMigrate { vm, from, to, generation, .. } => {
                 let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
                 let id = match move_reached(&op.journal) {
@@ -124,8 +133,7 @@ impl Controller {
                 // operation's end was not written.
                 let given_up = record.arriving.as_ref().is_some_and(|a| a.migration == id);
                 if record.generation > *generation && (record.site == *from || given_up) {
-                    let why = record.reason.unwrap_or_else(|| "is where it was".into());
-                    return Err(Fault::unavailable(format!("machine '{}' {why}", record.name)));
+                    return Err(is_where_it_is(record));
                 }
                 if record.generation > *generation {
                     // It has moved on since.
@@ -160,6 +168,12 @@ impl Controller {
             _ => Err(otherwise),
         }
     }
+}
+
+/// What to say of a machine whose way back is over.
+fn is_where_it_is(vm: VmRecord) -> Fault {
+    let why = vm.reason.unwrap_or_else(|| format!("is {} at '{}'", vm.state, vm.site));
+    Fault::unavailable(format!("machine '{}' {why}", vm.name))
 }
 
 /// Brings what the registry says of machines together with what sites say.

@@ -370,6 +370,10 @@ pub(crate) struct World {
 }
 
 impl World {
+    pub(super) fn authority(&self) -> Arc<Authority> {
+        Arc::clone(&self.authority)
+    }
+
     /// The registry's file.
     pub(crate) fn registry_file(&self) -> std::path::PathBuf {
         self.dir.path().join("r.redb")

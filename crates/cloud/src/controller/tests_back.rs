@@ -4,13 +4,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use godwit_site::verbs::{MigrateFell, MigrateTakeBack, VmStart};
-use godwit_site::{Fell, MemoryStatus, MoveStatus, SiteReply, SiteRequest};
+use godwit_site::{Fell, MemoryStatus, MoveStatus, SiteReply, SiteRequest, TookBack};
 use godwit_types::{Code, Fault, Generation, OpState, VmState};
 
 use super::back::{Stays, may_return};
 use super::tests::*;
 use super::*;
-use crate::registry::VmRecord;
+use crate::registry::{StepKind, VmRecord};
 
 /// What a site on paper says and was asked of a machine that goes back.
 #[derive(Default)]
@@ -23,6 +23,8 @@ pub(super) struct Back {
     on_give_up: Mutex<Option<Fault>>,
     /// How often it was told.
     given_up: AtomicUsize,
+    /// How its QEMU died that would have to be taken back, if it did.
+    dead: Mutex<Option<String>>,
 }
 
 impl Paper {
@@ -54,10 +56,13 @@ impl Paper {
                 if let Some(f) = refused {
                     return Err(f);
                 }
+                if let Some(why) = self.back.dead.lock().expect("lock").clone() {
+                    return Ok(SiteReply::TookBack(TookBack::Never { why }));
+                }
                 for m in self.machines.lock().expect("lock").iter_mut().filter(|m| m.vm == vm) {
                     (m.state, m.generation) = (VmState::Running, generation);
                 }
-                Ok(SiteReply::Done(()))
+                Ok(SiteReply::TookBack(TookBack::Runs))
             }
             other => Err(Fault::invalid(format!("'{}' is no way back", other.name()))),
         }
@@ -165,8 +170,7 @@ async fn starts(w: &World) -> VmRecord {
 async fn a_machine_that_is_dead_at_both_ends_is_started_from_its_disk_at_its_source() {
     let w = world(Send::BreaksAfter).await;
     running(&w, "a").await;
-    let dead = Fault::new(Code::Damaged, "cannot be brought back: its QEMU is gone");
-    w.center.back.refuses.lock().expect("lock").push(dead);
+    *w.center.back.dead.lock().expect("lock") = Some("its QEMU is gone".into());
     let end = dies_as(&w, lacking(3)).await;
     assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
     let vm = w.c.registry().vm("a").expect("there");
@@ -197,8 +201,7 @@ async fn settles(w: &World) {
 async fn a_machine_that_is_dead_at_both_ends_goes_on_from_the_whole_disk_where_it_died() {
     let w = world(Send::BreaksAfter).await;
     running(&w, "a").await;
-    let dead = Fault::new(Code::Damaged, "cannot be brought back: its QEMU is gone");
-    w.center.back.refuses.lock().expect("lock").push(dead);
+    *w.center.back.dead.lock().expect("lock") = Some("its QEMU is gone".into());
     let end = dies(&w).await;
     assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
     let vm = w.c.registry().vm("a").expect("there");
@@ -264,7 +267,8 @@ async fn a_destination_that_knows_of_a_newer_generation_has_its_disk_brought() {
 
 #[tokio::test]
 async fn what_a_source_refuses_for_now_is_asked_again() {
-    for code in [Code::Conflict, Code::Fenced, Code::NotFound] {
+    // Damaged: as of a stream or a message that does not parse.
+    for code in [Code::Conflict, Code::Fenced, Code::Damaged] {
         let w = world(Send::BreaksAfter).await;
         running(&w, "a").await;
         w.center.back.refuses.lock().expect("lock").push(Fault::new(code, "not now"));
@@ -330,4 +334,138 @@ async fn a_source_that_stays_away_is_asked_again_on_request_and_by_the_next_cent
     w.c.ops().wait(op).await.expect("ends");
     let vm = w.c.registry().vm("a").expect("there");
     assert_eq!((vm.state, vm.id, vm.returning), (VmState::Running, before.id, None));
+}
+
+/// Waits until a machine is on its way back.
+async fn returns(w: &World) {
+    let mut seen = 0;
+    while w.c.registry().vm("a").is_ok_and(|v| v.returning.is_none()) {
+        assert!(seen < 5000, "it is not brought back");
+        seen += 1;
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// It is at the site where it died, to be started from its disk there.
+async fn goes_on_from_its_disk_there(w: &World) {
+    let vm = w.c.registry().vm("a").expect("there");
+    let at = (vm.state, vm.site.as_str(), vm.generation, &vm.returning);
+    assert_eq!(at, (VmState::Failed, "cafe", Generation(4), &None));
+    let vm = starts(w).await;
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Running, "cafe"));
+}
+
+#[tokio::test]
+async fn a_source_that_knows_no_such_machine_or_move_keeps_it_from_no_whole_disk() {
+    let over = MoveStatus { over: true, ..status(MemoryStatus::Whole, 0) };
+    for (code, says) in [(Code::NotFound, None), (Code::Conflict, Some(Ok(over)))] {
+        let w = world(Send::BreaksAfter).await;
+        running(&w, "a").await;
+        // Asked once before, so that it can be seen on its way.
+        let refuses = vec![Fault::new(code, "no such"), Fault::unavailable("not yet")];
+        *w.center.back.refuses.lock().expect("lock") = refuses;
+        let turned = async {
+            returns(&w).await;
+            *w.center.says.lock().expect("lock") = says;
+        };
+        let (end, ()) = tokio::join!(dies(&w), turned);
+        assert_eq!(end.failure(), Some(Code::Damaged), "{end:?}");
+        goes_on_from_its_disk_there(&w).await;
+    }
+}
+
+#[tokio::test]
+async fn a_disk_of_which_nothing_is_known_is_not_said_to_be_lost() {
+    let w = world(Send::BreaksAfter).await;
+    running(&w, "a").await;
+    *w.center.back.dead.lock().expect("lock") = Some("its QEMU is gone".into());
+    w.center.back.refuses.lock().expect("lock").push(Fault::unavailable("not yet"));
+    let goes = async {
+        returns(&w).await;
+        *w.cafe.says.lock().expect("lock") = Some(Err(Fault::unavailable("nobody answers")));
+    };
+    let (end, ()) = tokio::join!(dies(&w), goes);
+    let hint = end.error.and_then(|f| f.hint).expect("what to do");
+    assert!(hint.contains("may have its disk whole"), "{hint}");
+    let vm = w.c.registry().vm("a").expect("there");
+    assert!(vm.site == name("center") && vm.returning.is_some(), "{vm:?}");
+    // It says so later.
+    let op = dies_again(&w, None).await;
+    assert_eq!(op.failure(), Some(Code::Damaged), "{op:?}");
+    goes_on_from_its_disk_there(&w).await;
+}
+
+/// Asks for the way back again, with a destination that is dead and has its disk.
+async fn dies_again(w: &World, to: Option<&str>) -> crate::registry::OpRecord {
+    *w.cafe.says.lock().expect("lock") = Some(Ok(status(MemoryStatus::Fell, 1)));
+    let want = MigrateVm { to: to.map(name), scheme: None };
+    let op = w.c.moves.migrate(&me(), "a", want, Mode::Act).expect("accepted").op.expect("op");
+    w.c.ops().wait(op).await.expect("ends")
+}
+
+#[tokio::test]
+async fn a_source_that_never_comes_back_is_given_up_by_a_persons_word_alone() {
+    let w = world_with(Send::BreaksAfter, Duration::ZERO).await;
+    running(&w, "a").await;
+    w.center.back.refuses.lock().expect("lock").push(Fault::unavailable("its link is down"));
+    dies(&w).await;
+    let e = w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect_err("it is there");
+    assert_eq!(e.code, Code::Conflict, "{e}");
+    let center: Arc<dyn SiteHost> = w.center.clone();
+    w.c.detach(&center);
+    let op = dies_again(&w, None).await;
+    let hint = op.error.and_then(|f| f.hint).expect("what to do");
+    assert!(hint.contains("give up what it has: godwit vm migrate a --to cafe"), "{hint}");
+    let op = dies_again(&w, Some("cafe")).await;
+    assert_eq!(op.state, OpState::Done, "{op:?}");
+    goes_on_from_its_disk_there(&w).await;
+}
+
+#[tokio::test]
+async fn a_way_back_whose_end_was_not_written_harms_nobody() {
+    let w = world_with(Send::BreaksAfter, Duration::ZERO).await;
+    running(&w, "a").await;
+    w.center.back.refuses.lock().expect("lock").push(Fault::unavailable("away"));
+    dies(&w).await;
+    let op = dies_again(&w, None).await;
+    let before = w.c.registry().vm("a").expect("there");
+    assert_eq!((before.state, before.generation), (VmState::Running, Generation(3)));
+    // As the center has it that was killed before that, with and without its first step.
+    for begun in [true, false] {
+        let mut op = crate::registry::OpRecord::begun(&me(), op.kind.clone());
+        let step =
+            StepKind::Send { migration: godwit_types::MigrationId::new(), from: name("cafe") };
+        let state = crate::registry::StepState::Begun;
+        op.journal.extend(begun.then_some(crate::registry::Step { what: step, state }));
+        w.c.registry().ops().put(&op).expect("written");
+        let second = Controller::new(w.c.registry().clone(), w.authority());
+        assert_eq!(second.recover().expect("recovers"), 1);
+        let end = second.ops().wait(op.id).await.expect("ends");
+        assert_eq!(end.state, OpState::Failed, "{end:?}");
+        assert!(end.error.is_some_and(|f| f.message.contains("are undone")));
+        assert_eq!(w.c.registry().vm("a").expect("there"), before, "untouched");
+    }
+}
+
+#[tokio::test]
+async fn nobody_turns_off_by_force_what_is_brought_back() {
+    let w = world(Send::BreaksAfter).await;
+    running(&w, "a").await;
+    *w.center.back.refuses.lock().expect("lock") = vec![Fault::unavailable("not yet"); 3];
+    *w.cafe.says.lock().expect("lock") = Some(Err(Fault::unavailable("not yet")));
+    let op =
+        w.c.moves.migrate(&me(), "a", to("cafe"), Mode::Act).expect("accepted").op.expect("op");
+    let arriving = || w.c.registry().vm("a").is_ok_and(|v| v.arriving.is_some());
+    while !arriving() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let stop = w.c.stop(&me(), "a", true, Mode::Act).expect("it still moves").op.expect("op");
+    *w.cafe.says.lock().expect("lock") = Some(Ok(status(MemoryStatus::Gone, 9)));
+    let moved = w.c.ops().wait(op).await.expect("ends");
+    assert_eq!(moved.failure(), Some(Code::Unavailable), "{moved:?}");
+    let stopped = w.c.ops().wait(stop).await.expect("ends");
+    assert_eq!(stopped.state, OpState::Done, "{stopped:?}");
+    let vm = w.c.registry().vm("a").expect("there");
+    assert_eq!((vm.state, vm.site.as_str()), (VmState::Stopped, "center"));
+    assert_eq!(asked(&w.center), [3, 3, 3, 3], "it was brought back first");
 }

@@ -182,6 +182,7 @@ impl LocalSite {
             reason: Some(format!("its record is damaged: {why}")),
             unfinished: None,
             attachment: None,
+            back: None,
         };
         self.parts.machines.insert(vm, Entry::new(record, machine)).await;
     }

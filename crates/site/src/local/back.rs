@@ -19,7 +19,7 @@ use godwit_migrate::clock;
 use godwit_migrate::hybrid::{DestinationFate, MoveError, Received, reclaim};
 use godwit_qemu::{Life, Machine};
 use godwit_transfer::Warrant;
-use godwit_types::{Code, Fault, Generation, MigrationId, Name, VmId};
+use godwit_types::{Fault, Generation, MigrationId, Name, VmId};
 use tracing::{info, warn};
 
 use super::adopt::end_strays;
@@ -27,16 +27,18 @@ use super::allowed::{First, Refusal};
 use super::arrivals::Arrivals;
 use super::course::{End, Migration, Step};
 use super::departures::Departures;
-use super::drive::{RECEIVED, RELEASE_WITHIN, UNDO_WITHIN, measured};
+use super::drive::{RECEIVED, RELEASE_WITHIN, UNDO_WITHIN, forget_measured, measured};
+use super::entry::Entry;
 use super::faults::into_fault;
 use super::look::{found_exited, life_of};
 use super::owner::{Ask, Look, Owned};
 use super::parts::Parts;
 use super::progress::runs;
-use super::record::{DesiredState, MachineRecord};
+use super::ran;
+use super::record::{Back, DesiredState, MachineRecord};
 use super::relays::{MovePaths, end_all_below};
 use super::travellers::Found;
-use crate::Fell;
+use crate::{Fell, TookBack};
 
 impl Arrivals {
     /// Gives up a machine that has run here and whose QEMU is dead, while pages of it are at its
@@ -57,17 +59,14 @@ impl Arrivals {
             )));
         }
         let known = migration.fell();
-        if let Some(why) = stays(known, self.had_all_memory(&now.record)) {
-            let (name, site) = (&now.record.name, &self.parts.name);
-            return Err(Fault::conflict(format!("machine '{name}' {why} at '{site}'")));
-        }
+        is_dead(&now, &self.parts).await?;
         let died = clock::now();
+        // What its relay still has to write down of its memory comes first; then it is of no use.
+        end_all_below(&MovePaths::of(&self.parts.dirs.run, &migration).dir).await;
+        self.drives.ended_within(id, RELEASE_WITHIN).await;
         let parts = Arc::clone(&self.parts);
         let record = owner.ask(Falls { parts, id, generation }).await?;
         godwit_hold::at("back.fell").await;
-        // What its relay has is of no use, and to say good-bye takes long on a slow link.
-        end_all_below(&MovePaths::of(&self.parts.dirs.run, &migration).dir).await;
-        self.drives.ended_within(id, RELEASE_WITHIN).await;
         let received: Received = measured(&self.parts.dirs.vm(vm), RECEIVED);
         let ran = received.resumed.and_then(|began| died.checked_sub(began));
         Ok(Fell {
@@ -105,6 +104,23 @@ fn in_move<'a>(
     })
 }
 
+/// Refuses where a machine's QEMU lives.
+async fn is_dead(e: &Entry, parts: &Parts) -> Result<(), Fault> {
+    match &e.machine {
+        Some(_) if life_of(e).await != Some(Life::Exited) => {
+            let machine = e.record.name.clone();
+            Err(Refusal::RunsHere { machine, site: parts.name.clone() }.into())
+        }
+        None if Machine::recorded(&parts.dirs.vm_run(e.record.vm)).is_some() => {
+            Err(Fault::unavailable(format!(
+                "the QEMU of '{}' at '{}' lives and does not answer yet",
+                e.record.name, parts.name
+            )))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
 /// A machine that came is dead: it never runs here again under its generation. Gives its record.
 struct Falls {
     parts: Arc<Parts>,
@@ -122,20 +138,7 @@ impl Ask for Falls {
         let migration = in_move(&e.record, id, End::Destination, site)?.clone();
         // A center that has raised it since, to start the machine here, has not started it.
         e.state(site).fence(generation)?;
-        match &e.machine {
-            Some(_) if life_of(e).await != Some(Life::Exited) => {
-                let machine = e.record.name.clone();
-                return Err(Refusal::RunsHere { machine, site: site.clone() }.into());
-            }
-            Some(_) => {}
-            None if Machine::recorded(&parts.dirs.vm_run(e.record.vm)).is_some() => {
-                return Err(Fault::unavailable(format!(
-                    "the QEMU of '{}' at '{site}' lives and does not answer yet",
-                    e.record.name
-                )));
-            }
-            None => {}
-        }
+        is_dead(e, &parts).await?;
         // One that has only hung up is dead, too, before anything is read into that.
         end_strays(&parts.dirs, e.record.vm).await;
         let _ = found_exited(e).await;
@@ -153,6 +156,11 @@ impl Ask for Falls {
                 e.record.name
             )));
         }
+        let had_all = ran::had_all_memory(&e.dir);
+        if let Some(why) = stays(migration.fell(), had_all) {
+            e.save()?;
+            return Err(Fault::conflict(format!("machine '{}' {why} at '{site}'", e.record.name)));
+        }
         let next = migration.after(Step::Fell).map_err(into_fault)?;
         e.record.migration = Some(next);
         if let Err(f) = e.save() {
@@ -166,34 +174,25 @@ impl Ask for Falls {
 
 impl Departures {
     /// Lets a machine that fell at its destination run on here as it left, under a generation above
-    /// all that it has had.
+    /// all that it has had. What is answered is in the record before it is said.
     pub(super) async fn bring_back(
         &self,
         id: MigrationId,
         vm: VmId,
         generation: Generation,
         warrant: Warrant,
-    ) -> Result<(), Fault> {
+    ) -> Result<TookBack, Fault> {
         self.parts.warrants.check(vm, generation, &warrant)?;
         let owner = self.parts.machines.owner(vm).await?;
         let now = owner.ask(Look { needs: None }).await?;
         now.state(&self.parts.name).fence(generation)?;
-        let (has, site) = (now.record.warrant.as_ref(), &self.parts.name);
-        let same = now.record.generation == generation
-            && has.is_some_and(|w| w.is_for(vm, generation, site));
-        if now.record.migration.is_none() {
-            let gone =
-                now.machine.is_none() && Machine::recorded(&self.parts.dirs.vm_run(vm)).is_none();
-            // Also when this was found before, and whoever asked did not hear of it.
-            if gone && now.record.desired == DesiredState::Running {
-                return Err(self.no_way_back(&now.record).await);
-            }
-            // It was brought back; what it has done since is its own.
-            if same {
-                return Ok(());
-            }
-        }
-        let migration = in_move(&now.record, id, End::Source, &self.parts.name)?.clone();
+        let known = now.record.back.filter(|b| b.generation == generation);
+        let migration = match (known, in_move(&now.record, id, End::Source, &self.parts.name)) {
+            (Some(Back { runs: false, .. }), _) => return Ok(never(&now.record)),
+            // What it has done since is its own, whatever its QEMU is now.
+            (Some(Back { runs: true, .. }), Err(_)) => return Ok(TookBack::Runs),
+            (_, found) => found?.clone(),
+        };
         if !end_all_below(&MovePaths::of(&self.parts.dirs.run, &migration).dir).await {
             return Err(Fault::unavailable(format!(
                 "a relay of machine '{}' does not end at '{}'",
@@ -202,14 +201,22 @@ impl Departures {
         }
         self.end_drive(id).await?;
         let parts = Arc::clone(&self.parts);
-        let (record, machine) = owner.ask(Returns { parts, id, generation, warrant }).await?;
-        let Some(machine) = machine else {
-            return Err(self.no_way_back(&record).await);
+        let returns = Returns { parts: Arc::clone(&parts), id, generation, warrant };
+        let (record, machine) = owner.ask(returns).await?;
+        let ran = match &machine {
+            Some(machine) => {
+                godwit_hold::at("back.returning").await;
+                self.run_on(&record, machine, &migration).await
+            }
+            None => Err(MoveError::Stuck),
         };
-        godwit_hold::at("back.returning").await;
-        match self.run_on(&record, &machine, &migration).await {
-            Ok(()) => Ok(()),
-            Err(MoveError::Stuck | MoveError::Ended { .. }) => Err(self.no_way_back(&record).await),
+        match ran {
+            Ok(()) => Ok(TookBack::Runs),
+            Err(MoveError::Stuck | MoveError::Ended { .. }) => {
+                let took = owner.ask(NeverReturns { parts, id, generation }).await?;
+                self.parts.relays.clear(&migration);
+                Ok(took)
+            }
             Err(e) => Err(into_fault(e)),
         }
     }
@@ -239,13 +246,22 @@ impl Departures {
         machine: &Machine,
         migration: &Migration,
     ) -> Result<(), MoveError> {
-        if !runs(Some(machine)).await {
-            const RUNS_ON: &str = "letting the machine run on";
+        const RUNS_ON: &str = "letting the machine run on";
+        let stands = !runs(Some(machine)).await;
+        if stands {
             let paths = MovePaths::of(&self.parts.dirs.run, migration);
             if let Err(error) = paths.make() {
                 warn!(dir = %paths.dir.display(), %error, "the directory of its move is not made");
             }
             reclaim(machine, &paths.qemu).await?;
+        }
+        let owner = self.parts.machines.owner(record.vm).await;
+        let noted = match owner {
+            Ok(owner) => owner.ask(RunsAgain { id: migration.id }).await,
+            Err(f) => Err(f),
+        };
+        noted.map_err(|f| MoveError::Interrupted { why: f.message })?;
+        if stands {
             let run = machine.run().await;
             run.map_err(|source| MoveError::Qemu { what: RUNS_ON, source })?;
         }
@@ -254,20 +270,6 @@ impl Departures {
         self.travellers.unmark(migration.id, record.vm).await;
         self.parts.relays.clear(migration);
         Ok(())
-    }
-
-    /// The machine died at its destination, and its QEMU here is gone, too.
-    async fn no_way_back(&self, record: &MachineRecord) -> Fault {
-        self.end_move(record).await;
-        let why = record.reason.clone().unwrap_or_else(|| "its QEMU is gone".into());
-        Fault::new(
-            Code::Damaged,
-            format!(
-                "machine '{}' cannot be brought back to '{}': {why}",
-                record.name, self.parts.name
-            ),
-        )
-        .hint(format!("boot it from its disk as it left: godwit vm start {}", record.name))
     }
 
     /// A new daemon finds a machine on its way back: one that runs is back, any other waits for the
@@ -279,7 +281,7 @@ impl Departures {
         machine: &Machine,
     ) {
         self.parts.relays.end(migration).await;
-        if runs(Some(machine)).await {
+        if record.back.is_some_and(|b| b.runs) && runs(Some(machine)).await {
             info!(vm = %record.name, "runs on at its source");
             self.travellers.unmark(migration.id, record.vm).await;
             self.parts.relays.clear(migration);
@@ -287,6 +289,72 @@ impl Departures {
         }
         let why = "it is being brought back from its destination";
         self.drives.interrupted(migration.id, (record.vm, &record.name), why);
+    }
+}
+
+/// The answer for a machine that cannot be brought back.
+fn never(record: &MachineRecord) -> TookBack {
+    let why = record.reason.clone().unwrap_or_else(|| "its QEMU is gone".into());
+    TookBack::Never { why }
+}
+
+/// A machine runs on here from the next instant on: if it is being brought back, that is written down.
+struct RunsAgain {
+    id: MigrationId,
+}
+
+impl Ask for RunsAgain {
+    type Reply = ();
+    const STEP: &'static str = "owner.runs-again";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        if !e.record.migration.as_ref().is_some_and(|m| m.id == self.id && m.returns()) {
+            return Ok(());
+        }
+        let before = e.record.back;
+        e.record.back = Some(Back { generation: e.record.generation, runs: true });
+        if let Err(f) = e.save() {
+            e.record.back = before;
+            return Err(f);
+        }
+        Ok(())
+    }
+}
+
+/// A machine cannot be brought back here, its source: its QEMU is gone, or of no use and ended. It is in
+/// no move any more.
+struct NeverReturns {
+    parts: Arc<Parts>,
+    id: MigrationId,
+    generation: Generation,
+}
+
+impl Ask for NeverReturns {
+    type Reply = TookBack;
+    const STEP: &'static str = "owner.never-returns";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<TookBack, Fault> {
+        let Self { parts, id, generation } = self;
+        let _ = in_move(&e.record, id, End::Source, &parts.name)?;
+        // It has run here since: what became of it then is its own.
+        let ran = e.record.back.is_some_and(|b| b.generation == generation && b.runs);
+        let before = e.record.clone();
+        if life_of(e).await == Some(Life::Exited) {
+            let _ = found_exited(e).await;
+        } else if let Some(m) = e.machine.take() {
+            m.kill().await;
+            e.record.reason = Some("its QEMU could not be taken back to where it left".into());
+        }
+        end_strays(&parts.dirs, e.record.vm).await;
+        e.record.migration = None;
+        e.record.back = Some(Back { generation, runs: ran });
+        if let Err(f) = e.save() {
+            e.record = before;
+            return Err(f);
+        }
+        forget_measured(&e.dir);
+        warn!(vm = %e.record.name, reason = ?e.record.reason, ran, "is not brought back");
+        Ok(if ran { TookBack::Runs } else { never(&e.record) })
     }
 }
 

@@ -18,7 +18,7 @@ use super::travellers::Travellers;
 use crate::{Call, MemoryStatus};
 
 /// How long QEMU may take to say how its migration stands.
-const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// The moves of one site.
 pub(super) struct Moves {
     pub(super) arrivals: Arc<Arrivals>,

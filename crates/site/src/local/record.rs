@@ -58,6 +58,15 @@ pub(crate) enum Unfinished {
     },
 }
 
+/// How it ended that a machine, which had died at its destination, was to be brought back here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Back {
+    /// Under which generation.
+    pub(crate) generation: Generation,
+    /// It runs on here, or has: written down before its first instant. If not, it never does.
+    pub(crate) runs: bool,
+}
+
 /// One machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MachineRecord {
@@ -86,6 +95,9 @@ pub(crate) struct MachineRecord {
     /// Its place in a network, if it is in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) attachment: Option<Attachment>,
+    /// How its last way back ended, if it had one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) back: Option<Back>,
 }
 
 /// How a record file begins. What lies between this, 64 hex digits and [`BODY`], and the last brace
@@ -213,6 +225,7 @@ mod tests {
             reason: None,
             unfinished: Some(Unfinished::Activating),
             attachment: None,
+            back: None,
         }
     }
 

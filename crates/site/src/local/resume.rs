@@ -91,6 +91,9 @@ impl Arrivals {
             self.parts.relays.end(&migration).await;
         }
         let has_run = self.has_run(&record, Some(&machine)).await;
+        if has_run {
+            self.note_whole(&record, &machine).await;
+        }
         let phase = relay.as_ref().ok().map(|r| r.status().phase);
         match (arrival_after_restart(has_run, phase), relay) {
             (AfterRestart::Follow, Ok(relay)) => {
@@ -140,7 +143,7 @@ impl Departures {
             .await;
         }
         if migration.has_run() {
-            self.hold_still(&record, &machine).await;
+            self.hold_still(&record).await;
         }
         let at_home = !migration.has_run() && runs(Some(&machine)).await;
         let committed = relay.as_ref().ok().map(|r| r.status().committed);
@@ -252,6 +255,10 @@ impl Moves {
             }
             None if migration.fell() => (MemoryStatus::Fell, record.reason.clone()),
             None => (MemoryStatus::Gone, record.reason.clone()),
+            Some(m) if self.departures.is_stuck(&migration, m).await => {
+                let why = "its QEMU broke off in the hand-over and cannot take it back";
+                (MemoryStatus::Gone, Some(why.into()))
+            }
             Some(m) => memory_status(m, migration.end()).await,
         };
         let (missing_pages, missing_blocks) = match migration.end() {
@@ -290,7 +297,10 @@ impl Arrivals {
         let pages = match memory {
             MemoryStatus::Whole => {
                 // Its relay may have been lost before it could.
-                ran::note_all_memory(&self.parts.dirs.vm(record.vm))?;
+                let noted = ran::note_all_memory(&self.parts.dirs.vm(record.vm));
+                if let Err(error) = noted {
+                    warn!(vm = %record.name, %error, "that all of it is here is not written down");
+                }
                 0
             }
             // Pages that are zero may be holes as well.

@@ -89,6 +89,7 @@ impl Starts {
             reason: None,
             unfinished: None,
             attachment,
+            back: None,
         };
         self.parts.room.check_memory(record.memory).await?;
         let (owner, wanted) = self.parts.machines.register_starting(record.clone()).await?;

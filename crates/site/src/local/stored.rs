@@ -55,6 +55,7 @@ impl Starts {
             reason: None,
             unfinished: None,
             attachment: None,
+            back: None,
         };
         self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
         self.parts.room.check_memory(record.memory).await?;

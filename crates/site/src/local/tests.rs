@@ -104,6 +104,7 @@ pub(super) fn on_its_way(memory: Mib, end: End) -> MachineRecord {
         reason: None,
         unfinished: None,
         attachment: None,
+        back: None,
     }
 }
 

@@ -58,6 +58,7 @@ fn record() -> MachineRecord {
         reason: None,
         unfinished: None,
         attachment: None,
+        back: None,
     }
 }
 

@@ -7,8 +7,9 @@ use super::course::{End, Step};
 use super::entry::Doing;
 use super::owner::{Owned, Owner};
 use super::ran;
-use super::record::{DesiredState, MachineRecord};
+use super::record::{Back, DesiredState, MachineRecord};
 use super::tests::{Do, Place, on_its_way, site};
+use crate::TookBack;
 
 /// A machine that has run here, and has no QEMU.
 async fn dead(place: &Place) -> (MachineRecord, Owner) {
@@ -94,7 +95,7 @@ async fn what_is_not_known_of_a_dead_machine_sends_it_nowhere() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_machine_that_was_brought_back_is_so_whatever_its_guest_does() {
+async fn what_was_answered_of_a_way_back_holds() {
     let place = site(Mib(4096)).await;
     let me = &place.site;
     let mut record = on_its_way(Mib(256), End::Source);
@@ -105,14 +106,41 @@ async fn a_machine_that_was_brought_back_is_so_whatever_its_guest_does() {
     std::fs::create_dir_all(me.parts.dirs.vm(vm)).expect("dir");
     let owner = me.parts.machines.register(record, Doing::Nothing).await.expect("here");
     let again = async || me.moves.departures.bring_back(id, vm, generation, warrant()).await;
-    let f = again().await.expect_err("its QEMU died since");
-    assert_eq!(f.code, Code::Damaged, "{f}");
-    owner.ask(Do(|e: &mut Owned| e.record.generation = Generation(2))).await.expect("asked");
-    let f = again().await.expect_err("its QEMU had died before, which nobody heard");
-    assert_eq!(f.code, Code::Damaged, "{f}");
-    let off = |e: &mut Owned| {
-        (e.record.generation, e.record.desired) = (Generation(3), DesiredState::Stopped);
-    };
-    owner.ask(Do(off)).await.expect("asked");
-    again().await.expect("its guest powered itself off since");
+    let f = again().await.expect_err("in no such move, and nothing is known of a way back");
+    assert_eq!(f.code, Code::Conflict, "{f}");
+    for (runs, due) in
+        [(true, TookBack::Runs), (false, TookBack::Never { why: "its QEMU is gone".into() })]
+    {
+        let back = Back { generation, runs };
+        owner.ask(Do(move |e: &mut Owned| e.record.back = Some(back))).await.expect("asked");
+        assert_eq!(again().await.expect("known"), due);
+    }
+    // Of an earlier way back.
+    let back = Back { generation: Generation(2), runs: true };
+    owner.ask(Do(move |e: &mut Owned| e.record.back = Some(back))).await.expect("asked");
+    again().await.expect_err("not this one");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_whose_qemu_is_gone_says_so_once_and_for_all_unless_it_had_run() {
+    for ran in [false, true] {
+        let place = site(Mib(4096)).await;
+        let me = &place.site;
+        let mut record = on_its_way(Mib(256), End::Source);
+        let (id, vm, generation) =
+            (record.migration.as_ref().expect("its move").id, record.vm, Generation(3));
+        // Killed between its first instant and the end of its move, and then its host.
+        record.back = ran.then_some(Back { generation, runs: true });
+        let dir = me.parts.dirs.vm(vm);
+        std::fs::create_dir_all(&dir).expect("dir");
+        record.save(&dir).expect("saved");
+        me.parts.machines.register(record, Doing::Nothing).await.map(drop).expect("here");
+        for _ in 0..2 {
+            let warrant = place.authority.warrant(vm, generation, &me.parts.name).expect("signed");
+            let took = me.moves.departures.bring_back(id, vm, generation, warrant).await;
+            assert_eq!(took.expect("known") == TookBack::Runs, ran);
+            let kept = MachineRecord::load(&dir).expect("read").expect("there");
+            assert_eq!((kept.migration, kept.back), (None, Some(Back { generation, runs: ran })));
+        }
+    }
 }
