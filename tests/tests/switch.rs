@@ -151,7 +151,7 @@ impl Story {
     fn harmed(&mut self, from: Daemon, step: &str, victim: Victim) {
         self.go(from);
         let name = self.name();
-        // Whether the only copy of the machine's memory is at its destination.
+        // Whether the machine has run at its destination.
         let beyond = [WRITTEN, TOLD, COMMITTED].contains(&step);
         let written = (matches!(victim, Victim::FarQemu | Victim::FarHost) && beyond)
             .then(|| self.write_much());
@@ -163,6 +163,9 @@ impl Story {
         let _ = self.cloud.held(step);
         let since = Instant::now();
         let again = self.strike(victim, &before);
+        // What its destination has written down: whether all of its memory was there.
+        let ran = self.cloud.vm_dir(&before, other(from)).join("ran");
+        let had_all = std::fs::read(ran).is_ok_and(|says| says.get(1) == Some(&b'1'));
         self.cloud.let_go(step);
         if let Some(daemon) = again {
             self.cloud.serves(daemon);
@@ -179,18 +182,24 @@ impl Story {
             "{what}: {} at {} after {took:?} ({})",
             vm["state"], vm["site"], end["error"]["message"]
         );
+        let words = end["error"]["message"].as_str().unwrap_or_default();
         match victim {
             // Its device state has come before all other steps, and all of its memory may have.
             Victim::Qemu if step == STOPPED || end["state"] != "done" => {
                 self.ended_with_its_qemu(&end, KILLED, None);
             }
+            // One that had all of its memory is started from its disk there.
+            Victim::FarQemu if beyond && !had_all => {
+                self.is_back(&end, &before, written.as_deref());
+            }
+            // No daemon saw how its QEMU ended: its guest may have powered itself off.
             Victim::FarHost if beyond => {
                 self.ended_with_its_qemu(&end, "its QEMU is gone", written.as_deref());
             }
-            Victim::FarHost => self.runs_on(&end),
             Victim::FarQemu if beyond => {
                 self.ended_with_its_qemu(&end, KILLED, written.as_deref());
             }
+            Victim::FarHost => self.runs_on(&end),
             _ => {
                 // Beyond the commit point nothing leads back.
                 if beyond {
@@ -205,7 +214,6 @@ impl Story {
         }
         if step == KEEPING {
             // Nobody waits for what cannot come, and it is said where the machine is.
-            let words = end["error"]["message"].as_str().unwrap_or_default();
             assert!(words.contains("before the machine left its source"), "{what}: {end}");
             assert!(took < Duration::from_secs(15), "{what}: {took:?}");
         }
@@ -234,10 +242,26 @@ impl Story {
         });
     }
 
-    /// Writes more to its disk than crosses before its memory has; gives the digest.
+    /// Writes much to its disk; gives the digest.
     fn write_much(&self) -> String {
         let write = "dd if=/dev/urandom of=/data/much bs=1M count=8 2>/dev/null && sync";
         self.cloud.guest(&self.name()).sh(&format!("{write} && {DIGEST}"))
+    }
+
+    /// What was killed had not all of its memory: it runs where it was, with its disk, and what is
+    /// undone is said.
+    fn is_back(&mut self, end: &Value, before: &Value, written: Option<&str>) {
+        let words = end["error"]["message"].as_str().unwrap_or_default();
+        assert!(end["state"] == "failed" && words.contains("are undone"), "{end}");
+        let vm = self.cloud.vm(&self.name());
+        let generation = |vm: &Value| vm["generation"].as_u64().unwrap();
+        // Warrants that were made void before have generations of their own.
+        assert!(generation(&vm) > generation(before) + 1, "{vm}");
+        self.runs_on(end);
+        if let Some(digest) = written {
+            let _ = self.cloud.guest(&self.name()).sh("echo 3 >/proc/sys/vm/drop_caches");
+            assert_eq!(self.cloud.guest(&self.name()).sh(DIGEST), digest);
+        }
     }
 
     /// The only copy of its memory was killed: that is said, and its disk is whole.

@@ -31,6 +31,7 @@ fn record(i: usize) -> VmRecord {
         reason: None,
         private_of: None,
         arriving: None,
+        returning: None,
         network: None,
         published: Vec::new(),
         ports_pending: false,

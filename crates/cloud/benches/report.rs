@@ -71,6 +71,7 @@ fn record(i: usize, site: &Name) -> VmRecord {
         reason: None,
         private_of: None,
         arriving: None,
+        returning: None,
         network: None,
         published: Vec::new(),
         ports_pending: false,

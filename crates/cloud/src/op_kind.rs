@@ -82,6 +82,9 @@ pub enum OpKind {
         to: Name,
         /// Its generation there.
         generation: Generation,
+        /// It died where it had moved to, and is brought back from there, or given up at its source.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        back: bool,
     },
     /// Brings a substrate to a site that lacks it.
     SubstrateCopy {

@@ -11,7 +11,9 @@ use godwit_migrate::hybrid::{
     Asking, Committed, DestinationFate, MoveError, Received, Sent, Steering, prepare_incoming,
     receive, report, send,
 };
-use godwit_migrate::relay::{HeldMemory, NOT_COMMITTED, RelayDisk, RelayPhase, says_committed};
+use godwit_migrate::relay::{
+    HeldMemory, NOT_COMMITTED, RelayDisk, RelayPhase, says_all_memory, says_committed,
+};
 use godwit_qemu::{Life, MemorySource};
 use godwit_testkit::{LONG, Relay, Sites, give, sh, start, up};
 use tokio_util::sync::CancellationToken;
@@ -161,7 +163,8 @@ async fn a_machine_moves_with_memory_and_disk_while_it_works() {
     left.unwrap();
     arrived.unwrap();
     assert_eq!(source.life().await.unwrap(), Life::PostMigrate);
-    assert!(says_committed(&std::fs::read(&word).unwrap()));
+    let said = std::fs::read(&word).unwrap();
+    assert!(says_committed(&said) && says_all_memory(&said) == Some(true), "{said:?}");
     here.finish().await;
     there.finish().await;
     source.kill().await;

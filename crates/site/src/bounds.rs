@@ -6,7 +6,7 @@
 
 use godwit_types::{Code, Fault, UnixMs};
 
-use super::{ImageInfo, MachineStatus, SiteReply, SubstrateInfo};
+use super::{Fell, ImageInfo, MachineStatus, SiteReply, SubstrateInfo, TookBack};
 use crate::SiteReport;
 
 /// Machines in one answer.
@@ -113,6 +113,9 @@ pub(super) fn checked(mut reply: SiteReply) -> Result<SiteReply, Fault> {
             c.damaged.iter_mut().for_each(|d| tidy(d, MAX_TEXT));
         }
         SiteReply::Visits(all) => at_most("visits", all.len(), MAX_MACHINES)?,
+        SiteReply::Fell(Fell { why, .. }) | SiteReply::TookBack(TookBack::Never { why }) => {
+            tidy(why, MAX_TEXT);
+        }
         SiteReply::Bytes(n) => size("the size of a disk", *n, MAX_BYTES)?,
         // Bounded by the longest message, and not kept.
         _ => {}

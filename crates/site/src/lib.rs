@@ -55,9 +55,9 @@ pub use local::{
 };
 pub use remote::{RemoteSite, serve};
 pub use types::{
-    CheckReport, ConsoleTail, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
+    CheckReport, ConsoleTail, Fell, GuestExec, GuestOutput, GuestProgram, ImageInfo, Incoming,
     MachineStatus, MemoryStatus, MoveStatus, NewMachine, News, Origin, PoolReport, Progress,
-    SiteReport, StreamRequest, SubstrateInfo, TakeAmong, UNKNOWN_GENERATION, Upload,
+    SiteReport, StreamRequest, SubstrateInfo, TakeAmong, TookBack, UNKNOWN_GENERATION, Upload,
 };
 pub use verbs::{Asking, Request, SiteEvent, SiteReply, SiteRequest};
 

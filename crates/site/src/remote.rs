@@ -268,6 +268,7 @@ pub async fn serve(link: Link, center: &Name, host: Arc<dyn SiteHost>) {
         return;
     }
     let room = Arc::new(Semaphore::new(AT_ONCE));
+    let speaks = link.version();
     loop {
         let lane = match link.accept_lane().await {
             Ok(lane) => lane,
@@ -279,7 +280,7 @@ pub async fn serve(link: Link, center: &Name, host: Arc<dyn SiteHost>) {
         let (host, room) = (host.clone(), room.clone());
         tokio::spawn(async move {
             let outcome = match lane.kind() {
-                LaneKind::Steering => answer(lane, host, room).await,
+                LaneKind::Steering => answer(lane, speaks, host, room).await,
                 LaneKind::Pipe => answer_stream(lane, host).await,
                 other => {
                     lane.abort();
@@ -306,7 +307,12 @@ fn not_known(site: &Name) -> Fault {
         .hint("is its version older than the center's? see: godwit site list -o wide")
 }
 
-async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Result<(), Fault> {
+async fn answer(
+    lane: Lane,
+    speaks: u16,
+    host: Arc<dyn SiteHost>,
+    room: Arc<Semaphore>,
+) -> Result<(), Fault> {
     let (mut to, mut from) = lane.split();
     let request: SiteRequest = match arrival(&mut from).await {
         Err(f) if f.code == Code::Damaged => {
@@ -369,6 +375,7 @@ async fn answer(lane: Lane, host: Arc<dyn SiteHost>, room: Arc<Semaphore>) -> Re
     while let Some(told) = shown.try_recv().ok().or_else(|| news.try_recv().ok()) {
         linked = linked && send_message(&mut to, &SiteEvent::News(told)).await.is_ok();
     }
+    let outcome = outcome.map(|reply| reply.told_to(speaks));
     send_message(&mut to, &SiteEvent::Done(Box::new(outcome))).await?;
     to.finish().await.map_err(|e| Fault::of(&e))
 }

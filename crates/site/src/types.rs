@@ -213,6 +213,10 @@ pub enum MemoryStatus {
     Partial,
     /// This end's QEMU is gone, or can give and take pages no more.
     Gone,
+    /// As [`MemoryStatus::Gone`], at a destination that was asked `MigrateFell`: it is written down
+    /// that the machine, which had not all of its memory, never runs there again under its
+    /// generation. A center that does not speak that hears [`MemoryStatus::Gone`].
+    Fell,
 }
 
 /// How far a migration has come at one of its ends.
@@ -231,6 +235,27 @@ pub struct MoveStatus {
     pub over: bool,
     /// What happened to a QEMU that is gone.
     pub why: Option<String>,
+}
+
+/// How a machine ended at a destination that had not all of its memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fell {
+    /// How its QEMU ended.
+    pub why: String,
+    /// Milliseconds from its first instant there until it was found dead, where both are known.
+    pub ran_ms: Option<u64>,
+}
+
+/// What became of a machine that its source was asked to take back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TookBack {
+    /// It runs there under the generation that was asked, or has run.
+    Runs,
+    /// Its QEMU there is gone: it never runs there as it left, but from its disk.
+    Never {
+        /// How its QEMU ended.
+        why: String,
+    },
 }
 
 /// The last part of a console's log.

@@ -13,8 +13,8 @@ use godwit_types::{Fault, Generation, Hash, MigrationId, Name, SubstrateId, Subs
 use serde::{Deserialize, Serialize};
 
 use super::types::{
-    CheckReport, ConsoleTail, GuestExec, GuestProgram, ImageInfo, Incoming, MachineStatus,
-    MoveStatus, NewMachine, News, Origin, PoolReport, SubstrateInfo,
+    CheckReport, ConsoleTail, Fell, GuestExec, GuestProgram, ImageInfo, Incoming, MachineStatus,
+    MemoryStatus, MoveStatus, NewMachine, News, Origin, PoolReport, SubstrateInfo, TookBack,
 };
 use crate::SiteReport;
 
@@ -180,6 +180,20 @@ macro_rules! verbs {
     };
 }
 
+impl SiteReply {
+    /// As a center hears it that speaks so much of the protocol: what came later is told in words
+    /// that it knows.
+    pub(super) fn told_to(mut self, speaks: u16) -> Self {
+        if let Self::MoveStatus(status) = &mut self
+            && status.memory == MemoryStatus::Fell
+            && speaks < MigrateFell::SINCE
+        {
+            status.memory = MemoryStatus::Gone;
+        }
+        self
+    }
+}
+
 verbs! {
     replies {
         /// It was done.
@@ -229,6 +243,10 @@ verbs! {
         Bytes(u64),
         /// To `Visits`.
         Visits(Vec<VmId>),
+        /// To `MigrateFell`.
+        Fell(Fell),
+        /// To `MigrateTakeBack`.
+        TookBack(TookBack),
     }
 
     /// Resources and holdings.
@@ -583,5 +601,29 @@ verbs! {
         attachment: Attachment,
         /// All of its ports.
         published: Vec<PublishedPort>,
+    }
+    /// To a destination whose QEMU has died while part of the machine's memory was at the source: it
+    /// gives the machine up. When it answers, it is written down there that the machine never runs
+    /// there again under this generation. Refused as a conflict where the machine runs, was powered
+    /// off by its guest, or had all its memory.
+    MigrateFell "migrate fell" since 7 => Fell {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+        /// Its generation there.
+        generation: Generation,
+    }
+    /// To a source, once its destination has answered `MigrateFell`: the machine runs on there as it
+    /// was when it left. May be asked again at any time; what was answered once holds.
+    MigrateTakeBack "migrate take back" since 7 => TookBack {
+        /// The migration.
+        migration: MigrationId,
+        /// The machine.
+        vm: VmId,
+        /// Its generation from now on.
+        generation: Generation,
+        /// The center's word for that.
+        warrant: Warrant,
     }
 }

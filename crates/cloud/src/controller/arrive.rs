@@ -9,9 +9,10 @@
 //!            recovering: wait for both sites, ask how far they are
 //!               |
 //!               +-> lost: what the source had is gone, or it does not come back
+//!               +-> back: it died at its destination, and its source has all of it (`back`)
 //! ```
 //!
-//! Nothing is undone here, and no QEMU is ended: the destination's is the machine.
+//! No QEMU is ended here: the destination's is the machine, for as long as it lives.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,18 +20,19 @@ use std::time::Duration;
 use godwit_migrate::clock::{self, ClockId};
 use godwit_migrate::hybrid::{Received, Request, Sent, report};
 use godwit_site::{
-    Asking, Call, MemoryStatus, MoveStatus, News, Progress, Request as _, SiteHost,
+    Asking, Call, Fell, MemoryStatus, MoveStatus, News, Progress, Request as _, SiteHost,
     UNKNOWN_GENERATION, verbs,
 };
 use godwit_types::{Code, Fault, MoveReport, Name, UnixMs, VmState, human_bytes};
 use tokio::time::Instant;
 
+use super::back::{is_gone, may_return};
 use super::lifecycle::dry;
 use super::meet::{can_be_dialled, may_dial};
 use super::moves::{Move, measured};
 use super::{Accepted, MigrateVm, Mode, Moves};
 use crate::access::Principal;
-use crate::ops::{OpHandle, OpKind};
+use crate::ops::{OpHandle, OpKind, Ops};
 use crate::registry::{StepKind, VmRecord, registry_fault};
 
 /// The stage that an operation shows while a broken migration is taken up again.
@@ -47,7 +49,8 @@ pub(super) const UNCERTAIN: &str = "uncertain";
 pub(super) const RECOVER_LIMIT: Duration = Duration::from_secs(900);
 
 /// First and longest pause between two tries.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
+pub(super) const PAUSE: (Duration, Duration) =
+    (Duration::from_millis(250), Duration::from_secs(10));
 
 /// How long a site may take to show that it is there.
 const ALIVE_WITHIN: Duration = Duration::from_secs(10);
@@ -67,6 +70,8 @@ enum Broken {
     Again(Fault),
     /// What is missing is gone for good.
     Lost(Fault),
+    /// It died at its destination, and its source has it as it left.
+    Back(Fell),
 }
 
 impl From<Fault> for Broken {
@@ -193,7 +198,11 @@ impl Moves {
     }
 
     /// Waits until a site is attached, and says so.
-    async fn await_site(&self, op: &OpHandle, name: &Name) -> Result<Arc<dyn SiteHost>, Fault> {
+    pub(super) async fn await_site(
+        &self,
+        op: &OpHandle,
+        name: &Name,
+    ) -> Result<Arc<dyn SiteHost>, Fault> {
         if let Ok(host) = self.sites.host(name) {
             return Ok(host);
         }
@@ -273,6 +282,10 @@ impl Moves {
                     self.abandon(m, &f, true).await?;
                     return Err(f);
                 }
+                Err(Broken::Back(fell)) => {
+                    let vm = self.way_back.give_back(m, &fell)?;
+                    return Err(self.way_back.bring_back(op, vm).await);
+                }
                 Err(Broken::Again(f)) => why = f,
             }
             if begun.elapsed() >= self.patience {
@@ -308,7 +321,8 @@ impl Moves {
         if is_whole(&here) {
             return Ok(None);
         }
-        if here.memory == MemoryStatus::Gone && here.missing_blocks == Some(0) {
+        let goes_back = here.missing_pages > 0 && dst.speaks() >= verbs::MigrateFell::SINCE;
+        if here.memory == MemoryStatus::Gone && here.missing_blocks == Some(0) && !goes_back {
             return Err(Broken::Lost(ended_there(m, &here)));
         }
         let src = self.await_site(op, &m.from).await?;
@@ -328,7 +342,7 @@ impl Moves {
             Err(f) => return Err(f.into()),
         };
         let may_come = here.memory == MemoryStatus::Partial || there.over;
-        if may_come && here.memory != MemoryStatus::Gone && there.memory == MemoryStatus::Gone {
+        if may_come && !is_gone(here.memory) && there.memory == MemoryStatus::Gone {
             // What it had sent may still be arriving.
             tokio::time::sleep(SECOND_LOOK).await;
             here = move_status(&dst, m).await?;
@@ -338,14 +352,27 @@ impl Moves {
         }
         // Memory that is lost leaves the disk to be brought: the source has all of it yet.
         let lost = match here.memory {
-            MemoryStatus::Gone => Some(ended_there(m, &here)),
+            MemoryStatus::Gone | MemoryStatus::Fell => {
+                let stays = match may_return(&here, &there, src.speaks().min(dst.speaks())) {
+                    Ok(()) => match self.way_back.ask_fell(m, &dst).await? {
+                        Some(fell) => return Err(Broken::Back(fell)),
+                        None => None,
+                    },
+                    Err(stays) => stays.words(),
+                };
+                let mut f = ended_there(m, &here);
+                if let Some(words) = stays {
+                    f.message = format!("{}; {words}", f.message);
+                }
+                Some(f)
+            }
             MemoryStatus::Partial if there.memory == MemoryStatus::Gone => {
                 Some(memory_lost(m, &here, &there))
             }
             MemoryStatus::Partial | MemoryStatus::Whole => None,
         };
         // A site of the release before brings no disk for a QEMU that has ended.
-        let too_old = here.memory == MemoryStatus::Gone && dst.speaks() < DISK_ALONE_SINCE;
+        let too_old = is_gone(here.memory) && dst.speaks() < DISK_ALONE_SINCE;
         if let Some(f) = &lost
             && (here.missing_blocks == Some(0) || there.over || too_old)
         {
@@ -367,7 +394,7 @@ impl Moves {
         }
         let after = move_status(&dst, m).await.unwrap_or(here);
         Err(Broken::Lost(match after.memory {
-            MemoryStatus::Gone => ended_there(m, &after),
+            MemoryStatus::Gone | MemoryStatus::Fell => ended_there(m, &after),
             MemoryStatus::Partial | MemoryStatus::Whole => memory_lost(m, &after, &there),
         }))
     }
@@ -381,7 +408,7 @@ impl Moves {
         let what = status.as_ref().map(missing);
         let what = what.unwrap_or_else(|| "part of its memory or disk".into());
         let state = match status {
-            Some(s) if s.memory == MemoryStatus::Gone => "has ended at",
+            Some(s) if is_gone(s.memory) => "has ended at",
             _ => "runs as far as it can at",
         };
         Fault::unavailable(format!(
@@ -403,8 +430,11 @@ impl Moves {
         };
         let known = match asked {
             Ok(()) => true,
-            // It is in no migration there any more.
-            Err(f) if f.code == Code::Conflict => true,
+            // It may be in no migration there any more, or not take that step.
+            Err(f) if f.code == Code::Conflict => match self.sites.host(&m.to) {
+                Ok(dst) => move_status(&dst, m).await.is_ok_and(|s| s.over),
+                Err(_) => false,
+            },
             Err(error) => {
                 tracing::warn!(vm = %m.vm.name, %error, "its site does not know that it is given up");
                 false
@@ -477,16 +507,7 @@ impl Moves {
         let Some(arriving) = vm.arriving.clone() else {
             return Err(Fault::internal("a machine that does not arrive"));
         };
-        let going = self.ops.list().map_err(registry_fault)?.into_iter().find(|o| {
-            !o.state.is_final() && matches!(&o.kind, OpKind::VmMigrate { vm: v, .. } if *v == vm.id)
-        });
-        if let Some(op) = going {
-            return Err(Fault::conflict(format!(
-                "machine '{}' is still moving to '{}': part of it is at '{}'",
-                vm.name, vm.site, arriving.from
-            ))
-            .hint(format!("wait for it: godwit op wait {}", op.id)));
-        }
+        no_move_goes_on(&self.ops, &vm, &arriving.from)?;
         if want.to.as_ref().is_some_and(|to| *to != vm.site) {
             return Err(Fault::conflict(format!(
                 "machine '{}' is not whole at '{}': part of it is at '{}'",
@@ -504,6 +525,7 @@ impl Moves {
             from: arriving.from.clone(),
             to: vm.site.clone(),
             generation: vm.generation,
+            back: false,
         };
         let name = vm.name.to_string();
         let m = Move::beyond(&vm, arriving.from, arriving.migration);
@@ -521,7 +543,7 @@ impl Moves {
     }
 }
 
-fn show(op: &OpHandle, attempt: u64, note: String) {
+pub(super) fn show(op: &OpHandle, attempt: u64, note: String) {
     let unit = if attempt == 0 { "" } else { "attempts" };
     op.progress(Progress {
         stage: RECOVERING.into(),
@@ -535,6 +557,20 @@ fn show(op: &OpHandle, attempt: u64, note: String) {
 async fn move_status(host: &Arc<dyn SiteHost>, m: &Move) -> Result<MoveStatus, Fault> {
     let request = verbs::MigrateStatus { migration: m.id, vm: m.vm.id };
     host.ask(request, Call::quiet()).await
+}
+
+/// Refuses what an operation does already: a move of `vm`, of which part is at `from`.
+pub(super) fn no_move_goes_on(ops: &Ops, vm: &VmRecord, from: &Name) -> Result<(), Fault> {
+    let going = ops.list().map_err(registry_fault)?.into_iter().find(|o| {
+        !o.state.is_final() && matches!(&o.kind, OpKind::VmMigrate { vm: v, .. } if *v == vm.id)
+    });
+    going.map_or(Ok(()), |op| {
+        Err(Fault::conflict(format!(
+            "machine '{}' is still moving to '{}': part of it is at '{from}'",
+            vm.name, vm.site
+        ))
+        .hint(format!("wait for it: godwit op wait {}", op.id)))
+    })
 }
 
 /// What a destination lacks, in words.

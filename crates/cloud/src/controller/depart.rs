@@ -19,7 +19,9 @@ use super::lifecycle::{call_of, dry};
 use super::{Accepted, Mode, Moves};
 use crate::access::Principal;
 use crate::ops::{OpHandle, OpKind};
-use crate::registry::{MoveReached, StepKind, StepName, VmRecord, move_reached, registry_fault};
+use crate::registry::{
+    MoveReached, Returning, StepKind, StepName, VmRecord, move_reached, registry_fault,
+};
 
 /// How long a move that was asked to stop may take to end by itself.
 const CANCEL_WITHIN: Duration = Duration::from_secs(20);
@@ -133,10 +135,13 @@ impl Moves {
             VmState::Moving => self.cut_move(op, now, last).await?,
             _ => now,
         };
-        if let (Some(a), Wanted::Disk) = (&now.arriving, wanted) {
-            return Err(half_here(&now, &a.from));
+        match (&now.arriving, &now.returning, wanted) {
+            (Some(a), _, Wanted::Disk) => Err(half_here(&now, &a.from)),
+            (None, Some(back), Wanted::Disk) if now.state == VmState::Failed => {
+                Err(comes_back(&now, back))
+            }
+            _ => Ok(now),
         }
-        Ok(now)
     }
 
     async fn await_move(
@@ -160,7 +165,8 @@ impl Moves {
             }
             op.check()?;
             let now = self.registry.vm(&vm.id.to_string()).map_err(registry_fault)?;
-            let whole_wanted = now.arriving.is_some() && wanted == Wanted::Disk;
+            let elsewhere = now.arriving.is_some() || now.returning.is_some();
+            let whole_wanted = elsewhere && wanted == Wanted::Disk;
             let limit = if whole_wanted { self.patience } else { CANCEL_WITHIN };
             if begun.elapsed() >= limit {
                 return Ok(());
@@ -241,6 +247,16 @@ impl Moves {
             Ok(Err(_)) | Err(_) => Ok(false),
         }
     }
+}
+
+/// That a machine cannot be turned off: its source may be the only one to have its memory.
+pub(super) fn comes_back(vm: &VmRecord, back: &Returning) -> Fault {
+    let (name, site) = (&vm.name, &vm.site);
+    let words = format!("machine '{name}' died at '{}' and is brought back to '{site}'", back.from);
+    Fault::conflict(words).hint(format!(
+        "wait for that: godwit op list; ask for it again: godwit vm migrate {name}; or give it up: \
+         godwit vm delete {name}"
+    ))
 }
 
 /// That a machine cannot be turned off: it is not whole where it is, and what it has written is

@@ -9,8 +9,9 @@ use godwit_types::{
 };
 use serde_json::json;
 
+use super::arrive::no_move_goes_on;
 use super::authorize::{allow, name_at_sites};
-use super::depart::{Wanted, half_here};
+use super::depart::{Wanted, comes_back, half_here};
 use super::disks::DiskOf;
 use super::recover::FORSAKEN_AFTER;
 use super::{Accepted, Controller, CreateVm, DockVm, Exchange, Mode};
@@ -217,6 +218,7 @@ impl Controller {
             reason: None,
             private_of,
             arriving: None,
+            returning: None,
             network: None,
             published: Vec::new(),
             ports_pending: false,
@@ -344,6 +346,11 @@ impl Controller {
         let vm = self.finder.vm_for(who, Action::Use, key)?;
         let who = &who.at(&vm.tenant);
         vm.state.to(VmState::Starting).map_err(|e| state_fault(&vm, &e))?;
+        // What brings the rest of it, or brings it back, would be cut off.
+        let from = vm.arriving.as_ref().map(|a| &a.from);
+        if let Some(from) = from.or(vm.returning.as_ref().map(|r| &r.from)) {
+            no_move_goes_on(&self.ops, &vm, from)?;
+        }
         let host = self.sites.host(&vm.site)?;
         let plan = format!("start '{}' at {}", vm.name, vm.site);
         if mode == Mode::DryRun {
@@ -363,6 +370,7 @@ impl Controller {
             host.ask(request, call_of(&op)).await?;
             // One that never became whole was started from its disk: its source is of no use now.
             me.moves.release_source(&vm).await;
+            me.moves.way_back.release_fallen(&vm).await;
             Ok(json!({}))
         })
     }
@@ -402,6 +410,9 @@ impl Controller {
         let (name, state) = (&vm.name, vm.state);
         if let Some(a) = vm.arriving.as_ref().filter(|_| state != VmState::Moving) {
             return Err(half_here(vm, &a.from));
+        }
+        if let Some(back) = vm.returning.as_ref().filter(|_| state == VmState::Failed) {
+            return Err(comes_back(vm, back));
         }
         // Not at once: an operation that is about to begin is not there yet.
         let forsaken = UnixMs::now().since(vm.changed) > FORSAKEN_AFTER;
@@ -475,6 +486,7 @@ impl Controller {
                     _ => {}
                 }
                 me.moves.release_source(&vm).await;
+                me.moves.way_back.release_fallen(&vm).await;
                 me.registry.vm_remove(vm.id, vm.generation).map_err(registry_fault)?;
                 op.done(StepName::Delete)?;
                 Ok(json!({}))

@@ -13,6 +13,7 @@
 //! switched: site B, generation g+1   (the commit point; a cancel is refused from here on)
 //!   | a relay, a link or a daemon is lost: new relays at both ends, as often as it takes
 //!   | B whole -> A releases what it keeps
+//!   | B's QEMU dies first -> Running at A, generation g+2 (see `back`)
 //!   v
 //! Running at B
 //! ```
@@ -26,6 +27,7 @@
 mod arrive;
 mod ask;
 pub(crate) mod authorize;
+mod back;
 pub(crate) mod bring;
 mod carry;
 mod depart;
@@ -48,6 +50,8 @@ mod sites;
 pub(crate) mod tests;
 #[cfg(test)]
 mod tests_arrive;
+#[cfg(test)]
+mod tests_back;
 #[cfg(test)]
 mod tests_belief;
 #[cfg(test)]
@@ -253,6 +257,13 @@ impl Controller {
             warrants: warrants.clone(),
             finder: finder.clone(),
             settler: settler.clone(),
+            way_back: Arc::new(back::WayBack {
+                registry: registry.clone(),
+                ops: ops.clone(),
+                sites: sites.clone(),
+                warrants: warrants.clone(),
+                patience,
+            }),
             patience,
         });
         let pool = Arc::new(Pool {

@@ -10,6 +10,7 @@ use godwit_types::{Code, Fault, Generation, MigrationId, MoveReport, Name, UnixM
 use serde_json::json;
 
 use super::authorize::allow;
+use super::back::WayBack;
 use super::lifecycle::{call_of, dry, state_fault};
 use super::meet::can_be_dialled;
 use super::{Accepted, Finder, MigrateVm, Mode, Settler, Sites, Warrants};
@@ -87,6 +88,7 @@ pub(crate) struct Moves {
     pub(super) warrants: Arc<Warrants>,
     pub(super) finder: Arc<Finder>,
     pub(super) settler: Arc<Settler>,
+    pub(super) way_back: Arc<WayBack>,
     /// How long a machine is waited for that lacks something of a site that is away.
     pub(super) patience: Duration,
 }
@@ -109,8 +111,15 @@ impl Moves {
             allow(who, Action::Use, &Object::Site, ("site", site.as_str()))?;
         }
         let who = &who.at(&vm.tenant);
+        if vm.state == VmState::Starting {
+            // Also of one that did not come whole: it is started from its disk.
+            vm.state.to(VmState::Moving).map_err(|e| state_fault(&vm, &e))?;
+        }
         if vm.arriving.is_some() {
             return self.migrate_on(who, vm, &want, mode);
+        }
+        if vm.returning.is_some() {
+            return self.way_back.migrate_back(who, vm, &want, mode);
         }
         vm.state.to(VmState::Moving).map_err(|e| state_fault(&vm, &e))?;
         let scheme = want.scheme.unwrap_or_else(|| SCHEME.into());
@@ -146,6 +155,7 @@ impl Moves {
             from: vm.site.clone(),
             to: to.clone(),
             generation: vm.next_generation(),
+            back: false,
         };
         let name = vm.name.to_string();
         let (me, back) = (self.clone(), vm.clone());

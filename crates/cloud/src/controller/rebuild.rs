@@ -131,6 +131,7 @@ impl Controller {
             reason: None,
             private_of,
             arriving: None,
+            returning: None,
             network: None,
             published: Vec::new(),
             ports_pending: false,

@@ -100,6 +100,15 @@ impl Controller {
             OpKind::SubstrateRebuild { vm, old, new, .. } => {
                 self.resume_rebuild((*vm, *old, *new), again()).await
             }
+            OpKind::VmMigrate { vm, back: true, from, to, .. } => {
+                let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
+                match &record.returning {
+                    None => Err(is_where_it_is(record)),
+                    // What its source has was to be given up, and is not.
+                    Some(_) if from == to => Err(again()),
+                    Some(_) => Err(self.moves.way_back.bring_back(handle, record).await),
+                }
+            }
             OpKind::VmMigrate { vm, from, to, generation, .. } => {
                 let record = self.registry.vm(&vm.to_string()).map_err(registry_fault)?;
                 let id = match move_reached(&op.journal) {
@@ -116,7 +125,16 @@ impl Controller {
                         return Err(again().hint("the machine is where it was; ask again"));
                     }
                 };
+                if record.returning.as_ref().is_some_and(|r| r.migration == id) {
+                    return Err(self.moves.way_back.bring_back(handle, record).await);
+                }
                 let m = Move::found(&record, from.clone(), to.clone(), *generation, id);
+                // It was brought back, or is to be started from its disk where it died, and the
+                // operation's end was not written.
+                let given_up = record.arriving.as_ref().is_some_and(|a| a.migration == id);
+                if record.generation > *generation && (record.site == *from || given_up) {
+                    return Err(is_where_it_is(record));
+                }
                 if record.generation > *generation {
                     // It has moved on since.
                     return Ok(serde_json::json!({ "site": record.site }));
@@ -150,6 +168,12 @@ impl Controller {
             _ => Err(otherwise),
         }
     }
+}
+
+/// What to say of a machine whose way back is over.
+fn is_where_it_is(vm: VmRecord) -> Fault {
+    let why = vm.reason.unwrap_or_else(|| format!("is {} at '{}'", vm.state, vm.site));
+    Fault::unavailable(format!("machine '{}' {why}", vm.name))
 }
 
 /// Brings what the registry says of machines together with what sites say.
@@ -204,6 +228,9 @@ impl Settler {
                         if v.state != m.state {
                             v.become_state(m.state, now)?;
                             v.reason = m.reason;
+                        }
+                        if v.state == VmState::Running {
+                            v.is_back();
                         }
                     }
                     None if asked_all => {
@@ -307,6 +334,10 @@ impl Settler {
                             v.become_state(m.state, UnixMs::now())?;
                         }
                         v.reason.clone_from(&m.reason);
+                        // Brought back, and its operation did not live to hear of it.
+                        if v.state == VmState::Running {
+                            v.is_back();
+                        }
                         Ok(())
                     })?;
                 }
@@ -426,7 +457,9 @@ impl Settler {
                 }
             }
             Some(m) if &vm.site != site => {
-                let old = m.generation < vm.generation && settled(vm.state);
+                // Until a machine that died there runs elsewhere, it may be started there after all.
+                let kept = vm.returning.as_ref().is_some_and(|r| &r.from == site);
+                let old = m.generation < vm.generation && settled(vm.state) && !kept;
                 if old { Verdict::End } else { Verdict::Fine }
             }
             Some(m) if m.generation == vm.generation => {

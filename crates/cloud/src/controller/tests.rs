@@ -54,6 +54,7 @@ pub(crate) struct Paper {
     pub(crate) typed: Mutex<Vec<String>>,
     /// Machines that have left it and of which it keeps memory.
     pub(crate) visits: Mutex<Vec<VmId>>,
+    pub(super) back: super::tests_back::Back,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -99,6 +100,7 @@ impl Paper {
             lacks: Mutex::default(),
             typed: Mutex::default(),
             visits: Mutex::default(),
+            back: super::tests_back::Back::default(),
             speaks: godwit_transfer::wire::Versions::OURS.max.into(),
         })
     }
@@ -263,9 +265,7 @@ impl SiteHost for Paper {
                 Ok(SiteReply::Done(()))
             }
             SiteRequest::MigrateFollow(_) => Err(Fault::not_found("no migration on paper")),
-            SiteRequest::MigrateLost(_)
-            | SiteRequest::MigrateFate(_)
-            | SiteRequest::MigrateGiveUp(_) => Ok(SiteReply::Done(())),
+            SiteRequest::MigrateLost(_) | SiteRequest::MigrateFate(_) => Ok(SiteReply::Done(())),
             SiteRequest::MigrateStatus(_) => {
                 if self.silent.load(SeqCst) {
                     return Err(Fault::unavailable("nobody answers"));
@@ -358,6 +358,10 @@ impl SiteHost for Paper {
                     ..Sent::default()
                 })))
             }
+            SiteRequest::VmStart(_)
+            | SiteRequest::MigrateGiveUp(_)
+            | SiteRequest::MigrateFell(_)
+            | SiteRequest::MigrateTakeBack(_) => self.goes_back(request),
             other => Err(Fault::invalid(format!("'{}' on paper", other.name()))),
         }
     }
@@ -372,6 +376,10 @@ pub(crate) struct World {
 }
 
 impl World {
+    pub(super) fn authority(&self) -> Arc<Authority> {
+        Arc::clone(&self.authority)
+    }
+
     /// The registry's file.
     pub(crate) fn registry_file(&self) -> std::path::PathBuf {
         self.dir.path().join("r.redb")

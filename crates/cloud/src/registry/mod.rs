@@ -64,7 +64,9 @@ pub use operations::{KEPT_OPS, Operations};
 pub use people::{Drawn, MAX_TOKENS, People, TenantRecord, TokenInfo, TokenRecord, UserRecord};
 pub use ports::Ports;
 pub use quota::{Quota, Quotas, TenantQuota, Usage};
-pub use records::{Arriving, DeletedVm, OpRecord, SiteRecord, SubstrateRecord, VmRecord};
+pub use records::{
+    Arriving, DeletedVm, OpRecord, Returning, SiteRecord, SubstrateRecord, VmRecord,
+};
 pub use sites::{LEASE, Sites};
 
 use crate::clock::Moment;

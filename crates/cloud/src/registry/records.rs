@@ -142,6 +142,10 @@ pub struct VmRecord {
     /// Part of it is still at the site that it moved from.
     #[serde(default)]
     pub arriving: Option<Arriving>,
+    /// It died at the destination of a move before all of it was there, and is brought back to its
+    /// site.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub returning: Option<Returning>,
     /// Warrants that count no more: sites for which one was made out, and up to which generation.
     /// The machine never ran there.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -161,12 +165,27 @@ pub struct Arriving {
     pub note: Option<String>,
 }
 
+/// The way back of a machine that died at its destination.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Returning {
+    /// The migration that it left by.
+    #[schema(value_type = String)]
+    pub migration: MigrationId,
+    /// The site where it died.
+    pub from: Name,
+    /// The generation under which its source runs it on.
+    pub generation: Generation,
+    /// What of its work is undone then, in words.
+    pub undone: String,
+}
+
 impl VmRecord {
     /// Whether it starts, moves or is being docked, so that either end may need what it came from.
     #[must_use]
     pub fn is_on_its_way(&self) -> bool {
         matches!(self.state, VmState::Starting | VmState::Moving | VmState::Docking)
             || self.arriving.is_some()
+            || self.returning.is_some()
     }
 
     /// The next generation that the machine may have anywhere: none for which there was ever a
@@ -180,6 +199,16 @@ impl VmRecord {
     pub fn reach(&mut self, generation: Generation) {
         self.generation = generation;
         self.voided.retain(|_, g| *g > generation);
+    }
+
+    /// It runs where the registry has it: a way back is over. What is undone is said of a machine that
+    /// was brought back; one that was started from its disk instead is told of nothing.
+    pub fn is_back(&mut self) {
+        if let Some(back) = self.returning.take()
+            && back.generation == self.generation
+        {
+            self.reason = Some(back.undone);
+        }
     }
 
     /// Changes the state by the table of [`VmState`].

@@ -43,6 +43,7 @@ pub(crate) fn vm(n: &str) -> VmRecord {
         reason: None,
         private_of: None,
         arriving: None,
+        returning: None,
         network: None,
         published: Vec::new(),
         ports_pending: false,

@@ -15,7 +15,7 @@ use tokio::net::unix::pipe::Receiver;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
 
-use super::commit::CommitFile;
+use super::commit::{CommitFile, Word};
 use super::control::Asked;
 use super::core::{Channel, MAX_BITMAP};
 use super::disk::{self, Arrival};
@@ -499,11 +499,15 @@ async fn committed(
 ) -> Result<(), RelayError> {
     if !status.borrow().committed {
         godwit_hold::at("relay.pong").await;
-        if let Err(e) = commit.write().await {
+        if let Err(e) = commit.write(Word::Runs).await {
             status.send_modify(|s| s.refused = Some(e.in_full()));
             return Err(e);
         }
         godwit_hold::at("relay.written").await;
+    }
+    if phase >= RelayPhase::MemoryDone {
+        // A machine whose memory is all here is never brought back to an older one.
+        commit.write(Word::AllMemory).await?;
     }
     status.send_modify(|s| {
         s.committed = true;

@@ -45,7 +45,7 @@ mod wire;
 
 #[doc(hidden)]
 pub use both::BothRelays;
-pub use commit::{NOT_COMMITTED, says_committed};
+pub use commit::{NOT_COMMITTED, says_all_memory, says_committed, write_all_memory};
 pub use config::{HeldMemory, Meeting, OwnMemory, RelayConfig, RelayDisk, RelayRole};
 pub use control::{RelayClient, RelayCommand};
 pub use error::RelayError;

@@ -183,6 +183,7 @@ impl LocalSite {
             unfinished: None,
             attachment: None,
             published: Vec::new(),
+            back: None,
         };
         self.parts.machines.insert(vm, Entry::new(record, machine)).await;
     }

@@ -296,12 +296,16 @@ fn phase(record: &MachineRecord, doing: Activity) -> Phase {
         (_, Some(m)) => {
             let peer = m.peer.clone();
             match &m.course {
-                Course::Departure { is: Departure::RanOn, .. } => Phase::RanOn(peer),
+                // Of either nothing can be brought to a destination any more.
+                Course::Departure { is: Departure::RanOn | Departure::Returning, .. } => {
+                    Phase::RanOn(peer)
+                }
                 Course::Departure { is: Departure::Leaving | Departure::Away, .. } => {
                     Phase::Leaving(peer)
                 }
                 Course::Arrival(Arrival::Abandoned { .. }) => Phase::Stranded(peer),
-                Course::Arrival(Arrival::Running) => Phase::Arrived(peer),
+                // One that fell is its source's, until the center's word makes it a stranded one.
+                Course::Arrival(Arrival::Running | Arrival::Fell) => Phase::Arrived(peer),
                 Course::Arrival(Arrival::Coming) => Phase::Arriving(peer),
             }
         }

@@ -10,13 +10,13 @@ use super::neighbours::Offered;
 use super::net;
 use crate::verbs::{
     Disk, ImageBuild, ImageDelete, Images, Machines, MigrateAbort, MigrateDial, MigrateFate,
-    MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateHold, MigrateListening, MigrateLost,
-    MigrateManifest, MigratePrepare, MigratePrepareOn, MigratePreparePublishing, MigrateReceived,
-    MigrateRelease, MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus, NetworksLack,
-    Ping, Pool, PoolCheck, Report, Request, Revoke, SiteReply, SiteRequest, SubstrateDelete,
-    SubstrateFetch, SubstrateOffer, SubstrateUsers, Substrates, Visits, VmConsole, VmDelete,
-    VmDock, VmExec, VmExecWait, VmNew, VmNewOn, VmPublish, VmScreenshot, VmStart, VmStatus, VmStop,
-    VmType,
+    MigrateFell, MigrateFinish, MigrateFollow, MigrateGiveUp, MigrateHold, MigrateListening,
+    MigrateLost, MigrateManifest, MigratePrepare, MigratePrepareOn, MigratePreparePublishing,
+    MigrateReceived, MigrateRelease, MigrateResumeIn, MigrateResumeOut, MigrateSend, MigrateStatus,
+    MigrateTakeBack, NetworksLack, Ping, Pool, PoolCheck, Report, Request, Revoke, SiteReply,
+    SiteRequest, SubstrateDelete, SubstrateFetch, SubstrateOffer, SubstrateUsers, Substrates,
+    Visits, VmConsole, VmDelete, VmDock, VmExec, VmExecWait, VmNew, VmNewOn, VmPublish,
+    VmScreenshot, VmStart, VmStatus, VmStop, VmType,
 };
 use crate::{Call, ConsoleTail};
 
@@ -138,6 +138,13 @@ impl LocalSite {
             };
             Disk { of } => self.disk_of(of).await?;
             Visits {} => self.parts.machines.visits.machines();
+            MigrateFell { migration, vm, generation } => {
+                self.moves.arrivals.fell(migration, vm, generation).await?
+            };
+            MigrateTakeBack { migration, vm, generation, warrant } => {
+                let departures = &self.moves.departures;
+                departures.bring_back(migration, vm, generation, warrant).await?
+            };
             VmNewOn { machine, attachment } => {
                 self.starts.create(machine, Some(attachment), call).await?
             };

@@ -6,9 +6,12 @@
 //!               | abandoned          | abandoned
 //!               v                    v
 //!             Abandoned -resumed-> Coming, or Running if it has run
+//!             (of whatever has run: fell -> Fell, which only the center's word changes:
+//!              abandoned -> Abandoned, which may be started from its disk, -resumed, fell-> Fell)
 //!
 //! departure:  Leaving ---ran---> Away ---ran on---> RanOn
 //!             (ran: the machine runs at its destination)
+//!             (of all three: returns -> Returning, once the destination's is Fell)
 //!
 //! question:   Unasked ---ask---> Asked ---answer---> Answered ---withdraw---> Unasked
 //! ```
@@ -41,9 +44,15 @@ pub(crate) enum Arrival {
     Abandoned {
         /// It has run here.
         ran: bool,
+        /// Its QEMU died here, as of [`Arrival::Fell`].
+        fell: bool,
         /// Why it is not waited for.
         why: String,
     },
+    /// It has run here and its QEMU died before its memory was all here: it never runs here again
+    /// under this generation, and the center is told so. Only the center knows whether its source
+    /// runs it on, so nothing but its word leads out of this.
+    Fell,
 }
 
 /// A machine that leaves.
@@ -56,6 +65,8 @@ pub(crate) enum Departure {
     /// As [`Departure::Away`], and has run here since, and may have written to its disk: what is
     /// here is not what left.
     RanOn,
+    /// It died at its destination, and is brought back by its QEMU here, which has it as it left.
+    Returning,
 }
 
 /// What happens to a move at one end, and is written down.
@@ -69,6 +80,10 @@ pub(super) enum Step {
     Abandoned(String),
     /// It goes on over new relays.
     Resumed,
+    /// Its QEMU died at its destination before its memory was all there.
+    Fell,
+    /// It is brought back to its source after that.
+    Returns,
 }
 
 /// A step that a move does not take.
@@ -92,6 +107,8 @@ impl Step {
             Self::RanOn => "run on",
             Self::Abandoned(_) => "abandoned",
             Self::Resumed => "resumed",
+            Self::Fell => "given back to its source",
+            Self::Returns => "brought back",
         }
     }
 
@@ -107,6 +124,7 @@ impl Arrival {
             Self::Coming => "is coming here",
             Self::Running => "came here and runs",
             Self::Abandoned { .. } => "came here in part",
+            Self::Fell => "came here in part and died",
         }
     }
 
@@ -114,22 +132,39 @@ impl Arrival {
     pub(crate) const fn has_run(&self) -> bool {
         match self {
             Self::Coming => false,
-            Self::Running => true,
+            Self::Running | Self::Fell => true,
             Self::Abandoned { ran, .. } => *ran,
+        }
+    }
+
+    /// Whether its QEMU died here before its memory was all here.
+    pub(crate) const fn fell(&self) -> bool {
+        match self {
+            Self::Coming | Self::Running => false,
+            Self::Fell => true,
+            Self::Abandoned { fell, .. } => *fell,
         }
     }
 
     /// What it is after a step.
     fn after(&self, step: Step) -> Result<Self, NoStep> {
         Ok(match (self, step) {
+            (Self::Fell, Step::Ran) => Self::Fell,
+            (_, Step::Fell) if self.has_run() => Self::Fell,
             (Self::Coming | Self::Running, Step::Ran) => Self::Running,
-            (Self::Abandoned { why, .. }, Step::Ran) => {
-                Self::Abandoned { ran: true, why: why.clone() }
+            (Self::Abandoned { fell, why, .. }, Step::Ran) => {
+                Self::Abandoned { ran: true, fell: *fell, why: why.clone() }
             }
-            (_, Step::Abandoned(why)) => Self::Abandoned { ran: self.has_run(), why },
+            (_, Step::Abandoned(why)) => {
+                Self::Abandoned { ran: self.has_run(), fell: self.fell(), why }
+            }
+            // Its disk is brought; that its QEMU is dead stays so.
+            (_, Step::Resumed) if self.fell() => Self::Fell,
             (_, Step::Resumed) if self.has_run() => Self::Running,
             (_, Step::Resumed) => Self::Coming,
-            (_, step @ Step::RanOn) => return Err(step.not_from(self.name())),
+            (_, step @ (Step::RanOn | Step::Returns | Step::Fell)) => {
+                return Err(step.not_from(self.name()));
+            }
         })
     }
 }
@@ -141,17 +176,20 @@ impl Departure {
             Self::Leaving => "is leaving",
             Self::Away => "has left",
             Self::RanOn => "has run on here after it had left",
+            Self::Returning => "is being brought back here",
         }
     }
 
     /// What it is after a step.
     fn after(self, step: Step) -> Result<Self, NoStep> {
         Ok(match (self, step) {
+            // Whatever is heard late of the run that has ended there.
+            (_, Step::Returns) | (Self::Returning, Step::Ran | Step::RanOn) => Self::Returning,
             (Self::Leaving | Self::Away, Step::Ran) => Self::Away,
             // Whether it was noted before that it runs there, or not.
             (_, Step::RanOn) | (Self::RanOn, Step::Ran) => Self::RanOn,
             (Self::Leaving | Self::Away, Step::Resumed) => self,
-            (_, step @ (Step::Abandoned(_) | Step::Resumed)) => {
+            (_, step @ (Step::Abandoned(_) | Step::Resumed | Step::Fell)) => {
                 return Err(step.not_from(self.name()));
             }
         })
@@ -219,6 +257,19 @@ impl Migration {
         matches!(self.course, Course::Departure { is: Departure::RanOn, .. })
     }
 
+    /// Whether its QEMU died here before its memory was all here.
+    pub(crate) const fn fell(&self) -> bool {
+        match &self.course {
+            Course::Departure { .. } => false,
+            Course::Arrival(arrival) => arrival.fell(),
+        }
+    }
+
+    /// Whether it is brought back here from a destination at which it died.
+    pub(crate) const fn returns(&self) -> bool {
+        matches!(self.course, Course::Departure { is: Departure::Returning, .. })
+    }
+
     /// Why what is missing here is not waited for any more, if it is not.
     pub(crate) const fn abandoned(&self) -> Option<&String> {
         match &self.course {
@@ -267,18 +318,23 @@ struct Kept {
     ran_on: bool,
     #[serde(default)]
     next: Option<Generation>,
+    /// Of an arrival: as of [`Arrival::Fell`]; of a departure: [`Departure::Returning`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    fell: bool,
 }
 
 impl From<Kept> for Migration {
     fn from(kept: Kept) -> Self {
         let course = match (kept.end, kept.given_up) {
             (End::Destination, Some(why)) => {
-                Course::Arrival(Arrival::Abandoned { ran: kept.runs, why })
+                Course::Arrival(Arrival::Abandoned { ran: kept.runs, fell: kept.fell, why })
             }
+            (End::Destination, None) if kept.fell => Course::Arrival(Arrival::Fell),
             (End::Destination, None) if kept.runs => Course::Arrival(Arrival::Running),
             (End::Destination, None) => Course::Arrival(Arrival::Coming),
             (End::Source, _) => {
                 let is = match (kept.ran_on, kept.runs) {
+                    _ if kept.fell => Departure::Returning,
                     (true, _) => Departure::RanOn,
                     (false, true) => Departure::Away,
                     (false, false) => Departure::Leaving,
@@ -298,6 +354,7 @@ impl From<Migration> for Kept {
             given_up: m.abandoned().cloned(),
             ran_on: m.ran_on(),
             next: m.next(),
+            fell: m.fell() || m.returns(),
             id: m.id,
             peer: m.peer,
             attempt: m.attempt,
@@ -392,15 +449,20 @@ mod tests {
         Name::new("cafe").expect("name")
     }
 
-    fn arrivals() -> [Arrival; 4] {
-        let gone = |ran| Arrival::Abandoned { ran, why: "lost".into() };
-        [Arrival::Coming, Arrival::Running, gone(false), gone(true)]
+    fn arrivals() -> [Arrival; 6] {
+        let gone = |ran, fell| Arrival::Abandoned { ran, fell, why: "lost".into() };
+        let [lost, ran, fell] = [gone(false, false), gone(true, false), gone(true, true)];
+        [Arrival::Coming, Arrival::Running, lost, ran, Arrival::Fell, fell]
+    }
+
+    fn steps() -> [Step; 6] {
+        let late = Step::Abandoned("late".into());
+        [Step::Ran, Step::RanOn, late, Step::Resumed, Step::Fell, Step::Returns]
     }
 
     fn table<S: std::fmt::Debug>(states: &[S], after: impl Fn(&S, Step) -> String) -> String {
-        let steps = [Step::Ran, Step::RanOn, Step::Abandoned("late".into()), Step::Resumed];
         let line = |s: &S| {
-            let cells: Vec<_> = steps.iter().map(|step| after(s, step.clone())).collect();
+            let cells: Vec<_> = steps().iter().map(|step| after(s, step.clone())).collect();
             format!("{s:?}: {}", cells.join(", "))
         };
         states.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -409,26 +471,31 @@ mod tests {
     #[test]
     fn every_step_of_every_state() {
         let of_arrivals = table(&arrivals(), |s, step| match s.after(step) {
-            Ok(Arrival::Abandoned { ran, why }) => format!("Abandoned({ran} {why})"),
+            Ok(Arrival::Abandoned { ran, fell: false, why }) => format!("Abandoned({ran} {why})"),
+            Ok(Arrival::Abandoned { fell: true, why, .. }) => format!("Abandoned(fell {why})"),
             Ok(next) => format!("{next:?}"),
             Err(_) => "-".into(),
         });
         assert_eq!(
             of_arrivals,
-            "Coming: Running, -, Abandoned(false late), Coming\n\
-             Running: Running, -, Abandoned(true late), Running\n\
-             Abandoned { ran: false, why: \"lost\" }: Abandoned(true lost), -, Abandoned(false late), Coming\n\
-             Abandoned { ran: true, why: \"lost\" }: Abandoned(true lost), -, Abandoned(true late), Running"
+            "Coming: Running, -, Abandoned(false late), Coming, -, -\n\
+             Running: Running, -, Abandoned(true late), Running, Fell, -\n\
+             Abandoned { ran: false, fell: false, why: \"lost\" }: Abandoned(true lost), -, Abandoned(false late), Coming, -, -\n\
+             Abandoned { ran: true, fell: false, why: \"lost\" }: Abandoned(true lost), -, Abandoned(true late), Running, Fell, -\n\
+             Fell: Fell, -, Abandoned(fell late), Fell, Fell, -\n\
+             Abandoned { ran: true, fell: true, why: \"lost\" }: Abandoned(fell lost), -, Abandoned(fell late), Fell, Fell, -"
         );
-        let departures = [Departure::Leaving, Departure::Away, Departure::RanOn];
+        let departures =
+            [Departure::Leaving, Departure::Away, Departure::RanOn, Departure::Returning];
         let of_departures = table(&departures, |s, step| {
             s.after(step).map_or_else(|_| "-".into(), |next| format!("{next:?}"))
         });
         assert_eq!(
             of_departures,
-            "Leaving: Away, RanOn, -, Leaving\n\
-             Away: Away, RanOn, -, Away\n\
-             RanOn: RanOn, RanOn, -, -"
+            "Leaving: Away, RanOn, -, Leaving, -, Returning\n\
+             Away: Away, RanOn, -, Away, -, Returning\n\
+             RanOn: RanOn, RanOn, -, -, -, Returning\n\
+             Returning: Returning, Returning, -, -, -, Returning"
         );
         let e = Departure::RanOn.after(Step::Resumed).expect_err("what is here did not leave");
         assert_eq!(
@@ -439,17 +506,18 @@ mod tests {
 
     #[test]
     fn that_a_machine_has_run_is_never_forgotten() {
-        let steps = [Step::Ran, Step::RanOn, Step::Abandoned("late".into()), Step::Resumed];
         let mut all = vec![
             Migration::arrival(MigrationId::new(), peer()),
             Migration::departure(MigrationId::new(), peer(), Some(Generation(3))),
         ];
         for _ in 0..4 {
             for m in std::mem::take(&mut all) {
-                for step in &steps {
+                for step in &steps() {
                     let Ok(next) = m.after(step.clone()) else { continue };
                     assert!(next.has_run() || !m.has_run(), "{m:?} {step:?}");
-                    assert!(next.ran_on() || !m.ran_on(), "{m:?} {step:?}");
+                    assert!(next.ran_on() || next.returns() || !m.ran_on(), "{m:?} {step:?}");
+                    assert!(next.fell() || !m.fell(), "{m:?} {step:?}");
+                    assert!(next.returns() || !m.returns(), "{m:?} {step:?}");
                     assert_eq!((next.id, next.end(), next.next()), (m.id, m.end(), m.next()));
                     assert_eq!(next.attempt - m.attempt, u32::from(*step == Step::Resumed));
                     all.push(next);
@@ -476,6 +544,12 @@ mod tests {
              'next':8}",
             "'end':'source','peer':'cafe','attempt':3,'runs':true,'given_up':null,'ran_on':true,\
              'next':8}",
+            "'end':'destination','peer':'cafe','attempt':0,'runs':true,'given_up':null,\
+             'ran_on':false,'next':null,'fell':true}",
+            "'end':'destination','peer':'cafe','attempt':0,'runs':true,'given_up':'its source is \
+             gone','ran_on':false,'next':null,'fell':true}",
+            "'end':'source','peer':'cafe','attempt':0,'runs':true,'given_up':null,'ran_on':false,\
+             'next':8,'fell':true}",
         ];
         for case in cases.map(kept) {
             let read: Migration =

@@ -8,18 +8,19 @@ use std::time::Duration;
 
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{Asked, DestinationFate, MoveError, Sent};
-use godwit_qemu::Machine;
+use godwit_qemu::{Machine, MigrationStatus};
 use godwit_types::{Code, Fault, MigrationId, VmId, chain};
 use tracing::{info, warn};
 
 use super::arrivals::ended_by_force;
-use super::course::{Migration, Question, Step};
+use super::course::{End, Migration, Question, Step};
 use super::drive::{Drives, FORCED_WITHIN, Leaving, RELEASE_WITHIN, SENT, UNDO_WITHIN};
+use super::moving::ANSWER_WITHIN;
 use super::parts::Parts;
 use super::progress::{report_progress, runs};
 use super::record::MachineRecord;
 use super::relays::MovePaths;
-use super::steps::MoveOver;
+use super::steps::{HoldStill, MoveOver};
 use super::travellers::{Found, Travellers};
 use crate::{Call, News, UNKNOWN_GENERATION};
 
@@ -173,14 +174,25 @@ impl Departures {
     }
 
     /// A machine that runs at its destination must not run here, whatever its QEMU thinks.
-    pub(super) async fn hold_still(&self, record: &MachineRecord, machine: &Machine) {
-        if !runs(Some(machine)).await {
-            return;
+    pub(super) async fn hold_still(&self, record: &MachineRecord) {
+        let Some(id) = record.migration.as_ref().map(|m| m.id) else { return };
+        let held = match self.parts.machines.owner(record.vm).await {
+            Ok(owner) => owner.ask(HoldStill { id }).await,
+            Err(f) => Err(f),
+        };
+        if let Err(error) = held {
+            warn!(vm = %record.name, %error, "it is not held");
         }
-        warn!(vm = %record.name, "it runs at its destination; it is held here");
-        self.mark_ran_on(record).await;
-        if let Err(e) = machine.stop().await {
-            warn!(vm = %record.name, error = %chain(&e), "it is not held");
+    }
+
+    /// Whether the QEMU of a machine that has left broke off in the hand-over, and nobody drives that
+    /// any more: QEMU 10.0 leads out of it by no command.
+    pub(super) async fn is_stuck(&self, migration: &Migration, machine: &Machine) -> bool {
+        let goes_on = self.drives.get(migration.id).is_some_and(|d| !d.has_ended());
+        migration.end() == End::Source && migration.has_run() && !goes_on && {
+            let asked = tokio::time::timeout(ANSWER_WITHIN, machine.query_migrate()).await;
+            let status = asked.ok().and_then(Result::ok).map(|info| info.status);
+            matches!(status, Some(MigrationStatus::Device | MigrationStatus::Cancelling))
         }
     }
 
@@ -192,7 +204,8 @@ impl Departures {
         self.end_move(record).await;
     }
 
-    async fn end_move(&self, record: &MachineRecord) {
+    /// Its move is over, whatever became of it.
+    pub(super) async fn end_move(&self, record: &MachineRecord) {
         if let Some(m) = &record.migration {
             self.travellers.unmark(m.id, record.vm).await;
             self.parts.relays.end(m).await;
@@ -230,7 +243,7 @@ impl Departures {
                     if sent.ran_on {
                         self.mark_ran_on(record).await;
                     }
-                    self.hold_still(record, machine).await;
+                    self.hold_still(record).await;
                 }
                 e.keep && (e.beyond || !runs(Some(machine)).await)
             }

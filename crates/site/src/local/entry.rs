@@ -18,6 +18,8 @@ pub(super) struct Entry {
     pub(super) revision: u64,
     pub(super) record: MachineRecord,
     pub(super) machine: Option<Machine>,
+    /// This daemon has seen its last QEMU end, and knows whether that was its guest's doing.
+    pub(super) saw_end: bool,
     pub(super) doing: Doing,
 }
 
@@ -112,7 +114,7 @@ impl Doing {
 
 impl Entry {
     pub(super) const fn new(record: MachineRecord, machine: Option<Machine>) -> Self {
-        Self { revision: 0, record, machine, doing: Doing::Nothing }
+        Self { revision: 0, record, machine, saw_end: false, doing: Doing::Nothing }
     }
 
     /// Its state at `site`, whose QEMU was not asked.

@@ -147,8 +147,9 @@ impl Ask for Exited {
 }
 
 /// What a machine is once its QEMU has ended; gives which one that was.
-async fn found_exited(e: &mut Entry) -> Option<Process> {
+pub(super) async fn found_exited(e: &mut Entry) -> Option<Process> {
     let m = e.machine.take()?;
+    e.saw_end = true;
     if e.record.desired == DesiredState::Running {
         if m.has_powered_off() {
             e.record.desired = DesiredState::Stopped;

@@ -9,6 +9,7 @@ mod allowed;
 mod answers;
 mod apart;
 mod arrivals;
+mod back;
 mod carry;
 mod course;
 mod departures;
@@ -60,6 +61,8 @@ mod warrant;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_back;
 #[cfg(test)]
 mod tests_owner;
 

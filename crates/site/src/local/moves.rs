@@ -44,12 +44,13 @@ use super::faults::{into_fault, join_error};
 use super::filling::MID;
 use super::launch::Launcher;
 use super::machines::layer_bytes;
+use super::moving::memory_status;
 use super::owner::{Ask, Look, Needs, Owned};
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::relays::{GuestMemory, Listens, MovePaths, Part};
 use super::steps::{Arrived, Leave};
 use super::{filling, ran};
-use crate::{Call, Incoming, MachineStatus};
+use crate::{Call, Incoming, MachineStatus, MemoryStatus};
 
 /// The longest manifest that is read, in bytes.
 const MAX_MANIFEST: usize = 256 << 10;
@@ -181,6 +182,7 @@ impl Arrivals {
             unfinished: None,
             attachment,
             published,
+            back: None,
         };
         self.supersede(&record).await?;
         let image = self.parts.images.sound(&record).await?;
@@ -384,6 +386,7 @@ impl Arrivals {
             // The machine runs here and still needs its source.
             Err(e) => {
                 self.mark_run(&record).await;
+                self.note_whole(&record, &machine).await;
                 self.keep_received(migration.id, record.vm, &received).await;
                 Err(Fault::of(&e))
             }
@@ -392,6 +395,16 @@ impl Arrivals {
             warn!(vm = %record.name, error = %f, "a machine did not arrive whole");
         }
         outcome
+    }
+
+    /// Writes down that all of a machine's memory is here, if that is so: its relay may have been lost
+    /// before it could.
+    pub(super) async fn note_whole(&self, record: &MachineRecord, machine: &Machine) {
+        if memory_status(machine, End::Destination).await.0 == MemoryStatus::Whole
+            && let Err(error) = ran::note_all_memory(&self.parts.dirs.vm(record.vm))
+        {
+            warn!(vm = %record.name, %error, "that all of its memory is here is not written down");
+        }
     }
 
     /// A machine has arrived and no longer needs its source.

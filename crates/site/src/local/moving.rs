@@ -18,7 +18,7 @@ use super::travellers::Travellers;
 use crate::{Call, MemoryStatus};
 
 /// How long QEMU may take to say how its migration stands.
-const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// The moves of one site.
 pub(super) struct Moves {
     pub(super) arrivals: Arc<Arrivals>,
@@ -100,8 +100,9 @@ impl Moves {
                 dir.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"mig-"));
             if move_of && !wanted.contains(&dir) {
                 info!(dir = %dir.display(), "a move that is over left this behind");
-                super::relays::end_all_below(&dir).await;
-                let _ = std::fs::remove_dir_all(&dir);
+                if super::relays::end_all_below(&dir).await {
+                    let _ = std::fs::remove_dir_all(&dir);
+                }
             }
         }
     }

@@ -57,6 +57,7 @@ impl Starts {
             unfinished: Some(Unfinished::Activating),
             attachment,
             published: Vec::new(),
+            back: None,
         };
         self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
         self.parts.room.check_memory(record.memory).await?;

@@ -58,6 +58,15 @@ pub(crate) enum Unfinished {
     },
 }
 
+/// How it ended that a machine, which had died at its destination, was to be brought back here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Back {
+    /// Under which generation.
+    pub(crate) generation: Generation,
+    /// It runs on here, or has: written down before its first instant. If not, it never does.
+    pub(crate) runs: bool,
+}
+
 /// One machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MachineRecord {
@@ -89,6 +98,9 @@ pub(crate) struct MachineRecord {
     /// The ports of its site's host that lead to it while it runs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) published: Vec<PublishedPort>,
+    /// How its last way back ended, if it had one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) back: Option<Back>,
 }
 
 /// How a record file begins. What lies between this, 64 hex digits and [`BODY`], and the last brace
@@ -217,6 +229,7 @@ mod tests {
             unfinished: Some(Unfinished::Activating),
             attachment: None,
             published: Vec::new(),
+            back: None,
         }
     }
 

@@ -233,8 +233,12 @@ impl Relays {
         };
         let commit = match (migration.end(), part) {
             (End::Destination, Part::Whole) => Some(ran::open(&self.dirs.vm(record.vm))?),
-            // It runs there already.
-            (End::Destination, _) | (End::Source, _) => None,
+            // It runs there already, and the rest of its memory is awaited.
+            (End::Destination, Part::Rest) => {
+                let dir = self.dirs.vm(record.vm);
+                ran::says(&dir).map(|_| ran::open(&dir)).transpose()?
+            }
+            (End::Destination, Part::Disk) | (End::Source, _) => None,
         };
         let held = match part {
             Part::Whole => self.held.take(migration.id),
@@ -525,18 +529,22 @@ fn kept_environment() -> impl Iterator<Item = (&'static str, std::ffi::OsString)
     KEPT.iter().chain(TESTED).filter_map(|name| Some((*name, std::env::var_os(name)?)))
 }
 
-/// Kills every relay whose configuration is in `dir`, and waits until they are gone.
-pub(super) async fn end_all_below(dir: &Path) {
+/// Kills every relay whose configuration is in `dir`, and waits until they are gone; whether they
+/// are.
+pub(super) async fn end_all_below(dir: &Path) -> bool {
     let deadline = tokio::time::Instant::now() + END_WITHIN;
     let found = || relay_process(|config| Path::new(config).parent() == Some(dir));
-    while let Some(pid) = found()
-        && tokio::time::Instant::now() < deadline
-    {
+    while let Some(pid) = found() {
+        if tokio::time::Instant::now() >= deadline {
+            tracing::warn!(dir = %dir.display(), "a relay does not end");
+            return false;
+        }
         if let Some(pid) = rustix::process::Pid::from_raw(pid) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
+    true
 }
 
 /// The relay that was started with this configuration, if it lives.

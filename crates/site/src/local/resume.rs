@@ -14,7 +14,7 @@ use godwit_disk::image::FrozenChain;
 use godwit_disk::{MidLayer, NbdServer};
 use godwit_migrate::RelayClient;
 use godwit_migrate::hybrid::{
-    Asking, MoveError, Received, Sent, follow_outgoing, reclaim, recover_disk, recover_incoming,
+    Asking, MoveError, Received, Sent, follow_outgoing, recover_disk, recover_incoming,
     recover_outgoing,
 };
 use godwit_migrate::relay::{RelayCommand, RelayDisk, RelayPhase};
@@ -36,6 +36,7 @@ use super::filling::MID;
 use super::moving::{Moves, memory_status};
 use super::owner::{Look, Needs};
 use super::progress::runs;
+use super::ran;
 use super::record::{DiskBase, MachineRecord};
 use super::relays::{GuestMemory, MovePaths, Part};
 use crate::{Call, Incoming, MemoryStatus, MoveStatus};
@@ -90,6 +91,9 @@ impl Arrivals {
             self.parts.relays.end(&migration).await;
         }
         let has_run = self.has_run(&record, Some(&machine)).await;
+        if has_run {
+            self.note_whole(&record, &machine).await;
+        }
         let phase = relay.as_ref().ok().map(|r| r.status().phase);
         match (arrival_after_restart(has_run, phase), relay) {
             (AfterRestart::Follow, Ok(relay)) => {
@@ -123,6 +127,9 @@ impl Departures {
             self.drives.interrupted(migration.id, at, "its QEMU is gone");
             return;
         };
+        if migration.returns() {
+            return self.returns_after_restart(&record, &migration, &machine).await;
+        }
         let paths = MovePaths::of(&self.parts.dirs.run, &migration);
         let relay = RelayClient::attach(&paths.control).await;
         // QEMU switches as soon as the relay has been told to read on.
@@ -136,7 +143,7 @@ impl Departures {
             .await;
         }
         if migration.has_run() {
-            self.hold_still(&record, &machine).await;
+            self.hold_still(&record).await;
         }
         let at_home = !migration.has_run() && runs(Some(&machine)).await;
         let committed = relay.as_ref().ok().map(|r| r.status().committed);
@@ -200,22 +207,12 @@ impl Departures {
             return Ok(());
         }
         self.parts.relays.end(&migration).await;
-        let paths = MovePaths::of(&self.parts.dirs.run, &migration);
-        paths
-            .make()
-            .map_err(|e| Fault::internal(format!("making {}: {e}", paths.dir.display())))?;
-        if let Err(e) = reclaim(&machine, &paths.qemu).await {
-            if matches!(e, MoveError::Stuck | MoveError::Ended { .. }) {
-                // Nothing is left to decide: it may be started from its disk, or removed.
-                self.travellers.unmark(id, record.vm).await;
-            }
-            return Err(into_fault(e));
+        let ran = self.run_on(&record, &machine, &migration).await;
+        if let Err(MoveError::Stuck | MoveError::Ended { .. }) = &ran {
+            // Nothing is left to decide: it may be started from its disk, or removed.
+            self.travellers.unmark(id, record.vm).await;
         }
-        machine.run().await.map_err(into_fault)?;
-        info!(vm = %record.name, "runs on at its source");
-        self.travellers.unmark(id, record.vm).await;
-        self.parts.relays.clear(&migration);
-        Ok(())
+        ran.map_err(into_fault)
     }
 }
 
@@ -256,7 +253,12 @@ impl Moves {
             None if Machine::recorded(&self.parts.dirs.vm_run(vm)).is_some() => {
                 (MemoryStatus::Partial, None)
             }
+            None if migration.fell() => (MemoryStatus::Fell, record.reason.clone()),
             None => (MemoryStatus::Gone, record.reason.clone()),
+            Some(m) if self.departures.is_stuck(&migration, m).await => {
+                let why = "its QEMU broke off in the hand-over and cannot take it back";
+                (MemoryStatus::Gone, Some(why.into()))
+            }
             Some(m) => memory_status(m, migration.end()).await,
         };
         let (missing_pages, missing_blocks) = match migration.end() {
@@ -272,19 +274,40 @@ impl Moves {
 }
 
 impl Arrivals {
+    /// Pages that the memory of a machine which is not whole lacks here.
+    pub(super) fn missing_pages(&self, record: &MachineRecord) -> u64 {
+        // A page that has not come is a hole in the file.
+        let there = std::fs::metadata(self.parts.dirs.vm_memory(record.vm));
+        let there = there.map_or(0, |m| m.blocks() * 512);
+        record.memory.bytes().saturating_sub(there).div_ceil(4096)
+    }
+
+    /// Whether all of its memory had come to a machine whose QEMU is gone, as its relay has written
+    /// down; `None` where a relay of a release before had it come.
+    pub(super) fn had_all_memory(&self, record: &MachineRecord) -> Option<bool> {
+        ran::had_all_memory(&self.parts.dirs.vm(record.vm))
+    }
+
     /// Pages and blocks that a destination lacks.
     async fn missing(
         &self,
         record: &MachineRecord,
         memory: MemoryStatus,
     ) -> Result<(u64, Option<u64>), Fault> {
-        let pages = if memory == MemoryStatus::Whole {
-            0
-        } else {
-            // A page that has not come is a hole in the file.
-            let there = std::fs::metadata(self.parts.dirs.vm_memory(record.vm))
-                .map_or(0, |m| m.blocks() * 512);
-            record.memory.bytes().saturating_sub(there).div_ceil(4096)
+        let pages = match memory {
+            MemoryStatus::Whole => {
+                // Its relay may have been lost before it could.
+                let noted = ran::note_all_memory(&self.parts.dirs.vm(record.vm));
+                if let Err(error) = noted {
+                    warn!(vm = %record.name, %error, "that all of it is here is not written down");
+                }
+                0
+            }
+            // Pages that are zero may be holes as well.
+            MemoryStatus::Gone if self.had_all_memory(record) == Some(true) => 0,
+            MemoryStatus::Gone | MemoryStatus::Partial => self.missing_pages(record),
+            // What was written down counts, whatever the file looks like.
+            MemoryStatus::Fell => self.missing_pages(record).max(1),
         };
         let image = self.parts.images.of(record)?;
         if image.disk_path().is_none() || record.disk_base == DiskBase::Mid {
@@ -353,6 +376,7 @@ impl Arrivals {
                 recover_incoming(&machine, &paths.qemu).await.map_err(into_fault)?;
                 whole = Some(machine);
             } else if memory_status(&machine, End::Destination).await.0 == MemoryStatus::Whole {
+                ran::note_all_memory(&self.parts.dirs.vm(vm))?;
                 whole = Some(machine);
             }
         }

@@ -90,6 +90,7 @@ impl Starts {
             unfinished: None,
             attachment,
             published: Vec::new(),
+            back: None,
         };
         self.parts.room.check_memory(record.memory).await?;
         let (owner, wanted) = self.parts.machines.register_starting(record.clone()).await?;

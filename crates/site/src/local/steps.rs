@@ -16,6 +16,7 @@ use super::faults::into_fault;
 use super::filling::MID;
 use super::owner::{Ask, Needs, Owned};
 use super::parts::Parts;
+use super::progress::runs;
 use super::record::{DesiredState, DiskBase, MachineRecord};
 use super::{SiteDirs, filling, ran};
 
@@ -68,6 +69,30 @@ impl Ask for Note {
         e.record.migration = Some(next);
         e.save()?;
         Ok(e.record.clone())
+    }
+}
+
+/// A machine that runs at its destination is held here; one that is brought back is not.
+pub(super) struct HoldStill {
+    pub(super) id: MigrationId,
+}
+
+impl Ask for HoldStill {
+    type Reply = ();
+    const STEP: &'static str = "owner.hold-still";
+
+    async fn answer(self, e: &mut Owned, _: First) -> Result<(), Fault> {
+        let stays_away = |m: &&Migration| m.id == self.id && !m.returns();
+        let Some(m) = e.record.migration.as_ref().filter(stays_away) else { return Ok(()) };
+        let Some(machine) = e.machine.clone() else { return Ok(()) };
+        if !runs(Some(&machine)).await {
+            return Ok(());
+        }
+        warn!(vm = %e.record.name, "it runs at its destination; it is held here");
+        e.record.migration = Some(m.after(Step::RanOn).map_err(into_fault)?);
+        let noted = e.save();
+        machine.stop().await.map_err(into_fault)?;
+        noted
     }
 }
 

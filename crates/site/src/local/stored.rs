@@ -56,6 +56,7 @@ impl Starts {
             unfinished: None,
             attachment: None,
             published: Vec::new(),
+            back: None,
         };
         self.parts.substrates.give_way(&self.parts.room, record.memory, id).await;
         self.parts.room.check_memory(record.memory).await?;

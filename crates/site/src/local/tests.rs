@@ -22,6 +22,7 @@ use crate::{Incoming, MemoryStatus};
 /// A site and where it is.
 pub(super) struct Place {
     pub(super) site: Arc<LocalSite>,
+    pub(super) authority: Authority,
     _dir: tempfile::TempDir,
     _memory: tempfile::TempDir,
 }
@@ -44,7 +45,7 @@ pub(super) async fn site(promise: Mib) -> Place {
         ..SiteOptions::new(std::net::Ipv4Addr::LOCALHOST.into()).expect("options")
     };
     let site = LocalSite::open(name, dirs, trust, options).await.expect("a site");
-    Place { site, _dir: dir, _memory: memory }
+    Place { site, authority, _dir: dir, _memory: memory }
 }
 
 /// Something that a test does as the owner of a machine.
@@ -104,6 +105,7 @@ pub(super) fn on_its_way(memory: Mib, end: End) -> MachineRecord {
         unfinished: None,
         attachment: None,
         published: Vec::new(),
+        back: None,
     }
 }
 

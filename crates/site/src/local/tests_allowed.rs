@@ -60,6 +60,7 @@ fn record() -> MachineRecord {
         unfinished: None,
         attachment: None,
         published: Vec::new(),
+        back: None,
     }
 }
 
