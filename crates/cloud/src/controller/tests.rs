@@ -358,28 +358,20 @@ impl SiteHost for Paper {
                     ..Sent::default()
                 })))
             }
-            SiteRequest::VmStart(_)
-            | SiteRequest::MigrateGiveUp(_)
-            | SiteRequest::MigrateFell(_)
-            | SiteRequest::MigrateTakeBack(_) => self.goes_back(request),
-            other => Err(Fault::invalid(format!("'{}' on paper", other.name()))),
+            other => self.goes_back(other),
         }
     }
 }
 
 pub(crate) struct World {
     dir: tempfile::TempDir,
-    authority: Arc<Authority>,
+    pub(super) authority: Arc<Authority>,
     pub(crate) c: Arc<Controller>,
     pub(crate) center: Arc<Paper>,
     pub(crate) cafe: Arc<Paper>,
 }
 
 impl World {
-    pub(super) fn authority(&self) -> Arc<Authority> {
-        Arc::clone(&self.authority)
-    }
-
     /// The registry's file.
     pub(crate) fn registry_file(&self) -> std::path::PathBuf {
         self.dir.path().join("r.redb")

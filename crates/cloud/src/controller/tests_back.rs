@@ -42,7 +42,9 @@ impl Paper {
             (m.state, m.generation) = (VmState::Running, generation);
             return Ok(SiteReply::Machine(m.clone()));
         }
-        let refused = self.back.refuses.lock().expect("lock").pop();
+        let goes_back =
+            matches!(request, SiteRequest::MigrateFell(_) | SiteRequest::MigrateTakeBack(_));
+        let refused = goes_back.then(|| self.back.refuses.lock().expect("lock").pop()).flatten();
         match request {
             SiteRequest::MigrateFell(MigrateFell { generation, .. }) => {
                 self.back.asked.lock().expect("lock").push(generation);
@@ -64,7 +66,7 @@ impl Paper {
                 }
                 Ok(SiteReply::TookBack(TookBack::Runs))
             }
-            other => Err(Fault::invalid(format!("'{}' is no way back", other.name()))),
+            other => Err(Fault::invalid(format!("'{}' on paper", other.name()))),
         }
     }
 }
@@ -438,7 +440,7 @@ async fn a_way_back_whose_end_was_not_written_harms_nobody() {
         let state = crate::registry::StepState::Begun;
         op.journal.extend(begun.then_some(crate::registry::Step { what: step, state }));
         w.c.registry().ops().put(&op).expect("written");
-        let second = Controller::new(w.c.registry().clone(), w.authority());
+        let second = Controller::new(w.c.registry().clone(), w.authority.clone());
         assert_eq!(second.recover().expect("recovers"), 1);
         let end = second.ops().wait(op.id).await.expect("ends");
         assert_eq!(end.state, OpState::Failed, "{end:?}");
