@@ -163,9 +163,6 @@ impl Story {
         let _ = self.cloud.held(step);
         let since = Instant::now();
         let again = self.strike(victim, &before);
-        // What its destination has written down: whether all of its memory was there.
-        let ran = self.cloud.vm_dir(&before, other(from)).join("ran");
-        let had_all = std::fs::read(ran).is_ok_and(|says| says.get(1) == Some(&b'1'));
         self.cloud.let_go(step);
         if let Some(daemon) = again {
             self.cloud.serves(daemon);
@@ -183,6 +180,10 @@ impl Story {
             vm["state"], vm["site"], end["error"]["message"]
         );
         let words = end["error"]["message"].as_str().unwrap_or_default();
+        // What its destination has written down, also of what its relay had yet to read when it was
+        // killed: whether all of its memory was there. Of one that was brought back nothing is left.
+        let ran = self.cloud.vm_dir(&before, other(from)).join("ran");
+        let had_all = std::fs::read(ran).is_ok_and(|says| says.get(1) == Some(&b'1'));
         match victim {
             // Its device state has come before all other steps, and all of its memory may have.
             Victim::Qemu if step == STOPPED || end["state"] != "done" => {
